@@ -1,0 +1,493 @@
+"""What the mount daemon and a transfer process say to each other: the only module both sides share.
+
+One Unix stream socket joins the two. Each frame is a 4-byte big-endian length and a MessagePack
+body (msgpack.org spec, encoded by msgspec). Bulk bytes never cross it: a `Fetch` names the cache
+file into which the transfer process writes, an `Upload` the one from which it reads.
+
+Paths are bytes, relative to the namespace's root, without leading or trailing slash; b"" is the
+root. Sizes and offsets are bytes, times are nanoseconds since the epoch, deadlines are seconds.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import ClassVar
+
+import msgspec
+
+FRAME_HEADER = struct.Struct(">I")
+MAX_FRAME_BYTES = 16 * 1024 * 1024
+LIST_PAGE_ENTRIES = 1000
+BLOCK_BYTES = 256 * 1024
+"""The unit of presence in the cache and of its checksums. A kernel read is 128 KiB; at 1 Gbit/s a
+block takes 2 ms, so a random read pays little for the rest of its block."""
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+class RemoteError(Exception):
+    """A request that the remote, or the way to it, did not carry out.
+
+    The message is one sentence for the user, without a trailing period. `lasting` errors are not
+    cured by trying again: a refused credential must not be retried on its own (invariant 4).
+    """
+
+    lasting: ClassVar[bool] = False
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0]) if self.args else type(self).__name__
+
+
+class NotFound(RemoteError):
+    """No entry has this name."""
+
+
+class AlreadyExists(RemoteError):
+    """The name is taken, and the request asked for a new one."""
+
+
+class PermissionDenied(RemoteError):
+    """The remote user may not do this to this entry."""
+
+
+class NotADirectory(RemoteError):
+    """A directory was needed and something else is there."""
+
+
+class IsADirectory(RemoteError):
+    """Something else than a directory was needed."""
+
+
+class DirectoryNotEmpty(RemoteError):
+    """Only an empty directory can be removed or replaced."""
+
+
+class InvalidName(RemoteError):
+    """The remote can't hold this name (S3 keys are UTF-8; SFTP names have no NUL)."""
+
+
+class NameTooLong(RemoteError):
+    """The name or the path is longer than the remote accepts."""
+
+
+class InvalidRequest(RemoteError):
+    """The request makes no sense (a directory moved into itself, a negative size)."""
+
+
+class NotSupported(RemoteError):
+    """This kind of remote, or this server, has no such operation."""
+
+
+class NoSpace(RemoteError):
+    """The remote is full or the user's quota there is used up."""
+
+
+class TooLarge(RemoteError):
+    """The file would be larger than the remote accepts (5 TiB on S3)."""
+
+
+class Changed(RemoteError):
+    """The file's content on the remote is no longer the version that was asked for."""
+
+
+class Unreachable(RemoteError):
+    """No connection to the site now; a later attempt may succeed."""
+
+
+class TimedOut(Unreachable):
+    """The deadline passed without an answer."""
+
+
+class AccessRefused(RemoteError):
+    """The site refused the login or the credentials; only the user can mend that."""
+
+    lasting = True
+
+
+class HostKeyRefused(RemoteError):
+    """The server's host key is unknown or changed; only the user can decide to trust it."""
+
+    lasting = True
+
+
+class WrongSettings(RemoteError):
+    """What the configuration names is not there: no such bucket, host name or key file."""
+
+    lasting = True
+
+
+class ProtocolError(RemoteError):
+    """The remote answered something that makes no sense."""
+
+
+class RemoteFailure(RemoteError):
+    """The remote reported a failure that has no better class."""
+
+
+def _all_errors(base: type[RemoteError]) -> list[type[RemoteError]]:
+    return [base] + [found for child in base.__subclasses__() for found in _all_errors(child)]
+
+
+ERRORS: dict[str, type[RemoteError]] = {cls.__name__: cls for cls in _all_errors(RemoteError)}
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """A `RemoteError` on the wire."""
+
+    kind: str
+    message: str
+
+    @classmethod
+    def of(cls, error: RemoteError) -> Failure:
+        return cls(type(error).__name__, error.message)
+
+    def error(self) -> RemoteError:
+        return ERRORS.get(self.kind, RemoteFailure)(self.message)
+
+
+# --- values -----------------------------------------------------------------------------------
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True):
+    """A name with its attributes.
+
+    `mode` is a full st_mode, type included. `uid` and `gid` are local ids: the remote user has
+    already become the local one. `version` identifies a regular file's content on the remote and
+    is b"" for everything else.
+    """
+
+    name: bytes
+    mode: int
+    size: int
+    mtime_ns: int
+    atime_ns: int
+    uid: int
+    gid: int
+    version: bytes = b""
+
+
+class Abilities(msgspec.Struct, frozen=True):
+    """What the daemon must know of a remote to use it well; the answer to `Connect`."""
+
+    partial_writes: bool
+    """Ranges of an existing file can be written; otherwise every upload is the whole file."""
+    creates_on_upload: bool
+    """A new file exists on the remote only once its content was uploaded (S3)."""
+    handles: bool
+    """An open file keeps its identity through renames, and its growth can be followed (SFTP)."""
+    mtime_resolution_ns: int
+
+
+class DiskUsage(msgspec.Struct, frozen=True):
+    """Sizes in bytes and counts, as statvfs(3) means them: `available` is what a user may use."""
+
+    total: int
+    free: int
+    available: int
+    files: int
+    files_free: int
+
+
+class Attributes(msgspec.Struct, frozen=True):
+    """Attributes to set; None leaves one as it is. `mode` holds permission bits only (0o7777)."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, field) is not None for field in self.__struct_fields__)
+
+
+class Fetched(msgspec.Struct, frozen=True):
+    """`checksums` has one xxh3_64 for each block of the range, in order (see cache/store.py)."""
+
+    length: int
+    checksums: list[int]
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """Bytes of an upload or a fetch that are done; each one also renews the request's deadline."""
+
+    done: int
+
+
+# --- what a transfer process is told when it starts -----------------------------------------------
+
+
+class Secret(msgspec.Struct, frozen=True):
+    """A value that must not appear in a log, a traceback or a status: its repr hides it."""
+
+    value: str
+
+    def __repr__(self) -> str:
+        return "Secret(…)"
+
+
+class SshSite(msgspec.Struct, frozen=True, tag="ssh"):
+    """One SSH login. `host` may be an alias of ~/.ssh/config; None leaves a value to that file."""
+
+    host: str
+    user: str | None = None
+    port: int | None = None
+    ssh_config: str | None = None
+    identity_file: str | None = None
+    connect_timeout: float = 10.0
+
+
+class S3Site(msgspec.Struct, frozen=True, tag="s3"):
+    """One S3 endpoint and its credentials. Without `access_key` the AWS chain finds them."""
+
+    endpoint_url: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    access_key: Secret | None = None
+    secret_key: Secret | None = None
+    connect_timeout: float = 10.0
+
+
+class SftpRoot(msgspec.Struct, frozen=True, tag="sftp"):
+    """The folder that a namespace shows; "~" and relative paths start at the remote home."""
+
+    path: str
+    read_only: bool = False
+
+
+class S3Root(msgspec.Struct, frozen=True, tag="bucket"):
+    """The part of a bucket that a namespace shows. `prefix` has no leading or trailing slash."""
+
+    bucket: str
+    prefix: str = ""
+    read_only: bool = False
+
+
+class Start(msgspec.Struct, frozen=True):
+    """The first frame. `roots` are the site's namespaces by name; `cache_dir` holds the cache
+    files; `uid` and `gid` are the local user's, shown as owner of what the remote user owns."""
+
+    site: SshSite | S3Site
+    roots: dict[str, SftpRoot | S3Root]
+    cache_dir: str
+    uid: int
+    gid: int
+    log_level: str = "INFO"
+
+
+# --- requests ----------------------------------------------------------------------------------
+
+
+class Connect(msgspec.Struct, frozen=True, tag=True):
+    """Connect if need be and look at the root -> Abilities."""
+
+
+class Stat(msgspec.Struct, frozen=True, tag=True):
+    """-> Entry (its name is the path's last component); symbolic links are not followed."""
+
+    path: bytes
+
+
+class StatOpen(msgspec.Struct, frozen=True, tag=True):
+    """-> Entry of the file that `handle` holds open on the remote, or None if it holds none."""
+
+    handle: int
+
+
+class List(msgspec.Struct, frozen=True, tag=True):
+    """-> pages of list[Entry], each a Reply with `more`, then a last empty page."""
+
+    path: bytes
+
+
+class ReadLink(msgspec.Struct, frozen=True, tag=True):
+    """-> bytes, the link's target."""
+
+    path: bytes
+
+
+class Fetch(msgspec.Struct, frozen=True, tag=True):
+    """Bring a range of one version into a cache file, at the same offset -> Fetched.
+
+    `offset` is a multiple of BLOCK_BYTES; the range ends at a block's end or at the file's.
+    `handle` identifies the reader's open file until `Release`. Raises Changed when the remote no
+    longer has that version.
+    """
+
+    path: bytes
+    version: bytes
+    offset: int
+    length: int
+    cache_file: str
+    handle: int
+
+
+class Release(msgspec.Struct, frozen=True, tag=True):
+    """The reader closed the file -> None."""
+
+    handle: int
+
+
+class Upload(msgspec.Struct, frozen=True, tag=True):
+    """Bring a file's content to the remote -> Entry as it is then.
+
+    `ranges` are (offset, length) pairs of what is dirty; where the remote has no partial writes
+    the cache file holds all of it. `base_size` is how much of the remote's old content is still
+    meant to be there: the remote cuts to it, then writes the ranges, then sets `size`. `sync`
+    asks for the remote's fsync.
+    """
+
+    path: bytes
+    cache_file: str
+    size: int
+    base_size: int
+    ranges: list[tuple[int, int]]
+    attributes: Attributes
+    mode: int
+    sync: bool = False
+
+
+class Create(msgspec.Struct, frozen=True, tag=True):
+    """Make an empty regular file that must not exist yet -> Entry."""
+
+    path: bytes
+    mode: int
+
+
+class MakeDirectory(msgspec.Struct, frozen=True, tag=True):
+    """-> Entry."""
+
+    path: bytes
+    mode: int
+
+
+class MakeSymlink(msgspec.Struct, frozen=True, tag=True):
+    """-> Entry."""
+
+    path: bytes
+    target: bytes
+
+
+class MakeLink(msgspec.Struct, frozen=True, tag=True):
+    """Give the file at `existing` a second name -> Entry of the new name."""
+
+    existing: bytes
+    path: bytes
+
+
+class Rename(msgspec.Struct, frozen=True, tag=True):
+    """Replaces what is at `target` (a file by a file, an empty directory by a directory) unless
+    `replace` is false -> None."""
+
+    path: bytes
+    target: bytes
+    replace: bool = True
+
+
+class Remove(msgspec.Struct, frozen=True, tag=True):
+    """Remove anything but a directory -> None."""
+
+    path: bytes
+
+
+class RemoveDirectory(msgspec.Struct, frozen=True, tag=True):
+    """Remove an empty directory -> None."""
+
+    path: bytes
+
+
+class SetAttributes(msgspec.Struct, frozen=True, tag=True):
+    """-> Entry."""
+
+    path: bytes
+    attributes: Attributes
+
+
+class Truncate(msgspec.Struct, frozen=True, tag=True):
+    """Cut or extend (with zeros) a file that nobody has open here -> Entry."""
+
+    path: bytes
+    size: int
+
+
+class GetDiskUsage(msgspec.Struct, frozen=True, tag=True):
+    """-> DiskUsage | None (None: this remote knows no limit)."""
+
+
+Request = (
+    Connect | Stat | StatOpen | List | ReadLink | Fetch | Release | Upload | Create | MakeDirectory
+    | MakeSymlink | MakeLink | Rename | Remove | RemoveDirectory | SetAttributes | Truncate
+    | GetDiskUsage
+)  # fmt: skip
+
+
+# --- frames ------------------------------------------------------------------------------------
+
+
+class Call(msgspec.Struct, frozen=True, tag="call"):
+    """Daemon -> transfer process."""
+
+    id: int
+    namespace: str
+    request: Request
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Daemon -> transfer process: nobody waits for this call any more."""
+
+    id: int
+
+
+class Answer(msgspec.Struct, frozen=True, tag="answer"):
+    """Daemon -> transfer process: what the user typed at a `Question`, None if nobody can."""
+
+    id: int
+    text: Secret | None
+
+
+class Reply(msgspec.Struct, frozen=True, tag="reply"):
+    """Transfer process -> daemon. `result` is decoded by the type that the request names."""
+
+    id: int
+    result: msgspec.Raw = msgspec.Raw(b"\xc0")
+    failure: Failure | None = None
+    more: bool = False
+
+
+class Advance(msgspec.Struct, frozen=True, tag="advance"):
+    """Transfer process -> daemon: a long call moves on."""
+
+    id: int
+    progress: Progress
+
+
+class Question(msgspec.Struct, frozen=True, tag="question"):
+    """Transfer process -> daemon: ask the user. `echo` is false for secrets."""
+
+    id: int
+    text: str
+    echo: bool
+
+
+ToTransfer = Call | Cancel | Answer
+FromTransfer = Reply | Advance | Question
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def frame(message: msgspec.Struct) -> bytes:
+    """One message, ready to be sent.
+
+    Raises ProtocolError when it is larger than MAX_FRAME_BYTES.
+    """
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ProtocolError(f"a message of {len(body)} bytes is larger than {MAX_FRAME_BYTES}")
+    return FRAME_HEADER.pack(len(body)) + body
+
+
+def pack(value: object) -> msgspec.Raw:
+    """A `Reply.result`."""
+    return msgspec.Raw(_encoder.encode(value))
