@@ -1,0 +1,138 @@
+"""Where the cache may be: on a local disk, writable, ours.
+
+On a cluster's login node the home directory is often NFS or Lustre. A cache there is as slow as
+what it caches, and SQLite's WAL needs shared memory that network filesystems don't have. A default
+that lies on one moves to a node-local place and says so; a place that the user named is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcfs import mountinfo, paths
+from hpcfs.errors import SetupError
+from hpcfs.mountinfo import Mounted
+
+NETWORK_KINDS = frozenset(
+    "nfs nfs4 lustre gpfs beegfs beegfs_nodev ceph panfs wekafs cifs smb3 smbfs afs 9p orangefs "
+    "pvfs2 glusterfs gfs2 ocfs2 ncpfs coda".split()
+)
+LOCAL_FUSE_KINDS = frozenset(["fuse.fuse-overlayfs"])
+"""The root of a rootless container: its bytes are on this node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where the caches of all mounts go; `note` tells the user of a choice made for them."""
+
+    directory: Path
+    note: str | None = None
+
+
+def network_kind(directory: Path, mounts: Sequence[Mounted]) -> str | None:
+    """The type of the network filesystem that holds this resolved path; None if it is local."""
+    found = mountinfo.containing(directory, mounts)
+    if found is None or found.kind in LOCAL_FUSE_KINDS:
+        return None
+    is_fuse = found.kind == "fuse" or found.kind.startswith("fuse.")
+    return found.kind if is_fuse or found.kind in NETWORK_KINDS else None
+
+
+def choose(
+    configured: Path | None, default: Path, local_places: Sequence[Path], mounts: Sequence[Mounted]
+) -> Location:
+    """Pure policy over resolved paths: `local_places` are tried in order.
+
+    Raises SetupError when the user's choice, or every place, is on a network filesystem.
+    """
+    better = next((place for place in local_places if not network_kind(place, mounts)), None)
+    wanted = configured or default
+    kind = network_kind(wanted, mounts)
+    if kind is None:
+        return Location(wanted)
+    if configured:
+        advice = f", such as {better}" if better else ""
+        raise SetupError(
+            f"the cache directory {configured} is on a network filesystem ({kind}), where a cache "
+            f"is slow and its index can't work: set cache_dir to a place on a local disk{advice}"
+        )
+    if better is None:
+        raise SetupError(
+            f"the cache directory {default} is on a network filesystem ({kind}) and no local disk "
+            "was found: set cache_dir to a directory on one"
+        )
+    return Location(
+        better,
+        f"the cache is in {better}, because {default} is on a network filesystem ({kind}); "
+        "set cache_dir to choose another local disk",
+    )
+
+
+def locate(configured: Path | None, environ: Mapping[str, str] = os.environ) -> Location:
+    """`choose` for this machine. Looks, but makes nothing."""
+    default = paths.default_cache_dir(environ)
+    return choose(
+        Path(os.path.realpath(configured)) if configured else None,
+        Path(os.path.realpath(default)),
+        local_places(environ),
+        mountinfo.read(),
+    )
+
+
+def local_places(environ: Mapping[str, str]) -> list[Path]:
+    """Places on a node's own disks, by the habits of clusters; only those that we can write to.
+
+    /tmp comes late: it is small or in memory on many nodes. All but $TMPDIR are shared by users.
+    """
+    own = f"hpcfs-{os.getuid()}"
+    candidates = [Path(place) / own for place in ("/scratch", "/var/tmp")]  # noqa: S108
+    candidates.append(paths.shared_tmp_dir() / "cache")
+    temporary = Path(environ.get("TMPDIR") or "")
+    if temporary.is_absolute():
+        candidates.insert(0, temporary / own)
+    return [
+        Path(os.path.realpath(place.parent)) / place.name
+        for place in candidates
+        if os.access(_nearest(place), os.W_OK | os.X_OK)
+    ]
+
+
+def check(directory: Path) -> None:
+    """Raises SetupError when no cache can be made there. Makes nothing."""
+    existing = _nearest(directory)
+    if not existing.is_dir():
+        raise SetupError(f"the cache directory {directory} can't be: {existing} is no directory")
+    if existing == directory and existing.stat().st_uid != os.getuid():
+        raise SetupError(
+            f"the cache directory {directory} belongs to user {existing.stat().st_uid}: "
+            "set cache_dir to a directory of your own"
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise SetupError(
+            f"the cache directory {directory} can't be used: you may not write to {existing}; "
+            "set cache_dir to a directory of your own"
+        )
+    if os.statvfs(existing).f_flag & os.ST_RDONLY:
+        raise SetupError(
+            f"the cache directory {directory} is on a filesystem mounted read-only: "
+            "set cache_dir to a directory on another disk"
+        )
+
+
+def prepare(location: Location, mountpoint: Path) -> Path:
+    """Make the directory of one mount's cache. Raises SetupError when it can't be made."""
+    directory = location.directory
+    check(directory)
+    if directory.parent == paths.shared_tmp_dir():
+        paths.make_private(directory.parent)
+    if not directory.exists():  # the mode of one that the user made is the user's
+        paths.make_private(directory)
+    return paths.make_private(directory / paths.mount_id(mountpoint))
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself, or its closest parent that exists."""
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))

@@ -1,0 +1,145 @@
+"""The answering side of the control socket, in the mount daemon (see control.py for what is said).
+
+Answers only the user who mounted, and root. Whatever a client sends, or fails to send, ends that
+client's connection and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import trio
+
+from hpcfs import paths
+from hpcfs.control import MAX_REQUEST_BYTES, MountStatus, NotRunning, Reply, Request, open_wait
+from hpcfs.errors import SetupError
+
+REQUEST_SECONDS = 10.0
+PEER_CREDENTIALS = struct.Struct("3i")
+
+logger = logging.getLogger(__name__)
+
+_held_until_exit: set[int] = set()
+"""Descriptors of waiting clients. `serve` may end while the daemon still tidies up, so these are
+left for the kernel to close when the process has ended: only then does the client see the end."""
+
+
+async def serve(
+    path: Path,
+    status: Callable[[], MountStatus],
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer at this path until cancelled. Raises SetupError when it can't listen there."""
+    listener = _listen(path)
+    try:
+        task_status.started()
+        await trio.serve_listeners(partial(_answer, status), [listener])
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _listen(path: Path) -> trio.SocketListener:
+    paths.make_private(path.parent)
+    _remove_stale(path)
+    bound = trio.socket.from_stdlib_socket(_bind(path))
+    return trio.SocketListener(bound)
+
+
+def _bind(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(16)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise SetupError(f"cannot listen at {path}: {error.strerror or error}") from error
+    return listener
+
+
+def _remove_stale(path: Path) -> None:
+    """A daemon that was killed left its socket file. Raises SetupError if one still answers."""
+    if not path.is_socket():
+        return
+    try:
+        open_wait(path, timeout=1.0).close()
+    except NotRunning:
+        path.unlink(missing_ok=True)
+    except SetupError as error:
+        raise SetupError(f"{path} is held by a daemon that does not answer: end it") from error
+    else:
+        raise SetupError(f"another hpcfs daemon already answers at {path}")
+
+
+async def _answer(status: Callable[[], MountStatus], stream: trio.SocketStream) -> None:
+    async with stream:
+        if _peer_uid(stream) not in (0, os.getuid()):
+            logger.warning("refused a control request by user %d", _peer_uid(stream))
+            return
+        with trio.move_on_after(REQUEST_SECONDS), suppress(trio.BrokenResourceError):
+            line = await _read_line(stream)
+            if line is None:
+                return
+            request = _parse(line)
+            reply = _reply(request, status)
+            await stream.send_all(msgspec.json.encode(reply) + b"\n")
+            if request is None or request.command != "wait":
+                return
+        await _hold(stream)
+
+
+def _parse(line: bytes) -> Request | None:
+    try:
+        return msgspec.json.decode(line, type=Request)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+
+
+def _reply(request: Request | None, status: Callable[[], MountStatus]) -> Reply:
+    if request is None:
+        return Reply(error='a request is one line of JSON: {"command": "status"} or "wait"')
+    if request.command == "wait":
+        return Reply()
+    try:
+        return Reply(status=status())
+    except Exception:  # a status that can't be told must not end the mount
+        logger.exception("could not put the status together")
+        return Reply(error="it could not put its status together; its log says why")
+
+
+async def _read_line(stream: trio.SocketStream) -> bytes | None:
+    """None when the client ends, or sends more than any request needs, before the line's end."""
+    received = bytearray()
+    while b"\n" not in received:
+        chunk = await stream.receive_some(MAX_REQUEST_BYTES)
+        if not chunk or len(received) > MAX_REQUEST_BYTES:
+            return None
+        received += chunk
+    return bytes(received.partition(b"\n")[0])
+
+
+async def _hold(stream: trio.SocketStream) -> None:
+    """Until the client leaves. If we are cancelled first, the duplicate stays open: see above."""
+    duplicate = os.dup(stream.socket.fileno())
+    _held_until_exit.add(duplicate)
+    with suppress(trio.BrokenResourceError):
+        while await stream.receive_some(MAX_REQUEST_BYTES):
+            pass
+    _held_until_exit.discard(duplicate)
+    os.close(duplicate)
+
+
+def _peer_uid(stream: trio.SocketStream) -> int:
+    credentials = stream.socket.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size
+    )
+    return int(PEER_CREDENTIALS.unpack(credentials)[1])

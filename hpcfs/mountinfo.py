@@ -1,0 +1,64 @@
+"""Reads /proc/self/mountinfo (proc(5)): which filesystem is mounted where.
+
+Asking the kernel's table never blocks, whereas stat(2) on a hung mount does: every question about
+a mount point that this table answers is asked here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HPCFS_TYPE = "fuse.hpcfs"
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """One line of the table. `user_id` is who mounted it, for FUSE only."""
+
+    mountpoint: Path
+    kind: str
+    source: str
+    user_id: int | None = None
+
+
+def read() -> list[Mounted]:
+    """The mounts of this process's namespace, in the order in which they were made."""
+    return parse(Path("/proc/self/mountinfo").read_bytes())
+
+
+def parse(table: bytes) -> list[Mounted]:
+    return [_parse_line(line) for line in table.splitlines() if b" - " in line]
+
+
+def at(mountpoint: Path, mounts: Sequence[Mounted]) -> Mounted | None:
+    """What is mounted exactly there: the last one made, which hides those below it."""
+    return next((found for found in reversed(mounts) if found.mountpoint == mountpoint), None)
+
+
+def containing(path: Path, mounts: Sequence[Mounted]) -> Mounted | None:
+    """The mount that an absolute path without symbolic links lies in."""
+    around = [path, *path.parents]
+    inside = [found for found in mounts if found.mountpoint in around]
+    deepest = max((len(found.mountpoint.parts) for found in inside), default=0)
+    return next((m for m in reversed(inside) if len(m.mountpoint.parts) == deepest), None)
+
+
+def _parse_line(line: bytes) -> Mounted:
+    left, _, right = line.partition(b" - ")
+    kind, source, options = (right.split(b" ") + [b"", b"", b""])[:3]
+    user = re.search(rb"(?:^|,)user_id=(\d+)", options)
+    return Mounted(
+        mountpoint=Path(_unescape(left.split(b" ")[4])),
+        kind=_unescape(kind),
+        source=_unescape(source),
+        user_id=int(user[1]) if user else None,
+    )
+
+
+def _unescape(field: bytes) -> str:
+    """Space, tab, newline and backslash are written as three octal digits."""
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), field))

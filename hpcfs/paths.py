@@ -1,0 +1,120 @@
+"""Where hpcfs keeps its files: the XDG base directories, and what belongs to one mount.
+
+Everything is made for the user alone (0700). A directory in /tmp, whose name anybody can guess,
+is used only if it is ours and no symbolic link. Two mounts share no file: each one's names carry
+its `mount_id`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from hpcfs.errors import SetupError
+
+MAX_SOCKET_PATH_BYTES = 107
+"""sun_path has 108 bytes, the last one NUL (unix(7))."""
+
+
+def config_file(environ: Mapping[str, str] = os.environ) -> Path:
+    return _base("XDG_CONFIG_HOME", ".config", environ) / "hpcfs" / "config.toml"
+
+
+def state_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Holds the logs."""
+    return _base("XDG_STATE_HOME", ".local/state", environ) / "hpcfs"
+
+
+def default_cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    return _base("XDG_CACHE_HOME", ".cache", environ) / "hpcfs"
+
+
+def home(environ: Mapping[str, str] = os.environ) -> Path:
+    return Path(environ.get("HOME") or os.path.expanduser("~"))
+
+
+def shared_tmp_dir() -> Path:
+    """The place in /tmp for users without a runtime directory or a usable home."""
+    return Path(f"/tmp/hpcfs-{os.getuid()}")  # noqa: S108 - make_private refuses a foreign one
+
+
+def runtime_dirs(environ: Mapping[str, str] = os.environ) -> list[Path]:
+    """Where sockets may be, the preferred place first.
+
+    Both are searched, since the shell that asks need not be the one that mounted: cron and sudo
+    give no XDG_RUNTIME_DIR, or another user's.
+    """
+    places = [shared_tmp_dir()]
+    given = Path(environ.get("XDG_RUNTIME_DIR") or "")
+    if given.is_absolute() and given.is_dir() and given.stat().st_uid == os.getuid():
+        places.insert(0, given / "hpcfs")
+    return places
+
+
+def mount_id(mountpoint: Path) -> str:
+    """A readable and unique file name for a mount: the mount point's name and a hash of all."""
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", mountpoint.name)[:32].strip(".") or "root"
+    return f"{readable}-{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:10]}"
+
+
+def socket_path(mountpoint: Path, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where a new daemon listens."""
+    name = f"{mount_id(mountpoint)}.sock"
+    places = [place / name for place in runtime_dirs(environ)]
+    short = [path for path in places if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES]
+    return short[0]
+
+
+def find_socket(mountpoint: Path, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the daemon of this mount listens, or would."""
+    name = f"{mount_id(mountpoint)}.sock"
+    places = [place / name for place in runtime_dirs(environ)]
+    return next((path for path in places if path.is_socket()), places[0])
+
+
+def log_file(mountpoint: Path, environ: Mapping[str, str] = os.environ) -> Path:
+    return state_dir(environ) / f"{mount_id(mountpoint)}.log"
+
+
+def absolute_mountpoint(text: str | Path) -> Path:
+    """`text` as an absolute path whose parent has no symbolic links.
+
+    The last component is left alone: looking at it could block on a hung mount.
+    """
+    path = Path(os.path.abspath(os.path.expanduser(text)))
+    return Path(os.path.realpath(path.parent)) / path.name
+
+
+def make_private(directory: Path) -> Path:
+    """Make a directory that only this user can enter, or tighten the one that is there.
+
+    Raises SetupError when it is a symbolic link, someone else's, or can't be made.
+    """
+    try:
+        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        found = directory.lstat()
+    except FileExistsError:
+        raise SetupError(f"{directory} is in the way: it must be a directory") from None
+    except OSError as error:
+        raise SetupError(f"cannot make the directory {directory}: {error.strerror}") from error
+    if not stat.S_ISDIR(found.st_mode):
+        raise SetupError(f"{directory} must be a directory of yours, not a symbolic link: remove it")
+    if found.st_uid != os.getuid():
+        raise SetupError(
+            f"{directory} belongs to user {found.st_uid}, so it can't be trusted: remove it, "
+            "or set XDG_RUNTIME_DIR and XDG_CACHE_HOME to places of your own"
+        )
+    if stat.S_IMODE(found.st_mode) != 0o700:
+        directory.chmod(0o700)
+    return directory
+
+
+def _base(variable: str, fallback: str, environ: Mapping[str, str]) -> Path:
+    """The XDG specification says that relative paths are invalid and are to be ignored."""
+    given = Path(environ.get(variable) or "")
+    return given if given.is_absolute() else home(environ) / fallback

@@ -1,0 +1,60 @@
+"""The little that set-up needs of ~/.ssh/config: which aliases it names.
+
+Connecting reads the file with asyncssh (remotes/ssh.py), which knows all its options; here only
+`Host` lines count, to tell an alias from an rclone remote and to offer hosts to `hpcfs init`.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from hpcfs import paths
+
+MAX_INCLUDE_DEPTH = 16
+"""OpenSSH's own limit."""
+
+
+def default_file() -> Path:
+    return paths.home() / ".ssh" / "config"
+
+
+def aliases(file: Path | None = None) -> list[str]:
+    """Names of `Host` lines without wildcards, in order; none if the file can't be read."""
+    found = dict.fromkeys(_aliases(file or default_file(), MAX_INCLUDE_DEPTH))
+    return [name for name in found if not any(mark in name for mark in "*?!")]
+
+
+def _aliases(file: Path, depth: int) -> Iterator[str]:
+    for keyword, arguments in _lines(file):
+        if keyword == "host":
+            yield from arguments
+        elif keyword == "include" and depth > 0:
+            for pattern in arguments:
+                for included in sorted(glob.glob(_include_path(pattern))):
+                    yield from _aliases(Path(included), depth - 1)
+
+
+def _include_path(pattern: str) -> str:
+    return os.path.join(default_file().parent, os.path.expanduser(pattern))
+
+
+def _lines(file: Path) -> Iterator[tuple[str, list[str]]]:
+    try:
+        text = file.read_text(errors="replace")
+    except OSError:  # no such file: no aliases; connecting reports one that can't be read
+        return
+    for line in text.splitlines():
+        keyword, _, rest = line.strip().replace("=", " ", 1).partition(" ")
+        if keyword and not keyword.startswith("#"):
+            yield keyword.lower(), _split(rest)
+
+
+def _split(arguments: str) -> list[str]:
+    try:
+        return shlex.split(arguments, comments=True)
+    except ValueError:  # an unbalanced quote: ssh will complain, we only list names
+        return []

@@ -1,0 +1,209 @@
+"""Names of remotes on the command line: what a URL means, and how a namespace is shown.
+
+    [user@]host:path            scp's form; a relative path, or none, starts at the remote home
+    sftp://[user@]host[:port]/path   as curl and rclone: /path is absolute, /~/path below the home
+    s3://bucket/prefix?endpoint_url=...&region=...&profile=...
+    REMOTE:path                 a remote of rclone.conf
+
+A URL with a password is refused, and never repeated in the refusal: it would end up in the shell's
+history, in `ps` and in logs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from urllib.parse import parse_qsl, quote, unquote
+
+from hpcfs.errors import SetupError
+from hpcfs.rclone_conf import RcloneRemote
+from hpcfs.transfer.messages import S3Root, S3Site, SftpRoot, SshSite
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,255}")
+FORMS = "[user@]host:path, sftp://host/path, s3://bucket/prefix or an rclone REMOTE:path"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_SCP = re.compile(
+    r"(?:(?P<user>[^@:/\s]+)@)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^@:/\s\[\]]+):(?P<path>.*)", re.DOTALL
+)
+_AUTHORITY = re.compile(
+    r"(?:(?P<user>[^@:]+)@)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^@:\s\[\]]+)(?::(?P<port>\d{1,5}))?"
+)
+_S3_OPTIONS = ("endpoint_url", "region", "profile", "read_only")
+_SECRET_WORD = re.compile(r"passw|secret|access_?key|token|credential", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a URL names. `notes` are for the user."""
+
+    site: SshSite | S3Site
+    root: SftpRoot | S3Root
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What else gives a meaning to the name before the colon. `remotes` is asked only if needed,
+    since rclone.conf may be one that can't be read."""
+
+    ssh_aliases: Collection[str] = ()
+    remotes: Callable[[], Mapping[str, RcloneRemote]] = dict
+    connect_timeout: float = 10.0
+
+
+def looks_like_url(text: str) -> bool:
+    """scp's rule: a colon before any slash makes it remote."""
+    return ":" in text.partition("/")[0]
+
+
+def is_valid_name(name: str) -> bool:
+    """Whether a namespace may have it: a directory's name that needs no quoting anywhere."""
+    return bool(NAME.fullmatch(name)) and name not in (".", "..")
+
+
+def parse(text: str, around: Surroundings, *, read_only: bool = False) -> Target:
+    """Raises SetupError when it is no URL that can be mounted."""
+    _refuse_password(text)
+    if match := _SCHEME.fullmatch(text):
+        scheme, rest = match[1].lower(), match[2]
+        if scheme == "sftp":
+            return _parse_sftp(rest, around, read_only=read_only)
+        if scheme == "s3":
+            return _parse_s3(rest, around, read_only=read_only)
+        raise SetupError(f"hpcfs can't mount {scheme}:// URLs: use {FORMS}")
+    return _parse_scp(text, around, read_only=read_only)
+
+
+def home_path(path: str) -> str:
+    """An SFTP path in the form that `SftpRoot` wants: "~", relative to the home, or absolute."""
+    if path in ("", ".", "~", "~/"):
+        return "~"
+    if path.startswith("~/"):
+        return path[2:].lstrip("/") or "~"
+    if path.startswith("~"):
+        user = path.partition("/")[0]
+        raise SetupError(f"{user} is another user's home: name its absolute path instead")
+    return path
+
+
+def show(site: SshSite | S3Site, root: SftpRoot | S3Root) -> str:
+    """The namespace as a URL without secrets, which `parse` reads back."""
+    if isinstance(site, SshSite):
+        assert isinstance(root, SftpRoot)
+        host = f"[{site.host}]" if ":" in site.host else site.host
+        user = f"{quote(site.user)}@" if site.user else ""
+        port = f":{site.port}" if site.port else ""
+        return f"sftp://{user}{host}{port}{_show_path(root.path)}"
+    assert isinstance(root, S3Root)
+    options = {"endpoint_url": site.endpoint_url, "region": site.region, "profile": site.profile}
+    query = "&".join(f"{key}={quote(v, safe=':/')}" for key, v in options.items() if v)
+    return f"s3://{root.bucket}/{root.prefix}" + (f"?{query}" if query else "")
+
+
+def _show_path(path: str) -> str:
+    if path == "~":
+        return "/~"
+    escaped = re.sub(r"[\s%?#\x00-\x1f\x7f]", lambda found: quote(found[0]), path)
+    return escaped if path.startswith("/") else f"/~/{escaped}"
+
+
+def _parse_scp(text: str, around: Surroundings, *, read_only: bool) -> Target:
+    name, colon, path = text.partition(":")
+    if colon and "/" not in name and name not in around.ssh_aliases:
+        remote = around.remotes().get(name)
+        if remote is not None:
+            site = remote.site(around.connect_timeout)
+            shown_path = home_path(path) if remote.kind == "sftp" else path
+            return Target(site, remote.root(shown_path, read_only=read_only), remote.notes())
+    match = _SCP.fullmatch(text)
+    if match is None:
+        raise SetupError(f"{_without_secrets(text)!r} is no URL that hpcfs knows: use {FORMS}")
+    site = SshSite(
+        host=match["host"].strip("[]"), user=match["user"], connect_timeout=around.connect_timeout
+    )
+    _check_host(site.host)
+    return Target(site, SftpRoot(home_path(match["path"]), read_only))
+
+
+def _parse_sftp(rest: str, around: Surroundings, *, read_only: bool) -> Target:
+    authority, slash, path = rest.partition("/")
+    match = _AUTHORITY.fullmatch(authority)
+    if match is None:
+        raise SetupError(
+            f"sftp://{_without_secrets(rest)} names no host: the form is "
+            "sftp://[user@]host[:port]/path"
+        )
+    port = int(match["port"]) if match["port"] else None
+    if port is not None and not 0 < port < 65536:
+        raise SetupError(f"{port} is no port: ports are 1 to 65535")
+    site = SshSite(
+        host=match["host"].strip("[]"),
+        user=unquote(match["user"]) if match["user"] else None,
+        port=port,
+        connect_timeout=around.connect_timeout,
+    )
+    _check_host(site.host)
+    absolute = slash + unquote(path)
+    in_home = absolute in ("", "/~") or absolute.startswith("/~/")
+    return Target(site, SftpRoot(home_path(absolute[1:]) if in_home else absolute, read_only))
+
+
+def _parse_s3(rest: str, around: Surroundings, *, read_only: bool) -> Target:
+    place, _, query = rest.partition("?")
+    bucket, _, prefix = place.partition("/")
+    if not bucket:
+        raise SetupError("name a bucket: s3://BUCKET/PREFIX")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    for key in options:
+        if key not in _S3_OPTIONS:
+            nearest = difflib.get_close_matches(key, _S3_OPTIONS, 1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(_S3_OPTIONS)}"
+            raise SetupError(f"an s3:// URL has no option {key!r}: {hint}")
+    endpoint = options.get("endpoint_url") or None
+    if endpoint:
+        check_endpoint(endpoint)
+    site = S3Site(
+        endpoint_url=endpoint,
+        region=options.get("region") or None,
+        profile=options.get("profile") or None,
+        connect_timeout=around.connect_timeout,
+    )
+    is_read_only = read_only or options.get("read_only", "").lower() in ("1", "true", "yes")
+    return Target(site, S3Root(bucket, prefix.strip("/"), is_read_only))
+
+
+def check_endpoint(url: str) -> None:
+    """Raises SetupError unless it is an http or https URL without a password."""
+    _refuse_password(url)
+    if not re.fullmatch(r"https?://[^/\s?#]+/?[^\s?#]*", url):
+        raise SetupError(f"endpoint_url must be like https://storage.example.org, not {url!r}")
+
+
+def _check_host(host: str) -> None:
+    if host.startswith("-"):
+        raise SetupError(f"{host!r} is no host name")
+
+
+def _refuse_password(text: str) -> None:
+    """Raises SetupError without repeating any of the URL."""
+    scheme = _SCHEME.fullmatch(text)
+    if scheme:
+        place, _, query = scheme[2].partition("?")
+        user_info = place.partition("/")[0].rpartition("@")[0]
+        has_secret = ":" in user_info or (scheme[1].lower() == "s3" and bool(user_info))
+        keys = (key for key, _ in parse_qsl(query, keep_blank_values=True))
+        has_secret = has_secret or any(_SECRET_WORD.search(key) for key in keys)
+    else:
+        has_secret = bool(re.match(r"[^/:@\[\]]+:[^/@]*@[^/:@]+:", text))
+    if has_secret:
+        raise SetupError(
+            "this URL holds a password or a key, which does not belong there: SSH logs in by key, "
+            "agent or a prompt; S3 credentials come from the AWS chain (environment, ~/.aws)"
+        )
+
+
+def _without_secrets(text: str) -> str:
+    """What may be repeated of a text that is no URL: anything before an @ may be a password."""
+    return re.sub(r"^.*@", "…@", text, flags=re.DOTALL)
