@@ -99,11 +99,12 @@ def open_wait(path: Path, timeout: float = ANSWER_SECONDS) -> socket.socket:
     connection = _connect(path, timeout)
     try:
         reply = _ask(connection, Request("wait"), timeout)
-        if reply.error is not None:
-            raise NotAnswering(f"the daemon refused to answer: {reply.error}")
     except BaseException:
         connection.close()
         raise
+    if reply.error is not None:
+        connection.close()
+        raise NotAnswering(f"the daemon refused to answer: {reply.error}")
     return connection
 
 

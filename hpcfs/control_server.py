@@ -43,7 +43,11 @@ async def serve(
         task_status.started()
         await trio.serve_listeners(partial(_answer, status), [listener])
     finally:
-        path.unlink(missing_ok=True)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
 
 
 def _listen(path: Path) -> trio.SocketListener:

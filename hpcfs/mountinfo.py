@@ -49,7 +49,7 @@ def containing(path: Path, mounts: Sequence[Mounted]) -> Mounted | None:
 
 def _parse_line(line: bytes) -> Mounted:
     left, _, right = line.partition(b" - ")
-    kind, source, options = (right.split(b" ") + [b"", b"", b""])[:3]
+    kind, source, options = [*right.split(b" "), b"", b"", b""][:3]
     user = re.search(rb"(?:^|,)user_id=(\d+)", options)
     return Mounted(
         mountpoint=Path(_unescape(left.split(b" ")[4])),

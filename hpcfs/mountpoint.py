@@ -167,7 +167,9 @@ def _check_directory(mountpoint: Path) -> None:
     try:
         found = mountpoint.stat()
     except FileNotFoundError:
-        raise SetupError(f"{mountpoint} does not exist: make it with 'mkdir -p {mountpoint}'") from None
+        raise SetupError(
+            f"{mountpoint} does not exist: make it with 'mkdir -p {mountpoint}'"
+        ) from None
     except OSError as error:
         raise SetupError(f"{mountpoint} can't be looked at: {error.strerror}") from error
     if not stat.S_ISDIR(found.st_mode):

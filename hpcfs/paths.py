@@ -103,7 +103,9 @@ def make_private(directory: Path) -> Path:
     except OSError as error:
         raise SetupError(f"cannot make the directory {directory}: {error.strerror}") from error
     if not stat.S_ISDIR(found.st_mode):
-        raise SetupError(f"{directory} must be a directory of yours, not a symbolic link: remove it")
+        raise SetupError(
+            f"{directory} must be a directory of yours, not a symbolic link: remove it"
+        )
     if found.st_uid != os.getuid():
         raise SetupError(
             f"{directory} belongs to user {found.st_uid}, so it can't be trusted: remove it, "

@@ -146,5 +146,7 @@ def parse(text: str, file: Path) -> dict[str, RcloneRemote]:
         line = getattr(error, "lineno", None)
         where = f"{file}:{line}" if line else str(file)
         raise SetupError(f"{where}: this is not the form of an rclone.conf") from None
-    remotes = (RcloneRemote(n, parser[n].get("type", ""), dict(parser[n]), file) for n in parser if n)
+    remotes = (
+        RcloneRemote(n, parser[n].get("type", ""), dict(parser[n]), file) for n in parser if n
+    )
     return {remote.name: remote for remote in remotes}

@@ -25,7 +25,8 @@ NAME = re.compile(r"[A-Za-z0-9._-]{1,255}")
 FORMS = "[user@]host:path, sftp://host/path, s3://bucket/prefix or an rclone REMOTE:path"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _SCP = re.compile(
-    r"(?:(?P<user>[^@:/\s]+)@)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^@:/\s\[\]]+):(?P<path>.*)", re.DOTALL
+    r"(?:(?P<user>[^@:/\s]+)@)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^@:/\s\[\]]+):(?P<path>.*)",
+    re.DOTALL,
 )
 _AUTHORITY = re.compile(
     r"(?:(?P<user>[^@:]+)@)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^@:\s\[\]]+)(?::(?P<port>\d{1,5}))?"
@@ -81,7 +82,8 @@ def home_path(path: str) -> str:
     if path in ("", ".", "~", "~/"):
         return "~"
     if path.startswith("~/"):
-        return path[2:].lstrip("/") or "~"
+        below = path[2:].lstrip("/") or "~"
+        return f"./{below}" if below.startswith("~") and path.strip("~/") else below
     if path.startswith("~"):
         user = path.partition("/")[0]
         raise SetupError(f"{user} is another user's home: name its absolute path instead")
@@ -106,7 +108,9 @@ def _show_path(path: str) -> str:
     if path == "~":
         return "/~"
     escaped = re.sub(r"[\s%?#\x00-\x1f\x7f]", lambda found: quote(found[0]), path)
-    return escaped if path.startswith("/") else f"/~/{escaped}"
+    if not path.startswith("/"):
+        return f"/~/{escaped}"
+    return f"/%7E{escaped[2:]}" if escaped.startswith("/~") else escaped
 
 
 def _parse_scp(text: str, around: Surroundings, *, read_only: bool) -> Target:
@@ -145,9 +149,9 @@ def _parse_sftp(rest: str, around: Surroundings, *, read_only: bool) -> Target:
         connect_timeout=around.connect_timeout,
     )
     _check_host(site.host)
-    absolute = slash + unquote(path)
-    in_home = absolute in ("", "/~") or absolute.startswith("/~/")
-    return Target(site, SftpRoot(home_path(absolute[1:]) if in_home else absolute, read_only))
+    in_home = path == "~" or path.startswith("~/") or not slash  # before %7E becomes a ~
+    shown = home_path(unquote(path)) if in_home else "/" + unquote(path)
+    return Target(site, SftpRoot(shown, read_only))
 
 
 def _parse_s3(rest: str, around: Surroundings, *, read_only: bool) -> Target:
@@ -159,7 +163,9 @@ def _parse_s3(rest: str, around: Surroundings, *, read_only: bool) -> Target:
     for key in options:
         if key not in _S3_OPTIONS:
             nearest = difflib.get_close_matches(key, _S3_OPTIONS, 1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(_S3_OPTIONS)}"
+            hint = (
+                f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(_S3_OPTIONS)}"
+            )
             raise SetupError(f"an s3:// URL has no option {key!r}: {hint}")
     endpoint = options.get("endpoint_url") or None
     if endpoint:

@@ -1,0 +1,309 @@
+"""The configuration: a TOML file, or URLs of the command line, to frozen values.
+
+Owns what keys there are and what they mean (docs/configuration.md lists them). Every mistake is an
+error that names file, line and the nearest valid key: a key that is silently ignored would let a
+user believe in a setting that isn't there. Credentials are refused: they have better places.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NoReturn, TypeVar, overload
+
+from hpcfs import config_values as values
+from hpcfs import paths, rclone_conf, ssh_config, urls
+from hpcfs.errors import SetupError
+from hpcfs.toml_lines import KeyPath, find_lines
+from hpcfs.transfer.messages import S3Root, S3Site, SftpRoot, SshSite
+
+DEFAULT_CACHE_SIZE = 20 * 1024**3
+DEFAULT_CONNECT_TIMEOUT = 10.0
+
+TOP_KEYS = ("mountpoint", "cache_dir", "cache_size", "log_level", "namespaces")
+COMMON_KEYS = ("type", "read_only", "connect_timeout")
+SFTP_KEYS = (*COMMON_KEYS, "host", "path", "user", "port", "identity_file", "ssh_config")
+S3_KEYS = (*COMMON_KEYS, "bucket", "prefix", "endpoint_url", "region", "profile")
+CREDENTIAL_KEYS = re.compile(
+    r"pass(word|phrase|wd)?|pwd|(.*_)?secret(_.*)?|(.*_)?access_key(_.*)?|(.*_)?token|credentials?|key",
+    re.IGNORECASE,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """One top-level directory of the mount. `url` is for display and holds no secret."""
+
+    name: str
+    site: SshSite | S3Site
+    root: SftpRoot | S3Root
+    url: str
+
+    @property
+    def read_only(self) -> bool:
+        return self.root.read_only
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What the user asked for. `notes` are things to tell the user once."""
+
+    namespaces: dict[str, Namespace]
+    root_namespace: str | None = None
+    mountpoint: Path | None = None
+    cache_dir: Path | None = None
+    cache_size: int = DEFAULT_CACHE_SIZE
+    log_level: str = "INFO"
+    notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What one daemon is built from. `cache_dir` is this mount's own directory. With
+    `root_namespace` that remote is the root of the mount itself, as with sshfs."""
+
+    mountpoint: Path
+    cache_dir: Path
+    cache_size: int
+    namespaces: dict[str, Namespace]
+    root_namespace: str | None
+    log_file: Path
+    socket: Path
+    log_level: str = "INFO"
+
+
+def settings(config: Config, mountpoint: Path, cache_dir: Path) -> Settings:
+    """Join the user's wishes with this mount's own places."""
+    return Settings(
+        mountpoint=mountpoint,
+        cache_dir=cache_dir,
+        cache_size=config.cache_size,
+        namespaces=config.namespaces,
+        root_namespace=config.root_namespace,
+        log_file=paths.log_file(mountpoint),
+        socket=paths.socket_path(mountpoint),
+        log_level=config.log_level,
+    )
+
+
+def load(file: Path | None, named_urls: Sequence[tuple[str | None, str]] = ()) -> Config:
+    """The configuration in that file, or in the default one, with the URLs' namespaces instead of
+    the file's if there are URLs.
+
+    Raises SetupError for any mistake, and when nothing says what to mount.
+    """
+    chosen = file or paths.config_file()
+    if file is None and not chosen.exists():
+        if not named_urls:
+            raise SetupError(
+                f"nothing says what to mount: write {chosen} with 'hpcfs init', "
+                "or name a remote, as in 'hpcfs mount login3:data ~/mnt'"
+            )
+        base = Config({})
+    else:
+        base = parse(read(chosen), chosen, needs_namespaces=not named_urls)
+    return with_urls(base, named_urls) if named_urls else base
+
+
+def read(file: Path) -> str:
+    try:
+        raw = file.read_bytes()
+    except FileNotFoundError:
+        raise SetupError(f"there is no configuration file {file}") from None
+    except OSError as error:
+        raise SetupError(f"{file} can't be read: {error.strerror}") from error
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise SetupError(f"{file}:{line}: this is not UTF-8, as TOML must be") from None
+
+
+def with_urls(base: Config, named_urls: Sequence[tuple[str | None, str]]) -> Config:
+    """Raises SetupError for a URL that can't be mounted, or for two remotes of one name."""
+    is_root = [name is None for name, _ in named_urls]
+    if any(is_root) and len(named_urls) > 1:
+        raise SetupError("with several remotes each needs a name: NAME=URL NAME=URL")
+    around = urls.Surroundings(ssh_config.aliases(), rclone_conf.load, DEFAULT_CONNECT_TIMEOUT)
+    found: dict[str, Namespace] = {}
+    notes: list[str] = []
+    for name, url in named_urls:
+        target = urls.parse(url, around)
+        key = name or _name_of(target.site, target.root)
+        if key in found:
+            raise SetupError(f"two remotes are named {key!r}: give each its own name")
+        found[key] = Namespace(key, target.site, target.root, urls.show(target.site, target.root))
+        notes += target.notes
+    return replace(
+        base,
+        namespaces=found,
+        root_namespace=next(iter(found)) if any(is_root) else None,
+        notes=(*base.notes, *notes),
+    )
+
+
+def read_only(config: Config) -> Config:
+    """The same, with every namespace read-only."""
+    return replace(
+        config,
+        namespaces={
+            name: replace(found, root=_read_only_root(found.root))
+            for name, found in config.namespaces.items()
+        },
+    )
+
+
+def parse(text: str, file: Path, *, needs_namespaces: bool = True) -> Config:
+    """Raises SetupError with file and line for the first mistake."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SetupError(_syntax_error(str(error), text, file)) from None
+    top = _Table(document, (), file, find_lines(text))
+    top.refuse_unknown(TOP_KEYS)
+    namespaces = top.get("namespaces", values.table, None) or {}
+    if needs_namespaces and not namespaces:
+        raise SetupError(
+            f"{file}: no namespace says what to mount: add a [namespaces.NAME] table, "
+            "or start with 'hpcfs init --force'"
+        )
+    return Config(
+        namespaces={name: _namespace(top.below("namespaces", name)) for name in namespaces},
+        mountpoint=top.get("mountpoint", values.local_path, None),
+        cache_dir=top.get("cache_dir", values.local_path, None),
+        cache_size=top.get("cache_size", values.cache_size, DEFAULT_CACHE_SIZE),
+        log_level=top.get("log_level", values.log_level, "INFO"),
+    )
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """One table of the document, which knows its place in the file."""
+
+    entries: dict[str, object]
+    path: KeyPath
+    file: Path
+    lines: dict[KeyPath, int]
+
+    @overload
+    def get(self, key: str, reader: Callable[[object], T], default: None) -> T | None: ...
+
+    @overload
+    def get(self, key: str, reader: Callable[[object], T], default: T) -> T: ...
+
+    def get(self, key: str, reader: Callable[[object], T], default: T | None) -> T | None:
+        """The value as `reader` understands it. Its BadValues become the user's errors."""
+        if key not in self.entries:
+            return default
+        return self._read(key, reader)
+
+    def require(self, key: str, reader: Callable[[object], T], example: str) -> T:
+        if key not in self.entries:
+            self.fail(None, f"{key} is missing: add a line such as {key} = {example}")
+        return self._read(key, reader)
+
+    def below(self, table: str, name: str) -> _Table:
+        inner = self.entries[table]
+        assert isinstance(inner, dict)
+        path = (*self.path, table, name)
+        place = f"{self.file}:{self.lines[path]}"
+        if not urls.is_valid_name(name):
+            raise SetupError(
+                f"{place}: {name!r} can't name a namespace: use letters, digits, '.', '_' and '-'"
+            )
+        if not isinstance(inner[name], dict):
+            raise SetupError(f"{place}: {name} must be a table, as in [namespaces.{name}]")
+        return _Table(inner[name], path, self.file, self.lines)
+
+    def _read(self, key: str, reader: Callable[[object], T]) -> T:
+        try:
+            return reader(self.entries[key])
+        except values.BadValue as error:
+            self.fail(key, f"{key} {error}")
+
+    def refuse_unknown(self, known: Collection[str]) -> None:
+        for key in self.entries:
+            if key in known:
+                continue
+            if CREDENTIAL_KEYS.fullmatch(key):
+                self.fail(
+                    key,
+                    f"{key} does not belong here: SSH logs in by key, agent or a prompt, and S3 "
+                    "credentials come from the AWS chain (environment, ~/.aws, SSO, instance)",
+                )
+            nearest = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"the keys are {', '.join(known)}"
+            self.fail(key, f"unknown key {key!r}: {hint}")
+
+    def fail(self, key: str | None, text: str) -> NoReturn:
+        path = self.path if key is None else (*self.path, key)
+        where = f"[{'.'.join(str(part) for part in self.path)}] " if self.path else ""
+        raise SetupError(f"{self.file}:{self.lines.get(path, 1)}: {where}{text}")
+
+
+def _namespace(table: _Table) -> Namespace:
+    kind = table.require("type", values.kind, '"sftp"')
+    table.refuse_unknown(SFTP_KEYS if kind == "sftp" else S3_KEYS)
+    is_read_only = table.get("read_only", values.boolean, False)
+    site: SshSite | S3Site = _ssh_site(table) if kind == "sftp" else _s3_site(table)
+    root: SftpRoot | S3Root
+    if kind == "sftp":
+        root = SftpRoot(table.get("path", values.sftp_path, "~"), is_read_only)
+    else:
+        bucket = table.require("bucket", values.bucket, '"training-data"')
+        root = S3Root(bucket, table.get("prefix", values.prefix, ""), is_read_only)
+    return Namespace(str(table.path[-1]), site, root, urls.show(site, root))
+
+
+def _ssh_site(table: _Table) -> SshSite:
+    user, _, host = table.require("host", values.host, '"login3"').rpartition("@")
+    if user and "user" in table.entries:
+        table.fail("user", "user is given twice: as this key and in host")
+    if not host:
+        table.fail("host", "host names no host")
+    return SshSite(
+        host=host.strip("[]"),
+        user=user or table.get("user", values.text, None),
+        port=table.get("port", values.port, None),
+        ssh_config=table.get("ssh_config", values.file_text, None),
+        identity_file=table.get("identity_file", values.file_text, None),
+        connect_timeout=table.get("connect_timeout", values.seconds, DEFAULT_CONNECT_TIMEOUT),
+    )
+
+
+def _s3_site(table: _Table) -> S3Site:
+    return S3Site(
+        endpoint_url=table.get("endpoint_url", values.endpoint, None),
+        region=table.get("region", values.text, None),
+        profile=table.get("profile", values.text, None),
+        connect_timeout=table.get("connect_timeout", values.seconds, DEFAULT_CONNECT_TIMEOUT),
+    )
+
+
+def _read_only_root(root: SftpRoot | S3Root) -> SftpRoot | S3Root:
+    if isinstance(root, SftpRoot):
+        return SftpRoot(root.path, read_only=True)
+    return S3Root(root.bucket, root.prefix, read_only=True)
+
+
+def _name_of(site: SshSite | S3Site, root: SftpRoot | S3Root) -> str:
+    """A name for a remote that the user gave none: it only shows in the status."""
+    text = site.host if isinstance(site, SshSite) else getattr(root, "bucket", "")
+    return re.sub(r"[^A-Za-z0-9._-]", "_", text) or "remote"
+
+
+def _syntax_error(message: str, text: str, file: Path) -> str:
+    """tomllib ends its message with "(at line 3, column 5)" or "(at end of document)"."""
+    sentence, _, place = message.partition(" (at ")
+    line = re.search(r"line (\d+)", place)
+    number = int(line[1]) if line else text.count("\n") + 1
+    return f"{file}:{number}: this is not valid TOML: {sentence}"

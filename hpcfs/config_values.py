@@ -1,0 +1,151 @@
+"""The values that configuration keys may have: one reader for each kind.
+
+A reader returns the value as the program uses it, or raises BadValue with the end of a sentence
+that begins with the key's name. Local paths lose their ~ and $VARIABLES here; remote ones don't.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+
+from hpcfs import urls
+from hpcfs.errors import SetupError
+
+MIN_CACHE_SIZE = 16 * 1024**2
+"""Below this a few files read at once would evict each other."""
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)(b?)", re.IGNORECASE)
+
+
+class BadValue(ValueError):
+    """The end of a sentence: "must be ..., not ..."."""
+
+
+def size(value: object) -> int:
+    """Bytes of "20 GiB" (powers of 1024), "500MB" (powers of 1000), "64k" (of 1024) or a number."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise BadValue(f'must be a size such as "20 GiB" or a number of bytes, not {_shown(value)}')
+    number, prefix, binary, unit = match.groups()
+    if binary and not prefix:
+        raise BadValue(f'must be a size such as "20 GiB", not {_shown(value)}')
+    base = 1000 if unit and prefix and not binary else 1024
+    return int(float(number) * base ** _UNITS[prefix.lower()])
+
+
+def cache_size(value: object) -> int:
+    found = size(value)
+    if found < MIN_CACHE_SIZE:
+        raise BadValue(f"must be at least 16 MiB, not {_shown(value)}")
+    return found
+
+
+def local_path(value: object) -> Path:
+    """An absolute path of this machine, with ~ and $VARIABLES replaced."""
+    text = os.path.expanduser(os.path.expandvars(text(value)))
+    if unset := re.search(r"\$\{?(\w+)", text):
+        raise BadValue(f"names ${unset[1]}, which is not set")
+    if not os.path.isabs(text):
+        raise BadValue(f"must be an absolute path or begin with ~, not {_shown(value)}")
+    return Path(os.path.normpath(text))
+
+
+def text(value: object) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise BadValue(f"must be a text in quotes, not {_shown(value)}")
+    return value
+
+
+def maybe_empty_text(value: object) -> str:
+    return value if value == "" and isinstance(value, str) else text(value)
+
+
+def boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise BadValue(f"must be true or false, not {_shown(value)}")
+    return value
+
+
+def port(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 65536:
+        raise BadValue(f"must be a port from 1 to 65535, not {_shown(value)}")
+    return value
+
+
+def seconds(value: object) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise BadValue(f"must be a number of seconds above 0, not {_shown(value)}")
+    return float(value)
+
+
+def log_level(value: object) -> str:
+    if not isinstance(value, str) or value.upper() not in LOG_LEVELS:
+        raise BadValue(f"must be one of {', '.join(LOG_LEVELS)}, not {_shown(value)}")
+    return value.upper()
+
+
+def kind(value: object) -> str:
+    if value not in ("sftp", "s3"):
+        raise BadValue(f'must be "sftp" or "s3", not {_shown(value)}')
+    return str(value)
+
+
+def table(value: object) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise BadValue(f"must be a table, as in [namespaces.home], not {_shown(value)}")
+    return value
+
+
+def host(value: object) -> str:
+    text = text(value)
+    if re.search(r"[\s/]|^-|^[^@]*:[^@]*@", text):
+        raise BadValue("must be an alias, host or user@host, without port, path or password")
+    return text
+
+
+def sftp_path(value: object) -> str:
+    try:
+        return urls.home_path(maybe_empty_text(value))
+    except SetupError as error:
+        raise BadValue(f"is not usable: {error}") from None
+
+
+def bucket(value: object) -> str:
+    text = text(value)
+    if "/" in text or ":" in text:
+        raise BadValue(f"must be the bucket's bare name, not {_shown(value)}")
+    return text
+
+
+def prefix(value: object) -> str:
+    return maybe_empty_text(value).strip("/")
+
+
+def endpoint(value: object) -> str:
+    try:
+        urls.check_endpoint(text(value))
+    except SetupError as error:
+        raise BadValue(f"is not usable: {error}") from None
+    return text(value)
+
+
+def file_text(value: object) -> str:
+    return str(local_path(value))
+
+
+def _shown(value: object) -> str:
+    """A value as TOML has it, short enough for one line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a table"
+    text = repr(value) if not isinstance(value, str) else f'"{value}"'
+    return text if len(text) <= 60 else f"{text[:57]}..."
