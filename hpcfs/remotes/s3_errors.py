@@ -1,0 +1,215 @@
+"""What botocore and aiohttp raise, translated once; and what the site remembers of failures.
+
+`Health` is shared by all remotes of a site. A refused credential is remembered and answered at once
+from then on: asking again could lock the account. While the endpoint does not answer, requests fail
+at once too, for a second at first and for half a minute at most, so that no reader waits in line
+for a dead server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import aiohttp
+from botocore import exceptions as boto
+
+from hpcfs.transfer.messages import (
+    AccessRefused,
+    AlreadyExists,
+    Changed,
+    InvalidName,
+    InvalidRequest,
+    NameTooLong,
+    NoSpace,
+    NotFound,
+    NotSupported,
+    PermissionDenied,
+    RemoteError,
+    RemoteFailure,
+    TimedOut,
+    TooLarge,
+    Unreachable,
+    WrongSettings,
+)
+
+FIRST_DELAY = 1.0
+LONGEST_DELAY = 30.0
+
+CAUGHT = (boto.BotoCoreError, boto.ClientError, aiohttp.ClientError, OSError, ValueError)
+"""ValueError is what botocore raises for an endpoint that is no URL; TimeoutError is an OSError."""
+
+LOGIN_ADVICE = "check the profile or keys (for single sign-on: run `aws sso login`), then remount"
+
+_CODES: dict[str, tuple[type[RemoteError], str]] = {
+    "InvalidAccessKeyId": (AccessRefused, f"S3 does not know the access key: {LOGIN_ADVICE}"),
+    "SignatureDoesNotMatch": (AccessRefused, f"S3 refused the secret key: {LOGIN_ADVICE}"),
+    "ExpiredToken": (AccessRefused, f"the S3 credentials have expired: {LOGIN_ADVICE}"),
+    "InvalidToken": (AccessRefused, f"S3 refused the session token: {LOGIN_ADVICE}"),
+    "RequestTimeTooSkewed": (
+        AccessRefused,
+        "S3 refused the request because this machine's clock is wrong: set it, then remount",
+    ),
+    "NoSuchBucket": (WrongSettings, "there is no such bucket: check `bucket` and `endpoint_url`"),
+    "InvalidBucketName": (WrongSettings, "this is no bucket name: check `bucket`"),
+    "PermanentRedirect": (WrongSettings, "the bucket is in another region: set `region`"),
+    "AccessDenied": (PermissionDenied, "S3 denies access: ask the bucket's owner for permission"),
+    "NoSuchKey": (NotFound, "there is no such object"),
+    "NoSuchUpload": (Changed, "the upload was ended on the server: write the file again"),
+    "PreconditionFailed": (Changed, "the object has changed on the server: open it again"),
+    "InvalidRange": (Changed, "the object has become shorter on the server: open it again"),
+    "KeyTooLongError": (NameTooLong, "the path is longer than S3 accepts"),
+    "InvalidObjectName": (InvalidName, "the server can't hold this name: choose another"),
+    "EntityTooLarge": (TooLarge, "the file is larger than S3 accepts"),
+    "QuotaExceeded": (NoSpace, "the S3 storage quota is used up: remove something"),
+    "NotImplemented": (NotSupported, "this S3 server can't do that"),
+    "InvalidObjectState": (
+        PermissionDenied,
+        "the object is archived: restore it with the provider's tools before reading it",
+    ),
+    "SlowDown": (Unreachable, "S3 asks to slow down: try again later"),
+    "ServiceUnavailable": (Unreachable, "S3 is not available now: try again later"),
+    "BucketAlreadyExists": (AlreadyExists, "the name is taken"),
+}
+
+_SAME = {
+    "ExpiredTokenException": "ExpiredToken",
+    "TokenRefreshRequired": "ExpiredToken",
+    "RequestExpired": "ExpiredToken",
+    "InvalidClientTokenId": "InvalidAccessKeyId",
+    "UnrecognizedClientException": "InvalidAccessKeyId",
+    "AuthFailure": "SignatureDoesNotMatch",
+    "AuthorizationHeaderMalformed": "PermanentRedirect",
+    "IllegalLocationConstraintException": "PermanentRedirect",
+    "301": "PermanentRedirect",
+    "AllAccessDisabled": "AccessDenied",
+    "AccountProblem": "AccessDenied",
+    "403": "AccessDenied",
+    "404": "NoSuchKey",
+    "NotFound": "NoSuchKey",
+    "409": "NoSuchUpload",
+    "412": "PreconditionFailed",
+    "416": "InvalidRange",
+    "XMinioInvalidObjectName": "InvalidObjectName",
+    "MaxSizeExceeded": "EntityTooLarge",
+    "XMinioStorageFull": "QuotaExceeded",
+    "507": "QuotaExceeded",
+    "MethodNotAllowed": "NotImplemented",
+    "405": "NotImplemented",
+    "501": "NotImplemented",
+    "RequestLimitExceeded": "SlowDown",
+    "Throttling": "SlowDown",
+    "429": "SlowDown",
+    "502": "ServiceUnavailable",
+    "503": "ServiceUnavailable",
+    "504": "ServiceUnavailable",
+}
+
+_NO_CREDENTIALS = (
+    boto.NoCredentialsError,
+    boto.PartialCredentialsError,
+    boto.CredentialRetrievalError,
+    boto.TokenRetrievalError,
+    boto.SSOError,
+    boto.NoAuthTokenError,
+)
+_WRONG_SETTINGS = (
+    boto.ProfileNotFound,
+    boto.NoRegionError,
+    boto.InvalidRegionError,
+    boto.ConfigParseError,
+    boto.ConfigNotFound,
+    boto.UnknownEndpointError,
+    boto.InvalidEndpointDiscoveryConfigurationError,
+)
+_TIMEOUTS = (boto.ConnectTimeoutError, boto.ReadTimeoutError, TimeoutError, asyncio.TimeoutError)
+
+
+def translate(error: Exception, subject: str) -> RemoteError:
+    """One of ours for one of theirs; `subject` is what the request was about."""
+    if isinstance(error, boto.ClientError):
+        return _from_answer(error, subject)
+    if isinstance(error, _NO_CREDENTIALS):
+        return AccessRefused(f"no usable S3 credentials were found ({error}): {LOGIN_ADVICE}")
+    if isinstance(error, _WRONG_SETTINGS):
+        return WrongSettings(f"the S3 settings can't be used: {error}")
+    if isinstance(error, boto.ParamValidationError | ValueError):
+        text = " ".join(str(error).split())
+        wrong = not isinstance(error, boto.ParamValidationError) or "bucket" in text.lower()
+        return (WrongSettings if wrong else InvalidRequest)(f"{subject}: S3 can't be asked: {text}")
+    if isinstance(error, _TIMEOUTS):
+        return TimedOut(f"{subject}: the S3 endpoint did not answer in time")
+    if isinstance(error, boto.HTTPClientError | aiohttp.ClientError | OSError):
+        return Unreachable(f"{subject}: the S3 endpoint can't be reached ({error})")
+    return RemoteFailure(f"{subject}: the S3 request failed: {error}")
+
+
+def _from_answer(error: boto.ClientError, subject: str) -> RemoteError:
+    answer = error.response
+    code = str(answer.get("Error", {}).get("Code", ""))
+    status = str(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+    for name in (code, status):
+        known = _CODES.get(_SAME.get(name, name))
+        if known is not None:
+            cls, text = known
+            return cls(f"{subject}: {text}")
+    text = str(answer.get("Error", {}).get("Message", "")) or "no reason given"
+    if "unsupported character" in text:  # rclone's and MinIO's servers, for "a//b" or "..".
+        return InvalidName(f"{subject}: the server can't hold this name: choose another")
+    if "quota" in code.lower():
+        return NoSpace(f"{subject}: {_CODES['QuotaExceeded'][1]}")
+    return RemoteFailure(f"{subject}: the S3 server reported {code or status} ({text})")
+
+
+class Health:
+    """What a site remembers of its failures. `clock` is in seconds and only ever grows."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lasting: RemoteError | None = None
+        self._down: RemoteError | None = None
+        self._until = 0.0
+        self._delay = FIRST_DELAY
+
+    def check(self) -> None:
+        """Raises what is known to be still true, without asking the server."""
+        if self._lasting is not None:
+            raise _again(self._lasting)
+        if self._down is not None and self._clock() < self._until:
+            raise _again(self._down)
+
+    def failed(self, error: RemoteError) -> RemoteError:
+        """Remember what concerns the whole site; returns the error."""
+        if isinstance(error, AccessRefused):
+            self._lasting = error
+        elif isinstance(error, Unreachable):
+            now = self._clock()
+            if self._down is None or now >= self._until:  # one step for requests that fail together
+                self._delay = (
+                    FIRST_DELAY if self._down is None else min(self._delay * 2, LONGEST_DELAY)
+                )
+                self._until = now + self._delay
+            self._down = error
+        else:
+            self.answered()
+        return error
+
+    def answered(self) -> None:
+        self._down = None
+
+    @contextmanager
+    def watching(self, subject: str) -> Iterator[None]:
+        """Around every use of the client: refuse at once, translate, remember."""
+        self.check()
+        try:
+            yield
+        except CAUGHT as error:
+            raise self.failed(translate(error, subject)) from error
+        self.answered()
+
+
+def _again(error: RemoteError) -> RemoteError:
+    """A fresh exception: raising one object in several tasks would mix their tracebacks."""
+    return type(error)(*error.args)
