@@ -1,0 +1,307 @@
+"""SSH sites and their namespaces: the Remote protocol over SFTP 3 with OpenSSH's extensions.
+
+This module says what each operation is made of; how a connection is had, how bytes move and what
+vague refusals mean is beside it (ssh.py, sftp_session.py, sftp_read.py, sftp_write.py,
+sftp_place.py). Extensions are used where the server has them and done without where it does not:
+posix-rename (emulated), fsync (left out), statvfs (no numbers), limits (32 KiB pieces), hardlink
+and lsetstat (NotSupported). Symbolic links are never followed below the root: the kernel resolves
+links, and a link that replaced a file must not redirect a change to something else.
+"""
+
+from __future__ import annotations
+
+import logging
+import stat
+from collections.abc import AsyncIterator, Sequence
+
+from asyncssh import SFTPAttrs
+
+from hpcfs.remotes import sftp_list, sftp_read, sftp_rename, sftp_write
+from hpcfs.remotes.base import Prompter, ReportProgress, Source
+from hpcfs.remotes.sftp_attrs import full_mode, owner_to_set, rest_to_set
+from hpcfs.remotes.sftp_errors import MAX_PATH_BYTES, shown
+from hpcfs.remotes.sftp_place import (
+    Place,
+    explain_directory,
+    explain_file,
+    explain_new,
+    explain_rmdir,
+)
+from hpcfs.remotes.sftp_session import SftpSession, open_session, together
+from hpcfs.remotes.ssh import Kept
+from hpcfs.transfer.messages import (
+    Abilities,
+    Attributes,
+    DiskUsage,
+    Entry,
+    InvalidName,
+    InvalidRequest,
+    NotFound,
+    NotSupported,
+    PermissionDenied,
+    ProtocolError,
+    RemoteError,
+    SftpRoot,
+    Start,
+    Upload,
+    WrongSettings,
+)
+
+log = logging.getLogger(__name__)
+
+ABILITIES = Abilities(
+    partial_writes=True,
+    creates_on_upload=False,
+    handles=True,
+    mtime_resolution_ns=1_000_000_000,
+)
+
+
+class SshSiteConnection:
+    """One SSH login with all namespaces that live on it: a base.Site."""
+
+    def __init__(self, start: Start, prompter: Prompter):
+        self._kept: Kept[SftpSession] = Kept(lambda: open_session(start, prompter))
+        self._remotes = {
+            name: SftpRemote(self._kept, root)
+            for name, root in start.roots.items()
+            if isinstance(root, SftpRoot)
+        }
+
+    def remote(self, namespace: str) -> SftpRemote:
+        try:
+            return self._remotes[namespace]
+        except KeyError:
+            raise WrongSettings(f"no namespace {namespace!r} lives on this SSH site") from None
+
+    async def close(self) -> None:
+        await self._kept.close()
+
+
+class SftpRemote:
+    """One namespace on an SSH site: a base.Remote."""
+
+    def __init__(self, kept: Kept[SftpSession], root: SftpRoot):
+        self._kept = kept
+        self._root = root
+        self._rooted: tuple[SftpSession, bytes] | None = None
+        self._files = sftp_read.OpenFiles()
+
+    # --- where ----------------------------------------------------------------------------------
+
+    async def _place(self, path: bytes) -> Place:
+        """The path on the server, with a connection; the root is looked at once per connection."""
+        if b"\0" in path:
+            raise InvalidName(f"{shown(path)} has a NUL byte")
+        session = await self._kept.get()
+        if self._rooted is None or self._rooted[0] is not session:
+            self._rooted = (session, await self._find_root(session))
+        root = self._rooted[1]
+        full = root.rstrip(b"/") + b"/" + path if path else root
+        return Place(session, path, full)
+
+    async def _find_root(self, session: SftpSession) -> bytes:
+        full = _root_path(self._root.path, session.home)
+        place = Place(session, b"", full)
+        try:
+            kind = stat.S_IFMT(full_mode(await place.attrs(), stat.S_IFDIR))
+        except NotFound:
+            raise WrongSettings(f"the folder {place} does not exist") from None
+        except PermissionDenied:
+            raise WrongSettings(f"the folder {place} may not be entered by that user") from None
+        if kind != stat.S_IFDIR:
+            raise WrongSettings(f"{place} is not a folder")
+        return full
+
+    async def connect(self) -> Abilities:
+        await self._place(b"")
+        return ABILITIES
+
+    # --- looking --------------------------------------------------------------------------------
+
+    async def stat(self, path: bytes) -> Entry:
+        place = await self._place(path)
+        return place.entry_of(await place.attrs())
+
+    async def stat_open(self, handle: int) -> Entry | None:
+        place = await self._place(b"")
+        async with self._files.if_open(place.session, handle) as remote:
+            if remote is None:
+                return None
+            with place.asking():
+                attrs = await place.session.bulk.fstat(remote, 0)
+        return Place(place.session, b"?", place.full).entry_of(attrs)
+
+    async def list(self, path: bytes) -> AsyncIterator[Sequence[Entry]]:
+        place = await self._place(path)
+        meta = place.session.meta
+        try:
+            with place.asking():
+                handle = await meta.opendir(place.full)
+        except RemoteError as error:
+            raise await explain_directory(place, error) from error
+        try:
+            async for page in sftp_list.pages(place, handle):
+                yield page
+        finally:
+            if not place.session.lost:
+                with place.asking():
+                    await meta.close(handle)
+
+    async def read_link(self, path: bytes) -> bytes:
+        place = await self._place(path)
+        with place.asking():
+            names, _ = await place.session.meta.readlink(place.full)
+        target = names[0].filename if names else b""
+        if (
+            not isinstance(target, bytes)
+            or not 0 < len(target) <= MAX_PATH_BYTES
+            or b"\0" in target
+        ):
+            raise ProtocolError(f"{place} is a link to something that can't be a path")
+        return target
+
+    async def disk_usage(self) -> DiskUsage | None:
+        place = await self._place(b"")
+        try:
+            with place.asking():
+                usage = await place.session.meta.statvfs(place.full)
+        except NotSupported:
+            return None
+        unit = usage.frsize or usage.bsize
+        return DiskUsage(
+            total=usage.blocks * unit,
+            free=usage.bfree * unit,
+            available=usage.bavail * unit,
+            files=usage.files,
+            files_free=usage.ffree,
+        )
+
+    # --- bytes ----------------------------------------------------------------------------------
+
+    async def fetch(
+        self, path: bytes, version: bytes, offset: int, length: int, handle: int
+    ) -> bytes:
+        place = await self._place(path)
+        with place.asking():
+            async with self._files.using(place, handle) as remote:
+                return await sftp_read.read_range(place, remote, version, offset, length)
+
+    async def release(self, handle: int) -> None:
+        self._files.release(handle)
+
+    async def upload(self, request: Upload, source: Source, report: ReportProgress) -> Entry:
+        place = await self._place(request.path)
+        return await sftp_write.upload(place, request, source, report)
+
+    async def truncate(self, path: bytes, size: int) -> Entry:
+        if size < 0:
+            raise InvalidRequest("a size can't be negative")
+        place = await self._place(path)
+        await self._refuse_link(place)
+        try:
+            return await self._changed(place, SFTPAttrs(size=size))
+        except RemoteError as error:
+            raise await explain_file(place, error) from error
+
+    # --- names ----------------------------------------------------------------------------------
+
+    async def create(self, path: bytes, mode: int) -> Entry:
+        return await sftp_write.create(await self._place(path), mode)
+
+    async def make_directory(self, path: bytes, mode: int) -> Entry:
+        place = await self._place(path)
+        meta = place.session.meta
+        wanted = SFTPAttrs(permissions=mode & 0o7777)
+        try:
+            with place.asking():
+                await meta.mkdir(place.full, wanted)
+        except RemoteError as error:
+            raise await explain_new(place, error) from error
+        return await self._changed(place, wanted)
+
+    async def make_symlink(self, path: bytes, target: bytes) -> Entry:
+        if not target or b"\0" in target:
+            raise InvalidRequest("a link needs a target without NUL bytes")
+        place = await self._place(path)
+        try:
+            with place.asking():
+                await place.session.meta.symlink(target, place.full)
+        except RemoteError as error:
+            raise await explain_new(place, error) from error
+        return place.entry_of(await place.attrs())
+
+    async def make_link(self, existing: bytes, path: bytes) -> Entry:
+        old, place = await self._place(existing), await self._place(path)
+        try:
+            with place.asking():
+                await place.session.meta.link(old.full, place.full)
+        except NotFound as error:
+            if await old.kind() is None:
+                raise NotFound(f"{old} does not exist") from None
+            raise await explain_new(place, error) from error
+        except RemoteError as error:
+            raise await explain_new(place, error) from error
+        return place.entry_of(await place.attrs())
+
+    async def rename(self, path: bytes, target: bytes, *, replace: bool) -> None:
+        await sftp_rename.rename(
+            await self._place(path), await self._place(target), replace=replace
+        )
+
+    async def remove(self, path: bytes) -> None:
+        place = await self._place(path)
+        try:
+            with place.asking():
+                await place.session.meta.remove(place.full)
+        except RemoteError as error:
+            raise await explain_file(place, error) from error
+
+    async def remove_directory(self, path: bytes) -> None:
+        if not path:
+            raise InvalidRequest("the root of a namespace can't be removed")
+        place = await self._place(path)
+        try:
+            with place.asking():
+                await place.session.meta.rmdir(place.full)
+        except RemoteError as error:
+            raise await explain_rmdir(place, error) from error
+
+    # --- attributes -----------------------------------------------------------------------------
+
+    async def set_attributes(self, path: bytes, attributes: Attributes) -> Entry:
+        place = await self._place(path)
+        now = await place.attrs()
+        is_link = stat.S_ISLNK(full_mode(now))
+        if is_link and attributes.mode is not None:
+            raise NotSupported(f"{place} is a symbolic link, and links have no mode of their own")
+        wanted = [
+            owner_to_set(attributes, now, place.session.owners),
+            rest_to_set(attributes, now),
+        ]
+        return await self._changed(
+            place, *(attrs for attrs in wanted if attrs is not None), follow=not is_link
+        )
+
+    async def _changed(self, place: Place, *wanted: SFTPAttrs, follow: bool = True) -> Entry:
+        """The entry after the changes, asked for in the same flight."""
+        meta = place.session.meta
+        with place.asking():
+            changes = [meta.setstat(place.full, attrs, follow_symlinks=follow) for attrs in wanted]
+            look = meta.lstat(place.full, 0) if place.path else meta.stat(place.full, 0)
+            *_, attrs = await together(*changes, look)
+        return place.entry_of(attrs)
+
+    async def _refuse_link(self, place: Place) -> None:
+        if stat.S_ISLNK(full_mode(await place.attrs())):
+            raise InvalidRequest(f"{place} is a symbolic link")
+
+
+def _root_path(path: str, home: bytes) -> bytes:
+    """ "~", "~/x" and relative paths start at the remote home."""
+    given = path.encode(errors="surrogateescape")
+    if given == b"~" or given.startswith(b"~/"):
+        given = given[2:]
+    if given.startswith(b"/"):
+        return given
+    return home.rstrip(b"/") + b"/" + given.rstrip(b"/") if given else home

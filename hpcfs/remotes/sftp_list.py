@@ -1,0 +1,119 @@
+"""Listing a directory page by page, trusting nothing in it.
+
+Replies hold about a hundred names, so several requests are on their way at once: at 20 ms a
+directory of 100,000 entries is 2 s instead of 20. Names that the kernel can't show and names given
+twice are dropped and counted. The names already seen are the only thing that grows with the
+directory (some 100 bytes each, gone with the listing): a duplicate may come at any distance when
+the directory changes meanwhile, and a lossy filter would hide files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any
+
+import asyncssh
+from asyncssh import SFTPAttrs, SFTPName
+
+from hpcfs.remotes.base import is_valid_name
+from hpcfs.remotes.sftp_attrs import listed_entry
+from hpcfs.remotes.sftp_errors import translated
+from hpcfs.remotes.sftp_place import Place
+from hpcfs.remotes.sftp_session import all_of
+from hpcfs.transfer.messages import LIST_PAGE_ENTRIES, Entry, NotFound, RemoteError
+
+log = logging.getLogger(__name__)
+
+REQUESTS_AHEAD = 8
+STATS_AT_ONCE = 64
+
+
+async def pages(place: Place, handle: bytes) -> AsyncIterator[list[Entry]]:
+    """The entries of the open directory `handle`, which the caller closes."""
+    seen: set[bytes] = set()
+    page: list[Entry] = []
+    dropped = impossible = 0
+    async for names in _replies(place, handle):
+        fresh = []
+        for name in names:
+            if name.filename in (b".", b".."):
+                continue
+            if _is_usable(name, seen):
+                seen.add(_filename(name))
+                fresh.append(name)
+            else:
+                dropped += 1
+        for found, attrs in await _with_attributes(place, fresh):
+            entry, sensible = listed_entry(found, attrs, place.session.owners)
+            impossible += not sensible
+            page.append(entry)
+            if len(page) == LIST_PAGE_ENTRIES:
+                yield page
+                page = []
+    if page:
+        yield page
+    if dropped:
+        log.warning("%s lists %d names that are repeated or can't be shown", place, dropped)
+    if impossible:
+        log.warning("%s lists %d files with impossible sizes, shown as 0", place, impossible)
+
+
+def _is_usable(name: SFTPName, seen: set[bytes]) -> bool:
+    return is_valid_name(_filename(name)) and _filename(name) not in seen
+
+
+def _filename(name: SFTPName) -> bytes:
+    """As it came: at this layer of asyncssh names are bytes, whatever its types allow."""
+    assert isinstance(name.filename, bytes)
+    return name.filename
+
+
+async def _replies(place: Place, handle: bytes) -> AsyncIterator[list[SFTPName]]:
+    """What READDIR returns, in order, until the end; an empty reply ends the listing too."""
+    meta = place.session.meta
+    ahead: deque[asyncio.Task[Any]] = deque()
+    try:
+        while True:
+            while len(ahead) < REQUESTS_AHEAD:
+                ahead.append(asyncio.ensure_future(meta.readdir(handle)))
+            with translated(place.full, place.session.shown):
+                try:
+                    names, _ = await ahead.popleft()
+                except asyncssh.SFTPEOFError:
+                    return
+            if not names:
+                return
+            yield names
+    finally:
+        for task in ahead:
+            task.cancel()
+        await asyncio.gather(*ahead, return_exceptions=True)
+
+
+async def _with_attributes(place: Place, names: list[SFTPName]) -> list[tuple[bytes, SFTPAttrs]]:
+    """Names with their attributes; entries that the server told no mode of are looked at."""
+    known = [(_filename(name), name.attrs) for name in names]
+    bare = [number for number, (_, attrs) in enumerate(known) if attrs.permissions is None]
+    for start in range(0, len(bare), STATS_AT_ONCE):
+        some = bare[start : start + STATS_AT_ONCE]
+        looks = [asyncio.ensure_future(_look(place, *known[number])) for number in some]
+        for number, attrs in zip(some, await all_of(looks), strict=True):
+            known[number] = (known[number][0], attrs)
+    return known
+
+
+async def _look(place: Place, name: bytes, listed: SFTPAttrs) -> SFTPAttrs:
+    full = place.full.rstrip(b"/") + b"/" + name
+    try:
+        with translated(full, place.session.shown):
+            return await place.session.meta.lstat(full, 0)
+    except NotFound:
+        return listed
+    except RemoteError as error:
+        if place.session.lost:
+            raise
+        log.debug("%s", error.message)
+        return listed

@@ -1,0 +1,143 @@
+"""A path on the server, and finding out there what a vague answer meant.
+
+OpenSSH answers most refusals with "failure". `explain_*` look at what is there and turn such an
+answer into the class of error that the request deserves; where looking does not help, the answer
+stays what it was. They run after a failure only, so that nothing pays for them otherwise.
+"""
+
+from __future__ import annotations
+
+import stat
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import asyncssh
+from asyncssh import SFTPAttrs
+
+from hpcfs.remotes import sftp_attrs
+from hpcfs.remotes.base import last_name
+from hpcfs.remotes.sftp_errors import shown, translated
+from hpcfs.remotes.sftp_session import SftpSession
+from hpcfs.transfer.messages import (
+    AlreadyExists,
+    DirectoryNotEmpty,
+    Entry,
+    IsADirectory,
+    NoSpace,
+    NotADirectory,
+    NotFound,
+    NotSupported,
+    PermissionDenied,
+    RemoteError,
+    RemoteFailure,
+)
+
+ALMOST_NOTHING_BYTES = 1024 * 1024
+VAGUE = (RemoteFailure, PermissionDenied, NotFound)
+
+
+@dataclass(frozen=True)
+class Place:
+    """`path` is relative to the namespace's root, `full` is what the server is told."""
+
+    session: SftpSession
+    path: bytes
+    full: bytes
+
+    def __str__(self) -> str:
+        return f"{shown(self.full)} on {self.session.shown}"
+
+    def asking(self) -> AbstractContextManager[None]:
+        return translated(self.full, self.session.shown)
+
+    def parent(self) -> Place:
+        return Place(self.session, self.path.rpartition(b"/")[0], self.full.rpartition(b"/")[0])
+
+    def beside(self, name: bytes) -> Place:
+        """Another name in the same directory."""
+        return Place(self.session, *(_sibling(path, name) for path in (self.path, self.full)))
+
+    async def attrs(self) -> SFTPAttrs:
+        """Of the entry itself; the namespace's root may be a link to a directory."""
+        with self.asking():
+            if self.path:
+                return await self.session.meta.lstat(self.full, 0)
+            return await self.session.meta.stat(self.full, 0)
+
+    async def kind(self) -> int | None:
+        """The type bits of its mode, None when nothing is there."""
+        try:
+            return stat.S_IFMT(sftp_attrs.full_mode(await self.attrs()))
+        except NotFound:
+            return None
+
+    def entry_of(self, attrs: SFTPAttrs) -> Entry:
+        return sftp_attrs.entry(self.path, last_name(self.path), attrs, self.session.owners)
+
+    async def is_empty_directory(self) -> bool:
+        with self.asking():
+            handle = await self.session.meta.opendir(self.full)
+            try:
+                while True:
+                    names, _ = await self.session.meta.readdir(handle)
+                    if not names:
+                        return True
+                    if any(name.filename not in (b".", b"..") for name in names):
+                        return False
+            except asyncssh.SFTPEOFError:
+                return True
+            finally:
+                await self.session.meta.close(handle)
+
+
+def _sibling(path: bytes, name: bytes) -> bytes:
+    parent, slash, _ = path.rpartition(b"/")
+    return parent + slash + name
+
+
+async def explain_new(place: Place, error: RemoteError) -> RemoteError:
+    """Why a new name could not be made."""
+    if isinstance(error, RemoteFailure) and await place.kind() is not None:
+        return AlreadyExists(f"{place} exists already")
+    if isinstance(error, NotFound):
+        kind = await place.parent().kind()
+        if kind is not None and not stat.S_ISDIR(kind) and not stat.S_ISLNK(kind):
+            return NotADirectory(f"{place.parent()} is not a directory")
+    return await explain_full(place, error)
+
+
+async def explain_full(place: Place, error: RemoteError) -> RemoteError:
+    """Whether a write failed for want of space. A used-up quota can't be told from the outside."""
+    if not isinstance(error, RemoteFailure):
+        return error
+    try:
+        with place.asking():
+            usage = await place.session.meta.statvfs(place.parent().full or b"/")
+    except (NotSupported, RemoteFailure):
+        return error
+    if usage.bavail * usage.frsize < ALMOST_NOTHING_BYTES:
+        return NoSpace(f"{place} does not fit: the remote file system is full")
+    return RemoteFailure(f"{error.message}; the disk or your quota there may be full")
+
+
+async def explain_file(place: Place, error: RemoteError) -> RemoteError:
+    """Why something that only works on files failed."""
+    if isinstance(error, VAGUE) and await place.kind() == stat.S_IFDIR:
+        return IsADirectory(f"{place} is a directory")
+    return error
+
+
+async def explain_directory(place: Place, error: RemoteError) -> RemoteError:
+    """Why something that only works on directories failed."""
+    if isinstance(error, VAGUE):
+        kind = await place.kind()
+        if kind is not None and kind != stat.S_IFDIR:
+            return NotADirectory(f"{place} is not a directory")
+    return error
+
+
+async def explain_rmdir(place: Place, error: RemoteError) -> RemoteError:
+    explained = await explain_directory(place, error)
+    if isinstance(explained, RemoteFailure) and not await place.is_empty_directory():
+        return DirectoryNotEmpty(f"{place} is not empty")
+    return explained

@@ -1,0 +1,173 @@
+"""Reading ranges of one version of a file through handles that stay open on the server.
+
+The version is checked by an fstat that follows the reads on the same handle: servers treat requests
+about one file in order, so an fstat that still shows the version vouches for the bytes before it,
+and costs no round trip of its own. A handle outlives renames and removals of its file's name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import asyncssh
+from asyncssh import SFTPAttrs
+from asyncssh.constants import FXF_READ
+
+from hpcfs.remotes.sftp_attrs import version_of
+from hpcfs.remotes.sftp_errors import translated
+from hpcfs.remotes.sftp_place import Place
+from hpcfs.remotes.sftp_session import SftpSession, all_of
+from hpcfs.transfer.messages import Changed, ProtocolError, RemoteError
+
+log = logging.getLogger(__name__)
+
+MAX_OPEN_HANDLES = 128
+"""Per namespace. A handle closed for want of room is opened again by the next fetch."""
+
+
+@dataclass
+class OpenFile:
+    """A remote handle, open or being opened. It is closed once dropped and not in use."""
+
+    session: SftpSession
+    opening: asyncio.Task[bytes]
+    users: int = 0
+    dropped: bool = False
+
+
+class OpenFiles:
+    """The remote handles by the reader's handle, least recently used first."""
+
+    def __init__(self, limit: int = MAX_OPEN_HANDLES) -> None:
+        self._limit = limit
+        self._files: OrderedDict[int, OpenFile] = OrderedDict()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def using(self, place: Place, handle: int) -> AsyncIterator[bytes]:
+        """The remote handle for `handle`, opened at `place` by the first to ask."""
+        file = self._files.get(handle)
+        if file is None or file.session is not place.session:
+            file = self._open(place, handle)
+        self._files.move_to_end(handle)
+        async with self._held(handle, file) as remote:
+            yield remote
+
+    @asynccontextmanager
+    async def if_open(self, session: SftpSession, handle: int) -> AsyncIterator[bytes | None]:
+        """The remote handle, or None where this connection has none."""
+        file = self._files.get(handle)
+        if file is None or file.session is not session:
+            yield None
+            return
+        async with self._held(handle, file) as remote:
+            yield remote
+
+    def release(self, handle: int) -> None:
+        file = self._files.pop(handle, None)
+        if file is not None:
+            self._drop(file)
+
+    def _open(self, place: Place, handle: int) -> OpenFile:
+        opening = asyncio.ensure_future(place.session.bulk.open(place.full, FXF_READ, SFTPAttrs()))
+        opening.add_done_callback(lambda task: task.cancelled() or task.exception())
+        file = self._files[handle] = OpenFile(place.session, opening)
+        while len(self._files) > self._limit:
+            self._drop(self._files.popitem(last=False)[1])
+        return file
+
+    @asynccontextmanager
+    async def _held(self, handle: int, file: OpenFile) -> AsyncIterator[bytes]:
+        file.users += 1
+        try:
+            yield await asyncio.shield(file.opening)
+        finally:
+            file.users -= 1
+            if file.opening.done() and file.opening.exception() is not None:
+                if self._files.get(handle) is file:
+                    del self._files[handle]
+            elif file.dropped and not file.users:
+                self._close(file)
+
+    def _drop(self, file: OpenFile) -> None:
+        file.dropped = True
+        if not file.users:
+            self._close(file)
+
+    def _close(self, file: OpenFile) -> None:
+        """In the background: nobody waits for a reader's close, and nothing depends on it."""
+        task = asyncio.ensure_future(_close_remote(file))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+
+async def _close_remote(file: OpenFile) -> None:
+    try:
+        with translated(b"", file.session.shown):
+            await file.session.bulk.close(await file.opening)
+    except RemoteError as error:
+        log.debug("a remote handle could not be closed: %s", error.message)
+
+
+async def read_range(
+    place: Place, handle: bytes, version: bytes, offset: int, length: int
+) -> bytes:
+    """Exactly `length` bytes of `version`.
+
+    Raises Changed when the handle's file has another version, or ends too early.
+    """
+    session = place.session
+    tasks: list[asyncio.Task[tuple[bytes, bool]]] = []
+    try:
+        for start in range(offset, offset + length, session.read_bytes):
+            wanted = min(session.read_bytes, offset + length - start)
+            await session.slots.acquire()
+            task = asyncio.ensure_future(session.bulk.read(handle, start, wanted))
+            task.add_done_callback(lambda _: session.slots.release())
+            tasks.append(task)
+        check = asyncio.ensure_future(session.bulk.fstat(handle, 0))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        raise
+    with place.asking():
+        try:
+            *pieces, attrs = await all_of([*tasks, check])
+            data, continued = await _completed(place, handle, offset, length, pieces)
+            if continued:
+                attrs = await session.bulk.fstat(handle, 0)
+        except asyncssh.SFTPEOFError:
+            raise Changed(f"{place} is shorter than it was") from None
+    if version_of(attrs, place.full) != version:
+        raise Changed(f"{place} was changed meanwhile")
+    return data
+
+
+async def _completed(
+    place: Place, handle: bytes, offset: int, length: int, pieces: list[tuple[bytes, bool]]
+) -> tuple[bytes, bool]:
+    """The pieces joined, and whether some had to be asked for again because they came short."""
+    session = place.session
+    parts: list[bytes] = []
+    continued = False
+    start = offset
+    for data, _ in pieces:
+        wanted = min(session.read_bytes, offset + length - start)
+        got = len(data)
+        parts.append(data)
+        while got < wanted:
+            continued = True
+            more, _ = await session.bulk.read(handle, start + got, wanted - got)
+            if not more:
+                raise Changed(f"{place} is shorter than it was")
+            parts.append(more)
+            got += len(more)
+        if got > wanted:
+            raise ProtocolError(f"{session.shown} sent more bytes than asked for")
+        start += wanted
+    return parts[0] if len(parts) == 1 else b"".join(parts), continued

@@ -1,0 +1,111 @@
+"""Renaming over SFTP, where every server means something else by it.
+
+With posix-rename@openssh.com a rename replaces its target in one step. Version 3's own rename is
+said to fail when the target exists, and on OpenSSH follows links while it looks. Without the
+extension a target is moved aside first and comes back if the rename then fails: for that moment
+nothing has the target's name, but at no moment are its bytes gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import stat
+
+from hpcfs.remotes.base import MAX_NAME_BYTES, last_name
+from hpcfs.remotes.sftp_place import Place
+from hpcfs.transfer.messages import (
+    AlreadyExists,
+    DirectoryNotEmpty,
+    InvalidRequest,
+    IsADirectory,
+    NotADirectory,
+    NotFound,
+    NotSupported,
+    RemoteError,
+)
+
+log = logging.getLogger(__name__)
+
+
+async def rename(source: Place, target: Place, *, replace: bool) -> None:
+    if not source.path or target.full.startswith(source.full + b"/"):
+        raise InvalidRequest(f"{source} can't be moved into itself")
+    if not replace:
+        await _rename_to_new(source, target)
+        return
+    try:
+        with source.asking():
+            await source.session.meta.posix_rename(source.full, target.full)
+    except NotSupported:
+        await _rename_without_extension(source, target)
+    except RemoteError as error:
+        await _check(source, target)
+        raise error from None
+
+
+async def _rename_to_new(source: Place, target: Place) -> None:
+    if await target.kind() is not None:
+        raise AlreadyExists(f"{target} exists already")
+    try:
+        await _plain_rename(source, target)
+    except RemoteError:
+        if await source.kind() is not None and await target.kind() is not None:
+            raise AlreadyExists(f"{target} exists already") from None
+        raise
+
+
+async def _plain_rename(source: Place, target: Place) -> None:
+    with source.asking():
+        await source.session.meta.rename(source.full, target.full, 0)
+
+
+async def _check(source: Place, target: Place) -> int | None:
+    """Raises what makes this rename impossible; returns the target's type, None if it is new."""
+    source_kind = await source.kind()
+    if source_kind is None:
+        raise NotFound(f"{source} does not exist")
+    target_kind = await target.kind()
+    if target_kind is None:
+        return None
+    if stat.S_ISDIR(target_kind) and not stat.S_ISDIR(source_kind):
+        raise IsADirectory(f"{target} is a directory")
+    if stat.S_ISDIR(source_kind) and not stat.S_ISDIR(target_kind):
+        raise NotADirectory(f"{target} is not a directory")
+    if stat.S_ISDIR(target_kind) and not await target.is_empty_directory():
+        raise DirectoryNotEmpty(f"{target} is not empty")
+    return target_kind
+
+
+async def _rename_without_extension(source: Place, target: Place) -> None:
+    target_kind = await _check(source, target)
+    if source.full == target.full:
+        return
+    if target_kind is None:
+        await _plain_rename(source, target)
+        return
+    aside = target.beside(_aside_name(last_name(target.full)))
+    await _plain_rename(target, aside)
+    try:
+        await _plain_rename(source, target)
+    except BaseException:
+        await _plain_rename(aside, target)
+        raise
+    await _remove_aside(aside, target_kind)
+
+
+def _aside_name(name: bytes) -> bytes:
+    suffix = b".hpcfs-" + secrets.token_hex(6).encode()
+    return b"." + name[: MAX_NAME_BYTES - 1 - len(suffix)] + suffix
+
+
+async def _remove_aside(aside: Place, kind: int) -> None:
+    """The rename is done; a leftover is worth a warning, not a failure."""
+    try:
+        with aside.asking():
+            if stat.S_ISDIR(kind):
+                await aside.session.meta.rmdir(aside.full)
+            else:
+                await aside.session.meta.remove(aside.full)
+    except RemoteError as error:
+        log.warning("what was renamed over is still there as %s: %s", aside, error.message)

@@ -1,0 +1,202 @@
+"""A login with its SFTP channels: what all namespaces of one site share while a connection lasts.
+
+Two channels on the one SSH connection, so that a stat does not queue behind megabytes of reads:
+`meta` for small requests, `bulk` for bytes. A server that grants one channel only gets both kinds
+on it. We drive asyncssh's SFTPClientHandler, the layer of single requests, not its SFTPClient: ours
+are the pieces in flight and the offsets, and the paths are bytes as they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import asyncssh
+from asyncssh.constants import OPEN_REQUEST_SESSION_FAILED
+from asyncssh.sftp import SFTPClientHandler, SFTPLimits
+
+from hpcfs.remotes.base import Prompter
+from hpcfs.remotes.sftp_attrs import Owners
+from hpcfs.remotes.sftp_errors import translated
+from hpcfs.remotes.ssh_login import Login, log_in
+from hpcfs.remotes.ssh_settings import CHANNEL_WINDOW_BYTES
+from hpcfs.transfer.messages import ProtocolError, SshSite, Start, Unreachable, WrongSettings
+
+log = logging.getLogger(__name__)
+
+SFTP_VERSION = 3
+MAX_PIECE_BYTES = 261_120
+"""What OpenSSH takes in one read or write; more per request gains nothing measurable."""
+SAFE_PIECE_BYTES = 32 * 1024
+"""What the protocol promises for servers that do not tell their limits."""
+PIECES_IN_FLIGHT = 64
+"""Of one site: 16 MiB, one channel window, which is 128 MB/s at 125 ms."""
+
+
+@dataclass
+class Channel:
+    """One SFTP subsystem and the task that reads its answers."""
+
+    handler: SFTPClientHandler
+    reading: asyncio.Task[None]
+
+    @property
+    def lost(self) -> bool:
+        return self.reading.done()
+
+
+@dataclass
+class SftpSession:
+    """Everything that ends when the connection ends; remote handles belong to one session."""
+
+    login: Login
+    channels: list[Channel]
+    home: bytes
+    owners: Owners
+    ended: asyncio.Event
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PIECES_IN_FLIGHT))
+
+    @property
+    def meta(self) -> SFTPClientHandler:
+        return self.channels[0].handler
+
+    @property
+    def bulk(self) -> SFTPClientHandler:
+        return self.channels[-1].handler
+
+    @property
+    def shown(self) -> str:
+        return self.login.shown
+
+    @property
+    def lost(self) -> bool:
+        return self.ended.is_set() or any(channel.lost for channel in self.channels)
+
+    @property
+    def read_bytes(self) -> int:
+        return self.bulk.limits.max_read_len
+
+    @property
+    def write_bytes(self) -> int:
+        return self.bulk.limits.max_write_len
+
+    async def close(self) -> None:
+        await self.login.close()
+        readers = [channel.reading for channel in self.channels]
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+
+
+async def open_session(start: Start, prompter: Prompter) -> SftpSession:
+    """Log in and start SFTP. Raises RemoteErrors only."""
+    site = start.site
+    if not isinstance(site, SshSite):
+        raise WrongSettings("an SSH site was expected")
+    ended = asyncio.Event()
+    login = await log_in(site, prompter, ended.set)
+    channels: list[Channel] = []
+    try:
+        async with asyncio.timeout(site.connect_timeout):
+            with translated(b"", login.shown):
+                await _open_channels(login, channels)
+            home, owners = await _look_around(channels[0].handler, login, start)
+    except TimeoutError:
+        await _abandon(login, channels)
+        raise Unreachable(
+            f"{login.shown} let us in, but its SFTP service did not answer within "
+            f"{site.connect_timeout:g} s"
+        ) from None
+    except BaseException:
+        await _abandon(login, channels)
+        raise
+    return SftpSession(login, channels, home, owners, ended)
+
+
+async def _abandon(login: Login, channels: list[Channel]) -> None:
+    for channel in channels:
+        channel.reading.cancel()
+    await login.close()
+
+
+async def _open_channels(login: Login, channels: list[Channel]) -> None:
+    """Fills `channels` as it goes, so that the caller can end them whatever happens."""
+    try:
+        channels.append(await _open_channel(login))
+    except asyncssh.ChannelOpenError as error:
+        if error.code == OPEN_REQUEST_SESSION_FAILED:
+            raise WrongSettings(
+                f"{login.shown} lets us in but has no SFTP service: ask the site to enable the "
+                "sftp subsystem of its SSH server"
+            ) from error
+        raise Unreachable(f"{login.shown} opens no SFTP session now: {error.reason}") from error
+    try:
+        channels.append(await _open_channel(login))
+    except (asyncssh.ChannelOpenError, asyncssh.SFTPError) as error:
+        log.info("%s grants one SFTP channel only: %s", login.shown, error.reason)
+
+
+async def _open_channel(login: Login) -> Channel:
+    writer, reader, _ = await login.connection.open_session(
+        subsystem="sftp", command=None, request_pty=False, encoding=None,
+        window=CHANNEL_WINDOW_BYTES,
+    )  # fmt: skip
+    loop = asyncio.get_running_loop()
+    handler = SFTPClientHandler(loop, "replace", reader, writer, SFTP_VERSION)
+    try:
+        await handler.start()
+    except asyncssh.SFTPBadMessage as error:
+        raise ProtocolError(
+            f"{login.shown} sends something else before SFTP's first message ({error.reason}): "
+            "look for commands in ~/.bashrc there that print text"
+        ) from error
+    channel = Channel(handler, asyncio.create_task(handler.recv_packets()))
+    handler.limits = SFTPLimits(0, SAFE_PIECE_BYTES, SAFE_PIECE_BYTES, 0)
+    try:
+        await handler.request_limits()
+    except asyncssh.SFTPOpUnsupported:
+        log.debug("%s announces limits and does not tell them", login.shown)
+    limits = handler.limits
+    limits.max_read_len = min(limits.max_read_len, MAX_PIECE_BYTES)
+    limits.max_write_len = min(limits.max_write_len, MAX_PIECE_BYTES)
+    return channel
+
+
+async def _look_around(
+    handler: SFTPClientHandler, login: Login, start: Start
+) -> tuple[bytes, Owners]:
+    """The home directory, and who owns it: that is the remote user."""
+    with translated(b"~", login.shown):
+        names, _ = await handler.realpath(b".")
+        if not names or not isinstance(names[0].filename, bytes):
+            raise ProtocolError(f"{login.shown} does not tell its home directory")
+        home = names[0].filename
+        attrs = await handler.stat(home, 0)
+    uid, gid = attrs.uid, attrs.gid
+    if uid == 0 and login.user != "root":
+        # A chroot's top belongs to root by sshd's own rule: it does not tell who we are.
+        uid = gid = None
+    return home, Owners(start.uid, start.gid, uid, gid)
+
+
+async def together(*requests: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Send requests at once, in this order, and wait for all; when one fails, for its failure.
+
+    SFTP servers must treat requests about one file in the order in which they come.
+    """
+    tasks = [asyncio.ensure_future(request) for request in requests]
+    return await all_of(tasks)
+
+
+async def all_of(tasks: list[asyncio.Task[Any]]) -> list[Any]:
+    """The results; when a task fails or we are cancelled, no task is left behind."""
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

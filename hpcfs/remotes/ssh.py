@@ -1,0 +1,118 @@
+"""One connection per site, kept: made on first use, shared, noticed when lost, made anew.
+
+`Kept` owns when to connect and what to answer while there is no connection; how one is made is
+given to it (sftp_session.open_session). Three rules, each from invariant 4 of the design: all
+requests share one attempt; what only the user can mend is never tried again on its own; after a
+failed attempt requests are answered at once for a while (1 s, doubling to 30 s) instead of each
+waiting for its own timeout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Generic, Protocol, TypeVar
+
+from hpcfs.transfer.messages import RemoteError, RemoteFailure, Unreachable
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 30.0
+
+
+class Session(Protocol):
+    """A connection in use."""
+
+    @property
+    def lost(self) -> bool: ...
+
+    async def close(self) -> None: ...
+
+
+S = TypeVar("S", bound=Session)
+
+
+class Kept(Generic[S]):
+    """The site's one session, whoever asks for it."""
+
+    def __init__(
+        self, open_session: Callable[[], Awaitable[S]], now: Callable[[], float] | None = None
+    ):
+        self._open_session = open_session
+        self._now = now or (lambda: asyncio.get_running_loop().time())
+        self._session: S | None = None
+        self._attempt: asyncio.Task[S] | None = None
+        self._failure: RemoteError | None = None
+        self._pause = FIRST_PAUSE_SECONDS
+        self._retry_at = 0.0
+        self._closed = False
+
+    async def get(self) -> S:
+        """The session; connects if there is none.
+
+        Raises what the last attempt failed with, at once, while it makes no sense to try again.
+        """
+        if self._session is not None and not self._session.lost:
+            return self._session
+        if self._attempt is None:
+            self._raise_remembered()
+            self._attempt = asyncio.create_task(self._connect())
+            self._attempt.add_done_callback(_observe)
+        try:
+            return await asyncio.shield(self._attempt)
+        except RemoteError as error:
+            raise _again(error) from error
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._attempt is not None:
+            self._attempt.cancel()
+            await asyncio.wait([self._attempt])
+        if self._session is not None:
+            await self._session.close()
+
+    def _raise_remembered(self) -> None:
+        if self._closed:
+            raise Unreachable("the connection to this site is being closed")
+        if self._failure is None:
+            return
+        if self._failure.lasting or self._now() < self._retry_at:
+            raise _again(self._failure)
+
+    async def _connect(self) -> S:
+        try:
+            if self._session is not None:
+                await self._session.close()
+                self._session = None
+            self._session = await self._open_session()
+        except RemoteError as error:
+            self._remember(error)
+            raise
+        except Exception as error:
+            log.exception("connecting failed in a way that was not foreseen")
+            failure = RemoteFailure(f"connecting failed: {error}")
+            self._remember(failure)
+            raise failure from error
+        finally:
+            self._attempt = None
+        self._failure, self._pause = None, FIRST_PAUSE_SECONDS
+        return self._session
+
+    def _remember(self, error: RemoteError) -> None:
+        log.warning("%s", error.message)
+        self._failure = error
+        self._retry_at = self._now() + self._pause
+        self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
+
+
+def _again(error: RemoteError) -> RemoteError:
+    """A fresh exception: raising one object from many requests would pile up their tracebacks."""
+    return type(error)(error.message)
+
+
+def _observe(task: asyncio.Task[S]) -> None:
+    """Marks the outcome as seen where every waiter was cancelled before it came."""
+    if not task.cancelled():
+        task.exception()

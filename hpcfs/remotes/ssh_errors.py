@@ -1,0 +1,63 @@
+"""What asyncssh and the network raise while a connection is made, as sentences of our own.
+
+One table, used by nothing else than the login: after it, errors belong to SFTP (sftp_errors.py).
+"""
+
+from __future__ import annotations
+
+import socket
+
+import asyncssh
+
+from hpcfs.remotes.ssh_settings import Hop
+from hpcfs.transfer.messages import (
+    AccessRefused,
+    HostKeyRefused,
+    RemoteError,
+    RemoteFailure,
+    Unreachable,
+    WrongSettings,
+)
+
+
+def login_error(error: Exception, hop: Hop, *, nobody_to_ask: bool = False) -> RemoteError:
+    """The error to raise when the connection to `hop` could not be made."""
+    where = f"{hop.shown} port {hop.port}"
+    if isinstance(error, asyncssh.PermissionDenied):
+        return AccessRefused(_refusal(hop, nobody_to_ask))
+    if isinstance(error, asyncssh.HostKeyNotVerifiable):
+        return HostKeyRefused(f"the host key of {where} is not acceptable: {error.reason}")
+    if isinstance(error, asyncssh.KeyExchangeFailed):
+        return _no_common_algorithm(error, where)
+    if isinstance(error, asyncssh.ChannelOpenError):
+        return Unreachable(f"the jump host could not reach {where}: {error.reason}")
+    if isinstance(error, asyncssh.DisconnectError):
+        return Unreachable(f"{where} ended the connection during the login: {error.reason}")
+    if isinstance(error, socket.gaierror):
+        return Unreachable(f"the host name {hop.host} is not known: {error.strerror}")
+    if isinstance(error, ConnectionRefusedError):
+        return Unreachable(f"nothing answers at {where} (connection refused)")
+    if isinstance(error, OSError):
+        return Unreachable(f"{where} can't be reached: {error.strerror or error}")
+    if isinstance(error, ValueError):
+        return WrongSettings(f"the SSH settings for {hop.shown} are not usable: {error}")
+    return RemoteFailure(f"the login to {where} failed: {error}")
+
+
+def _refusal(hop: Hop, nobody_to_ask: bool) -> str:
+    login = f"{hop.user}@{hop.host} port {hop.port}"
+    if nobody_to_ask:
+        return (
+            f"{login} asks for a password, passphrase or second factor and there is no terminal "
+            "to ask on: mount from a terminal, or use a key that ssh-agent holds"
+        )
+    return f"{login} refused the login: check that `ssh {hop.alias}` works, then mount again"
+
+
+def _no_common_algorithm(error: asyncssh.KeyExchangeFailed, where: str) -> RemoteError:
+    if "host key" in error.reason:
+        return HostKeyRefused(
+            f"{where} no longer offers a host key of the type that known_hosts has: if the site "
+            "confirms its new key, remove the old one with ssh-keygen -R and mount again"
+        )
+    return WrongSettings(f"{where} and this program have no algorithm in common: {error.reason}")

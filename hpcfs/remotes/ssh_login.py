@@ -1,0 +1,240 @@
+"""One SSH connection made: jump hosts, host keys, keys, passphrases, passwords and second factors.
+
+Owns the conversation with the user during a login. Nothing typed is stored or logged. Each
+question is asked a bounded number of times within one connection, as ssh does, and never again by
+itself: what comes out is a connection or an error (`ssh_errors.login_error`).
+
+The clock of `connect_timeout` stands still while the user is typing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import asyncssh
+from asyncssh.public_key import KeyPairListArg
+
+from hpcfs.remotes.base import Prompter
+from hpcfs.remotes.ssh_errors import login_error
+from hpcfs.remotes.ssh_hostkeys import PresentedKey
+from hpcfs.remotes.ssh_settings import Hop, jump_site, read_hop
+from hpcfs.transfer.messages import SshSite, Unreachable, WrongSettings
+
+log = logging.getLogger(__name__)
+
+TRIES = 3
+MAX_JUMPS = 8
+
+
+@dataclass(frozen=True)
+class Login:
+    """A connection and the jump hosts' connections that carry it, nearest first."""
+
+    connection: asyncssh.SSHClientConnection
+    jumps: tuple[asyncssh.SSHClientConnection, ...]
+    user: str
+    shown: str
+
+    async def close(self) -> None:
+        for connection in (self.connection, *reversed(self.jumps)):
+            connection.abort()
+            await connection.wait_closed()
+
+
+async def log_in(site: SshSite, prompter: Prompter, on_lost: Callable[[], None]) -> Login:
+    """Connect to the site. `on_lost` is called once when the connection ends, for any reason.
+
+    Raises AccessRefused, HostKeyRefused, WrongSettings or Unreachable.
+    """
+    jumps: list[asyncssh.SSHClientConnection] = []
+    try:
+        target = await read_hop(site)
+        await _connect_jumps(target, site, prompter, jumps)
+        connection = await _connect_hop(target, site, prompter, _last(jumps), on_lost)
+    except BaseException:
+        for jump in reversed(jumps):
+            jump.abort()
+            await jump.wait_closed()
+        raise
+    return Login(connection, tuple(jumps), target.user, target.shown)
+
+
+async def _connect_jumps(
+    target: Hop, site: SshSite, prompter: Prompter, jumps: list[asyncssh.SSHClientConnection]
+) -> None:
+    """Fills `jumps` as it goes, so that the caller can close them whatever happens."""
+    for number, jump in enumerate(target.jumps):
+        hop_site = jump_site(jump, site)
+        hop = await read_hop(hop_site)
+        if number == 0:
+            await _connect_jumps(hop, hop_site, prompter, jumps)
+        if len(jumps) >= MAX_JUMPS:
+            raise WrongSettings(
+                f"ProxyJump of {site.host} has more than {MAX_JUMPS} hosts or a loop"
+            )
+        jumps.append(await _connect_hop(hop, hop_site, prompter, _last(jumps), _ignore))
+
+
+def _last(jumps: list[asyncssh.SSHClientConnection]) -> asyncssh.SSHClientConnection | None:
+    return jumps[-1] if jumps else None
+
+
+def _ignore() -> None:
+    """A lost jump host takes the connections through it down, which is noticed there."""
+
+
+async def _connect_hop(
+    hop: Hop,
+    site: SshSite,
+    prompter: Prompter,
+    tunnel: asyncssh.SSHClientConnection | None,
+    on_lost: Callable[[], None],
+) -> asyncssh.SSHClientConnection:
+    """One login. A host key that the user accepts leads to a second attempt with it known."""
+    clock = _Clock(site.connect_timeout, prompter)
+    while True:
+        client = _Client(hop, clock, on_lost)
+        try:
+            async with clock.running():
+                return await asyncssh.connect(
+                    hop.alias,
+                    site.port or (),
+                    tunnel=tunnel,
+                    client_factory=lambda client=client: client,
+                    **hop.options,
+                )
+        except asyncssh.HostKeyNotVerifiable as error:
+            if client.presented is None:
+                raise login_error(error, hop) from error
+            await hop.host_keys.decide(client.presented, prompter)
+        except TimeoutError:
+            raise Unreachable(
+                f"{hop.shown} port {hop.port} did not answer within {site.connect_timeout:g} s"
+            ) from None
+        except (asyncssh.Error, OSError, ValueError) as error:
+            raise login_error(error, hop, nobody_to_ask=client.nobody_to_ask) from error
+
+
+class _Clock:
+    """The login's deadline, which does not run while the user is asked."""
+
+    def __init__(self, seconds: float, prompter: Prompter):
+        self._seconds = seconds
+        self._prompter = prompter
+        self._timeout: asyncio.Timeout | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        async with asyncio.timeout(self._seconds) as self._timeout:
+            yield
+        self._timeout = None
+
+    async def ask(self, text: str, *, echo: bool = False) -> str | None:
+        self._set(None)
+        try:
+            return await self._prompter.ask(text, echo=echo)
+        finally:
+            self._set(asyncio.get_running_loop().time() + self._seconds)
+
+    def _set(self, when: float | None) -> None:
+        if self._timeout is not None and not self._timeout.expired():
+            self._timeout.reschedule(when)
+
+
+class _Client(asyncssh.SSHClient):
+    """asyncssh's callbacks during one connection attempt."""
+
+    def __init__(self, hop: Hop, clock: _Clock, on_lost: Callable[[], None]):
+        self._hop = hop
+        self._clock = clock
+        self._on_lost = on_lost
+        self._key_files = list(hop.key_files)
+        self._passwords_left = TRIES
+        self._dialogues_left = TRIES
+        self.presented: PresentedKey | None = None
+        self.nobody_to_ask = False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        log.debug("connection to %s ended: %s", self._hop.shown, exc)
+        self._on_lost()
+
+    def validate_host_public_key(
+        self, host: str, addr: str, port: int, key: asyncssh.SSHKey
+    ) -> bool:
+        """Called for keys that nothing vouches for; the user is asked once this attempt is over."""
+        self.presented = PresentedKey(host, port, key)
+        return False
+
+    def auth_banner_received(self, msg: str, lang: str) -> None:
+        log.debug("%s says: %s", self._hop.shown, msg)
+
+    async def public_key_auth_requested(self) -> KeyPairListArg | None:
+        """Called when agent and plain keys were refused: now the ones that need a passphrase."""
+        while self._key_files:
+            path = self._key_files.pop(0)
+            if _is_encrypted(path):
+                key = await self._unlock(path)
+                if key is not None:
+                    return _with_certificate(key, path)
+        return None
+
+    async def _unlock(self, path: Path) -> asyncssh.SSHKey | None:
+        for _ in range(TRIES):
+            passphrase = await self._ask(f"Passphrase for the key {path}: ")
+            if not passphrase:
+                return None
+            try:
+                return await asyncio.to_thread(asyncssh.read_private_key, path, passphrase)
+            except (asyncssh.KeyImportError, asyncssh.KeyEncryptionError):
+                log.info("the passphrase for %s was wrong", path)
+        return None
+
+    async def password_auth_requested(self) -> str | None:
+        if self._passwords_left == 0:
+            return None
+        self._passwords_left -= 1
+        return await self._ask(f"Password for {self._hop.user}@{self._hop.host}: ")
+
+    def kbdint_auth_requested(self) -> str | None:
+        if self._dialogues_left == 0 or self.nobody_to_ask:
+            return None
+        self._dialogues_left -= 1
+        return ""
+
+    async def kbdint_challenge_received(
+        self, name: str, instructions: str, lang: str, prompts: Sequence[tuple[str, bool]]
+    ) -> list[str] | None:
+        heading = "".join(f"{text.strip()}\n" for text in (name, instructions) if text.strip())
+        responses = []
+        for text, echo in prompts:
+            answer = await self._ask(f"{heading}({self._hop.user}@{self._hop.host}) {text}", echo)
+            if answer is None:
+                return None
+            responses.append(answer)
+            heading = ""
+        return responses
+
+    async def _ask(self, text: str, echo: bool = False) -> str | None:
+        answer = None if self.nobody_to_ask else await self._clock.ask(text, echo=echo)
+        self.nobody_to_ask = answer is None
+        return answer
+
+
+def _is_encrypted(path: Path) -> bool:
+    try:
+        asyncssh.read_private_key(path)
+    except asyncssh.KeyImportError as error:
+        return str(error).startswith("Passphrase")
+    except OSError as error:
+        log.warning("%s can't be read: %s", path, error)
+    return False
+
+
+def _with_certificate(key: asyncssh.SSHKey, path: Path) -> KeyPairListArg:
+    certificate = path.with_name(f"{path.name}-cert.pub")
+    return [(key, str(certificate))] if certificate.is_file() else [key]
