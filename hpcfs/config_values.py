@@ -49,17 +49,17 @@ def cache_size(value: object) -> int:
 
 def local_path(value: object) -> Path:
     """An absolute path of this machine, with ~ and $VARIABLES replaced."""
-    text = os.path.expanduser(os.path.expandvars(text(value)))
-    if unset := re.search(r"\$\{?(\w+)", text):
+    path = os.path.expanduser(os.path.expandvars(text(value)))
+    if unset := re.search(r"\$\{?(\w+)", path):
         raise BadValue(f"names ${unset[1]}, which is not set")
-    if not os.path.isabs(text):
+    if not os.path.isabs(path):
         raise BadValue(f"must be an absolute path or begin with ~, not {_shown(value)}")
-    return Path(os.path.normpath(text))
+    return Path(os.path.normpath(path))
 
 
 def text(value: object) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
-        raise BadValue(f"must be a text in quotes, not {_shown(value)}")
+        raise BadValue(f"must be a text in quotes that is not empty, not {_shown(value)}")
     return value
 
 
@@ -105,10 +105,10 @@ def table(value: object) -> dict[str, object]:
 
 
 def host(value: object) -> str:
-    text = text(value)
-    if re.search(r"[\s/]|^-|^[^@]*:[^@]*@", text):
+    name = text(value)
+    if re.search(r"[\s/]|^-|^[^@]*:[^@]*@|^[^:]*:[^:]*$", name):
         raise BadValue("must be an alias, host or user@host, without port, path or password")
-    return text
+    return name
 
 
 def sftp_path(value: object) -> str:
@@ -119,10 +119,10 @@ def sftp_path(value: object) -> str:
 
 
 def bucket(value: object) -> str:
-    text = text(value)
-    if "/" in text or ":" in text:
+    name = text(value)
+    if "/" in name or ":" in name:
         raise BadValue(f"must be the bucket's bare name, not {_shown(value)}")
-    return text
+    return name
 
 
 def prefix(value: object) -> str:
@@ -147,5 +147,5 @@ def _shown(value: object) -> str:
         return str(value).lower()
     if isinstance(value, dict):
         return "a table"
-    text = repr(value) if not isinstance(value, str) else f'"{value}"'
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    shown = repr(value) if not isinstance(value, str) else f'"{value}"'
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

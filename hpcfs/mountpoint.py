@@ -44,7 +44,7 @@ def check(mountpoint: Path) -> str | None:
     check_device()
     check_helper()
     note = _clear_old_mount(mountpoint)
-    _check_directory(mountpoint)
+    check_directory(mountpoint)
     return note
 
 
@@ -163,7 +163,8 @@ def _holder(mountpoint: Path) -> str:
         return "an hpcfs daemon that does not answer"
 
 
-def _check_directory(mountpoint: Path) -> None:
+def check_directory(mountpoint: Path) -> None:
+    """Raises SetupError unless it is an empty directory of ours."""
     try:
         found = mountpoint.stat()
     except FileNotFoundError:

@@ -17,8 +17,10 @@ from hpcfs.errors import SetupError
 from hpcfs.mountinfo import Mounted
 
 NETWORK_KINDS = frozenset(
-    ["nfs", "nfs4", "lustre", "gpfs", "beegfs", "beegfs_nodev", "ceph", "panfs", "wekafs", "cifs"]
-    + ["smb3", "smbfs", "afs", "9p", "orangefs", "pvfs2", "glusterfs", "gfs2", "ocfs2", "coda"]
+    (
+        *("nfs", "nfs4", "lustre", "gpfs", "beegfs", "beegfs_nodev", "ceph", "panfs", "wekafs"),
+        *("cifs", "smb3", "smbfs", "afs", "9p", "orangefs", "pvfs2", "glusterfs", "gfs2", "ocfs2"),
+    )
 )
 LOCAL_FUSE_KINDS = frozenset(["fuse.fuse-overlayfs"])
 """The root of a rootless container: its bytes are on this node."""

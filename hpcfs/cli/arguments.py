@@ -1,0 +1,57 @@
+"""Tells the arguments of `hpcfs mount` apart: a mount point, and remotes with or without a name.
+
+They may come in any order, so that sshfs's habit (remote first) and mount's both work. A colon
+before any slash makes an argument a remote, as for scp; `./odd:name` is a directory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import click
+
+from hpcfs import urls
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    mountpoint: str | None
+    named_urls: list[tuple[str | None, str]]
+
+
+def recognise(arguments: Sequence[str]) -> Arguments:
+    """Raises click.UsageError when they make no sense together."""
+    named_urls: list[tuple[str | None, str]] = []
+    directories: list[str] = []
+    for argument in arguments:
+        name, is_named, url = argument.partition("=")
+        if is_named and ":" not in name and not os.path.isdir(argument) and _is_url(url, name):
+            named_urls.append((_checked_name(name), url))
+        elif urls.looks_like_url(argument):
+            named_urls.append((None, argument))
+        else:
+            directories.append(argument)
+    if len(directories) > 1:
+        raise click.UsageError(
+            f"there is one mount point, not {len(directories)}: {', '.join(directories)}; "
+            "a remote is named by host:path, sftp://host/path or s3://bucket"
+        )
+    unnamed = [url for name, url in named_urls if name is None]
+    if unnamed and len(named_urls) > 1:
+        raise click.UsageError("with several remotes each needs a name: NAME=URL NAME=URL")
+    return Arguments(directories[0] if directories else None, named_urls)
+
+
+def _is_url(url: str, name: str) -> bool:
+    """`data=login3` is meant as NAME=URL though its URL is wrong; `~/a=b` is a directory."""
+    return urls.looks_like_url(url) or urls.is_valid_name(name)
+
+
+def _checked_name(name: str) -> str:
+    if not urls.is_valid_name(name):
+        raise click.UsageError(
+            f"{name!r} can't name a remote: use letters, digits, '.', '_' and '-'"
+        )
+    return name

@@ -1,0 +1,191 @@
+"""Starts the daemon in the background, and stays until it is known whether the mount works.
+
+The child serves; it keeps the terminal, to ask for passwords, until the mount answers. Then it
+tells its parent over a pipe and leaves the terminal. Whatever happens before, the parent sees it:
+a message, or the end of the pipe when the child died. Forking comes before any import of trio.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import msgspec
+
+from hpcfs import mountinfo, mountpoint
+from hpcfs.cli import terminal
+from hpcfs.config import Settings
+from hpcfs.control import MountStatus
+from hpcfs.errors import SetupError
+
+STOP_SECONDS = 5.0
+"""How long an interrupted child may take to tidy up before it is killed."""
+
+
+class Report(msgspec.Struct, frozen=True):
+    """Exactly one of them, from child to parent."""
+
+    status: MountStatus | None = None
+    failure: str | None = None
+
+
+def start(settings: Settings, *, debug: bool) -> MountStatus:
+    """The status of the mount, served by a child that has left the terminal.
+
+    Raises SetupError when it failed; nothing is mounted and no child is left then.
+    """
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _serve_in_child(settings, writer, debug=debug)
+    os.close(writer)
+    try:
+        with terminal.restored(), _terminated_raises():
+            report = _read_report(reader)
+    except BaseException:
+        stop(child, settings, patience=0.0)
+        raise
+    finally:
+        os.close(reader)
+    if report.status is None:
+        stop(child, settings, patience=STOP_SECONDS)
+        raise SetupError(report.failure or _sudden_end(settings))
+    if failure := root_failure(settings, report.status):
+        mountpoint.unmount(settings.mountpoint)
+        stop(child, settings, patience=STOP_SECONDS)
+        raise SetupError(failure)
+    return report.status
+
+
+def root_failure(settings: Settings, status: MountStatus) -> str | None:
+    """Why a mount whose root is a remote is of no use: as with sshfs, it is undone then."""
+    failed = [found for found in status.namespaces if found.state == "failed"]
+    root = next((found for found in failed if found.name == settings.root_namespace), None)
+    return f"{root.url}: {root.reason}" if root else None
+
+
+def stop(child: int, settings: Settings, *, patience: float) -> None:
+    """Wait for the child's end for so long, then end it; leave nothing mounted."""
+    if not _has_ended(child, patience):
+        os.kill(child, signal.SIGTERM)
+        if not _has_ended(child, STOP_SECONDS):
+            os.kill(child, signal.SIGKILL)
+            _has_ended(child, STOP_SECONDS)
+    found = mountinfo.at(settings.mountpoint, mountpoint.mounts())
+    if found is not None and mountpoint.is_dead(settings.mountpoint):
+        mountpoint.unmount(settings.mountpoint, lazy=True)
+
+
+@contextmanager
+def _terminated_raises() -> Iterator[None]:
+    """`timeout 5 hpcfs mount` must not leave a child that mounts later on."""
+
+    def give_up(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, give_up)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _has_ended(child: int, seconds: float) -> bool:
+    """Waits for it and reaps it; true as well when it was reaped before."""
+    try:
+        process = os.pidfd_open(child)
+    except ProcessLookupError:
+        return True
+    try:
+        ready, _, _ = select.select([process], [], [], seconds)
+    finally:
+        os.close(process)
+    if ready:
+        with suppress(ChildProcessError):
+            os.waitpid(child, 0)
+    return bool(ready)
+
+
+def _read_report(reader: int) -> Report:
+    received = bytearray()
+    while not received.endswith(b"\n"):
+        chunk = os.read(reader, 65536)
+        if not chunk:
+            return Report()
+        received += chunk
+    return msgspec.json.decode(received, type=Report)
+
+
+def _sudden_end(settings: Settings) -> str:
+    return f"the daemon ended before the mount was ready; its log is {settings.log_file}"
+
+
+def _serve_in_child(settings: Settings, writer: int, *, debug: bool) -> None:
+    """Never returns: this process ends here, whatever the caller's stack would do."""
+    code = 1
+    try:
+        code = _serve(settings, writer, debug=debug)
+    finally:
+        with suppress(OSError, ValueError):  # nobody reads any more
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _serve(settings: Settings, writer: int, *, debug: bool) -> int:
+    def leave_terminal(status: MountStatus) -> None:
+        _send(writer, Report(status=status))
+        detach()
+
+    try:
+        serve(settings, on_ready=leave_terminal, foreground=False)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # reported to the parent, which prints it
+        if debug:
+            traceback.print_exception(error)
+        _send(writer, Report(failure=sentence_of(error)))
+        return 1
+    return 0
+
+
+def serve(settings: Settings, *, on_ready: Callable[[MountStatus], None], foreground: bool) -> None:
+    """Import the daemon only here: it costs what the other commands must not pay."""
+    from hpcfs import daemon
+
+    daemon.serve(settings, ask=terminal.ask, on_ready=on_ready, foreground=foreground)
+
+
+def sentence_of(error: Exception) -> str:
+    from hpcfs import daemon
+
+    if isinstance(error, daemon.MountFailed | SetupError):
+        return str(error)
+    return f"the daemon failed ({type(error).__name__}: {error}); 'hpcfs --debug mount' shows where"
+
+
+def detach() -> None:
+    """Leave the terminal and its session, as a daemon does."""
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    os.close(null)
+
+
+def _send(writer: int, report: Report) -> None:
+    """Once: the pipe is closed after it, and a parent that is gone needs no report."""
+    data = memoryview(msgspec.json.encode(report) + b"\n")
+    with suppress(OSError):
+        while data:
+            data = data[os.write(writer, data) :]
+        os.close(writer)

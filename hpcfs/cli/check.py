@@ -1,0 +1,66 @@
+"""`hpcfs check`: finds out what would stop a mount, and says what to do about each."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import click
+
+from hpcfs import config
+from hpcfs.cli import arguments, check_machine, check_s3, check_ssh
+from hpcfs.cli.findings import Finding
+from hpcfs.cli.output import printable
+from hpcfs.config import Config, Namespace
+from hpcfs.errors import SetupError
+from hpcfs.transfer.messages import S3Root, S3Site, SshSite
+
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@click.command(short_help="Find out what would stop a mount.")
+@click.argument("args", nargs=-1, metavar="[NAME=URL ...]")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE")
+def check(args: tuple[str, ...], config_file: Path | None) -> int:
+    """Check this machine, the configuration and each remote. No login is tried over SSH.
+
+    The exit code is 1 if something would stop a mount or a namespace.
+    """
+    levels = [_show(found) for found in _all(args, config_file)]
+    return 1 if "fail" in levels else 0
+
+
+def _all(args: tuple[str, ...], config_file: Path | None) -> Iterator[Finding]:
+    yield from check_machine.machine()
+    try:
+        chosen = config.load(config_file, arguments.recognise(args).named_urls)
+    except SetupError as error:
+        yield Finding("fail", "configuration", str(error))
+        return
+    yield Finding("ok", "configuration", f"{len(chosen.namespaces)} namespaces")
+    for note in chosen.notes:
+        yield Finding("warn", "configuration", note)
+    yield from check_machine.mount_place(chosen)
+    yield from check_machine.cache(chosen)
+    yield from _namespaces(chosen)
+
+
+def _namespaces(chosen: Config) -> Iterable[Finding]:
+    for found in chosen.namespaces.values():
+        yield from _namespace(found)
+
+
+def _namespace(found: Namespace) -> Iterator[Finding]:
+    if isinstance(found.site, SshSite):
+        yield from check_ssh.ssh_namespace(found.name, found.site)
+    elif isinstance(found.site, S3Site) and isinstance(found.root, S3Root):
+        yield from check_s3.s3_namespace(found.name, found.site, found.root)
+
+
+def _show(found: Finding) -> str:
+    """Printed as soon as it is known: an endpoint that is down takes a while."""
+    level = click.style(f"{found.level:<4}", fg=_COLOURS[found.level])
+    text = printable(" ".join(found.text.split()))
+    click.echo(f"{level}  {found.subject}: {text}", color=sys.stdout.isatty())
+    return found.level

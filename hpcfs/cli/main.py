@@ -1,0 +1,117 @@
+"""The entry point: finds the command, and turns every failure into one line and an exit code.
+
+Commands are imported when they are used, their help lines are here: `hpcfs --help` must not wait
+for trio, pyfuse3 or rich. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 ended by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import click
+
+from hpcfs import __version__
+from hpcfs.cli.output import complain
+from hpcfs.errors import SetupError
+
+
+@dataclass(frozen=True, slots=True)
+class LazyCommand:
+    module: str
+    attribute: str
+    help: str
+
+
+COMMANDS = {
+    "mount": LazyCommand("hpcfs.cli.mount", "mount", "Mount clusters and buckets as one tree."),
+    "umount": LazyCommand("hpcfs.cli.umount", "umount", "Unmount, after pending uploads."),
+    "status": LazyCommand("hpcfs.cli.status", "status", "Show mounts and their namespaces."),
+    "check": LazyCommand("hpcfs.cli.check", "check", "Find out what would stop a mount."),
+    "init": LazyCommand("hpcfs.cli.init", "init", "Write a commented configuration."),
+    "demo": LazyCommand("hpcfs.cli.demo", "demo", "Mount embedded servers, to try it out."),
+}
+ALIASES = {"unmount": "umount"}
+
+
+@dataclass(slots=True)
+class Invocation:
+    """What the handling of errors must know of the command line."""
+
+    debug: bool = False
+
+
+class LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        lazy = COMMANDS.get(ALIASES.get(name, name))
+        if lazy is None:
+            return None
+        command = getattr(importlib.import_module(lazy.module), lazy.attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, lazy.help) for name, lazy in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="hpcfs", message="%(prog)s %(version)s")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+@click.pass_obj
+def group(invocation: Invocation, debug: bool) -> None:
+    """SSH clusters and S3 buckets as one directory tree.
+
+    \b
+    hpcfs mount login3:data ~/mnt     mount one remote, as with sshfs
+    hpcfs init; hpcfs mount           mount what the configuration names
+    """
+    invocation.debug = debug
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """The exit code."""
+    invocation = Invocation()
+    try:
+        outcome = group.main(arguments, "hpcfs", standalone_mode=False, obj=invocation)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except click.UsageError as error:
+        error.show()
+        return 2
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        return _explain(error, invocation)
+    return outcome if isinstance(outcome, int) else 0
+
+
+def _explain(error: Exception, invocation: Invocation) -> int:
+    if invocation.debug:
+        traceback.print_exception(error)
+    if isinstance(error, SetupError):
+        complain(str(error))
+    elif isinstance(error, click.ClickException):
+        complain(error.format_message())
+    elif isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        complain(f"{where}{error.strerror}")
+    else:
+        complain(
+            f"this should not have happened ({type(error).__name__}: {error}); "
+            "'hpcfs --debug ...' shows where"
+        )
+    return 1

@@ -1,0 +1,138 @@
+"""`hpcfs mount`: checks what can be checked, starts the daemon, and tells what came of it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from hpcfs import config, config_values, mountpoint, paths
+from hpcfs.cache import location
+from hpcfs.cli import arguments, background, terminal
+from hpcfs.cli.main import Invocation
+from hpcfs.cli.output import complain, count, printable
+from hpcfs.config import Config, Settings
+from hpcfs.control import MountStatus
+from hpcfs.errors import SetupError
+
+T = TypeVar("T")
+
+
+def _read_by(
+    reader: Callable[[object], T],
+) -> Callable[[click.Context, click.Parameter, str | None], T | None]:
+    """An option whose value is read as the configuration's key of that name is."""
+
+    def read(ctx: click.Context, parameter: click.Parameter, value: str | None) -> T | None:
+        if value is None:
+            return None
+        try:
+            return reader(value)
+        except config_values.BadValue as error:
+            raise click.BadParameter(f"it {error}") from None
+
+    return read
+
+
+def _absolute_path(value: object) -> Path:
+    """Unlike the configuration's paths, the shell's may be relative."""
+    text = str(value)
+    return config_values.local_path(text if text.startswith(("~", "$")) else str(Path.cwd() / text))
+
+
+@click.command(short_help="Mount clusters and buckets as one tree.")
+@click.argument("args", nargs=-1, metavar="[MOUNTPOINT] [NAME=URL ...]")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE")
+@click.option("--foreground", "-f", is_flag=True, help="Stay here, and log to stderr too.")
+@click.option("--verbose", "-v", is_flag=True, help="Log more; show tracebacks.")
+@click.option("--read-only", is_flag=True, help="Refuse to change anything on the remotes.")
+@click.option("--cache-dir", metavar="DIR", callback=_read_by(_absolute_path))
+@click.option("--cache-size", metavar="SIZE", callback=_read_by(config_values.cache_size))
+@click.pass_obj
+def mount(
+    invocation: Invocation,
+    args: tuple[str, ...],
+    config_file: Path | None,
+    foreground: bool,
+    verbose: bool,
+    read_only: bool,
+    cache_dir: Path | None,
+    cache_size: int | None,
+) -> None:
+    """Mount what the configuration or the URLs name.
+
+    \b
+    hpcfs mount                                   everything as configured
+    hpcfs mount login3:data ~/mnt                 one remote, as with sshfs
+    hpcfs mount ~/mnt home=login3: data=s3://bucket/prefix
+
+    URLs: [user@]host:path, sftp://[user@]host[:port]/path, s3://bucket/prefix, or REMOTE:path for
+    a remote of rclone.conf. With URLs, the configuration's namespaces are left aside.
+    """
+    invocation.debug = invocation.debug or verbose
+    wanted = arguments.recognise(args)
+    chosen = config.load(config_file, wanted.named_urls)
+    chosen = replace(
+        chosen,
+        cache_dir=cache_dir or chosen.cache_dir,
+        cache_size=cache_size or chosen.cache_size,
+        log_level="DEBUG" if verbose else chosen.log_level,
+    )
+    settings = _prepare(config.read_only(chosen) if read_only else chosen, wanted.mountpoint)
+    if foreground:
+        _serve_here(settings)
+    else:
+        _tell(background.start(settings, debug=invocation.debug), settings)
+
+
+def _prepare(chosen: Config, mountpoint_text: str | None) -> Settings:
+    """Checks first what needs no network. Raises SetupError."""
+    given = mountpoint_text or chosen.mountpoint
+    if given is None:
+        raise SetupError("say where to mount: 'hpcfs mount ~/cluster', or set mountpoint")
+    place = paths.absolute_mountpoint(given)
+    notes = [*chosen.notes, mountpoint.check(place)]
+    where = location.locate(chosen.cache_dir)
+    if where.directory.is_relative_to(place):
+        raise SetupError(f"the cache {where.directory} can't be inside the mount {place}")
+    cache = location.prepare(where, place)
+    paths.make_private(paths.state_dir())
+    for note in [*notes, where.note]:
+        if note:
+            complain(note)
+    return config.settings(chosen, place, cache)
+
+
+def _tell(status: MountStatus, settings: Settings) -> None:
+    failed = [found for found in status.namespaces if found.state == "failed"]
+    for found in failed:
+        complain(f"{found.name}: {found.reason}")
+    if sys.stdout.isatty():
+        number = count(len(status.namespaces) - len(failed), "namespace")
+        print(printable(f"mounted {number} at {status.mountpoint} (log: {settings.log_file})"))
+
+
+def _serve_here(settings: Settings) -> None:
+    """Returns once unmounted. Raises SetupError when there was no use in mounting."""
+    failures: list[str] = []
+
+    def on_ready(status: MountStatus) -> None:
+        if failure := background.root_failure(settings, status):
+            failures.append(failure)
+            # Not in this thread: it answers the kernel, which asks while it unmounts.
+            threading.Thread(target=mountpoint.unmount, args=[settings.mountpoint]).start()
+        else:
+            _tell(status, settings)
+
+    try:
+        with terminal.restored():
+            background.serve(settings, on_ready=on_ready, foreground=True)
+    except Exception as error:
+        raise SetupError(background.sentence_of(error)) from error
+    if failures:
+        raise SetupError(failures[0])
