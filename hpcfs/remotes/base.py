@@ -68,12 +68,20 @@ class Remote(Protocol):
     async def read_link(self, path: bytes) -> bytes: ...
 
     async def fetch(
-        self, path: bytes, version: bytes, offset: int, length: int, handle: int
+        self,
+        path: bytes,
+        version: bytes,
+        offset: int,
+        length: int,
+        handle: int,
+        *,
+        growing: bool = False,
     ) -> bytes | bytearray:
         """Exactly `length` bytes of that version.
 
         Raises Changed when the remote holds another version, before or after the bytes were read,
-        or when it ends before `offset + length`.
+        or when it ends before `offset + length`. With `growing` a file that is larger than the
+        version says still counts as that version (see messages.Fetch).
         """
         ...
 

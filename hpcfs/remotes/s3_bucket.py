@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from hpcfs.remotes.base import checked_size
 from hpcfs.remotes.s3_errors import Health
 from hpcfs.remotes.s3_metadata import NANOSECONDS, Metadata, decode, encode
-from hpcfs.remotes.s3_names import checked_key
+from hpcfs.remotes.s3_names import MARKER, checked_key
 from hpcfs.transfer.messages import (
     Changed,
     NotFound,
@@ -33,7 +33,6 @@ KEPT_HEADERS = (
 )
 """What belongs to an object beside its metadata, by the names that requests and answers share."""
 
-MAX_LINK_BYTES = 4096
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/")
 _MD5 = re.compile(r"[0-9a-f]{32}\Z")
 
@@ -46,10 +45,11 @@ class Summary:
     size: int
     etag: str
     modified_ns: int
+    storage_class: str = field(default="", compare=False)
 
     @property
     def version(self) -> bytes:
-        """The content's identity; whole seconds, because listings and headers differ in the rest."""
+        """The content's identity. Whole seconds: listings and headers differ in the rest."""
         if self.etag:
             return self.etag.encode()
         return f"{self.size}:{self.modified_ns // NANOSECONDS}".encode()
@@ -131,15 +131,6 @@ class Bucket:
                 raise Changed(f"{key} has changed on the server: open it again")
             return await self._read(key, body, length)
 
-    async def get_small(self, key: str, limit: int) -> tuple[bytes, Info]:
-        """A whole object of at most `limit` bytes."""
-        answer = await self.call("get_object", key, Key=key)
-        async with answer["Body"] as body:
-            info = _info(key, answer)
-            if info.size > limit:
-                raise ProtocolError(f"{key} has {info.size} bytes where at most {limit} make sense")
-            return await self._read(key, body, info.size), info
-
     async def _read(self, key: str, body: Any, length: int) -> bytes:
         with self._health.watching(key):
             data: bytes = await body.read()
@@ -171,15 +162,22 @@ class Bucket:
         return etag
 
     async def copy(
-        self, source: Summary, key: str, metadata: Metadata | None, headers: Mapping[str, Any]
+        self,
+        source: Summary,
+        key: str,
+        metadata: Metadata | None = None,
+        headers: Mapping[str, Any] | None = None,
     ) -> str:
-        """Within the bucket, on the server. `metadata` replaces the source's. Returns the ETag."""
+        """Within the bucket, on the server; returns the ETag.
+
+        `metadata` and `headers` together replace the source's.
+        """
         parameters: dict[str, Any] = {"MetadataDirective": "COPY"}
         if metadata is not None:
             parameters = {"MetadataDirective": "REPLACE", "Metadata": encode(metadata)}
-            parameters |= _settable(headers)
-        elif "StorageClass" in headers:  # COPY does not copy this one
-            parameters["StorageClass"] = headers["StorageClass"]
+            parameters |= _settable(headers or {})
+        elif source.storage_class:  # COPY does not copy this one
+            parameters["StorageClass"] = source.storage_class
         answer = await self.call(
             "copy_object",
             key,
@@ -296,6 +294,12 @@ def _nanoseconds(moment: object) -> int:
     return ((since.days * 86400 + since.seconds) * 1_000_000 + since.microseconds) * 1000
 
 
+def _storage_class(found: Mapping[str, Any]) -> str:
+    """ "" for the default one, which listings name and headers don't."""
+    name = str(found.get("StorageClass") or "")
+    return "" if name == "STANDARD" else name
+
+
 def _summary(found: Mapping[str, Any]) -> Summary:
     key = str(found.get("Key", ""))
     size = checked_size(found.get("Size"), key.encode())
@@ -311,7 +315,8 @@ def _info(key: str, answer: Mapping[str, Any]) -> Info:
         size=checked_size(answer.get("ContentLength"), key.encode()),
         etag=plain_etag(answer.get("ETag")),
         modified_ns=_nanoseconds(answer.get("LastModified")),
-        metadata=decode(answer.get("Metadata", {}), directory=key.endswith("/")),
+        storage_class=_storage_class(answer),
+        metadata=decode(answer.get("Metadata", {}), directory=key.endswith(("/", MARKER))),
         headers={name: answer[name] for name in KEPT_HEADERS if answer.get(name)},
         server_time_ns=_date(http_headers.get("date")),
     )

@@ -159,6 +159,17 @@ class Transfer:
             await self._copy_parts(source, key, metadata or source.metadata)
         return await self._checked(key, source.size)
 
+    async def copy_listed(self, source: Summary, key: str) -> None:
+        """Copy what a listing showed, without asking for its headers where that can be spared."""
+        if source.size <= self._limits.single_copy:
+            if not await self._bucket.copy(source, key):
+                await self._checked(key, source.size)
+            return
+        info = await self._bucket.head(source.key)
+        if info is None:
+            raise Changed(f"{source.key} was removed on the server while it was renamed")
+        await self.copy(info, key)
+
     async def _copy_parts(self, source: Info, key: str, metadata: Metadata) -> None:
         async def send(upload: str, number: int, offset: int, length: int) -> dict[str, Any]:
             try:

@@ -1,0 +1,55 @@
+"""What a listing or an object's headers say, as the `Entry` that the daemon shows."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import dataclass
+
+from hpcfs.remotes.s3_bucket import Info, Summary
+from hpcfs.remotes.s3_metadata import (
+    DIRECTORY_MODE,
+    FILE_MODE,
+    NANOSECONDS,
+    PERMISSIONS,
+    Metadata,
+)
+from hpcfs.transfer.messages import Attributes, Entry
+
+
+@dataclass(frozen=True)
+class Entries:
+    """`uid` and `gid` are the local user's. Only root sees the owners that objects carry: for
+    others the remote user is the local one."""
+
+    uid: int
+    gid: int
+
+    def file(self, name: bytes, found: Summary, metadata: Metadata | None = None) -> Entry:
+        """A file or a symbolic link. Times without metadata are the object's, in whole seconds."""
+        metadata = metadata or (found.metadata if isinstance(found, Info) else Metadata())
+        mode = metadata.mode if metadata.mode is not None else FILE_MODE
+        seconds_ns = found.modified_ns // NANOSECONDS * NANOSECONDS
+        mtime_ns = metadata.mtime_ns if metadata.mtime_ns is not None else seconds_ns
+        version = found.version if stat.S_ISREG(mode) else b""
+        return self._entry(name, mode, found.size, mtime_ns, metadata, version)
+
+    def directory(self, name: bytes, metadata: Metadata | None) -> Entry:
+        """One that others made has no time; every process must give the same, so it is 1970."""
+        metadata = metadata or Metadata()
+        mode = metadata.mode if metadata.mode is not None else DIRECTORY_MODE
+        return self._entry(name, mode, 0, metadata.mtime_ns or 0, metadata, b"")
+
+    def _entry(
+        self, name: bytes, mode: int, size: int, mtime_ns: int, metadata: Metadata, version: bytes
+    ) -> Entry:
+        uid, gid = self.uid, self.gid
+        if uid == 0:
+            uid = metadata.uid if metadata.uid is not None else uid
+            gid = metadata.gid if metadata.gid is not None else gid
+        atime_ns = metadata.atime_ns if metadata.atime_ns is not None else mtime_ns
+        return Entry(name, mode, size, mtime_ns, atime_ns, uid, gid, version)
+
+    def new(self, attributes: Attributes, mode: int, kind: int, now_ns: int) -> Metadata:
+        """What a new object carries. `mode` counts where `attributes` has none."""
+        fresh = Metadata(uid=self.uid, gid=self.gid, mtime_ns=now_ns)
+        return fresh.changed(attributes, kind | (mode & PERMISSIONS))

@@ -1,0 +1,88 @@
+"""Marker objects: what makes a directory exist while nothing is in it, and keeps its attributes.
+
+The common form, which s3fs, rclone and S3's console share, is an empty object "a/". But some
+servers store objects as files and can't keep "a/" apart from "a" (rclone's `serve s3` makes a file
+"a", and then refuses "a/b"). There the marker is an empty object of a reserved name inside it.
+Which kind the server is shows in an object that is there already, or in the first marker written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from hpcfs.remotes.s3_bucket import Bucket, Info
+from hpcfs.remotes.s3_known import Known
+from hpcfs.remotes.s3_metadata import Metadata
+from hpcfs.remotes.s3_names import MARKER
+
+HEADERS = {"ContentType": "application/x-directory"}
+REMEMBERED_SECONDS = 2.0
+"""Shorter than a user notices that a change made elsewhere is late, longer than `ls -l` takes."""
+
+
+class Markers:
+    """Directories are given by their prefix, which ends in "/" (or is "" for a whole bucket)."""
+
+    def __init__(self, bucket: Bucket, base: str) -> None:
+        self._bucket = bucket
+        self._base = base
+        self._inside: bool | None = None
+        self._lock = asyncio.Lock()
+        self._read: Known[tuple[Info | None]] = Known(REMEMBERED_SECONDS, 10_000)
+
+    async def read(self, directory: str) -> Info | None:
+        known = self._read.get(directory)
+        if known is None:
+            key = directory + MARKER if await self._is_inside() else directory
+            found = await self._bucket.head(key)
+            known = (found if found is not None and found.size == 0 else None,)
+            self._read.put(directory, known)
+        return known[0]
+
+    async def write(self, directory: str, metadata: Metadata) -> None:
+        self._read.drop(directory)
+        if await self._is_inside():
+            await self._bucket.put(directory + MARKER, b"", metadata, HEADERS)
+        else:
+            await self._bucket.put(directory, b"", metadata, HEADERS)
+        if self._inside is None:
+            await self._learn_from(directory, metadata)
+
+    async def remove(self, directory: str, keys: list[str]) -> None:
+        """`keys` are the markers that a listing showed: other programs may have written both."""
+        self._read.drop(directory)
+        for key in keys:
+            await self._bucket.delete(key)
+
+    def forget(self) -> None:
+        self._read.clear()
+
+    async def _is_inside(self) -> bool:
+        if self._inside is None:
+            async with self._lock:
+                if self._inside is None:
+                    self._inside = await self._look_for_kind()
+        return bool(self._inside)
+
+    async def _look_for_kind(self) -> bool | None:
+        """None while there is no object to tell by."""
+        page = await self._bucket.first(self._base, 1)
+        if not page.objects:
+            return None
+        sample = page.objects[0].key
+        if sample.endswith("/"):
+            return False
+        if await self._bucket.head(sample + "/") is None:
+            return False
+        return not await self._is_listed(sample + "/")
+
+    async def _learn_from(self, directory: str, metadata: Metadata) -> None:
+        """After the first marker: is it there under its own key?"""
+        self._inside = not await self._is_listed(directory)
+        if self._inside:
+            await self._bucket.delete(directory)
+            await self._bucket.put(directory + MARKER, b"", metadata, HEADERS)
+
+    async def _is_listed(self, key: str) -> bool:
+        page = await self._bucket.first(key, 1)
+        return bool(page.objects) and page.objects[0].key == key

@@ -1,0 +1,178 @@
+"""From a path to its key, and what is at a key: the one way by which every operation finds things.
+
+Plain names cost no request. A shown name that stands for a component by its hash is looked up in
+the listing of its directory, and remembered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from hpcfs.remotes.s3_bucket import Bucket, Info, Page
+from hpcfs.remotes.s3_known import Known
+from hpcfs.remotes.s3_listing import is_marker
+from hpcfs.remotes.s3_names import (
+    checked_key,
+    decoded,
+    is_plain,
+    parse,
+    search_prefix,
+    stands_for,
+)
+from hpcfs.transfer.messages import InvalidName, NotFound
+
+LOOKED_AT = 3
+"""Both kinds of marker and one thing more tell whether a directory is there and empty."""
+ESCAPES_SECONDS = 3600.0
+ESCAPES = 10_000
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a path is in the bucket.
+
+    `parent` and `directory` are prefixes that end in "/"; `key` is the object's, "" where there
+    can't be one (the root). `beside` places are objects only, even if there is a directory.
+    """
+
+    path: bytes
+    parent: str
+    key: str
+    directory: str
+    beside: bool = False
+    escaped: bool = False
+
+    @property
+    def is_root(self) -> bool:
+        return not self.path
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was found at a place. `markers` is complete only where there are no `children`."""
+
+    place: Place
+    object: Info | None
+    children: bool
+    markers: list[str]
+
+    @property
+    def is_directory(self) -> bool:
+        if self.place.beside:
+            return False
+        return self.place.is_root or self.children or bool(self.markers)
+
+    @property
+    def file(self) -> Info | None:
+        """The object that this path shows."""
+        if self.place.beside:
+            return self.object if self.children or self.markers else None
+        return None if self.is_directory else self.object
+
+    @property
+    def exists(self) -> bool:
+        return self.is_directory or self.file is not None
+
+
+class Paths:
+    """`base` is the root's prefix with its "/", or ""."""
+
+    def __init__(self, bucket: Bucket, base: str, *, read_only: bool) -> None:
+        self._bucket = bucket
+        self._base = base
+        self._read_only = read_only
+        self._escapes: Known[str] = Known(ESCAPES_SECONDS, ESCAPES)
+
+    async def place(self, path: bytes) -> Place:
+        """Raises NotFound where a shown name stands for nothing."""
+        parent, key, beside, escaped = self._base, "", False, False
+        directory = self._base
+        for name in path.split(b"/") if path else ():
+            if beside:
+                raise NotFound(f"{text(path)}: there is no such directory")
+            parent = directory
+            component, beside = await self._component(parent, name)
+            escaped = not is_plain(name)
+            key = parent + component
+            directory = key + "/"
+        return Place(path, parent, checked_key(key), directory, beside, escaped)
+
+    async def new_place(self, path: bytes) -> Place:
+        """For what may not be there yet: reserved names are refused with the reason.
+
+        Raises InvalidName.
+        """
+        name = path.rpartition(b"/")[2]
+        decoded(name)
+        try:
+            place = await self.place(path)
+        except NotFound:
+            if is_plain(name):
+                raise
+            parse(name)
+            raise InvalidName(f"{text(name)!r} is reserved: choose another name") from None
+        if place.escaped and not (await self.look(place)).exists:
+            raise InvalidName(f"{text(name)!r} is reserved: choose another name")
+        return place
+
+    async def _component(self, parent: str, name: bytes) -> tuple[str, bool]:
+        decoded(name)
+        try:
+            found = parse(name)
+        except InvalidName:
+            raise NotFound(f"{text(name)}: there is no such name") from None
+        component = found.component
+        if component is None:
+            component = await self._search(parent, name)
+        return component, found.beside
+
+    async def _search(self, parent: str, name: bytes) -> str:
+        known = self._escapes.get(parent + name.decode())
+        if known is not None:
+            return known
+        prefix = parent + search_prefix(name)
+        async for page in self._bucket.pages(prefix, delimiter="/"):
+            for key in (*(found.key for found in page.objects), *page.prefixes):
+                component = key[len(parent) :].removesuffix("/")
+                if stands_for(name, component):
+                    self._escapes.put(parent + name.decode(), component)
+                    return component
+        raise NotFound(f"{text(name)}: there is no such name")
+
+    async def look(self, place: Place) -> Look:
+        """Both requests at once: a round trip costs more than a request."""
+        found, page = await asyncio.gather(
+            self._object(place.key),
+            self._bucket.first(place.directory, LOOKED_AT),
+            return_exceptions=True,
+        )
+        for failure in (page, found):  # a listing's failure says more: answers to HEAD have no body
+            if isinstance(failure, BaseException):
+                raise failure
+        assert isinstance(page, Page)
+        assert found is None or isinstance(found, Info)
+        markers = [
+            item.key
+            for item in page.objects
+            if is_marker(item.key[len(place.directory) :], item.size)
+        ]
+        if found is not None and found.size == 0 and found.key == place.parent:
+            found = None  # the parent's marker: its name in there would be empty
+        children = len(markers) < len(page.objects) + len(page.prefixes)
+        return Look(place, found, children, markers)
+
+    async def _object(self, key: str) -> Info | None:
+        if not key:
+            return None
+        if not self._read_only:
+            return await self._bucket.head(key)
+        page = await self._bucket.first(key, 1)
+        found = page.objects[0] if page.objects else None
+        if found is None or found.key != key:
+            return None
+        return Info(found.key, found.size, found.etag, found.modified_ns)
+
+
+def text(path: bytes) -> str:
+    return path.decode(errors="backslashreplace")

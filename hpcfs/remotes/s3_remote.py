@@ -1,0 +1,407 @@
+"""The Remote of one bucket: what each operation means there.
+
+S3 has neither directories nor renames nor partial writes: a directory is a marker object or any key
+below it, a rename is a copy and a removal, an upload is the whole file, new attributes are a copy of
+an object onto itself. Two requests are not one transaction: another client that writes to the same
+names at the same time can come between a check and what follows it. S3's conditional requests would
+close some of these gaps, but too few of the compatible servers know them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mimetypes
+import os
+import stat
+import tempfile
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace as with_changes
+from typing import IO, Any
+
+from hpcfs.remotes.base import ReportProgress, Source, last_name
+from hpcfs.remotes.s3_bucket import Bucket, Info, Summary
+from hpcfs.remotes.s3_directory import Lister, Mover, Parents
+from hpcfs.remotes.s3_entries import Entries
+from hpcfs.remotes.s3_markers import Markers
+from hpcfs.remotes.s3_metadata import DIRECTORY_MODE, FILE_MODE, SYMLINK_MODE, Metadata
+from hpcfs.remotes.s3_paths import Look, Paths, Place, text
+from hpcfs.remotes.s3_transfer import Limits, Transfer
+from hpcfs.transfer.messages import (
+    Abilities,
+    AccessRefused,
+    AlreadyExists,
+    Attributes,
+    Changed,
+    DirectoryNotEmpty,
+    DiskUsage,
+    Entry,
+    InvalidRequest,
+    IsADirectory,
+    NotADirectory,
+    NotFound,
+    NotSupported,
+    PermissionDenied,
+    ProtocolError,
+    RemoteFailure,
+    S3Root,
+    Start,
+    Upload,
+    WrongSettings,
+)
+
+ABILITIES = Abilities(
+    partial_writes=False, creates_on_upload=True, handles=False, mtime_resolution_ns=1
+)
+MAX_LINK_BYTES = 4095
+DOWNLOAD_BYTES = 8 * 1024 * 1024
+
+
+class S3Remote:
+    """One namespace. `heads` is shared by the site's remotes."""
+
+    def __init__(
+        self, bucket: Bucket, root: S3Root, start: Start, limits: Limits, heads: asyncio.Semaphore
+    ) -> None:
+        self._bucket = bucket
+        self._read_only = root.read_only
+        self._base = f"{root.prefix}/" if root.prefix else ""
+        self._cache_dir = start.cache_dir
+        self._entries = Entries(start.uid, start.gid)
+        self._paths = Paths(bucket, self._base, read_only=root.read_only)
+        self._markers = Markers(bucket, self._base)
+        self._lister = Lister(bucket, self._markers, self._entries, heads)
+        self._parents = Parents(bucket, self._markers, self._base)
+        self._transfer = Transfer(bucket, limits)
+        self._mover = Mover(bucket, self._transfer, start.cache_dir)
+        self._root_metadata = Metadata()
+
+    # --- looking ----------------------------------------------------------------------------
+
+    async def connect(self) -> Abilities:
+        try:
+            await self._bucket.first(self._base, 1)
+        except PermissionDenied as error:
+            refused = AccessRefused(f"{error.message} to list it, then remount")
+            raise self._bucket.remember(refused) from error
+        except NotFound as error:
+            raise self._bucket.remember(WrongSettings(error.message)) from error
+        return ABILITIES
+
+    async def stat(self, path: bytes) -> Entry:
+        look = await self._paths.look(await self._paths.place(path))
+        name = last_name(path)
+        if look.is_directory:
+            return self._entries.directory(name, await self._directory_metadata(look.place))
+        return self._entries.file(name, _file_of(look))
+
+    async def stat_open(self, handle: int) -> Entry | None:
+        return None
+
+    async def list(self, path: bytes) -> AsyncIterator[Sequence[Entry]]:
+        place = await self._paths.place(path)
+        if place.beside:
+            raise NotADirectory(f"{text(path)} is not a directory")
+        async for page in self._lister.pages(place, read_only=self._read_only):
+            yield page
+
+    async def read_link(self, path: bytes) -> bytes:
+        place = await self._paths.place(path)
+        found = await self._bucket.head(place.key) if place.key else None
+        if found is None and not place.is_root:
+            raise NotFound(f"{text(path)}: there is no such file")
+        if found is None or self._read_only or not _is_link(found):
+            raise InvalidRequest(f"{text(path)} is not a symbolic link")
+        if not 0 < found.size <= MAX_LINK_BYTES:
+            raise ProtocolError(f"{text(path)} is a link with a target of {found.size} bytes")
+        target = await self._bucket.get(place.key, found.version, 0, found.size)
+        if b"\0" in target:
+            raise ProtocolError(f"{text(path)} is a link whose target contains a NUL")
+        return target
+
+    async def fetch(
+        self, path: bytes, version: bytes, offset: int, length: int, handle: int
+    ) -> bytes:
+        place = await self._paths.place(path)
+        if length > 0:
+            return await self._bucket.get(place.key, version, offset, length)
+        found = await self._bucket.head(place.key)
+        if found is None or not found.has_version(version):
+            raise Changed(f"{text(path)} has changed on the server: open it again")
+        return b""
+
+    async def release(self, handle: int) -> None:
+        return None
+
+    async def disk_usage(self) -> DiskUsage | None:
+        return None
+
+    # --- making -----------------------------------------------------------------------------
+
+    async def upload(self, request: Upload, source: Source, report: ReportProgress) -> Entry:
+        look = await self._look_for_new(request.path)
+        if look.is_directory:
+            raise IsADirectory(f"{text(request.path)} is a directory")
+        self._check_owner(request.attributes)
+        fresh = self._new_metadata(request.attributes, request.mode, stat.S_IFREG)
+        headers = _guessed_headers(request.path)
+        if look.file is not None:
+            old = look.file.metadata
+            fresh = with_changes(fresh, foreign=old.foreign)
+            fresh = with_changes(fresh, **_owner(old)) if not request.attributes else fresh
+            headers = dict(look.file.headers) or headers
+        return await self._store(look.place, source, fresh, headers, report)
+
+    async def create(self, path: bytes, mode: int) -> Entry:
+        look = await self._look_for_new(path)
+        _refuse_existing(look)
+        metadata = self._new_metadata(Attributes(), mode, stat.S_IFREG)
+        entry = self._entries.file(last_name(path), Summary(look.place.key, 0, "", 0), metadata)
+        return with_version(entry, b"")
+
+    async def make_directory(self, path: bytes, mode: int) -> Entry:
+        look = await self._look_for_new(path)
+        _refuse_existing(look)
+        metadata = self._new_metadata(Attributes(), mode, stat.S_IFDIR)
+        await self._markers.write(look.place.directory, metadata)
+        self._parents.made(look.place.directory)
+        return self._entries.directory(last_name(path), metadata)
+
+    async def make_symlink(self, path: bytes, target: bytes) -> Entry:
+        """As s3fs does: the target is the content, and the mode says that it is one."""
+        if not 0 < len(target) <= MAX_LINK_BYTES or b"\0" in target:
+            raise InvalidRequest(f"{text(path)}: this can't be the target of a link")
+        look = await self._look_for_new(path)
+        _refuse_existing(look)
+        metadata = self._new_metadata(Attributes(), SYMLINK_MODE, stat.S_IFLNK)
+        etag = await self._bucket.put(look.place.key, target, metadata, {})
+        summary = Summary(look.place.key, len(target), etag, 0)
+        return self._entries.file(last_name(path), summary, metadata)
+
+    async def make_link(self, existing: bytes, path: bytes) -> Entry:
+        raise NotSupported("S3 has no hard links: use a symbolic link or a copy")
+
+    # --- changing ---------------------------------------------------------------------------
+
+    async def set_attributes(self, path: bytes, attributes: Attributes) -> Entry:
+        self._check_writable()
+        self._check_owner(attributes)
+        look = await self._paths.look(await self._paths.place(path))
+        if look.is_directory:
+            return await self._set_directory_attributes(look.place, attributes)
+        found = _file_of(look)
+        if not with_changes_but_atime(attributes):
+            return self._entries.file(last_name(path), found)
+        return await self._rewrite(look.place, found, attributes)
+
+    async def truncate(self, path: bytes, size: int) -> Entry:
+        self._check_writable()
+        if size < 0:
+            raise InvalidRequest(f"{text(path)}: a file can't have {size} bytes")
+        look = await self._paths.look(await self._paths.place(path))
+        if look.is_directory:
+            raise IsADirectory(f"{text(path)} is a directory")
+        found = _file_of(look)
+        if size == found.size:
+            return await self._rewrite(look.place, found, Attributes(mtime_ns=time.time_ns()))
+        metadata = with_changes(found.metadata, mtime_ns=time.time_ns())
+        with tempfile.TemporaryFile(dir=self._cache_dir) as file:
+            await self._download(found, file, min(size, found.size))
+            await asyncio.to_thread(file.truncate, size)
+            source = FileSource(file, size)
+            return await self._store(look.place, source, metadata, found.headers, _ignore)
+
+    async def rename(self, path: bytes, target: bytes, *, replace: bool) -> None:
+        self._check_writable()
+        if not path or not target or target.startswith(path + b"/"):
+            raise InvalidRequest(f"{text(path)} can't be moved to {text(target)}")
+        source, goal = await asyncio.gather(
+            self._paths.look(await self._paths.place(path)), self._look_for_new(target)
+        )
+        if not source.exists:
+            raise NotFound(f"{text(path)}: there is no such file or directory")
+        if goal.exists and not replace:
+            raise AlreadyExists(f"{text(target)} is there already")
+        if path == target:
+            return
+        _check_replaceable(source, goal)
+        if source.is_directory:
+            await self._rename_directory(source.place, goal.place)
+        else:
+            await self._rename_file(source.place, _file_of(source), goal.place)
+
+    async def remove(self, path: bytes) -> None:
+        self._check_writable()
+        look = await self._paths.look(await self._paths.place(path))
+        if look.is_directory:
+            raise IsADirectory(f"{text(path)} is a directory")
+        await self._delete_file(look.place, _file_of(look))
+
+    async def remove_directory(self, path: bytes) -> None:
+        self._check_writable()
+        if not path:
+            raise InvalidRequest("the root of a namespace can't be removed")
+        look = await self._paths.look(await self._paths.place(path))
+        if not look.is_directory:
+            _file_of(look)
+            raise NotADirectory(f"{text(path)} is not a directory")
+        if look.children:
+            raise DirectoryNotEmpty(f"{text(path)} is not empty")
+        await self._parents.keep(look.place)
+        await self._markers.remove(look.place.directory, look.markers)
+        self._parents.forget()
+
+    # --- steps ------------------------------------------------------------------------------
+
+    def _check_writable(self) -> None:
+        if self._read_only:
+            raise PermissionDenied("this namespace is read-only: see `read_only` in the config")
+
+    def _check_owner(self, attributes: Attributes) -> None:
+        """Only root sees the owners that objects carry, so only root may change them."""
+        mine = (None, self._entries.uid), (None, self._entries.gid)
+        if self._entries.uid and not (attributes.uid in mine[0] and attributes.gid in mine[1]):
+            raise PermissionDenied("only root can give files on S3 to other users or groups")
+
+    def _new_metadata(self, attributes: Attributes, mode: int, kind: int) -> Metadata:
+        return self._entries.new(attributes, mode, kind, time.time_ns())
+
+    async def _look_for_new(self, path: bytes) -> Look:
+        """What is at a path that may be made, in a directory that is there."""
+        self._check_writable()
+        place = await self._paths.new_place(path)
+        look, _ = await asyncio.gather(self._paths.look(place), self._parents.require(place))
+        return look
+
+    async def _store(
+        self,
+        place: Place,
+        source: Source,
+        metadata: Metadata,
+        headers: Mapping[str, Any],
+        report: ReportProgress,
+    ) -> Entry:
+        self._lister.cache.drop(place.key)
+        stored = await self._transfer.upload(place.key, source, metadata, headers, report)
+        return self._entries.file(last_name(place.path), stored, metadata)
+
+    async def _rewrite(self, place: Place, found: Info, attributes: Attributes) -> Entry:
+        """New attributes: the object is copied onto itself. Its time must not become now."""
+        old = found.metadata
+        if old.mtime_ns is None:
+            shown = self._entries.file(b"", found)
+            old = with_changes(old, mtime_ns=shown.mtime_ns)
+        metadata = old.changed(attributes, old.mode if old.mode is not None else FILE_MODE)
+        self._lister.cache.drop(place.key)
+        stored = await self._transfer.copy(found, place.key, metadata)
+        return self._entries.file(last_name(place.path), stored, metadata)
+
+    async def _directory_metadata(self, place: Place) -> Metadata | None:
+        if self._read_only:
+            return None
+        if not place.directory:
+            return self._root_metadata
+        marker = await self._markers.read(place.directory)
+        return marker.metadata if marker else None
+
+    async def _set_directory_attributes(self, place: Place, attributes: Attributes) -> Entry:
+        """The root of a whole bucket has no key: its attributes last as long as the process."""
+        old = await self._directory_metadata(place) or Metadata()
+        metadata = old.changed(attributes, old.mode if old.mode is not None else DIRECTORY_MODE)
+        if not place.directory:
+            self._root_metadata = metadata
+        elif metadata != old:
+            await self._markers.write(place.directory, metadata)
+            self._parents.made(place.directory)
+        return self._entries.directory(last_name(place.path), metadata)
+
+    async def _download(self, found: Info, file: IO[bytes], size: int) -> None:
+        for offset in range(0, size, DOWNLOAD_BYTES):
+            length = min(DOWNLOAD_BYTES, size - offset)
+            data = await self._bucket.get(found.key, found.version, offset, length)
+            await asyncio.to_thread(file.write, data)
+
+    async def _delete_file(self, place: Place, found: Info) -> None:
+        await self._parents.keep(place)
+        self._lister.cache.drop(found.key)
+        await self._bucket.delete(found.key)
+
+    async def _rename_file(self, source: Place, found: Info, target: Place) -> None:
+        self._lister.cache.drop(target.key)
+        await self._transfer.copy(found, target.key)
+        await self._delete_file(source, found)
+
+    async def _rename_directory(self, source: Place, target: Place) -> None:
+        await self._parents.keep(source)
+        try:
+            await self._mover.move(source.directory, target.directory)
+        finally:
+            self._parents.forget()
+            self._markers.forget()
+            self._lister.cache.clear()
+
+
+class FileSource:
+    """An open temporary file as the `Source` of an upload."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        file.flush()
+        self._descriptor = file.fileno()
+        self.size = size
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = os.pread(self._descriptor, length, offset)
+        if len(data) != length:
+            raise RemoteFailure(f"a temporary file ended after {offset + len(data)} bytes")
+        return data
+
+
+def _ignore(done: int) -> None:
+    """The progress of an upload that nobody follows."""
+
+
+def _file_of(look: Look) -> Info:
+    if look.file is None:
+        raise NotFound(f"{text(look.place.path)}: there is no such file or directory")
+    return look.file
+
+
+def _refuse_existing(look: Look) -> None:
+    if look.exists:
+        raise AlreadyExists(f"{text(look.place.path)} is there already")
+
+
+def _check_replaceable(source: Look, goal: Look) -> None:
+    target = text(goal.place.path)
+    if source.is_directory and goal.file is not None:
+        raise NotADirectory(f"{target} is a file, and a directory can't replace it")
+    if source.is_directory and goal.children:
+        raise DirectoryNotEmpty(f"{target} is not empty")
+    if not source.is_directory and goal.is_directory:
+        raise IsADirectory(f"{target} is a directory, and a file can't replace it")
+
+
+def _is_link(found: Info) -> bool:
+    return found.metadata.mode is not None and stat.S_ISLNK(found.metadata.mode)
+
+
+def _owner(metadata: Metadata) -> dict[str, int | None]:
+    return {"uid": metadata.uid, "gid": metadata.gid}
+
+
+def _guessed_headers(path: bytes) -> dict[str, str]:
+    """As the AWS CLI does, so that browsers show what they can."""
+    guess, _ = mimetypes.guess_type(last_name(path).decode(errors="replace"))
+    return {"ContentType": guess} if guess else {}
+
+
+def with_changes_but_atime(attributes: Attributes) -> bool:
+    """A new access time alone is not worth a copy of the object, and is not kept."""
+    return any(
+        value is not None
+        for value in (attributes.mode, attributes.uid, attributes.gid, attributes.mtime_ns)
+    )
+
+
+def with_version(entry: Entry, version: bytes) -> Entry:
+    return Entry(*(getattr(entry, name) for name in Entry.__struct_fields__[:-1]), version=version)
