@@ -23,7 +23,7 @@ from hpcfs.transfer.messages import S3Root, S3Site, Start, Unreachable
 
 CONNECTIONS = 32
 READ_TIMEOUT = 60.0
-"""Without a byte. Completing or copying a large object takes long, but S3 sends blanks meanwhile."""
+"""Without a byte. Completing a large object takes longer, but S3 sends blanks meanwhile."""
 ATTEMPTS = 3
 DEFAULT_REGION = "us-east-1"
 """What S3-compatible servers expect where nothing is configured."""
@@ -77,7 +77,7 @@ class S3SiteConnection:
         region = site.region or session.get_config_variable("region")
         if region is None and site.endpoint_url:
             region = DEFAULT_REGION
-        keys = {}
+        keys: dict[str, Any] = {}
         if site.access_key is not None and site.secret_key is not None:
             keys = {
                 "aws_access_key_id": site.access_key.value,

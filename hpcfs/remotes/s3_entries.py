@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import time
 from dataclasses import dataclass
 
 from hpcfs.remotes.s3_bucket import Info, Summary
@@ -10,10 +11,9 @@ from hpcfs.remotes.s3_metadata import (
     DIRECTORY_MODE,
     FILE_MODE,
     NANOSECONDS,
-    PERMISSIONS,
     Metadata,
 )
-from hpcfs.transfer.messages import Attributes, Entry
+from hpcfs.transfer.messages import Entry
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,6 @@ class Entries:
         atime_ns = metadata.atime_ns if metadata.atime_ns is not None else mtime_ns
         return Entry(name, mode, size, mtime_ns, atime_ns, uid, gid, version)
 
-    def new(self, attributes: Attributes, mode: int, kind: int, now_ns: int) -> Metadata:
-        """What a new object carries. `mode` counts where `attributes` has none."""
-        fresh = Metadata(uid=self.uid, gid=self.gid, mtime_ns=now_ns)
-        return fresh.changed(attributes, kind | (mode & PERMISSIONS))
+    def fresh(self, mode: int | None = None) -> Metadata:
+        """What a new object carries. `mode` is a full st_mode."""
+        return Metadata(mode=mode, uid=self.uid, gid=self.gid, mtime_ns=time.time_ns())

@@ -20,7 +20,14 @@ from hpcfs.remotes.s3_names import (
     search_prefix,
     stands_for,
 )
-from hpcfs.transfer.messages import InvalidName, NotFound
+from hpcfs.transfer.messages import (
+    AlreadyExists,
+    DirectoryNotEmpty,
+    InvalidName,
+    IsADirectory,
+    NotADirectory,
+    NotFound,
+)
 
 LOOKED_AT = 3
 """Both kinds of marker and one thing more tell whether a directory is there and empty."""
@@ -176,3 +183,24 @@ class Paths:
 
 def text(path: bytes) -> str:
     return path.decode(errors="backslashreplace")
+
+
+def file_of(look: Look) -> Info:
+    if look.file is None:
+        raise NotFound(f"{text(look.place.path)}: there is no such file or directory")
+    return look.file
+
+
+def refuse_existing(look: Look) -> None:
+    if look.exists:
+        raise AlreadyExists(f"{text(look.place.path)} is there already")
+
+
+def check_replaceable(source: Look, goal: Look) -> None:
+    target = text(goal.place.path)
+    if source.is_directory and goal.file is not None:
+        raise NotADirectory(f"{target} is a file, and a directory can't replace it")
+    if source.is_directory and goal.children:
+        raise DirectoryNotEmpty(f"{target} is not empty")
+    if not source.is_directory and goal.is_directory:
+        raise IsADirectory(f"{target} is a directory, and a file can't replace it")

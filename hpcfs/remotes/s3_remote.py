@@ -1,17 +1,16 @@
 """The Remote of one bucket: what each operation means there.
 
-S3 has neither directories nor renames nor partial writes: a directory is a marker object or any key
-below it, a rename is a copy and a removal, an upload is the whole file, new attributes are a copy of
-an object onto itself. Two requests are not one transaction: another client that writes to the same
-names at the same time can come between a check and what follows it. S3's conditional requests would
-close some of these gaps, but too few of the compatible servers know them.
+S3 has neither directories nor renames nor partial writes: a directory is a marker object or any
+key below it, a rename is a copy and a removal, an upload is the whole file, new attributes are a
+copy of an object onto itself. Two requests are not one transaction: another client that writes to
+the same names at the same time can come between a check and what follows it. S3's conditional
+requests would close some of these gaps, but too few of the compatible servers know them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import mimetypes
-import os
 import stat
 import tempfile
 import time
@@ -19,14 +18,30 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace as with_changes
 from typing import IO, Any
 
+import msgspec
+
 from hpcfs.remotes.base import ReportProgress, Source, last_name
 from hpcfs.remotes.s3_bucket import Bucket, Info, Summary
 from hpcfs.remotes.s3_directory import Lister, Mover, Parents
 from hpcfs.remotes.s3_entries import Entries
 from hpcfs.remotes.s3_markers import Markers
-from hpcfs.remotes.s3_metadata import DIRECTORY_MODE, FILE_MODE, SYMLINK_MODE, Metadata
-from hpcfs.remotes.s3_paths import Look, Paths, Place, text
-from hpcfs.remotes.s3_transfer import Limits, Transfer
+from hpcfs.remotes.s3_metadata import (
+    DIRECTORY_MODE,
+    FILE_MODE,
+    PERMISSIONS,
+    SYMLINK_MODE,
+    Metadata,
+)
+from hpcfs.remotes.s3_paths import (
+    Look,
+    Paths,
+    Place,
+    check_replaceable,
+    file_of,
+    refuse_existing,
+    text,
+)
+from hpcfs.remotes.s3_transfer import FileSource, Limits, Transfer
 from hpcfs.transfer.messages import (
     Abilities,
     AccessRefused,
@@ -43,7 +58,6 @@ from hpcfs.transfer.messages import (
     NotSupported,
     PermissionDenied,
     ProtocolError,
-    RemoteFailure,
     S3Root,
     Start,
     Upload,
@@ -93,7 +107,7 @@ class S3Remote:
         name = last_name(path)
         if look.is_directory:
             return self._entries.directory(name, await self._directory_metadata(look.place))
-        return self._entries.file(name, _file_of(look))
+        return self._entries.file(name, file_of(look))
 
     async def stat_open(self, handle: int) -> Entry | None:
         return None
@@ -143,26 +157,24 @@ class S3Remote:
         if look.is_directory:
             raise IsADirectory(f"{text(request.path)} is a directory")
         self._check_owner(request.attributes)
-        fresh = self._new_metadata(request.attributes, request.mode, stat.S_IFREG)
-        headers = _guessed_headers(request.path)
+        old, headers = self._entries.fresh(), _guessed_headers(request.path)
         if look.file is not None:
-            old = look.file.metadata
-            fresh = with_changes(fresh, foreign=old.foreign)
-            fresh = with_changes(fresh, **_owner(old)) if not request.attributes else fresh
-            headers = dict(look.file.headers) or headers
-        return await self._store(look.place, source, fresh, headers, report)
+            old, headers = look.file.metadata, dict(look.file.headers) or headers
+        mode = stat.S_IFREG | (request.mode & PERMISSIONS)
+        metadata = with_changes(old, mtime_ns=time.time_ns()).changed(request.attributes, mode)
+        return await self._store(look.place, source, metadata, headers, report)
 
     async def create(self, path: bytes, mode: int) -> Entry:
         look = await self._look_for_new(path)
-        _refuse_existing(look)
-        metadata = self._new_metadata(Attributes(), mode, stat.S_IFREG)
+        refuse_existing(look)
+        metadata = self._entries.fresh(stat.S_IFREG | (mode & PERMISSIONS))
         entry = self._entries.file(last_name(path), Summary(look.place.key, 0, "", 0), metadata)
-        return with_version(entry, b"")
+        return msgspec.structs.replace(entry, version=b"")
 
     async def make_directory(self, path: bytes, mode: int) -> Entry:
         look = await self._look_for_new(path)
-        _refuse_existing(look)
-        metadata = self._new_metadata(Attributes(), mode, stat.S_IFDIR)
+        refuse_existing(look)
+        metadata = self._entries.fresh(stat.S_IFDIR | (mode & PERMISSIONS))
         await self._markers.write(look.place.directory, metadata)
         self._parents.made(look.place.directory)
         return self._entries.directory(last_name(path), metadata)
@@ -172,8 +184,8 @@ class S3Remote:
         if not 0 < len(target) <= MAX_LINK_BYTES or b"\0" in target:
             raise InvalidRequest(f"{text(path)}: this can't be the target of a link")
         look = await self._look_for_new(path)
-        _refuse_existing(look)
-        metadata = self._new_metadata(Attributes(), SYMLINK_MODE, stat.S_IFLNK)
+        refuse_existing(look)
+        metadata = self._entries.fresh(SYMLINK_MODE)
         etag = await self._bucket.put(look.place.key, target, metadata, {})
         summary = Summary(look.place.key, len(target), etag, 0)
         return self._entries.file(last_name(path), summary, metadata)
@@ -189,8 +201,8 @@ class S3Remote:
         look = await self._paths.look(await self._paths.place(path))
         if look.is_directory:
             return await self._set_directory_attributes(look.place, attributes)
-        found = _file_of(look)
-        if not with_changes_but_atime(attributes):
+        found = file_of(look)
+        if not _is_worth_a_copy(attributes):
             return self._entries.file(last_name(path), found)
         return await self._rewrite(look.place, found, attributes)
 
@@ -201,7 +213,7 @@ class S3Remote:
         look = await self._paths.look(await self._paths.place(path))
         if look.is_directory:
             raise IsADirectory(f"{text(path)} is a directory")
-        found = _file_of(look)
+        found = file_of(look)
         if size == found.size:
             return await self._rewrite(look.place, found, Attributes(mtime_ns=time.time_ns()))
         metadata = with_changes(found.metadata, mtime_ns=time.time_ns())
@@ -224,18 +236,18 @@ class S3Remote:
             raise AlreadyExists(f"{text(target)} is there already")
         if path == target:
             return
-        _check_replaceable(source, goal)
+        check_replaceable(source, goal)
         if source.is_directory:
             await self._rename_directory(source.place, goal.place)
         else:
-            await self._rename_file(source.place, _file_of(source), goal.place)
+            await self._rename_file(source.place, file_of(source), goal.place)
 
     async def remove(self, path: bytes) -> None:
         self._check_writable()
         look = await self._paths.look(await self._paths.place(path))
         if look.is_directory:
             raise IsADirectory(f"{text(path)} is a directory")
-        await self._delete_file(look.place, _file_of(look))
+        await self._delete_file(look.place, file_of(look))
 
     async def remove_directory(self, path: bytes) -> None:
         self._check_writable()
@@ -243,7 +255,7 @@ class S3Remote:
             raise InvalidRequest("the root of a namespace can't be removed")
         look = await self._paths.look(await self._paths.place(path))
         if not look.is_directory:
-            _file_of(look)
+            file_of(look)
             raise NotADirectory(f"{text(path)} is not a directory")
         if look.children:
             raise DirectoryNotEmpty(f"{text(path)} is not empty")
@@ -259,12 +271,9 @@ class S3Remote:
 
     def _check_owner(self, attributes: Attributes) -> None:
         """Only root sees the owners that objects carry, so only root may change them."""
-        mine = (None, self._entries.uid), (None, self._entries.gid)
-        if self._entries.uid and not (attributes.uid in mine[0] and attributes.gid in mine[1]):
+        uid, gid = self._entries.uid, self._entries.gid
+        if uid != 0 and (attributes.uid not in (None, uid) or attributes.gid not in (None, gid)):
             raise PermissionDenied("only root can give files on S3 to other users or groups")
-
-    def _new_metadata(self, attributes: Attributes, mode: int, kind: int) -> Metadata:
-        return self._entries.new(attributes, mode, kind, time.time_ns())
 
     async def _look_for_new(self, path: bytes) -> Look:
         """What is at a path that may be made, in a directory that is there."""
@@ -341,52 +350,12 @@ class S3Remote:
             self._lister.cache.clear()
 
 
-class FileSource:
-    """An open temporary file as the `Source` of an upload."""
-
-    def __init__(self, file: IO[bytes], size: int) -> None:
-        file.flush()
-        self._descriptor = file.fileno()
-        self.size = size
-
-    def read(self, offset: int, length: int) -> bytes:
-        data = os.pread(self._descriptor, length, offset)
-        if len(data) != length:
-            raise RemoteFailure(f"a temporary file ended after {offset + len(data)} bytes")
-        return data
-
-
 def _ignore(done: int) -> None:
     """The progress of an upload that nobody follows."""
 
 
-def _file_of(look: Look) -> Info:
-    if look.file is None:
-        raise NotFound(f"{text(look.place.path)}: there is no such file or directory")
-    return look.file
-
-
-def _refuse_existing(look: Look) -> None:
-    if look.exists:
-        raise AlreadyExists(f"{text(look.place.path)} is there already")
-
-
-def _check_replaceable(source: Look, goal: Look) -> None:
-    target = text(goal.place.path)
-    if source.is_directory and goal.file is not None:
-        raise NotADirectory(f"{target} is a file, and a directory can't replace it")
-    if source.is_directory and goal.children:
-        raise DirectoryNotEmpty(f"{target} is not empty")
-    if not source.is_directory and goal.is_directory:
-        raise IsADirectory(f"{target} is a directory, and a file can't replace it")
-
-
 def _is_link(found: Info) -> bool:
     return found.metadata.mode is not None and stat.S_ISLNK(found.metadata.mode)
-
-
-def _owner(metadata: Metadata) -> dict[str, int | None]:
-    return {"uid": metadata.uid, "gid": metadata.gid}
 
 
 def _guessed_headers(path: bytes) -> dict[str, str]:
@@ -395,13 +364,9 @@ def _guessed_headers(path: bytes) -> dict[str, str]:
     return {"ContentType": guess} if guess else {}
 
 
-def with_changes_but_atime(attributes: Attributes) -> bool:
+def _is_worth_a_copy(attributes: Attributes) -> bool:
     """A new access time alone is not worth a copy of the object, and is not kept."""
     return any(
         value is not None
         for value in (attributes.mode, attributes.uid, attributes.gid, attributes.mtime_ns)
     )
-
-
-def with_version(entry: Entry, version: bytes) -> Entry:
-    return Entry(*(getattr(entry, name) for name in Entry.__struct_fields__[:-1]), version=version)

@@ -11,9 +11,10 @@ import asyncio
 import hashlib
 import io
 import logging
+import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import IO, Any, BinaryIO, TypeVar, cast
 
 from hpcfs.remotes.base import ReportProgress, Source
 from hpcfs.remotes.s3_bucket import Bucket, Info, Summary
@@ -73,6 +74,21 @@ class SourceWindow(io.RawIOBase):
         buffer[:length] = self._source.read(self._offset + self._position, length)
         self._position += length
         return length
+
+
+class FileSource:
+    """An open temporary file as the `Source` of an upload."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        file.flush()
+        self._descriptor = file.fileno()
+        self.size = size
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = os.pread(self._descriptor, length, offset)
+        if len(data) != length:
+            raise RemoteFailure(f"a temporary file ended after {offset + len(data)} bytes")
+        return data
 
 
 async def each(items: Iterable[T], work: Callable[[T], Awaitable[None]], limit: int) -> None:
