@@ -170,8 +170,8 @@ def parse(text: str, file: Path, *, needs_namespaces: bool = True) -> Config:
     namespaces = top.get("namespaces", values.table, None) or {}
     if needs_namespaces and not namespaces:
         raise SetupError(
-            f"{file}: no namespace says what to mount: add a [namespaces.NAME] table, "
-            "or start with 'hpcfs init --force'"
+            f"{file}: no namespace says what to mount: "
+            "add a [namespaces.NAME] table, or take the '#' from one"
         )
     return Config(
         namespaces={name: _namespace(top.below("namespaces", name)) for name in namespaces},

@@ -82,8 +82,8 @@ def home_path(path: str) -> str:
     if path in ("", ".", "~", "~/"):
         return "~"
     if path.startswith("~/"):
-        below = path[2:].lstrip("/") or "~"
-        return f"./{below}" if below.startswith("~") and path.strip("~/") else below
+        below = path[2:].lstrip("/")
+        return f"./{below}" if below.startswith("~") else below or "~"
     if path.startswith("~"):
         user = path.partition("/")[0]
         raise SetupError(f"{user} is another user's home: name its absolute path instead")

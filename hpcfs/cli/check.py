@@ -11,7 +11,7 @@ import click
 from hpcfs import config
 from hpcfs.cli import arguments, check_machine, check_s3, check_ssh
 from hpcfs.cli.findings import Finding
-from hpcfs.cli.output import printable
+from hpcfs.cli.output import count, printable
 from hpcfs.config import Config, Namespace
 from hpcfs.errors import SetupError
 from hpcfs.transfer.messages import S3Root, S3Site, SshSite
@@ -38,7 +38,7 @@ def _all(args: tuple[str, ...], config_file: Path | None) -> Iterator[Finding]:
     except SetupError as error:
         yield Finding("fail", "configuration", str(error))
         return
-    yield Finding("ok", "configuration", f"{len(chosen.namespaces)} namespaces")
+    yield Finding("ok", "configuration", count(len(chosen.namespaces), "namespace"))
     for note in chosen.notes:
         yield Finding("warn", "configuration", note)
     yield from check_machine.mount_place(chosen)

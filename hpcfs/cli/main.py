@@ -89,14 +89,23 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return 130
     except click.UsageError as error:
-        error.show()
-        return 2
+        return _explain_usage(error)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         return _explain(error, invocation)
     return outcome if isinstance(outcome, int) else 0
+
+
+def _explain_usage(error: click.UsageError) -> int:
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return 2
+    complain(error.format_message())
+    path = error.ctx.command_path if error.ctx else "hpcfs"
+    print(f"Try '{path} --help'.", file=sys.stderr)
+    return 2
 
 
 def _explain(error: Exception, invocation: Invocation) -> int:

@@ -1,0 +1,312 @@
+"""The configuration file: what it means, and that each mistake names file, line and remedy."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hpcfs import config, config_values, paths
+from hpcfs.config import Config
+from hpcfs.errors import SetupError
+from hpcfs.toml_lines import KeyPath, find_lines
+from hpcfs.transfer.messages import S3Root, S3Site, SftpRoot, SshSite
+
+FILE = Path("/c/config.toml")
+FULL = """\
+mountpoint = "~/cluster"
+cache_dir = "$CACHE/hpcfs"
+cache_size = "20 GiB"
+log_level = "debug"
+
+[namespaces.home]
+type = "sftp"
+host = "me@login3"
+path = "~/work"
+port = 2222
+identity_file = "~/.ssh/id"
+ssh_config = "~/.ssh/config"
+connect_timeout = 5
+
+[namespaces."data.2"]
+type = "s3"
+bucket = "training-data"
+prefix = "/a/b/"
+endpoint_url = "https://storage.example.org"
+region = "eu-north1"
+profile = "default"
+read_only = true
+"""
+HEAD = '[namespaces.home]\ntype = "sftp"\nhost = "login3"\n'
+S3_HEAD = '[namespaces.data]\ntype = "s3"\nbucket = "b"\n'
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CACHE", "/fast")
+    for variable in ("XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR", "RCLONE_CONFIG"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def parse(text: str) -> Config:
+    return config.parse(text, FILE)
+
+
+def test_all_keys(tmp_path: Path) -> None:
+    found = parse(FULL)
+    assert found.mountpoint == tmp_path / "cluster"
+    assert found.cache_dir == Path("/fast/hpcfs")
+    assert found.cache_size == 20 * 1024**3
+    assert found.log_level == "DEBUG"
+    assert found.root_namespace is None
+    home, data = found.namespaces["home"], found.namespaces["data.2"]
+    assert home.site == SshSite(
+        host="login3",
+        user="me",
+        port=2222,
+        identity_file=str(tmp_path / ".ssh/id"),
+        ssh_config=str(tmp_path / ".ssh/config"),
+        connect_timeout=5.0,
+    )
+    assert home.root == SftpRoot("work")
+    assert home.url == "sftp://me@login3:2222/~/work"
+    assert not home.read_only
+    assert data.site == S3Site("https://storage.example.org", "eu-north1", "default")
+    assert data.root == S3Root("training-data", "a/b", read_only=True)
+    assert data.read_only
+
+
+def test_defaults() -> None:
+    found = parse(HEAD)
+    assert found == Config(namespaces=found.namespaces)
+    assert found.namespaces["home"].root == SftpRoot("~")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ('mountpiont = "x"\n' + HEAD, 1, "did you mean mountpoint"),
+        (HEAD + 'hots = "x"\n', 4, "did you mean host"),
+        (HEAD + 'bucket = "x"\n', 4, "the keys are type"),
+        (S3_HEAD + 'endpoint = "https://x"\n', 4, "did you mean endpoint_url"),
+        (S3_HEAD + '\n# more\nacces_key = "x"\n', 6, "unknown key"),
+        (S3_HEAD + 'secret_access_key = "x"\n', 4, "AWS chain"),
+        (S3_HEAD + 'access_key = "x"\n', 4, "AWS chain"),
+        (HEAD + 'password = "x"\n', 4, "by key, agent or a prompt"),
+        ('password = "x"\n' + HEAD, 1, "does not belong here"),
+        (HEAD + "port = 0\n", 4, "1 to 65535"),
+        (HEAD + "port = true\n", 4, "not true"),
+        (HEAD + 'port = "22"\n', 4, 'not "22"'),
+        (HEAD + 'read_only = "yes"\n', 4, "true or false"),
+        (HEAD + "connect_timeout = -1\n", 4, "above 0"),
+        (HEAD + "connect_timeout = inf\n", 4, "above 0"),
+        (HEAD + 'path = "~root/x"\n', 4, "another user's home"),
+        (HEAD + 'identity_file = "id"\n', 4, "absolute"),
+        (HEAD + 'identity_file = "$UNSET_X/id"\n', 4, r"\$UNSET_X, which is not set"),
+        (HEAD + 'user = "x"\n[namespaces.b]\n', 5, "type is missing"),
+        ('[namespaces.a]\ntype = "ssh"\n', 2, '"sftp" or "s3"'),
+        ('[namespaces.a]\ntype = "sftp"\n', 1, "host is missing"),
+        ('[namespaces.a]\ntype = "s3"\n', 1, "bucket is missing"),
+        ('[namespaces.a]\ntype = "sftp"\nhost = "a@b"\nuser = "c"\n', 4, "given twice"),
+        ('[namespaces.a]\ntype = "sftp"\nhost = "h:22"\n', 3, "without port"),
+        ('[namespaces.a]\ntype = "s3"\nbucket = "s3://b"\n', 3, "bare name"),
+        (S3_HEAD + 'endpoint_url = "storage:9000"\n', 4, "must be like https"),
+        (S3_HEAD + 'endpoint_url = "https://me:pw@host"\n', 4, "password or a key"),
+        ("[namespaces]\nhome = 3\n", 2, "must be a table"),
+        ("namespaces = 3\n", 1, "must be a table"),
+        ('[namespaces."a/b"]\ntype = "s3"\n', 1, "can't name a namespace"),
+        ('[namespaces.".."]\ntype = "s3"\n', 1, "can't name a namespace"),
+        ('[namespaces.""]\ntype = "s3"\n', 1, "can't name a namespace"),
+        ('cache_size = "20 GB!"\n' + HEAD, 1, "must be a size"),
+        ("cache_size = 1.5\n" + HEAD, 1, "must be a size"),
+        ("cache_size = -1\n" + HEAD, 1, "must be a size"),
+        ("cache_size = 1024\n" + HEAD, 1, "at least 16 MiB"),
+        ('cache_dir = "cache"\n' + HEAD, 1, "absolute"),
+        ('mountpoint = ""\n' + HEAD, 1, "not empty"),
+        ('log_level = "LOUD"\n' + HEAD, 1, "one of DEBUG"),
+        ("a = 1\nb = = 2\n", 2, "not valid TOML"),
+        (HEAD + 'host = "again"\n', 4, "not valid TOML"),
+        ('a = """\nnever closed\n', 3, "not valid TOML"),
+        ('namespaces.home = { type = "sftp",\thots = "x" }\n', 1, "host"),
+    ],
+)
+def test_a_mistake_names_its_line_and_what_to_do(text: str, line: int, said: str) -> None:
+    with pytest.raises(SetupError, match=said) as caught:
+        parse(text)
+    assert str(caught.value).startswith(f"{FILE}:{line}: ")
+    assert "pw@" not in str(caught.value)
+
+
+def test_a_file_without_namespaces_is_no_use_unless_urls_are_given() -> None:
+    with pytest.raises(SetupError, match="no namespace says what to mount"):
+        parse('cache_size = "1 GiB"\n')
+    assert config.parse("", FILE, needs_namespaces=False).namespaces == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("20 GiB", 20 * 1024**3),
+        ("500MB", 500 * 1000**2),
+        ("1.5 TiB", 1024**4 * 3 // 2),
+        ("64k", 64 * 1024),
+        ("10G", 10 * 1024**3),
+        ("12 b", 12),
+        (" 7 ", 7),
+        (4096, 4096),
+        (0, 0),
+    ],
+)
+def test_sizes(text: object, expected: int) -> None:
+    assert config_values.size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "1 QiB", "1ib", "-1", "1 2", "1e3", True, None, [1]])
+def test_no_sizes(text: object) -> None:
+    with pytest.raises(config_values.BadValue, match="must be a size"):
+        config_values.size(text)
+
+
+TRICKY = '''\
+# [not.a.table]
+title = "a [b] = 'c' # d"   # comment = 1
+multi = """
+[fake]
+x = 1 \\"""
+"""
+literal = \'\'\'
+key = "v"
+\'\'\'
+quoted."a.b".'c d' = 1
+"esc\\"aped" = 'x'
+list = [ # one
+  1,
+  { deep = 2, "o.p" = [3, 4] },
+  "]",
+]
+inline = { a = 1, b.c = { d = "}" } }
+when = 1979-05-27 07:32:00
+neg = -1.5e3
+
+[ table . "sub t" ]
+k = true
+[[array]]
+v = 1
+[[array.nested]]
+w = [[1], [2]]
+[[array.nested]]
+[[array]]
+[array.nested]
+z = 0xff
+'''
+
+
+def _flatten(value: object, path: KeyPath = ()) -> Iterator[KeyPath]:
+    if path:
+        yield path
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(inner, (*path, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _flatten(inner, (*path, index))
+
+
+def test_every_key_has_its_line() -> None:
+    lines = find_lines(TRICKY)
+    assert set(lines) == set(_flatten(tomllib.loads(TRICKY)))
+    rows = TRICKY.splitlines()
+    found = {path: rows[number - 1].strip() for path, number in lines.items()}
+    assert found[("title",)].startswith("title")
+    assert found[("literal",)].startswith("literal")
+    assert found[("quoted", "a.b", "c d")].startswith("quoted")
+    assert found[('esc"aped',)].startswith('"esc')
+    assert found[("list", 1, "o.p", 1)].startswith("{ deep")
+    assert found[("list", 2)] == '"]",'
+    assert found[("inline", "b", "c", "d")].startswith("inline")
+    assert found[("table", "sub t", "k")] == "k = true"
+    assert found[("array", 0, "nested", 0, "w", 1, 0)] == "w = [[1], [2]]"
+    assert found[("array", 1, "nested", "z")] == "z = 0xff"
+    assert lines[("array", 1)] == rows.index("[array.nested]")
+
+
+def test_windows_line_ends_count_once() -> None:
+    assert find_lines("a = 1\r\n\r\nb = 2\r\n") == {("a",): 1, ("b",): 3}
+
+
+# --- files and URLs ----------------------------------------------------------------------------
+
+
+def write_default(text: str) -> Path:
+    file = paths.config_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return file
+
+
+def test_without_file_and_url_the_error_says_how_to_begin() -> None:
+    with pytest.raises(SetupError, match=r"hpcfs init.*hpcfs mount login3:data ~/mnt"):
+        config.load(None)
+
+
+def test_a_named_file_must_be_there_and_readable(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="there is no configuration file"):
+        config.load(tmp_path / "no.toml", [(None, "login3:")])
+    with pytest.raises(SetupError, match="can't be read"):
+        config.load(tmp_path)
+    (tmp_path / "latin").write_bytes(b'mountpoint = "x"\n# \xfc\n')
+    with pytest.raises(SetupError, match="latin:2: this is not UTF-8"):
+        config.load(tmp_path / "latin")
+
+
+def test_urls_replace_the_files_namespaces_but_not_its_cache() -> None:
+    write_default('cache_size = "1 GiB"\ncache_dir = "/fast"\n' + HEAD)
+    assert list(config.load(None).namespaces) == ["home"]
+    found = config.load(None, [("a", "login3:x"), ("b", "s3://bucket")])
+    assert list(found.namespaces) == ["a", "b"]
+    assert found.root_namespace is None
+    assert found.cache_size == 1024**3
+    assert found.cache_dir == Path("/fast")
+
+
+def test_one_url_without_a_name_is_the_root() -> None:
+    found = config.load(None, [(None, "me@login3:x")])
+    assert found.root_namespace == "login3"
+    assert found.namespaces["login3"].url == "sftp://me@login3/~/x"
+    assert config.load(None, [("n", "login3:")]).root_namespace is None
+
+
+def test_several_urls_need_different_names() -> None:
+    with pytest.raises(SetupError, match="needs a name"):
+        config.load(None, [(None, "a:"), ("b", "b:")])
+    with pytest.raises(SetupError, match="two remotes are named 'a'"):
+        config.load(None, [("a", "a:"), ("a", "b:")])
+
+
+def test_aliases_of_ssh_config_win_over_rclone(tmp_path: Path) -> None:
+    (tmp_path / ".rclone.conf").write_text("[store]\ntype = s3\n[alias]\ntype = s3\n")
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh" / "more").write_text("Host alias\n")
+    (tmp_path / ".ssh" / "config").write_text("Include more\nHost *.org !x\n  User me\n")
+    assert isinstance(config.load(None, [(None, "store:b")]).namespaces["b"].site, S3Site)
+    assert config.load(None, [(None, "alias:b")]).namespaces["alias"].site == SshSite("alias")
+
+
+def test_read_only_covers_every_namespace() -> None:
+    found = config.read_only(parse(FULL))
+    assert all(namespace.read_only for namespace in found.namespaces.values())
+    assert found.namespaces["home"].root == SftpRoot("work", read_only=True)
+
+
+def test_settings_of_two_mounts_share_no_file(tmp_path: Path) -> None:
+    chosen = replace(parse(HEAD), log_level="DEBUG")
+    first = config.settings(chosen, Path("/m/a"), tmp_path / "a")
+    second = config.settings(chosen, Path("/m/b"), tmp_path / "b")
+    assert first.log_level == "DEBUG"
+    for name in ("log_file", "socket", "cache_dir", "mountpoint"):
+        assert getattr(first, name) != getattr(second, name)
+        assert getattr(first, name).is_absolute()
