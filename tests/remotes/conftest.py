@@ -1,0 +1,80 @@
+"""One server of each kind for all tests of the contract; every test gets a root of its own."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hpcfs.remotes.sftp import SshSiteConnection
+from hpcfs.transfer.messages import S3Root, S3Site, Secret, Start
+from tests.remotes.contract import Subject
+from tests.support.s3 import S3Server, moto_s3, rclone_s3
+from tests.support.sshd import LOCAL_GID, LOCAL_UID, ScriptedPrompter, SshServer, ssh_server
+
+KINDS = ("sftp", "s3-rclone", "s3-moto")
+_numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def _no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the user's ~/.ssh nor an agent or ~/.aws takes part in a test."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("SSH_AUTH_SOCK", "AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
+    with ssh_server(tmp_path_factory.mktemp("sshd") / "server") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with rclone_s3(tmp_path_factory.mktemp("rclone")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_moto() -> Iterator[S3Server]:
+    with moto_s3() as server:
+        yield server
+
+
+@pytest.fixture(params=KINDS)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    makers: dict[str, Callable[[], Subject]] = {
+        "sftp": lambda: _sftp(request.getfixturevalue("sshd")),
+        "s3-rclone": lambda: _s3("s3-rclone", request.getfixturevalue("s3_rclone")),
+        "s3-moto": lambda: _s3("s3-moto", request.getfixturevalue("s3_moto")),
+    }
+    return makers[request.param]()
+
+
+def _sftp(server: SshServer) -> Subject:
+    root = server.root / f"root-{next(_numbers)}"
+    root.mkdir()
+    start = server.start_message(os.fspath(root))
+    return Subject("sftp", lambda: SshSiteConnection(start, ScriptedPrompter()))
+
+
+def _s3(kind: str, server: S3Server) -> Subject:
+    from hpcfs.remotes.s3 import S3SiteConnection
+
+    start = Start(
+        site=S3Site(
+            endpoint_url=server.endpoint_url,
+            region="us-east-1",
+            access_key=Secret(server.access_key),
+            secret_key=Secret(server.secret_key),
+        ),
+        roots={"ns": S3Root(server.bucket, prefix=f"root-{next(_numbers)}")},
+        cache_dir="/nonexistent",
+        uid=LOCAL_UID,
+        gid=LOCAL_GID,
+    )
+    return Subject(kind, lambda: S3SiteConnection(start))

@@ -1,0 +1,113 @@
+"""What every kind of remote must do, as far as the kinds agree: the tools of test_contract.py.
+
+A `Subject` is one kind of remote on a real server. `@contract` turns `async def test(remote,
+subject)` into a test that runs once per kind, each on an event loop and a connection of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from hpcfs.remotes.base import Remote, Site
+from hpcfs.transfer.messages import Attributes, Entry, Upload
+
+T = TypeVar("T")
+FILE_MODE = 0o644
+READER = 77
+
+
+@dataclass
+class MemorySource:
+    """An upload's local bytes."""
+
+    content: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.content)
+
+    def read(self, offset: int, length: int) -> bytes:
+        piece = self.content[offset : offset + length]
+        assert len(piece) == length, "a remote read outside the ranges it was given"
+        return piece
+
+
+@dataclass(frozen=True)
+class Subject:
+    kind: str
+    make_site: Callable[[], Site]
+
+    @property
+    def is_sftp(self) -> bool:
+        return self.kind == "sftp"
+
+    def run(self, story: Callable[[Remote], Awaitable[T]]) -> T:
+        async def main() -> T:
+            site = self.make_site()
+            try:
+                remote = site.remote("ns")
+                await remote.connect()
+                return await story(remote)
+            finally:
+                await site.close()
+
+        return asyncio.run(main())
+
+
+def contract(
+    test: Callable[[Remote, Subject], Awaitable[None]],
+) -> Callable[[Subject], None]:
+    def run(subject: Subject) -> None:
+        subject.run(lambda remote: test(remote, subject))
+
+    run.__name__ = test.__name__
+    run.__doc__ = inspect.getdoc(test)
+    run.__module__ = test.__module__
+    return run
+
+
+async def put(
+    remote: Remote,
+    path: bytes,
+    content: bytes,
+    *,
+    ranges: Sequence[tuple[int, int]] | None = None,
+    base_size: int = 0,
+    attributes: Attributes | None = None,
+    mode: int = FILE_MODE,
+    sync: bool = False,
+    progress: list[int] | None = None,
+) -> Entry:
+    """Bring `content` to the remote; by default all of it is dirty."""
+    dirty = [(0, len(content))] if ranges is None and content else list(ranges or [])
+    request = Upload(
+        path=path,
+        cache_file="",
+        size=len(content),
+        base_size=base_size,
+        ranges=dirty,
+        attributes=attributes or Attributes(),
+        mode=mode,
+        sync=sync,
+    )
+    seen = [] if progress is None else progress
+    return await remote.upload(request, MemorySource(content), seen.append)
+
+
+async def get(remote: Remote, path: bytes, handle: int = READER) -> bytes:
+    """All of the file as it is now."""
+    entry = await remote.stat(path)
+    try:
+        return bytes(await remote.fetch(path, entry.version, 0, entry.size, handle))
+    finally:
+        await remote.release(handle)
+
+
+async def listed(remote: Remote, path: bytes) -> dict[bytes, Entry]:
+    entries = [entry async for page in remote.list(path) for entry in page]
+    assert len({entry.name for entry in entries}) == len(entries)
+    return {entry.name: entry for entry in entries}
