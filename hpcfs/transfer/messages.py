@@ -122,6 +122,10 @@ class ProtocolError(RemoteError):
     """The remote answered something that makes no sense."""
 
 
+class CacheDiskFull(RemoteError):
+    """The local disk took no more bytes while something was fetched into the cache."""
+
+
 class RemoteFailure(RemoteError):
     """The remote reported a failure that has no better class."""
 
@@ -313,7 +317,8 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
 
     `offset` is a multiple of BLOCK_BYTES; the range ends at a block's end or at the file's.
     `handle` identifies the reader's open file until `Release`. Raises Changed when the remote no
-    longer has that version.
+    longer has that version; but with `growing`, the reader follows a file that others append to,
+    and a file that has grown since is still that version as far as its old size.
     """
 
     path: bytes
@@ -322,6 +327,7 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
     length: int
     cache_file: str
     handle: int
+    growing: bool = False
 
 
 class Release(msgspec.Struct, frozen=True, tag=True):

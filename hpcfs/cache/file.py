@@ -1,0 +1,166 @@
+"""One cache file: a sparse local file that holds blocks of one version of a remote file.
+
+Owns the descriptor, the block map and what is dirty. Nothing here awaits; callers keep sections
+without an await atomic, which is why there is no lock. Reads of bytes that are in the page cache
+never block; the others are told apart (`read_now` gives None) so that the caller can use a thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterable
+from itertools import groupby
+
+import xxhash
+
+from hpcfs.cache.blocks import BlockMap
+from hpcfs.cache.ranges import RangeSet
+from hpcfs.transfer.messages import BLOCK_BYTES
+
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2  # linux/falloc.h
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class CacheFile:
+    """`origin` and `key` say which remote file this is, `version` which content of it.
+
+    `size` is the file's length in bytes as the mount shows it; the local file may be shorter where
+    its end was never fetched.
+    """
+
+    __slots__ = (
+        "blocks",
+        "dirty",
+        "fd",
+        "indexed",
+        "key",
+        "last_used",
+        "name",
+        "origin",
+        "path",
+        "pins",
+        "size",
+        "users",
+        "version",
+    )
+
+    def __init__(
+        self, path: str, name: str, origin: str, key: bytes, version: bytes, size: int
+    ) -> None:
+        self.path = path
+        self.name = name
+        self.origin = origin
+        self.key = key
+        self.version = version
+        self.size = size
+        self.blocks = BlockMap()
+        self.dirty = RangeSet()
+        self.users = 0
+        self.pins = 0
+        """While not 0, an upload reads the file and no block may be evicted."""
+        self.indexed = True
+        """Whether the index may remember it: false once it holds what no remote has."""
+        self.last_used = 0.0
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    @property
+    def cached_bytes(self) -> int:
+        return max(self.dirty.total, min(self.blocks.count * BLOCK_BYTES, self.size))
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def read_now(self, offset: int, length: int) -> bytes | None:
+        """The bytes, or None where the disk must be waited for. Past the local end are zeros."""
+        buffer = bytearray(length)
+        try:
+            count = os.preadv(self.fd, [buffer], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:  # tmpfs before Linux 6.6: memory, never waits
+                raise
+            return self.read(offset, length)
+        if count < length and not self._is_local_end(offset + count):
+            return None
+        return bytes(buffer)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The bytes; may wait for the disk."""
+        parts = []
+        while length > 0:
+            part = os.pread(self.fd, length, offset)
+            if not part:
+                parts.append(bytes(length))
+                break
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _is_local_end(self, offset: int) -> bool:
+        return offset >= os.fstat(self.fd).st_size
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Write all of `data`; it is neither marked present nor dirty.
+
+        Raises OSError (ENOSPC, EDQUOT, EFBIG) when the cache's disk takes no more.
+        """
+        view = memoryview(data)
+        while view:
+            count = os.pwrite(self.fd, view, offset)
+            view = view[count:]
+            offset += count
+
+    def mark_written(self, offset: int, end: int) -> None:
+        """[offset, end) holds what a program wrote: present, dirty, checksums unknown."""
+        self.dirty.add(offset, end)
+        for block in range(offset // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
+            self.blocks.put(block)
+
+    def resize(self, size: int) -> None:
+        """The file's length changes; what is cut off is forgotten, what is added reads as zeros."""
+        old, self.size = self.size, size
+        if size < old:
+            os.ftruncate(self.fd, size)
+            self.dirty.remove(size, old)
+            for block in list(self.blocks.present(-(-size // BLOCK_BYTES))):
+                self.blocks.drop(block)
+        self._forget_checksum_at(min(old, size))
+
+    def _forget_checksum_at(self, end: int) -> None:
+        """The block in which the file ends has another length now."""
+        if end % BLOCK_BYTES and self.blocks.is_present(end // BLOCK_BYTES):
+            self.blocks.put(end // BLOCK_BYTES)
+
+    def block_length(self, block: int) -> int:
+        return max(0, min(BLOCK_BYTES, self.size - block * BLOCK_BYTES))
+
+    def compute_checksum(self, block: int) -> int:
+        """Reads the block; may wait for the disk, so call it in a thread."""
+        return checksum(self.read(block * BLOCK_BYTES, self.block_length(block)))
+
+    def evict(self, blocks: Iterable[int]) -> None:
+        """Give the blocks' room back to the disk. The caller chose clean ones."""
+        present = [block for block in blocks if self.blocks.drop(block)]
+        for _, run in groupby(enumerate(present), key=lambda pair: pair[1] - pair[0]):
+            numbers = [block for _, block in run]
+            self._punch(numbers[0] * BLOCK_BYTES, len(numbers) * BLOCK_BYTES)
+
+    def _punch(self, offset: int, length: int) -> None:
+        mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+        failed = _libc.fallocate(
+            self.fd, mode, ctypes.c_longlong(offset), ctypes.c_longlong(length)
+        )
+        if failed and ctypes.get_errno() != errno.EOPNOTSUPP:  # no holes here: the bytes just stay
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), self.path)
+
+
+def checksum(data: bytes | bytearray | memoryview) -> int:
+    """xxh3_64 (github.com/Cyan4973/xxHash), never 0, which means "not known" in a BlockMap."""
+    return xxhash.xxh3_64_intdigest(data) or 1

@@ -1,0 +1,291 @@
+"""The mount daemon: builds everything, mounts, serves, unmounts. The only place that assembles.
+
+Order matters at both ends. At the start: the cache's lock, then the mount, then the first logins
+(with the terminal to ask questions), then `on_ready`. At the end: no more kernel requests, then
+what is dirty goes to the remotes or is kept, then the cache's index, then the lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from hpcfs import __version__, control, control_server
+from hpcfs.cache.store import CacheUnusable, Store
+from hpcfs.config import Settings
+from hpcfs.errors import SetupError
+from hpcfs.filesystem.filesystem import Filesystem
+from hpcfs.filesystem.namespace import Namespace
+from hpcfs.kernel import operations as kernel
+from hpcfs.transfer.client import Ask, SiteClient
+from hpcfs.transfer.messages import RemoteError, S3Root, S3Site, SftpRoot, SshSite, Start
+from hpcfs.writeback.journal import Journal
+from hpcfs.writeback.uploader import Uploader
+
+log = logging.getLogger(__name__)
+
+OnReady = Callable[[control.MountStatus], None]
+
+SAVE_SECONDS = 2.0
+"""How far the cache's index may lag behind; a killed daemon's last blocks are fetched again."""
+MAX_KERNEL_REQUESTS = 512
+"""A dead namespace can't use these up before its requests fail."""
+MAX_LOG_BYTES = 10 * 1024 * 1024
+
+
+class MountFailed(SetupError):
+    """The mount could not be made."""
+
+
+def serve(settings: Settings, *, ask: Ask, on_ready: OnReady, foreground: bool) -> None:
+    """Mount and serve until unmounted. `ask` is used, in a thread, until `on_ready` was called.
+
+    Raises MountFailed before that.
+    """
+    _set_up_logging(settings, foreground=foreground)
+    try:
+        trio.run(_Daemon(settings, ask, on_ready).run, strict_exception_groups=False)
+    except SetupError:
+        raise
+    except Exception:
+        log.exception("the mount daemon failed")
+        raise
+    finally:
+        log.info("the daemon of %s ends", settings.mountpoint)
+
+
+def _set_up_logging(settings: Settings, *, foreground: bool) -> None:
+    log_file = settings.log_file
+    if log_file.exists() and log_file.stat().st_size > MAX_LOG_BYTES:
+        log_file.replace(log_file.with_suffix(".log.1"))
+    os.close(os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    handlers: list[logging.Handler] = [logging.FileHandler(log_file)]
+    if foreground:
+        handlers.append(logging.StreamHandler())
+    logging.basicConfig(
+        level=settings.log_level,
+        handlers=handlers,
+        format="%(asctime)s mount[%(process)d] %(levelname)s %(message)s",
+        force=True,
+    )
+    logging.getLogger("pyfuse3").setLevel(logging.WARNING)
+
+
+class _Daemon:
+    def __init__(self, settings: Settings, ask: Ask, on_ready: OnReady) -> None:
+        self._settings = settings
+        self._ask = ask
+        self._on_ready = on_ready
+        self._started = time.time()
+        self._sites: dict[SshSite | S3Site, SiteClient] = {}
+        self._namespaces: list[Namespace] = []
+        self._store: Store
+        self._journal: Journal
+        self._fs: Filesystem
+
+    # --- from start to end ----------------------------------------------------------------------
+
+    async def run(self) -> None:
+        async with AsyncExitStack() as stack:
+            await self._open_cache(stack)
+            services = await stack.enter_async_context(trio.open_nursery())
+            stack.callback(services.cancel_scope.cancel)
+            self._build(services)
+            await services.start(control_server.serve, self._settings.socket, self.status)
+            services.start_soon(self._store.evict_forever)
+            services.start_soon(self._save_forever)
+            services.start_soon(self._remove_strays)
+            await self._serve_kernel()
+            log.info("unmounted; finishing what is open")
+            await self._fs.files.close_all()
+
+    async def _open_cache(self, stack: AsyncExitStack) -> None:
+        settings = self._settings
+        holder = f"the mount at {settings.mountpoint} (pid {os.getpid()})"
+        try:
+            self._store = Store.open(settings.cache_dir, settings.cache_size, holder)
+            stack.push_async_callback(self._close_store)
+            self._journal = Journal.open(settings.cache_dir)
+            stack.push_async_callback(self._journal.close)
+        except CacheUnusable as error:
+            raise MountFailed(str(error)) from None
+        except (OSError, sqlite3.Error) as error:
+            raise MountFailed(
+                f"the cache directory {settings.cache_dir} can't be used: {error}"
+            ) from None
+
+    async def _close_store(self) -> None:
+        with trio.CancelScope(shield=True):
+            try:
+                await self._store.close()
+            except (OSError, sqlite3.Error) as error:
+                log.error("the cache's index could not be saved: %s", error)  # noqa: TRY400
+
+    def _build(self, services: trio.Nursery) -> None:
+        settings = self._settings
+        for start in _site_starts(settings):
+            self._sites[start.site] = SiteClient(start, settings.log_file, services)
+        for chosen in settings.namespaces.values():
+            origin = _origin(chosen.site, chosen.root)
+            site = self._sites[chosen.site]
+            self._namespaces.append(
+                Namespace(chosen.name, origin, site, read_only=chosen.read_only)
+            )
+        self._fs = Filesystem(
+            self._namespaces,
+            self._store,
+            Uploader(self._journal),
+            services,
+            single=settings.root_namespace is not None,
+        )
+
+    async def _serve_kernel(self) -> None:
+        """Mounted from the first line to the last."""
+        try:
+            kernel.mount(self._fs, str(self._settings.mountpoint))
+        except RuntimeError as error:
+            raise MountFailed(
+                f"{self._settings.mountpoint} could not be mounted ({error}); "
+                "'hpcfs check' finds out why"
+            ) from None
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._stop_on_signal)
+                nursery.start_soon(self._get_ready)
+                await kernel.serve(MAX_KERNEL_REQUESTS)
+                nursery.cancel_scope.cancel()
+        finally:
+            kernel.unmount()
+
+    async def _stop_on_signal(self) -> None:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+            async for number in signals:
+                log.info("%s: unmounting", signal.Signals(number).name)
+                await self._fs.files.flush_all()
+                kernel.stop()
+
+    async def _get_ready(self) -> None:
+        """The first logins, all sites at once; a site out of reach stops nobody."""
+        lock = threading.Lock()
+
+        def ask_one_at_a_time(text: str, echo: bool) -> str | None:
+            with lock:
+                return self._ask(text, echo)
+
+        for site in self._sites.values():
+            site.ask = ask_one_at_a_time
+        async with trio.open_nursery() as nursery:
+            for namespace in self._namespaces:
+                nursery.start_soon(self._connect, namespace)
+        for site in self._sites.values():
+            site.ask = None
+        log.info("mounted at %s", self._settings.mountpoint)
+        self._on_ready(self.status())
+
+    async def _connect(self, namespace: Namespace) -> None:
+        try:
+            await namespace.abilities()
+        except RemoteError as error:
+            log.warning("namespace %s: %s", namespace.name, error.message)
+
+    # --- services ---------------------------------------------------------------------------------
+
+    async def _save_forever(self) -> None:
+        failing = False
+        while True:
+            await trio.sleep(SAVE_SECONDS)
+            try:
+                await self._store.save()
+            except (OSError, sqlite3.Error) as error:
+                if not failing:
+                    log.error("the cache's index can't be saved: %s", error)  # noqa: TRY400
+                failing = True
+            else:
+                failing = False
+
+    async def _remove_strays(self) -> None:
+        keep = {Path(row.data).name for row in self._journal.kept}
+        try:
+            await self._store.remove_strays(keep)
+        except OSError as error:
+            log.warning("old cache files could not be removed: %s", error)
+
+    # --- status -----------------------------------------------------------------------------------
+
+    def status(self) -> control.MountStatus:
+        settings = self._settings
+        return control.MountStatus(
+            mountpoint=str(settings.mountpoint),
+            pid=os.getpid(),
+            version=__version__,
+            started=self._started,
+            log_file=str(settings.log_file),
+            cache_dir=str(settings.cache_dir),
+            cache_used=self._store.used_bytes,
+            cache_size=settings.cache_size,
+            open_files=self._fs.files.open_count,
+            dirty_files=self._fs.files.dirty_count,
+            namespaces=[self._namespace_status(name) for name in settings.namespaces],
+            kept=[
+                control.KeptFile(
+                    row.namespace, os.fsdecode(row.path), row.size, row.reason, row.data, row.since
+                )
+                for row in self._journal.kept
+            ],
+            memory=self._memory(),
+        )
+
+    def _namespace_status(self, name: str) -> control.NamespaceStatus:
+        chosen = self._settings.namespaces[name]
+        site = self._sites[chosen.site]
+        kind = "sftp" if isinstance(chosen.site, SshSite) else "s3"
+        state, reason = site.namespace_state(name)
+        return control.NamespaceStatus(name, kind, chosen.url, state, reason, chosen.read_only)
+
+    def _memory(self) -> int:
+        """Resident bytes of the daemon and its transfer processes."""
+        pids = [os.getpid(), *(site.pid for site in self._sites.values() if site.pid)]
+        return sum(_resident_bytes(pid) for pid in pids)
+
+
+def _resident_bytes(pid: int) -> int:
+    """proc_pid_statm(5): the second number, in pages."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except OSError:
+        return 0  # it just ended
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _site_starts(settings: Settings) -> list[Start]:
+    """One for each login; namespaces of one site share its connection."""
+    roots: dict[SshSite | S3Site, dict[str, SftpRoot | S3Root]] = {}
+    for namespace in settings.namespaces.values():
+        roots.setdefault(namespace.site, {})[namespace.name] = namespace.root
+    make = partial(
+        Start,
+        cache_dir=str(settings.cache_dir),
+        uid=os.getuid(),
+        gid=os.getgid(),
+        log_level=settings.log_level,
+    )
+    return [make(site=site, roots=its_roots) for site, its_roots in roots.items()]
+
+
+def _origin(site: SshSite | S3Site, root: SftpRoot | S3Root) -> str:
+    """Names a remote folder across mounts, whatever the namespace is called."""
+    if isinstance(site, SshSite) and isinstance(root, SftpRoot):
+        return f"ssh:{site.user or ''}@{site.host}:{site.port or ''}:{root.path}"
+    assert isinstance(site, S3Site)
+    assert isinstance(root, S3Root)
+    return f"s3:{site.endpoint_url or 'aws'}:{root.bucket}/{root.prefix}"

@@ -1,0 +1,303 @@
+"""Open files: what open(2), read(2), write(2), close(2) and truncate(2) mean.
+
+Close-to-open: open(2) asks the remote for the file's version; close(2) and fsync(2) return once
+the remote has what was written (`through` mode), or fail with the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import time
+
+import msgspec
+import trio
+
+from hpcfs.cache.store import Store
+from hpcfs.filesystem.content import Content
+from hpcfs.filesystem.errors import (
+    BadHandle,
+    Exists,
+    IsDirectory,
+    NotPermitted,
+    Stale,
+    Unsupported,
+)
+from hpcfs.filesystem.namespace import Namespace
+from hpcfs.filesystem.openfile import OpenFile
+from hpcfs.filesystem.tree import Node, Tree
+from hpcfs.transfer import messages as m
+from hpcfs.writeback.uploader import Uploader
+
+log = logging.getLogger(__name__)
+
+OPEN_FRESH_SECONDS = 0.1
+"""open(2) asks the remote for the file's version, unless the path walk just before it did."""
+KEEP_REMOVED_BYTES = 64 * 1024 * 1024
+"""Of a file that is removed while it is open, so much that is missing is fetched first."""
+
+
+class Files:
+    """Handles are small numbers, never reused while the mount lives."""
+
+    def __init__(
+        self, tree: Tree, store: Store, uploader: Uploader, nursery: trio.Nursery, uid: int
+    ) -> None:
+        self._tree = tree
+        self._store = store
+        self._uploader = uploader
+        self._nursery = nursery
+        self._uid = uid
+        self._open: dict[int, OpenFile] = {}
+        self._next = 0
+
+    # --- counts for the status ---------------------------------------------------------------
+
+    @property
+    def open_count(self) -> int:
+        return len(self._open)
+
+    @property
+    def dirty_count(self) -> int:
+        return len({id(f.content) for f in self._open.values() if f.content.is_dirty()})
+
+    # --- open and create ---------------------------------------------------------------------
+
+    async def open(self, node: Node, flags: int) -> tuple[int, bool]:
+        """-> (handle, whether the kernel may keep the pages it has of the file)."""
+        namespace = self._regular(node)
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        if writing or flags & os.O_TRUNC:
+            namespace.check_writable()
+            self._check_owner_may_write(node)
+        if not flags & os.O_TRUNC:
+            await self._revalidate(node, namespace)
+        content = await self._content(node, namespace)
+        content.users += 1
+        handle = self._add(OpenFile(node, content, flags))
+        try:
+            if flags & os.O_TRUNC:
+                await self._cut(node, content, 0)
+        except BaseException:
+            await self.release(handle)
+            raise
+        keep = node.pages_version == content.version
+        node.pages_version = content.version
+        return handle, keep
+
+    def _regular(self, node: Node) -> Namespace:
+        if node.is_directory or node.namespace is None:
+            raise IsDirectory("a directory can't be opened as a file")
+        if not node.is_regular:
+            raise Unsupported("only regular files can be opened")
+        return node.namespace
+
+    def _check_owner_may_write(self, node: Node) -> None:
+        """The remote decides in the end; but for the user's own file its mode bits tell early."""
+        entry = node.entry
+        if self._uid and entry.uid == self._uid and not entry.mode & stat.S_IWUSR:
+            raise NotPermitted("the file's mode does not let you write to it")
+
+    async def _revalidate(self, node: Node, namespace: Namespace) -> None:
+        """The node's entry is as the remote has it now. Raises Stale if that is another file."""
+        if self._tree.is_fresh(node, OPEN_FRESH_SECONDS) or (
+            node.content and node.content.is_dirty()
+        ):
+            return
+        asked = self._tree.now()
+        entry = await namespace.stat(node.path)
+        content = node.content
+        if content is None:
+            if stat.S_IFMT(entry.mode) != stat.S_IFMT(node.entry.mode):
+                self._tree.detach(node)
+                raise Stale("the file was replaced on the remote")
+            self._tree.update(node, entry, asked)
+        elif not content.is_dirty() and not await self.is_same(content, entry):
+            self._tree.detach(node)  # the kernel looks the name up again and opens the new file
+            raise Stale("the file was replaced on the remote")
+
+    async def is_same(self, content: Content, entry: m.Entry) -> bool:
+        """Whether the remote's `entry` is the file that is open here, perhaps grown."""
+        if entry.version == content.version:
+            return True
+        if entry.size > content.size and content.abilities.handles:
+            await content.revalidate()
+        return entry.version == content.version
+
+    async def _content(self, node: Node, namespace: Namespace) -> Content:
+        """The node's content, made if this is its first handle."""
+        while True:
+            while node.content and node.content.closing:
+                await node.content.closing.wait()
+            if node.content:
+                return node.content
+            abilities = await namespace.abilities()
+            entry = node.entry
+            file = await self._store.acquire(namespace.origin, node.path, entry.version, entry.size)
+            if node.content or node.entry.version != entry.version:
+                self._store.release(file)
+                continue
+            node.content = Content(node, namespace, abilities, self._store, file, self._nursery)
+            return node.content
+
+    async def create(self, parent: Node, name: bytes, mode: int, flags: int) -> tuple[int, Node]:
+        """-> (handle, node) of a new empty file."""
+        namespace = parent.namespace
+        assert namespace
+        abilities = await namespace.abilities()
+        path = parent.path + b"/" + name if parent.path else name
+        asked = self._tree.now()
+        entry = await namespace.entry(m.Create(path, stat.S_IMODE(mode)))
+        if (known := self._tree.child(parent, name)) is not None:
+            if known.content is not None and known.content.new:
+                raise Exists("another program is just creating this file")
+            self._tree.detach(known)
+        node = self._tree.add(parent, name, entry, asked)
+        file = self._store.create(namespace.origin, path, entry.version, 0)
+        file.users = 1
+        self._store.adopt(file)
+        content = Content(node, namespace, abilities, self._store, file, self._nursery)
+        content.users = 1
+        content.new = abilities.creates_on_upload
+        node.content = content
+        node.pages_version = content.version
+        self._stamp(node)
+        return self._add(OpenFile(node, content, flags)), node
+
+    def _add(self, opened: OpenFile) -> int:
+        self._next += 1
+        self._open[self._next] = opened
+        return self._next
+
+    def get(self, handle: int) -> OpenFile:
+        if handle not in self._open:
+            raise BadHandle("no such open file")
+        return self._open[handle]
+
+    # --- read and write -------------------------------------------------------------------------
+
+    async def read(self, handle: int, offset: int, length: int) -> bytes:
+        return await self.get(handle).read(offset, length)
+
+    async def write(self, handle: int, offset: int, data: bytes) -> int:
+        opened = self.get(handle)
+        opened.check_writable()
+        await self._uploader.before_write(opened.content)
+        await opened.content.write(offset, data)
+        self._stamp(opened.node)
+        return len(data)
+
+    def _stamp(self, node: Node) -> None:
+        """The file was written to now: its size and mtime as the mount shows them."""
+        content = node.content
+        assert content
+        now = time.time_ns()
+        now -= now % content.abilities.mtime_resolution_ns
+        self._tree.set_local(
+            node, msgspec.structs.replace(node.entry, size=content.size, mtime_ns=now)
+        )
+
+    async def truncate(self, node: Node, size: int, handle: int | None) -> None:
+        """Without a handle nobody will close the file: the remote is told before this returns."""
+        namespace = self._regular(node)
+        namespace.check_writable()
+        content = self.get(handle).content if handle is not None else node.content
+        if content is None:
+            entry = await namespace.entry(m.Truncate(node.path, size))
+            self._tree.set_local(node, entry)
+            node.pages_version = None
+            return
+        await self._cut(content.node, content, size)
+        if handle is None:
+            await self.flush(content)
+
+    async def _cut(self, node: Node, content: Content, size: int) -> None:
+        await self._uploader.before_write(content)
+        await content.truncate(size)
+        self._stamp(node)
+
+    # --- flush and close ------------------------------------------------------------------------
+
+    async def flush(self, content: Content, *, sync: bool = False) -> None:
+        """Return once the remote has what was written. Raises RemoteError."""
+        entry = await self._uploader.upload(content, sync=sync)
+        if entry is not None:
+            self._confirmed(content, entry)
+
+    def _confirmed(self, content: Content, entry: m.Entry) -> None:
+        node = content.node
+        if node.pages_version is not None:
+            node.pages_version = entry.version
+        if content.is_dirty():  # written to meanwhile: the local view stays ahead
+            entry = msgspec.structs.replace(node.entry, version=entry.version)
+        self._tree.set_local(node, entry)
+        if node.parent:
+            self._tree.expire(node.parent)
+
+    async def flush_handle(self, handle: int, *, sync: bool = False) -> None:
+        await self.flush(self.get(handle).content, sync=sync)
+
+    async def flush_all(self) -> None:
+        """Everything that is open, one after the other; errors are the close's to report."""
+        for content in {id(f.content): f.content for f in self._open.values()}.values():
+            if content.is_dirty():
+                try:
+                    await self.flush(content)
+                except m.RemoteError as error:
+                    log.warning("%r is not uploaded yet: %s", content.node.path, error.message)
+
+    async def close_all(self) -> None:
+        """The kernel is gone: close what it left open."""
+        for handle in list(self._open):
+            await self.release(handle)
+
+    async def release(self, handle: int) -> None:
+        content = self._open.pop(handle).content
+        content.users -= 1
+        if content.users:
+            return
+        content.closing = trio.Event()
+        try:
+            await self._last_close(content)
+        finally:
+            node = content.node
+            if node.content is content:
+                node.content = None
+            content.closing.set()
+            self._store.release(content.file)
+            self._tree.drop_if_unused(node)
+            if content.held:
+                self._nursery.start_soon(self._let_go, content)
+
+    async def _last_close(self, content: Content) -> None:
+        if content.orphan:
+            await self._uploader.forget(content)
+        elif content.is_dirty() and not await self._uploader.close(content):
+            self._store.forget(content.file)
+            self._tree.expire(content.node)
+        elif content.journaled:
+            await self._uploader.forget(content)
+
+    async def _let_go(self, content: Content) -> None:
+        try:
+            await content.namespace.do(m.Release(content.handle))
+        except m.RemoteError as error:
+            log.debug("releasing %r: %s", content.node.path, error.message)
+
+    # --- names change ---------------------------------------------------------------------------
+
+    async def keep_readable(self, node: Node) -> None:
+        """The node is about to lose its file: fetch what its readers may still want."""
+        if node.content is None or node.content.is_dirty():
+            return
+        try:
+            await node.content.fetch_all(KEEP_REMOVED_BYTES)
+        except m.RemoteError as error:
+            log.debug("%r is removed without its missing blocks: %s", node.path, error.message)
+
+    async def orphan(self, node: Node) -> None:
+        """The node's file was removed: what is written to it from now on goes nowhere."""
+        if node.content:
+            node.content.orphan = True
+            await self._uploader.forget(node.content)

@@ -1,0 +1,435 @@
+"""What each operation means. Runs with no mount (kernel/ calls it) and no network (a namespace's
+remote is behind filesystem/namespace.py).
+
+Operations take inode numbers and handles, and return nodes, bytes or numbers. They raise
+FilesystemError (filesystem/errors.py) or RemoteError (transfer/messages.py) and nothing else that
+is expected. Open files are files.py's, open directories directories.py's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import time
+from collections.abc import Iterable
+from contextlib import AsyncExitStack
+
+import msgspec
+import trio
+
+from hpcfs.cache.store import Store
+from hpcfs.filesystem.content import merge_attributes
+from hpcfs.filesystem.directories import Directories, directory_entry
+from hpcfs.filesystem.errors import (
+    CrossNamespace,
+    Exists,
+    Invalid,
+    NameLong,
+    NoEntry,
+    NotDirectory,
+    NotPermitted,
+    ReadOnly,
+    Unsupported,
+)
+from hpcfs.filesystem.files import Files
+from hpcfs.filesystem.namespace import Namespace
+from hpcfs.filesystem.tree import ROOT_INO, Node, Tree
+from hpcfs.transfer import messages as m
+from hpcfs.writeback.uploader import Uploader
+
+log = logging.getLogger(__name__)
+
+MAX_NAME_BYTES = 255
+ROOT_PATIENCE = 1.0
+"""Seconds that a look at a namespace's folder in the mount's top waits for the remote."""
+USAGE_PATIENCE = 2.0
+UNLIMITED = m.DiskUsage(1 << 50, 1 << 50, 1 << 50, 1 << 32, 1 << 32)
+"""What df shows of a remote that knows no limit: 1 PiB free."""
+
+
+class Filesystem:
+    """`single` makes the only namespace the root of the mount itself, as with sshfs."""
+
+    def __init__(
+        self,
+        namespaces: Iterable[Namespace],
+        store: Store,
+        uploader: Uploader,
+        nursery: trio.Nursery,
+        *,
+        single: bool = False,
+        uid: int | None = None,
+        gid: int | None = None,
+    ) -> None:
+        self._uid = os.getuid() if uid is None else uid
+        self._gid = os.getgid() if gid is None else gid
+        self._namespaces = list(namespaces)
+        self._store = store
+        self._uploader = uploader
+        now = time.time_ns()
+        top = directory_entry(b"", 0o755, self._uid, self._gid, now)
+        self.tree = Tree(Node(ROOT_INO, None, b"", self._namespaces[0] if single else None, top))
+        if not single:
+            for namespace in self._namespaces:
+                name = namespace.name.encode()
+                entry = directory_entry(name, 0o755, self._uid, self._gid, now)
+                self.tree.add(self.tree.root, name, entry, 0.0, namespace)
+        self.files = Files(self.tree, store, uploader, nursery, self._uid)
+        self.directories = Directories(self.tree, self._adopt, str(store.directory))
+
+    # --- looking --------------------------------------------------------------------------------
+
+    async def lookup(self, parent_ino: int, name: bytes) -> Node:
+        """Raises NoEntry where there is no such name."""
+        parent = self._directory(parent_ino)
+        if len(name) > MAX_NAME_BYTES:
+            raise NameLong("names have at most 255 bytes")
+        if name == b".":
+            return parent
+        if name == b"..":
+            return parent.parent or parent
+        child = self.tree.child(parent, name)
+        if child and (child.is_namespace_root or self._is_ahead(child)):
+            return child
+        if child and self.tree.is_fresh(child):
+            return child
+        if parent.namespace is None:
+            raise NoEntry("the mount's top has only namespaces")
+        return await self._look_up(parent, name, child)
+
+    async def _look_up(self, parent: Node, name: bytes, child: Node | None) -> Node:
+        asked = self.tree.now()
+        assert parent.namespace
+        try:
+            entry = await parent.namespace.stat(join(parent, name))
+        except m.NotFound as error:
+            child = self.tree.child(parent, name)
+            if child and not self._is_ahead(child) and child.observed <= asked:
+                self.tree.detach(child)
+            elif child:
+                return child
+            raise NoEntry(error.message) from None
+        if child and child.content and await self.files.is_same(child.content, entry):
+            self.tree.update(child, entry, asked)
+        return self._adopt(parent, name, entry, asked)
+
+    def _is_ahead(self, node: Node) -> bool:
+        """Whether the mount knows better than the remote: the file is being written."""
+        return node.content is not None and node.content.is_dirty()
+
+    def _adopt(self, parent: Node, name: bytes, entry: m.Entry, asked: float) -> Node:
+        """The node for what the remote listed or answered under this name. No await."""
+        child = self.tree.child(parent, name)
+        if child is None:
+            return self.tree.add(parent, name, entry, asked)
+        if asked < child.observed or self._is_ahead(child) or child.is_namespace_root:
+            return child
+        if stat.S_IFMT(entry.mode) != stat.S_IFMT(child.entry.mode):
+            self.tree.detach(child)
+            return self.tree.add(parent, name, entry, asked)
+        content = child.content
+        if content is None or entry.version == content.version:
+            self.tree.update(child, entry, asked)
+            return child
+        if content.abilities.handles and entry.size > content.size:
+            return child  # perhaps it grew: a lookup or getattr of its own will ask
+        self.tree.detach(child)
+        return self.tree.add(parent, name, entry, asked)
+
+    async def getattr(self, ino: int) -> Node:
+        node = self.tree.get(ino)
+        if node.namespace is None or self._is_ahead(node) or self.tree.is_fresh(node):
+            return node
+        if node.is_namespace_root and ino != ROOT_INO:
+            await self._look_at_namespace(node)
+        else:
+            await self._refresh(node)
+        return node
+
+    async def _look_at_namespace(self, node: Node) -> None:
+        """A namespace out of reach still has its folder, and delays nobody for long."""
+        assert node.namespace
+        asked = self.tree.now()
+        with trio.move_on_after(ROOT_PATIENCE):
+            try:
+                entry = await node.namespace.stat(b"")
+            except m.RemoteError as error:
+                log.debug("namespace %s: %s", node.namespace.name, error.message)
+            else:
+                self.tree.update(node, entry, asked)
+                return
+        node.observed = self.tree.now()
+
+    async def _refresh(self, node: Node) -> None:
+        assert node.namespace
+        asked = self.tree.now()
+        if node.content:
+            entry = await node.content.revalidate()
+            if entry is not None:
+                self.tree.update(node, entry, asked)
+                return
+        if node.content and not node.is_attached:
+            return
+        try:
+            entry = await node.namespace.stat(node.path)
+        except m.NotFound as error:
+            if node.content:
+                return  # it is open: it still is what it was
+            self.tree.detach(node)
+            raise NoEntry(error.message) from None
+        if node.content is None or entry.version == node.content.version:
+            self.tree.update(node, entry, asked)
+
+    async def readlink(self, ino: int) -> bytes:
+        node = self.tree.get(ino)
+        if node.namespace is None or not stat.S_ISLNK(node.entry.mode):
+            raise Invalid("only a symbolic link has a target")
+        return await node.namespace.call(m.ReadLink(node.path), bytes)
+
+    def access(self, ino: int, mask: int) -> None:
+        """Raises ReadOnly or NotPermitted where the mount can tell; else the remote decides."""
+        node = self.tree.get(ino)
+        mode, regular = node.entry.mode, node.is_regular
+        if mask & os.W_OK:
+            self._writable(node)
+            if self._uid and node.entry.uid == self._uid and not mode & stat.S_IWUSR:
+                raise NotPermitted("its mode does not let you write to it")
+        if mask & os.X_OK and regular and not mode & 0o111:
+            raise NotPermitted("it is not executable")
+
+    async def disk_usage(self) -> m.DiskUsage:
+        """FUSE's statfs names no file: the roomiest namespace answers for all."""
+        found: list[m.DiskUsage] = []
+
+        async def ask(namespace: Namespace) -> None:
+            try:
+                usage = await namespace.call(m.GetDiskUsage(), m.DiskUsage | None)  # type: ignore[arg-type]
+            except m.RemoteError as error:
+                log.debug("disk usage of %s: %s", namespace.name, error.message)
+            else:
+                found.append(usage or UNLIMITED)
+
+        with trio.move_on_after(USAGE_PATIENCE):
+            async with trio.open_nursery() as nursery:
+                for namespace in self._namespaces:
+                    nursery.start_soon(ask, namespace)
+        return max(found, key=lambda usage: usage.available, default=UNLIMITED)
+
+    # --- names ----------------------------------------------------------------------------------
+
+    def _directory(self, ino: int) -> Node:
+        node = self.tree.get(ino)
+        if not node.is_directory:
+            raise NotDirectory("a directory was needed")
+        return node
+
+    def _writable(self, node: Node) -> Namespace:
+        """The node's namespace, which may be written to."""
+        if node.namespace is None:
+            raise ReadOnly("the mount's top only holds the namespaces of the configuration")
+        node.namespace.check_writable()
+        return node.namespace
+
+    def _parent(self, ino: int, name: bytes) -> tuple[Node, Namespace]:
+        """The directory in which `name` is to be made or removed."""
+        parent = self._directory(ino)
+        if len(name) > MAX_NAME_BYTES:
+            raise NameLong("names have at most 255 bytes")
+        return parent, self._writable(parent)
+
+    def _made(self, parent: Node, name: bytes, entry: m.Entry, asked: float) -> Node:
+        if known := self.tree.child(parent, name):
+            self.tree.detach(known)
+        self.tree.expire(parent)
+        return self.tree.add(parent, name, entry, asked)
+
+    async def mkdir(self, parent_ino: int, name: bytes, mode: int) -> Node:
+        parent, namespace = self._parent(parent_ino, name)
+        asked = self.tree.now()
+        request = m.MakeDirectory(join(parent, name), stat.S_IMODE(mode))
+        return self._made(parent, name, await namespace.entry(request), asked)
+
+    async def symlink(self, parent_ino: int, name: bytes, target: bytes) -> Node:
+        parent, namespace = self._parent(parent_ino, name)
+        asked = self.tree.now()
+        request = m.MakeSymlink(join(parent, name), target)
+        return self._made(parent, name, await namespace.entry(request), asked)
+
+    async def link(self, ino: int, parent_ino: int, name: bytes) -> Node:
+        parent, namespace = self._parent(parent_ino, name)
+        node = self.tree.get(ino)
+        if node.namespace is not namespace:
+            raise CrossNamespace("a hard link can't lead to another namespace")
+        await self._flush_below(node)
+        asked = self.tree.now()
+        request = m.MakeLink(node.path, join(parent, name))
+        return self._made(parent, name, await namespace.entry(request), asked)
+
+    async def create(self, parent_ino: int, name: bytes, mode: int, flags: int) -> tuple[int, Node]:
+        """-> (handle, node). Without O_EXCL, a file that has just come into being is opened."""
+        parent, _ = self._parent(parent_ino, name)
+        if known := self.tree.child(parent, name):
+            if flags & os.O_EXCL:
+                raise Exists("the file exists")
+            return (await self.files.open(known, flags))[0], known
+        try:
+            handle, node = await self.files.create(parent, name, mode, flags)
+        except m.AlreadyExists:
+            if flags & os.O_EXCL:
+                raise
+            node = await self.lookup(parent_ino, name)
+            return (await self.files.open(node, flags))[0], node
+        self.tree.expire(parent)
+        return handle, node
+
+    async def mknod(self, parent_ino: int, name: bytes, mode: int) -> Node:
+        if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
+            raise Unsupported("only files, directories and symbolic links can be made")
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        handle, node = await self.create(parent_ino, name, mode, flags)
+        try:
+            await self.files.flush_handle(handle)
+        finally:
+            await self.files.release(handle)
+        return node
+
+    async def unlink(self, parent_ino: int, name: bytes) -> None:
+        parent, namespace = self._parent(parent_ino, name)
+        node = self.tree.child(parent, name)
+        if node:
+            await self.files.keep_readable(node)
+        async with AsyncExitStack() as locks:
+            if node and node.content:
+                await locks.enter_async_context(node.content.upload_lock)
+            if not (node and node.content and node.content.new):
+                await namespace.do(m.Remove(join(parent, name)))
+            if node:
+                await self.files.orphan(node)
+        self.tree.note_gone(parent, name)
+        self.tree.expire(parent)
+        await self._store.remove(namespace.origin, join(parent, name))
+
+    async def rmdir(self, parent_ino: int, name: bytes) -> None:
+        parent, namespace = self._parent(parent_ino, name)
+        node = self.tree.child(parent, name)
+        if node and any(child.content and child.content.new for child in node.below()):
+            raise m.DirectoryNotEmpty("a file in it is being written")
+        await namespace.do(m.RemoveDirectory(join(parent, name)))
+        self.tree.note_gone(parent, name)
+        self.tree.expire(parent)
+
+    # --- rename -----------------------------------------------------------------------------------
+
+    async def rename(
+        self, parent_ino: int, name: bytes, new_parent_ino: int, new_name: bytes, *, replace: bool
+    ) -> None:
+        parent, namespace = self._parent(parent_ino, name)
+        new_parent, new_namespace = self._parent(new_parent_ino, new_name)
+        if namespace is not new_namespace:
+            raise CrossNamespace("a rename can't lead to another namespace")
+        path, target = join(parent, name), join(new_parent, new_name)
+        if path == target:
+            return
+        node = await self.lookup(parent_ino, name)
+        replaced = self.tree.child(new_parent, new_name)
+        if replaced and replaced.content and replaced.content.new:
+            await self._flush_below(replaced)
+        if replaced:
+            await self.files.keep_readable(replaced)
+        await self._flush_below(node)
+        async with AsyncExitStack() as locks:
+            for lock in self._upload_locks(node, replaced):
+                await locks.enter_async_context(lock)
+            await namespace.do(m.Rename(path, target, replace))
+            if replaced:
+                await self.files.orphan(replaced)
+            # No await from here to the end of the move: names and cache keys change together.
+            self.tree.move(node, new_parent, new_name)
+        self.tree.expire(parent)
+        self.tree.expire(new_parent)
+        await self._store.move(namespace.origin, path, target)
+
+    def _upload_locks(self, *nodes: Node | None) -> list[trio.Lock]:
+        """Of all that is open in these, always in the same order."""
+        contents = {
+            id(below.content): below.content
+            for node in nodes
+            if node
+            for below in node.below()
+            if below.content
+        }
+        ordered = sorted(contents.values(), key=lambda content: content.node.ino)
+        return [content.upload_lock for content in ordered]
+
+    async def _flush_below(self, node: Node) -> None:
+        """What is renamed or linked must be on the remote first."""
+        for below in list(node.below()):
+            if below.content and below.content.is_dirty():
+                await self.files.flush(below.content)
+
+    # --- attributes -------------------------------------------------------------------------------
+
+    async def setattr(
+        self, ino: int, attributes: m.Attributes, size: int | None, handle: int | None
+    ) -> Node:
+        node = self.tree.get(ino)
+        namespace = self._writable(node)
+        if size is not None:
+            await self.files.truncate(node, size, handle)
+        attributes = self._without_same_owner(node, attributes)
+        if not attributes:
+            return node
+        if node.content and (node.content.is_dirty() or node.content.orphan):
+            self._set_later(node, attributes)
+        else:
+            await self._set_now(node, namespace, attributes)
+        return node
+
+    def _without_same_owner(self, node: Node, attributes: m.Attributes) -> m.Attributes:
+        """chown to the owner that is shown changes nothing: cp -a and rsync do that."""
+        entry = node.entry
+        return msgspec.structs.replace(
+            attributes,
+            uid=None if attributes.uid == entry.uid else attributes.uid,
+            gid=None if attributes.gid == entry.gid else attributes.gid,
+        )
+
+    def _set_later(self, node: Node, attributes: m.Attributes) -> None:
+        """The next upload of the file brings them along."""
+        content = node.content
+        assert content
+        content.pending = merge_attributes(content.pending, attributes)
+        resolution = content.abilities.mtime_resolution_ns
+        entry = node.entry
+        changed = {
+            field: value
+            for field, value in msgspec.structs.asdict(attributes).items()
+            if value is not None
+        }
+        if attributes.mode is not None:
+            changed["mode"] = stat.S_IFMT(entry.mode) | attributes.mode
+        for field in ("atime_ns", "mtime_ns"):
+            if field in changed:
+                changed[field] -= changed[field] % resolution
+        self.tree.set_local(node, msgspec.structs.replace(entry, **changed))
+
+    async def _set_now(self, node: Node, namespace: Namespace, attributes: m.Attributes) -> None:
+        """A new mtime makes a new version of the same content: what is cached of it is carried
+        over, if the remote was seen to have that version a moment ago."""
+        fresh, before = self.tree.is_fresh(node), node.entry.version
+        entry = await namespace.entry(m.SetAttributes(node.path, attributes))
+        self.tree.set_local(node, entry)
+        if entry.version == before or not fresh:
+            return
+        if node.pages_version == before:
+            node.pages_version = entry.version
+        if node.content and node.content.version == before:
+            node.content.file.version = entry.version
+        elif not node.content:
+            await self._store.renew_version(namespace.origin, node.path, before, entry.version)
+
+
+def join(parent: Node, name: bytes) -> bytes:
+    path = parent.path
+    return path + b"/" + name if path else name

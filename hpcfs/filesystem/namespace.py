@@ -1,0 +1,79 @@
+"""A namespace as the filesystem sees it: typed calls to its site, and what the remote can do.
+
+`SiteCalls` is all that the filesystem needs of transfer/client.py; tests put a remote in memory
+behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from hpcfs.filesystem.errors import ReadOnly
+from hpcfs.transfer import messages as m
+
+T = TypeVar("T")
+
+DEFAULT_TIMEOUT = 30.0
+"""Seconds without an answer or progress, for every call."""
+
+
+class SiteCalls(Protocol):
+    """One site's transfer process."""
+
+    async def call(
+        self, namespace: str, request: m.Request, kind: type[T], timeout: float = ...
+    ) -> T: ...
+
+    async def call_pages(
+        self,
+        namespace: str,
+        request: m.List,
+        on_page: Callable[[bytes], None],
+        timeout: float = ...,
+    ) -> None: ...
+
+
+class Namespace:
+    """`origin` names the remote folder across mounts: the cache is kept under it."""
+
+    def __init__(self, name: str, origin: str, site: SiteCalls, *, read_only: bool) -> None:
+        self.name = name
+        self.origin = origin
+        self.read_only = read_only
+        self._site = site
+        self._abilities: m.Abilities | None = None
+        self._next_handle = 0
+
+    def new_handle(self) -> int:
+        """Identifies an open file to the transfer process."""
+        self._next_handle += 1
+        return self._next_handle
+
+    def check_writable(self) -> None:
+        if self.read_only:
+            raise ReadOnly(f"{self.name} is mounted read-only")
+
+    async def call(self, request: m.Request, kind: type[T], timeout: float = DEFAULT_TIMEOUT) -> T:
+        """Raises RemoteError."""
+        return await self._site.call(self.name, request, kind, timeout)
+
+    async def abilities(self) -> m.Abilities:
+        """Connects on first use. Raises RemoteError."""
+        if self._abilities is None:
+            self._abilities = await self.call(m.Connect(), m.Abilities, timeout=90)
+        return self._abilities
+
+    async def stat(self, path: bytes) -> m.Entry:
+        return await self.call(m.Stat(path), m.Entry)
+
+    async def entry(self, request: m.Request) -> m.Entry:
+        """Requests whose answer is the entry as it is afterwards."""
+        return await self.call(request, m.Entry)
+
+    async def do(self, request: m.Request) -> None:
+        """Requests without an answer."""
+        await self.call(request, type(None))
+
+    async def list_pages(self, path: bytes, on_page: Callable[[bytes], None]) -> None:
+        await self._site.call_pages(self.name, m.List(path), on_page, DEFAULT_TIMEOUT)

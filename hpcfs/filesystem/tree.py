@@ -1,0 +1,237 @@
+"""Inodes, names and attributes: what the kernel was told and may ask about again.
+
+The kernel decides how long a node lives: it holds lookups and forgets them. A node that is gone
+from its directory (removed, or replaced by another version of the file) lives on namelessly while
+it is open. Nothing here awaits.
+
+Inode numbers come from the path, so that programs that remember them (git's index) find the same
+ones in the next mount. A file that was replaced on the remote while it is open here becomes
+another node: then two versions never share a node, nor the kernel's pages of one (invariant 1).
+"""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections.abc import Callable, Iterator
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+from hpcfs.filesystem.errors import Stale
+from hpcfs.transfer.messages import Entry
+
+if TYPE_CHECKING:
+    from hpcfs.filesystem.content import Content
+    from hpcfs.filesystem.namespace import Namespace
+
+ROOT_INO = 1
+ATTRIBUTE_SECONDS = 1.0
+"""How long attributes and names are believed without asking the remote, here and in the kernel."""
+
+
+class Node:
+    """`entry` is what the mount shows; for a file being written it is ahead of the remote.
+
+    `observed` is when the remote was asked for it (or when it changed here), in the clock's
+    seconds: an answer to an older question must not overwrite it.
+    """
+
+    __slots__ = (
+        "children",
+        "content",
+        "entry",
+        "ino",
+        "lookups",
+        "name",
+        "namespace",
+        "observed",
+        "pages_version",
+        "parent",
+        "removals",
+    )
+
+    def __init__(
+        self, ino: int, parent: Node | None, name: bytes, namespace: Namespace | None, entry: Entry
+    ) -> None:
+        self.ino = ino
+        self.parent = parent
+        self.name = name
+        self.namespace = namespace
+        self.entry = entry
+        self.observed = 0.0
+        self.lookups = 0
+        self.children: dict[bytes, Node] | None = None
+        self.content: Content | None = None
+        self.pages_version: bytes | None = None
+        """The version that the kernel's page cache may hold."""
+        self.removals: dict[bytes, int] | None = None
+        """While the directory is being read: names removed here, and when (Tree.clock)."""
+
+    @property
+    def is_directory(self) -> bool:
+        return stat.S_ISDIR(self.entry.mode)
+
+    @property
+    def is_regular(self) -> bool:
+        return stat.S_ISREG(self.entry.mode)
+
+    @property
+    def is_namespace_root(self) -> bool:
+        return self.namespace is not None and (self.parent is None or self.parent.namespace is None)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the node still has its name."""
+        if self.parent is None:
+            return self.ino == ROOT_INO
+        return self.parent.children is not None and self.parent.children.get(self.name) is self
+
+    @property
+    def path(self) -> bytes:
+        """Relative to the namespace's root; of a nameless node, the last one it had."""
+        parts = []
+        node = self
+        while not node.is_namespace_root and node.parent is not None:
+            parts.append(node.name)
+            node = node.parent
+        return b"/".join(reversed(parts))
+
+    def below(self) -> Iterator[Node]:
+        """The node and all known nodes under it."""
+        yield self
+        for child in list((self.children or {}).values()):
+            yield from child.below()
+
+
+class Tree:
+    def __init__(self, root: Node, now: Callable[[], float] = time.monotonic) -> None:
+        self.root = root
+        self.now = now
+        self.clock = 0
+        """Counts removals; see Node.removals."""
+        self._nodes: dict[int, Node] = {root.ino: root}
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def get(self, ino: int) -> Node:
+        node = self._nodes.get(ino)
+        if node is None:
+            raise Stale(f"the kernel asked for inode {ino}, which was forgotten")
+        return node
+
+    def child(self, parent: Node, name: bytes) -> Node | None:
+        return None if parent.children is None else parent.children.get(name)
+
+    def is_fresh(self, node: Node, seconds: float = ATTRIBUTE_SECONDS) -> bool:
+        return self.now() - node.observed < seconds
+
+    def add(
+        self,
+        parent: Node,
+        name: bytes,
+        entry: Entry,
+        asked: float,
+        namespace: Namespace | None = None,
+    ) -> Node:
+        """A node for a name that has none. `asked` is `now()` before the remote was asked."""
+        namespace = namespace or parent.namespace
+        node = Node(self._new_ino(parent, name, namespace), parent, name, namespace, entry)
+        node.observed = asked
+        if parent.children is None:
+            parent.children = {}
+        parent.children[name] = node
+        if parent.removals is not None:
+            parent.removals.pop(name, None)
+        self._nodes[node.ino] = node
+        return node
+
+    def _new_ino(self, parent: Node, name: bytes, namespace: Namespace | None) -> int:
+        probe = Node(0, parent, name, namespace, parent.entry)
+        label = (namespace.name.encode() if namespace else b"") + b"\0" + probe.path
+        ino = int.from_bytes(blake2b(label, digest_size=8).digest(), "big") >> 1
+        while ino <= ROOT_INO or ino in self._nodes:
+            ino += 1
+        return ino
+
+    def update(self, node: Node, entry: Entry, asked: float) -> None:
+        """What the remote said when asked at `asked`, unless something newer is known."""
+        if asked >= node.observed:
+            node.entry = entry
+            node.observed = asked
+
+    def set_local(self, node: Node, entry: Entry) -> None:
+        """The entry as it is now through what was done here."""
+        node.entry = entry
+        node.observed = self.now()
+
+    def expire(self, node: Node) -> None:
+        """Ask the remote before believing the attributes again; answers under way don't count."""
+        node.observed = self.now() - ATTRIBUTE_SECONDS
+
+    def detach(self, node: Node) -> None:
+        """The node loses its name; what was below it too."""
+        parent = node.parent
+        if parent is not None and parent.children is not None:
+            if parent.children.get(node.name) is node:
+                del parent.children[node.name]
+            self._note_removal(parent, node.name)
+        self._drop_if_unused(node)
+
+    def _note_removal(self, parent: Node, name: bytes) -> None:
+        self.clock += 1
+        if parent.removals is not None:
+            parent.removals[name] = self.clock
+
+    def note_gone(self, parent: Node, name: bytes) -> None:
+        """The name was removed here; it may have had no node."""
+        node = self.child(parent, name)
+        if node:
+            self.detach(node)
+        else:
+            self._note_removal(parent, name)
+
+    def move(self, node: Node, parent: Node, name: bytes) -> None:
+        """Rename; whatever had that name loses it."""
+        self.note_gone(parent, name)
+        old = node.parent
+        assert old is not None
+        assert old.children is not None
+        old.children.pop(node.name, None)
+        self._note_removal(old, node.name)
+        node.parent, node.name = parent, name
+        if parent.children is None:
+            parent.children = {}
+        parent.children[name] = node
+        if parent.removals is not None:
+            parent.removals.pop(name, None)
+
+    def count_lookup(self, node: Node) -> None:
+        """The kernel was given this node."""
+        node.lookups += 1
+
+    def forget(self, ino: int, lookups: int) -> None:
+        node = self._nodes.get(ino)
+        if node is not None:
+            node.lookups -= lookups
+            self._drop_if_unused(node)
+
+    def drop_if_unused(self, node: Node) -> None:
+        """After something that may have been the last use of the node."""
+        self._drop_if_unused(node)
+
+    def _drop_if_unused(self, node: Node) -> None:
+        while (
+            node.lookups <= 0
+            and node.content is None
+            and not node.children
+            and not node.is_namespace_root
+            and node.ino != ROOT_INO
+        ):
+            self._nodes.pop(node.ino, None)
+            parent = node.parent
+            if parent is None or parent.children is None:
+                return
+            if parent.children.get(node.name) is node:
+                del parent.children[node.name]
+            node = parent

@@ -1,0 +1,59 @@
+"""Which errno a program sees for which error: the only such table.
+
+An error class without an entry takes its base's; a test checks that every class is meant. What is
+no error of ours is EIO, with a traceback in the log.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from hpcfs.filesystem import errors as f
+from hpcfs.transfer import messages as m
+
+ERRNO: dict[type[Exception], int] = {
+    f.FilesystemError: errno.EIO,
+    f.NoEntry: errno.ENOENT,
+    f.Exists: errno.EEXIST,
+    f.NotDirectory: errno.ENOTDIR,
+    f.IsDirectory: errno.EISDIR,
+    f.NotPermitted: errno.EACCES,
+    f.ReadOnly: errno.EROFS,
+    f.CrossNamespace: errno.EXDEV,
+    f.Unsupported: errno.ENOTSUP,
+    f.Invalid: errno.EINVAL,
+    f.NameLong: errno.ENAMETOOLONG,
+    f.Stale: errno.ESTALE,
+    f.CacheFull: errno.ENOSPC,
+    f.BadHandle: errno.EBADF,
+    m.RemoteError: errno.EIO,
+    m.NotFound: errno.ENOENT,
+    m.AlreadyExists: errno.EEXIST,
+    m.PermissionDenied: errno.EACCES,
+    m.NotADirectory: errno.ENOTDIR,
+    m.IsADirectory: errno.EISDIR,
+    m.DirectoryNotEmpty: errno.ENOTEMPTY,
+    m.InvalidName: errno.EILSEQ,
+    m.NameTooLong: errno.ENAMETOOLONG,
+    m.InvalidRequest: errno.EINVAL,
+    m.NotSupported: errno.ENOTSUP,
+    m.NoSpace: errno.ENOSPC,
+    m.TooLarge: errno.EFBIG,
+    m.Changed: errno.ESTALE,
+    m.Unreachable: errno.EHOSTUNREACH,
+    m.TimedOut: errno.ETIMEDOUT,
+    m.AccessRefused: errno.EACCES,
+    m.HostKeyRefused: errno.EACCES,
+    m.WrongSettings: errno.ENOENT,
+    m.ProtocolError: errno.EPROTO,
+    m.CacheDiskFull: errno.ENOSPC,
+    m.RemoteFailure: errno.EIO,
+}
+
+
+def errno_of(error: Exception) -> int | None:
+    """None for an error that is not ours."""
+    for kind in type(error).__mro__:
+        if kind in ERRNO:
+            return ERRNO[kind]
+    return None

@@ -1,0 +1,267 @@
+"""The kernel's requests: convert, delegate to the filesystem, convert back. Nothing else.
+
+The only importer of pyfuse3. Each handler ends within the remote's deadlines, and no exception but
+FUSEError leaves one: pyfuse3 would end the mount.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import pyfuse3
+
+from hpcfs.filesystem.errors import Invalid, NoEntry
+from hpcfs.filesystem.filesystem import Filesystem
+from hpcfs.filesystem.tree import ATTRIBUTE_SECONDS, Node
+from hpcfs.kernel.errno import errno_of
+from hpcfs.transfer.messages import Attributes, RemoteError
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_BLOCK_SIZE = 1024 * 1024
+"""st_blksize: what cp and stdio take as their buffer."""
+_RENAME_NOREPLACE = 1  # linux/fs.h
+
+
+def _answering(
+    handler: Callable[P, Coroutine[Any, Any, R]],
+) -> Callable[P, Coroutine[Any, Any, R]]:
+    """Every error becomes an errno; only those that are no error of ours deserve a traceback."""
+
+    @wraps(handler)
+    async def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await handler(*args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except Exception as error:
+            number = errno_of(error)
+            if number is None:
+                log.exception("%s failed in an unexpected way", handler.__name__)
+                number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+            elif isinstance(error, RemoteError) and number not in _EVERYDAY:
+                log.warning("%s: %s", handler.__name__, error.message)
+            raise pyfuse3.FUSEError(number) from None
+
+    return wrapped
+
+
+_EVERYDAY = frozenset({errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTSUP})
+"""Answers that programs provoke all the time; the log is for the others."""
+
+
+def _attributes(node: Node, ino: int | None = None) -> pyfuse3.EntryAttributes:
+    entry = node.entry
+    shown = pyfuse3.EntryAttributes()
+    shown.st_ino = node.ino if ino is None else ino
+    shown.st_mode = entry.mode
+    shown.st_nlink = 1  # SFTP does not tell; for directories 1 means "unknown" to find(1)
+    shown.st_uid = entry.uid
+    shown.st_gid = entry.gid
+    shown.st_size = entry.size
+    shown.st_blksize = _BLOCK_SIZE
+    shown.st_blocks = -(-entry.size // 512)
+    shown.st_atime_ns = entry.atime_ns
+    shown.st_mtime_ns = entry.mtime_ns
+    shown.st_ctime_ns = entry.mtime_ns
+    shown.attr_timeout = ATTRIBUTE_SECONDS
+    shown.entry_timeout = ATTRIBUTE_SECONDS
+    return shown
+
+
+class KernelOperations(pyfuse3.Operations):
+    """pyfuse3 calls these. Names and targets are bytes."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False  # it hides the remote's size changes: tail -f would break
+
+    def __init__(self, filesystem: Filesystem) -> None:
+        super().__init__()
+        self._fs = filesystem
+
+    # --- looking --------------------------------------------------------------------------------
+
+    @_answering
+    async def lookup(self, parent: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
+        try:
+            return self._counted(await self._fs.lookup(parent, name))
+        except NoEntry:
+            missing = pyfuse3.EntryAttributes()
+            missing.st_ino = 0  # lets the kernel remember for a while that there is no such name
+            missing.entry_timeout = ATTRIBUTE_SECONDS
+            return missing
+
+    def _counted(self, node: Node) -> pyfuse3.EntryAttributes:
+        self._fs.tree.count_lookup(node)
+        return _attributes(node)
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        for ino, lookups in inode_list:
+            self._fs.tree.forget(ino, lookups)
+
+    @_answering
+    async def getattr(self, inode: int, ctx: Any) -> pyfuse3.EntryAttributes:
+        return _attributes(await self._fs.getattr(inode))
+
+    @_answering
+    async def setattr(
+        self, inode: int, attr: Any, fields: Any, fh: int | None, ctx: Any
+    ) -> pyfuse3.EntryAttributes:
+        wanted = Attributes(
+            mode=attr.st_mode & 0o7777 if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        size = attr.st_size if fields.update_size else None
+        return _attributes(await self._fs.setattr(inode, wanted, size, fh))
+
+    @_answering
+    async def readlink(self, inode: int, ctx: Any) -> bytes:
+        return await self._fs.readlink(inode)
+
+    @_answering
+    async def access(self, inode: int, mode: int, ctx: Any) -> bool:
+        self._fs.access(inode, mode)
+        return True
+
+    @_answering
+    async def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
+        usage = await self._fs.disk_usage()
+        shown = pyfuse3.StatvfsData()
+        shown.f_bsize = shown.f_frsize = 4096
+        shown.f_blocks = usage.total // 4096
+        shown.f_bfree = usage.free // 4096
+        shown.f_bavail = usage.available // 4096
+        shown.f_files = usage.files
+        shown.f_ffree = shown.f_favail = usage.files_free
+        shown.f_namemax = 255
+        return shown
+
+    # --- names ----------------------------------------------------------------------------------
+
+    @_answering
+    async def mkdir(self, parent: int, name: bytes, mode: int, ctx: Any) -> Any:
+        return self._counted(await self._fs.mkdir(parent, name, mode & ~ctx.umask))
+
+    @_answering
+    async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Any) -> Any:
+        return self._counted(await self._fs.mknod(parent, name, mode & ~ctx.umask))
+
+    @_answering
+    async def symlink(self, parent: int, name: bytes, target: bytes, ctx: Any) -> Any:
+        return self._counted(await self._fs.symlink(parent, name, target))
+
+    @_answering
+    async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: Any) -> Any:
+        return self._counted(await self._fs.link(inode, new_parent, new_name))
+
+    @_answering
+    async def unlink(self, parent: int, name: bytes, ctx: Any) -> None:
+        await self._fs.unlink(parent, name)
+
+    @_answering
+    async def rmdir(self, parent: int, name: bytes, ctx: Any) -> None:
+        await self._fs.rmdir(parent, name)
+
+    @_answering
+    async def rename(
+        self,
+        parent_old: int,
+        name_old: bytes,
+        parent_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: Any,
+    ) -> None:
+        if flags & ~_RENAME_NOREPLACE:
+            raise Invalid("two names can't be exchanged")
+        replace = not flags & _RENAME_NOREPLACE
+        await self._fs.rename(parent_old, name_old, parent_new, name_new, replace=replace)
+
+    # --- files ----------------------------------------------------------------------------------
+
+    @_answering
+    async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
+        handle, keep = await self._fs.files.open(self._fs.tree.get(inode), flags)
+        return pyfuse3.FileInfo(fh=handle, keep_cache=keep)
+
+    @_answering
+    async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
+        handle, node = await self._fs.create(parent, name, mode & ~ctx.umask, flags)
+        return pyfuse3.FileInfo(fh=handle), self._counted(node)
+
+    @_answering
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        return await self._fs.files.read(fh, off, size)
+
+    @_answering
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        return await self._fs.files.write(fh, off, buf)
+
+    @_answering
+    async def flush(self, fh: int) -> None:
+        await self._fs.files.flush_handle(fh)
+
+    @_answering
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await self._fs.files.flush_handle(fh, sync=True)
+
+    @_answering
+    async def release(self, fh: int) -> None:
+        await self._fs.files.release(fh)
+
+    # --- directories ----------------------------------------------------------------------------
+
+    @_answering
+    async def opendir(self, inode: int, ctx: Any) -> int:
+        return self._fs.directories.open(self._fs.tree.get(inode))
+
+    @_answering
+    async def readdir(self, fh: int, start_id: int, token: Any) -> None:
+        for following, name, node, counts in await self._fs.directories.read(fh, start_id):
+            sent = pyfuse3.readdir_reply(token, name, _attributes(node), following)
+            if sent and counts:
+                self._fs.tree.count_lookup(node)
+            elif not sent:
+                self._fs.tree.drop_if_unused(node)
+                break
+
+    @_answering
+    async def releasedir(self, fh: int) -> None:
+        self._fs.directories.close(fh)
+
+    @_answering
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """Names are on the remote when the call that made them returns."""
+
+
+def mount(filesystem: Filesystem, mountpoint: str) -> None:
+    """Raises RuntimeError when the kernel or fusermount3 refuses."""
+    options = set(pyfuse3.default_options)
+    options.discard("default_permissions")  # cluster groups are unknown here: the remote decides
+    options.add("fsname=hpcfs")
+    options.add("subtype=hpcfs")
+    pyfuse3.init(KernelOperations(filesystem), mountpoint, options)
+
+
+async def serve(max_requests: int) -> None:
+    """Answer the kernel until unmounted; at most `max_requests` at once."""
+    await pyfuse3.main(max_tasks=max_requests)
+
+
+def unmount() -> None:
+    pyfuse3.close(unmount=True)
+
+
+def stop() -> None:
+    """Make `serve` return."""
+    pyfuse3.terminate()

@@ -1,0 +1,261 @@
+"""The daemon's side of a transfer process: starts it, calls it, keeps every deadline.
+
+One `SiteClient` per site. The process is started on first use and again after it died; calls that
+were under way then fail with Unreachable, and nothing else is lost. Every call has a deadline that
+progress renews; a call that nobody waits for any more is cancelled in the process too.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import msgspec
+import trio
+
+from hpcfs.transfer import messages as m
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+State = Literal["idle", "connecting", "connected", "failed"]
+
+Ask = Callable[[str, bool], str | None]
+"""(text, echo) -> what the user typed, None if nobody can be asked. Called in a thread."""
+
+CALL_TIMEOUT = 30.0
+"""Seconds without an answer or progress. A login that waits for the user does not count."""
+_RESTART_PAUSE = 1.0
+
+
+@dataclass(eq=False)
+class _Pending:
+    scope: trio.CancelScope
+    timeout: float
+    on_page: Callable[[bytes], None] | None
+    done: trio.Event
+    reply: m.Reply | None = None
+
+    def renew(self) -> None:
+        self.scope.deadline = trio.current_time() + self.timeout
+
+
+class SiteClient:
+    """Calls run concurrently. `log_file` receives what the process logs."""
+
+    def __init__(self, start: m.Start, log_file: Path, nursery: trio.Nursery) -> None:
+        self.ask: Ask | None = None
+        """Who answers the site's questions; None when the terminal is gone."""
+        self._state: State = "idle"
+        self._reason = ""
+        self._namespace_reasons: dict[str, str] = {}
+        self.pid: int | None = None
+        self._start_message = start
+        self._log_file = log_file
+        self._nursery = nursery
+        self._stream: trio.SocketStream | None = None
+        self._starting = trio.Lock()
+        self._sending = trio.Lock()
+        self._last_start = -math.inf
+        self._pending: dict[int, _Pending] = {}
+        self._next_id = 0
+        self._questions = 0
+
+    # --- calls --------------------------------------------------------------------------------
+
+    async def call(
+        self, namespace: str, request: m.Request, kind: type[T], timeout: float = CALL_TIMEOUT
+    ) -> T:
+        """The answer to `request`, decoded as `kind`. Raises RemoteError."""
+        reply = await self._exchange(namespace, request, timeout, None)
+        return msgspec.msgpack.decode(reply.result, type=kind)
+
+    async def call_pages(
+        self,
+        namespace: str,
+        request: m.List,
+        on_page: Callable[[bytes], None],
+        timeout: float = CALL_TIMEOUT,
+    ) -> None:
+        """`on_page` gets each page, still encoded (list[Entry] in MessagePack)."""
+        await self._exchange(namespace, request, timeout, on_page)
+
+    async def _exchange(
+        self,
+        namespace: str,
+        request: m.Request,
+        timeout: float,
+        on_page: Callable[[bytes], None] | None,
+    ) -> m.Reply:
+        stream = self._stream or await self._start_process()
+        self._next_id += 1
+        call_id = self._next_id
+        with trio.CancelScope() as scope:
+            pending = _Pending(scope, timeout, on_page, trio.Event())
+            if not self._questions:
+                pending.renew()
+            self._pending[call_id] = pending
+            try:
+                await self._send(stream, m.Call(call_id, namespace, request))
+                await pending.done.wait()
+            finally:
+                del self._pending[call_id]
+                if pending.reply is None:
+                    self._nursery.start_soon(self._send_quietly, stream, m.Cancel(call_id))
+        return self._outcome(pending, namespace, request)
+
+    def _outcome(self, pending: _Pending, namespace: str, request: m.Request) -> m.Reply:
+        reply = pending.reply
+        if reply is None:
+            what = type(request).__name__
+            raise m.TimedOut(f"no answer to {what} within {pending.timeout:g} s")
+        if reply.failure is None:
+            self._state, self._reason = "connected", ""
+            self._namespace_reasons.pop(namespace, None)
+            return reply
+        error = reply.failure.error()
+        if isinstance(error, m.Unreachable):
+            self._state, self._reason = "failed", error.message
+        elif error.lasting:
+            self._namespace_reasons[namespace] = error.message
+        raise error
+
+    def namespace_state(self, namespace: str) -> tuple[State, str]:
+        """For the status: the state, and why where it failed."""
+        if reason := self._namespace_reasons.get(namespace):
+            return "failed", reason
+        return self._state, self._reason
+
+    async def _send(self, stream: trio.SocketStream, message: msgspec.Struct) -> None:
+        try:
+            async with self._sending:
+                await stream.send_all(m.frame(message))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise m.Unreachable("the transfer process of this site ended; try again") from None
+
+    async def _send_quietly(self, stream: trio.SocketStream, message: msgspec.Struct) -> None:
+        try:
+            await self._send(stream, message)
+        except m.Unreachable:
+            log.debug("the transfer process is gone, nothing to cancel")
+
+    # --- the process ---------------------------------------------------------------------------
+
+    async def _start_process(self) -> trio.SocketStream:
+        async with self._starting:
+            if self._stream:
+                return self._stream
+            if trio.current_time() < self._last_start + _RESTART_PAUSE:
+                raise m.Unreachable("the transfer process of this site just ended; try again")
+            self._last_start = trio.current_time()
+            self._state = "connecting"
+            ours, theirs = socket.socketpair()
+            with theirs:
+                process = await self._spawn(theirs)
+            self.pid = process.pid
+            stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+            await self._send(stream, self._start_message)
+            self._stream = stream
+            self._nursery.start_soon(self._supervise, process, stream)
+            return stream
+
+    async def _spawn(self, theirs: socket.socket) -> trio.Process:
+        command = [sys.executable, "-m", "hpcfs.transfer.process", str(theirs.fileno())]
+        with self._log_file.open("ab") as log_stream:
+            return await trio.lowlevel.open_process(
+                command,
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=log_stream,
+                stderr=log_stream,
+                start_new_session=True,  # Ctrl-C on the terminal is the daemon's to handle
+            )
+
+    async def _supervise(self, process: trio.Process, stream: trio.SocketStream) -> None:
+        """Receive until the process ends, then fail what is under way."""
+        try:
+            await self._receive_all(stream)
+        finally:
+            self._stream = None
+            self.pid = None
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(stream)
+                with trio.move_on_after(3):
+                    await process.wait()
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+        log.warning("the transfer process %d ended (%s)", process.pid, process.returncode)
+        self._state, self._reason = "failed", "its transfer process ended"
+        gone = m.Failure.of(m.Unreachable("the transfer process of this site ended; try again"))
+        for call_id, pending in list(self._pending.items()):
+            pending.reply = m.Reply(call_id, failure=gone)
+            pending.done.set()
+
+    async def _receive_all(self, stream: trio.SocketStream) -> None:
+        decoder = msgspec.msgpack.Decoder(m.FromTransfer)
+        buffer = bytearray()
+        while chunk := await self._receive(stream):
+            buffer += chunk
+            start = 0
+            while len(buffer) - start >= m.FRAME_HEADER.size:
+                (length,) = m.FRAME_HEADER.unpack_from(buffer, start)
+                end = start + m.FRAME_HEADER.size + length
+                if len(buffer) < end:
+                    break
+                body = bytes(memoryview(buffer)[start + m.FRAME_HEADER.size : end])
+                self._dispatch(stream, decoder.decode(body))
+                start = end
+            del buffer[:start]
+
+    async def _receive(self, stream: trio.SocketStream) -> bytes:
+        try:
+            return bytes(await stream.receive_some(256 * 1024))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return b""
+
+    def _dispatch(self, stream: trio.SocketStream, message: m.FromTransfer) -> None:
+        match message:
+            case m.Question():
+                self._nursery.start_soon(self._put_question, stream, message)
+            case m.Advance():
+                if pending := self._pending.get(message.id):
+                    pending.renew()
+            case m.Reply():
+                if pending := self._pending.get(message.id):
+                    self._replied(pending, message)
+
+    def _replied(self, pending: _Pending, reply: m.Reply) -> None:
+        if reply.more:
+            pending.renew()
+            if pending.on_page:
+                pending.on_page(bytes(reply.result))
+            return
+        pending.reply = reply
+        pending.done.set()
+
+    async def _put_question(self, stream: trio.SocketStream, question: m.Question) -> None:
+        """While the user thinks, no deadline runs."""
+        text: str | None = None
+        if self.ask:
+            self._questions += 1
+            for pending in self._pending.values():
+                pending.scope.deadline = math.inf
+            try:
+                text = await trio.to_thread.run_sync(
+                    self.ask, question.text, question.echo, abandon_on_cancel=True
+                )
+            finally:
+                self._questions -= 1
+                for pending in self._pending.values():
+                    pending.renew()
+        answer = m.Secret(text) if text is not None else None
+        await self._send_quietly(stream, m.Answer(question.id, answer))

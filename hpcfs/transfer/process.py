@@ -1,0 +1,277 @@
+"""The transfer process: carries out the daemon's requests at one site, on asyncio and uvloop.
+
+Started by transfer/client.py with one end of a socket pair; ends when the daemon closes the other.
+It holds no state that cannot be rebuilt and may be killed at any moment. It never imports trio,
+pyfuse3 or anything of the daemon's beyond messages.py.
+
+The bytes it downloads go straight into the daemon's cache files, and those it uploads come from
+there; the block checksums are computed here, where the bytes are still in the processor's cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Coroutine, Sequence
+
+import msgspec
+import uvloop
+import xxhash
+
+from hpcfs.remotes.base import Remote, Site
+from hpcfs.transfer import messages as m
+
+log = logging.getLogger(__name__)
+
+
+class Connection:
+    """The process's side of the socket."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._questions: dict[int, asyncio.Future[str | None]] = {}
+
+    async def receive(self, kind: type[msgspec.Struct] | object) -> object:
+        """The next message. Raises asyncio.IncompleteReadError when the daemon is gone."""
+        header = await self._reader.readexactly(m.FRAME_HEADER.size)
+        (length,) = m.FRAME_HEADER.unpack(header)
+        return msgspec.msgpack.decode(await self._reader.readexactly(length), type=kind)
+
+    async def send(self, message: msgspec.Struct) -> None:
+        self._writer.write(m.frame(message))
+        await self._writer.drain()
+
+    def send_soon(self, message: msgspec.Struct) -> None:
+        self._writer.write(m.frame(message))
+
+    async def ask(self, text: str, *, echo: bool = False) -> str | None:
+        """Prompter (remotes/base.py): the daemon asks whoever is at its terminal."""
+        number = len(self._questions)
+        while number in self._questions:
+            number += 1
+        future: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        self._questions[number] = future
+        try:
+            await self.send(m.Question(number, text, echo))
+            return await future
+        finally:
+            del self._questions[number]
+
+    def answered(self, answer: m.Answer) -> None:
+        future = self._questions.get(answer.id)
+        if future and not future.done():
+            future.set_result(answer.text.value if answer.text else None)
+
+
+class CacheSource:
+    """The bytes of an upload (remotes/base.py, Source)."""
+
+    def __init__(self, path: str, size: int) -> None:
+        self.size = size
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, offset: int, length: int) -> bytes:
+        if offset + length > self.size:
+            raise m.RemoteFailure("an upload asked for bytes beyond the file's end")
+        data = os.pread(self._fd, length, offset)
+        while len(data) < length:
+            more = os.pread(self._fd, length - len(data), offset + len(data))
+            if not more:  # a hole at the end: the cache file is shorter than the file it stands for
+                return data + bytes(length - len(data))
+            data += more
+        return data
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def store_range(path: str, offset: int, data: bytes | bytearray) -> list[int]:
+    """Write a fetched range into its cache file; returns the checksum of each of its blocks."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    view = memoryview(data)
+    try:
+        done = 0
+        while done < len(view):
+            done += os.pwrite(fd, view[done:], offset + done)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise m.CacheDiskFull("the local disk with the cache is full") from None
+        raise
+    finally:
+        os.close(fd)
+    pieces = range(0, len(view), m.BLOCK_BYTES)
+    return [xxhash.xxh3_64_intdigest(view[at : at + m.BLOCK_BYTES]) or 1 for at in pieces]
+
+
+class Worker:
+    """Runs calls against a site, each in a task of its own."""
+
+    def __init__(self, connection: Connection, site: Site) -> None:
+        self._connection = connection
+        self._site = site
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Until the daemon is gone."""
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                message = await self._connection.receive(m.ToTransfer)
+                match message:
+                    case m.Call():
+                        self._start(message)
+                    case m.Cancel():
+                        if task := self._tasks.get(message.id):
+                            task.cancel()
+                    case m.Answer():
+                        self._connection.answered(message)
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _start(self, call: m.Call) -> None:
+        task = asyncio.create_task(self._answer(call))
+        self._tasks[call.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(call.id, None))
+
+    async def _answer(self, call: m.Call) -> None:
+        try:
+            reply = await self._reply(call)
+        except m.RemoteError as error:
+            reply = m.Reply(call.id, failure=m.Failure.of(error))
+        except Exception:  # a bug of ours must not take the other calls with it
+            log.exception("%s failed in an unexpected way", type(call.request).__name__)
+            failure = m.RemoteFailure("an unexpected failure in hpcfs; the log has details")
+            reply = m.Reply(call.id, failure=m.Failure.of(failure))
+        with contextlib.suppress(ConnectionError):
+            await self._connection.send(reply)
+
+    async def _reply(self, call: m.Call) -> m.Reply:
+        remote = self._site.remote(call.namespace)
+        match call.request:
+            case m.List(path):
+                await self._send_pages(call.id, remote.list(path))
+                result: object = []
+            case m.Fetch():
+                result = await fetch(remote, call.request)
+            case m.Upload():
+                result = await self._upload(remote, call.id, call.request)
+            case _:
+                result = await perform(remote, call.request)
+        return m.Reply(call.id, m.pack(result))
+
+    async def _send_pages(self, call_id: int, pages: AsyncIterator[Sequence[m.Entry]]) -> None:
+        async for page in pages:
+            for start in range(0, len(page), m.LIST_PAGE_ENTRIES):
+                part = page[start : start + m.LIST_PAGE_ENTRIES]
+                await self._connection.send(m.Reply(call_id, m.pack(part), more=True))
+
+    async def _upload(self, remote: Remote, call_id: int, request: m.Upload) -> m.Entry:
+        source = CacheSource(request.cache_file, request.size)
+        try:
+            return await remote.upload(
+                request,
+                source,
+                lambda done: self._connection.send_soon(m.Advance(call_id, m.Progress(done))),
+            )
+        finally:
+            source.close()
+
+
+async def fetch(remote: Remote, request: m.Fetch) -> m.Fetched:
+    data = await remote.fetch(
+        request.path,
+        request.version,
+        request.offset,
+        request.length,
+        request.handle,
+        growing=request.growing,
+    )
+    if len(data) != request.length:
+        raise m.ProtocolError("the remote gave another number of bytes than was asked for")
+    checksums = await asyncio.to_thread(store_range, request.cache_file, request.offset, data)
+    return m.Fetched(len(data), checksums)
+
+
+def perform(remote: Remote, request: m.Request) -> Coroutine[object, object, object]:
+    """The requests that are one call of the remote each."""
+    match request:
+        case m.Connect():
+            return remote.connect()
+        case m.Stat(path):
+            return remote.stat(path)
+        case m.StatOpen(handle):
+            return remote.stat_open(handle)
+        case m.ReadLink(path):
+            return remote.read_link(path)
+        case m.Release(handle):
+            return remote.release(handle)
+        case m.Create(path, mode):
+            return remote.create(path, mode)
+        case m.MakeDirectory(path, mode):
+            return remote.make_directory(path, mode)
+        case m.MakeSymlink(path, target):
+            return remote.make_symlink(path, target)
+        case m.MakeLink(existing, path):
+            return remote.make_link(existing, path)
+        case m.Rename(path, target, replace):
+            return remote.rename(path, target, replace=replace)
+        case m.Remove(path):
+            return remote.remove(path)
+        case m.RemoveDirectory(path):
+            return remote.remove_directory(path)
+        case m.SetAttributes(path, attributes):
+            return remote.set_attributes(path, attributes)
+        case m.Truncate(path, size):
+            return remote.truncate(path, size)
+        case m.GetDiskUsage():
+            return remote.disk_usage()
+    raise m.InvalidRequest(f"an unknown request: {type(request).__name__}")
+
+
+def open_site(start: m.Start, connection: Connection) -> Site:
+    """Imports only the library that this site needs: each costs a quarter of a second."""
+    if isinstance(start.site, m.SshSite):
+        from hpcfs.remotes.sftp import SshSiteConnection
+
+        return SshSiteConnection(start, connection)
+    from hpcfs.remotes.s3 import S3SiteConnection
+
+    return S3SiteConnection(start)
+
+
+async def serve(sock: socket.socket) -> None:
+    reader, writer = await asyncio.open_unix_connection(sock=sock, limit=4 * 1024 * 1024)
+    connection = Connection(reader, writer)
+    start = await connection.receive(m.Start)
+    assert isinstance(start, m.Start)
+    set_up_logging(start.log_level)
+    site = open_site(start, connection)
+    try:
+        await Worker(connection, site).run()
+    finally:
+        await site.close()
+        writer.close()
+
+
+def set_up_logging(level: str) -> None:
+    """To stderr, which the daemon made its log file."""
+    logging.basicConfig(
+        level=level, format="%(asctime)s transfer[%(process)d] %(levelname)s %(message)s"
+    )
+    for noisy in ("asyncssh", "botocore", "aiobotocore", "urllib3", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def main() -> None:
+    uvloop.run(serve(socket.socket(fileno=int(sys.argv[1]))))
+
+
+if __name__ == "__main__":
+    main()
