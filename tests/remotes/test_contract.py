@@ -95,7 +95,8 @@ async def test_stat_and_list_say_the_same(remote: Remote, subject: Subject) -> N
 @contract
 async def test_names_that_need_care(remote: Remote, subject: Subject) -> None:
     names = [
-        b"with space", b"%41", b"a+b&c=d", b"?#*[x]", b"back\\slash", b"new\nline", b"-rf", b".hidden",
+        b"with space", b"%41", b"a+b&c=d", b"?#*[x]", b"back\\slash", b"new\nline", b"-rf",
+        b".hidden",
         "älter".encode(), "日本".encode(), b"x" * 255, b"~", b'"quoted"', b"tab\t", b"trailing.",
     ]  # fmt: skip
     if subject.kind == "s3-rclone":

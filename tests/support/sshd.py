@@ -142,10 +142,12 @@ class SshServer:
         assert self._process is not None
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
-            with contextlib.suppress(ConnectionRefusedError, ConnectionResetError):
-                with socket.create_connection((self.host, self.port), timeout=5) as probe:
-                    if probe.recv(4) == b"SSH-":
-                        return
+            with (
+                contextlib.suppress(ConnectionRefusedError, ConnectionResetError),
+                socket.create_connection((self.host, self.port), timeout=5) as probe,
+            ):
+                if probe.recv(4) == b"SSH-":
+                    return
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=0.01)
                 raise AssertionError(f"sshd ended at once:\n{self.log}")

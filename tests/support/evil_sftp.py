@@ -1,0 +1,301 @@
+"""SFTP servers that misbehave in ways a real one can't be made to, and ones that ask questions.
+
+All are asyncssh servers in the test's own event loop, over a directory on disk. The faults are
+subclasses of asyncssh's SFTPServer; the server's list of extensions can be cut, the login can be
+made to need passwords or a dialogue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import asyncssh
+from asyncssh.sftp import SFTPServerHandler
+
+from hpcfs.transfer.messages import SftpRoot, SshSite, Start
+from tests.support.sshd import ALIAS, LOCAL_GID, LOCAL_UID, LOOPBACK, write_key
+
+USER = "tester"
+HUGE = 2**64 - 1
+"""What a size of -1 looks like on the wire."""
+
+
+class Plain(asyncssh.SFTPServer):
+    """No fault; serves one directory as "/"."""
+
+    directory = b""
+
+    def __init__(self, chan: Any) -> None:
+        super().__init__(chan, chroot=os.fsdecode(self.directory))
+
+    def readlink(self, path: bytes) -> bytes:
+        """As it is: asyncssh finds no relative target inside a chroot."""
+        return os.readlink(self.map_path(path))
+
+
+class EvilNames(Plain):
+    """Lists names that no directory can have, and one twice."""
+
+    async def scandir(self, path: bytes) -> AsyncIterator[asyncssh.SFTPName]:
+        names = [
+            b".", b"..", b"", b"a/b", b"/etc/passwd", b"nul\0nul", b"x" * 256, b"twice", b"twice",
+            b"good", b"../up",
+        ]  # fmt: skip
+        for name in names:
+            yield asyncssh.SFTPName(name, attrs=asyncssh.SFTPAttrs(permissions=0o100644, size=1))
+
+
+class HugeSizes(Plain):
+    """Every file has an impossible size."""
+
+    async def scandir(self, path: bytes) -> AsyncIterator[asyncssh.SFTPName]:
+        attrs = asyncssh.SFTPAttrs(permissions=0o100644, size=HUGE, atime=0, mtime=2**32 - 1)
+        yield asyncssh.SFTPName(b"huge", attrs=attrs)
+
+    def lstat(self, path: bytes) -> asyncssh.SFTPAttrs:
+        return asyncssh.SFTPAttrs(permissions=0o100644, size=HUGE)
+
+
+class ChangingSizes(Plain):
+    """An open file grows each time it is looked at."""
+
+    looks = 0
+
+    def fstat(self, file_obj: Any) -> asyncssh.SFTPAttrs:
+        self.looks += 1
+        found = os.fstat(file_obj.fileno())
+        return asyncssh.SFTPAttrs(
+            permissions=found.st_mode,
+            size=found.st_size + self.looks,
+            atime=0,
+            mtime=int(found.st_mtime),
+        )
+
+
+class NoAttributes(Plain):
+    """READDIR and LSTAT tell next to nothing."""
+
+    async def scandir(self, path: bytes) -> AsyncIterator[asyncssh.SFTPName]:
+        for name in os.listdir(self.map_path(path)):
+            yield asyncssh.SFTPName(name, attrs=asyncssh.SFTPAttrs())
+
+    def lstat(self, path: bytes) -> asyncssh.SFTPAttrs:
+        return asyncssh.SFTPAttrs(size=os.lstat(self.map_path(path)).st_size)
+
+
+class NamesWithoutAttributes(Plain):
+    """READDIR tells names only; LSTAT answers well."""
+
+    async def scandir(self, path: bytes) -> AsyncIterator[asyncssh.SFTPName]:
+        for name in os.listdir(self.map_path(path)):
+            yield asyncssh.SFTPName(name, attrs=asyncssh.SFTPAttrs())
+
+
+class ShortReads(Plain):
+    """No read returns more than 1,000 bytes."""
+
+    def read(self, file_obj: Any, offset: int, size: int) -> Any:
+        return super().read(file_obj, offset, min(size, 1000))
+
+
+class EarlyEnd(Plain):
+    """Files end after 1,000 bytes, whatever their size says."""
+
+    def read(self, file_obj: Any, offset: int, size: int) -> Any:
+        return super().read(file_obj, offset, max(0, min(size, 1000 - offset)))
+
+
+class Endless(Plain):
+    """Reads return more than was asked for."""
+
+    def read(self, file_obj: Any, offset: int, size: int) -> Any:
+        return b"x" * (size + 1)
+
+
+class Silent(Plain):
+    """Reads are not answered before `released`, which a test sets when it is over."""
+
+    asked: asyncio.Event
+    released: asyncio.Event
+
+    async def read(self, file_obj: Any, offset: int, size: int) -> bytes:
+        self.asked.set()
+        await self.released.wait()
+        return b""
+
+
+class FullDisk(Plain):
+    """Writes fail as OpenSSH's do on a full disk: a plain failure, and statvfs that explains it."""
+
+    def write(self, file_obj: Any, offset: int, data: bytes) -> int:
+        raise asyncssh.SFTPFailure("Failure")
+
+    def statvfs(self, path: bytes) -> Any:
+        return mock.Mock(spec=os.statvfs_result, **_full_statvfs())
+
+
+def _full_statvfs() -> dict[str, int]:
+    names = ("bsize", "frsize", "blocks", "bfree", "bavail", "files", "ffree", "favail")
+    values = (4096, 4096, 1000, 10, 0, 100, 50, 50)
+    more = {"f_fsid": 0, "f_flag": 0, "f_namemax": 255}
+    return {f"f_{name}": value for name, value in zip(names, values, strict=True)} | more
+
+
+class BrokenDisk(Plain):
+    """Writes fail, and nothing explains it."""
+
+    def write(self, file_obj: Any, offset: int, data: bytes) -> int:
+        raise asyncssh.SFTPFailure("Failure")
+
+
+class NotRoot(Plain):
+    """Opening a read-only file for writing is refused even where the test runs as root."""
+
+    def open(self, path: bytes, pflags: int, attrs: asyncssh.SFTPAttrs) -> Any:
+        local = self.map_path(path)
+        read_only = os.path.exists(local) and not os.stat(local).st_mode & 0o200
+        if pflags & asyncssh.FXF_WRITE and read_only:
+            raise asyncssh.SFTPPermissionDenied("Permission denied")
+        return super().open(path, pflags, attrs)
+
+
+class NoLooking(Plain):
+    """Directories can't be listed."""
+
+    async def scandir(self, path: bytes) -> AsyncIterator[asyncssh.SFTPName]:
+        raise asyncssh.SFTPPermissionDenied("Permission denied")
+        yield
+
+
+class RenameRefused(Plain):
+    """Nothing can be renamed to a name that starts with "bad"."""
+
+    def rename(self, oldpath: bytes, newpath: bytes) -> Any:
+        if newpath.endswith(b"bad") and b"hpcfs-" not in oldpath:
+            raise asyncssh.SFTPFailure("Failure")
+        return super().rename(oldpath, newpath)
+
+
+@dataclass
+class Login:
+    """How a user gets in: by a password, by a dialogue of (prompt, echo, answer), or freely."""
+
+    password: str | None = None
+    dialogue: Sequence[tuple[str, bool, str]] = ()
+    key: asyncssh.SSHKey | None = None
+    tries: int = 0
+    connections: int = 0
+
+
+class _Server(asyncssh.SSHServer):
+    def __init__(self, login: Login) -> None:
+        self._login = login
+        login.connections += 1
+
+    def begin_auth(self, username: str) -> bool:
+        login = self._login
+        return bool(login.password or login.dialogue or login.key)
+
+    def public_key_auth_supported(self) -> bool:
+        return self._login.key is not None
+
+    def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+        return self._login.key is not None and key == self._login.key.convert_to_public()
+
+    def password_auth_supported(self) -> bool:
+        return self._login.password is not None
+
+    def validate_password(self, username: str, password: str) -> bool:
+        self._login.tries += 1
+        return password == self._login.password
+
+    def kbdint_auth_supported(self) -> bool:
+        return bool(self._login.dialogue)
+
+    def get_kbdint_challenge(self, username: str, lang: str, submethods: str) -> Any:
+        prompts = [(text, echo) for text, echo, _ in self._login.dialogue]
+        return "Second factor", "Have your phone ready", "en", prompts
+
+    def validate_kbdint_response(self, username: str, responses: Sequence[str]) -> bool:
+        self._login.tries += 1
+        return list(responses) == [answer for _, _, answer in self._login.dialogue]
+
+
+@dataclass(frozen=True)
+class EvilSite:
+    """Where the server is: `start` reaches it, its host key is known unless told otherwise."""
+
+    start: Start
+    directory: Path
+    known_hosts: Path
+    host_key: Path
+    port: int
+    login: Login
+
+
+@asynccontextmanager
+async def evil_site(
+    base: Path,
+    sftp: type[Plain] = Plain,
+    *,
+    without: Collection[bytes] = (),
+    login: Login | None = None,
+    wrap: Callable[[Start], Start] = lambda start: start,
+) -> AsyncIterator[EvilSite]:
+    """A server in this event loop. `without` names extensions that it does not have."""
+    directory = _served(base)
+    login = login or Login()
+    host_key = write_key(base / "host_key")
+    factory = type(sftp.__name__, (sftp,), {"directory": os.fsencode(directory)})
+    extensions = [pair for pair in SFTPServerHandler._extensions if pair[0] not in without]
+    with mock.patch.object(SFTPServerHandler, "_extensions", extensions):
+        acceptor = await asyncssh.listen(
+            LOOPBACK,
+            0,
+            server_host_keys=[str(host_key)],
+            server_factory=lambda: _Server(login),
+            sftp_factory=factory,
+        )
+        try:
+            yield _site(base, directory, host_key, acceptor.get_port(), login, wrap)
+        finally:
+            acceptor.close()
+            await acceptor.wait_closed()
+
+
+def _served(base: Path) -> Path:
+    directory = base / "served"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _site(
+    base: Path,
+    directory: Path,
+    host_key: Path,
+    port: int,
+    login: Login,
+    wrap: Callable[[Start], Start],
+) -> EvilSite:
+    known_hosts = base / "known_hosts"
+    known_hosts.write_text(f"[{LOOPBACK}]:{port} {Path(f'{host_key}.pub').read_text()}")
+    config = base / "ssh_config"
+    config.write_text(
+        f"Host {ALIAS}\n    HostName {LOOPBACK}\n    Port {port}\n    User {USER}\n"
+        f"    UserKnownHostsFile {known_hosts}\n"
+    )
+    start = Start(
+        site=SshSite(ALIAS, ssh_config=str(config)),
+        roots={"ns": SftpRoot("/")},
+        cache_dir=str(base),
+        uid=LOCAL_UID,
+        gid=LOCAL_GID,
+    )
+    return EvilSite(wrap(start), directory, known_hosts, host_key, port, login)
