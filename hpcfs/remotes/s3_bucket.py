@@ -14,7 +14,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, BinaryIO
 
 from hpcfs.remotes.base import checked_size
-from hpcfs.remotes.s3_errors import Health
+from hpcfs.remotes.s3_errors import Health, translating
 from hpcfs.remotes.s3_metadata import NANOSECONDS, Metadata, decode, encode
 from hpcfs.remotes.s3_names import MARKER, checked_key
 from hpcfs.transfer.messages import (
@@ -132,7 +132,7 @@ class Bucket:
             return await self._read(key, body, length)
 
     async def _read(self, key: str, body: Any, length: int) -> bytes:
-        with self._health.watching(key):
+        with translating(key):
             data: bytes = await body.read()
         if len(data) != length:
             raise Changed(f"{key} ended after {len(data)} of {length} bytes: open it again")

@@ -124,6 +124,13 @@ _WRONG_SETTINGS = (
     boto.UnknownEndpointError,
     boto.InvalidEndpointDiscoveryConfigurationError,
 )
+_UNREACHABLE = (
+    boto.ConnectionError,
+    boto.HTTPClientError,
+    boto.IncompleteReadError,
+    aiohttp.ClientError,
+    OSError,
+)
 _TIMEOUTS = (boto.ConnectTimeoutError, boto.ReadTimeoutError, TimeoutError, asyncio.TimeoutError)
 
 
@@ -141,7 +148,7 @@ def translate(error: Exception, subject: str) -> RemoteError:
         return (WrongSettings if wrong else InvalidRequest)(f"{subject}: S3 can't be asked: {text}")
     if isinstance(error, _TIMEOUTS):
         return TimedOut(f"{subject}: the S3 endpoint did not answer in time")
-    if isinstance(error, boto.HTTPClientError | aiohttp.ClientError | OSError):
+    if isinstance(error, _UNREACHABLE):
         return Unreachable(f"{subject}: the S3 endpoint can't be reached ({error})")
     return RemoteFailure(f"{subject}: the S3 request failed: {error}")
 
@@ -201,13 +208,22 @@ class Health:
 
     @contextmanager
     def watching(self, subject: str) -> Iterator[None]:
-        """Around every use of the client: refuse at once, translate, remember."""
+        """Around every request: refuse at once, translate, remember."""
         self.check()
-        try:
+        with translating(subject, self.failed):
             yield
-        except CAUGHT as error:
-            raise self.failed(translate(error, subject)) from error
         self.answered()
+
+
+@contextmanager
+def translating(
+    subject: str, note: Callable[[RemoteError], RemoteError] = lambda error: error
+) -> Iterator[None]:
+    """Their exceptions become ours. For bodies: one that breaks off says nothing of the site."""
+    try:
+        yield
+    except CAUGHT as error:
+        raise note(translate(error, subject)) from error
 
 
 def _again(error: RemoteError) -> RemoteError:

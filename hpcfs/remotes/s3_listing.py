@@ -12,7 +12,7 @@ directory, and the daemon takes the directory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -61,7 +61,9 @@ class Collator(Generic[T]):
             yield Listed(*self._held.pop())
 
 
-def in_order(objects: list[tuple[str, T]], prefixes: list[str]) -> Iterator[tuple[str, T | None]]:
+def in_order(
+    objects: Iterable[tuple[str, T]], prefixes: Iterable[str]
+) -> Iterator[tuple[str, T | None]]:
     """One page's two lists as one; markers, which are not shown, should be gone already."""
     both: list[tuple[str, T | None]] = [*objects, *((name, None) for name in prefixes)]
     return iter(sorted(both, key=lambda pair: pair[0]))

@@ -150,7 +150,7 @@ class Paths:
     async def look(self, place: Place) -> Look:
         """Both requests at once: a round trip costs more than a request."""
         found, page = await asyncio.gather(
-            self._object(place.key),
+            self._object(place),
             self._bucket.first(place.directory, LOOKED_AT),
             return_exceptions=True,
         )
@@ -169,16 +169,19 @@ class Paths:
         children = len(markers) < len(page.objects) + len(page.prefixes)
         return Look(place, found, children, markers)
 
-    async def _object(self, key: str) -> Info | None:
-        if not key:
+    async def _object(self, place: Place) -> Info | None:
+        """By a listing where that is all that may be known, or where the key is an odd one: some
+        servers answer HEAD of ".." with an error, but none lists what it can't hold."""
+        if not place.key:
             return None
-        if not self._read_only:
-            return await self._bucket.head(key)
-        page = await self._bucket.first(key, 1)
-        found = page.objects[0] if page.objects else None
-        if found is None or found.key != key:
-            return None
-        return Info(found.key, found.size, found.etag, found.modified_ns)
+        if self._read_only or place.escaped:
+            page = await self._bucket.first(place.key, 1)
+            found = page.objects[0] if page.objects else None
+            if found is None or found.key != place.key:
+                return None
+            if self._read_only:
+                return Info(found.key, found.size, found.etag, found.modified_ns)
+        return await self._bucket.head(place.key)
 
 
 def text(path: bytes) -> str:

@@ -134,7 +134,14 @@ class S3Remote:
         return target
 
     async def fetch(
-        self, path: bytes, version: bytes, offset: int, length: int, handle: int
+        self,
+        path: bytes,
+        version: bytes,
+        offset: int,
+        length: int,
+        handle: int,
+        *,
+        growing: bool = False,
     ) -> bytes:
         place = await self._paths.place(path)
         if length > 0:

@@ -180,12 +180,21 @@ class SftpRemote:
     # --- bytes ----------------------------------------------------------------------------------
 
     async def fetch(
-        self, path: bytes, version: bytes, offset: int, length: int, handle: int
+        self,
+        path: bytes,
+        version: bytes,
+        offset: int,
+        length: int,
+        handle: int,
+        *,
+        growing: bool = False,
     ) -> bytes:
         place = await self._place(path)
         with place.asking():
             async with self._files.using(place, handle) as remote:
-                return await sftp_read.read_range(place, remote, version, offset, length)
+                return await sftp_read.read_range(
+                    place, remote, version, offset, length, growing=growing
+                )
 
     async def release(self, handle: int) -> None:
         self._files.release(handle)

@@ -115,11 +115,12 @@ async def _close_remote(file: OpenFile) -> None:
 
 
 async def read_range(
-    place: Place, handle: bytes, version: bytes, offset: int, length: int
+    place: Place, handle: bytes, version: bytes, offset: int, length: int, *, growing: bool = False
 ) -> bytes:
     """Exactly `length` bytes of `version`.
 
-    Raises Changed when the handle's file has another version, or ends too early.
+    Raises Changed when the handle's file has another version, or ends too early; with `growing` a
+    file that is longer by now is no change.
     """
     session = place.session
     tasks: list[asyncio.Task[tuple[bytes, bool]]] = []
@@ -143,7 +144,7 @@ async def read_range(
                 attrs = await session.bulk.fstat(handle, 0)
         except asyncssh.SFTPEOFError:
             raise Changed(f"{place} is shorter than it was") from None
-    if version_of(attrs, place.full) != version:
+    if version_of(attrs, place.full) != version and not (growing and has_grown(attrs, version)):
         raise Changed(f"{place} was changed meanwhile")
     return data
 
@@ -171,3 +172,8 @@ async def _completed(
             raise ProtocolError(f"{session.shown} sent more bytes than asked for")
         start += wanted
     return parts[0] if len(parts) == 1 else b"".join(parts), continued
+
+
+def has_grown(attrs: SFTPAttrs, version: bytes) -> bool:
+    """Whether the file is longer now than `version` (see sftp_attrs.version_of) says."""
+    return (attrs.size or 0) > int(version.partition(b":")[0])

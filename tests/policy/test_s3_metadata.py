@@ -1,0 +1,252 @@
+"""Attributes as user metadata, and what may be remembered of them."""
+
+from __future__ import annotations
+
+import stat
+from typing import Any
+
+import pytest
+from botocore import exceptions as boto
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpcfs.remotes.s3_bucket import Info, Summary
+from hpcfs.remotes.s3_errors import LONGEST_DELAY, Health, translate
+from hpcfs.remotes.s3_known import Known, MetadataCache
+from hpcfs.remotes.s3_metadata import MAX_TIME_NS, Metadata, decode, encode, format_time, parse_time
+from hpcfs.remotes.s3_transfer import Limits
+from hpcfs.transfer.messages import (
+    AccessRefused,
+    Attributes,
+    Changed,
+    NotFound,
+    PermissionDenied,
+    RemoteError,
+    TimedOut,
+    Unreachable,
+    WrongSettings,
+)
+
+SECOND = 1_000_000_000
+times = st.integers(-MAX_TIME_NS, MAX_TIME_NS)
+permissions = st.integers(0, 0o7777)
+kinds = st.sampled_from([stat.S_IFREG, stat.S_IFLNK])
+
+
+@given(times)
+def test_times_keep_every_nanosecond(time_ns: int) -> None:
+    assert parse_time(format_time(time_ns)) == time_ns
+
+
+@pytest.mark.parametrize(
+    ("text", "time_ns"),
+    [
+        ("1700000000", 1700000000 * SECOND),
+        ("1700000000.5", 1700000000 * SECOND + SECOND // 2),
+        ("1700000000.000000001", 1700000000 * SECOND + 1),
+        ("1700000000.0000000019", 1700000000 * SECOND + 1),
+        ("-0.5", -SECOND // 2),
+        ("", None),
+        ("yesterday", None),
+        ("1e9", None),
+        ("99999999999999999999", None),
+        ("1" * 5000, None),
+        (None, None),
+    ],
+)
+def test_times_that_others_wrote(text: str | None, time_ns: int | None) -> None:
+    assert parse_time(text) == time_ns
+
+
+def test_the_form_that_rclone_and_s3fs_read() -> None:
+    metadata = Metadata(0o100644, 1000, 100, 1700000000 * SECOND + 5)
+    assert encode(metadata) == {
+        "mode": "33188",
+        "uid": "1000",
+        "gid": "100",
+        "mtime": "1700000000.000000005",
+    }
+
+
+@given(permissions, kinds)
+def test_modes_survive_in_decimal_and_in_rclones_octal(bits: int, kind: int) -> None:
+    mode = kind | bits
+    assert decode(encode(Metadata(mode=mode))).mode == mode
+    assert decode({"mode": f"{mode:o}"}).mode == mode
+    assert decode({"mode": f"0{mode:o}"}).mode == mode
+
+
+@given(permissions)
+def test_modes_of_directories(bits: int) -> None:
+    mode = stat.S_IFDIR | bits
+    assert decode({"mode": str(mode)}, directory=True).mode == mode
+    assert decode({"mode": f"0{mode:o}"}, directory=True).mode == mode
+    assert decode({"mode": str(mode)}).mode != mode, "no file may turn into a directory"
+
+
+@given(st.text(max_size=30), st.booleans())
+def test_no_text_gives_a_mode_of_another_kind(text: str, directory: bool) -> None:
+    mode = decode({"mode": text}, directory=directory).mode
+    assert mode is None or stat.S_ISDIR(mode) is directory
+
+
+def test_a_mode_without_a_type_is_permissions() -> None:
+    assert decode({"mode": "420"}).mode == 0o100644
+    assert decode({"mode": "0640"}).mode == 0o100640
+
+
+def test_metadata_of_others_is_kept_whatever_the_case_of_its_keys() -> None:
+    found = decode({"Mtime": "5", "Owner-Team": "ice", "note": "naïve\r\nX: y"})
+    changed = found.changed(Attributes(mode=0o600), 0o100644)
+    again = encode(changed)
+    assert again["owner-team"] == "ice"
+    assert again["mtime"] == "5"
+    assert again["mode"] == str(0o100600)
+    assert again["note"].isascii()
+    assert again["note"].isprintable()
+
+
+# --- what may be remembered -----------------------------------------------------------------------
+
+
+def info(modified: int, now: int, mtime: int | None = None, etag: str = "e") -> Info:
+    metadata = Metadata(mtime_ns=mtime)
+    return Info("k", 3, etag, modified, metadata=metadata, server_time_ns=now)
+
+
+def test_headers_are_remembered_until_the_listing_shows_a_change() -> None:
+    cache = MetadataCache()
+    listed = Summary("k", 3, "e", 10 * SECOND)
+    cache.put(listed, info(10 * SECOND, 20 * SECOND))
+    assert cache.get(listed) is not None
+    for other in (
+        Summary("k", 4, "e", 10 * SECOND),
+        Summary("k", 3, "f", 10 * SECOND),
+        Summary("k", 3, "e", 11 * SECOND),
+    ):
+        assert cache.get(other) is None
+
+
+@pytest.mark.parametrize(
+    ("listed", "found"),
+    [
+        (Summary("k", 3, "e", 10 * SECOND), info(10 * SECOND, 11 * SECOND)),  # too young
+        (Summary("k", 3, "e", 10 * SECOND), info(10 * SECOND, 99 * SECOND, 10 * SECOND)),
+        (Summary("k", 3, "e", 10 * SECOND), info(12 * SECOND, 99 * SECOND)),
+        (Summary("k", 3, "e", 10 * SECOND), info(10 * SECOND, 99 * SECOND, etag="f")),
+        (Summary("k", 3, "", 10 * SECOND), info(10 * SECOND, 99 * SECOND, etag="")),
+    ],
+)
+def test_headers_that_could_change_unseen_are_not_remembered(listed: Summary, found: Info) -> None:
+    cache = MetadataCache()
+    cache.put(listed, found)
+    assert cache.get(listed) is None
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    cache = MetadataCache(size=2)
+    listed = [Summary(str(number), 3, "e", 10 * SECOND) for number in range(3)]
+    for one in listed:
+        cache.put(one, info(10 * SECOND, 20 * SECOND))
+    assert [cache.get(one) is not None for one in listed] == [False, True, True]
+
+
+def test_known_things_are_forgotten_by_age_and_number() -> None:
+    now = 0.0
+    known: Known[int] = Known(5, 2, lambda: now)
+    for number in range(3):
+        known.put(str(number), number)
+    assert [known.get(str(number)) for number in range(3)] == [None, 1, 2]
+    now = 6.0
+    assert known.get("2") is None
+
+
+# --- failures -----------------------------------------------------------------------------------
+
+
+def refusal(code: str, status: int = 400) -> boto.ClientError:
+    answer: Any = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return boto.ClientError(answer, "HeadObject")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (refusal("InvalidAccessKeyId", 403), AccessRefused),
+        (refusal("SignatureDoesNotMatch", 403), AccessRefused),
+        (refusal("ExpiredToken"), AccessRefused),
+        (boto.NoCredentialsError(), AccessRefused),
+        (boto.UnauthorizedSSOTokenError(), AccessRefused),
+        (boto.ProfileNotFound(profile="x"), WrongSettings),
+        (ValueError("Invalid endpoint: x"), WrongSettings),
+        (refusal("NoSuchBucket", 404), WrongSettings),
+        (refusal("301", 301), WrongSettings),
+        (refusal("AuthorizationHeaderMalformed"), WrongSettings),
+        (refusal("AccessDenied", 403), PermissionDenied),
+        (refusal("403", 403), PermissionDenied),
+        (refusal("404", 404), NotFound),
+        (refusal("Unheard-of", 412), Changed),
+        (refusal("SlowDown", 503), Unreachable),
+        (boto.EndpointConnectionError(endpoint_url="x"), Unreachable),
+        (boto.ReadTimeoutError(endpoint_url="x"), TimedOut),
+        (ConnectionResetError(), Unreachable),
+    ],
+)
+def test_every_failure_has_its_class_and_a_sentence(
+    error: Exception, kind: type[RemoteError]
+) -> None:
+    found = translate(error, "a/b")
+    assert type(found) is kind
+    assert "\n" not in found.message
+    assert not found.message.endswith(".")
+
+
+def test_a_refused_credential_is_never_tried_again() -> None:
+    health = Health()
+    with pytest.raises(AccessRefused), health.watching("x"):
+        raise refusal("InvalidAccessKeyId", 403)
+    asked = []
+    with pytest.raises(AccessRefused), health.watching("x"):
+        asked.append(1)
+    assert asked == []
+
+
+def test_one_denied_object_does_not_close_the_site() -> None:
+    health = Health()
+    with pytest.raises(PermissionDenied), health.watching("x"):
+        raise refusal("AccessDenied", 403)
+    health.check()
+
+
+def test_a_dead_endpoint_is_asked_less_and_less_often() -> None:
+    now = 100.0
+    health = Health(lambda: now)
+    delays = []
+    for _ in range(8):
+        with pytest.raises(Unreachable, match="can't be reached"), health.watching("x"):
+            raise ConnectionResetError
+        health.failed(Unreachable("a second request failed at the same time"))
+        start = now
+        while True:
+            try:
+                health.check()
+                break
+            except Unreachable:
+                now += 0.5
+        delays.append(now - start)
+    assert delays == [1, 2, 4, 8, 16, 30, 30, LONGEST_DELAY]
+    health.answered()
+    with pytest.raises(Unreachable), health.watching("x"):
+        raise ConnectionResetError
+    now += 1
+    health.check()
+
+
+@given(st.integers(1, 5 * 2**40))
+def test_ten_thousand_parts_hold_any_file(size: int) -> None:
+    limits = Limits()
+    part = limits.part_size(size, limits.upload_part)
+    assert part >= 8 * 2**20
+    assert part % 2**20 == 0
+    assert -(-size // part) <= 10_000
+    assert part <= 5 * 2**30
