@@ -54,14 +54,21 @@ def serve(settings: Settings, *, ask: Ask, on_ready: OnReady, foreground: bool) 
     """
     _set_up_logging(settings, foreground=foreground)
     try:
-        trio.run(_Daemon(settings, ask, on_ready).run, strict_exception_groups=False)
-    except SetupError:
-        raise
-    except Exception:
+        trio.run(_Daemon(settings, ask, on_ready).run)
+    except* SetupError as refused:
+        raise MountFailed(str(_first(refused))) from None
+    except* Exception:
         log.exception("the mount daemon failed")
         raise
     finally:
         log.info("the daemon of %s ends", settings.mountpoint)
+
+
+def _first(error: BaseException) -> BaseException:
+    """trio wraps what ends a nursery in groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _set_up_logging(settings: Settings, *, foreground: bool) -> None:

@@ -1,6 +1,6 @@
 """What must be true of a mount point before a mount, and how it is unmounted.
 
-Refuses to look into a mount with stat(2) from this process: a hung daemon would hang us too. The
+Refuses to look into a mount from this process: a hung daemon would hang us too. The
 kernel's mount table answers most questions, a child process that can be abandoned the others.
 """
 
@@ -44,6 +44,7 @@ def check(mountpoint: Path) -> str | None:
     check_device()
     check_helper()
     note = _clear_old_mount(mountpoint)
+    _check_no_daemon(mountpoint)
     check_directory(mountpoint)
     return note
 
@@ -80,11 +81,14 @@ def is_dead(mountpoint: Path) -> bool:
 
 
 def probe(path: Path, seconds: float = PROBE_SECONDS) -> int | None:
-    """What stat(2) answers there: 0, an errno, or None when it did not answer in time."""
+    """What statfs(2) answers there: 0, an errno, or None when it did not answer in time.
+
+    Not stat(2), which the kernel answers from its cache for a daemon that is gone.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writer, bytes([_stat_errno(path)]))
+        os.write(writer, bytes([_statfs_errno(path)]))
         os._exit(0)
     os.close(writer)
     try:
@@ -94,7 +98,7 @@ def probe(path: Path, seconds: float = PROBE_SECONDS) -> int | None:
         os.close(reader)
         os.kill(child, signal.SIGKILL)
         if ready:
-            os.waitpid(child, 0)  # a child that hangs in stat can't be waited for; init will
+            os.waitpid(child, 0)  # a child that hangs can't be waited for; init will
     return answer[0] if answer else None
 
 
@@ -156,6 +160,23 @@ def _clear_old_mount(mountpoint: Path) -> str | None:
     )
 
 
+def _check_no_daemon(mountpoint: Path) -> None:
+    """After a lazy unmount the daemon goes on until its files are closed and its uploads done; a
+    second one must not use the same cache meanwhile."""
+    try:
+        control.open_wait(paths.find_socket(mountpoint)).close()
+    except control.NotRunning:
+        return
+    except control.NotAnswering as error:
+        raise SetupError(
+            f"an earlier daemon of {mountpoint} is still there and does not answer ({error}): end it"
+        ) from error
+    raise SetupError(
+        f"{_holder(mountpoint)} of an earlier mount at {mountpoint} still finishes its uploads: "
+        "try again when it has ended"
+    )
+
+
 def _holder(mountpoint: Path) -> str:
     try:
         return f"hpcfs (pid {control.query_status(paths.find_socket(mountpoint)).pid})"
@@ -193,9 +214,9 @@ def check_directory(mountpoint: Path) -> None:
         )
 
 
-def _stat_errno(path: Path) -> int:
+def _statfs_errno(path: Path) -> int:
     try:
-        os.stat(path)
+        os.statvfs(path)
     except OSError as error:
         return error.errno or errno.EIO
     return 0

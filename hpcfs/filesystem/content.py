@@ -123,7 +123,7 @@ class Content:
     async def _fetch(self, offset: int, length: int) -> m.Fetched:
         attempts = 0
         while True:
-            while self._uploading:
+            while self._uploading is not None:
                 await self._uploading.wait()
             version, path = self.version, self.node.path
             try:
@@ -169,10 +169,11 @@ class Content:
                 await self._fetch_once(0, 0)
             except (m.Changed, m.NotFound):
                 return None
-        entry = await self.namespace.call(m.StatOpen(self.handle), m.Entry | None)  # type: ignore[arg-type]
+        wanted = m.StatOpen(self.handle)
+        entry: m.Entry | None = await self.namespace.call(wanted, m.Entry | None)  # type: ignore[arg-type]
         if entry is None:
             self.held = False
-        elif entry.version != self.version and not self.is_dirty() and not self._uploading:
+        elif entry.version != self.version and not self.is_dirty() and self._uploading is None:
             if entry.size > self.size:
                 self._adopt_growth(entry)
             else:
@@ -366,7 +367,7 @@ class Content:
 
     def end_upload(self, snapshot: Snapshot, entry: m.Entry | None) -> None:
         """`entry` is the file on the remote now, or None if the upload failed."""
-        assert self._uploading
+        assert self._uploading is not None
         if entry is None:
             for start, end in snapshot.ranges:
                 self.file.dirty.add(start, min(end, self.size))

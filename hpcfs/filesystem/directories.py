@@ -63,8 +63,11 @@ class Directories:
         node = opened.node
         try:
             if node.namespace is None:
-                names = [child.entry for child in (node.children or {}).values()]
-                listing.add_page(msgspec.msgpack.encode(names))
+                entries = [
+                    msgspec.structs.replace(child.entry, name=name)
+                    for name, child in (node.children or {}).items()
+                ]
+                listing.add_page(msgspec.msgpack.encode(entries))
             else:
                 await node.namespace.list_pages(node.path, listing.add_page)
         except BaseException:

@@ -128,7 +128,7 @@ class Files:
     async def _content(self, node: Node, namespace: Namespace) -> Content:
         """The node's content, made if this is its first handle."""
         while True:
-            while node.content and node.content.closing:
+            while node.content and node.content.closing is not None:
                 await node.content.closing.wait()
             if node.content:
                 return node.content
