@@ -1,0 +1,234 @@
+"""The control socket: answers its user whatever else is sent, and tells of the daemon's end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from hpcfs import control, control_server
+from hpcfs.control import KeptFile, MountStatus, NamespaceStatus
+from hpcfs.errors import SetupError
+
+STATUS = MountStatus(
+    mountpoint="/m",
+    pid=7,
+    version="0",
+    started=1.5,
+    log_file="/l",
+    cache_dir="/c",
+    cache_used=1,
+    cache_size=2,
+    open_files=3,
+    dirty_files=4,
+    namespaces=[NamespaceStatus("home", "sftp", "sftp://h/~", "failed", "no route", True)],
+    kept=[KeptFile("home", "a/b", 5, "quota", "/c/x", 2.5)],
+    memory=6,
+)
+
+
+@contextmanager
+def serving(path: Path, status: Callable[[], MountStatus] = lambda: STATUS) -> Iterator[None]:
+    """The server in a thread of its own, listening before this returns."""
+    ready = threading.Event()
+    stop: list[Callable[[], None]] = []
+
+    async def run() -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(control_server.serve, path, status)
+            token = trio.lowlevel.current_trio_token()
+            stop.append(lambda: token.run_sync_soon(nursery.cancel_scope.cancel))
+            ready.set()
+
+    thread = threading.Thread(target=trio.run, args=[run])
+    thread.start()
+    try:
+        assert ready.wait(10)
+        yield
+    finally:
+        for end in stop:
+            end()
+        thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "m.sock"
+
+
+def talk(path: Path, data: bytes) -> bytes:
+    """What the server says until it closes."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(10)
+        client.connect(str(path))
+        received = b""
+        try:
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+            while chunk := client.recv(65536):
+                received += chunk
+        except (ConnectionResetError, BrokenPipeError):  # it closed before it read all of that
+            return received
+        return received
+
+
+def test_a_status_arrives_as_it_was(path: Path) -> None:
+    with serving(path):
+        assert control.query_status(path) == STATUS
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        *(b"", b"\n", b"hello\n", b"\xff\xfe\n", b'{"command": "explode"}\n', b"[]\n"),
+        *(b"{" * 3000, b"x" * 1_000_000),
+        *(b'{"command": "status", "more": 1}\n', b'{"command": "status"}'),
+    ],
+)
+def test_garbage_harms_nobody(path: Path, garbage: bytes) -> None:
+    with serving(path):
+        answer = talk(path, garbage)
+        assert answer == b"" or "error" in json.loads(answer)
+        assert control.query_status(path) == STATUS
+
+
+def test_a_silent_client_delays_nobody(path: Path) -> None:
+    with serving(path), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+        silent.connect(str(path))
+        silent.sendall(b'{"comm')
+        assert control.query_status(path) == STATUS
+
+
+def test_a_status_that_fails_is_told_and_logged_but_ends_nothing(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> MountStatus:
+        raise ZeroDivisionError
+
+    with caplog.at_level(logging.ERROR), serving(path, broken):
+        for _ in range(2):
+            with pytest.raises(control.NotAnswering, match="its log says why"):
+                control.query_status(path)
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_stale_socket_is_replaced_and_a_live_one_is_not(path: Path) -> None:
+    path.parent.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(str(path))
+    with pytest.raises(control.NotRunning):
+        control.query_status(path)
+    with serving(path):
+        with pytest.raises(SetupError, match="another hpcfs daemon"):
+            trio.run(control_server.serve, path, lambda: STATUS)
+        assert control.query_status(path) == STATUS
+
+
+def test_no_daemon_and_a_hung_one_are_told_apart(path: Path) -> None:
+    with pytest.raises(control.NotRunning):
+        control.query_status(path)
+    path.parent.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as hung:
+        hung.bind(str(path))
+        hung.listen()
+        with pytest.raises(control.NotAnswering, match="within"):
+            control.query_status(path, timeout=0.1)
+
+
+def test_nonsense_of_a_daemon_is_an_error(path: Path) -> None:
+    path.parent.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as odd:
+        odd.bind(str(path))
+        odd.listen()
+
+        def answer(data: bytes) -> None:
+            connection, _ = odd.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(data)
+
+        for data, said in ((b"[1]\n", "makes no sense"), (b"", "ended before"), (b"{}", "ended")):
+            thread = threading.Thread(target=answer, args=[data])
+            thread.start()
+            with pytest.raises(control.NotAnswering, match=said):
+                control.query_status(path)
+            thread.join()
+
+
+def test_other_users_are_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(control_server, "_peer_uid", lambda stream: 12345)
+    with caplog.at_level(logging.WARNING), serving(path), pytest.raises(control.NotAnswering):
+        control.query_status(path)
+    assert "12345" in caplog.text
+
+
+DAEMON = """
+import sys, trio
+from pathlib import Path
+from hpcfs import control_server
+async def main():
+    async with trio.open_nursery() as nursery:
+        await nursery.start(control_server.serve, Path(sys.argv[1]), lambda: None)
+        print("ready", flush=True)
+        await trio.to_thread.run_sync(sys.stdin.readline)
+        nursery.cancel_scope.cancel()
+trio.run(main)
+print("served", flush=True)
+sys.stdin.readline()
+"""
+
+
+@contextmanager
+def daemon(path: Path) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", DAEMON, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_waiting_ends_with_the_process_not_with_its_server(path: Path) -> None:
+    with daemon(path) as process, control.open_wait(path) as connection:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert not control.wait_until_gone(connection, 0.05)
+        process.stdin.write("stop serving\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "served\n"
+        assert not control.wait_until_gone(connection, 0.05)
+        process.stdin.write("exit\n")
+        process.stdin.flush()
+        assert control.wait_until_gone(connection, 10)
+
+
+def test_waiting_ends_when_the_daemon_is_killed(path: Path) -> None:
+    with daemon(path) as process, control.open_wait(path) as connection:
+        os.kill(process.pid, signal.SIGKILL)
+        assert control.wait_until_gone(connection, 10)
+    with pytest.raises(control.NotRunning):
+        control.open_wait(path)
