@@ -136,6 +136,7 @@ _TIMEOUTS = (boto.ConnectTimeoutError, boto.ReadTimeoutError, TimeoutError, asyn
 
 def translate(error: Exception, subject: str) -> RemoteError:
     """One of ours for one of theirs; `subject` is what the request was about."""
+    subject = "".join(char if char.isprintable() else "?" for char in subject)
     if isinstance(error, boto.ClientError):
         return _from_answer(error, subject)
     if isinstance(error, _NO_CREDENTIALS):

@@ -195,7 +195,7 @@ def refusal(code: str, status: int = 400) -> boto.ClientError:
 def test_every_failure_has_its_class_and_a_sentence(
     error: Exception, kind: type[RemoteError]
 ) -> None:
-    found = translate(error, "a/b")
+    found = translate(error, "a/new\nline")
     assert type(found) is kind
     assert "\n" not in found.message
     assert not found.message.endswith(".")
