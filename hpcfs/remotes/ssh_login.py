@@ -65,18 +65,24 @@ async def log_in(site: SshSite, prompter: Prompter, on_lost: Callable[[], None])
 
 
 async def _connect_jumps(
-    target: Hop, site: SshSite, prompter: Prompter, jumps: list[asyncssh.SSHClientConnection]
+    target: Hop,
+    site: SshSite,
+    prompter: Prompter,
+    jumps: list[asyncssh.SSHClientConnection],
+    depth: int = 0,
 ) -> None:
-    """Fills `jumps` as it goes, so that the caller can close them whatever happens."""
+    """Fills `jumps` as it goes, so that the caller can close them whatever happens.
+
+    The first host of a ProxyJump is reached as its own configuration says, by jumps or not.
+    """
+    depth += len(target.jumps)
+    if depth > MAX_JUMPS:
+        raise WrongSettings(f"ProxyJump of {site.host} has more than {MAX_JUMPS} hosts or a loop")
     for number, jump in enumerate(target.jumps):
         hop_site = jump_site(jump, site)
         hop = await read_hop(hop_site)
         if number == 0:
-            await _connect_jumps(hop, hop_site, prompter, jumps)
-        if len(jumps) >= MAX_JUMPS:
-            raise WrongSettings(
-                f"ProxyJump of {site.host} has more than {MAX_JUMPS} hosts or a loop"
-            )
+            await _connect_jumps(hop, hop_site, prompter, jumps, depth)
         jumps.append(await _connect_hop(hop, hop_site, prompter, _last(jumps), _ignore))
 
 
@@ -190,8 +196,8 @@ class _Client(asyncssh.SSHClient):
                 return None
             try:
                 return await asyncio.to_thread(asyncssh.read_private_key, path, passphrase)
-            except (asyncssh.KeyImportError, asyncssh.KeyEncryptionError):
-                log.info("the passphrase for %s was wrong", path)
+            except (asyncssh.KeyImportError, asyncssh.KeyEncryptionError) as error:
+                log.warning("the key %s was not unlocked: %s", path, error)
         return None
 
     async def password_auth_requested(self) -> str | None:

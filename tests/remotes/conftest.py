@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hpcfs.remotes.s3 import S3SiteConnection
 from hpcfs.remotes.sftp import SshSiteConnection
 from hpcfs.transfer.messages import S3Root, S3Site, Secret, Start
 from tests.remotes.contract import Subject
@@ -49,8 +50,12 @@ def s3_moto() -> Iterator[S3Server]:
 def subject(request: pytest.FixtureRequest) -> Subject:
     makers: dict[str, Callable[[], Subject]] = {
         "sftp": lambda: _sftp(request.getfixturevalue("sshd")),
-        "s3-rclone": lambda: _s3("s3-rclone", request.getfixturevalue("s3_rclone")),
-        "s3-moto": lambda: _s3("s3-moto", request.getfixturevalue("s3_moto")),
+        "s3-rclone": lambda: _s3(
+            "s3-rclone", request.getfixturevalue("s3_rclone"), request.getfixturevalue("tmp_path")
+        ),
+        "s3-moto": lambda: _s3(
+            "s3-moto", request.getfixturevalue("s3_moto"), request.getfixturevalue("tmp_path")
+        ),
     }
     return makers[request.param]()
 
@@ -59,12 +64,10 @@ def _sftp(server: SshServer) -> Subject:
     root = server.root / f"root-{next(_numbers)}"
     root.mkdir()
     start = server.start_message(os.fspath(root))
-    return Subject("sftp", lambda: SshSiteConnection(start, ScriptedPrompter()))
+    return Subject("sftp", lambda: SshSiteConnection(start, ScriptedPrompter()), root)
 
 
-def _s3(kind: str, server: S3Server) -> Subject:
-    from hpcfs.remotes.s3 import S3SiteConnection
-
+def _s3(kind: str, server: S3Server, cache: Path) -> Subject:
     start = Start(
         site=S3Site(
             endpoint_url=server.endpoint_url,
@@ -73,7 +76,7 @@ def _s3(kind: str, server: S3Server) -> Subject:
             secret_key=Secret(server.secret_key),
         ),
         roots={"ns": S3Root(server.bucket, prefix=f"root-{next(_numbers)}")},
-        cache_dir="/nonexistent",
+        cache_dir=str(cache),
         uid=LOCAL_UID,
         gid=LOCAL_GID,
     )

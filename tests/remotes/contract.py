@@ -10,6 +10,7 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from hpcfs.remotes.base import Remote, Site
@@ -40,6 +41,8 @@ class MemorySource:
 class Subject:
     kind: str
     make_site: Callable[[], Site]
+    folder: Path | None = None
+    """Where the namespace's files are on this machine, where the test may put some there."""
 
     @property
     def is_sftp(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,12 @@ SIZES = (0, 1, 2, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 5 * 1024 * 1024
 
 def content(size: int, seed: int = 1) -> bytes:
     return random.Random(seed).randbytes(size)
+
+
+def fill(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        (folder / f"{number:05}").touch()
 
 
 # --- looking ------------------------------------------------------------------------------------
@@ -99,8 +106,8 @@ async def test_names_that_need_care(remote: Remote, subject: Subject) -> None:
         b".hidden",
         "älter".encode(), "日本".encode(), b"x" * 255, b"~", b'"quoted"', b"tab\t", b"trailing.",
     ]  # fmt: skip
-    if subject.kind == "s3-rclone":
-        names.remove(b"new\nline")  # its XML answers do not carry one
+    if not subject.is_sftp:
+        names.remove(b"new\nline")  # neither of the two S3 test servers takes one in a key
     for name in names:
         await put(remote, name, name)
     assert set(await listed(remote, b"")) == set(names)
@@ -144,15 +151,12 @@ async def test_a_file_is_no_directory(remote: Remote, subject: Subject) -> None:
 
 @contract
 async def test_a_long_listing_comes_in_pages(remote: Remote, subject: Subject) -> None:
-    count = 2 * LIST_PAGE_ENTRIES + 1 if subject.is_sftp else LIST_PAGE_ENTRIES + 1
-    limit = asyncio.Semaphore(32)
-
-    async def make(number: int) -> None:
-        async with limit:
-            await put(remote, b"many/%05d" % number, b"")
-
-    await remote.make_directory(b"many", 0o755)
-    await asyncio.gather(*(make(number) for number in range(count)))
+    count = 2 * LIST_PAGE_ENTRIES + 1 if subject.folder else 40
+    if subject.folder:
+        fill(subject.folder / "many", count)
+    else:
+        await remote.make_directory(b"many", 0o755)
+        await asyncio.gather(*(put(remote, b"many/%05d" % n, b"") for n in range(count)))
     pages = [page async for page in remote.list(b"many")]
     assert all(0 < len(page) <= LIST_PAGE_ENTRIES for page in pages)
     names = [entry.name for page in pages for entry in page]

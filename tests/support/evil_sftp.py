@@ -23,17 +23,45 @@ from hpcfs.transfer.messages import SftpRoot, SshSite, Start
 from tests.support.sshd import ALIAS, LOCAL_GID, LOCAL_UID, LOOPBACK, write_key
 
 USER = "tester"
+SESSIONS_END_SECONDS = 20
 HUGE = 2**64 - 1
 """What a size of -1 looks like on the wire."""
+
+
+class Sessions:
+    """Counts SFTP sessions, so that a server ends only when it has closed its files."""
+
+    def __init__(self) -> None:
+        self._open = 0
+        self._none_open = asyncio.Event()
+        self._none_open.set()
+
+    def begin(self) -> None:
+        self._open += 1
+        self._none_open.clear()
+
+    def end(self) -> None:
+        self._open -= 1
+        if not self._open:
+            self._none_open.set()
+
+    async def over(self) -> None:
+        async with asyncio.timeout(SESSIONS_END_SECONDS):
+            await self._none_open.wait()
 
 
 class Plain(asyncssh.SFTPServer):
     """No fault; serves one directory as "/"."""
 
     directory = b""
+    sessions: Sessions
 
     def __init__(self, chan: Any) -> None:
         super().__init__(chan, chroot=os.fsdecode(self.directory))
+        self.sessions.begin()
+
+    def exit(self) -> None:
+        self.sessions.end()
 
     def readlink(self, path: bytes) -> bytes:
         """As it is: asyncssh finds no relative target inside a chroot."""
@@ -253,7 +281,9 @@ async def evil_site(
     directory = _served(base)
     login = login or Login()
     host_key = write_key(base / "host_key")
-    factory = type(sftp.__name__, (sftp,), {"directory": os.fsencode(directory)})
+    sessions = Sessions()
+    given = {"directory": os.fsencode(directory), "sessions": sessions}
+    factory = type(sftp.__name__, (sftp,), given)
     extensions = [pair for pair in SFTPServerHandler._extensions if pair[0] not in without]
     with mock.patch.object(SFTPServerHandler, "_extensions", extensions):
         acceptor = await asyncssh.listen(
@@ -268,6 +298,7 @@ async def evil_site(
         finally:
             acceptor.close()
             await acceptor.wait_closed()
+            await sessions.over()
 
 
 def _served(base: Path) -> Path:

@@ -194,7 +194,7 @@ def write_key(path: Path, passphrase: str | None = None) -> Path:
     if passphrase is None:
         key.write_private_key(path)
     else:
-        key.write_private_key(path, passphrase=passphrase, rounds=1)
+        key.write_private_key(path, "pkcs8-pem", passphrase=passphrase)
     path.chmod(0o600)
     key.write_public_key(f"{path}.pub")
     return path

@@ -1,0 +1,622 @@
+"""Getting an SSH connection and keeping it: host keys, credentials, jump hosts, loss and return."""
+
+from __future__ import annotations
+
+import asyncio
+import stat
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import asyncssh
+import msgspec
+import pytest
+
+from hpcfs.remotes.sftp import SftpRemote, SshSiteConnection
+from hpcfs.remotes.ssh import LONGEST_PAUSE_SECONDS, Kept
+from hpcfs.remotes.ssh_hostkeys import HostKeys
+from hpcfs.remotes.ssh_settings import FAST_CIPHER, jump_site, read_hop
+from hpcfs.transfer.messages import (
+    AccessRefused,
+    HostKeyRefused,
+    RemoteError,
+    RemoteFailure,
+    SshSite,
+    Start,
+    Unreachable,
+    WrongSettings,
+)
+from tests.remotes.contract import get, listed, put
+from tests.support.evil_sftp import EvilSite, Login, Plain, evil_site
+from tests.support.sshd import (
+    ALIAS,
+    LOOPBACK,
+    ScriptedPrompter,
+    SshServer,
+    free_port,
+    ssh_server,
+    write_key,
+)
+
+
+def connect(start: Start, *answers: str | None) -> ScriptedPrompter:
+    """Connect once and list the root; returns what was asked."""
+    prompter = ScriptedPrompter(*answers)
+
+    async def main() -> None:
+        site = SshSiteConnection(start, prompter)
+        try:
+            await site.remote("ns").connect()
+        finally:
+            await site.close()
+
+    asyncio.run(main())
+    return prompter
+
+
+def refused(start: Start, error: type[RemoteError], match: str) -> None:
+    """The first request and all later ones fail alike, and at once."""
+
+    async def main() -> None:
+        site = SshSiteConnection(start, ScriptedPrompter())
+        try:
+            for _ in range(3):
+                with pytest.raises(error, match=match):
+                    await site.remote("ns").connect()
+        finally:
+            await site.close()
+
+    asyncio.run(main())
+
+
+@pytest.fixture
+def fresh(sshd: SshServer, tmp_path: Path) -> Start:
+    """The shared server, through an ssh_config whose known_hosts does not exist yet."""
+    return with_known_hosts(sshd, tmp_path, None)
+
+
+def with_known_hosts(server: SshServer, tmp_path: Path, text: str | None) -> Start:
+    known = tmp_path / "dot-ssh" / "known_hosts"
+    if text is not None:
+        known.parent.mkdir()
+        known.write_text(text)
+    config = tmp_path / "ssh_config"
+    config.write_text(
+        server.config_text(
+            ALIAS,
+        ).replace(str(server.known_hosts), str(known))
+    )
+    return server.start_message(site=SshSite(ALIAS, ssh_config=str(config)))
+
+
+# --- host keys ----------------------------------------------------------------------------------
+
+
+def test_an_unknown_host_key_without_a_terminal_is_refused(fresh: Start, sshd: SshServer) -> None:
+    fingerprint = asyncssh.read_public_key(f"{sshd.host_key}.pub").get_fingerprint()
+    refused(fresh, HostKeyRefused, "connect once with ssh")
+    refused(fresh, HostKeyRefused, fingerprint.replace("+", r"\+"))
+
+
+def test_an_unknown_host_key_is_shown_asked_about_and_kept(
+    fresh: Start, sshd: SshServer, tmp_path: Path
+) -> None:
+    fingerprint = asyncssh.read_public_key(f"{sshd.host_key}.pub").get_fingerprint()
+    prompter = connect(fresh, "maybe", "yes")
+    text, echo = prompter.asked[0]
+    assert fingerprint in text
+    assert "ED25519" in text
+    assert f"[{LOOPBACK}]:{sshd.port}" in text
+    assert echo
+    assert len(prompter.asked) == 2
+    known = tmp_path / "dot-ssh" / "known_hosts"
+    key = Path(f"{sshd.host_key}.pub").read_text().split()[:2]
+    assert known.read_text().split()[:3] == [f"[{LOOPBACK}]:{sshd.port}", *key]
+    assert stat.S_IMODE(known.stat().st_mode) == 0o600
+    assert stat.S_IMODE(known.parent.stat().st_mode) == 0o700
+    assert connect(fresh).asked == [], "known from now on"
+
+
+def test_a_host_key_that_the_user_does_not_accept(fresh: Start, tmp_path: Path) -> None:
+    with pytest.raises(HostKeyRefused, match="not accepted"):
+        connect(fresh, "no")
+    assert not (tmp_path / "dot-ssh" / "known_hosts").exists()
+
+
+def test_a_changed_host_key_is_refused_whatever_the_user_says(
+    sshd: SshServer, tmp_path: Path
+) -> None:
+    other = write_key(tmp_path / "other")
+    start = with_known_hosts(sshd, tmp_path, sshd.known_hosts_line(other))
+    with pytest.raises(HostKeyRefused, match=r"ssh-keygen -R .* -f .*known_hosts"):
+        connect(start, "yes", "yes")
+
+
+def test_a_changed_host_key_of_another_kind_is_refused(sshd: SshServer, tmp_path: Path) -> None:
+    other = asyncssh.generate_private_key("ecdsa-sha2-nistp256").export_public_key().decode()
+    start = with_known_hosts(sshd, tmp_path, f"[{LOOPBACK}]:{sshd.port} {other}")
+    with pytest.raises(HostKeyRefused, match="ssh-keygen -R"):
+        connect(start, "yes", "yes")
+
+
+def test_the_kind_of_key_that_is_known_is_the_one_negotiated(tmp_path: Path) -> None:
+    """The server has two; ssh and we ask for the one that known_hosts has."""
+    second = tmp_path / "ecdsa"
+    key = asyncssh.generate_private_key("ecdsa-sha2-nistp256")
+    key.write_private_key(second)
+    second.chmod(0o600)
+    with ssh_server(tmp_path / "s", f"HostKey {second}") as server:
+        public = key.export_public_key().decode()
+        start = with_known_hosts(server, tmp_path, f"[{LOOPBACK}]:{server.port} {public}")
+        assert connect(start).asked == []
+
+
+def test_hashed_and_odd_lines_of_known_hosts(sshd: SshServer, tmp_path: Path) -> None:
+    import base64
+    import hashlib
+    import hmac
+
+    salt = b"s" * 20
+    name = f"[{LOOPBACK}]:{sshd.port}".encode()
+    digest = hmac.new(salt, name, hashlib.sha1).digest()
+    hashed = "|1|" + "|".join(base64.b64encode(part).decode() for part in (salt, digest))
+    public = Path(f"{sshd.host_key}.pub").read_text()
+    text = f"# comment\n@nonsense line here\nbroken\n\n{hashed} {public}"
+    assert connect(with_known_hosts(sshd, tmp_path, text)).asked == []
+
+
+def test_a_revoked_host_key_is_refused(sshd: SshServer, tmp_path: Path) -> None:
+    line = sshd.known_hosts_line(sshd.host_key)
+    start = with_known_hosts(sshd, tmp_path, f"{line}@revoked {line}")
+    with pytest.raises(HostKeyRefused, match="revoked"):
+        connect(start, "yes")
+
+
+def test_a_key_known_for_the_address_only_is_not_trusted(tmp_path: Path) -> None:
+    key = asyncssh.generate_private_key("ssh-ed25519").convert_to_public()
+    known = tmp_path / "known"
+    known.write_text(f"10.0.0.1 {key.export_public_key().decode()}")
+    keys = HostKeys([str(known)], [])
+    assert keys.trusted("login", "10.0.0.1", None)[0] == []
+    assert keys.trusted("10.0.0.1", "10.0.0.1", None)[0] == [key]
+
+
+def test_known_hosts_none_does_not_mean_trust_all(sshd: SshServer, tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.write_text(sshd.config_text().replace(str(sshd.known_hosts), "none"))
+    start = sshd.start_message(site=SshSite(ALIAS, ssh_config=str(config)))
+    refused(start, HostKeyRefused, "unknown")
+
+
+# --- credentials --------------------------------------------------------------------------------
+
+
+def test_a_key_that_the_server_does_not_know_is_refused_once(tmp_path: Path) -> None:
+    login = Login(key=asyncssh.generate_private_key("ssh-ed25519"))
+
+    async def story(start: Start, evil: EvilSite) -> None:
+        site = SshSiteConnection(start, ScriptedPrompter())
+        try:
+            for _ in range(3):
+                with pytest.raises(AccessRefused, match="ssh cluster"):
+                    await site.remote("ns").stat(b"")
+        finally:
+            await site.close()
+        assert login.connections == 1, "never tried again by itself"
+
+    on_evil(tmp_path, login, story)
+
+
+def test_sshd_refuses_a_key_that_is_not_authorized(tmp_path: Path) -> None:
+    with ssh_server(tmp_path / "s") as server:
+        server.authorized_keys.write_text("")
+        refused(server.start_message(), AccessRefused, "refused the login")
+
+
+def on_evil(
+    base: Path, login: Login, story: Callable[[Start, EvilSite], Awaitable[None]], *config: str
+) -> None:
+    async def main() -> None:
+        async with evil_site(base, Plain, login=login) as evil:
+            add_lines(evil.start, config)
+            await story(evil.start, evil)
+
+    asyncio.run(main())
+
+
+def add_lines(start: Start, config: Sequence[str]) -> None:
+    assert isinstance(start.site, SshSite)
+    with Path(str(start.site.ssh_config)).open("a") as file:
+        file.writelines(f"    {line}\n" for line in config)
+
+
+async def enter(start: Start, *answers: str | None) -> ScriptedPrompter:
+    prompter = ScriptedPrompter(*answers)
+    site = SshSiteConnection(start, prompter)
+    try:
+        await site.remote("ns").connect()
+    finally:
+        await site.close()
+    return prompter
+
+
+def test_a_password_is_asked_for_without_echo_and_up_to_three_times(tmp_path: Path) -> None:
+    login = Login(password="right")
+
+    async def story(start: Start, _: EvilSite) -> None:
+        prompter = await enter(start, "wrong", "right")
+        assert [echo for _, echo in prompter.asked] == [False, False]
+        assert "tester@127.0.0.1" in prompter.asked[0][0]
+        login.tries = login.connections = 0
+        with pytest.raises(AccessRefused):
+            await enter(start, "a", "b", "c", "right")
+        assert (login.tries, login.connections) == (3, 1)
+
+    on_evil(tmp_path, login, story)
+
+
+def test_a_password_that_nobody_can_be_asked_for(tmp_path: Path) -> None:
+    login = Login(password="right")
+
+    async def story(start: Start, _: EvilSite) -> None:
+        with pytest.raises(AccessRefused, match="no terminal"):
+            await enter(start, None)
+        assert login.tries == 0
+
+    on_evil(tmp_path, login, story)
+
+
+def test_a_second_factor_is_asked_for(tmp_path: Path) -> None:
+    login = Login(dialogue=[("Password: ", False, "pw"), ("Code: ", True, "123456")])
+
+    async def story(start: Start, _: EvilSite) -> None:
+        prompter = await enter(start, "pw", "123456")
+        (first, hidden), (second, visible) = prompter.asked
+        assert "Second factor" in first
+        assert "phone ready" in first
+        assert first.endswith("Password: ")
+        assert second.endswith("Code: ")
+        assert (hidden, visible) == (False, True)
+
+    on_evil(tmp_path, login, story)
+
+
+def test_the_clock_stands_still_while_the_user_types(tmp_path: Path) -> None:
+    login = Login(password="right")
+
+    class Slow(ScriptedPrompter):
+        async def ask(self, text: str, *, echo: bool = False) -> str | None:
+            loop = asyncio.get_running_loop()
+            done = loop.create_future()
+            loop.call_later(1.5, done.set_result, None)
+            await done
+            return await super().ask(text, echo=echo)
+
+    async def story(start: Start, _: EvilSite) -> None:
+        quick = msgspec.structs.replace(
+            start, site=msgspec.structs.replace(start.site, connect_timeout=1.0)
+        )
+        site = SshSiteConnection(quick, Slow("right"))
+        try:
+            await site.remote("ns").connect()
+        finally:
+            await site.close()
+
+    on_evil(tmp_path, login, story)
+
+
+def test_a_passphrase_is_asked_for(tmp_path: Path) -> None:
+    key_file = write_key(tmp_path / "locked", "open sesame")
+    key = asyncssh.read_private_key(key_file, "open sesame")
+
+    async def story(start: Start, _: EvilSite) -> None:
+        prompter = await enter(start, "wrong", "open sesame")
+        assert all(str(key_file) in text and not echo for text, echo in prompter.asked)
+        assert len(prompter.asked) == 2
+        with pytest.raises(AccessRefused, match="no terminal"):
+            await enter(start, None)
+
+    on_evil(tmp_path, Login(key=key), story, f"IdentityFile {key_file}")
+
+
+def test_a_plain_key_beside_a_locked_one_asks_nothing(tmp_path: Path) -> None:
+    locked = write_key(tmp_path / "locked", "open sesame")
+    plain = write_key(tmp_path / "plain")
+
+    async def story(start: Start, _: EvilSite) -> None:
+        assert (await enter(start)).asked == []
+
+    on_evil(
+        tmp_path, Login(key=asyncssh.read_private_key(plain)), story,
+        f"IdentityFile {locked}", f"IdentityFile {plain}", "IdentityFile ~/.ssh/not_there",
+    )  # fmt: skip
+
+
+# --- settings -----------------------------------------------------------------------------------
+
+
+def test_an_identity_file_that_is_not_there(sshd: SshServer) -> None:
+    site = SshSite(ALIAS, ssh_config=str(sshd.ssh_config), identity_file="~/missing_key")
+    refused(sshd.start_message(site=site), WrongSettings, "missing_key")
+
+
+def test_an_ssh_config_that_is_not_there_or_broken(sshd: SshServer, tmp_path: Path) -> None:
+    site = SshSite(ALIAS, ssh_config=str(tmp_path / "nowhere"))
+    refused(sshd.start_message(site=site), WrongSettings, "nowhere can't be read")
+    broken = tmp_path / "broken"
+    broken.write_text("Host *\n    Port many\n")
+    site = SshSite(ALIAS, ssh_config=str(broken))
+    refused(sshd.start_message(site=site), WrongSettings, "line 2")
+
+
+def test_given_settings_win_over_the_configuration(sshd: SshServer) -> None:
+    bare = SshSite("somewhere", ssh_config=str(sshd.ssh_config))
+    hop = asyncio.run(read_hop(bare))
+    assert (hop.host, hop.port) == ("somewhere", 22)
+    hop = asyncio.run(read_hop(msgspec.structs.replace(sshd.site(), user="me", port=2022)))
+    assert (hop.host, hop.port, hop.user) == (LOOPBACK, 2022, "me")
+    assert hop.options["encryption_algs"] == f"^{FAST_CIPHER}"
+
+
+def test_the_users_ciphers_are_kept(sshd: SshServer, tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.write_text(sshd.config_text(ALIAS, "Ciphers aes256-ctr"))
+    site = SshSite(ALIAS, ssh_config=str(config))
+    assert asyncio.run(read_hop(site)).options["encryption_algs"] == ()
+    assert connect(sshd.start_message(site=site)).asked == []
+
+
+@pytest.mark.parametrize(
+    ("jump", "user", "host", "port"),
+    [
+        ("gate", None, "gate", None), ("me@gate:2200", "me", "gate", 2200),
+        ("[::1]:22", None, "::1", 22), ("::1", None, "::1", None),
+        ("a@b@gate", "a@b", "gate", None),
+    ],
+)  # fmt: skip
+def test_jump_host_syntax(jump: str, user: str | None, host: str, port: int | None) -> None:
+    site = jump_site(jump, SshSite("target", ssh_config="config"))
+    assert (site.user, site.host, site.port, site.ssh_config) == (user, host, port, "config")
+
+
+def test_a_jump_host_is_passed_through_and_its_key_checked(sshd: SshServer, tmp_path: Path) -> None:
+    with ssh_server(tmp_path / "gate") as gate:
+        known = tmp_path / "known_hosts"
+        known.write_text(sshd.known_hosts.read_text())
+        text = sshd.config_text(ALIAS, "ProxyJump gate") + gate.config_text("gate")
+        for server in (sshd, gate):
+            text = text.replace(str(server.known_hosts), str(known))
+        config = tmp_path / "config"
+        config.write_text(text)
+        start = sshd.start_message(site=SshSite(ALIAS, ssh_config=str(config)))
+        refused(start, HostKeyRefused, str(gate.port))
+        prompter = connect(start, "yes")
+        assert str(gate.port) in prompter.asked[0][0]
+        assert connect(start).asked == []
+        gate.stop()
+        refused(start, Unreachable, "connection refused")
+
+
+def test_jump_hosts_in_a_loop(sshd: SshServer, tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.write_text("Host *\n    ProxyJump gate\n")
+    site = SshSite(ALIAS, ssh_config=str(config))
+    refused(sshd.start_message(site=site), WrongSettings, "loop")
+
+
+# --- reaching and losing ------------------------------------------------------------------------
+
+
+def test_nothing_listens(sshd: SshServer) -> None:
+    site = msgspec.structs.replace(sshd.site(), port=free_port())
+    refused(sshd.start_message(site=site), Unreachable, "connection refused")
+
+
+def test_a_host_name_that_does_not_exist(sshd: SshServer, tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.write_text("Host nowhere\n    HostName nowhere.invalid\n")
+    site = SshSite("nowhere", ssh_config=str(config))
+    refused(sshd.start_message(site=site), Unreachable, "nowhere.invalid is not known")
+
+
+def test_a_server_that_says_nothing_is_given_up(sshd: SshServer) -> None:
+    async def main() -> None:
+        quiet = await asyncio.start_server(lambda reader, writer: None, LOOPBACK, 0)
+        port = quiet.sockets[0].getsockname()[1]
+        settings = msgspec.structs.replace(sshd.site(connect_timeout=0.3), port=port)
+        site = SshSiteConnection(sshd.start_message(site=settings), ScriptedPrompter())
+        try:
+            with pytest.raises(Unreachable, match=r"did not answer within 0.3 s"):
+                await site.remote("ns").connect()
+        finally:
+            await site.close()
+            quiet.close()
+            await quiet.wait_closed()
+
+    asyncio.run(main())
+
+
+def test_a_server_that_is_no_ssh_server(sshd: SshServer) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+        await writer.wait_closed()
+
+    async def main() -> None:
+        web = await asyncio.start_server(serve, LOOPBACK, 0)
+        port = web.sockets[0].getsockname()[1]
+        settings = msgspec.structs.replace(sshd.site(), port=port)
+        site = SshSiteConnection(sshd.start_message(site=settings), ScriptedPrompter())
+        try:
+            with pytest.raises(Unreachable, match=r"reset by peer|ended the connection"):
+                await site.remote("ns").connect()
+        finally:
+            await site.close()
+            web.close()
+            await web.wait_closed()
+
+    asyncio.run(main())
+
+
+def test_concurrent_requests_share_one_connection(tmp_path: Path) -> None:
+    login = Login()
+
+    async def story(start: Start, _: EvilSite) -> None:
+        site = SshSiteConnection(start, ScriptedPrompter())
+        try:
+            await asyncio.gather(*(site.remote("ns").stat(b"") for _ in range(20)))
+        finally:
+            await site.close()
+        assert login.connections == 1
+
+    on_evil(tmp_path, login, story)
+
+
+def test_a_lost_connection_is_made_anew_and_handles_with_it(tmp_path: Path) -> None:
+    with ssh_server(tmp_path / "s") as server:
+
+        async def story(remote: SftpRemote) -> None:
+            await put(remote, b"file", b"content")
+            version = (await remote.stat(b"file")).version
+            assert await remote.fetch(b"file", version, 0, 7, 1) == b"content"
+            server.kill()
+            with pytest.raises(Unreachable):
+                await remote.stat(b"file")
+            with pytest.raises(Unreachable, match="connection refused"):
+                await remote.stat(b"file")
+            server.start()
+            remote._kept._retry_at = 0  # the pause is over
+            assert await remote.stat_open(1) is None, "handles ended with their connection"
+            assert await remote.fetch(b"file", version, 0, 7, 1) == b"content"
+            assert set(await listed(remote, b"")) == {b"file"}
+            server.restart()
+            await lost(remote)
+            assert await get(remote, b"file") == b"content", "noticed before the request"
+
+        run(server.start_message(), story)
+
+
+def test_a_connection_lost_in_flight_is_unreachable(tmp_path: Path) -> None:
+    with ssh_server(tmp_path / "s") as server:
+        data = bytes(64 * 1024 * 1024)
+
+        async def story(remote: SftpRemote) -> None:
+            begun = asyncio.Event()
+
+            class Begun(list[int]):
+                def append(self, done: int) -> None:
+                    begun.set()
+
+            upload = asyncio.ensure_future(put(remote, b"big", data, progress=Begun()))
+            await begun.wait()
+            server.kill()
+            with pytest.raises(Unreachable, match="lost"):
+                await upload
+
+        run(server.start_message(), story)
+
+
+async def lost(remote: SftpRemote) -> None:
+    session = remote._kept._session
+    assert session is not None
+    await session.ended.wait()
+
+
+def run(start: Start, story: Callable[[SftpRemote], Awaitable[None]]) -> None:
+    async def main() -> None:
+        site = SshSiteConnection(start, ScriptedPrompter())
+        try:
+            await story(site.remote("ns"))
+        finally:
+            await site.close()
+
+    asyncio.run(main())
+
+
+# --- keeping, without a network -----------------------------------------------------------------
+
+
+@dataclass
+class FakeSession:
+    lost: bool = False
+    closed: bool = False
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class Opener:
+    """Opens sessions, or fails with what it is told, one after the other."""
+
+    def __init__(self, *failures: Exception) -> None:
+        self._failures = list(failures)
+        self.attempts = 0
+
+    async def __call__(self) -> FakeSession:
+        self.attempts += 1
+        await asyncio.sleep(0)
+        if self._failures:
+            raise self._failures.pop(0)
+        return FakeSession()
+
+
+def test_pauses_double_up_to_a_limit_and_start_anew() -> None:
+    async def main() -> None:
+        now = 100.0
+        opener = Opener(*(Unreachable("down") for _ in range(7)))
+        kept = Kept(opener, lambda: now)
+        pauses = []
+        for attempt in range(1, 8):
+            for _ in range(3):
+                with pytest.raises(Unreachable, match="down"):
+                    await kept.get()
+            assert opener.attempts == attempt, "during the pause nothing is tried"
+            pauses.append(kept._retry_at - now)
+            now = kept._retry_at
+        assert pauses == [1, 2, 4, 8, 16, LONGEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS]
+        session = await kept.get()
+        assert await kept.get() is session
+        session.lost = True
+        assert await kept.get() is not session, "a lost connection is replaced at once"
+        assert session.closed
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", [AccessRefused, HostKeyRefused, WrongSettings])
+def test_what_only_the_user_can_mend_is_never_tried_again(error: type[RemoteError]) -> None:
+    async def main() -> None:
+        now = 0.0
+        opener = Opener(error("no"))
+        kept = Kept(opener, lambda: now)
+        for now in (0.0, 10.0, 10.0**9):  # noqa: B007 (read by the clock)
+            with pytest.raises(error, match="no"):
+                await kept.get()
+        assert opener.attempts == 1
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_request_does_not_cancel_the_attempt() -> None:
+    async def main() -> None:
+        opener = Opener()
+        kept = Kept(opener)
+        first = asyncio.ensure_future(kept.get())
+        second = asyncio.ensure_future(kept.get())
+        await asyncio.sleep(0)
+        first.cancel()
+        session = await second
+        assert opener.attempts == 1
+        await kept.close()
+        assert session.closed
+
+    asyncio.run(main())
+
+
+def test_a_failure_that_nobody_foresaw_is_reported_as_one() -> None:
+    async def main() -> None:
+        kept = Kept(Opener(KeyError("surprise")))
+        with pytest.raises(RemoteFailure, match="surprise"):
+            await kept.get()
+
+    asyncio.run(main())
