@@ -158,10 +158,22 @@ def _serve(settings: Settings, writer: int, *, debug: bool) -> int:
 
 
 def serve(settings: Settings, *, on_ready: Callable[[MountStatus], None], foreground: bool) -> None:
-    """Import the daemon only here: it costs what the other commands must not pay."""
+    """Import the daemon only here: it costs what the other commands must not pay.
+
+    trio wraps what ends it, Ctrl-C too, in groups: the first one inside says what happened.
+    """
     from hpcfs import daemon
 
-    daemon.serve(settings, ask=terminal.ask, on_ready=on_ready, foreground=foreground)
+    try:
+        daemon.serve(settings, ask=terminal.ask, on_ready=on_ready, foreground=foreground)
+    except BaseExceptionGroup as group:
+        raise _first(group) from group
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def sentence_of(error: Exception) -> str:

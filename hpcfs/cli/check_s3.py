@@ -64,7 +64,7 @@ def _list(subject: str, session: Any, site: S3Site, root: S3Root) -> Finding:
         return Finding("fail", subject, f"bucket {root.bucket} at {where}: {advice}")
     except exceptions.SSLError as error:
         return Finding("fail", subject, f"{where}: its certificate is not trusted: {error}")
-    except exceptions.HTTPClientError:
+    except (exceptions.HTTPClientError, exceptions.ConnectionError):
         return Finding("fail", subject, f"{where} can't be reached: is endpoint_url right?")
     except (exceptions.BotoCoreError, ValueError) as error:
         return Finding("fail", subject, f"bucket {root.bucket} at {where}: {error}")
@@ -78,7 +78,7 @@ def _client(session: Any, site: S3Site) -> Any:
         connect_timeout=site.connect_timeout,
         read_timeout=site.connect_timeout,
         retries={"total_max_attempts": 1},
-        s3={"addressing_style": "path" if site.endpoint_url else "auto"},
+        s3={"addressing_style": "path"},  # as the mount does
     )
     region = site.region or session.get_config_variable("region") or "us-east-1"
     bundle = os.environ.get("AWS_CA_BUNDLE")
