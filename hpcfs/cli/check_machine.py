@@ -37,6 +37,10 @@ def mount_place(config: Config) -> Iterator[Finding]:
         return
     place = paths.absolute_mountpoint(config.mountpoint)
     if any(found.mountpoint == place for found in mountpoint.mounts()):
+        if mountpoint.is_dead(place):
+            text = f"{place} was left behind by a dead daemon: the next mount, or umount, tidies up"
+            yield Finding("warn", "mountpoint", text)
+            return
         yield Finding("ok", "mountpoint", f"hpcfs is mounted at {place}; 'hpcfs status' tells more")
         return
     yield _passes("mountpoint", lambda: mountpoint.check_directory(place), str(place))

@@ -118,7 +118,10 @@ def _tell(status: MountStatus, settings: Settings) -> None:
 
 
 def _serve_here(settings: Settings) -> None:
-    """Returns once unmounted. Raises SetupError when there was no use in mounting."""
+    """Returns once unmounted. Raises SetupError when there was no use in mounting.
+
+    What there is to tell is in the log, which is on stderr here.
+    """
     failures: list[str] = []
 
     def on_ready(status: MountStatus) -> None:
@@ -126,8 +129,6 @@ def _serve_here(settings: Settings) -> None:
             failures.append(failure)
             # Not in this thread: it answers the kernel, which asks while it unmounts.
             threading.Thread(target=mountpoint.unmount, args=[settings.mountpoint]).start()
-        else:
-            _tell(status, settings)
 
     try:
         with terminal.restored():

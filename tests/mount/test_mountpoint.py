@@ -171,6 +171,9 @@ def test_what_a_dead_daemon_left_is_cleaned_up_and_mounted_anew(home: Home) -> N
     shown = home.run("status", home.mountpoint)
     assert shown.returncode == 1
     assert "its daemon is gone" in shown.stdout
+    home.config.parent.mkdir(parents=True)
+    home.config.write_text(f'mountpoint = "{home.mountpoint}"\n')
+    assert "left behind by a dead daemon" in home.run("check", "x=[::1]:").stdout
     result = home.run("mount", "login3:", home.mountpoint)
     assert result.returncode == 0
     assert "had left behind" in result.stderr
