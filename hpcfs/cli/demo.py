@@ -1,0 +1,141 @@
+"""`hpcfs demo`: a complete mount on servers of its own, to try hpcfs out; nothing to configure.
+
+The servers run in a process of their own over a temporary directory, the daemon as `hpcfs mount`
+starts it. Whatever ends the demo (Ctrl-C, SIGTERM, an error, `hpcfs umount` elsewhere), all of it
+is gone afterwards: mount, servers, files.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import click
+
+from hpcfs import config, control, mountpoint, paths
+from hpcfs.cache import location
+from hpcfs.cli import background, tour, umount
+from hpcfs.cli.main import Invocation
+from hpcfs.cli.output import complain, printable
+from hpcfs.config import Settings
+from hpcfs.control import MountStatus
+from hpcfs.demo import running
+from hpcfs.errors import SetupError
+
+DEFAULT_MOUNTPOINT = "~/hpcfs-demo"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+END_SECONDS = 15.0
+"""For the daemon to finish what is being written; the files are the demo's own."""
+
+
+@click.command(short_help="Mount embedded servers, to try it out.")
+@click.argument("place", metavar="[MOUNTPOINT]", default=DEFAULT_MOUNTPOINT)
+@click.option("--tour", "wants_tour", is_flag=True, help="Show a few commands on it, then end.")
+@click.option("--keep", is_flag=True, help="After the tour, stay mounted until Ctrl-C.")
+@click.pass_obj
+def demo(invocation: Invocation, place: str, wants_tour: bool, keep: bool) -> int:
+    """Mount an SSH cluster and an S3 bucket that run on this machine, until Ctrl-C.
+
+    MOUNTPOINT is ~/hpcfs-demo if not given; it is made, and removed afterwards, if it is missing.
+    """
+    with ExitStack() as stack:
+        try:
+            _interrupt_on_signals()
+            settings, status = _mount(stack, place, debug=invocation.debug)
+            if wants_tour and not tour.run(settings.mountpoint):
+                return 1
+            if keep or not wants_tour:
+                return _stay(settings, status)
+        except KeyboardInterrupt:
+            print("\nhpcfs demo: ending")
+        finally:
+            for number in SIGNALS:  # a second Ctrl-C must not cut the tidying short
+                signal.signal(number, signal.SIG_IGN)
+    return 0
+
+
+def _interrupt_on_signals() -> None:
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
+            signal.signal(number, signal.default_int_handler)
+
+
+def _mount(stack: ExitStack, place: str, *, debug: bool) -> tuple[Settings, MountStatus]:
+    """Raises SetupError when one of the namespaces does not work."""
+    target = paths.absolute_mountpoint(place)
+    stack.enter_context(_directory(target))
+    note = mountpoint.check(target)
+    if note:
+        complain(note)
+    directory = stack.enter_context(running.servers())
+    chosen = config.load(directory / "config.toml")
+    cache = location.prepare(location.locate(chosen.cache_dir), target)
+    paths.make_private(paths.state_dir())
+    settings = config.settings(chosen, target, cache)
+    status = background.start(settings, debug=debug)
+    stack.callback(_unmount, settings, status)
+    for found in status.namespaces:
+        if found.state == "failed":
+            raise SetupError(f"the demo's {found.name} does not work: {found.reason}")
+    return settings, status
+
+
+@contextmanager
+def _directory(target: Path) -> Iterator[None]:
+    """Makes the mount point; removes it afterwards if it made it."""
+    try:
+        target.mkdir()
+    except FileExistsError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # not empty any more: then it is not ours to remove
+            target.rmdir()
+
+
+def _stay(settings: Settings, status: MountStatus) -> int:
+    print(_welcome(settings), flush=True)
+    with control.open_wait(settings.socket) as daemon:
+        control.wait_until_gone(daemon, None)
+    if mountpoint.is_dead(settings.mountpoint):
+        raise SetupError(f"the daemon (pid {status.pid}) ended unexpectedly")
+    print(printable(f"hpcfs demo: {settings.mountpoint} was unmounted; ending"))
+    return 0
+
+
+def _welcome(settings: Settings) -> str:
+    place = settings.mountpoint
+    own = Path(sys.argv[0]).resolve()
+    on_path = shutil.which("hpcfs")
+    command = "hpcfs" if on_path and Path(on_path).resolve() == own else str(own)
+    return f"""
+A cluster (SFTP) and a bucket (S3), both served by this machine, are one tree: {place}
+
+Try in another terminal:
+  cd {place}
+  ls -l cluster bucket
+  cp cluster/results/model.bin bucket/
+  rsync -ai cluster/results bucket/
+  {command} status
+
+Ctrl-C here ends it and removes all of it."""
+
+
+def _unmount(settings: Settings, status: MountStatus) -> None:
+    """Also where a shell is still in it: the daemon then detaches the mount as it ends."""
+    patience = END_SECONDS
+    try:
+        mountpoint.unmount(settings.mountpoint)
+    except mountpoint.NotMounted:  # somebody was faster
+        pass
+    except mountpoint.Busy:
+        users = ", ".join(umount.users_below(settings.mountpoint)) or "programs that can't be seen"
+        complain(f"{settings.mountpoint} is still in use by {users}: it goes away nonetheless")
+        patience = 0.0
+    background.stop(status.pid, settings, patience=patience)
