@@ -1,0 +1,78 @@
+"""The rules that tests/conftest.py sets: tried on test runs of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support import leftovers
+from tests.support.command import REPOSITORY
+
+
+def run_tests(directory: Path, source: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    (directory / "test_it.py").write_text(source)
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider"),
+            *("--rootdir", str(directory), "--basetemp", str(directory / "temp"), str(directory)),
+        ],
+        env={**environment, "PYTHONPATH": str(REPOSITORY), **environ},
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+SKIPPING = "import pytest\n@pytest.mark.skip(reason='later')\ndef test_a(): pass\n"
+
+
+def test_a_skipped_test_passes_on_a_desk(tmp_path: Path) -> None:
+    result = run_tests(tmp_path, SKIPPING)
+    assert (result.returncode, "1 skipped" in result.stdout) == (0, True), result.stdout
+
+
+def test_a_skipped_test_fails_in_ci(tmp_path: Path) -> None:
+    result = run_tests(tmp_path, SKIPPING, CI="true")
+    assert (result.returncode, "failure in CI" in result.stdout) == (1, True), result.stdout
+
+
+def test_a_skipped_module_fails_in_ci(tmp_path: Path) -> None:
+    source = "import pytest\npytest.importorskip('no_such_module')\ndef test_a(): pass\n"
+    result = run_tests(tmp_path, source, CI="true")
+    assert (result.returncode, "failure in CI" in result.stdout) == (2, True), result.stdout
+
+
+def test_an_expected_failure_did_run(tmp_path: Path) -> None:
+    source = "import pytest\n@pytest.mark.xfail\ndef test_a(): assert False\n"
+    result = run_tests(tmp_path, source, CI="true")
+    assert result.returncode == 0, result.stdout
+
+
+def test_a_process_left_behind_fails_the_run_and_is_ended(tmp_path: Path) -> None:
+    """It says hpcfs in its arguments, as daemons and transfer processes do."""
+    source = (
+        "import subprocess, sys\n"
+        "def test_a(tmp_path):\n"
+        "    wait = 'import signal; signal.pause()'\n"
+        "    subprocess.Popen([sys.executable, '-c', wait, 'hpcfs'], cwd=tmp_path,\n"
+        "        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode = 0\n"
+    )
+    result = run_tests(tmp_path, source, HPCFS_GRACE="0.1")
+    assert (result.returncode, "left this behind: pid" in result.stdout) == (1, True)
+    assert not leftovers.of_run(tmp_path / "temp")
+
+
+def test_a_run_is_over_when_nobody_holds_its_lock(tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("alive", "over", "unknown")]
+    for run in runs:
+        run.mkdir()
+    lock = leftovers.hold(runs[0])
+    os.close(leftovers.hold(runs[1]))
+    assert [leftovers.is_over(run) for run in runs] == [False, True, False]
+    os.close(lock)
+    assert leftovers.is_over(runs[0])
