@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import stat
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 
 from asyncssh import SFTPAttrs
 
@@ -124,13 +125,13 @@ class SftpRemote:
         return place.entry_of(await place.attrs())
 
     async def stat_open(self, handle: int) -> Entry | None:
-        place = await self._place(b"")
-        async with self._files.if_open(place.session, handle) as remote:
-            if remote is None:
-                return None
-            with place.asking():
-                attrs = await place.session.bulk.fstat(remote, 0)
-        return Place(place.session, b"?", place.full).entry_of(attrs)
+        root = await self._place(b"")
+        with root.asking():
+            async with self._files.if_open(root.session, handle) as held:
+                if held is None:
+                    return None
+                place, remote = held
+                return place.entry_of(await root.session.bulk.fstat(remote, 0))
 
     async def list(self, path: bytes) -> AsyncIterator[Sequence[Entry]]:
         place = await self._place(path)
@@ -141,8 +142,9 @@ class SftpRemote:
         except RemoteError as error:
             raise await explain_directory(place, error) from error
         try:
-            async for page in sftp_list.pages(place, handle):
-                yield page
+            async with aclosing(sftp_list.pages(place, handle)) as pages:
+                async for page in pages:
+                    yield page
         finally:
             if not place.session.lost:
                 with place.asking():

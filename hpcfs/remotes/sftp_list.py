@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import asyncssh
@@ -31,28 +32,22 @@ REQUESTS_AHEAD = 8
 STATS_AT_ONCE = 64
 
 
-async def pages(place: Place, handle: bytes) -> AsyncIterator[list[Entry]]:
+async def pages(place: Place, handle: bytes) -> AsyncGenerator[list[Entry], None]:
     """The entries of the open directory `handle`, which the caller closes."""
     seen: set[bytes] = set()
     page: list[Entry] = []
     dropped = impossible = 0
-    async for names in _replies(place, handle):
-        fresh = []
-        for name in names:
-            if name.filename in (b".", b".."):
-                continue
-            if _is_usable(name, seen):
-                seen.add(_filename(name))
-                fresh.append(name)
-            else:
-                dropped += 1
-        for found, attrs in await _with_attributes(place, fresh):
-            entry, sensible = listed_entry(found, attrs, place.session.owners)
-            impossible += not sensible
-            page.append(entry)
-            if len(page) == LIST_PAGE_ENTRIES:
-                yield page
-                page = []
+    async with aclosing(_replies(place, handle)) as replies:
+        async for names in replies:
+            usable, refused = _usable(names, seen)
+            dropped += refused
+            for found, attrs in await _with_attributes(place, usable):
+                entry, sensible = listed_entry(found, attrs, place.session.owners)
+                impossible += not sensible
+                page.append(entry)
+                if len(page) == LIST_PAGE_ENTRIES:
+                    yield page
+                    page = []
     if page:
         yield page
     if dropped:
@@ -61,8 +56,20 @@ async def pages(place: Place, handle: bytes) -> AsyncIterator[list[Entry]]:
         log.warning("%s lists %d files with impossible sizes, shown as 0", place, impossible)
 
 
-def _is_usable(name: SFTPName, seen: set[bytes]) -> bool:
-    return is_valid_name(_filename(name)) and _filename(name) not in seen
+def _usable(names: list[SFTPName], seen: set[bytes]) -> tuple[list[SFTPName], int]:
+    """The names that can be shown and are new, which are noted as seen, and how many are not."""
+    usable = []
+    refused = 0
+    for name in names:
+        filename = _filename(name)
+        if filename in (b".", b".."):
+            continue
+        if not is_valid_name(filename) or filename in seen:
+            refused += 1
+            continue
+        seen.add(filename)
+        usable.append(name)
+    return usable, refused
 
 
 def _filename(name: SFTPName) -> bytes:
@@ -71,7 +78,7 @@ def _filename(name: SFTPName) -> bytes:
     return name.filename
 
 
-async def _replies(place: Place, handle: bytes) -> AsyncIterator[list[SFTPName]]:
+async def _replies(place: Place, handle: bytes) -> AsyncGenerator[list[SFTPName], None]:
     """What READDIR returns, in order, until the end; an empty reply ends the listing too."""
     meta = place.session.meta
     ahead: deque[asyncio.Task[Any]] = deque()

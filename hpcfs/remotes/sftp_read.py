@@ -34,10 +34,14 @@ MAX_OPEN_HANDLES = 128
 class OpenFile:
     """A remote handle, open or being opened. It is closed once dropped and not in use."""
 
-    session: SftpSession
+    place: Place
     opening: asyncio.Task[bytes]
     users: int = 0
     dropped: bool = False
+
+    @property
+    def session(self) -> SftpSession:
+        return self.place.session
 
 
 class OpenFiles:
@@ -59,14 +63,16 @@ class OpenFiles:
             yield remote
 
     @asynccontextmanager
-    async def if_open(self, session: SftpSession, handle: int) -> AsyncIterator[bytes | None]:
-        """The remote handle, or None where this connection has none."""
+    async def if_open(
+        self, session: SftpSession, handle: int
+    ) -> AsyncIterator[tuple[Place, bytes] | None]:
+        """Where the file was opened and its remote handle; None where this connection has none."""
         file = self._files.get(handle)
         if file is None or file.session is not session:
             yield None
             return
         async with self._held(handle, file) as remote:
-            yield remote
+            yield file.place, remote
 
     def release(self, handle: int) -> None:
         file = self._files.pop(handle, None)
@@ -76,7 +82,7 @@ class OpenFiles:
     def _open(self, place: Place, handle: int) -> OpenFile:
         opening = asyncio.ensure_future(place.session.bulk.open(place.full, FXF_READ, SFTPAttrs()))
         opening.add_done_callback(lambda task: task.cancelled() or task.exception())
-        file = self._files[handle] = OpenFile(place.session, opening)
+        file = self._files[handle] = OpenFile(place, opening)
         while len(self._files) > self._limit:
             self._drop(self._files.popitem(last=False)[1])
         return file

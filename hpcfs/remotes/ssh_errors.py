@@ -20,8 +20,14 @@ from hpcfs.transfer.messages import (
 )
 
 
-def login_error(error: Exception, hop: Hop, *, nobody_to_ask: bool = False) -> RemoteError:
-    """The error to raise when the connection to `hop` could not be made."""
+def login_error(
+    error: Exception, hop: Hop, *, nobody_to_ask: bool = False, authenticating: bool = False
+) -> RemoteError:
+    """The error to raise when the connection to `hop` could not be made.
+
+    A server that says goodbye while we authenticate ("Too many authentication failures") has
+    refused us: trying again on our own would be what sites ban addresses for.
+    """
     where = f"{hop.shown} port {hop.port}"
     if isinstance(error, asyncssh.PermissionDenied):
         return AccessRefused(_refusal(hop, nobody_to_ask))
@@ -31,6 +37,10 @@ def login_error(error: Exception, hop: Hop, *, nobody_to_ask: bool = False) -> R
         return _no_common_algorithm(error, where)
     if isinstance(error, asyncssh.ChannelOpenError):
         return Unreachable(f"the jump host could not reach {where}: {error.reason}")
+    if isinstance(error, asyncssh.ConnectionLost):
+        return Unreachable(f"{where} ended the connection during the login: {error.reason}")
+    if isinstance(error, asyncssh.DisconnectError) and authenticating:
+        return AccessRefused(f"{_refusal(hop, nobody_to_ask)} (it says: {error.reason})")
     if isinstance(error, asyncssh.DisconnectError):
         return Unreachable(f"{where} ended the connection during the login: {error.reason}")
     if isinstance(error, socket.gaierror):

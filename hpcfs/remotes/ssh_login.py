@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 TRIES = 3
 MAX_JUMPS = 8
+CLOSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,15 @@ class Login:
     shown: str
 
     async def close(self) -> None:
-        for connection in (self.connection, *reversed(self.jumps)):
+        connections = (self.connection, *reversed(self.jumps))
+        for connection in connections:
             connection.abort()
-            await connection.wait_closed()
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                for connection in connections:
+                    await connection.wait_closed()
+        except TimeoutError:
+            log.warning("the connection to %s does not end; it is left alone", self.shown)
 
 
 async def log_in(site: SshSite, prompter: Prompter, on_lost: Callable[[], None]) -> Login:
@@ -123,7 +130,12 @@ async def _connect_hop(
                 f"{hop.shown} port {hop.port} did not answer within {site.connect_timeout:g} s"
             ) from None
         except (asyncssh.Error, OSError, ValueError) as error:
-            raise login_error(error, hop, nobody_to_ask=client.nobody_to_ask) from error
+            raise login_error(
+                error,
+                hop,
+                nobody_to_ask=client.nobody_to_ask,
+                authenticating=client.authenticating,
+            ) from error
 
 
 class _Clock:
@@ -136,9 +148,11 @@ class _Clock:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        async with asyncio.timeout(self._seconds) as self._timeout:
-            yield
-        self._timeout = None
+        try:
+            async with asyncio.timeout(self._seconds) as self._timeout:
+                yield
+        finally:
+            self._timeout = None
 
     async def ask(self, text: str, *, echo: bool = False) -> str | None:
         self._set(None)
@@ -164,6 +178,10 @@ class _Client(asyncssh.SSHClient):
         self._dialogues_left = TRIES
         self.presented: PresentedKey | None = None
         self.nobody_to_ask = False
+        self.authenticating = False
+
+    def begin_auth(self, username: str) -> None:
+        self.authenticating = True
 
     def connection_lost(self, exc: Exception | None) -> None:
         log.debug("connection to %s ended: %s", self._hop.shown, exc)

@@ -27,9 +27,8 @@ class MemorySource:
 
     content: bytes
 
-    @property
-    def size(self) -> int:
-        return len(self.content)
+    def __post_init__(self) -> None:
+        self.size = len(self.content)
 
     def read(self, offset: int, length: int) -> bytes:
         piece = self.content[offset : offset + length]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import stat
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -213,6 +214,16 @@ def test_sshd_refuses_a_key_that_is_not_authorized(tmp_path: Path) -> None:
         refused(server.start_message(), AccessRefused, "refused the login")
 
 
+def test_a_server_that_has_had_enough_of_our_keys_is_not_asked_again(tmp_path: Path) -> None:
+    with ssh_server(tmp_path / "s", "MaxAuthTries 1") as server:
+        others = [write_key(tmp_path / name) for name in ("one", "two", "three")]
+        more = [f"IdentityFile {key}" for key in others]
+        server.ssh_config.write_text(
+            server.config_text(ALIAS, *more).replace(f"IdentityFile {server.key}\n", "# none\n")
+        )
+        refused(server.start_message(), AccessRefused, "Too many authentication failures")
+
+
 def on_evil(
     base: Path, login: Login, story: Callable[[Start, EvilSite], Awaitable[None]], *config: str
 ) -> None:
@@ -420,8 +431,16 @@ def test_a_host_name_that_does_not_exist(sshd: SshServer, tmp_path: Path) -> Non
 
 
 def test_a_server_that_says_nothing_is_given_up(sshd: SshServer) -> None:
+    left = asyncio.Event()
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+        left.set()
+
     async def main() -> None:
-        quiet = await asyncio.start_server(lambda reader, writer: None, LOOPBACK, 0)
+        quiet = await asyncio.start_server(say_nothing, LOOPBACK, 0)
         port = quiet.sockets[0].getsockname()[1]
         settings = msgspec.structs.replace(sshd.site(connect_timeout=0.3), port=port)
         site = SshSiteConnection(sshd.start_message(site=settings), ScriptedPrompter())
@@ -430,6 +449,7 @@ def test_a_server_that_says_nothing_is_given_up(sshd: SshServer) -> None:
                 await site.remote("ns").connect()
         finally:
             await site.close()
+            await left.wait()
             quiet.close()
             await quiet.wait_closed()
 

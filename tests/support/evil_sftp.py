@@ -57,7 +57,7 @@ class Plain(asyncssh.SFTPServer):
     sessions: Sessions
 
     def __init__(self, chan: Any) -> None:
-        super().__init__(chan, chroot=os.fsdecode(self.directory))
+        super().__init__(chan, chroot=self.directory)
         self.sessions.begin()
 
     def exit(self) -> None:
@@ -66,6 +66,20 @@ class Plain(asyncssh.SFTPServer):
     def readlink(self, path: bytes) -> bytes:
         """As it is: asyncssh finds no relative target inside a chroot."""
         return os.readlink(self.map_path(path))
+
+
+class Counting(Plain):
+    """No fault; counts the files that are open."""
+
+    held = 0
+
+    def open(self, path: bytes, pflags: int, attrs: asyncssh.SFTPAttrs) -> Any:
+        Counting.held += 1
+        return super().open(path, pflags, attrs)
+
+    def close(self, file_obj: Any) -> None:
+        Counting.held -= 1
+        super().close(file_obj)
 
 
 class EvilNames(Plain):
@@ -198,8 +212,10 @@ class NoLooking(Plain):
     """Directories can't be listed."""
 
     async def scandir(self, path: bytes) -> AsyncIterator[asyncssh.SFTPName]:
-        raise asyncssh.SFTPPermissionDenied("Permission denied")
-        yield
+        for name in (b"never", b"reached"):
+            if name:
+                raise asyncssh.SFTPPermissionDenied("Permission denied")
+            yield asyncssh.SFTPName(name)
 
 
 class RenameRefused(Plain):
