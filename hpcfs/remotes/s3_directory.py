@@ -8,8 +8,10 @@ import struct
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from itertools import chain
 from typing import IO
+from weakref import WeakValueDictionary
 
 from hpcfs.remotes.s3_bucket import Bucket, Info, Page, Summary
 from hpcfs.remotes.s3_entries import Entries
@@ -130,6 +132,7 @@ class Parents:
         self._bucket, self._markers, self._base = bucket, markers, base
         self._there: Known[bool] = Known(10.0, 10_000)
         self._marked: Known[bool] = Known(60.0, 10_000)
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def made(self, directory: str) -> None:
         """A marker was written."""
@@ -153,14 +156,24 @@ class Parents:
             raise NotFound(f"{shown_parent}: there is no such directory")
         self._there.put(parent, True)
 
-    async def keep(self, place: Place) -> None:
-        """Before `place` is removed: write a marker where nothing else would be left.
+    @asynccontextmanager
+    async def kept(self, place: Place) -> AsyncIterator[None]:
+        """Around the removal of `place`: a marker is written where nothing else would be left.
 
-        Written before and not after, so that no reader ever sees the directory missing.
+        Before and not after, so that no reader sees the directory missing; one removal at a time
+        in a directory without a marker, so that the last two don't rely on each other.
         """
         parent = place.parent
         if parent == self._base or self._marked.get(parent):
+            yield
             return
+        lock = self._locks.setdefault(parent, asyncio.Lock())
+        async with lock:
+            await self._mark_if_last(place)
+            yield
+
+    async def _mark_if_last(self, place: Place) -> None:
+        parent = place.parent
         page = await self._bucket.first(parent, SIBLINGS_LOOKED_AT, delimiter="/")
         if any(is_marker(item.key[len(parent) :], item.size) for item in page.objects):
             self._marked.put(parent, True)

@@ -266,8 +266,8 @@ class S3Remote:
             raise NotADirectory(f"{text(path)} is not a directory")
         if look.children:
             raise DirectoryNotEmpty(f"{text(path)} is not empty")
-        await self._parents.keep(look.place)
-        await self._markers.remove(look.place.directory, look.markers)
+        async with self._parents.kept(look.place):
+            await self._markers.remove(look.place.directory, look.markers)
         self._parents.forget()
 
     # --- steps ------------------------------------------------------------------------------
@@ -338,9 +338,9 @@ class S3Remote:
             await asyncio.to_thread(file.write, data)
 
     async def _delete_file(self, place: Place, found: Info) -> None:
-        await self._parents.keep(place)
         self._lister.cache.drop(found.key)
-        await self._bucket.delete(found.key)
+        async with self._parents.kept(place):
+            await self._bucket.delete(found.key)
 
     async def _rename_file(self, source: Place, found: Info, target: Place) -> None:
         self._lister.cache.drop(target.key)
@@ -348,9 +348,9 @@ class S3Remote:
         await self._delete_file(source, found)
 
     async def _rename_directory(self, source: Place, target: Place) -> None:
-        await self._parents.keep(source)
         try:
-            await self._mover.move(source.directory, target.directory)
+            async with self._parents.kept(source):
+                await self._mover.move(source.directory, target.directory)
         finally:
             self._parents.forget()
             self._markers.forget()

@@ -434,6 +434,20 @@ def test_directories_stay_when_their_last_entry_goes(
     run(test())
 
 
+def test_removals_side_by_side_leave_the_directory(
+    server: S3Server, prefix: str, tmp_path: Path
+) -> None:
+    for number in range(12):
+        put_directly(server, f"{prefix}/d/{number}", b"x")
+
+    async def test() -> None:
+        async with remote_of(server, prefix, tmp_path) as remote:
+            await asyncio.gather(*(remote.remove(b"d/%d" % number) for number in range(12)))
+            assert await names(remote, b"d") == {}
+
+    run(test())
+
+
 def test_empty_directories_take_files_and_keep_attributes(
     server: S3Server, prefix: str, tmp_path: Path
 ) -> None:
