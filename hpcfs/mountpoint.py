@@ -169,7 +169,8 @@ def _check_no_daemon(mountpoint: Path) -> None:
         return
     except control.NotAnswering as error:
         raise SetupError(
-            f"an earlier daemon of {mountpoint} is still there and does not answer ({error}): end it"
+            f"an earlier daemon of {mountpoint} is still there, but does not answer ({error}): "
+            "end it"
         ) from error
     raise SetupError(
         f"{_holder(mountpoint)} of an earlier mount at {mountpoint} still finishes its uploads: "

@@ -238,7 +238,7 @@ def perform(remote: Remote, request: m.Request) -> Coroutine[object, object, obj
 def open_site(start: m.Start, connection: Connection) -> Site:
     """Imports only the library that this site needs: each costs a quarter of a second."""
     if isinstance(start.site, m.SshSite):
-        from hpcfs.remotes.sftp import SshSiteConnection
+        from hpcfs.remotes.sftp.remote import SshSiteConnection
 
         return SshSiteConnection(start, connection)
     from hpcfs.remotes.s3 import S3SiteConnection

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpcfs.remotes.s3 import S3SiteConnection
-from hpcfs.remotes.sftp import SshSiteConnection
+from hpcfs.remotes.sftp.remote import SshSiteConnection
 from hpcfs.transfer.messages import S3Root, S3Site, Secret, Start
 from tests.remotes.contract import Subject
 from tests.support.s3 import S3Server, moto_s3, rclone_s3

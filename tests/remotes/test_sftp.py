@@ -12,10 +12,10 @@ from typing import TypeVar
 
 import pytest
 
-from hpcfs.remotes.sftp import SftpRemote, SshSiteConnection, _root_path
-from hpcfs.remotes.sftp_attrs import Owners
-from hpcfs.remotes.sftp_read import MAX_OPEN_HANDLES
-from hpcfs.remotes.sftp_session import PIECES_IN_FLIGHT
+from hpcfs.remotes.sftp.attrs import Owners
+from hpcfs.remotes.sftp.read import MAX_OPEN_HANDLES
+from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection, _root_path
+from hpcfs.remotes.sftp.session import PIECES_IN_FLIGHT
 from hpcfs.transfer.messages import (
     Attributes,
     Changed,

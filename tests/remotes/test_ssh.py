@@ -13,10 +13,10 @@ import asyncssh
 import msgspec
 import pytest
 
-from hpcfs.remotes.sftp import SftpRemote, SshSiteConnection
-from hpcfs.remotes.ssh import LONGEST_PAUSE_SECONDS, Kept
-from hpcfs.remotes.ssh_hostkeys import HostKeys
-from hpcfs.remotes.ssh_settings import FAST_CIPHER, jump_site, read_hop
+from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
+from hpcfs.remotes.ssh.connection import LONGEST_PAUSE_SECONDS, Kept
+from hpcfs.remotes.ssh.hostkeys import HostKeys
+from hpcfs.remotes.ssh.settings import FAST_CIPHER, jump_site, read_hop
 from hpcfs.transfer.messages import (
     AccessRefused,
     HostKeyRefused,

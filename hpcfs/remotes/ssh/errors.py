@@ -1,6 +1,6 @@
 """What asyncssh and the network raise while a connection is made, as sentences of our own.
 
-One table, used by nothing else than the login: after it, errors belong to SFTP (sftp_errors.py).
+One table, used by nothing else than the login: after it, errors belong to SFTP (sftp/errors.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import socket
 
 import asyncssh
 
-from hpcfs.remotes.ssh_settings import Hop
+from hpcfs.remotes.ssh.settings import Hop
 from hpcfs.transfer.messages import (
     AccessRefused,
     HostKeyRefused,

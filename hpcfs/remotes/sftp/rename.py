@@ -13,7 +13,7 @@ import secrets
 import stat
 
 from hpcfs.remotes.base import MAX_NAME_BYTES, last_name
-from hpcfs.remotes.sftp_place import Place
+from hpcfs.remotes.sftp.place import Place
 from hpcfs.transfer.messages import (
     AlreadyExists,
     DirectoryNotEmpty,

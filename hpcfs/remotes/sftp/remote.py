@@ -1,8 +1,8 @@
 """SSH sites and their namespaces: the Remote protocol over SFTP 3 with OpenSSH's extensions.
 
 This module says what each operation is made of; how a connection is had, how bytes move and what
-vague refusals mean is beside it (ssh.py, sftp_session.py, sftp_read.py, sftp_write.py,
-sftp_place.py). Extensions are used where the server has them and done without where it does not:
+vague refusals mean is beside it (../ssh/connection.py, session.py, read.py, write.py, place.py).
+Extensions are used where the server has them and done without where it does not:
 posix-rename (emulated), fsync (left out), statvfs (no numbers), limits (32 KiB pieces), hardlink
 and lsetstat (NotSupported). Symbolic links are never followed below the root: the kernel resolves
 links, and a link that replaced a file must not redirect a change to something else.
@@ -17,19 +17,20 @@ from contextlib import aclosing
 
 from asyncssh import SFTPAttrs
 
-from hpcfs.remotes import sftp_list, sftp_read, sftp_rename, sftp_write
 from hpcfs.remotes.base import Prompter, ReportProgress, Source
-from hpcfs.remotes.sftp_attrs import full_mode, owner_to_set, rest_to_set
-from hpcfs.remotes.sftp_errors import MAX_PATH_BYTES, shown
-from hpcfs.remotes.sftp_place import (
+from hpcfs.remotes.sftp import listing, read, write
+from hpcfs.remotes.sftp import rename as renaming
+from hpcfs.remotes.sftp.attrs import full_mode, owner_to_set, rest_to_set
+from hpcfs.remotes.sftp.errors import MAX_PATH_BYTES, shown
+from hpcfs.remotes.sftp.place import (
     Place,
     explain_directory,
     explain_file,
     explain_new,
     explain_rmdir,
 )
-from hpcfs.remotes.sftp_session import SftpSession, open_session, together
-from hpcfs.remotes.ssh import Kept
+from hpcfs.remotes.sftp.session import SftpSession, open_session, together
+from hpcfs.remotes.ssh.connection import Kept
 from hpcfs.transfer.messages import (
     Abilities,
     Attributes,
@@ -86,7 +87,7 @@ class SftpRemote:
         self._kept = kept
         self._root = root
         self._rooted: tuple[SftpSession, bytes] | None = None
-        self._files = sftp_read.OpenFiles()
+        self._files = read.OpenFiles()
 
     # --- where ----------------------------------------------------------------------------------
 
@@ -142,7 +143,7 @@ class SftpRemote:
         except RemoteError as error:
             raise await explain_directory(place, error) from error
         try:
-            async with aclosing(sftp_list.pages(place, handle)) as pages:
+            async with aclosing(listing.pages(place, handle)) as pages:
                 async for page in pages:
                     yield page
         finally:
@@ -194,7 +195,7 @@ class SftpRemote:
         place = await self._place(path)
         with place.asking():
             async with self._files.using(place, handle) as remote:
-                return await sftp_read.read_range(
+                return await read.read_range(
                     place, remote, version, offset, length, growing=growing
                 )
 
@@ -203,7 +204,7 @@ class SftpRemote:
 
     async def upload(self, request: Upload, source: Source, report: ReportProgress) -> Entry:
         place = await self._place(request.path)
-        return await sftp_write.upload(place, request, source, report)
+        return await write.upload(place, request, source, report)
 
     async def truncate(self, path: bytes, size: int) -> Entry:
         if size < 0:
@@ -218,7 +219,7 @@ class SftpRemote:
     # --- names ----------------------------------------------------------------------------------
 
     async def create(self, path: bytes, mode: int) -> Entry:
-        return await sftp_write.create(await self._place(path), mode)
+        return await write.create(await self._place(path), mode)
 
     async def make_directory(self, path: bytes, mode: int) -> Entry:
         place = await self._place(path)
@@ -256,9 +257,7 @@ class SftpRemote:
         return place.entry_of(await place.attrs())
 
     async def rename(self, path: bytes, target: bytes, *, replace: bool) -> None:
-        await sftp_rename.rename(
-            await self._place(path), await self._place(target), replace=replace
-        )
+        await renaming.rename(await self._place(path), await self._place(target), replace=replace)
 
     async def remove(self, path: bytes) -> None:
         place = await self._place(path)

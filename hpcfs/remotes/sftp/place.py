@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import asyncssh
 from asyncssh import SFTPAttrs
 
-from hpcfs.remotes import sftp_attrs
 from hpcfs.remotes.base import last_name
-from hpcfs.remotes.sftp_errors import shown, translated
-from hpcfs.remotes.sftp_session import SftpSession
+from hpcfs.remotes.sftp import attrs as sftp_attrs
+from hpcfs.remotes.sftp.errors import shown, translated
+from hpcfs.remotes.sftp.session import SftpSession
 from hpcfs.transfer.messages import (
     AlreadyExists,
     DirectoryNotEmpty,

@@ -19,10 +19,10 @@ from asyncssh.constants import OPEN_REQUEST_SESSION_FAILED
 from asyncssh.sftp import SFTPClientHandler, SFTPLimits
 
 from hpcfs.remotes.base import Prompter
-from hpcfs.remotes.sftp_attrs import Owners
-from hpcfs.remotes.sftp_errors import translated
-from hpcfs.remotes.ssh_login import Login, log_in
-from hpcfs.remotes.ssh_settings import CHANNEL_WINDOW_BYTES
+from hpcfs.remotes.sftp.attrs import Owners
+from hpcfs.remotes.sftp.errors import translated
+from hpcfs.remotes.ssh.login import Login, log_in
+from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES
 from hpcfs.transfer.messages import ProtocolError, SshSite, Start, Unreachable, WrongSettings
 
 log = logging.getLogger(__name__)

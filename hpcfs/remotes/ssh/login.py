@@ -20,9 +20,9 @@ import asyncssh
 from asyncssh.public_key import KeyPairListArg
 
 from hpcfs.remotes.base import Prompter
-from hpcfs.remotes.ssh_errors import login_error
-from hpcfs.remotes.ssh_hostkeys import PresentedKey
-from hpcfs.remotes.ssh_settings import Hop, jump_site, read_hop
+from hpcfs.remotes.ssh.errors import login_error
+from hpcfs.remotes.ssh.hostkeys import PresentedKey
+from hpcfs.remotes.ssh.settings import Hop, jump_site, read_hop
 from hpcfs.transfer.messages import SshSite, Unreachable, WrongSettings
 
 log = logging.getLogger(__name__)

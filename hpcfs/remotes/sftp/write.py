@@ -17,9 +17,9 @@ from asyncssh import SFTPAttrs, SFTPOpUnsupported, SFTPPermissionDenied
 from asyncssh.constants import FXF_CREAT, FXF_EXCL, FXF_WRITE
 
 from hpcfs.remotes.base import ReportProgress, Source, checked_size
-from hpcfs.remotes.sftp_attrs import full_mode, owner_to_set, rest_to_set
-from hpcfs.remotes.sftp_place import Place, explain_file, explain_full, explain_new
-from hpcfs.remotes.sftp_session import together
+from hpcfs.remotes.sftp.attrs import full_mode, owner_to_set, rest_to_set
+from hpcfs.remotes.sftp.place import Place, explain_file, explain_full, explain_new
+from hpcfs.remotes.sftp.session import together
 from hpcfs.transfer.messages import (
     Attributes,
     Changed,

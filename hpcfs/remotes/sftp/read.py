@@ -18,10 +18,10 @@ import asyncssh
 from asyncssh import SFTPAttrs
 from asyncssh.constants import FXF_READ
 
-from hpcfs.remotes.sftp_attrs import version_of
-from hpcfs.remotes.sftp_errors import translated
-from hpcfs.remotes.sftp_place import Place
-from hpcfs.remotes.sftp_session import SftpSession, all_of
+from hpcfs.remotes.sftp.attrs import version_of
+from hpcfs.remotes.sftp.errors import translated
+from hpcfs.remotes.sftp.place import Place
+from hpcfs.remotes.sftp.session import SftpSession, all_of
 from hpcfs.transfer.messages import Changed, ProtocolError, RemoteError
 
 log = logging.getLogger(__name__)
@@ -181,5 +181,5 @@ async def _completed(
 
 
 def has_grown(attrs: SFTPAttrs, version: bytes) -> bool:
-    """Whether the file is longer now than `version` (see sftp_attrs.version_of) says."""
+    """Whether the file is longer now than `version` (see attrs.version_of) says."""
     return (attrs.size or 0) > int(version.partition(b":")[0])

@@ -20,10 +20,10 @@ import asyncssh
 from asyncssh import SFTPAttrs, SFTPName
 
 from hpcfs.remotes.base import is_valid_name
-from hpcfs.remotes.sftp_attrs import listed_entry
-from hpcfs.remotes.sftp_errors import translated
-from hpcfs.remotes.sftp_place import Place
-from hpcfs.remotes.sftp_session import all_of
+from hpcfs.remotes.sftp.attrs import listed_entry
+from hpcfs.remotes.sftp.errors import translated
+from hpcfs.remotes.sftp.place import Place
+from hpcfs.remotes.sftp.session import all_of
 from hpcfs.transfer.messages import LIST_PAGE_ENTRIES, Entry, NotFound, RemoteError
 
 log = logging.getLogger(__name__)

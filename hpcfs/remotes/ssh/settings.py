@@ -17,7 +17,7 @@ from typing import Any
 
 import asyncssh
 
-from hpcfs.remotes.ssh_hostkeys import HostKeys
+from hpcfs.remotes.ssh.hostkeys import HostKeys
 from hpcfs.transfer.messages import SshSite, WrongSettings
 
 KEEPALIVE_SECONDS = 15
