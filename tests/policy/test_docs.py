@@ -1,0 +1,39 @@
+"""The documentation names tests that exist, and files that are there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_a_page_names_exist(page: Path) -> None:
+    for file, name in NAMED_TEST.findall(page.read_text()):
+        assert (ROOT / file).is_file(), f"{page.name} names {file}"
+        if name:
+            assert re.search(rf"^(async )?def {name}\b", (ROOT / file).read_text(), re.MULTILINE), (
+                f"{page.name} names {file}::{name}"
+            )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_semantics_names_the_test_of_each_promise() -> None:
+    rows = [
+        line
+        for line in (ROOT / "docs" / "semantics.md").read_text().splitlines()
+        if line.startswith("| ") and "test_" in line
+    ]
+    assert rows
+    assert all(NAMED_TEST.search(row) for row in rows)
