@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hpcfs.remotes.base import is_valid_name
-from hpcfs.remotes.s3_listing import Collator, Listed, in_order, is_marker
-from hpcfs.remotes.s3_names import (
+from hpcfs.remotes.s3.listing import Collator, Listed, in_order, is_marker
+from hpcfs.remotes.s3.names import (
     BESIDE,
     ESCAPE,
     MARKER,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs.remotes.s3 import S3SiteConnection
+from hpcfs.remotes.s3.site import S3SiteConnection
 from hpcfs.remotes.sftp.remote import SshSiteConnection
 from hpcfs.transfer.messages import S3Root, S3Site, Secret, Start
 from tests.remotes.contract import Subject

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from hpcfs.remotes.s3 import S3SiteConnection
-from hpcfs.remotes.s3_names import MARKER, shown
-from hpcfs.remotes.s3_remote import S3Remote
-from hpcfs.remotes.s3_transfer import MIB, Limits, SourceWindow
+from hpcfs.remotes.s3.names import MARKER, shown
+from hpcfs.remotes.s3.remote import S3Remote
+from hpcfs.remotes.s3.site import S3SiteConnection
+from hpcfs.remotes.s3.transfer import MIB, Limits, SourceWindow
 from hpcfs.transfer.messages import (
     AccessRefused,
     AlreadyExists,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from hpcfs.remotes.s3_bucket import Bucket, Info, Page
-from hpcfs.remotes.s3_known import Known
-from hpcfs.remotes.s3_listing import is_marker
-from hpcfs.remotes.s3_names import (
+from hpcfs.remotes.s3.bucket import Bucket, Info, Page
+from hpcfs.remotes.s3.known import Known
+from hpcfs.remotes.s3.listing import is_marker
+from hpcfs.remotes.s3.names import (
     checked_key,
     decoded,
     is_plain,
@@ -31,6 +31,8 @@ from hpcfs.transfer.messages import (
 
 LOOKED_AT = 3
 """Both kinds of marker and one thing more tell whether a directory is there and empty."""
+SEEN_SECONDS = 1.0
+"""As long as the mount believes attributes without asking."""
 ESCAPES_SECONDS = 3600.0
 ESCAPES = 10_000
 
@@ -90,6 +92,8 @@ class Paths:
         self._base = base
         self._read_only = read_only
         self._escapes: Known[str] = Known(ESCAPES_SECONDS, ESCAPES)
+        self._seen: Known[Look] = Known(SEEN_SECONDS, ESCAPES)
+        self._changes = 0
 
     async def place(self, path: bytes) -> Place:
         """Raises NotFound where a shown name stands for nothing."""
@@ -147,7 +151,34 @@ class Paths:
                     return component
         raise NotFound(f"{text(name)}: there is no such name")
 
+    async def recall(self, place: Place) -> Look:
+        """What a look found a moment ago, or a new look: a program that writes a file makes
+        several requests in a row, and each would ask the same."""
+        return self._seen.get(text(place.path)) or await self.look(place)
+
+    def saw_file(self, place: Place, info: Info) -> None:
+        """The object was written here."""
+        self.changed(place)
+        if not place.beside and info.etag:
+            self._seen.put(text(place.path), Look(place, info, False, []))
+
+    def changed(self, place: Place) -> None:
+        """What is at this path was changed here: looks under way don't count."""
+        self._changes += 1
+        self._seen.drop(text(place.path))
+
+    def forget(self) -> None:
+        self._changes += 1
+        self._seen.clear()
+
     async def look(self, place: Place) -> Look:
+        changes = self._changes
+        look = await self._look(place)
+        if changes == self._changes:
+            self._seen.put(text(place.path), look)
+        return look
+
+    async def _look(self, place: Place) -> Look:
         """Both requests at once: a round trip costs more than a request."""
         found, page = await asyncio.gather(
             self._object(place),

@@ -13,15 +13,15 @@ from itertools import chain
 from typing import IO
 from weakref import WeakValueDictionary
 
-from hpcfs.remotes.s3_bucket import Bucket, Info, Page, Summary
-from hpcfs.remotes.s3_entries import Entries
-from hpcfs.remotes.s3_known import Known, MetadataCache
-from hpcfs.remotes.s3_listing import Collator, Listed, in_order, is_marker
-from hpcfs.remotes.s3_markers import Markers
-from hpcfs.remotes.s3_metadata import DIRECTORY_MODE, Metadata
-from hpcfs.remotes.s3_names import checked_key, shown
-from hpcfs.remotes.s3_paths import Place, text
-from hpcfs.remotes.s3_transfer import Transfer, each
+from hpcfs.remotes.s3.bucket import Bucket, Info, Page, Summary
+from hpcfs.remotes.s3.entries import Entries
+from hpcfs.remotes.s3.known import Known, MetadataCache
+from hpcfs.remotes.s3.listing import Collator, Listed, in_order, is_marker
+from hpcfs.remotes.s3.markers import Markers
+from hpcfs.remotes.s3.metadata import DIRECTORY_MODE, Metadata
+from hpcfs.remotes.s3.names import checked_key, shown
+from hpcfs.remotes.s3.paths import Place, text
+from hpcfs.remotes.s3.transfer import Transfer, each
 from hpcfs.transfer.messages import (
     LIST_PAGE_ENTRIES,
     Entry,

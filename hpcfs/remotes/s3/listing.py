@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from hpcfs.remotes.s3_names import MARKER
+from hpcfs.remotes.s3.names import MARKER
 
 T = TypeVar("T")
 

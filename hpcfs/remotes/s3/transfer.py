@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import IO, Any, BinaryIO, TypeVar, cast
 
 from hpcfs.remotes.base import ReportProgress, Source
-from hpcfs.remotes.s3_bucket import Bucket, Info, Summary
-from hpcfs.remotes.s3_metadata import Metadata
+from hpcfs.remotes.s3.bucket import Bucket, Info, Summary
+from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.transfer.messages import Changed, NotSupported, RemoteError, RemoteFailure, TooLarge
 
 log = logging.getLogger(__name__)

@@ -14,11 +14,11 @@ from typing import Any
 from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession
 
-from hpcfs.remotes.s3_bucket import Bucket
-from hpcfs.remotes.s3_directory import HEADS_IN_FLIGHT
-from hpcfs.remotes.s3_errors import Health
-from hpcfs.remotes.s3_remote import S3Remote
-from hpcfs.remotes.s3_transfer import Limits
+from hpcfs.remotes.s3.bucket import Bucket
+from hpcfs.remotes.s3.directory import HEADS_IN_FLIGHT
+from hpcfs.remotes.s3.errors import Health
+from hpcfs.remotes.s3.remote import S3Remote
+from hpcfs.remotes.s3.transfer import Limits
 from hpcfs.transfer.messages import S3Root, S3Site, Start, Unreachable
 
 CONNECTIONS = 32

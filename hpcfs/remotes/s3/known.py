@@ -12,8 +12,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from hpcfs.remotes.s3_bucket import Info, Summary
-from hpcfs.remotes.s3_metadata import NANOSECONDS
+from hpcfs.remotes.s3.bucket import Info, Summary
+from hpcfs.remotes.s3.metadata import NANOSECONDS
 
 V = TypeVar("V")
 SETTLED_NS = 2 * NANOSECONDS

@@ -8,7 +8,7 @@ that is hidden and nothing of it may reach other data, so
   hash; so is a component that itself contains ESCAPE: what is shown stays unambiguous;
 - an object beside a directory of its name is shown with BESIDE appended;
 - MARKER is the name of the marker object on servers that can't keep "a/" apart from "a"
-  (s3_markers.py); it is not shown.
+  (markers.py); it is not shown.
 
 New entries can't be given a name that contains ESCAPE. Percent-encoding was considered instead of
 hashes: it can't shorten names that are too long, and it turns ordinary names ("100%41") ambiguous.

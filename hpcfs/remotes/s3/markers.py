@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 
-from hpcfs.remotes.s3_bucket import Bucket, Info
-from hpcfs.remotes.s3_known import Known
-from hpcfs.remotes.s3_metadata import Metadata
-from hpcfs.remotes.s3_names import MARKER
+from hpcfs.remotes.s3.bucket import Bucket, Info
+from hpcfs.remotes.s3.known import Known
+from hpcfs.remotes.s3.metadata import Metadata
+from hpcfs.remotes.s3.names import MARKER
 
 HEADERS = {"ContentType": "application/x-directory"}
 REMEMBERED_SECONDS = 2.0

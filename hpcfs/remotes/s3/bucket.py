@@ -14,9 +14,9 @@ from email.utils import parsedate_to_datetime
 from typing import Any, BinaryIO
 
 from hpcfs.remotes.base import checked_size
-from hpcfs.remotes.s3_errors import Health, translating
-from hpcfs.remotes.s3_metadata import NANOSECONDS, Metadata, decode, encode
-from hpcfs.remotes.s3_names import MARKER, checked_key
+from hpcfs.remotes.s3.errors import Health, translating
+from hpcfs.remotes.s3.metadata import NANOSECONDS, Metadata, decode, encode
+from hpcfs.remotes.s3.names import MARKER, checked_key
 from hpcfs.transfer.messages import (
     Changed,
     NotFound,

@@ -6,8 +6,8 @@ import stat
 import time
 from dataclasses import dataclass
 
-from hpcfs.remotes.s3_bucket import Info, Summary
-from hpcfs.remotes.s3_metadata import (
+from hpcfs.remotes.s3.bucket import Info, Summary
+from hpcfs.remotes.s3.metadata import (
     DIRECTORY_MODE,
     FILE_MODE,
     NANOSECONDS,

@@ -21,18 +21,18 @@ from typing import IO, Any
 import msgspec
 
 from hpcfs.remotes.base import ReportProgress, Source, last_name
-from hpcfs.remotes.s3_bucket import Bucket, Info, Summary
-from hpcfs.remotes.s3_directory import Lister, Mover, Parents
-from hpcfs.remotes.s3_entries import Entries
-from hpcfs.remotes.s3_markers import Markers
-from hpcfs.remotes.s3_metadata import (
+from hpcfs.remotes.s3.bucket import Bucket, Info, Summary
+from hpcfs.remotes.s3.directory import Lister, Mover, Parents
+from hpcfs.remotes.s3.entries import Entries
+from hpcfs.remotes.s3.markers import Markers
+from hpcfs.remotes.s3.metadata import (
     DIRECTORY_MODE,
     FILE_MODE,
     PERMISSIONS,
     SYMLINK_MODE,
     Metadata,
 )
-from hpcfs.remotes.s3_paths import (
+from hpcfs.remotes.s3.paths import (
     Look,
     Paths,
     Place,
@@ -41,7 +41,7 @@ from hpcfs.remotes.s3_paths import (
     refuse_existing,
     text,
 )
-from hpcfs.remotes.s3_transfer import FileSource, Limits, Transfer
+from hpcfs.remotes.s3.transfer import FileSource, Limits, Transfer
 from hpcfs.transfer.messages import (
     Abilities,
     AccessRefused,
@@ -182,6 +182,7 @@ class S3Remote:
         look = await self._look_for_new(path)
         refuse_existing(look)
         metadata = self._entries.fresh(stat.S_IFDIR | (mode & PERMISSIONS))
+        self._paths.changed(look.place)
         await self._markers.write(look.place.directory, metadata)
         self._parents.made(look.place.directory)
         return self._entries.directory(last_name(path), metadata)
@@ -193,6 +194,7 @@ class S3Remote:
         look = await self._look_for_new(path)
         refuse_existing(look)
         metadata = self._entries.fresh(SYMLINK_MODE)
+        self._paths.changed(look.place)
         etag = await self._bucket.put(look.place.key, target, metadata, {})
         summary = Summary(look.place.key, len(target), etag, 0)
         return self._entries.file(last_name(path), summary, metadata)
@@ -205,7 +207,7 @@ class S3Remote:
     async def set_attributes(self, path: bytes, attributes: Attributes) -> Entry:
         self._check_writable()
         self._check_owner(attributes)
-        look = await self._paths.look(await self._paths.place(path))
+        look = await self._paths.recall(await self._paths.place(path))
         if look.is_directory:
             return await self._set_directory_attributes(look.place, attributes)
         found = file_of(look)
@@ -235,8 +237,10 @@ class S3Remote:
         if not path or not target or target.startswith(path + b"/"):
             raise InvalidRequest(f"{text(path)} can't be moved to {text(target)}")
         source, goal = await asyncio.gather(
-            self._paths.look(await self._paths.place(path)), self._look_for_new(target)
+            self._paths.recall(await self._paths.place(path)), self._look_for_new(target)
         )
+        if goal.is_directory:  # whether it is empty decides: no memory is good enough
+            goal = await self._paths.look(goal.place)
         if not source.exists:
             raise NotFound(f"{text(path)}: there is no such file or directory")
         if goal.exists and not replace:
@@ -251,7 +255,7 @@ class S3Remote:
 
     async def remove(self, path: bytes) -> None:
         self._check_writable()
-        look = await self._paths.look(await self._paths.place(path))
+        look = await self._paths.recall(await self._paths.place(path))
         if look.is_directory:
             raise IsADirectory(f"{text(path)} is a directory")
         await self._delete_file(look.place, file_of(look))
@@ -267,7 +271,8 @@ class S3Remote:
         if look.children:
             raise DirectoryNotEmpty(f"{text(path)} is not empty")
         async with self._parents.kept(look.place):
-            await self._markers.remove(look.place.directory, look.markers)
+            self._paths.changed(look.place)
+        await self._markers.remove(look.place.directory, look.markers)
         self._parents.forget()
 
     # --- steps ------------------------------------------------------------------------------
@@ -286,7 +291,7 @@ class S3Remote:
         """What is at a path that may be made, in a directory that is there."""
         self._check_writable()
         place = await self._paths.new_place(path)
-        look, _ = await asyncio.gather(self._paths.look(place), self._parents.require(place))
+        look, _ = await asyncio.gather(self._paths.recall(place), self._parents.require(place))
         return look
 
     async def _store(
@@ -298,7 +303,9 @@ class S3Remote:
         report: ReportProgress,
     ) -> Entry:
         self._lister.cache.drop(place.key)
+        self._paths.changed(place)
         stored = await self._transfer.upload(place.key, source, metadata, headers, report)
+        self._paths.saw_file(place, _info(stored, metadata, headers))
         return self._entries.file(last_name(place.path), stored, metadata)
 
     async def _rewrite(self, place: Place, found: Info, attributes: Attributes) -> Entry:
@@ -309,7 +316,9 @@ class S3Remote:
             old = with_changes(old, mtime_ns=shown.mtime_ns)
         metadata = old.changed(attributes, old.mode if old.mode is not None else FILE_MODE)
         self._lister.cache.drop(place.key)
+        self._paths.changed(place)
         stored = await self._transfer.copy(found, place.key, metadata)
+        self._paths.saw_file(place, _info(stored, metadata, found.headers))
         return self._entries.file(last_name(place.path), stored, metadata)
 
     async def _directory_metadata(self, place: Place) -> Metadata | None:
@@ -327,6 +336,7 @@ class S3Remote:
         if not place.directory:
             self._root_metadata = metadata
         elif metadata != old:
+            self._paths.changed(place)
             await self._markers.write(place.directory, metadata)
             self._parents.made(place.directory)
         return self._entries.directory(last_name(place.path), metadata)
@@ -339,12 +349,16 @@ class S3Remote:
 
     async def _delete_file(self, place: Place, found: Info) -> None:
         self._lister.cache.drop(found.key)
+        self._paths.changed(place)
         async with self._parents.kept(place):
             await self._bucket.delete(found.key)
+        self._paths.changed(place)
 
     async def _rename_file(self, source: Place, found: Info, target: Place) -> None:
         self._lister.cache.drop(target.key)
+        self._paths.changed(target)
         await self._transfer.copy(found, target.key)
+        self._paths.changed(target)
         await self._delete_file(source, found)
 
     async def _rename_directory(self, source: Place, target: Place) -> None:
@@ -353,12 +367,25 @@ class S3Remote:
                 await self._mover.move(source.directory, target.directory)
         finally:
             self._parents.forget()
+            self._paths.forget()
             self._markers.forget()
             self._lister.cache.clear()
 
 
 def _ignore(done: int) -> None:
     """The progress of an upload that nobody follows."""
+
+
+def _info(stored: Summary, metadata: Metadata, headers: Mapping[str, Any]) -> Info:
+    """What a HEAD of the object just stored would say."""
+    return Info(
+        stored.key,
+        stored.size,
+        stored.etag,
+        stored.modified_ns,
+        metadata=metadata,
+        headers=headers,
+    )
 
 
 def _is_link(found: Info) -> bool:

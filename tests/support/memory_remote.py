@@ -1,0 +1,448 @@
+"""A remote in memory with the rules of a real one, and a site that runs it under trio.
+
+`MemoryRemote` is either sftp-like (ranges are written in place, open files keep their identity) or
+s3-like (whole files replace whole files). `MemorySite` stands in for a transfer process: it stores
+what is fetched in the cache file and reads from there what is uploaded. `Cues` make the site fail
+or wait at a chosen call, so that a test can put two things in a chosen order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+import trio
+
+from hpcfs.remotes.base import Source
+from hpcfs.transfer import messages as m
+from hpcfs.transfer.process import CacheSource, perform, store_range
+
+T = TypeVar("T")
+SECOND = 10**9
+UID, GID = 1000, 1000
+
+
+@dataclass(eq=False)
+class Item:
+    """A file, directory or link of the remote."""
+
+    mode: int
+    mtime_ns: int
+    content: bytearray = field(default_factory=bytearray)
+    children: dict[bytes, Item] = field(default_factory=dict)
+    atime_ns: int = 0
+    changes: int = 0
+
+    @property
+    def is_directory(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+    @property
+    def is_file(self) -> bool:
+        return stat.S_ISREG(self.mode)
+
+
+class MemoryRemote:
+    """`distinct` makes every change a new version, which size and whole seconds alone don't."""
+
+    def __init__(self, kind: str, *, distinct: bool = True) -> None:
+        assert kind in ("sftp", "s3")
+        self.is_sftp = kind == "sftp"
+        self.distinct = distinct
+        self._clock_ns = 1_700_000_000 * SECOND
+        self.root = Item(stat.S_IFDIR | 0o755, self._clock_ns)
+        self.handles: dict[int, Item] = {}
+
+    # --- for tests: what others do to the remote ----------------------------------------------
+
+    def put(self, path: bytes, content: bytes, mode: int = 0o644) -> None:
+        """Another program replaces the file by a new one."""
+        item = Item(stat.S_IFREG | mode, self._now(), bytearray(content))
+        item.changes = self._clock_ns
+        parent, name = self._parent(path)
+        parent.children[name] = item
+
+    def append(self, path: bytes, more: bytes) -> None:
+        """Another program appends (on S3: uploads it anew)."""
+        item = self._file(path)
+        item.content += more
+        self._touch(item)
+
+    def overwrite(self, path: bytes, content: bytes) -> None:
+        """Another program writes into the very same file."""
+        item = self._file(path)
+        item.content[:] = content
+        self._touch(item)
+
+    def get(self, path: bytes) -> bytes:
+        return bytes(self._file(path).content)
+
+    def paths(self) -> dict[bytes, Item]:
+        found: dict[bytes, Item] = {}
+
+        def walk(item: Item, path: bytes) -> None:
+            for name, child in item.children.items():
+                below = path + b"/" + name if path else name
+                found[below] = child
+                walk(child, below)
+
+        walk(self.root, b"")
+        return found
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _now(self) -> int:
+        self._clock_ns += SECOND // 100
+        return self._clock_ns - self._clock_ns % SECOND if self.is_sftp else self._clock_ns
+
+    def _touch(self, item: Item) -> None:
+        item.mtime_ns = self._now()
+        item.changes = self._clock_ns
+
+    def _find(self, path: bytes) -> Item:
+        item = self.root
+        for name in path.split(b"/") if path else []:
+            if not item.is_directory:
+                raise m.NotADirectory(f"{path!r}: not a directory")
+            if name not in item.children:
+                raise m.NotFound(f"{path!r} is not there")
+            item = item.children[name]
+        return item
+
+    def _parent(self, path: bytes) -> tuple[Item, bytes]:
+        folder, _, name = path.rpartition(b"/")
+        parent = self._find(folder)
+        if not parent.is_directory:
+            raise m.NotADirectory(f"{folder!r}: not a directory")
+        return parent, name
+
+    def _file(self, path: bytes) -> Item:
+        item = self._find(path)
+        if item.is_directory:
+            raise m.IsADirectory(f"{path!r} is a directory")
+        return item
+
+    def _free_place(self, path: bytes) -> tuple[Item, bytes]:
+        parent, name = self._parent(path)
+        if name in parent.children:
+            raise m.AlreadyExists(f"{path!r} is there already")
+        return parent, name
+
+    def _version(self, item: Item) -> bytes:
+        if not item.is_file:
+            return b""
+        if self.is_sftp:
+            version = b"%d:%d" % (len(item.content), item.mtime_ns // SECOND)
+        else:
+            version = hashlib.blake2b(item.content, digest_size=8).hexdigest().encode()
+        return version + b":%d" % item.changes if self.distinct else version
+
+    def _entry(self, path: bytes, item: Item) -> m.Entry:
+        name = path.rpartition(b"/")[2]
+        size = 0 if item.is_directory else len(item.content)
+        times = (item.mtime_ns, item.atime_ns)
+        return m.Entry(name, item.mode, size, *times, UID, GID, self._version(item))
+
+    def _set(self, item: Item, attributes: m.Attributes) -> None:
+        resolution = SECOND if self.is_sftp else 1
+        if attributes.mode is not None:
+            item.mode = stat.S_IFMT(item.mode) | attributes.mode
+        if attributes.mtime_ns is not None:
+            item.mtime_ns = attributes.mtime_ns - attributes.mtime_ns % resolution
+        if attributes.atime_ns is not None:
+            item.atime_ns = attributes.atime_ns - attributes.atime_ns % resolution
+
+    # --- Remote (remotes/base.py) ---------------------------------------------------------------
+
+    async def connect(self) -> m.Abilities:
+        return m.Abilities(
+            partial_writes=self.is_sftp,
+            creates_on_upload=not self.is_sftp,
+            handles=self.is_sftp,
+            mtime_resolution_ns=SECOND if self.is_sftp else 1,
+        )
+
+    async def stat(self, path: bytes) -> m.Entry:
+        return self._entry(path, self._find(path))
+
+    async def stat_open(self, handle: int) -> m.Entry | None:
+        item = self.handles.get(handle)
+        return None if item is None else self._entry(b"", item)
+
+    async def list(self, path: bytes) -> AsyncIterator[Sequence[m.Entry]]:
+        item = self._find(path)
+        if not item.is_directory:
+            raise m.NotADirectory(f"{path!r}: not a directory")
+        entries = [self._entry(name, child) for name, child in item.children.items()]
+        for start in range(0, len(entries), m.LIST_PAGE_ENTRIES):
+            yield entries[start : start + m.LIST_PAGE_ENTRIES]
+
+    async def read_link(self, path: bytes) -> bytes:
+        item = self._find(path)
+        if not stat.S_ISLNK(item.mode):
+            raise m.InvalidRequest(f"{path!r} is no link")
+        return bytes(item.content)
+
+    async def fetch(
+        self,
+        path: bytes,
+        version: bytes,
+        offset: int,
+        length: int,
+        handle: int,
+        *,
+        growing: bool = False,
+    ) -> bytes:
+        item = self.handles.get(handle) if self.is_sftp else None
+        if item is None:
+            item = self._file(path)
+            if self.is_sftp:
+                self.handles[handle] = item
+        old_size = int(version.partition(b":")[0]) if self.is_sftp else 0
+        grew = self.is_sftp and growing and len(item.content) > old_size
+        if self._version(item) != version and not grew:
+            raise m.Changed(f"{path!r} was changed")
+        if offset + length > len(item.content):
+            raise m.Changed(f"{path!r} is shorter than it was")
+        assert length >= 0, "a fetch of a negative length"
+        return bytes(item.content[offset : offset + length])
+
+    async def release(self, handle: int) -> None:
+        self.handles.pop(handle, None)
+
+    async def upload(
+        self, request: m.Upload, source: Source, report: Callable[[int], None]
+    ) -> m.Entry:
+        parent, name = self._parent(request.path)
+        item = parent.children.get(name)
+        if item is not None and not item.is_file:
+            raise m.IsADirectory(f"{request.path!r} is no file")
+        if self.is_sftp:
+            item = self._written_in_place(item, request, source)
+        else:
+            content = bytearray(source.read(0, request.size))
+            item = Item(stat.S_IFREG | request.mode, 0, content)
+        parent.children[name] = item
+        self._touch(item)
+        item.mode = stat.S_IFREG | request.mode
+        self._set(item, request.attributes)
+        report(request.size)
+        return self._entry(request.path, item)
+
+    def _written_in_place(self, item: Item | None, request: m.Upload, source: Source) -> Item:
+        item = item or Item(stat.S_IFREG, 0)
+        covered = len(item.content)
+        for start, length in sorted(request.ranges):
+            covered = max(covered, start + length) if start <= covered else covered
+        if covered < min(request.base_size, request.size):
+            raise m.Changed(f"{request.path!r} was cut meanwhile")
+        del item.content[request.base_size :]
+        for start, length in request.ranges:
+            item.content.extend(bytes(max(0, start - len(item.content))))
+            item.content[start : start + length] = source.read(start, length)
+        del item.content[request.size :]
+        item.content.extend(bytes(request.size - len(item.content)))
+        return item
+
+    async def create(self, path: bytes, mode: int) -> m.Entry:
+        parent, name = self._free_place(path)
+        item = Item(stat.S_IFREG | mode, self._now())
+        item.changes = self._clock_ns
+        if self.is_sftp:
+            parent.children[name] = item
+            return self._entry(path, item)
+        return msgspec.structs.replace(self._entry(path, item), version=b"")
+
+    async def make_directory(self, path: bytes, mode: int) -> m.Entry:
+        parent, name = self._free_place(path)
+        parent.children[name] = Item(stat.S_IFDIR | mode, self._now())
+        return self._entry(path, parent.children[name])
+
+    async def make_symlink(self, path: bytes, target: bytes) -> m.Entry:
+        parent, name = self._free_place(path)
+        parent.children[name] = Item(stat.S_IFLNK | 0o777, self._now(), bytearray(target))
+        return self._entry(path, parent.children[name])
+
+    async def make_link(self, existing: bytes, path: bytes) -> m.Entry:
+        if not self.is_sftp:
+            raise m.NotSupported("S3 has no hard links")
+        parent, name = self._free_place(path)
+        parent.children[name] = self._file(existing)
+        return self._entry(path, parent.children[name])
+
+    async def rename(self, path: bytes, target: bytes, *, replace: bool) -> None:
+        item = self._find(path)
+        if target.startswith(path + b"/"):
+            raise m.InvalidRequest("a directory can't be moved into itself")
+        parent, name = self._parent(target)
+        there = parent.children.get(name)
+        if there is not None:
+            self._check_replaceable(item, there, replace=replace)
+        old_parent, old_name = self._parent(path)
+        del old_parent.children[old_name]
+        parent.children[name] = item
+
+    def _check_replaceable(self, item: Item, there: Item, *, replace: bool) -> None:
+        if not replace:
+            raise m.AlreadyExists("the name is taken")
+        if there.is_directory and not item.is_directory:
+            raise m.IsADirectory("a directory is there")
+        if item.is_directory and not there.is_directory:
+            raise m.NotADirectory("something else than a directory is there")
+        if there.children:
+            raise m.DirectoryNotEmpty("the directory there is not empty")
+
+    async def remove(self, path: bytes) -> None:
+        self._file(path)
+        parent, name = self._parent(path)
+        del parent.children[name]
+
+    async def remove_directory(self, path: bytes) -> None:
+        item = self._find(path)
+        if not item.is_directory:
+            raise m.NotADirectory(f"{path!r}: not a directory")
+        if item.children:
+            raise m.DirectoryNotEmpty(f"{path!r} is not empty")
+        parent, name = self._parent(path)
+        del parent.children[name]
+
+    async def set_attributes(self, path: bytes, attributes: m.Attributes) -> m.Entry:
+        item = self._find(path)
+        self._set(item, attributes)
+        return self._entry(path, item)
+
+    async def truncate(self, path: bytes, size: int) -> m.Entry:
+        item = self._file(path)
+        del item.content[size:]
+        item.content.extend(bytes(size - len(item.content)))
+        self._touch(item)
+        return self._entry(path, item)
+
+    async def disk_usage(self) -> m.DiskUsage | None:
+        return m.DiskUsage(10**12, 10**11, 10**11, 10**6, 10**5) if self.is_sftp else None
+
+
+# --- the site -------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Held:
+    """A call that waits: `reached` is set when it does, and `go` lets it go on."""
+
+    reached: trio.Event = field(default_factory=trio.Event)
+    go: trio.Event = field(default_factory=trio.Event)
+
+
+@dataclass(eq=False)
+class _Cue:
+    kind: type[object]
+    skip: int
+    times: int
+    stage: str
+    error: m.RemoteError | None = None
+    held: Held | None = None
+
+
+class Cues:
+    """What is to go wrong, or to wait, at which call.
+
+    A call has three stages: "before" the remote did anything, "middle" (of a fetch: the bytes left
+    the remote but are not in the cache file yet), and "after" (done, but not answered).
+    """
+
+    def __init__(self) -> None:
+        self._cues: list[_Cue] = []
+        self.calls: list[m.Request] = []
+
+    def fail(
+        self,
+        kind: type[object],
+        error: m.RemoteError,
+        *,
+        nth: int = 1,
+        times: int = 1,
+        stage: str = "before",
+    ) -> None:
+        self._cues.append(_Cue(kind, nth - 1, times, stage, error=error))
+
+    def hold(self, kind: type[object], *, nth: int = 1, stage: str = "before") -> Held:
+        held = Held()
+        self._cues.append(_Cue(kind, nth - 1, 1, stage, held=held))
+        return held
+
+    def clear(self) -> None:
+        self._cues.clear()
+
+    def count(self, kind: type[object]) -> int:
+        return sum(isinstance(call, kind) for call in self.calls)
+
+    async def reach(self, request: m.Request, stage: str) -> None:
+        for cue in list(self._cues):
+            if not isinstance(request, cue.kind) or cue.stage != stage:
+                continue
+            if cue.skip:
+                cue.skip -= 1
+                continue
+            cue.times -= 1
+            if not cue.times:
+                self._cues.remove(cue)
+            if cue.held:
+                cue.held.reached.set()
+                await cue.held.go.wait()
+            if cue.error:
+                raise cue.error
+
+
+class MemorySite:
+    """Satisfies SiteCalls (filesystem/namespace.py)."""
+
+    def __init__(self, remotes: dict[str, MemoryRemote]) -> None:
+        self.remotes = remotes
+        self.cues = Cues()
+
+    async def call(
+        self, namespace: str, request: m.Request, kind: type[T], timeout: float = 30.0
+    ) -> T:
+        self.cues.calls.append(request)
+        with trio.move_on_after(timeout):
+            await self.cues.reach(request, "before")
+            result = await self._perform(self.remotes[namespace], request)
+            await self.cues.reach(request, "after")
+            return msgspec.msgpack.decode(msgspec.msgpack.encode(result), type=kind)
+        raise m.TimedOut(f"no answer to {type(request).__name__} within {timeout:g} s")
+
+    async def _perform(self, remote: MemoryRemote, request: m.Request) -> object:
+        match request:
+            case m.Fetch(path, version, offset, length, cache_file, handle, growing):
+                data = await remote.fetch(path, version, offset, length, handle, growing=growing)
+                await self.cues.reach(request, "middle")
+                return m.Fetched(len(data), store_range(cache_file, offset, data))
+            case m.Upload():
+                source = CacheSource(request.cache_file, request.size)
+                try:
+                    return await remote.upload(request, source, lambda done: None)
+                finally:
+                    source.close()
+            case _:
+                return await perform(remote, request)
+
+    async def call_pages(
+        self,
+        namespace: str,
+        request: m.List,
+        on_page: Callable[[bytes], None],
+        timeout: float = 30.0,
+    ) -> None:
+        self.cues.calls.append(request)
+        with trio.move_on_after(timeout):
+            await self.cues.reach(request, "before")
+            async for page in self.remotes[namespace].list(request.path):
+                on_page(msgspec.msgpack.encode(page))
+                await self.cues.reach(request, "middle")
+            await self.cues.reach(request, "after")
+            return
+        raise m.TimedOut(f"no answer to List within {timeout:g} s")
