@@ -88,7 +88,10 @@ need_python() {
     local name
     find_python
     if [ -z "$python" ]; then
-        refresh_package_lists
+        if [ "$manager" = apt ] && ! package_lists_newer_than 1000000; then
+            confirm "Python 3.11 or later; to see which, the package lists" "apt-get update"
+            refresh_package_lists
+        fi
         name="$(python_package)"
         case "$manager" in
             apt) missing+=("$name" "$name-venv" "$name-dev") ;;
@@ -141,15 +144,13 @@ check_root() {
     fi
 }
 
-refreshed=
+package_lists_newer_than() {
+    [ -n "$(find /var/lib/apt/lists -name '*_Packages*' -mmin "-$1" 2>/dev/null)" ]
+}
+
+# apt's, when they are a day old: dnf cares for its own.
 refresh_package_lists() {
-    if [ -n "$refreshed" ] || [ "$manager" != apt ]; then return; fi
-    if [ -n "$(find /var/lib/apt/lists -name '*_Packages*' -mmin -1440 2>/dev/null | head -1)" ]; then
-        return
-    fi
-    check_root "a package"
-    as_root apt-get -qq update >&2
-    refreshed=yes
+    if [ "$manager" = apt ] && ! package_lists_newer_than 1440; then as_root apt-get -qq update >&2; fi
 }
 
 # Asks once for all packages, and says what it will run.
