@@ -44,7 +44,7 @@ ERRNO: dict[type[Exception], int] = {
     m.TimedOut: errno.ETIMEDOUT,
     m.AccessRefused: errno.EACCES,
     m.HostKeyRefused: errno.EACCES,
-    m.WrongSettings: errno.ENOENT,
+    m.WrongSettings: errno.ENXIO,  # readdir(3) takes ENOENT for the end of an empty folder
     m.ProtocolError: errno.EPROTO,
     m.CacheDiskFull: errno.ENOSPC,
     m.RemoteFailure: errno.EIO,

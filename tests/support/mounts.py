@@ -15,8 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -32,7 +32,9 @@ from tests.support.sshd import ALIAS, SshServer
 T = TypeVar("T")
 
 KINDS = ("sftp", "s3-rclone", "s3-moto")
-_PROBLEM = re.compile(r"^Traceback|^\S+ \S+ \w+\[\d+\] (?:WARNING|ERROR|CRITICAL) .*$", re.MULTILINE)
+_PROBLEM = re.compile(
+    r"^Traceback|^\S+ \S+ \w+\[\d+\] (?:WARNING|ERROR|CRITICAL) .*$", re.MULTILINE
+)
 _LOG_SHOWN = 6000
 _numbers = itertools.count()
 
@@ -174,7 +176,7 @@ def served_by_s3(kind: str, server: S3Server, endpoint_url: str | None = None) -
     return Served(kind, keys, InBucket(server, prefix), (server.access_key, server.secret_key))
 
 
-# --- mounts -----------------------------------------------------------------------------------------
+# --- mounts ---------------------------------------------------------------------------------------
 
 
 class RealHome(Home):
@@ -194,6 +196,8 @@ class Mount:
     name: str = "mnt"
     expected: list[str] = field(default_factory=list)
     """Patterns of log lines that are no problem."""
+    told: str = ""
+    """By the last mount command, on stderr."""
     _checked: int = 0
 
     @property
@@ -225,10 +229,13 @@ class Mount:
 
     def mount(self, *arguments: str | Path) -> str:
         """Returns what the command wrote on stderr; it must succeed."""
-        self.write_config()
-        self.path.mkdir(exist_ok=True)
+        if self.namespaces:
+            self.write_config()
+        with suppress(FileExistsError):
+            self.path.mkdir()
         done = self.home.run("mount", *arguments, self.path)
         assert (done.returncode, done.stdout) == (0, ""), done.stderr + self.log
+        self.told = done.stderr
         return done.stderr
 
     def umount(self) -> str:
@@ -244,7 +251,7 @@ class Mount:
     def is_mounted(self) -> bool:
         return mountinfo.at(self.path, mountinfo.read()) is not None
 
-    # --- the daemon -----------------------------------------------------------------------------
+    # --- the daemon -------------------------------------------------------------------------------
 
     @property
     def status(self) -> MountStatus:
@@ -267,7 +274,7 @@ class Mount:
         found = [int(pid) for file in children for pid in file.read_text().split()]
         return [pid for pid in found if b"hpcfs.transfer" in _command_line(pid)]
 
-    # --- its log --------------------------------------------------------------------------------
+    # --- its log ----------------------------------------------------------------------------------
 
     @property
     def log(self) -> str:
@@ -314,11 +321,17 @@ def make_real_home(path: Path) -> RealHome:
 
 
 @contextmanager
-def mounted(home: RealHome, namespaces: dict[str, Served], **top: str) -> Iterator[Mount]:
-    """A mount for the length of a block; at its end the log must be clean."""
-    mount = Mount(home, namespaces, top)
+def mounted(
+    home: RealHome,
+    namespaces: dict[str, Served],
+    *arguments: str | Path,
+    expected: Iterable[str] = (),
+    **top: str,
+) -> Iterator[Mount]:
+    """A mount for the length of a block; at its end the log has nothing that was not `expected`."""
+    mount = Mount(home, namespaces, top, expected=list(expected))
     try:
-        mount.mount()
+        mount.mount(*arguments)
         yield mount
         if mount.is_mounted:
             mount.umount()
@@ -330,7 +343,7 @@ def mounted(home: RealHome, namespaces: dict[str, Served], **top: str) -> Iterat
         end_mounts_below(home.path)
 
 
-# --- pytest -----------------------------------------------------------------------------------------
+# --- pytest ---------------------------------------------------------------------------------------
 
 
 def mounts_of(item: pytest.Item) -> Iterator[Mount]:

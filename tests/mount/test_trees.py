@@ -1,0 +1,72 @@
+"""A tree of mixed files goes in by rsync and by cp, and comes back identical by a second mount.
+
+All 2,000 files over SFTP in both ways. The S3 servers are slow (rclone's takes up to 80 ms for each
+request when the machine is busy), so that by default one way has fewer files there;
+HPCFS_FULL=1 in the environment runs 2,000 files of every size everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.mount.conftest import Servers
+from tests.support.mounts import KINDS, Mount, RealHome, mounted, run
+from tests.support.trees import (
+    LATIN_1,
+    MIB,
+    NAMES,
+    NEWLINE,
+    SMALL_SIZES,
+    Recipe,
+    differences,
+    facts_of,
+    make_tree,
+)
+
+FULL = os.environ.get("HPCFS_FULL") == "1"
+SFTP = Recipe(2000, names=(*NAMES, NEWLINE, LATIN_1))
+RCLONE = Recipe(2000 if FULL else 250, names=(*NAMES, NEWLINE))
+MOTO = Recipe(2000 if FULL else 120)
+SMALL = {} if FULL else {"sizes": SMALL_SIZES, "large": (64 * MIB, 17 * MIB)}
+RECIPES = {"sftp": SFTP, "s3-rclone": replace(RCLONE, **SMALL), "s3-moto": replace(MOTO, **SMALL)}
+
+WAYS = ("rsync -a", "cp -a")
+
+
+def copy(way: str, source: Path, target: Path) -> None:
+    """Both make `target` a copy of `source`."""
+    if way == "rsync -a":
+        run("rsync", "-a", f"{source}/", f"{target}/")
+    else:
+        run("cp", "-aT", source, target)
+
+
+def rsync_finds_to_do(source: Path, target: Path) -> str:
+    return run("rsync", "-ai", f"{source}/", f"{target}/")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tree_comes_back_identical(
+    kind: str, way: str, servers: Servers, real_home: RealHome, tmp_path: Path
+) -> None:
+    served = servers.serve(kind)
+    make_tree(tmp_path / "source", RECIPES[kind])
+    wanted = facts_of(tmp_path / "source")
+    with mounted(real_home, {"ns": served}) as mount:
+        copy(way, tmp_path / "source", mount.path / "ns" / "tree")
+        assert differences(wanted, facts_of(mount.path / "ns" / "tree")) == []
+        _check_second_mount(mount, wanted, tmp_path / "source")
+
+
+def _check_second_mount(mount: Mount, wanted: dict[bytes, object], source: Path) -> None:
+    """First with what the first mount cached, then with nothing."""
+    mount.remount()
+    assert rsync_finds_to_do(source, mount.path / "ns" / "tree") == ""
+    mount.remount("--cache-dir", mount.home.path / "another-cache")
+    assert differences(wanted, facts_of(mount.path / "ns" / "tree")) == []
+    assert rsync_finds_to_do(source, mount.path / "ns" / "tree") == ""
