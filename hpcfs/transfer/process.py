@@ -241,7 +241,7 @@ def open_site(start: m.Start, connection: Connection) -> Site:
         from hpcfs.remotes.sftp.remote import SshSiteConnection
 
         return SshSiteConnection(start, connection)
-    from hpcfs.remotes.s3 import S3SiteConnection
+    from hpcfs.remotes.s3.site import S3SiteConnection
 
     return S3SiteConnection(start)
 
