@@ -24,6 +24,8 @@ from pathlib import Path
 from hpcfs import mountpoint
 
 LOCK_NAME = "hpcfs-test-run.lock"
+MARK = "HPCFS_TEST_RUN"
+"""In the environment of what a run starts: servers need not have a file open in its directory."""
 GRACE_SECONDS = float(os.environ.get("HPCFS_GRACE", "10"))
 """For processes that are ending when the last test is over."""
 OUR_PROGRAMS = re.compile(rb"hpcfs|tests\.support|sshd|sftp-server|rclone|moto")
@@ -45,6 +47,7 @@ class Leftovers:
 
 def hold(base: Path) -> int:
     """Mark the run that uses `base` as alive, until the returned descriptor is closed."""
+    os.environ[MARK] = str(base.resolve())
     lock = os.open(base / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
     return lock
@@ -117,7 +120,7 @@ def _mounts_below(base: Path) -> list[Path]:
 
 
 def _processes_below(base: Path) -> Iterator[tuple[int, str]]:
-    """Our programs that work in this directory or have files open there."""
+    """Our programs that a run started, that work in its directory, or have files open there."""
     inside = f"{base.resolve()}/"
     for process in Path("/proc").glob("[0-9]*"):
         pid = int(process.name)
@@ -128,6 +131,9 @@ def _processes_below(base: Path) -> Iterator[tuple[int, str]]:
 
 
 def _uses(process: Path, inside: str) -> bool:
+    marks = f"{MARK}={inside.rstrip('/')}".encode()
+    if marks in (process / "environ").read_bytes().split(b"\0"):
+        return True
     for link in (process / "cwd", *(process / "fd").iterdir()):
         with suppress(OSError):
             if f"{os.readlink(link)}/".startswith(inside):
