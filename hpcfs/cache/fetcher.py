@@ -78,8 +78,8 @@ class Fetcher:
             for flight in flights:
                 await flight.landed.wait()
 
-    def is_idle(self, blocks: range) -> bool:
-        """Whether no fetch of these blocks is under way."""
+    def is_idle(self, blocks: range | None) -> bool:
+        """Whether no fetch of these blocks (of any, if None) is under way."""
         return not self._under_way(blocks)
 
     def _under_way(self, blocks: range | None) -> set[_Flight]:
@@ -138,7 +138,12 @@ class Fetcher:
             flight.landed.set()
 
     def _landed(self, flight: _Flight, end: int, checksums: list[int]) -> None:
-        """Mark what came, but for a last block that is longer by now: the file grew meanwhile."""
+        """Mark what came, but for a last block that is longer by now: the file grew meanwhile.
+
+        The checksum of a block that goes on with zeros written here covers only a part of it.
+        """
         for block, checksum in zip(flight.blocks, checksums, strict=False):
-            if end >= min((block + 1) * BLOCK_BYTES, self._limit()):
-                self._file.blocks.put(block, checksum)
+            stop = (block + 1) * BLOCK_BYTES
+            if end >= min(stop, self._limit()):
+                whole = end >= min(stop, self._file.size)
+                self._file.blocks.put(block, checksum if whole else 0)

@@ -33,6 +33,7 @@ class CacheFile:
     __slots__ = (
         "blocks",
         "dirty",
+        "evictions",
         "fd",
         "indexed",
         "key",
@@ -58,6 +59,8 @@ class CacheFile:
         self.blocks = BlockMap()
         self.dirty = RangeSet()
         self.users = 0
+        self.evictions = 0
+        """Counts evictions: a read in a thread during one may have found a hole."""
         self.pins = 0
         """While not 0, an upload reads the file and no block may be evicted."""
         self.indexed = True
@@ -133,9 +136,15 @@ class CacheFile:
         self._forget_checksum_at(min(old, size))
 
     def _forget_checksum_at(self, end: int) -> None:
-        """The block in which the file ends has another length now."""
-        if end % BLOCK_BYTES and self.blocks.is_present(end // BLOCK_BYTES):
-            self.blocks.put(end // BLOCK_BYTES)
+        """The block in which the file ends has another length now. One whose checksum was not
+        compared yet can't be trusted any more: it goes, and is fetched anew."""
+        block = end // BLOCK_BYTES
+        if not end % BLOCK_BYTES or not self.blocks.is_present(block):
+            return
+        if self.blocks.is_trusted(block):
+            self.blocks.put(block)
+        else:
+            self.evict([block])
 
     def block_length(self, block: int) -> int:
         return max(0, min(BLOCK_BYTES, self.size - block * BLOCK_BYTES))
@@ -146,10 +155,16 @@ class CacheFile:
 
     def evict(self, blocks: Iterable[int]) -> None:
         """Give the blocks' room back to the disk. The caller chose clean ones."""
+        self.evictions += 1
         present = [block for block in blocks if self.blocks.drop(block)]
         for _, run in groupby(enumerate(present), key=lambda pair: pair[1] - pair[0]):
             numbers = [block for _, block in run]
             self._punch(numbers[0] * BLOCK_BYTES, len(numbers) * BLOCK_BYTES)
+
+    def discard(self, block: int) -> None:
+        """What is in this clean block is in doubt, whether it counts as present or not."""
+        self.blocks.put(block)
+        self.evict([block])
 
     def _punch(self, offset: int, length: int) -> None:
         mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcfs import mountinfo, paths
 from hpcfs.errors import SetupError
-from hpcfs.mountinfo import Mounted
+from hpcfs.system import mountinfo, paths
+from hpcfs.system.mountinfo import Mounted
 
 NETWORK_KINDS = frozenset(
     (

@@ -20,8 +20,10 @@ import fcntl
 import logging
 import os
 import secrets
+import sqlite3
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,8 +56,10 @@ class Store:
         self._limiter = trio.CapacityLimiter(1)
         self._active: dict[tuple[str, bytes], CacheFile] = {}
         self._unsaved: dict[str, CacheFile] = {}
+        self._saving: dict[str, CacheFile] = {}
+        """What `save` is just telling the index: neither in `_unsaved` nor to be touched."""
         self._idle_bytes = index.total_bytes()
-        self._fetched_bytes = 0
+        self._added_bytes = 0
         self._evict_wanted = trio.Event()
 
     @classmethod
@@ -94,7 +98,11 @@ class Store:
     # --- files in use ---------------------------------------------------------------------------
 
     async def acquire(self, origin: str, key: bytes, version: bytes, size: int) -> CacheFile:
-        """The cache file of this version, with what an earlier mount left in it."""
+        """The cache file of this version, with what an earlier mount left in it.
+
+        It has one user at a time: bytes that one fetches must not meet what another writes. Where
+        it is in use (a folder that two namespaces show), the newer user gets a file of its own.
+        """
         file = self._in_use(origin, key, version, size)
         if file is None:
             record = await self.in_thread(self._index.find, origin, key)
@@ -110,12 +118,12 @@ class Store:
 
     def _in_use(self, origin: str, key: bytes, version: bytes, size: int) -> CacheFile | None:
         file = self._active.get((origin, key))
-        if file and file.version == version and file.size == size and file.fd >= 0:
+        if file and file.users == 0 and file.version == version and file.size == size:
             return file
         return None
 
     def _reopen(self, record: Record) -> CacheFile | None:
-        if record.name in self._unsaved:
+        if record.name in self._unsaved or record.name in self._saving:
             return None
         path = self._data_path(record.name)
         if not path.exists():
@@ -202,7 +210,7 @@ class Store:
 
     async def _drop_names(self, names: list[str]) -> None:
         for name in names:
-            file = self._unsaved.get(name)
+            file = self._unsaved.get(name) or self._saving.get(name)
             if file is None:
                 await self.in_thread(self._unlink, name)
             elif self._active.get((file.origin, file.key)) is not file:
@@ -218,9 +226,10 @@ class Store:
 
         Raises OSError or sqlite3.Error when the cache's disk fails; nothing is forgotten then.
         """
-        batch, self._unsaved = self._unsaved, {}
-        if not batch:
+        if self._saving or not self._unsaved:
             return
+        batch, self._unsaved = self._unsaved, {}
+        self._saving = batch
         try:
             replaced = await self._save_records(batch)
         except BaseException:
@@ -228,6 +237,8 @@ class Store:
                 file.blocks.touch_all()
             self._unsaved = batch | self._unsaved
             raise
+        finally:
+            self._saving = {}
         for file in batch.values():
             if file.users > 0:
                 self._unsaved[file.name] = file
@@ -238,6 +249,7 @@ class Store:
         await self._drop_names(replaced)
         total = await self.in_thread(self._index.total_bytes)
         self._idle_bytes = max(0, total - self._active_bytes())
+        self.check_bound()
 
     async def _save_records(self, batch: dict[str, CacheFile]) -> list[str]:
         for file in batch.values():
@@ -282,11 +294,13 @@ class Store:
         )
 
     async def close(self) -> None:
-        await self.save()
-        for file in list(self._active.values()):
-            self._retire(file)
-        self._index.close()
-        os.close(self._lock_fd)
+        try:
+            await self.save()
+        finally:
+            for file in list(self._active.values()):
+                self._retire(file)
+            self._index.close()
+            os.close(self._lock_fd)
 
     async def remove_strays(self, keep: set[str]) -> None:
         """Delete cache files that neither the index nor `keep` (the journal) knows: what a killed
@@ -295,9 +309,12 @@ class Store:
         for folder in await self.in_thread(lambda: sorted((self.directory / "data").iterdir())):
             for path in await self.in_thread(lambda folder=folder: list(folder.iterdir())):
                 name = path.name
-                if name not in known and name not in keep and name not in self._unsaved:
+                if name not in known and name not in keep and not self._is_in_use(name):
                     log.info("removing the stray cache file %s", name)
-                    await self.in_thread(path.unlink)
+                    await self.in_thread(partial(path.unlink, missing_ok=True))
+
+    def _is_in_use(self, name: str) -> bool:
+        return name in self._unsaved or name in self._saving
 
     # --- the bound --------------------------------------------------------------------------------
 
@@ -308,20 +325,27 @@ class Store:
     def used_bytes(self) -> int:
         return self._idle_bytes + self._active_bytes()
 
-    def note_fetched(self, length: int) -> None:
-        """`length` bytes came in; eviction starts when that may be too much."""
-        self._fetched_bytes += length
-        step = min(64 * BLOCK_BYTES, self.max_bytes // 20)
-        if self._fetched_bytes > step:
-            self._fetched_bytes = 0
-            if self.used_bytes > self.max_bytes:
-                self._evict_wanted.set()
+    def note_added(self, length: int) -> None:
+        """`length` bytes were fetched or written; eviction starts when that may be too much."""
+        self._added_bytes += length
+        if self._added_bytes > min(64 * BLOCK_BYTES, self.max_bytes // 20):
+            self._added_bytes = 0
+            self.check_bound()
+
+    def check_bound(self) -> None:
+        """Start to evict if there is too much, perhaps only now clean."""
+        if self.used_bytes > self.max_bytes:
+            self._evict_wanted.set()
 
     async def evict_forever(self) -> None:
+        """Also on a disk that fails: then the next bytes that come are the next attempt."""
         while True:
             await self._evict_wanted.wait()
             self._evict_wanted = trio.Event()
-            await self.make_room(int(self.used_bytes - self.max_bytes * _LOW_WATER))
+            try:
+                await self.make_room(int(self.used_bytes - self.max_bytes * _LOW_WATER))
+            except (OSError, sqlite3.Error) as error:
+                log.error("the cache can't be kept small: %s", error)  # noqa: TRY400
 
     async def make_room(self, wanted: int) -> int:
         """Evict at least `wanted` bytes if that can be done; returns the bytes evicted."""
@@ -336,14 +360,14 @@ class Store:
             oldest = await self.in_thread(self._index.oldest, after, _VICTIMS_AT_ONCE)
             if not oldest:
                 break
-            in_use = {file.name for file in self._active.values()} | self._unsaved.keys()
             victims = []
             for name, length, after in oldest:  # noqa: B007 - the last one is where to go on
-                if freed < wanted and name not in in_use:
+                if freed < wanted and not self._is_in_use(name):
                     victims.append(name)
                     freed += length
-            await self.in_thread(self._index.delete, victims)
+            # Files first: a full disk takes no change of the index, and a row may lack its file.
             await self._drop_names(victims)
+            await self.in_thread(self._index.delete, victims)
         self._idle_bytes = max(0, self._idle_bytes - freed)
         return freed
 

@@ -77,11 +77,17 @@ class Content:
         self.base_size = file.size
         self.growing = False
         """Others append to the file while it is open here."""
+        self.served = False
+        """Somebody may have read bytes of this version here."""
         self.held = False
         """The remote has the file open for this content."""
-        self.stale = False
+        self.replaced = False
+        """Another file has the name on the remote: what is written from now on would be mixed
+        with what is not this file's."""
         self.closing: trio.Event | None = None
-        """Set once the last handle's close is through."""
+        """While the last handle closes; set once it is through."""
+        self.retired = False
+        """Closed for good."""
         self.new = False
         """The remote has no such file yet."""
         self.orphan = False
@@ -89,12 +95,13 @@ class Content:
         self.resized = False
         self.pending = m.Attributes()
         self.journaled = False
+        self.writers = 0
         self.upload_lock = trio.Lock()
         self._uploading: trio.Event | None = None
         self._in_upload = RangeSet()
         self._store = store
         self._fetcher = Fetcher(
-            file, self._fetch, self._is_needed, lambda: self.base_size, store.note_fetched, nursery
+            file, self._fetch, self._is_needed, lambda: self.base_size, store.note_added, nursery
         )
         self._nursery = nursery
 
@@ -110,7 +117,8 @@ class Content:
         """Whether the remote lacks something of this."""
         if self.orphan:
             return False
-        return bool(self.file.dirty or self._in_upload or self.new or self.resized or self.pending)
+        in_motion = self._uploading is not None
+        return bool(in_motion or self.file.dirty or self.new or self.resized or self.pending)
 
     # --- blocks ---------------------------------------------------------------------------------
 
@@ -126,15 +134,16 @@ class Content:
             while self._uploading is not None:
                 await self._uploading.wait()
             version, path = self.version, self.node.path
+            length = max(0, min(length, self.base_size - offset))
             try:
                 fetched = await self._fetch_once(offset, length)
                 if self.version == version:
                     return fetched
-            except m.Changed:
+            except (m.Changed, m.NotFound):
                 attempts += 1
+                follows = self._uploading is not None or await self._follows()
                 moved = self.version != version or self.node.path != path
-                if attempts > _GROWTH_ATTEMPTS or not (moved or await self._follows()):
-                    self.stale = True
+                if attempts > _GROWTH_ATTEMPTS or not (follows or moved):
                     raise
             except m.CacheDiskFull:
                 attempts += 1
@@ -159,25 +168,25 @@ class Content:
         """Ask the remote for the very file that is open here, whatever its name is now.
 
         A file that was appended to goes on with its longer version; only the same remote file
-        counts (the remote's own handle tells) and only growth. Any other change makes the content
-        stale. None where the remote can't tell: it holds no file open, or has none of this version.
+        counts (the remote's own handle tells) and only growth. After any other change what is not
+        in the cache yet can't be read any more. None where the remote can't tell: it holds no file
+        open, or has none of this version; and where the answer was overtaken by a change here.
         """
-        if not self.abilities.handles:
+        if not self.abilities.handles or self.orphan:
             return None
         if not self.held:
             try:
                 await self._fetch_once(0, 0)
             except (m.Changed, m.NotFound):
-                return None
-        wanted = m.StatOpen(self.handle)
+                return await self._adopt_unread()
+        wanted, version = m.StatOpen(self.handle), self.version
         entry: m.Entry | None = await self.namespace.call(wanted, m.Entry | None)  # type: ignore[arg-type]
         if entry is None:
             self.held = False
-        elif entry.version != self.version and not self.is_dirty() and self._uploading is None:
-            if entry.size > self.size:
-                self._adopt_growth(entry)
-            else:
-                self.stale = True
+        elif self.orphan or self.is_dirty() or self.version != version:
+            return None  # what was asked is no longer what is here
+        elif entry.version != version and entry.size > self.size:
+            self._adopt(entry)
         return entry
 
     async def _follows(self) -> bool:
@@ -187,12 +196,28 @@ class Content:
         entry = await self.revalidate()
         return entry is not None and entry.version == self.version
 
-    def _adopt_growth(self, entry: m.Entry) -> None:
-        log.debug("%r grew from %d to %d bytes", self.node.path, self.size, entry.size)
+    async def _adopt_unread(self) -> m.Entry | None:
+        """The file changed between open(2) and its first byte: as nothing of the open version was
+        served yet, the remote's current one takes its place. A log that never rests needs this."""
+        version = self.version
+        try:
+            entry = await self.namespace.stat(self.node.path)
+        except m.NotFound:
+            return None
+        taken = self.served or self.is_dirty() or self.orphan or self.version != version
+        if taken or not stat.S_ISREG(entry.mode):
+            return None
+        self._adopt(entry)
+        return entry
+
+    def _adopt(self, entry: m.Entry) -> None:
+        """Go on with this version: what is cached of the other is dropped, not mixed."""
+        path, old, new = self.node.path, self.size, entry.size
+        log.debug("%r went from %d to %d bytes on the remote", path, old, new)
         self.file.evict(list(self.file.blocks.present()))
         self.file.version = entry.version
-        self.file.size = self.base_size = entry.size
-        self.growing = True
+        self.file.size = self.base_size = new
+        self.growing = new > old
 
     async def fetch_all(self, limit: int | None = None) -> None:
         """Bring what is missing into the cache, or nothing if that is more than `limit` bytes."""
@@ -210,24 +235,31 @@ class Content:
 
     async def read(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes; fewer only at the end of the file."""
-        end = min(offset + length, self.size)
-        if offset >= end:
-            return b""
-        blocks = self._blocks(offset, end)
         while True:
-            try:
-                await self._fetcher.ensure(blocks)
-            except m.Changed as error:
-                raise Stale(error.message) from None
+            end = min(offset + length, self.size)
+            if offset >= end:
+                return b""
+            blocks = self._blocks(offset, end)
+            await self._ensure(blocks)
+            if end > self.size:
+                continue  # it was cut meanwhile
             if untrusted := [block for block in blocks if self._is_untrusted(block)]:
                 await self._verify(untrusted)
                 continue
             data = self.file.read_now(offset, end - offset)
             if data is None:
+                evictions = self.file.evictions
                 data = await trio.to_thread.run_sync(self.file.read, offset, end - offset)
-                if any(self._is_needed(block) for block in blocks):
-                    continue  # evicted meanwhile: what was read may be a hole
+                if self.file.evictions != evictions:
+                    continue  # what was read may be a hole
+            self.served = True
             return data
+
+    async def _ensure(self, blocks: range) -> None:
+        try:
+            await self._fetcher.ensure(blocks)
+        except (m.Changed, m.NotFound) as error:
+            raise Stale(error.message) from None
 
     def _is_untrusted(self, block: int) -> bool:
         blocks = self.file.blocks
@@ -248,6 +280,8 @@ class Content:
     # --- writing --------------------------------------------------------------------------------
 
     async def write(self, offset: int, data: bytes) -> None:
+        if not data:
+            return
         end = offset + len(data)
         await self._prepare(offset, end)
         try:
@@ -257,6 +291,7 @@ class Content:
                 raise
             await self._prepare(offset, end)
             self._write_now(offset, data)
+        self._store.note_added(len(data))
 
     async def _prepare(self, offset: int, end: int) -> None:
         """Make it safe to write [offset, end): what remains of partly covered blocks is here, and
@@ -266,7 +301,7 @@ class Content:
         while True:
             if missing := [block for block in ends if self._is_edge(block, offset, end)]:
                 for block in missing:
-                    await self._fetcher.ensure(range(block, block + 1))
+                    await self._ensure(range(block, block + 1))
             elif untrusted := [block for block in ends if self._is_untrusted(block)]:
                 await self._verify(untrusted)
             elif not self._fetcher.is_idle(covered):
@@ -282,6 +317,7 @@ class Content:
 
     def _write_now(self, offset: int, data: bytes) -> None:
         """No await: atomic."""
+        self._check_not_replaced()
         end = offset + len(data)
         old_size = self.size
         if end > old_size:
@@ -289,18 +325,31 @@ class Content:
         try:
             self.file.write(offset, data)
         except OSError as error:
-            for block in self._blocks(offset, end):
-                if not self.file.dirty.overlaps(block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES):
-                    self.file.blocks.drop(block)
-            self.file.resize(old_size)
+            self._undo_write(offset, end, old_size)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise CacheFull("the local disk with the cache is full") from None
             raise
         self.file.mark_written(offset, end)
 
+    def _undo_write(self, offset: int, end: int, old_size: int) -> None:
+        """A part may be in the file. In a clean block it goes, and the remote's bytes are fetched
+        anew; in a dirty one it stays as if the program had written no more."""
+        for block in self._blocks(offset, end):
+            start, stop = block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES
+            if self.file.dirty.overlaps(start, stop):
+                self.file.dirty.add(max(start, offset), min(stop, end))
+            else:
+                self.file.discard(block)
+        self.file.resize(old_size)
+
+    def _check_not_replaced(self) -> None:
+        if self.replaced:
+            raise Stale("the file was replaced on the remote since it was opened; open it again")
+
     async def truncate(self, size: int) -> None:
         await self._fetcher.settle()
         # No await from here: atomic.
+        self._check_not_replaced()
         if size == self.size and not self.new:
             return
         self.file.resize(size)
@@ -310,8 +359,16 @@ class Content:
     # --- uploading (writeback/uploader.py calls these) --------------------------------------------
 
     async def complete(self) -> None:
-        if not self.abilities.partial_writes:
+        """Where the remote takes only whole files, all of it must be here, and undamaged."""
+        if self.abilities.partial_writes:
+            return
+        blocks = self._blocks(0, self.base_size)
+        while True:
             await self.fetch_all()
+            untrusted = [block for block in blocks if self._is_untrusted(block)]
+            if not untrusted:
+                return
+            await self._verify(untrusted)
 
     def unconfirmed(self, reason: str = "") -> Unconfirmed:
         ranges = [*self.file.dirty, *self._in_upload]
@@ -327,6 +384,7 @@ class Content:
         )
 
     async def send(self, snapshot: Snapshot, *, sync: bool) -> m.Entry:
+        other_version = await self._meets_other_version(snapshot)
         entry = self.node.entry
         times = m.Attributes(atime_ns=entry.atime_ns, mtime_ns=entry.mtime_ns)
         request = m.Upload(
@@ -339,7 +397,44 @@ class Content:
             stat.S_IMODE(entry.mode),
             sync,
         )
-        return await self.namespace.call(request, m.Entry, UPLOAD_TIMEOUT)
+        answer = await self.namespace.call(request, m.Entry, UPLOAD_TIMEOUT)
+        if other_version:
+            log.warning("%r was changed by others too: what both wrote is in it", self.node.path)
+            self._drop_clean()
+        return answer
+
+    async def _meets_other_version(self, snapshot: Snapshot) -> bool:
+        """Whether ranges are about to be written into a version that is not the one in the cache:
+        what is cached of that one is not what the file will have beside them."""
+        if not self.abilities.partial_writes or not min(snapshot.base_size, snapshot.size):
+            return False
+        try:
+            return (await self.namespace.stat(self.node.path)).version != self.version
+        except m.NotFound:
+            return True
+
+    def _drop_clean(self) -> None:
+        blocks = self.file.blocks.present()
+        dirty = self.file.dirty
+        is_clean = [b for b in blocks if not dirty.overlaps(b * BLOCK_BYTES, (b + 1) * BLOCK_BYTES)]
+        self.file.evict(is_clean)
+
+    @contextmanager
+    def in_motion(self) -> Iterator[None]:
+        """While the remote renames the file: fetches wait for its end, or try again after it."""
+        self._uploading = trio.Event()
+        try:
+            yield
+        finally:
+            self._uploading.set()
+            self._uploading = None
+
+    async def settle(self) -> None:
+        """Return once no fetch is under way."""
+        await self._fetcher.settle()
+
+    def is_idle(self) -> bool:
+        return self._fetcher.is_idle(None)
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
@@ -381,6 +476,7 @@ class Content:
         self._in_upload = RangeSet()
         self._uploading.set()
         self._uploading = None
+        self._store.check_bound()
 
 
 def merge_attributes(older: m.Attributes, newer: m.Attributes) -> m.Attributes:

@@ -71,6 +71,7 @@ class Files:
         if writing or flags & os.O_TRUNC:
             namespace.check_writable()
             self._check_owner_may_write(node)
+        await self.settled(node)
         if not flags & os.O_TRUNC:
             await self._revalidate(node, namespace)
         content = await self._content(node, namespace)
@@ -83,6 +84,7 @@ class Files:
             await self.release(handle)
             raise
         keep = node.pages_version == content.version
+        content.served = content.served or keep
         node.pages_version = content.version
         return handle, keep
 
@@ -110,12 +112,20 @@ class Files:
         content = node.content
         if content is None:
             if stat.S_IFMT(entry.mode) != stat.S_IFMT(node.entry.mode):
-                self._tree.detach(node)
+                self.lose(node)
                 raise Stale("the file was replaced on the remote")
             self._tree.update(node, entry, asked)
-        elif not content.is_dirty() and not await self.is_same(content, entry):
-            self._tree.detach(node)  # the kernel looks the name up again and opens the new file
+        elif await self.is_same(content, entry):
+            self._tree.update(node, entry, asked)
+        elif not content.is_dirty():
+            self.lose(node)  # the kernel looks the name up again and opens the new file
             raise Stale("the file was replaced on the remote")
+
+    def lose(self, node: Node) -> None:
+        """Others removed or replaced the node's file: the name is another file's from now on."""
+        if node.content:
+            node.content.replaced = True
+        self._tree.detach(node)
 
     async def is_same(self, content: Content, entry: m.Entry) -> bool:
         """Whether the remote's `entry` is the file that is open here, perhaps grown."""
@@ -128,8 +138,10 @@ class Files:
     async def _content(self, node: Node, namespace: Namespace) -> Content:
         """The node's content, made if this is its first handle."""
         while True:
-            while node.content and node.content.closing is not None:
-                await node.content.closing.wait()
+            if node.content and node.content.closing is not None:
+                await self.settled(node)
+                await self._revalidate(node, namespace)
+                continue
             if node.content:
                 return node.content
             abilities = await namespace.abilities()
@@ -140,6 +152,11 @@ class Files:
                 continue
             node.content = Content(node, namespace, abilities, self._store, file, self._nursery)
             return node.content
+
+    async def settled(self, node: Node) -> None:
+        """Return once no last close of the node's file is under way."""
+        while node.content and node.content.closing is not None:
+            await node.content.closing.wait()
 
     async def create(self, parent: Node, name: bytes, mode: int, flags: int) -> tuple[int, Node]:
         """-> (handle, node) of a new empty file."""
@@ -183,8 +200,8 @@ class Files:
     async def write(self, handle: int, offset: int, data: bytes) -> int:
         opened = self.get(handle)
         opened.check_writable()
-        await self._uploader.before_write(opened.content)
-        await opened.content.write(offset, data)
+        async with self._uploader.writing(opened.content):
+            await opened.content.write(offset, data)
         self._stamp(opened.node)
         return len(data)
 
@@ -202,19 +219,26 @@ class Files:
         """Without a handle nobody will close the file: the remote is told before this returns."""
         namespace = self._regular(node)
         namespace.check_writable()
-        content = self.get(handle).content if handle is not None else node.content
+        if handle is not None:
+            await self._cut(node, self.get(handle).content, size)
+            return
+        await self.settled(node)
+        content = node.content
         if content is None:
             entry = await namespace.entry(m.Truncate(node.path, size))
             self._tree.set_local(node, entry)
             node.pages_version = None
             return
-        await self._cut(content.node, content, size)
-        if handle is None:
+        content.users += 1
+        try:
+            await self._cut(node, content, size)
             await self.flush(content)
+        finally:
+            await self._leave(content)
 
     async def _cut(self, node: Node, content: Content, size: int) -> None:
-        await self._uploader.before_write(content)
-        await content.truncate(size)
+        async with self._uploader.writing(content):
+            await content.truncate(size)
         self._stamp(node)
 
     # --- flush and close ------------------------------------------------------------------------
@@ -253,31 +277,55 @@ class Files:
             await self.release(handle)
 
     async def release(self, handle: int) -> None:
-        content = self._open.pop(handle).content
+        await self._leave(self._open.pop(handle).content)
+
+    async def _leave(self, content: Content) -> None:
+        """A user is done. After the last one, a fetch under way still writes to the cache file:
+        until it has ended the content stays the node's, for who opens the file again."""
         content.users -= 1
         if content.users:
             return
         content.closing = trio.Event()
         try:
-            await self._last_close(content)
+            uploaded = await self._last_close(content)
         finally:
-            node = content.node
-            if node.content is content:
-                node.content = None
             content.closing.set()
-            self._store.release(content.file)
-            self._tree.drop_if_unused(node)
-            if content.held:
-                self._nursery.start_soon(self._let_go, content)
+            content.closing = None
+        if not uploaded or content.is_idle():
+            self._retire(content)
+        else:
+            self._nursery.start_soon(self._retire_when_idle, content)
 
-    async def _last_close(self, content: Content) -> None:
-        if content.orphan:
-            await self._uploader.forget(content)
-        elif content.is_dirty() and not await self._uploader.close(content):
-            self._store.forget(content.file)
-            self._tree.expire(content.node)
-        elif content.journaled:
-            await self._uploader.forget(content)
+    async def _last_close(self, content: Content) -> bool:
+        """Whether nothing had to be kept. What can be neither uploaded nor kept raises, and stays
+        the node's."""
+        while content.is_dirty():
+            try:
+                await self.flush(content)
+            except m.RemoteError as error:
+                await self._uploader.keep(content, error.message)
+                self._store.forget(content.file)
+                self._tree.expire(content.node)
+                content.node.pages_version = None
+                return False
+        await self._uploader.forget(content)
+        return True
+
+    async def _retire_when_idle(self, content: Content) -> None:
+        await content.settle()
+        if not content.users and content.closing is None:
+            self._retire(content)
+
+    def _retire(self, content: Content) -> None:
+        if content.retired:
+            return
+        content.retired = True
+        if content.node.content is content:
+            content.node.content = None
+        self._store.release(content.file)
+        self._tree.drop_if_unused(content.node)
+        if content.held:
+            self._nursery.start_soon(self._let_go, content)
 
     async def _let_go(self, content: Content) -> None:
         try:
@@ -289,15 +337,18 @@ class Files:
 
     async def keep_readable(self, node: Node) -> None:
         """The node is about to lose its file: fetch what its readers may still want."""
-        if node.content is None or node.content.is_dirty():
+        if node.content is None:
             return
         try:
             await node.content.fetch_all(KEEP_REMOVED_BYTES)
         except m.RemoteError as error:
             log.debug("%r is removed without its missing blocks: %s", node.path, error.message)
 
-    async def orphan(self, node: Node) -> None:
+    def orphan(self, node: Node) -> None:
         """The node's file was removed: what is written to it from now on goes nowhere."""
         if node.content:
             node.content.orphan = True
+
+    async def forget_orphan(self, node: Node) -> None:
+        if node.content:
             await self._uploader.forget(node.content)

@@ -13,13 +13,13 @@ import os
 import stat
 import time
 from collections.abc import Iterable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 
 import msgspec
 import trio
 
 from hpcfs.cache.store import Store
-from hpcfs.filesystem.content import merge_attributes
+from hpcfs.filesystem.content import Content, merge_attributes
 from hpcfs.filesystem.directories import Directories, directory_entry
 from hpcfs.filesystem.errors import (
     CrossNamespace,
@@ -30,6 +30,7 @@ from hpcfs.filesystem.errors import (
     NotDirectory,
     NotPermitted,
     ReadOnly,
+    Stale,
     Unsupported,
 )
 from hpcfs.filesystem.files import Files
@@ -106,17 +107,21 @@ class Filesystem:
         except m.NotFound as error:
             child = self.tree.child(parent, name)
             if child and not self._is_ahead(child) and child.observed <= asked:
-                self.tree.detach(child)
+                self.files.lose(child)
             elif child:
                 return child
             raise NoEntry(error.message) from None
-        if child and child.content and await self.files.is_same(child.content, entry):
-            self.tree.update(child, entry, asked)
+        if child and child.content and not self._is_ahead(child):
+            if await self.files.is_same(child.content, entry):
+                self.tree.update(child, entry, asked)
+            elif not self._is_ahead(child) and child.observed <= asked:
+                self.files.lose(child)
         return self._adopt(parent, name, entry, asked)
 
     def _is_ahead(self, node: Node) -> bool:
-        """Whether the mount knows better than the remote: the file is being written."""
-        return node.content is not None and node.content.is_dirty()
+        """Whether the mount knows better than the remote: the file is being written, or was
+        removed here while it is open."""
+        return node.content is not None and (node.content.is_dirty() or node.content.orphan)
 
     def _adopt(self, parent: Node, name: bytes, entry: m.Entry, asked: float) -> Node:
         """The node for what the remote listed or answered under this name. No await."""
@@ -126,7 +131,7 @@ class Filesystem:
         if asked < child.observed or self._is_ahead(child) or child.is_namespace_root:
             return child
         if stat.S_IFMT(entry.mode) != stat.S_IFMT(child.entry.mode):
-            self.tree.detach(child)
+            self.files.lose(child)
             return self.tree.add(parent, name, entry, asked)
         content = child.content
         if content is None or entry.version == content.version:
@@ -134,7 +139,7 @@ class Filesystem:
             return child
         if content.abilities.handles and entry.size > content.size:
             return child  # perhaps it grew: a lookup or getattr of its own will ask
-        self.tree.detach(child)
+        self.files.lose(child)
         return self.tree.add(parent, name, entry, asked)
 
     async def getattr(self, ino: int) -> Node:
@@ -288,10 +293,12 @@ class Filesystem:
             raise Unsupported("only files, directories and symbolic links can be made")
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
         handle, node = await self.create(parent_ino, name, mode, flags)
+        self.tree.count_lookup(node)  # the release must not drop the node: the kernel gets it
         try:
             await self.files.flush_handle(handle)
         finally:
             await self.files.release(handle)
+            node.lookups -= 1
         return node
 
     async def unlink(self, parent_ino: int, name: bytes) -> None:
@@ -305,9 +312,11 @@ class Filesystem:
             if not (node and node.content and node.content.new):
                 await namespace.do(m.Remove(join(parent, name)))
             if node:
-                await self.files.orphan(node)
-        self.tree.note_gone(parent, name)
-        self.tree.expire(parent)
+                self.files.orphan(node)
+            self.tree.note_gone(parent, name)
+            self.tree.expire(parent)
+        if node:
+            await self.files.forget_orphan(node)
         await self._store.remove(namespace.origin, join(parent, name))
 
     async def rmdir(self, parent_ino: int, name: bytes) -> None:
@@ -339,19 +348,24 @@ class Filesystem:
             await self.files.keep_readable(replaced)
         await self._flush_below(node)
         async with AsyncExitStack() as locks:
-            for lock in self._upload_locks(node, replaced):
-                await locks.enter_async_context(lock)
-            await namespace.do(m.Rename(path, target, replace))
-            if replaced:
-                await self.files.orphan(replaced)
-            # No await from here to the end of the move: names and cache keys change together.
-            self.tree.move(node, new_parent, new_name)
+            for content in self._open_below(node, replaced):
+                await locks.enter_async_context(content.upload_lock)
+            with ExitStack() as motion:
+                for content in self._open_below(node):
+                    motion.enter_context(content.in_motion())
+                await namespace.do(m.Rename(path, target, replace))
+                # No await from here to the end of the move: a lookup must not come in between.
+                if replaced:
+                    self.files.orphan(replaced)
+                self.tree.move(node, new_parent, new_name)
         self.tree.expire(parent)
         self.tree.expire(new_parent)
+        if replaced:
+            await self.files.forget_orphan(replaced)
         await self._store.move(namespace.origin, path, target)
 
-    def _upload_locks(self, *nodes: Node | None) -> list[trio.Lock]:
-        """Of all that is open in these, always in the same order."""
+    def _open_below(self, *nodes: Node | None) -> list[Content]:
+        """All that is open in these, always in the same order."""
         contents = {
             id(below.content): below.content
             for node in nodes
@@ -359,8 +373,7 @@ class Filesystem:
             for below in node.below()
             if below.content
         }
-        ordered = sorted(contents.values(), key=lambda content: content.node.ino)
-        return [content.upload_lock for content in ordered]
+        return sorted(contents.values(), key=lambda content: content.node.ino)
 
     async def _flush_below(self, node: Node) -> None:
         """What is renamed or linked must be on the remote first."""
@@ -380,6 +393,7 @@ class Filesystem:
         attributes = self._without_same_owner(node, attributes)
         if not attributes:
             return node
+        await self.files.settled(node)
         if node.content and (node.content.is_dirty() or node.content.orphan):
             self._set_later(node, attributes)
         else:
@@ -417,6 +431,8 @@ class Filesystem:
     async def _set_now(self, node: Node, namespace: Namespace, attributes: m.Attributes) -> None:
         """A new mtime makes a new version of the same content: what is cached of it is carried
         over, if the remote was seen to have that version a moment ago."""
+        if node.content and node.content.replaced:
+            raise Stale("the file was replaced on the remote since it was opened")
         fresh, before = self.tree.is_fresh(node), node.entry.version
         entry = await namespace.entry(m.SetAttributes(node.path, attributes))
         self.tree.set_local(node, entry)

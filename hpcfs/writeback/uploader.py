@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any, Protocol
 
 import trio
 
-from hpcfs.transfer.messages import Entry, RemoteError
+from hpcfs.transfer.messages import CacheDiskFull, Entry
 from hpcfs.writeback.journal import Journal, Unconfirmed
 
 log = logging.getLogger(__name__)
@@ -22,6 +24,8 @@ class Uploadable(Protocol):
 
     upload_lock: trio.Lock
     journaled: bool
+    writers: int
+    """Writes that are under way: each may make the file dirty at any moment."""
 
     def is_dirty(self) -> bool: ...
 
@@ -54,11 +58,26 @@ class Uploader:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
 
-    async def before_write(self, file: Uploadable) -> None:
-        """Call before the first byte is dirty."""
-        if not file.journaled:
-            file.journaled = True
+    @asynccontextmanager
+    async def writing(self, file: Uploadable) -> AsyncIterator[None]:
+        """Around whatever makes bytes dirty: the journal knows of the file before, and until then.
+
+        Raises CacheDiskFull when the journal can't be written.
+        """
+        file.writers += 1
+        try:
+            if not file.journaled:
+                await self._note(file)
+            yield
+        finally:
+            file.writers -= 1
+
+    async def _note(self, file: Uploadable) -> None:
+        try:
             await self._journal.note(file.unconfirmed())
+        except sqlite3.Error as error:
+            raise CacheDiskFull(f"the journal in the cache can't be written: {error}") from None
+        file.journaled = True
 
     async def upload(self, file: Uploadable, *, sync: bool = False) -> Entry | None:
         """Return once the remote has it, with the entry there, or None if nothing was dirty.
@@ -73,29 +92,35 @@ class Uploader:
                 snapshot = await file.begin_upload()
                 entry = None
                 try:
-                    file.journaled = True
-                    await self._journal.note(file.unconfirmed())
+                    await self._note_progress(file)
                     entry = await file.send(snapshot, sync=sync)
                 finally:
                     file.end_upload(snapshot, entry)
-            if not file.is_dirty():
+            if not file.is_dirty() and not file.writers:
                 await self.forget(file)
             return entry
 
+    async def _note_progress(self, file: Uploadable) -> None:
+        """A journal that can't be written is no reason not to bring the bytes to the remote."""
+        try:
+            await self._note(file)
+        except CacheDiskFull as error:
+            log.error("%s", error.message)  # noqa: TRY400 - no bug: the message says it all
+
     async def forget(self, file: Uploadable) -> None:
         """Nothing of it is unconfirmed: it was uploaded, or removed."""
-        if file.journaled:
-            file.journaled = False
-            await self._journal.confirm(file.unconfirmed().name)
-
-    async def close(self, file: Uploadable) -> bool:
-        """The last handle closes: try once more, then keep what the remote refuses.
-
-        True if the remote has everything.
-        """
+        if not file.journaled:
+            return
+        file.journaled = False
         try:
-            await self.upload(file)
-        except RemoteError as error:
-            await self._journal.keep(file.unconfirmed(error.message))
-            return False
-        return True
+            await self._journal.confirm(file.unconfirmed().name)
+        except sqlite3.Error as error:
+            file.journaled = True
+            log.error("the journal in the cache can't be written: %s", error)  # noqa: TRY400
+
+    async def keep(self, file: Uploadable, reason: str) -> None:
+        """The last handle closed and the remote refuses: the bytes go where the user finds them.
+
+        Raises OSError or sqlite3.Error when the disk fails; then they are where they were.
+        """
+        await self._journal.keep(file.unconfirmed(reason))

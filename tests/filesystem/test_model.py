@@ -1,0 +1,387 @@
+"""Random operations, compared with a dict of bytes after each: what reading returns, what the
+remote has once files are closed, and that nothing is lost with a cache of a few blocks.
+
+CI runs a fixed selection. HPCFS_MODEL_EXAMPLES=20000 makes a long run with new random ones.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import trio
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from hpcfs.filesystem.errors import FilesystemError, Stale
+from hpcfs.transfer import messages as m
+from hpcfs.transfer.messages import BLOCK_BYTES
+from tests.filesystem.world import KINDS, World, until, world
+
+EXAMPLES = int(os.environ.get("HPCFS_MODEL_EXAMPLES", "0"))
+CACHE_BLOCKS = 3
+STEPS = 40
+NAMES = ["ns/a", "ns/b", "ns/d/a", "ns/d/b", "ns/d", "ns/e"]
+
+profile = settings(
+    max_examples=EXAMPLES or 250,
+    derandomize=not EXAMPLES,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],  # a failure prints its steps; shrinking would take minutes
+)
+
+
+@dataclass(eq=False)
+class Ref:
+    """What a file must contain. `lost` files were replaced on the remote by others."""
+
+    content: bytearray = field(default_factory=bytearray)
+    seen: bool = False
+    """Bytes of it were read since it was opened: until then an open file may still follow the
+    remote to another version."""
+    lost: bool = False
+    removed: bool = False
+
+
+positions = st.builds(
+    lambda block, delta: max(0, block * BLOCK_BYTES + delta),
+    st.integers(0, 4),
+    st.sampled_from([-5000, -1, 0, 1, 77]),
+)
+lengths = st.sampled_from([1, 10, 5000, BLOCK_BYTES - 1, BLOCK_BYTES, 2 * BLOCK_BYTES + 3])
+
+
+class Walk:
+    """One random walk. `names` are files by path; None is a directory, bytes a link's target."""
+
+    def __init__(self, live: World, data: st.DataObject) -> None:
+        self.w = live
+        self.k = live.kernel
+        self.draw = data.draw
+        self.names: dict[str, Ref | bytes | None] = {}
+        self.handles: dict[int, Ref] = {}
+        self.appending: set[int] = set()
+        self._fill = 0
+
+    # --- tools ----------------------------------------------------------------------------------
+
+    def bytes(self, length: int) -> bytes:
+        self._fill = self._fill % 251 + 1
+        return bytes([self._fill]) * length
+
+    def files(self) -> list[str]:
+        return [path for path, ref in self.names.items() if isinstance(ref, Ref)]
+
+    def ref(self, path: str) -> Ref:
+        ref = self.names[path]
+        assert isinstance(ref, Ref)
+        return ref
+
+    def is_open(self, ref: Ref) -> bool:
+        return any(other is ref for other in self.handles.values())
+
+    def folders_exist(self, path: str) -> bool:
+        return not path.startswith("ns/d/") or self.names.get("ns/d", b"") is None
+
+    def pick_handle(self) -> int | None:
+        return self.draw(st.sampled_from(sorted(self.handles))) if self.handles else None
+
+    def pick_file(self) -> str | None:
+        return self.draw(st.sampled_from(sorted(self.files()))) if self.files() else None
+
+    async def refused(self, act: Awaitable[object]) -> None:
+        with pytest.raises((FilesystemError, m.RemoteError)):
+            await act
+
+    # --- operations on open files -----------------------------------------------------------------
+
+    async def open(self) -> None:
+        path = self.draw(st.sampled_from(NAMES))
+        flags = self.draw(st.sampled_from([os.O_RDONLY, os.O_RDWR, os.O_RDWR | os.O_APPEND]))
+        flags |= self.draw(st.sampled_from([0, os.O_CREAT, os.O_CREAT, os.O_TRUNC]))
+        if len(self.handles) >= 4:
+            return None
+        there = self.names.get(path, "missing")
+        if not isinstance(there, Ref) and not (there == "missing" and flags & os.O_CREAT):
+            return await self.refused(self.k.open(path, flags))
+        if not self.folders_exist(path):
+            return await self.refused(self.k.open(path, flags))
+        handle = await self.k.open(path, flags)
+        if not isinstance(there, Ref):
+            there = self.names[path] = Ref()
+        if flags & os.O_TRUNC:
+            there.content.clear()
+        there.seen = there.seen and self.is_open(there)
+        self.handles[handle] = there
+        if flags & os.O_ACCMODE == os.O_RDONLY:
+            self.appending.add(handle)
+        return None
+
+    async def read(self) -> None:
+        if (handle := self.pick_handle()) is None:
+            return
+        offset, length = self.draw(positions), self.draw(lengths)
+        ref = self.handles[handle]
+        try:
+            found = await self.k.pread(handle, offset, length)
+        except Stale:
+            assert ref.lost or ref.removed, "stale, though nobody else changed it"
+            return
+        if ref.seen or not ref.lost:
+            assert found == ref.content[offset : offset + length]
+        ref.seen = ref.seen or (bool(found) and not ref.lost)
+
+    async def write(self) -> None:
+        if (handle := self.pick_handle()) is None:
+            return None
+        ref = self.handles[handle]
+        offset, data = self.draw(positions), self.bytes(self.draw(lengths))
+        if self.draw(st.booleans()):
+            offset = self.k.node_of(handle).entry.size  # O_APPEND: the kernel asks the attributes
+            if not ref.lost:
+                assert offset == len(ref.content)
+        if handle in self.appending:
+            return await self.refused(self.k.pwrite(handle, offset, data))
+        if ref.lost:
+            return None
+        try:
+            await self.k.pwrite(handle, offset, data)
+        except Stale:
+            assert ref.removed, "stale, though nobody else changed it"
+            return None
+        if offset > len(ref.content):
+            ref.content.extend(bytes(offset - len(ref.content)))
+        ref.content[offset : offset + len(data)] = data
+        return None
+
+    async def truncate(self) -> None:
+        size = self.draw(positions)
+        handle = self.pick_handle()
+        if handle is not None and self.draw(st.booleans()):
+            ref = self.handles[handle]
+            if ref.lost or handle in self.appending:
+                return
+            await self.k.ftruncate(handle, size)
+        elif path := self.pick_file():
+            ref = self.ref(path)
+            await self.k.truncate(path, size)
+        else:
+            return
+        ref.content.extend(bytes(max(0, size - len(ref.content))))
+        del ref.content[size:]
+
+    async def flush(self) -> None:
+        if (handle := self.pick_handle()) is not None:
+            await self.k.fsync(handle)
+
+    async def failing_flush(self) -> None:
+        """The remote refuses: the error is seen, and the bytes stay."""
+        if (handle := self.pick_handle()) is None:
+            return
+        dirty = self.k.node_of(handle).content
+        is_dirty = dirty is not None and dirty.is_dirty()
+        stage = self.draw(st.sampled_from(["before", "after"]))
+        self.w.cues.fail(m.Upload, m.NoSpace("the quota is used up"), stage=stage)
+        if is_dirty:
+            with pytest.raises(m.NoSpace):
+                await self.k.fsync(handle)
+        self.w.cues.clear()
+        if is_dirty and stage == "after":  # the remote took it, though it said otherwise
+            await self.k.fsync(handle)
+
+    async def close(self) -> None:
+        if (handle := self.pick_handle()) is None:
+            return
+        ref = self.handles.pop(handle)
+        self.appending.discard(handle)
+        if self.draw(st.booleans()) and not ref.lost:
+            await self.k.close(handle)
+        else:
+            await self.w.fs.files.release(handle)
+
+    # --- names ----------------------------------------------------------------------------------
+
+    async def unlink(self) -> None:
+        path = self.draw(st.sampled_from(NAMES))
+        there = self.names.get(path, "missing")
+        if there is None or there == "missing":
+            return await self.refused(self.k.unlink(path))
+        await self.k.unlink(path)
+        if isinstance(there, Ref):
+            there.removed = True
+        del self.names[path]
+        return None
+
+    async def mkdir(self) -> None:
+        path = self.draw(st.sampled_from(["ns/d", "ns/e"]))
+        if path in self.names:
+            return await self.refused(self.k.mkdir(path))
+        await self.k.mkdir(path)
+        self.names[path] = None
+        return None
+
+    async def rmdir(self) -> None:
+        path = self.draw(st.sampled_from(["ns/d", "ns/e"]))
+        below = any(name.startswith(path + "/") for name in self.names)
+        if self.names.get(path, b"") is not None or below:
+            return await self.refused(self.k.rmdir(path))
+        await self.k.rmdir(path)
+        del self.names[path]
+        return None
+
+    async def symlink(self) -> None:
+        path = self.draw(st.sampled_from(NAMES))
+        if path in self.names or not self.folders_exist(path):
+            return await self.refused(self.k.symlink(path, b"target"))
+        await self.k.symlink(path, b"target")
+        self.names[path] = b"target"
+        return None
+
+    async def rename(self) -> None:
+        """Of files; directories move by `rename_directory`."""
+        path = self.pick_file()
+        target = self.draw(st.sampled_from(NAMES))
+        if path is None or path == target:
+            return None
+        there = self.names.get(target, "missing")
+        if there is None or not self.folders_exist(target):
+            return await self.refused(self.k.rename(path, target))
+        await self.k.rename(path, target)
+        if isinstance(there, Ref):
+            there.removed = True
+        self.names[target] = self.names.pop(path)
+        return None
+
+    async def rename_directory(self) -> None:
+        if self.names.get("ns/d", b"") is not None or "ns/e" in self.names:
+            return
+        await self.k.rename("ns/d", "ns/e")
+        await self.k.rename("ns/e", "ns/d")
+
+    async def set_attributes(self) -> None:
+        if (path := self.pick_file()) is None:
+            return
+        seconds = self.draw(st.integers(1, 2_000_000_000))
+        mode = self.draw(st.sampled_from([0o600, 0o755]))
+        await self.k.setattr(path, m.Attributes(mode=mode, mtime_ns=seconds * 10**9))
+        entry = await self.k.stat(path)
+        assert (stat.S_IMODE(entry.mode), entry.mtime_ns) == (mode, seconds * 10**9)
+
+    # --- others, time, the cache ------------------------------------------------------------------
+
+    async def replace_on_remote(self) -> None:
+        """Another program replaces or makes a file."""
+        path = self.draw(st.sampled_from(NAMES[:4]))
+        there = self.names.get(path)
+        if (there is None and path in self.names) or not self.folders_exist(path):
+            return
+        if isinstance(there, Ref):
+            if self.is_open(there) and self.is_dirty(there):
+                return
+            there.lost = True
+        content = self.bytes(self.draw(lengths))
+        self.w.remote.put(path.removeprefix("ns/").encode(), content)
+        self.names[path] = Ref(bytearray(content))
+        self.w.clock.expire_attributes()
+
+    async def append_on_remote(self) -> None:
+        path = self.pick_file()
+        if path is None or self.is_open(self.ref(path)):
+            return
+        more = self.bytes(self.draw(lengths))
+        self.w.remote.append(path.removeprefix("ns/").encode(), more)
+        self.ref(path).content.extend(more)
+        self.w.clock.expire_attributes()
+
+    def is_dirty(self, ref: Ref) -> bool:
+        contents = [self.k.node_of(h).content for h, other in self.handles.items() if other is ref]
+        return any(content is None or content.is_dirty() for content in contents)
+
+    async def wait(self) -> None:
+        self.w.clock.expire_attributes()
+
+    async def save(self) -> None:
+        await self.w.store.save()
+
+    async def evict(self) -> None:
+        await self.w.store.make_room(10**9)
+
+    async def list(self) -> None:
+        found = await self.k.listdir("ns")
+        below = {path.removeprefix("ns/").encode() for path in self.names}
+        assert found.keys() == {name for name in below if b"/" not in name}
+
+    async def forget(self) -> None:
+        """The kernel forgets what no program has open."""
+        if not self.handles:
+            self.k.forget_all()
+            assert len(self.w.fs.tree) == 2, "nodes that the kernel forgot are still known"
+
+    # --- checks -----------------------------------------------------------------------------------
+
+    async def check(self) -> None:
+        for path, ref in self.names.items():
+            if isinstance(ref, Ref):
+                entry = await self.k.stat(path)
+                assert entry.size == len(ref.content), path
+                if not self.is_open(ref):
+                    assert self.w.remote.get(path.removeprefix("ns/").encode()) == ref.content
+        assert not self.w.journal.kept
+        await self.check_bound()
+
+    async def check_bound(self) -> None:
+        """What is not dirty is evicted soon."""
+        store = self.w.store
+        dirty = sum(file.dirty.total + BLOCK_BYTES * file.pins for file in store._active.values())
+        step = store.max_bytes // 20
+        slack = len(self.names) * 2 * BLOCK_BYTES if dirty else 0
+        limit = store.max_bytes + dirty + slack + step
+        await until(lambda: store.used_bytes <= limit)
+
+    async def finish(self) -> None:
+        for handle in list(self.handles):
+            await self.w.fs.files.release(handle)
+        self.handles.clear()
+        await self.check()
+        for path in self.files():
+            assert await self.k.read_file(path) == self.ref(path).content
+        assert set(self.names) == {"ns/" + path.decode() for path in self.w.remote.paths()}
+        self.k.forget_all()
+        await until(lambda: len(self.w.fs.tree) == 2)
+        await self.w.store.save()
+        await self.check_bound()
+
+
+OPERATIONS: list[Callable[[Walk], Awaitable[None]]] = [
+    *[Walk.open, Walk.read, Walk.write] * 4,
+    *[Walk.truncate, Walk.flush, Walk.close] * 2,
+    *[Walk.failing_flush, Walk.unlink, Walk.mkdir, Walk.rmdir, Walk.symlink, Walk.rename],
+    *[Walk.rename_directory, Walk.set_attributes, Walk.replace_on_remote, Walk.append_on_remote],
+    *[Walk.wait, Walk.save, Walk.evict, Walk.list, Walk.forget],
+]
+
+
+async def walk(kind: str, data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        async with world(Path(directory), kind, max_bytes=CACHE_BLOCKS * BLOCK_BYTES) as live:
+            one = Walk(live, data)
+            for _ in range(STEPS):
+                operation = data.draw(st.sampled_from(OPERATIONS), label="operation")
+                with trio.fail_after(30):
+                    await operation(one)
+                    await one.check()
+            await one.finish()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@profile
+@given(data=st.data())
+def test_random_operations_do_what_a_dict_of_bytes_does(kind: str, data: st.DataObject) -> None:
+    trio.run(walk, kind, data)

@@ -1,0 +1,277 @@
+"""A whole filesystem over remotes in memory, and a kernel that asks it as Linux does.
+
+`Kernel` walks paths by lookups that it counts and forgets, tries an open that failed with ESTALE
+once more, and locks a directory while names in it change: what the filesystem may rely on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+import trio.lowlevel
+
+from hpcfs.cache.store import Store
+from hpcfs.filesystem.errors import Exists, NoEntry, Stale
+from hpcfs.filesystem.filesystem import Filesystem
+from hpcfs.filesystem.namespace import Namespace
+from hpcfs.filesystem.tree import ATTRIBUTE_SECONDS, ROOT_INO, Node
+from hpcfs.transfer import messages as m
+from hpcfs.transfer.messages import BLOCK_BYTES
+from hpcfs.writeback.journal import Journal
+from hpcfs.writeback.uploader import Uploader
+from tests.support.memory_remote import GID, UID, Cues, MemoryRemote, MemorySite
+
+T = TypeVar("T")
+KINDS = ("sftp", "s3")
+RW = os.O_RDWR
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Let other tasks and threads run until it holds."""
+    with trio.fail_after(seconds):
+        while not condition():
+            await trio.lowlevel.checkpoint()
+
+
+class Clock:
+    """The tree's clock: time passes only where the test says so, and a little at every look."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def __call__(self) -> float:
+        self.seconds += 1e-6
+        return self.seconds
+
+    def expire_attributes(self) -> None:
+        self.seconds += ATTRIBUTE_SECONDS + 0.1
+
+
+@dataclass
+class World:
+    directory: Path
+    store: Store
+    journal: Journal
+    fs: Filesystem
+    remotes: dict[str, MemoryRemote]
+    sites: dict[str, MemorySite]
+    nursery: trio.Nursery
+    clock: Clock
+    kernel: Kernel = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kernel = Kernel(self)
+
+    @property
+    def remote(self) -> MemoryRemote:
+        return self.remotes["ns"]
+
+    @property
+    def cues(self) -> Cues:
+        return self.sites["ns"].cues
+
+    def kept_bytes(self) -> list[bytes]:
+        return [Path(row.data).read_bytes() for row in self.journal.kept]
+
+
+@asynccontextmanager
+async def world(
+    directory: Path,
+    kind: str | dict[str, MemoryRemote],
+    *,
+    max_bytes: int = 64 * BLOCK_BYTES,
+    read_only: bool = False,
+) -> AsyncIterator[World]:
+    """One namespace "ns" of this kind, or those given. Everything is closed properly at the end."""
+    remotes = {"ns": MemoryRemote(kind)} if isinstance(kind, str) else kind
+    sites = {name: MemorySite({name: remote}) for name, remote in remotes.items()}
+    store = Store.open(directory, max_bytes, "a test")
+    journal = Journal.open(directory)
+    clock = Clock()
+    async with trio.open_nursery() as nursery:
+        namespaces = [
+            Namespace(name, f"memory:{name}", sites[name], read_only=read_only) for name in remotes
+        ]
+        fs = Filesystem(namespaces, store, Uploader(journal), nursery, uid=UID, gid=GID)
+        fs.tree.now = clock
+        nursery.start_soon(store.evict_forever)
+        yield World(directory, store, journal, fs, remotes, sites, nursery, clock)
+        for site in sites.values():
+            site.cues.clear()
+        await fs.files.close_all()
+        nursery.cancel_scope.cancel()
+    await store.close()
+    await journal.close()
+
+
+class Kernel:
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._fs = world.fs
+        self.lookups: dict[int, int] = {}
+
+    def _count(self, node: Node) -> Node:
+        self._fs.tree.count_lookup(node)
+        self.lookups[node.ino] = self.lookups.get(node.ino, 0) + 1
+        return node
+
+    def forget_all(self) -> None:
+        for ino, count in self.lookups.items():
+            self._fs.tree.forget(ino, count)
+        self.lookups.clear()
+
+    async def walk(self, path: str) -> Node:
+        """`path` starts with the namespace; "" is the mount's top."""
+        node = self._fs.tree.get(ROOT_INO)
+        for name in os.fsencode(path).split(b"/") if path else []:
+            node = self._count(await self._fs.lookup(node.ino, name))
+        return node
+
+    async def parent(self, path: str) -> tuple[int, bytes]:
+        folder, _, name = path.rpartition("/")
+        return (await self.walk(folder)).ino, os.fsencode(name)
+
+    async def twice_if_stale(self, act: Callable[[], Awaitable[T]]) -> T:
+        """As open(2) and stat(2) do in Linux."""
+        try:
+            return await act()
+        except Stale:
+            return await act()
+
+    async def exists(self, path: str) -> bool:
+        try:
+            await self.walk(path)
+        except NoEntry:
+            return False
+        return True
+
+    async def stat(self, path: str) -> m.Entry:
+        async def act() -> m.Entry:
+            node = await self.walk(path)
+            return (await self._fs.getattr(node.ino)).entry
+
+        return await self.twice_if_stale(act)
+
+    async def open(self, path: str, flags: int = RW) -> int:
+        """open(2): O_CREAT makes the file if the lookup found none."""
+
+        async def act() -> int:
+            if not flags & os.O_CREAT or await self.exists(path):
+                node = await self.walk(path)
+                return (await self._fs.files.open(node, flags))[0]
+            parent, name = await self.parent(path)
+            handle, node = await self._fs.create(parent, name, 0o644, flags)
+            self._count(node)
+            return handle
+
+        return await self.twice_if_stale(act)
+
+    def node_of(self, handle: int) -> Node:
+        return self._fs.files.get(handle).node
+
+    async def fstat(self, handle: int) -> m.Entry:
+        return (await self._fs.getattr(self.node_of(handle).ino)).entry
+
+    async def pread(self, handle: int, offset: int, length: int) -> bytes:
+        return await self._fs.files.read(handle, offset, length)
+
+    async def pwrite(self, handle: int, offset: int, data: bytes) -> None:
+        assert await self._fs.files.write(handle, offset, data) == len(data)
+
+    async def ftruncate(self, handle: int, size: int) -> None:
+        node = self.node_of(handle)
+        await self._fs.setattr(node.ino, m.Attributes(), size, handle)
+
+    async def truncate(self, path: str, size: int) -> None:
+        node = await self.walk(path)
+        await self._fs.setattr(node.ino, m.Attributes(), size, None)
+
+    async def setattr(self, path: str, attributes: m.Attributes) -> None:
+        node = await self.walk(path)
+        await self._fs.setattr(node.ino, attributes, None, None)
+
+    async def fsync(self, handle: int) -> None:
+        await self._fs.files.flush_handle(handle, sync=True)
+
+    async def close(self, handle: int) -> None:
+        """close(2) of the only descriptor: flush, whose error the program sees, then release."""
+        try:
+            await self._fs.files.flush_handle(handle)
+        finally:
+            await self._fs.files.release(handle)
+
+    async def write_file(self, path: str, data: bytes) -> None:
+        handle = await self.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        try:
+            if data:
+                await self.pwrite(handle, 0, data)
+        finally:
+            await self.close(handle)
+
+    async def read_file(self, path: str) -> bytes:
+        handle = await self.open(path, os.O_RDONLY)
+        try:
+            return await self.pread(handle, 0, 1 << 40)
+        finally:
+            await self.close(handle)
+
+    async def unlink(self, path: str) -> None:
+        await self.walk(path)
+        await self._fs.unlink(*await self.parent(path))
+
+    async def mkdir(self, path: str) -> None:
+        await self._must_be_free(path)
+        self._count(await self._fs.mkdir(*await self.parent(path), 0o755))
+
+    async def rmdir(self, path: str) -> None:
+        await self._fs.rmdir(*await self.parent(path))
+
+    async def _must_be_free(self, path: str) -> None:
+        """Linux looks before it asks for something new."""
+        if await self.exists(path):
+            raise Exists(path)
+
+    async def symlink(self, path: str, target: bytes) -> None:
+        await self._must_be_free(path)
+        self._count(await self._fs.symlink(*await self.parent(path), target))
+
+    async def rename(self, path: str, target: str, *, replace: bool = True) -> None:
+        await self.walk(path)
+        await self.exists(target)
+        old, new = await self.parent(path), await self.parent(target)
+        await self._fs.rename(*old, *new, replace=replace)
+
+    async def listdir(self, path: str) -> dict[bytes, m.Entry]:
+        """opendir, readdirplus in small replies, closedir."""
+        node = await self.walk(path)
+        handle = self._fs.directories.open(node)
+        found: dict[bytes, m.Entry] = {}
+        try:
+            start, last = 0, -1
+            while start != last:
+                last = start
+                start = await self.readdir(handle, start, found)
+        finally:
+            self._fs.directories.close(handle)
+        return found
+
+    async def readdir(
+        self, handle: int, start: int, found: dict[bytes, m.Entry], room: int = 5
+    ) -> int:
+        """One getdents(2) with room for so many entries; returns where the next one starts."""
+        for following, name, node, counts in await self._fs.directories.read(handle, start):
+            if not room:
+                self._fs.tree.drop_if_unused(node)
+                break
+            room -= 1
+            start = following
+            if counts:
+                assert name not in found, f"{name!r} is listed twice"
+                found[name] = self._count(node).entry
+        return start
