@@ -33,6 +33,10 @@ Ask = Callable[[str, bool], str | None]
 
 CALL_TIMEOUT = 30.0
 """Seconds without an answer or progress. A login that waits for the user does not count."""
+_SILENT_TIMEOUT = 5.0
+"""The same, once the site has left a call without an answer and said nothing since."""
+_ANSWERED_HERE = (m.Release, m.StatOpen, m.GetDiskUsage)
+"""The transfer process may answer these without the site: they don't tell that it is there."""
 _RESTART_PAUSE = 1.0
 
 
@@ -43,6 +47,8 @@ class _Pending:
     on_page: Callable[[bytes], None] | None
     done: trio.Event
     reply: m.Reply | None = None
+    heard: bool = False
+    """Whether the site answered anything while this call waited."""
 
     def renew(self) -> None:
         self.scope.deadline = trio.current_time() + self.timeout
@@ -68,6 +74,7 @@ class SiteClient:
         self._pending: dict[int, _Pending] = {}
         self._next_id = 0
         self._questions = 0
+        self._is_silent = False
 
     # --- calls --------------------------------------------------------------------------------
 
@@ -98,6 +105,8 @@ class SiteClient:
         stream = self._stream or await self._start_process()
         self._next_id += 1
         call_id = self._next_id
+        if self._is_silent and not isinstance(request, m.Fetch | m.Upload):
+            timeout = min(timeout, _SILENT_TIMEOUT)
         with trio.CancelScope() as scope:
             pending = _Pending(scope, timeout, on_page, trio.Event())
             if not self._questions:
@@ -116,17 +125,22 @@ class SiteClient:
         reply = pending.reply
         if reply is None:
             what = type(request).__name__
-            raise m.TimedOut(f"no answer to {what} within {pending.timeout:g} s")
+            error = m.TimedOut(f"no answer to {what} within {pending.timeout:g} s")
+            if not pending.heard:
+                self._is_silent = True
+                self._state, self._reason = "failed", error.message
+            raise error
         if reply.failure is None:
-            self._state, self._reason = "connected", ""
-            self._namespace_reasons.pop(namespace, None)
+            if not isinstance(request, _ANSWERED_HERE):
+                self._state, self._reason = "connected", ""
+                self._namespace_reasons.pop(namespace, None)
             return reply
-        error = reply.failure.error()
-        if isinstance(error, m.Unreachable):
-            self._state, self._reason = "failed", error.message
-        elif error.lasting:
-            self._namespace_reasons[namespace] = error.message
-        raise error
+        failure = reply.failure.error()
+        if isinstance(failure, m.Unreachable):
+            self._state, self._reason = "failed", failure.message
+        elif failure.lasting:
+            self._namespace_reasons[namespace] = failure.message
+        raise failure
 
     def namespace_state(self, namespace: str) -> tuple[State, str]:
         """For the status: the state, and why where it failed."""
@@ -223,6 +237,9 @@ class SiteClient:
             return b""
 
     def _dispatch(self, stream: trio.SocketStream, message: m.FromTransfer) -> None:
+        self._is_silent = False
+        for waiting in self._pending.values():
+            waiting.heard = True
         match message:
             case m.Question():
                 self._nursery.start_soon(self._put_question, stream, message)

@@ -160,6 +160,13 @@ class SshServer:
     def kill(self) -> None:
         self._end(signal.SIGKILL)
 
+    def kill_sessions(self) -> None:
+        """The server goes on."""
+        assert self._process is not None
+        for pid in _descendants(self._process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def _end(self, how: signal.Signals) -> None:
         if self._process is None:
             return

@@ -1,0 +1,265 @@
+"""Full disks, here and there, killed processes, files that others remove: no wrong byte."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import Linked
+from tests.support.mounts import RealHome, errno_of, kill, mounted, run, served_by_ssh, until
+from tests.support.sshd import SshServer
+
+MIB = 1 << 20
+MakeDisk = Callable[[int], Path]
+Starts = Callable[[str], Linked]
+
+
+def test_the_remote_is_full(sshd: SshServer, small_disk: MakeDisk, real_home: RealHome) -> None:
+    """close(2) says so, and the bytes are kept; when there is room again all is well."""
+    data = random.Random(1).randbytes(12 * MIB)
+    folder = small_disk(8)
+    with mounted(
+        real_home, {"ns": served_by_ssh(sshd, folder)}, expected=["full|space|kept|quota"]
+    ) as mount:
+        (mount.path / "ns" / "small").write_bytes(data[:MIB])
+        with (mount.path / "ns" / "file").open("wb", buffering=0) as file:
+            file.write(data)
+            descriptor = os.dup(file.fileno())
+            assert errno_of(file.close) == errno.ENOSPC
+        assert errno_of(os.close, descriptor) == errno.ENOSPC
+        (kept,) = until(lambda: mount.kept)
+        assert Path(kept.data).read_bytes() == data
+        assert kept.path == "file"
+        assert (mount.path / "ns" / "small").read_bytes() == data[:MIB]
+        os.unlink(mount.path / "ns" / "file")
+        (mount.path / "ns" / "file").write_bytes(data[:MIB])
+        assert (folder / "file").read_bytes() == data[:MIB]
+        assert os.statvfs(mount.path).f_blocks == os.statvfs(folder).f_blocks
+
+
+def test_the_caches_disk_is_full_while_reading(
+    sshd: SshServer, small_disk: MakeDisk, real_home: RealHome
+) -> None:
+    """Twice as much is read as the disk holds: old blocks make room for new ones."""
+    served = served_by_ssh(sshd)
+    contents = {f"f{n}": random.Random(n).randbytes(12 * MIB) for n in range(6)}
+    for name, data in contents.items():
+        served.inside.write(name, data)
+    with mounted(
+        real_home, {"ns": served}, "--cache-dir", small_disk(32), expected=["full|index"]
+    ) as mount:
+        for _ in range(2):
+            for name, data in contents.items():
+                assert (mount.path / "ns" / name).read_bytes() == data
+        with (
+            (mount.path / "ns" / "f0").open("rb") as one,
+            (mount.path / "ns" / "f1").open("rb") as two,
+        ):
+            assert one.read() == contents["f0"]
+            assert two.read() == contents["f1"]
+
+
+def test_a_file_larger_than_the_caches_disk_can_be_read(
+    sshd: SshServer, small_disk: MakeDisk, real_home: RealHome
+) -> None:
+    served = served_by_ssh(sshd)
+    data = random.Random(7).randbytes(60 * MIB)
+    served.inside.write("file", data)
+    with mounted(
+        real_home, {"ns": served}, "--cache-dir", small_disk(24), expected=["full|index"]
+    ) as mount:
+        assert (mount.path / "ns" / "file").read_bytes() == data
+
+
+def test_the_caches_disk_is_full_while_writing(
+    sshd: SshServer, small_disk: MakeDisk, real_home: RealHome
+) -> None:
+    """ENOSPC from write(2); what was written before it is whole, here and on the remote."""
+    data = random.Random(8).randbytes(40 * MIB)
+    with mounted(
+        real_home,
+        {"ns": served_by_ssh(sshd)},
+        "--cache-dir",
+        small_disk(24),
+        expected=["full|index"],
+    ) as mount:
+        (mount.path / "ns" / "before").write_bytes(data[: 4 * MIB])
+        file = os.open(mount.path / "ns" / "file", os.O_CREAT | os.O_RDWR)
+        written, number = 0, None
+        while number is None and written < len(data):
+            piece = data[written : written + MIB]
+            number = errno_of(os.write, file, piece)
+            written += len(piece) if number is None else 0
+        assert number == errno.ENOSPC
+        assert written > 4 * MIB
+        assert os.pread(file, MIB, written - MIB) == data[written - MIB : written]
+        os.close(file)
+        inside = mount.namespaces["ns"].inside
+        assert inside.read("file") == data[:written]
+        assert inside.read("before") == data[: 4 * MIB]
+        (mount.path / "ns" / "after").write_bytes(data[:MIB])
+        assert inside.read("after") == data[:MIB]
+        assert (mount.path / "ns" / "file").read_bytes() == data[:written]
+        assert mount.kept == []
+
+
+def test_a_cache_directory_that_is_full_from_the_start(
+    small_disk: MakeDisk, sshd: SshServer, real_home: RealHome
+) -> None:
+    disk = small_disk(1)
+    with (disk / "ballast").open("wb", buffering=0) as file:
+        assert errno_of(file.write, bytes(2 * MIB)) in (None, errno.ENOSPC)
+        assert errno_of(file.write, bytes(2 * MIB)) == errno.ENOSPC
+    mount = mounted(real_home, {"ns": served_by_ssh(sshd)})
+    with mount as made:
+        made.umount()
+        done = real_home.run("mount", "--cache-dir", disk, made.path)
+        assert done.returncode == 1
+        assert "No space left" in done.stderr or "full" in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
+        made.expected.append("full|space")
+
+
+# --- killed while writing -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sftp", "s3-rclone"])
+def test_a_daemon_killed_in_the_middle_of_a_write(
+    kind: str, linked: Starts, real_home: RealHome
+) -> None:
+    """What write(2) accepted is kept, listed by the next mount's status, and identical."""
+    data = random.Random(9).randbytes(9 * MIB + 5)
+    far = linked(kind)
+    far.served.inside.write("old", data[: 3 * MIB])
+    with mounted(real_home, {"ns": far.served}) as mount:
+        new = os.open(mount.path / "ns" / "new", os.O_CREAT | os.O_WRONLY)
+        for start in range(0, len(data), MIB):
+            assert os.write(new, data[start : start + MIB]) == len(data[start : start + MIB])
+        old = os.open(mount.path / "ns" / "old", os.O_RDWR)
+        assert os.pwrite(old, b"changed", MIB) == 7
+        mount.kill_daemon()
+        assert errno_of(os.close, new) in (errno.ENOTCONN, errno.ECONNABORTED)
+        assert errno_of(os.close, old) in (errno.ENOTCONN, errno.ECONNABORTED)
+        mount.mount()
+        kept = {one.path: Path(one.data).read_bytes() for one in mount.kept}
+        assert kept.keys() == {"new", "old"}
+        assert kept["new"] == data
+        assert kept["old"][MIB : MIB + 7] == b"changed"
+        shown = real_home.run("status", mount.path).stdout
+        assert "2 files could not be uploaded" in shown
+        assert "ended before the remote confirmed" in shown
+        assert (mount.path / "ns" / "old").read_bytes() == data[: 3 * MIB]
+        mount.remount()
+        assert {one.path for one in mount.kept} == {"new", "old"}
+
+
+def test_a_daemon_killed_while_it_uploads(linked: Starts, real_home: RealHome) -> None:
+    data = random.Random(10).randbytes(30 * MIB)
+    far = linked("sftp")
+    with mounted(real_home, {"ns": far.served}) as mount:
+        far.link.fail_after(10 * MIB, then="frozen")
+        process = os.fork()
+        if process == 0:
+            os._exit(errno_of((mount.path / "ns" / "file").write_bytes, data) or 0)
+        until(lambda: far.link.is_down)
+        mount.kill_daemon()
+        _, result = os.waitpid(process, 0)
+        assert os.waitstatus_to_exitcode(result) in (errno.ENOTCONN, errno.ECONNABORTED)
+        far.link.cut()
+        far.link.mend()
+        mount.mount()
+        ((path, kept),) = [(one.path, Path(one.data).read_bytes()) for one in mount.kept]
+        assert (path, kept) == ("file", data)
+
+
+def test_a_transfer_process_killed_while_it_reads_and_writes(
+    linked: Starts, real_home: RealHome
+) -> None:
+    data = random.Random(11).randbytes(20 * MIB)
+    far = linked("sftp")
+    far.served.inside.write("file", data)
+    with mounted(real_home, {"ns": far.served}, expected=["process"]) as mount:
+        far.link.fail_after(5 * MIB, then="frozen")
+        process = os.fork()
+        if process == 0:
+            code = errno_of((mount.path / "ns" / "file").read_bytes) or 0
+            os._exit(code)
+        until(lambda: far.link.is_down)
+        (pid,) = mount.transfer_processes()
+        kill(pid)
+        far.link.mend()
+        _, result = os.waitpid(process, 0)
+        assert os.waitstatus_to_exitcode(result) in (0, errno.EHOSTUNREACH)
+        until(lambda: errno_of(os.listdir, mount.path / "ns") is None)
+        assert (mount.path / "ns" / "file").read_bytes() == data
+
+
+# --- others on the remote -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sftp", "s3-rclone", "s3-moto"])
+def test_an_object_deleted_while_it_is_read(kind: str, linked: Starts, real_home: RealHome) -> None:
+    data = random.Random(12).randbytes(30 * MIB)
+    far = linked(kind)
+    far.served.inside.write("file", data)
+    gone = (errno.ESTALE, errno.ENOENT, errno.EIO)
+    with mounted(real_home, {"ns": far.served}, expected=["changed|exist|no such|gone"]) as mount:
+        with (mount.path / "ns" / "file").open("rb", buffering=0) as file:
+            assert os.pread(file.fileno(), 1000, 0) == data[:1000]
+            far.served.inside.remove("file")
+            number = errno_of(os.pread, file.fileno(), 1000, 25 * MIB)
+            assert number in (None, *gone)
+            if number is None:  # SFTP: the server has it open
+                assert os.pread(file.fileno(), 1000, 25 * MIB) == data[25 * MIB :][:1000]
+        until(lambda: errno_of(os.stat, mount.path / "ns" / "file") == errno.ENOENT, 5)
+        far.served.inside.write("file", b"another")
+        until(lambda: errno_of(os.stat, mount.path / "ns" / "file") is None, 5)
+        assert (mount.path / "ns" / "file").read_bytes() == b"another"
+
+
+@pytest.mark.parametrize("kind", ["sftp", "s3-rclone", "s3-moto"])
+def test_a_file_replaced_while_it_is_read(kind: str, linked: Starts, real_home: RealHome) -> None:
+    """All bytes that one open file gives are of one version."""
+    one, other = random.Random(13).randbytes(30 * MIB), random.Random(14).randbytes(29 * MIB)
+    far = linked(kind)
+    far.served.inside.write("file", one)
+    with mounted(real_home, {"ns": far.served}, expected=["changed|another"]) as mount:
+        with (mount.path / "ns" / "file").open("rb", buffering=0) as file:
+            assert os.pread(file.fileno(), 1000, 0) == one[:1000]
+            far.served.inside.remove("file")
+            far.served.inside.write("file", other)
+            if errno_of(os.pread, file.fileno(), 1000, 25 * MIB) is None:
+                assert os.pread(file.fileno(), 1000, 25 * MIB) == one[25 * MIB :][:1000]
+        until(lambda: (mount.path / "ns" / "file").read_bytes() == other, 5)
+
+
+# --- large directories ----------------------------------------------------------------------------
+
+
+def test_a_directory_of_100_000_entries(sshd: SshServer, real_home: RealHome) -> None:
+    """Bounds are loose: they catch what grows with the square, or keeps every entry."""
+    served = served_by_ssh(sshd)
+    folder = Path(str(served.keys["path"])) / "many"
+    folder.mkdir()
+    at = os.open(folder, os.O_DIRECTORY)
+    for number in range(100_000):
+        os.close(os.open(f"entry-{number:06}", os.O_CREAT | os.O_WRONLY, dir_fd=at))
+    os.close(at)
+    with mounted(real_home, {"ns": served}) as mount:
+        before = mount.status.memory
+        started = time.monotonic()
+        shown = run("sh", "-c", "ls -U | wc -l", cwd=mount.path / "ns" / "many")
+        seconds = time.monotonic() - started
+        grown = (mount.status.memory - before) / MIB
+        assert shown.strip() == "100000"
+        assert (mount.path / "ns" / "many" / "entry-077777").stat().st_size == 0
+        assert run("sh", "-c", "ls | sort | uniq -d", cwd=mount.path / "ns" / "many") == ""
+        print(f"100,000 entries: {seconds:.1f} s, {grown:.0f} MiB more")
+        assert seconds < 60
+        assert grown < 400
