@@ -20,9 +20,11 @@ from pathlib import Path
 
 import trio
 
-from hpcfs import __version__, control, control_server
+from hpcfs import __version__
 from hpcfs.cache.store import CacheUnusable, Store
-from hpcfs.config import Settings
+from hpcfs.config.config import Settings
+from hpcfs.control import control
+from hpcfs.control import server as control_server
 from hpcfs.errors import SetupError
 from hpcfs.filesystem.filesystem import Filesystem
 from hpcfs.filesystem.namespace import Namespace

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import click
 
-from hpcfs import urls
+from hpcfs.config import urls
 
 
 @dataclass(frozen=True, slots=True)

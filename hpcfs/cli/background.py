@@ -17,11 +17,11 @@ from contextlib import contextmanager, suppress
 
 import msgspec
 
-from hpcfs import mountinfo, mountpoint
 from hpcfs.cli import terminal
-from hpcfs.config import Settings
-from hpcfs.control import MountStatus
+from hpcfs.config.config import Settings
+from hpcfs.control.control import MountStatus
 from hpcfs.errors import SetupError
+from hpcfs.system import mountinfo, mountpoint
 
 STOP_SECONDS = 5.0
 """How long an interrupted child may take to tidy up before it is killed."""

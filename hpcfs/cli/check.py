@@ -8,11 +8,11 @@ from pathlib import Path
 
 import click
 
-from hpcfs import config
 from hpcfs.cli import arguments, check_machine, check_s3, check_ssh
 from hpcfs.cli.findings import Finding
 from hpcfs.cli.output import count, printable
-from hpcfs.config import Config, Namespace
+from hpcfs.config import config
+from hpcfs.config.config import Config, Namespace
 from hpcfs.errors import SetupError
 from hpcfs.transfer.messages import S3Root, S3Site, SshSite
 

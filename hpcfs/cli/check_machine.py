@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hpcfs import mountpoint, paths
 from hpcfs.cache import location
 from hpcfs.cli.findings import Finding
 from hpcfs.cli.output import size
-from hpcfs.config import Config
+from hpcfs.config.config import Config
 from hpcfs.errors import SetupError
+from hpcfs.system import mountpoint, paths
 
 MIN_PYTHON = (3, 11)
 

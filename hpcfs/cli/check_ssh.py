@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcfs import paths
 from hpcfs.cli.findings import Finding
+from hpcfs.system import paths
 from hpcfs.transfer.messages import SshSite
 
 BANNER_BYTES = 255

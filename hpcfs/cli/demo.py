@@ -16,15 +16,17 @@ from pathlib import Path
 
 import click
 
-from hpcfs import config, control, mountpoint, paths
 from hpcfs.cache import location
 from hpcfs.cli import background, tour, umount
 from hpcfs.cli.main import Invocation
 from hpcfs.cli.output import complain, printable
-from hpcfs.config import Settings
-from hpcfs.control import MountStatus
+from hpcfs.config import config
+from hpcfs.config.config import Settings
+from hpcfs.control import control
+from hpcfs.control.control import MountStatus
 from hpcfs.demo import running
 from hpcfs.errors import SetupError
+from hpcfs.system import mountpoint, paths
 
 DEFAULT_MOUNTPOINT = "~/hpcfs-demo"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import click
 
-from hpcfs import config, paths, rclone_conf, ssh_config
 from hpcfs.cli.output import complain, printable
+from hpcfs.config import config, rclone_conf, ssh_config
+from hpcfs.config.rclone_conf import RcloneRemote
 from hpcfs.errors import SetupError
-from hpcfs.rclone_conf import RcloneRemote
+from hpcfs.system import paths
 from hpcfs.transfer.messages import S3Site, SshSite
 
 _HEAD = """\

@@ -11,14 +11,16 @@ from typing import TypeVar
 
 import click
 
-from hpcfs import config, config_values, mountpoint, paths
 from hpcfs.cache import location
 from hpcfs.cli import arguments, background, terminal
 from hpcfs.cli.main import Invocation
 from hpcfs.cli.output import complain, count, printable
-from hpcfs.config import Config, Settings
-from hpcfs.control import MountStatus
+from hpcfs.config import config
+from hpcfs.config import values as config_values
+from hpcfs.config.config import Config, Settings
+from hpcfs.control.control import MountStatus
 from hpcfs.errors import SetupError
+from hpcfs.system import mountpoint, paths
 
 T = TypeVar("T")
 

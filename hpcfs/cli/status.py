@@ -12,10 +12,11 @@ from pathlib import Path
 import click
 import msgspec
 
-from hpcfs import control, mountpoint, paths
 from hpcfs.cli.output import ago, complain, count, printable, size
-from hpcfs.control import KeptFile, MountStatus, NamespaceStatus
+from hpcfs.control import control
+from hpcfs.control.control import KeptFile, MountStatus, NamespaceStatus
 from hpcfs.errors import SetupError
+from hpcfs.system import mountpoint, paths
 
 
 class Silent(msgspec.Struct, frozen=True):

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import click
 
-from hpcfs import control, mountinfo, mountpoint, paths
 from hpcfs.cli.output import complain, printable
+from hpcfs.control import control
 from hpcfs.errors import SetupError
+from hpcfs.system import mountinfo, mountpoint, paths
 
 PATIENCE_SECONDS = 2.0
 """After this the user is told what is waited for."""

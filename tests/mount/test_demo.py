@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs import control, mountinfo, paths
+from hpcfs.control import control
+from hpcfs.system import mountinfo, paths
 from tests.support import leftovers
 from tests.support.command import Home, make_home
 

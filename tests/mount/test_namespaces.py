@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs import paths
+from hpcfs.system import paths
 from tests.mount.conftest import Servers
 from tests.support.link import link_to, ssh_config_through
 from tests.support.mounts import (

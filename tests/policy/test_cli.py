@@ -16,9 +16,9 @@ from pathlib import Path
 import click
 import pytest
 
-from hpcfs import config
 from hpcfs.cli import arguments, check_s3, check_ssh, output
 from hpcfs.cli.arguments import Arguments
+from hpcfs.config import config
 from hpcfs.transfer.messages import S3Root, S3Site, Secret, SshSite
 from tests.support import s3
 from tests.support.command import Home, Terminal, make_home

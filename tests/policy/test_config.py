@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs import config, config_values, paths
-from hpcfs.config import Config
+from hpcfs.config import config
+from hpcfs.config import values as config_values
+from hpcfs.config.config import Config
+from hpcfs.config.toml_lines import KeyPath, find_lines
 from hpcfs.errors import SetupError
-from hpcfs.toml_lines import KeyPath, find_lines
+from hpcfs.system import paths
 from hpcfs.transfer.messages import S3Root, S3Site, SftpRoot, SshSite
 
 FILE = Path("/c/config.toml")

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from hpcfs import control, control_server
-from hpcfs.control import KeptFile, MountStatus, NamespaceStatus
+from hpcfs.control import control
+from hpcfs.control import server as control_server
+from hpcfs.control.control import KeptFile, MountStatus, NamespaceStatus
 from hpcfs.errors import SetupError
 
 STATUS = MountStatus(
@@ -183,7 +184,7 @@ def test_other_users_are_refused(
 DAEMON = """
 import sys, trio
 from pathlib import Path
-from hpcfs import control_server
+from hpcfs.control import server as control_server
 async def main():
     async with trio.open_nursery() as nursery:
         await nursery.start(control_server.serve, Path(sys.argv[1]), lambda: None)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs import mountinfo, paths
 from hpcfs.cache import location
 from hpcfs.cache.location import Location
 from hpcfs.errors import SetupError
+from hpcfs.system import mountinfo, paths
 
 TABLE = rb"""
 22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw

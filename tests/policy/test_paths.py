@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs import paths
 from hpcfs.errors import SetupError
+from hpcfs.system import paths
 
 
 def test_xdg_variables_are_followed_and_relative_ones_ignored() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcfs import rclone_conf, urls
+from hpcfs.config import rclone_conf, urls
 from hpcfs.errors import SetupError
 from hpcfs.transfer.messages import S3Root, S3Site, Secret, SftpRoot, SshSite
 

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcfs import mountpoint
+from hpcfs.system import mountpoint
 
 LOCK_NAME = "hpcfs-test-run.lock"
 MARK = "HPCFS_TEST_RUN"

@@ -23,8 +23,9 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
-from hpcfs import control, mountinfo, paths
-from hpcfs.control import KeptFile, MountStatus, NamespaceStatus
+from hpcfs.control import control
+from hpcfs.control.control import KeptFile, MountStatus, NamespaceStatus
+from hpcfs.system import mountinfo, paths
 from tests.support.command import Home, end_mounts_below
 from tests.support.s3 import S3Server
 from tests.support.sshd import ALIAS, SshServer

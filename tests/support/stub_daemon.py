@@ -21,9 +21,9 @@ import pyfuse3
 import trio
 
 import hpcfs
-from hpcfs import control_server
-from hpcfs.config import Settings
-from hpcfs.control import MountStatus, NamespaceStatus
+from hpcfs.config.config import Settings
+from hpcfs.control import server as control_server
+from hpcfs.control.control import MountStatus, NamespaceStatus
 
 FILE_INODE = pyfuse3.InodeT(pyfuse3.ROOT_INODE + 1)
 

@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from hpcfs import urls
+from hpcfs.config import urls
 from hpcfs.errors import SetupError
 
 MIN_CACHE_SIZE = 16 * 1024**2

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn, TypeVar, overload
 
-from hpcfs import config_values as values
-from hpcfs import paths, rclone_conf, ssh_config, urls
+from hpcfs.config import rclone_conf, ssh_config, urls, values
+from hpcfs.config.toml_lines import KeyPath, find_lines
 from hpcfs.errors import SetupError
-from hpcfs.toml_lines import KeyPath, find_lines
+from hpcfs.system import paths
 from hpcfs.transfer.messages import S3Root, S3Site, SftpRoot, SshSite
 
 DEFAULT_CACHE_SIZE = 20 * 1024**3

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcfs import paths
 from hpcfs.errors import SetupError
+from hpcfs.system import paths
 from hpcfs.transfer.messages import S3Root, S3Site, Secret, SftpRoot, SshSite
 
 SUPPORTED = ("sftp", "s3")

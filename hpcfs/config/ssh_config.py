@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpcfs import paths
+from hpcfs.system import paths
 
 MAX_INCLUDE_DEPTH = 16
 """OpenSSH's own limit."""

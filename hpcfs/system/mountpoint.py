@@ -15,9 +15,10 @@ import stat
 import subprocess
 from pathlib import Path
 
-from hpcfs import control, mountinfo, paths
+from hpcfs.control import control
 from hpcfs.errors import SetupError
-from hpcfs.mountinfo import Mounted
+from hpcfs.system import mountinfo, paths
+from hpcfs.system.mountinfo import Mounted
 
 PROBE_SECONDS = 2.0
 UNMOUNT_SECONDS = 20.0

@@ -17,8 +17,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote, unquote
 
+from hpcfs.config.rclone_conf import RcloneRemote
 from hpcfs.errors import SetupError
-from hpcfs.rclone_conf import RcloneRemote
 from hpcfs.transfer.messages import S3Root, S3Site, SftpRoot, SshSite
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,255}")

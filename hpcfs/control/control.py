@@ -3,7 +3,7 @@
 A Unix socket for each mount, in a directory that only the user can enter. A request is one line of
 JSON, `{"command": "status"}` or `{"command": "wait"}`; the answer is one line too. After "wait" the
 connection stays open until the daemon has ended, so that end of file means gone: no pid to reuse,
-no polling. The answering side is control_server.py: asking must not cost an import of trio.
+no polling. The answering side is server.py: asking must not cost an import of trio.
 """
 
 from __future__ import annotations

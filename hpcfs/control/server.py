@@ -18,9 +18,16 @@ from pathlib import Path
 import msgspec
 import trio
 
-from hpcfs import paths
-from hpcfs.control import MAX_REQUEST_BYTES, MountStatus, NotRunning, Reply, Request, open_wait
+from hpcfs.control.control import (
+    MAX_REQUEST_BYTES,
+    MountStatus,
+    NotRunning,
+    Reply,
+    Request,
+    open_wait,
+)
 from hpcfs.errors import SetupError
+from hpcfs.system import paths
 
 REQUEST_SECONDS = 10.0
 PEER_CREDENTIALS = struct.Struct("3i")
