@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 import aiohttp
 from botocore import exceptions as boto
@@ -148,10 +149,25 @@ def translate(error: Exception, subject: str) -> RemoteError:
         wrong = not isinstance(error, boto.ParamValidationError) or "bucket" in text.lower()
         return (WrongSettings if wrong else InvalidRequest)(f"{subject}: S3 can't be asked: {text}")
     if isinstance(error, _TIMEOUTS):
-        return TimedOut(f"{subject}: the S3 endpoint did not answer in time")
+        return TimedOut(f"the S3 endpoint{_endpoint(error)} did not answer in time")
     if isinstance(error, _UNREACHABLE):
-        return Unreachable(f"{subject}: the S3 endpoint can't be reached ({error})")
+        return Unreachable(f"the S3 endpoint{_endpoint(error)} can't be reached ({_cause(error)})")
     return RemoteFailure(f"{subject}: the S3 request failed: {error}")
+
+
+def _endpoint(error: Exception) -> str:
+    """Which one, where the error tells: without the path and query, which are the request's."""
+    url = getattr(error, "kwargs", {}).get("endpoint_url")
+    parts = urlsplit(str(url)) if url else None
+    return f" {parts.scheme}://{parts.netloc}" if parts and parts.netloc else ""
+
+
+def _cause(error: Exception) -> str:
+    """What the operating system said, else the library's words."""
+    inner = getattr(error, "kwargs", {}).get("error") or error
+    system = getattr(inner, "os_error", inner)
+    reason = getattr(system, "strerror", None) or str(inner) or type(inner).__name__
+    return " ".join(str(reason).split())
 
 
 def _from_answer(error: boto.ClientError, subject: str) -> RemoteError:
@@ -162,7 +178,8 @@ def _from_answer(error: boto.ClientError, subject: str) -> RemoteError:
         known = _CODES.get(_SAME.get(name, name))
         if known is not None:
             cls, text = known
-            return cls(f"{subject}: {text}")
+            of_the_site = cls.lasting or issubclass(cls, Unreachable)
+            return cls(text if of_the_site else f"{subject}: {text}")
     text = str(answer.get("Error", {}).get("Message", "")) or "no reason given"
     if "unsupported character" in text:  # rclone's and MinIO's servers, for "a//b" or "..".
         return InvalidName(f"{subject}: the server can't hold this name: choose another")
