@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
 import trio
 import trio.lowlevel
 
@@ -108,6 +109,29 @@ async def world(
         nursery.cancel_scope.cancel()
     await store.close()
     await journal.close()
+
+
+Story = Callable[["World"], Awaitable[None]]
+
+
+def live(*kinds: str, max_blocks: int = 64) -> Callable[[Story], Callable[[str, Path], None]]:
+    """Turns a story about a world into a test, once for each kind of remote."""
+
+    def decorate(story: Story) -> Callable[[str, Path], None]:
+        async def run(kind: str, directory: Path) -> None:
+            async with world(directory, kind, max_bytes=max_blocks * BLOCK_BYTES) as w:
+                with trio.fail_after(20):
+                    await story(w)
+
+        @pytest.mark.parametrize("kind", kinds or KINDS)
+        def test(kind: str, tmp_path: Path) -> None:
+            trio.run(run, kind, tmp_path)
+
+        test.__name__ = story.__name__
+        test.__doc__ = story.__doc__
+        return test
+
+    return decorate
 
 
 class Kernel:

@@ -1,0 +1,308 @@
+"""Writes on their way to the remote: two handles, writes and fetches meanwhile, refusals."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from hpcfs.transfer import messages as m
+from hpcfs.transfer.messages import BLOCK_BYTES
+from tests.filesystem.world import RW, World, live
+
+OLD, NEW = b"o" * BLOCK_BYTES, b"n" * BLOCK_BYTES
+
+
+@live()
+async def test_two_handles_see_each_others_bytes(w: World) -> None:
+    one = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    two = await w.kernel.open("ns/f", RW)
+    await w.kernel.pwrite(one, 0, b"one")
+    await w.kernel.pwrite(two, 3, b"two")
+    assert await w.kernel.pread(one, 0, 100) == b"onetwo"
+    await w.kernel.close(one)
+    assert w.remote.get(b"f") == b"onetwo"
+    await w.kernel.pwrite(two, 0, b"1")
+    await w.kernel.close(two)
+    assert w.remote.get(b"f") == b"1netwo"
+
+
+@live()
+async def test_bytes_written_during_an_upload_go_with_the_next(w: World) -> None:
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await w.kernel.pwrite(handle, 0, OLD)
+    held = w.cues.hold(m.Upload, stage="after")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(w.kernel.fsync, handle)
+        await held.reached.wait()
+        await w.kernel.pwrite(handle, 5, b"newer")
+        held.go.set()
+    assert w.remote.get(b"f") == OLD
+    assert (await w.kernel.fstat(handle)).size == BLOCK_BYTES
+    await w.kernel.fsync(handle)
+    expected = OLD[:5] + b"newer" + OLD[10:]
+    assert w.remote.get(b"f") == expected
+    assert await w.kernel.pread(handle, 0, BLOCK_BYTES) == expected
+
+
+@live()
+async def test_a_failed_upload_leaves_newer_and_older_bytes_dirty(w: World) -> None:
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await w.kernel.pwrite(handle, 0, OLD)
+    held = w.cues.hold(m.Upload)
+    w.cues.fail(m.Upload, m.Unreachable("the link is down"))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_fsync_fails, w, handle)
+        await held.reached.wait()
+        await w.kernel.pwrite(handle, BLOCK_BYTES - 1, b"newer")
+        held.go.set()
+    await w.kernel.fsync(handle)
+    assert w.remote.get(b"f") == OLD[:-1] + b"newer"
+
+
+async def _fsync_fails(w: World, handle: int) -> None:
+    with pytest.raises(m.Unreachable):
+        await w.kernel.fsync(handle)
+
+
+@live("sftp")
+async def test_a_fetch_waits_for_the_end_of_an_upload(w: World) -> None:
+    w.remote.put(b"f", OLD + NEW)
+    handle = await w.kernel.open("ns/f")
+    await w.kernel.pwrite(handle, 0, b"x")
+    held = w.cues.hold(m.Upload, stage="after")
+    found: list[bytes] = []
+
+    async def read() -> None:
+        found.append(await w.kernel.pread(handle, BLOCK_BYTES, BLOCK_BYTES))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(w.kernel.fsync, handle)
+        await held.reached.wait()
+        fetches = w.cues.count(m.Fetch)
+        nursery.start_soon(read)
+        await wait_all_tasks_blocked()
+        assert not found
+        assert w.cues.count(m.Fetch) == fetches
+        held.go.set()
+    assert found == [NEW]
+
+
+@live("sftp")
+async def test_a_hole_is_readable_though_the_upload_meanwhile_failed(w: World) -> None:
+    """A reader waits for the upload; when it fails, the remote is as short as it was."""
+    w.remote.put(b"f", b"short")
+    handle = await w.kernel.open("ns/f")
+    await w.kernel.ftruncate(handle, 3 * BLOCK_BYTES)
+    held = w.cues.hold(m.Upload)
+    w.cues.fail(m.Upload, m.Unreachable("the link is down"))
+    found: list[bytes] = []
+
+    async def read() -> None:
+        found.append(await w.kernel.pread(handle, 0, 3 * BLOCK_BYTES))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_fsync_fails, w, handle)
+        await held.reached.wait()
+        nursery.start_soon(read)
+        await wait_all_tasks_blocked()
+        held.go.set()
+    assert found == [b"short" + bytes(3 * BLOCK_BYTES - 5)]
+
+
+@live()
+async def test_a_prefetch_under_way_does_not_overwrite_what_is_written(w: World) -> None:
+    w.remote.put(b"f", OLD * 4)
+    handle = await w.kernel.open("ns/f")
+    content = w.kernel.node_of(handle).content
+    assert content
+    held = w.cues.hold(m.Fetch, stage="middle")
+    async with trio.open_nursery() as nursery:
+        content.prefetch(0, 4 * BLOCK_BYTES)
+        await held.reached.wait()
+        await w.kernel.pwrite(handle, 4 * BLOCK_BYTES, b"elsewhere")  # the journal knows the file
+        nursery.start_soon(w.kernel.pwrite, handle, BLOCK_BYTES, NEW)
+        await wait_all_tasks_blocked()
+        held.go.set()
+    await w.kernel.close(handle)
+    assert w.remote.get(b"f") == OLD + NEW + OLD * 2 + b"elsewhere"
+
+
+@live()
+async def test_a_prefetch_that_outlives_its_reader_does_not_either(w: World) -> None:
+    """The transfer process writes into the cache file for a while after the reader closed."""
+    w.remote.put(b"f", OLD * 4)
+    reader = await w.kernel.open("ns/f", os.O_RDONLY)
+    content = w.kernel.node_of(reader).content
+    assert content
+    held = w.cues.hold(m.Fetch, stage="middle")
+    content.prefetch(0, 4 * BLOCK_BYTES)
+    await held.reached.wait()
+    await w.kernel.close(reader)
+    await w.store.save()
+    writer = await w.kernel.open("ns/f")
+    await w.kernel.pwrite(writer, 4 * BLOCK_BYTES, b"elsewhere")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(w.kernel.pwrite, writer, BLOCK_BYTES, NEW)
+        await wait_all_tasks_blocked()
+        held.go.set()
+    expected = OLD + NEW + OLD * 2 + b"elsewhere"
+    assert await w.kernel.pread(writer, 0, 5 * BLOCK_BYTES) == expected
+    await w.kernel.close(writer)
+    assert w.remote.get(b"f") == expected
+
+
+@live()
+async def test_what_the_remote_refuses_is_kept_and_the_remotes_truth_is_shown(w: World) -> None:
+    w.remote.put(b"f", b"what was there")
+    handle = await w.kernel.open("ns/f", RW | os.O_TRUNC)
+    await w.kernel.pwrite(handle, 0, b"precious bytes")
+    w.cues.fail(m.Upload, m.NoSpace("the quota is used up"), times=2)
+    with pytest.raises(m.NoSpace):
+        await w.kernel.close(handle)
+    (row,) = w.journal.kept
+    assert (row.path, row.reason, row.ranges) == (b"f", "the quota is used up", [(0, 14)])
+    assert w.kept_bytes() == [b"precious bytes"]
+    assert (await w.kernel.stat("ns/f")).size == len(b"what was there")
+    assert await w.kernel.read_file("ns/f") == b"what was there"
+    await w.store.save()
+    assert w.kept_bytes() == [b"precious bytes"]
+
+
+@live()
+async def test_what_is_dirty_only_at_the_last_close_is_uploaded_and_the_node_knows(
+    w: World,
+) -> None:
+    """mmap writes after close(2): only release is left, and who opens next needs the version."""
+    w.remote.put(b"f", b"old")
+    handle = await w.kernel.open("ns/f")
+    await w.kernel.pwrite(handle, 0, b"new")
+    await w.fs.files.release(handle)
+    assert w.remote.get(b"f") == b"new"
+    assert await w.kernel.read_file("ns/f") == b"new"
+
+
+@live()
+async def test_open_during_a_failing_last_close_sees_the_remotes_truth(w: World) -> None:
+    w.remote.put(b"f", b"remote")
+    handle = await w.kernel.open("ns/f")
+    await w.kernel.pwrite(handle, 0, b"LOCAL and longer")
+    held = w.cues.hold(m.Upload)
+    w.cues.fail(m.Upload, m.NoSpace("the quota is used up"))
+    found: list[bytes] = []
+
+    async def read() -> None:
+        found.append(await w.kernel.read_file("ns/f"))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(w.fs.files.release, handle)
+        await held.reached.wait()
+        nursery.start_soon(read)
+        await wait_all_tasks_blocked()
+        held.go.set()
+    assert found == [b"remote"]
+    assert [data[:16] for data in w.kept_bytes()] == [b"LOCAL and longer"]
+
+
+@live()
+async def test_writes_after_unlink_go_nowhere_and_are_readable(w: World) -> None:
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await w.kernel.pwrite(handle, 0, b"before")
+    await w.kernel.unlink("ns/f")
+    await w.kernel.pwrite(handle, 6, b" after")
+    w.clock.expire_attributes()
+    assert (await w.kernel.fstat(handle)).size == 12
+    assert await w.kernel.pread(handle, 0, 100) == b"before after"
+    await w.kernel.close(handle)
+    assert w.remote.paths() == {}
+    assert w.journal.kept == []
+
+
+@live("sftp")
+async def test_a_removed_files_growth_elsewhere_does_not_reach_what_was_written(w: World) -> None:
+    w.remote.put(b"f", b"first")
+    item = w.remote.paths()[b"f"]
+    handle = await w.kernel.open("ns/f")
+    assert await w.kernel.pread(handle, 0, 5) == b"first"
+    await w.kernel.unlink("ns/f")
+    await w.kernel.pwrite(handle, 5, b" second")
+    item.content += b"!" * 100
+    item.changes += 1
+    w.clock.expire_attributes()
+    assert (await w.kernel.fstat(handle)).size == 12
+    assert await w.kernel.pread(handle, 0, 100) == b"first second"
+    await w.kernel.close(handle)
+
+
+@live()
+async def test_a_dirty_open_file_is_renamed_with_its_bytes(w: World) -> None:
+    handle = await w.kernel.open("ns/new", RW | os.O_CREAT)
+    await w.kernel.pwrite(handle, 0, b"content")
+    await w.kernel.rename("ns/new", "ns/name")
+    await w.kernel.pwrite(handle, 7, b" more")
+    await w.kernel.close(handle)
+    assert {path: bytes(item.content) for path, item in w.remote.paths().items()} == {
+        b"name": b"content more"
+    }
+
+
+@live()
+async def test_a_read_that_meets_a_rename_goes_on_under_the_new_name(w: World) -> None:
+    w.remote.put(b"f", OLD)
+    handle = await w.kernel.open("ns/f")
+    fetch, rename = w.cues.hold(m.Fetch), w.cues.hold(m.Rename, stage="after")
+    found: list[bytes] = []
+
+    async def read() -> None:
+        found.append(await w.kernel.pread(handle, 0, BLOCK_BYTES))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        await fetch.reached.wait()
+        nursery.start_soon(w.kernel.rename, "ns/f", "ns/g")
+        await rename.reached.wait()
+        fetch.go.set()
+        await wait_all_tasks_blocked()
+        rename.go.set()
+    assert found == [OLD]
+    await w.kernel.close(handle)
+
+
+@live()
+async def test_mknod_gives_a_node_that_lives(w: World) -> None:
+    parent, name = await w.kernel.parent("ns/f")
+    node = await w.fs.mknod(parent, name, 0o100644)
+    assert w.fs.tree.get(node.ino) is node
+    assert w.remote.get(b"f") == b""
+
+
+@live("sftp")
+async def test_writing_into_a_version_of_others_does_not_mix_the_cache(w: World) -> None:
+    """The bytes go in, as POSIX has it; but what was cached of the older version is dropped."""
+    w.remote.put(b"f", OLD * 2)
+    handle = await w.kernel.open("ns/f")
+    assert await w.kernel.pread(handle, 0, 2 * BLOCK_BYTES) == OLD * 2
+    await w.kernel.pwrite(handle, 0, b"mine")
+    w.remote.overwrite(b"f", NEW * 2)
+    await w.kernel.fsync(handle)
+    assert w.remote.get(b"f") == b"mine" + (NEW * 2)[4:]
+    assert await w.kernel.pread(handle, 0, 2 * BLOCK_BYTES) == w.remote.get(b"f")
+    await w.kernel.close(handle)
+
+
+@live()
+async def test_the_journal_holds_a_row_until_the_last_write_is_through(w: World) -> None:
+    """A write that waits for a fetch while an upload ends makes bytes dirty afterwards."""
+    w.remote.put(b"f", OLD * 2)
+    handle = await w.kernel.open("ns/f")
+    await w.kernel.pread(handle, BLOCK_BYTES, 1)
+    await w.kernel.pwrite(handle, BLOCK_BYTES, b"first")
+    content = w.kernel.node_of(handle).content
+    assert content
+    async with w.fs.files._uploader.writing(content):
+        await w.kernel.fsync(handle)
+        assert content.journaled
+    await w.kernel.close(handle)
+    assert not content.journaled
