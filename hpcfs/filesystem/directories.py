@@ -70,6 +70,7 @@ class Directories:
                 listing.add_page(msgspec.msgpack.encode(entries))
             else:
                 await node.namespace.list_pages(node.path, listing.add_page)
+            listing.check_complete()
         except BaseException:
             listing.close()
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,9 +12,11 @@ import msgspec
 
 from hpcfs.cache.readahead import Readahead
 from hpcfs.filesystem.content import Content
-from hpcfs.filesystem.errors import BadHandle
+from hpcfs.filesystem.errors import BadHandle, CacheFull
 from hpcfs.filesystem.tree import Node
 from hpcfs.transfer.messages import Entry
+
+log = logging.getLogger(__name__)
 
 _SPOOL_BYTES = 1024 * 1024
 _entries = msgspec.msgpack.Decoder(list[Entry])
@@ -56,11 +59,25 @@ class DirectoryListing:
         """(number of the first entry, offset, length)"""
         self.count = 0
         """Entries listed so far."""
+        self._failed = False
         self._decoded = -1
         self._entries: list[Entry] = []
 
     def add_page(self, page: bytes) -> None:
-        """A MessagePack list[Entry]."""
+        """A MessagePack list[Entry]. Called by the task that receives for all: raises nothing, and
+        what the disk did not take is for `check_complete` to tell."""
+        try:
+            self._add(page)
+        except (OSError, msgspec.DecodeError) as error:
+            log.warning("a listing could not be stored: %s", error)
+            self._failed = True
+
+    def check_complete(self) -> None:
+        """Call after the last page."""
+        if self._failed:
+            raise CacheFull("the directory's listing could not be stored in the cache directory")
+
+    def _add(self, page: bytes) -> None:
         count = len(_entries.decode(page))
         if count:
             self._spool.seek(0, os.SEEK_END)

@@ -1,0 +1,253 @@
+"""Listings: while names come and go, of any length; and namespaces beside each other."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import tracemalloc
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from hpcfs.filesystem.errors import CacheFull, CrossNamespace, FilesystemError, ReadOnly
+from hpcfs.filesystem.openfile import DirectoryListing
+from hpcfs.kernel.errno import errno_of
+from hpcfs.transfer import messages as m
+from tests.filesystem.world import RW, World, live, world
+from tests.support.memory_remote import GID, UID, Item, MemoryRemote
+
+TOTAL = 100_000
+
+
+@live()
+async def test_names_removed_and_made_while_a_directory_is_read(w: World) -> None:
+    for number in range(20):
+        w.remote.put(b"%02d" % number, b"")
+    handle = w.fs.directories.open(await w.kernel.walk("ns"))
+    found: dict[bytes, m.Entry] = {}
+    position = await w.kernel.readdir(handle, 0, found, room=7)
+    assert len(found) == 5
+    await w.kernel.unlink("ns/10")
+    await w.kernel.unlink("ns/01")
+    await w.kernel.rename("ns/11", "ns/99")
+    made = await w.kernel.open("ns/made", RW | os.O_CREAT)
+    last = -1
+    while position != last:
+        last = position
+        position = await w.kernel.readdir(handle, position, found)
+    assert {b"10", b"11"}.isdisjoint(found)
+    assert {b"%02d" % number for number in range(20) if number not in (10, 11)} <= found.keys()
+    found.clear()
+    await w.kernel.readdir(handle, 0, found, room=100)  # rewinddir(3)
+    assert {b"made", b"99"} <= found.keys()
+    assert {b"01", b"10", b"11"}.isdisjoint(found)
+    w.fs.directories.close(handle)
+    await w.kernel.close(made)
+
+
+@live()
+async def test_a_name_removed_during_the_listing_is_not_brought_back(w: World) -> None:
+    w.remote.put(b"f", b"")
+    handle = w.fs.directories.open(await w.kernel.walk("ns"))
+    held = w.cues.hold(m.List, stage="middle")
+    found: dict[bytes, m.Entry] = {}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(w.kernel.readdir, handle, 0, found)
+        await held.reached.wait()
+        await w.kernel.unlink("ns/f")
+        held.go.set()
+    assert b"f" not in found
+    assert not await w.kernel.exists("ns/f")
+    w.fs.directories.close(handle)
+
+
+def _pages() -> list[bytes]:
+    entry = m.Entry(b"", stat.S_IFREG | 0o644, 1, 10**18, 10**18, UID, GID, b"1:1")
+    names = [b"a name of quite an ordinary length %06d" % number for number in range(TOTAL)]
+    return [
+        msgspec.msgpack.encode([msgspec.structs.replace(entry, name=n) for n in names[at:][:1000]])
+        for at in range(0, TOTAL, 1000)
+    ]
+
+
+def test_a_listing_of_any_length_takes_little_memory(tmp_path: Path) -> None:
+    """Invariant 5: a listing's pages go to a file, and one at a time is decoded."""
+    pages = _pages()
+    tracemalloc.start()
+    try:
+        listing = DirectoryListing(str(tmp_path))
+        for page in pages:
+            listing.add_page(page)
+        count = sum(1 for _ in listing.entries_from(0))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == listing.count == TOTAL
+    assert sum(map(len, pages)) > 5_000_000
+    assert peak < 4_000_000
+    last = next(listing.entries_from(TOTAL - 1))
+    assert last[0] == TOTAL - 1
+    assert last[1].name.endswith(b"099999")
+    listing.close()
+
+
+@live("sftp")
+async def test_a_directory_of_100000_entries_leaves_no_nodes(w: World) -> None:
+    for number in range(TOTAL):
+        w.remote.root.children[b"%06d" % number] = Item(stat.S_IFREG | 0o644, 0)
+    handle = w.fs.directories.open(await w.kernel.walk("ns"))
+    count = 0
+    for _, _, node, counts in await w.fs.directories.read(handle, 0):
+        count += counts
+        w.fs.tree.drop_if_unused(node)
+    w.fs.directories.close(handle)
+    assert count == TOTAL
+    assert len(w.fs.tree) == 2
+
+
+@live()
+async def test_a_listing_that_the_full_disk_does_not_take_fails_alone(
+    w: World,
+) -> None:
+    """The page arrives in the task that receives for all: an error there would end the mount."""
+    listing = DirectoryListing(str(w.directory))
+
+    class Full:
+        def seek(self, *_: int) -> None: ...
+        def tell(self) -> int:
+            return 0
+
+        def write(self, _: bytes) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        def close(self) -> None: ...
+
+    listing._spool.close()
+    listing._spool = Full()  # type: ignore[assignment]
+    listing.add_page(msgspec.msgpack.encode([await w.remote.stat(b"")]))
+    with pytest.raises(CacheFull):
+        listing.check_complete()
+
+
+# --- namespaces -----------------------------------------------------------------------------------
+
+
+async def _refuse_everything(w: World) -> None:
+    w.remote.put(b"f", b"content")
+    await w.remote.make_directory(b"d", 0o755)
+    kernel = w.kernel
+    handle = await kernel.open("ns/f", os.O_RDONLY)
+    assert await kernel.pread(handle, 0, 10) == b"content"
+    before = len(w.cues.calls)
+    node = await kernel.walk("ns/f")
+    attempts = [
+        kernel.open("ns/f", RW),
+        kernel.open("ns/f", os.O_RDONLY | os.O_TRUNC),
+        kernel.open("ns/new", RW | os.O_CREAT),
+        kernel.truncate("ns/f", 0),
+        kernel.setattr("ns/f", m.Attributes(mode=0o600)),
+        kernel.unlink("ns/f"),
+        kernel.rmdir("ns/d"),
+        kernel.mkdir("ns/e"),
+        kernel.symlink("ns/l", b"f"),
+        kernel.rename("ns/f", "ns/g"),
+        w.fs.link(node.ino, (await kernel.walk("ns")).ino, b"l"),
+        w.fs.mknod((await kernel.walk("ns")).ino, b"n", stat.S_IFREG),
+    ]
+    for attempt in attempts:
+        with pytest.raises(ReadOnly) as refused:
+            await attempt
+        assert errno_of(refused.value) == errno.EROFS
+    asked = {type(call) for call in w.cues.calls[before:]}
+    assert asked <= {m.Stat, m.Connect, m.Fetch, m.StatOpen}, "the remote was asked to change"
+    with pytest.raises(ReadOnly):
+        w.fs.access(node.ino, os.W_OK)
+    await kernel.close(handle)
+
+
+@pytest.mark.parametrize("kind", ["sftp", "s3"])
+def test_a_read_only_namespace_refuses_every_change_itself(kind: str, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with world(tmp_path, kind, read_only=True) as w:
+            await _refuse_everything(w)
+
+    trio.run(run)
+
+
+def _two() -> dict[str, MemoryRemote]:
+    return {"dead": MemoryRemote("sftp"), "good": MemoryRemote("s3")}
+
+
+def test_nothing_moves_between_namespaces(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with world(tmp_path, _two()) as w:
+            w.remotes["good"].put(b"f", b"content")
+            with pytest.raises(CrossNamespace) as refused:
+                await w.kernel.rename("good/f", "dead/f")
+            assert errno_of(refused.value) == errno.EXDEV
+            node, folder = await w.kernel.walk("good/f"), await w.kernel.walk("dead")
+            with pytest.raises(CrossNamespace):
+                await w.fs.link(node.ino, folder.ino, b"f")
+            for attempt in (w.kernel.mkdir("new"), w.kernel.rename("good", "bad")):
+                with pytest.raises(FilesystemError):
+                    await attempt
+
+    trio.run(run)
+
+
+def test_a_dead_namespace_delays_no_other(tmp_path: Path) -> None:
+    """In virtual time: whoever waits for the dead one waits for its deadline, nobody else does."""
+    clock = MockClock()
+
+    async def run() -> None:
+        async with world(tmp_path, _two()) as w:
+            w.remotes["good"].put(b"f", b"content")
+            for kind in (m.Stat, m.Connect, m.List):
+                for _ in range(5):
+                    w.sites["dead"].cues.hold(kind)
+            outcome: list[Exception] = []
+
+            async def suffer() -> None:
+                try:
+                    await w.kernel.read_file("dead/f")
+                except m.RemoteError as error:
+                    outcome.append(error)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(suffer)
+                await wait_all_tasks_blocked()
+                start = trio.current_time()
+                assert await w.kernel.read_file("good/f") == b"content"
+                await w.kernel.write_file("good/g", b"more")
+                assert (await w.kernel.listdir("")).keys() == {b"dead", b"good"}
+                assert trio.current_time() == start
+                assert not outcome
+                clock.jump(31)
+            assert [type(error) for error in outcome] == [m.TimedOut]
+
+    trio.run(run, clock=clock)
+
+
+def test_the_top_shows_a_dead_namespace_after_a_second(tmp_path: Path) -> None:
+    clock = MockClock()
+
+    async def run() -> None:
+        async with world(tmp_path, _two()) as w:
+            w.sites["dead"].cues.hold(m.Stat)
+            sizes: list[int] = []
+
+            async def look() -> None:
+                sizes.append((await w.kernel.stat("dead")).size)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(look)
+                await wait_all_tasks_blocked()
+                assert not sizes
+                clock.jump(1.1)
+            assert sizes == [0]
+
+    trio.run(run, clock=clock)
