@@ -1,49 +1,66 @@
-"""Every error that the filesystem or a remote can raise has an errno of its own choosing."""
+"""Every error has an errno that somebody chose."""
 
 from __future__ import annotations
 
 import errno
-import inspect
 
 import pytest
 
-from hpcfs.filesystem import errors
+from hpcfs.filesystem.errors import FilesystemError, Stale
 from hpcfs.kernel.errno import ERRNO, errno_of
-from hpcfs.transfer import messages
+from hpcfs.transfer.messages import (
+    ERRORS,
+    Changed,
+    Failure,
+    RemoteError,
+    RemoteFailure,
+    TimedOut,
+)
 
-OURS = [
-    found
-    for module in (errors, messages)
-    for _, found in inspect.getmembers(module, inspect.isclass)
-    if issubclass(found, errors.FilesystemError | messages.RemoteError)
-]
+
+def _all(base: type[Exception]) -> set[type[Exception]]:
+    return {base}.union(*(_all(child) for child in base.__subclasses__()))
 
 
-@pytest.mark.parametrize("kind", OURS, ids=lambda kind: kind.__name__)
-def test_every_error_is_in_the_table(kind: type[Exception]) -> None:
-    assert kind in ERRNO
+def _is_ours(kind: type[Exception]) -> bool:
+    """Tests define subclasses too."""
+    return kind.__module__.startswith("hpcfs.")
+
+
+OURS = {kind for kind in _all(RemoteError) | _all(FilesystemError) if _is_ours(kind)}
+
+
+def test_every_class_has_its_own_entry_and_nothing_else_has() -> None:
+    assert ERRNO.keys() == OURS
+
+
+@pytest.mark.parametrize("kind", sorted(OURS, key=lambda kind: kind.__name__))
+def test_an_error_gets_its_classs_errno(kind: type[Exception]) -> None:
     assert errno_of(kind("a sentence")) == ERRNO[kind]
+    assert ERRNO[kind] in errno.errorcode
 
 
-@pytest.mark.parametrize("number", sorted(set(ERRNO.values())))
-def test_every_errno_is_one(number: int) -> None:
-    assert number in errno.errorcode
+def test_the_errnos_that_programs_and_the_kernel_act_upon() -> None:
+    assert ERRNO[Stale] == ERRNO[Changed] == errno.ESTALE  # open(2) looks the name up again
+    assert ERRNO[TimedOut] == errno.ETIMEDOUT
 
 
-def test_nothing_says_that_a_directory_ended() -> None:
-    """glibc's readdir(3) takes ENOENT for the end of the directory: an unreachable namespace would
-    list as empty, and `rsync --delete` would believe it."""
-    site_wide = [kind for kind in messages.ERRORS.values() if kind.lasting]
-    site_wide += [messages.Unreachable, messages.TimedOut]
-    assert all(ERRNO[kind] != errno.ENOENT for kind in site_wide)
-
-
-def test_what_is_not_ours_has_no_errno() -> None:
+def test_what_is_no_error_of_ours_has_none() -> None:
     assert errno_of(ValueError("a bug")) is None
+    assert errno_of(OSError(errno.ENOSPC, "full")) is None
 
 
-def test_errors_cross_the_seam_unchanged() -> None:
-    for kind in messages.ERRORS.values():
-        error = messages.Failure.of(kind("a sentence")).error()
-        assert type(error) is kind
-        assert error.message == "a sentence"
+def test_a_class_added_later_takes_its_bases_errno() -> None:
+    class Later(TimedOut):
+        """Not in the table."""
+
+    assert errno_of(Later("x")) == errno.ETIMEDOUT
+
+
+def test_every_remote_error_crosses_the_socket() -> None:
+    for kind in _all(RemoteError):
+        if _is_ours(kind):
+            again = Failure.of(kind("why")).error()
+            assert (type(again), again.message) == (kind, "why")
+            assert ERRORS[kind.__name__] is kind
+    assert type(Failure("FromTheFuture", "why").error()) is RemoteFailure
