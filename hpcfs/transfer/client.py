@@ -46,6 +46,7 @@ class _Pending:
     timeout: float
     on_page: Callable[[bytes], None] | None
     done: trio.Event
+    asks_site: bool
     reply: m.Reply | None = None
     heard: bool = False
     """Whether the site answered anything while this call waited."""
@@ -108,7 +109,8 @@ class SiteClient:
         if self._is_silent and not isinstance(request, m.Fetch | m.Upload):
             timeout = min(timeout, _SILENT_TIMEOUT)
         with trio.CancelScope() as scope:
-            pending = _Pending(scope, timeout, on_page, trio.Event())
+            asks_site = not isinstance(request, _ANSWERED_HERE)
+            pending = _Pending(scope, timeout, on_page, trio.Event(), asks_site)
             if not self._questions:
                 pending.renew()
             self._pending[call_id] = pending
@@ -126,12 +128,12 @@ class SiteClient:
         if reply is None:
             what = type(request).__name__
             error = m.TimedOut(f"no answer to {what} within {pending.timeout:g} s")
-            if not pending.heard:
+            if not pending.heard and pending.asks_site:
                 self._is_silent = True
                 self._state, self._reason = "failed", error.message
             raise error
         if reply.failure is None:
-            if not isinstance(request, _ANSWERED_HERE):
+            if pending.asks_site:
                 self._state, self._reason = "connected", ""
                 self._namespace_reasons.pop(namespace, None)
             return reply
@@ -237,18 +239,24 @@ class SiteClient:
             return b""
 
     def _dispatch(self, stream: trio.SocketStream, message: m.FromTransfer) -> None:
-        self._is_silent = False
-        for waiting in self._pending.values():
-            waiting.heard = True
         match message:
             case m.Question():
                 self._nursery.start_soon(self._put_question, stream, message)
             case m.Advance():
                 if pending := self._pending.get(message.id):
+                    self._heard(pending)
                     pending.renew()
             case m.Reply():
                 if pending := self._pending.get(message.id):
+                    self._heard(pending)
                     self._replied(pending, message)
+
+    def _heard(self, answered: _Pending) -> None:
+        """The site is there, unless the process answered by itself."""
+        if answered.asks_site:
+            self._is_silent = False
+            for waiting in self._pending.values():
+                waiting.heard = True
 
     def _replied(self, pending: _Pending, reply: m.Reply) -> None:
         if reply.more:

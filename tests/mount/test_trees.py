@@ -28,6 +28,7 @@ from tests.support.trees import (
 )
 
 FULL = os.environ.get("HPCFS_FULL") == "1"
+TIMEOUT = 1800 if FULL else 280
 SFTP = Recipe(2000, names=(*NAMES, NEWLINE, LATIN_1))
 RCLONE = Recipe(2000 if FULL else 250, names=(*NAMES, NEWLINE))
 MOTO = Recipe(2000 if FULL else 120)
@@ -40,15 +41,16 @@ WAYS = ("rsync -a", "cp -a")
 def copy(way: str, source: Path, target: Path) -> None:
     """Both make `target` a copy of `source`."""
     if way == "rsync -a":
-        run("rsync", "-a", f"{source}/", f"{target}/")
+        run("rsync", "-a", f"{source}/", f"{target}/", seconds=TIMEOUT)
     else:
-        run("cp", "-aT", source, target)
+        run("cp", "-aT", source, target, seconds=TIMEOUT)
 
 
 def rsync_finds_to_do(source: Path, target: Path) -> str:
-    return run("rsync", "-ai", f"{source}/", f"{target}/")
+    return run("rsync", "-ai", f"{source}/", f"{target}/", seconds=TIMEOUT)
 
 
+@pytest.mark.timeout(4 * TIMEOUT if FULL else 300)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tree_comes_back_identical(
