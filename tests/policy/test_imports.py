@@ -1,112 +1,142 @@
-"""Imports run downward only, as docs/architecture.md says: parsed from the code itself."""
+"""The architecture as imports: parsed from the sources, so that no import can hide in a function.
+
+Two processes share one module, transfer/messages.py; within each, imports run downward only.
+"""
 
 from __future__ import annotations
 
 import ast
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2] / "hpcfs"
-MODULES = sorted(ROOT.rglob("*.py"))
+import hpcfs
 
-BASE = {"errors", "__init__"}
-SEAM = {"transfer.messages"}
-DAEMON_CORE = SEAM | {"cache", "writeback"}
-MAY_IMPORT = {
-    "transfer.messages": set(),
-    "transfer.client": SEAM,
-    "transfer.process": SEAM | {"remotes"},
-    "remotes": SEAM | {"remotes"},
-    "cache": SEAM | {"cache", "system"},
-    "writeback": SEAM | {"writeback"},
-    "filesystem": DAEMON_CORE | {"filesystem"},
-    "kernel": SEAM | {"filesystem", "kernel"},
-    "system": {"system", "control"},
-    "control": {"control", "system"},
-    "config": SEAM | {"config", "system"},
+ROOT = Path(hpcfs.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+TRIO, ASYNCIO = {"trio"}, {"asyncio", "uvloop", "asyncssh", "aiobotocore", "botocore", "aiohttp"}
+SET_UP = {"errors", "system", "control", "config"}
+"""What reads the user's wishes and the machine's state, before and beside a mount."""
+
+MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "daemon": DAEMON_CORE
-    | {"kernel", "filesystem", "transfer.client", "config", "control", "system"},
-    "demo": {"demo", "config", "system", "errors"},
-    "cli": {"cli", "daemon", "config", "control", "system", "cache", "demo", "transfer.messages"},
+    "transfer.messages": set(),
+    "system": {"errors", "control"},
+    "control": {"errors", "system"},
+    "config": {"errors", "system", "transfer.messages"},
+    "remotes": {"transfer.messages"},
+    "transfer.process": {"remotes", "transfer.messages"},
+    "transfer.client": {"transfer.messages"},
+    "cache": {"errors", "system", "transfer.messages"},
+    "writeback": {"cache", "transfer.messages", "transfer.client"},
+    "filesystem": {"cache", "writeback", "transfer.messages", "transfer.client"},
+    "kernel": {"filesystem", "transfer.messages"},
+    "daemon": SET_UP
+    | {"kernel", "filesystem", "cache", "writeback", "transfer.client", "transfer.messages"},
+    "demo": {"errors"},
+    "cli": SET_UP | {"daemon", "demo", "cache", "transfer.messages"},
 }
-ASYNCIO_SIDE = {"asyncio", "asyncssh", "aiobotocore", "botocore", "uvloop"}
-TRIO_SIDE = {"trio", "pyfuse3"}
-MAY_USE = {
-    "remotes": ASYNCIO_SIDE,
-    "transfer.process": ASYNCIO_SIDE,
-    "demo": ASYNCIO_SIDE,
-    "cli": {"botocore", "asyncssh"},  # `hpcfs check` reads credentials and configs as a mount will
-    "kernel": TRIO_SIDE,
-    "transfer.client": {"trio"},
-    "cache": {"trio"},
-    "writeback": {"trio"},
-    "filesystem": {"trio"},
-    "control": {"trio"},
-    "daemon": {"trio"},
+MAY_USE: dict[str, set[str]] = {
+    **dict.fromkeys(["cache", "writeback", "filesystem", "transfer.client", "daemon"], TRIO),
+    **dict.fromkeys(["remotes", "transfer.process", "demo"], ASYNCIO),
+    "control": TRIO,
+    "kernel": TRIO | {"pyfuse3"},
+}
+"""Event loops and what brings one along. The demo's servers are a process of their own."""
+
+CLI_LIBRARIES = {
+    "cli/check_machine.py": {"pyfuse3"},  # whether it can be imported at all
+    "cli/check_ssh.py": {"asyncssh"},  # what it makes of ~/.ssh/config; nothing is connected
+    "cli/check_s3.py": {"botocore"},  # whether there are credentials; nothing is connected
 }
 
 
-def part_of(module: str) -> str:
-    """The part of the architecture that a dotted module (without "hpcfs.") belongs to."""
-    first = module.split(".")[0]
-    return ".".join(module.split(".")[:2]) if first == "transfer" else first
+def _layer(module: str) -> str:
+    """Of a dotted module below hpcfs: its package, or for transfer/ the module."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "transfer" and len(parts) > 1 else parts[0]
 
 
-def imported(file: Path) -> Iterator[str]:
-    """Dotted names, of types-only imports too: a circle of types is a circle."""
-    for node in ast.walk(ast.parse(file.read_text())):
+def _imported(tree: ast.AST) -> Iterator[str]:
+    """Dotted names; of `from a import b`, a.b where that is a module of ours, else a."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
+            assert node.level == 0, "relative imports hide where they lead"
             assert node.module
-            if (ROOT.parent / node.module.replace(".", "/")).is_dir():
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                path = ROOT.parent.joinpath(*whole.split("."))
+                is_module = path.is_dir() or path.with_suffix(".py").exists()
+                yield whole if node.module.startswith("hpcfs") and is_module else node.module
 
 
-def name_of(file: Path) -> str:
-    dotted = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-    return dotted.removesuffix(".__init__")
+def _parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(), str(file))
 
 
-@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(ROOT)))
+def _name(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+CODE = [file for file in FILES if file.name != "__init__.py"]
+each_file = pytest.mark.parametrize("file", CODE, ids=lambda file: str(file.relative_to(ROOT)))
+
+
+@each_file
 def test_imports_run_downward(file: Path) -> None:
-    part = part_of(name_of(file))
-    if part == "__init__":
+    layer = _layer(_name(file))
+    ours = {name.partition(".")[2] for name in _imported(_parse(file)) if name[:6] == "hpcfs."}
+    allowed = MAY_IMPORT[layer] | {layer}
+    assert {name for name in ours if _layer(name) not in allowed} == set()
+
+
+@each_file
+def test_each_process_has_its_own_event_loop(file: Path) -> None:
+    relative = file.relative_to(ROOT).as_posix()
+    used = {name.partition(".")[0] for name in _imported(_parse(file))}
+    allowed = MAY_USE.get(_layer(_name(file)), set()) | CLI_LIBRARIES.get(relative, set())
+    assert used & (TRIO | ASYNCIO | {"pyfuse3"}) <= allowed
+
+
+@each_file
+def test_only_the_command_line_prints(file: Path) -> None:
+    if _layer(_name(file)) == "cli":
         return
-    for name in imported(file):
-        top, _, rest = name.partition(".")
-        if top == "hpcfs":
-            other = part_of(rest)
-            allowed = MAY_IMPORT.get(part, set()) | BASE | {"__version__"}
-            assert other in allowed or not rest, f"{name_of(file)} imports {name}"
+    calls = [node for node in ast.walk(_parse(file)) if isinstance(node, ast.Call)]
+    assert not [
+        call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"
+    ]
+    assert not {"rich", "click"} & {name.partition(".")[0] for name in _imported(_parse(file))}
 
 
-@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_each_side_keeps_to_its_loop(file: Path) -> None:
-    part = part_of(name_of(file))
-    for name in imported(file):
-        top = name.partition(".")[0]
-        if top in ASYNCIO_SIDE | TRIO_SIDE:
-            assert top in MAY_USE.get(part, set()), f"{name_of(file)} imports {top}"
+@pytest.mark.parametrize("file", [file for file in FILES if file.name == "__init__.py"], ids=_name)
+def test_packages_import_nothing_by_themselves(file: Path) -> None:
+    """Else importing one module of a package would bring others, of another layer, along."""
+    assert set(_imported(_parse(file))) <= {"__future__"}
 
 
-def test_no_two_modules_import_each_other() -> None:
-    graph = {name_of(file): {n.removeprefix("hpcfs.") for n in imported(file)} for file in MODULES}
-    for one, two in itertools.combinations(graph, 2):
-        assert not (one in graph[two] and two in graph[one]), f"{one} and {two}"
+def test_no_layer_is_forgotten() -> None:
+    assert {_layer(_name(file)) for file in CODE} == MAY_IMPORT.keys()
 
 
-def test_only_the_command_line_prints() -> None:
-    for file in MODULES:
-        if part_of(name_of(file)) in ("cli", "demo"):
-            continue
-        for node in ast.walk(ast.parse(file.read_text())):
-            is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-            assert not (is_call and node.func.id == "print"), file  # type: ignore[attr-defined]
+def test_modules_do_not_import_each_other_in_circles() -> None:
+    """But for types: `if TYPE_CHECKING` is not followed."""
+    graph = {}
+    for file in CODE:
+        top = [node for node in _parse(file).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = _imported(ast.Module(list(top), []))
+        graph[_name(file)] = {name.partition(".")[2] for name in names if name[:6] == "hpcfs."}
+    while graph:
+        leaves = {name for name, below in graph.items() if not below & graph.keys()}
+        assert leaves, f"these import each other: {sorted(graph)}"
+        graph = {name: below for name, below in graph.items() if name not in leaves}
+
+
+def test_the_checker_sees_what_it_should_refuse() -> None:
+    hidden = ast.parse("def f():\n    from hpcfs.transfer import process\n    import asyncio.tasks")
+    assert set(_imported(hidden)) == {"hpcfs.transfer.process", "asyncio.tasks"}
+    assert _layer("transfer.process") not in MAY_IMPORT["filesystem"]
