@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -46,11 +47,27 @@ def _answering(
             if number is None:
                 log.exception("%s failed in an unexpected way", handler.__name__)
                 number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
-            elif isinstance(error, RemoteError) and number not in _EVERYDAY:
+            elif isinstance(error, RemoteError) and _deserves_line(number, error.message):
                 log.warning("%s: %s", handler.__name__, error.message)
             raise pyfuse3.FUSEError(number) from None
 
     return wrapped
+
+
+_REPEAT_SECONDS = 10.0
+_MESSAGES_KNOWN = 100
+_logged: dict[str, float] = {}
+
+
+def _deserves_line(number: int, message: str) -> bool:
+    """Programs that poll a dead namespace must not fill the log with one sentence."""
+    now = time.monotonic()
+    if number in _EVERYDAY or now - _logged.get(message, -_REPEAT_SECONDS) < _REPEAT_SECONDS:
+        return False
+    if len(_logged) >= _MESSAGES_KNOWN:
+        _logged.clear()
+    _logged[message] = now
+    return True
 
 
 _EVERYDAY = frozenset({errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTSUP})

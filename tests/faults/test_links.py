@@ -145,6 +145,19 @@ def test_sshd_restarts(sshd: SshServer, real_home: RealHome) -> None:
         assert (mount.path / "ns" / "before").read_bytes() == data
 
 
+def test_polling_a_dead_namespace_does_not_fill_the_log(
+    linked: Starts, real_home: RealHome
+) -> None:
+    far = linked("sftp")
+    with mounted(real_home, {"ns": far.served}, expected=EXPECTED) as mount:
+        far.link.cut()
+        for _ in range(200):
+            assert errno_of(os.listdir, mount.path / "ns") in CLEAR
+        lines = [line for line in mount.log.splitlines() if " mount[" in line]
+        assert len(lines) < 20
+        assert len(set(lines)) > 1, "but it is said"
+
+
 def test_a_session_that_is_killed_is_renewed(sshd: SshServer, real_home: RealHome) -> None:
     """Only the session's process: the server goes on."""
     with mounted(real_home, {"ns": served_by_ssh(sshd)}, expected=EXPECTED) as mount:
