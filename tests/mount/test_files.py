@@ -12,6 +12,7 @@ import random
 import stat
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -379,6 +380,25 @@ def test_many_files_open_at_once(tree: WorkTree) -> None:
         file.close()
     found = {path.name: path.read_bytes() for path in tree.path.iterdir()}
     assert found == {f"f{number}": b"%d" % number for number in range(40)}
+
+
+def test_eight_at_once_write_read_rename_and_remove(tree: WorkTree) -> None:
+    def work(worker: int) -> None:
+        rnd = random.Random(worker)
+        for number in range(4):
+            path = tree.path / f"w{worker}-{number}"
+            data = rnd.randbytes(rnd.randrange(400_000))
+            path.write_bytes(data)
+            path = path.rename(tree.path / f"renamed-{worker}-{number}")
+            assert path.read_bytes() == data
+            if number % 2:
+                path.unlink()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert sorted(os.listdir(tree.path)) == sorted(
+        f"renamed-{worker}-{number}" for worker in range(8) for number in (0, 2)
+    )
 
 
 def test_another_process_sees_it_at_once(tree: WorkTree) -> None:

@@ -205,6 +205,22 @@ def test_the_cache_is_kept_from_mount_to_mount(sshd: SshServer, real_home: RealH
             assert link.relayed < 100_000, "it was read from the remote again"
 
 
+def test_the_cache_keeps_to_its_size(servers: Servers, real_home: RealHome) -> None:
+    """A file larger than the cache, and then many small ones."""
+    bound = 16 << 20
+    served = servers.serve("sftp")
+    large = random.Random(5).randbytes(3 * bound)
+    small = {f"small-{n}": random.Random(n).randbytes(2_000_000) for n in range(16)}
+    for name, data in {"large": large, **small}.items():
+        served.inside.write(name, data)
+    with mounted(real_home, {"ns": served}, "--cache-size", "16 MiB") as mount:
+        for name, data in {"large": large, **small, "large again": large}.items():
+            assert (mount.path / "ns" / name.removesuffix(" again")).read_bytes() == data
+        until(lambda: mount.status.cache_used <= bound)
+        on_disk = Path(mount.status.cache_dir) / "data"
+        until(lambda: int(run("du", "-sB1", on_disk).split()[0]) < 1.5 * bound)
+
+
 # --- killed ---------------------------------------------------------------------------------------
 
 
