@@ -270,13 +270,14 @@ class Store:
         self._unlink(file.name)
 
     async def _sum_blocks(self, file: CacheFile) -> None:
-        """Checksums of what was written here; a block written meanwhile stays unsummed."""
-        if file.dirty:
+        """Checksums of what was written here and is on the remote; a block written meanwhile stays
+        unsummed. What is being uploaded is not of the version that the index would give it."""
+        if file.dirty or file.pins:
             return
         for block in file.blocks.unsummed():
             checksum = await self.in_thread(file.compute_checksum, block)
             start = block * BLOCK_BYTES
-            if file.dirty.overlaps(start, start + BLOCK_BYTES):
+            if file.pins or file.dirty.overlaps(start, start + BLOCK_BYTES):
                 return
             if file.blocks.is_present(block):
                 file.blocks.set_checksum(block, checksum)
@@ -367,7 +368,10 @@ class Store:
                     freed += length
             # Files first: a full disk takes no change of the index, and a row may lack its file.
             await self._drop_names(victims)
-            await self.in_thread(self._index.delete, victims)
+            try:
+                await self.in_thread(self._index.delete, victims)
+            except sqlite3.Error as error:
+                log.warning("the cache's index still names evicted files: %s", error)
         self._idle_bytes = max(0, self._idle_bytes - freed)
         return freed
 
