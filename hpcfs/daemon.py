@@ -29,6 +29,7 @@ from hpcfs.errors import SetupError
 from hpcfs.filesystem.filesystem import Filesystem
 from hpcfs.filesystem.namespace import Namespace
 from hpcfs.kernel import operations as kernel
+from hpcfs.system import mountinfo, mountpoint
 from hpcfs.transfer.client import Ask, SiteClient
 from hpcfs.transfer.messages import RemoteError, S3Root, S3Site, SftpRoot, SshSite, Start
 from hpcfs.writeback.journal import Journal
@@ -42,6 +43,9 @@ SAVE_SECONDS = 2.0
 """How far the cache's index may lag behind; a killed daemon's last blocks are fetched again."""
 MAX_KERNEL_REQUESTS = 512
 """A dead namespace can't use these up before its requests fail."""
+UNMOUNT_CHECK_SECONDS = 1.0
+UNMOUNT_PATIENCE = 3.0
+"""What the kernel's last requests may take after an unmount, before they are cancelled."""
 MAX_LOG_BYTES = 10 * 1024 * 1024
 
 
@@ -160,6 +164,7 @@ class _Daemon:
 
     async def _serve_kernel(self) -> None:
         """Mounted from the first line to the last."""
+        place = self._settings.mountpoint.resolve()
         try:
             kernel.mount(self._fs, str(self._settings.mountpoint))
         except RuntimeError as error:
@@ -171,10 +176,20 @@ class _Daemon:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._stop_on_signal)
                 nursery.start_soon(self._get_ready)
+                nursery.start_soon(self._end_when_unmounted, place, nursery.cancel_scope)
                 await kernel.serve(MAX_KERNEL_REQUESTS)
                 nursery.cancel_scope.cancel()
         finally:
             kernel.unmount()
+
+    async def _end_when_unmounted(self, place: Path, serving: trio.CancelScope) -> None:
+        """Once unmounted nobody waits for answers, but a request may still wait for a dead link;
+        and another mount namespace (a container) may hold what the user took away."""
+        while mountinfo.at(place, mountpoint.mounts()):  # noqa: ASYNC110 - nobody tells of it
+            await trio.sleep(UNMOUNT_CHECK_SECONDS)
+        await trio.sleep(UNMOUNT_PATIENCE)
+        log.info("unmounted; %d files were still open", self._fs.files.open_count)
+        serving.cancel()
 
     async def _stop_on_signal(self) -> None:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:

@@ -149,8 +149,18 @@ class Filesystem:
         if node.is_namespace_root and ino != ROOT_INO:
             await self._look_at_namespace(node)
         else:
-            await self._refresh(node)
+            await self._refresh_or_keep(node)
         return node
+
+    async def _refresh_or_keep(self, node: Node) -> None:
+        """An open file keeps its last attributes while the remote is out of reach: what is cached
+        of it stays readable, and `tail -f` outlives a cut link."""
+        try:
+            await self._refresh(node)
+        except m.Unreachable as error:
+            if node.content is None:
+                raise
+            log.debug("attributes of %r are old: %s", node.path, error.message)
 
     async def _look_at_namespace(self, node: Node) -> None:
         """A namespace out of reach still has its folder, and delays nobody for long."""
