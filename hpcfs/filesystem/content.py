@@ -466,6 +466,8 @@ class Content:
         if entry is None:
             for start, end in snapshot.ranges:
                 self.file.dirty.add(start, min(end, self.size))
+            if not self.abilities.partial_writes:  # perhaps it replaced the old version: all of
+                self.file.dirty.add(0, min(snapshot.size, self.size))  # this one is here only
             self.pending = merge_attributes(snapshot.attributes, self.pending)
             self.resized = self.resized or snapshot.resized
             self.base_size = min(self.base_size, snapshot.base_size)

@@ -29,7 +29,7 @@ STEPS = 40
 NAMES = ["ns/a", "ns/b", "ns/d/a", "ns/d/b", "ns/d", "ns/e"]
 
 profile = settings(
-    max_examples=EXAMPLES or 250,
+    max_examples=EXAMPLES or 150,
     derandomize=not EXAMPLES,
     deadline=None,
     database=None,

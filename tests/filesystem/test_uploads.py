@@ -306,3 +306,22 @@ async def test_the_journal_holds_a_row_until_the_last_write_is_through(w: World)
         assert content.journaled
     await w.kernel.close(handle)
     assert not content.journaled
+
+
+@live()
+async def test_an_upload_whose_answer_was_lost_can_be_repeated(w: World) -> None:
+    """The remote has it, though nobody was told: what was cached of the old version is not there
+    any more, and must not be needed."""
+    w.remote.put(b"f", OLD * 3)
+    handle = await w.kernel.open("ns/f")
+    await w.kernel.pwrite(handle, 0, b"new")
+    w.cues.fail(m.Upload, m.Unreachable("the link is down"), stage="after")
+    with pytest.raises(m.Unreachable):
+        await w.kernel.fsync(handle)
+    await w.store.make_room(10**9)
+    await w.kernel.pwrite(handle, 5, b"newer")
+    await w.kernel.close(handle)
+    expected = b"newoonewer" + (OLD * 3)[10:]
+    assert w.remote.get(b"f") == expected
+    assert await w.kernel.read_file("ns/f") == expected
+    assert w.journal.kept == []
