@@ -2,7 +2,7 @@
 
 All 2,000 files over SFTP in both ways. The S3 servers are slow (rclone's takes up to 80 ms for each
 request when the machine is busy), so that by default one way has fewer files there;
-HPCFS_FULL=1 in the environment runs 2,000 files of every size everywhere.
+HPCFS_FULL=1 in the environment runs 2,000 files of every size everywhere (half an hour).
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ def test_a_tree_comes_back_identical(
     wanted = facts_of(tmp_path / "source")
     with mounted(real_home, {"ns": served}) as mount:
         copy(way, tmp_path / "source", mount.path / "ns" / "tree")
-        assert differences(wanted, facts_of(mount.path / "ns" / "tree")) == []
         _check_second_mount(mount, wanted, tmp_path / "source")
 
 
