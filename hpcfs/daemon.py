@@ -23,13 +23,13 @@ import trio
 from hpcfs import __version__
 from hpcfs.cache.store import CacheUnusable, Store
 from hpcfs.config.config import Settings
-from hpcfs.control import control
+from hpcfs.control import control, mountpoint
 from hpcfs.control import server as control_server
 from hpcfs.errors import SetupError
 from hpcfs.filesystem.filesystem import Filesystem
 from hpcfs.filesystem.namespace import Namespace
 from hpcfs.kernel import operations as kernel
-from hpcfs.system import mountinfo, mountpoint
+from hpcfs.system import mountinfo
 from hpcfs.transfer.client import Ask, SiteClient
 from hpcfs.transfer.messages import RemoteError, S3Root, S3Site, SftpRoot, SshSite, Start
 from hpcfs.writeback.journal import Journal
@@ -238,9 +238,8 @@ class _Daemon:
                 failing = False
 
     async def _remove_strays(self) -> None:
-        keep = {Path(row.data).name for row in self._journal.kept}
         try:
-            await self._store.remove_strays(keep)
+            await self._store.remove_strays()
         except OSError as error:
             log.warning("old cache files could not be removed: %s", error)
 

@@ -303,14 +303,14 @@ class Store:
             self._index.close()
             os.close(self._lock_fd)
 
-    async def remove_strays(self, keep: set[str]) -> None:
-        """Delete cache files that neither the index nor `keep` (the journal) knows: what a killed
-        daemon had begun."""
+    async def remove_strays(self) -> None:
+        """Delete cache files that the index doesn't know: what a killed daemon had begun. Those
+        that the journal knows were moved to kept/ when it was opened."""
         known = await self.in_thread(self._index.names)
         for folder in await self.in_thread(lambda: sorted((self.directory / "data").iterdir())):
             for path in await self.in_thread(lambda folder=folder: list(folder.iterdir())):
                 name = path.name
-                if name not in known and name not in keep and not self._is_in_use(name):
+                if name not in known and not self._is_in_use(name):
                     log.info("removing the stray cache file %s", name)
                     await self.in_thread(partial(path.unlink, missing_ok=True))
 

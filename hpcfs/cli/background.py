@@ -19,9 +19,10 @@ import msgspec
 
 from hpcfs.cli import terminal
 from hpcfs.config.config import Settings
+from hpcfs.control import mountpoint
 from hpcfs.control.control import MountStatus
 from hpcfs.errors import SetupError
-from hpcfs.system import mountinfo, mountpoint
+from hpcfs.system import mountinfo
 
 STOP_SECONDS = 5.0
 """How long an interrupted child may take to tidy up before it is killed."""

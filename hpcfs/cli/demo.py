@@ -22,11 +22,11 @@ from hpcfs.cli.main import Invocation
 from hpcfs.cli.output import complain, printable
 from hpcfs.config import config
 from hpcfs.config.config import Settings
-from hpcfs.control import control
+from hpcfs.control import control, mountpoint
 from hpcfs.control.control import MountStatus
 from hpcfs.demo import running
 from hpcfs.errors import SetupError
-from hpcfs.system import mountpoint, paths
+from hpcfs.system import paths
 
 DEFAULT_MOUNTPOINT = "~/hpcfs-demo"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

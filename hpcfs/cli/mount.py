@@ -18,9 +18,10 @@ from hpcfs.cli.output import complain, count, printable
 from hpcfs.config import config
 from hpcfs.config import values as config_values
 from hpcfs.config.config import Config, Settings
+from hpcfs.control import mountpoint
 from hpcfs.control.control import MountStatus
 from hpcfs.errors import SetupError
-from hpcfs.system import mountpoint, paths
+from hpcfs.system import paths
 
 T = TypeVar("T")
 

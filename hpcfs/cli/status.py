@@ -13,10 +13,10 @@ import click
 import msgspec
 
 from hpcfs.cli.output import ago, complain, count, printable, size
-from hpcfs.control import control
+from hpcfs.control import control, mountpoint
 from hpcfs.control.control import KeptFile, MountStatus, NamespaceStatus
 from hpcfs.errors import SetupError
-from hpcfs.system import mountpoint, paths
+from hpcfs.system import paths
 
 
 class Silent(msgspec.Struct, frozen=True):

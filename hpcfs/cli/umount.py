@@ -11,9 +11,9 @@ from pathlib import Path
 import click
 
 from hpcfs.cli.output import complain, printable
-from hpcfs.control import control
+from hpcfs.control import control, mountpoint
 from hpcfs.errors import SetupError
-from hpcfs.system import mountinfo, mountpoint, paths
+from hpcfs.system import mountinfo, paths
 
 PATIENCE_SECONDS = 2.0
 """After this the user is told what is waited for."""

@@ -7,13 +7,10 @@ progress renews; a call that nobody waits for any more is cancelled in the proce
 
 from __future__ import annotations
 
-import logging
 import math
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -21,8 +18,7 @@ import msgspec
 import trio
 
 from hpcfs.transfer import messages as m
-
-log = logging.getLogger(__name__)
+from hpcfs.transfer.child import Child, gone
 
 T = TypeVar("T")
 
@@ -38,6 +34,7 @@ _SILENT_TIMEOUT = 5.0
 _ANSWERED_HERE = (m.Release, m.StatOpen, m.GetDiskUsage)
 """The transfer process may answer these without the site: they don't tell that it is there."""
 _RESTART_PAUSE = 1.0
+_CONFIRM_SECONDS = 5.0
 
 
 @dataclass(eq=False)
@@ -48,6 +45,7 @@ class _Pending:
     done: trio.Event
     asks_site: bool
     reply: m.Reply | None = None
+    given_up: bool = False
     heard: bool = False
     """Whether the site answered anything while this call waited."""
 
@@ -64,13 +62,11 @@ class SiteClient:
         self._state: State = "idle"
         self._reason = ""
         self._namespace_reasons: dict[str, str] = {}
-        self.pid: int | None = None
         self._start_message = start
         self._log_file = log_file
         self._nursery = nursery
-        self._stream: trio.SocketStream | None = None
+        self._child: Child | None = None
         self._starting = trio.Lock()
-        self._sending = trio.Lock()
         self._last_start = -math.inf
         self._pending: dict[int, _Pending] = {}
         self._next_id = 0
@@ -103,7 +99,7 @@ class SiteClient:
         timeout: float,
         on_page: Callable[[bytes], None] | None,
     ) -> m.Reply:
-        stream = self._stream or await self._start_process()
+        child = self._child or await self._start_process()
         self._next_id += 1
         call_id = self._next_id
         if self._is_silent and not isinstance(request, m.Fetch | m.Upload):
@@ -115,17 +111,35 @@ class SiteClient:
                 pending.renew()
             self._pending[call_id] = pending
             try:
-                await self._send(stream, m.Call(call_id, namespace, request))
+                child.send(m.Call(call_id, namespace, request))
                 await pending.done.wait()
             finally:
+                if not pending.done.is_set():
+                    await self._give_up(child, call_id, pending, request)
                 del self._pending[call_id]
-                if pending.reply is None:
-                    self._nursery.start_soon(self._send_quietly, stream, m.Cancel(call_id))
         return self._outcome(pending, namespace, request)
+
+    async def _give_up(
+        self, child: Child, call_id: int, pending: _Pending, request: m.Request
+    ) -> None:
+        """Nobody waits for the answer any more.
+
+        A fetch may be about to write into the cache file, where somebody else may write next: it
+        counts as ended only when the process confirmed it, or was ended itself.
+        """
+        pending.given_up = True
+        if child.ended:
+            return
+        child.send(m.Cancel(call_id))
+        if isinstance(request, m.Fetch):
+            with trio.move_on_after(_CONFIRM_SECONDS, shield=True):
+                await pending.done.wait()
+            if not pending.done.is_set():
+                child.kill()
 
     def _outcome(self, pending: _Pending, namespace: str, request: m.Request) -> m.Reply:
         reply = pending.reply
-        if reply is None:
+        if reply is None or (pending.given_up and reply.failure):
             what = type(request).__name__
             error = m.TimedOut(f"no answer to {what} within {pending.timeout:g} s")
             if not pending.heard and pending.asks_site:
@@ -150,98 +164,41 @@ class SiteClient:
             return "failed", reason
         return self._state, self._reason
 
-    async def _send(self, stream: trio.SocketStream, message: msgspec.Struct) -> None:
-        try:
-            async with self._sending:
-                await stream.send_all(m.frame(message))
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            raise m.Unreachable("the transfer process of this site ended; try again") from None
-
-    async def _send_quietly(self, stream: trio.SocketStream, message: msgspec.Struct) -> None:
-        try:
-            await self._send(stream, message)
-        except m.Unreachable:
-            log.debug("the transfer process is gone, nothing to cancel")
-
     # --- the process ---------------------------------------------------------------------------
 
-    async def _start_process(self) -> trio.SocketStream:
+    async def _start_process(self) -> Child:
         async with self._starting:
-            if self._stream:
-                return self._stream
+            if self._child:
+                return self._child
             if trio.current_time() < self._last_start + _RESTART_PAUSE:
-                raise m.Unreachable("the transfer process of this site just ended; try again")
+                raise gone()
             self._last_start = trio.current_time()
             self._state = "connecting"
-            ours, theirs = socket.socketpair()
-            with theirs:
-                process = await self._spawn(theirs)
-            self.pid = process.pid
-            stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-            await self._send(stream, self._start_message)
-            self._stream = stream
-            self._nursery.start_soon(self._supervise, process, stream)
-            return stream
+            self._child = await Child.start(self._start_message, self._log_file)
+            self._nursery.start_soon(self._supervise, self._child)
+            return self._child
 
-    async def _spawn(self, theirs: socket.socket) -> trio.Process:
-        command = [sys.executable, "-m", "hpcfs.transfer.process", str(theirs.fileno())]
-        with self._log_file.open("ab") as log_stream:
-            return await trio.lowlevel.open_process(
-                command,
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=log_stream,
-                stderr=log_stream,
-                start_new_session=True,  # Ctrl-C on the terminal is the daemon's to handle
-            )
+    @property
+    def pid(self) -> int | None:
+        """Of the transfer process, if it runs."""
+        return self._child.pid if self._child else None
 
-    async def _supervise(self, process: trio.Process, stream: trio.SocketStream) -> None:
-        """Receive until the process ends, then fail what is under way."""
+    async def _supervise(self, child: Child) -> None:
+        """When it ends, fail what is under way."""
         try:
-            await self._receive_all(stream)
+            await child.run(partial(self._dispatch, child))
         finally:
-            self._stream = None
-            self.pid = None
-            with trio.CancelScope(shield=True):
-                await trio.aclose_forcefully(stream)
-                with trio.move_on_after(3):
-                    await process.wait()
-                if process.returncode is None:
-                    process.kill()
-                    await process.wait()
-        log.warning("the transfer process %d ended (%s)", process.pid, process.returncode)
-        self._state, self._reason = "failed", "its transfer process ended"
-        gone = m.Failure.of(m.Unreachable("the transfer process of this site ended; try again"))
+            self._child = None
+        error = gone()
+        self._state, self._reason = "failed", error.message
         for call_id, pending in list(self._pending.items()):
-            pending.reply = m.Reply(call_id, failure=gone)
+            pending.reply = m.Reply(call_id, failure=m.Failure.of(error))
             pending.done.set()
 
-    async def _receive_all(self, stream: trio.SocketStream) -> None:
-        decoder = msgspec.msgpack.Decoder(m.FromTransfer)
-        buffer = bytearray()
-        while chunk := await self._receive(stream):
-            buffer += chunk
-            start = 0
-            while len(buffer) - start >= m.FRAME_HEADER.size:
-                (length,) = m.FRAME_HEADER.unpack_from(buffer, start)
-                end = start + m.FRAME_HEADER.size + length
-                if len(buffer) < end:
-                    break
-                body = bytes(memoryview(buffer)[start + m.FRAME_HEADER.size : end])
-                self._dispatch(stream, decoder.decode(body))
-                start = end
-            del buffer[:start]
-
-    async def _receive(self, stream: trio.SocketStream) -> bytes:
-        try:
-            return bytes(await stream.receive_some(256 * 1024))
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            return b""
-
-    def _dispatch(self, stream: trio.SocketStream, message: m.FromTransfer) -> None:
+    def _dispatch(self, child: Child, message: m.FromTransfer) -> None:
         match message:
             case m.Question():
-                self._nursery.start_soon(self._put_question, stream, message)
+                self._nursery.start_soon(self._put_question, child, message)
             case m.Advance():
                 if pending := self._pending.get(message.id):
                     self._heard(pending)
@@ -253,7 +210,7 @@ class SiteClient:
 
     def _heard(self, answered: _Pending) -> None:
         """The site is there, unless the process answered by itself."""
-        if answered.asks_site:
+        if answered.asks_site and not answered.given_up:
             self._is_silent = False
             for waiting in self._pending.values():
                 waiting.heard = True
@@ -267,7 +224,7 @@ class SiteClient:
         pending.reply = reply
         pending.done.set()
 
-    async def _put_question(self, stream: trio.SocketStream, question: m.Question) -> None:
+    async def _put_question(self, child: Child, question: m.Question) -> None:
         """While the user thinks, no deadline runs."""
         text: str | None = None
         if self.ask:
@@ -282,5 +239,5 @@ class SiteClient:
                 self._questions -= 1
                 for pending in self._pending.values():
                     pending.renew()
-        answer = m.Secret(text) if text is not None else None
-        await self._send_quietly(stream, m.Answer(question.id, answer))
+        if not child.ended:
+            child.send(m.Answer(question.id, m.Secret(text) if text is not None else None))

@@ -18,6 +18,7 @@ import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from functools import partial
 
 import msgspec
 import uvloop
@@ -138,13 +139,20 @@ class Worker:
     def _start(self, call: m.Call) -> None:
         task = asyncio.create_task(self._answer(call))
         self._tasks[call.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(call.id, None))
+        task.add_done_callback(partial(self._ended, call.id))
+
+    def _ended(self, call_id: int, task: asyncio.Task[None]) -> None:
+        del self._tasks[call_id]
+        if task.cancelled():  # before it began
+            self._connection.send_soon(_given_up(call_id))
 
     async def _answer(self, call: m.Call) -> None:
         try:
             reply = await self._reply(call)
         except m.RemoteError as error:
             reply = m.Reply(call.id, failure=m.Failure.of(error))
+        except asyncio.CancelledError:  # the daemon waits to hear that nothing is written any more
+            reply = _given_up(call.id)
         except Exception:  # a bug of ours must not take the other calls with it
             log.exception("%s failed in an unexpected way", type(call.request).__name__)
             failure = m.RemoteFailure("an unexpected failure in hpcfs; the log has details")
@@ -184,6 +192,10 @@ class Worker:
             source.close()
 
 
+def _given_up(call_id: int) -> m.Reply:
+    return m.Reply(call_id, failure=m.Failure.of(m.TimedOut("the request was given up")))
+
+
 async def fetch(remote: Remote, request: m.Fetch) -> m.Fetched:
     data = await remote.fetch(
         request.path,
@@ -195,7 +207,14 @@ async def fetch(remote: Remote, request: m.Fetch) -> m.Fetched:
     )
     if len(data) != request.length:
         raise m.ProtocolError("the remote gave another number of bytes than was asked for")
-    checksums = await asyncio.to_thread(store_range, request.cache_file, request.offset, data)
+    storing = asyncio.create_task(
+        asyncio.to_thread(store_range, request.cache_file, request.offset, data)
+    )
+    try:
+        checksums = await asyncio.shield(storing)
+    except asyncio.CancelledError:
+        await asyncio.wait([storing])  # the thread writes to its end: not before has this ended
+        raise
     return m.Fetched(len(data), checksums)
 
 

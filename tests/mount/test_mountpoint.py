@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs.control import control
+from hpcfs.control import control, mountpoint
 from hpcfs.control.control import MountStatus
 from hpcfs.errors import SetupError
-from hpcfs.system import mountinfo, mountpoint, paths
+from hpcfs.system import mountinfo, paths
 from tests.support.command import Home, Terminal, end_mounts_below, make_home
 
 

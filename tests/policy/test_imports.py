@@ -23,12 +23,13 @@ SET_UP = {"errors", "system", "control", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "transfer.messages": set(),
-    "system": {"errors", "control"},
+    "system": {"errors"},
     "control": {"errors", "system"},
     "config": {"errors", "system", "transfer.messages"},
     "remotes": {"transfer.messages"},
     "transfer.process": {"remotes", "transfer.messages"},
-    "transfer.client": {"transfer.messages"},
+    "transfer.child": {"transfer.messages"},
+    "transfer.client": {"transfer.messages", "transfer.child"},
     "cache": {"errors", "system", "transfer.messages"},
     "writeback": {"cache", "transfer.messages", "transfer.client"},
     "filesystem": {"cache", "writeback", "transfer.messages", "transfer.client"},
@@ -39,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": SET_UP | {"daemon", "demo", "cache", "transfer.messages"},
 }
 MAY_USE: dict[str, set[str]] = {
-    **dict.fromkeys(["cache", "writeback", "filesystem", "transfer.client", "daemon"], TRIO),
+    **dict.fromkeys(["cache", "writeback", "filesystem", "transfer.child"], TRIO),
+    **dict.fromkeys(["transfer.client", "daemon"], TRIO),
     **dict.fromkeys(["remotes", "transfer.process", "demo"], ASYNCIO),
     "control": TRIO,
     "kernel": TRIO | {"pyfuse3"},

@@ -129,7 +129,7 @@ def test_a_kill_loses_only_what_the_index_was_not_told(tmp_path: Path) -> None:
 
     async def second(store: Store) -> None:
         assert len(data_files(tmp_path / "crash")) == 2
-        await store.remove_strays(keep=set())
+        await store.remove_strays()
         assert len(data_files(tmp_path / "crash")) == 1
         file = await store.acquire("origin", b"saved", b"v", BLOCK_BYTES)
         assert file.blocks.is_present(0)
@@ -141,18 +141,17 @@ def test_a_kill_loses_only_what_the_index_was_not_told(tmp_path: Path) -> None:
     run(tmp_path / "crash", second)
 
 
-def test_strays_go_but_not_what_is_in_use_kept_or_just_being_saved(tmp_path: Path) -> None:
+def test_strays_go_but_not_what_is_in_use_or_just_being_saved(tmp_path: Path) -> None:
     async def story(store: Store) -> None:
         in_use = store.create("origin", b"k", b"v", 0)
         in_use.users = 1
-        for name in ("stray", "kept"):
-            path = tmp_path / "data" / "st" / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(b"")
+        stray = tmp_path / "data" / "st" / "stray"
+        stray.parent.mkdir(exist_ok=True)
+        stray.write_bytes(b"")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.save)
-            nursery.start_soon(store.remove_strays, {"kept"})
-        assert data_files(tmp_path) == {in_use.name, "kept"}
+            nursery.start_soon(store.remove_strays)
+        assert data_files(tmp_path) == {in_use.name}
         store.release(in_use)
 
     run(tmp_path, story)

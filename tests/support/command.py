@@ -74,9 +74,9 @@ def make_home(path: Path) -> Home:
 
 def end_mounts_below(path: Path) -> None:
     """What a failed test left behind: the daemon first, then the mount."""
-    from hpcfs.control import control
+    from hpcfs.control import control, mountpoint
     from hpcfs.errors import SetupError
-    from hpcfs.system import mountpoint, paths
+    from hpcfs.system import paths
 
     for found in mountpoint.mounts():
         if not found.mountpoint.is_relative_to(path):

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcfs.system import mountpoint
+from hpcfs.control import mountpoint
 
 LOCK_NAME = "hpcfs-test-run.lock"
 MARK = "HPCFS_TEST_RUN"

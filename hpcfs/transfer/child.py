@@ -1,0 +1,139 @@
+"""A running transfer process, as the daemon sees it: the child, the socket to it, and its end.
+
+Sending never waits: frames queue up here and are written one after the other, whole, whatever
+becomes of the call that sent them. (Half a frame of a call that was given up would make everything
+after it nonsense.) A process that ends, or says what can't be understood, is gone; client.py then
+starts another one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import trio
+
+from hpcfs.transfer import messages as m
+
+log = logging.getLogger(__name__)
+
+_END_SECONDS = 3.0
+"""How long a process may take to end by itself once its socket is closed."""
+_RECEIVE_BYTES = 256 * 1024
+_GONE = "the transfer process of this site ended; try again"
+
+
+class Child:
+    """Made by `Child.start`; lives as long as `run`."""
+
+    def __init__(self, process: trio.Process, stream: trio.SocketStream) -> None:
+        self.pid = process.pid
+        self.ended = False
+        self._process = process
+        self._stream = stream
+        self._outbox, self._frames = trio.open_memory_channel[bytes](math.inf)
+
+    @classmethod
+    async def start(cls, start: m.Start, log_file: Path) -> Child:
+        """Its output goes to the log file."""
+        ours, theirs = socket.socketpair()
+        with theirs, log_file.open("ab") as log_stream:
+            process = await trio.lowlevel.open_process(
+                [sys.executable, "-m", "hpcfs.transfer.process", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=log_stream,
+                stderr=log_stream,
+                start_new_session=True,  # Ctrl-C on the terminal is the daemon's to handle
+            )
+        child = cls(process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+        child.send(start)
+        return child
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Raises Unreachable when the process has ended."""
+        if self.ended:
+            raise gone()
+        self._outbox.send_nowait(m.frame(message))
+
+    def kill(self) -> None:
+        """It no longer does what it is told."""
+        if not self.ended:
+            log.warning("the transfer process %d does not answer: it is killed", self.pid)
+            self._process.kill()
+
+    async def run(self, dispatch: Callable[[m.FromTransfer], None]) -> None:
+        """Give every message to `dispatch`, until the process ends."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write)
+                await self._read(dispatch)
+                nursery.cancel_scope.cancel()
+        finally:
+            self.ended = True
+            with trio.CancelScope(shield=True):
+                await self._reap()
+        log.warning("the transfer process %d ended (%s)", self.pid, self._process.returncode)
+
+    async def _reap(self) -> None:
+        await trio.aclose_forcefully(self._stream)
+        with trio.move_on_after(_END_SECONDS):
+            await self._process.wait()
+        if self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+
+    async def _write(self) -> None:
+        try:
+            async for frame in self._frames:
+                await self._stream.send_all(frame)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            log.debug("the transfer process %d reads no more", self.pid)
+
+    async def _read(self, dispatch: Callable[[m.FromTransfer], None]) -> None:
+        decoder = msgspec.msgpack.Decoder(m.FromTransfer)
+        buffer = bytearray()
+        while chunk := await self._receive():
+            buffer += chunk
+            try:
+                for body in _take_frames(buffer):
+                    dispatch(decoder.decode(body))
+            except Exception:
+                log.exception("the transfer process %d said what can't be understood", self.pid)
+                return
+
+    async def _receive(self) -> bytes:
+        try:
+            return bytes(await self._stream.receive_some(_RECEIVE_BYTES))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return b""
+
+
+def gone() -> m.Unreachable:
+    return m.Unreachable(_GONE)
+
+
+def _take_frames(buffer: bytearray) -> list[bytes]:
+    """Removes the whole frames at the buffer's start and returns their bodies.
+
+    Raises ProtocolError for a frame longer than any message may be.
+    """
+    bodies = []
+    start = 0
+    while len(buffer) - start >= m.FRAME_HEADER.size:
+        (length,) = m.FRAME_HEADER.unpack_from(buffer, start)
+        if length > m.MAX_FRAME_BYTES:
+            raise m.ProtocolError(f"a frame of {length} bytes")
+        body = start + m.FRAME_HEADER.size
+        if len(buffer) < body + length:
+            break
+        bodies.append(bytes(memoryview(buffer)[body : body + length]))
+        start = body + length
+    del buffer[:start]
+    return bodies
