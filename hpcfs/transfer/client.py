@@ -131,11 +131,14 @@ class SiteClient:
         if child.ended:
             return
         child.send(m.Cancel(call_id))
-        if isinstance(request, m.Fetch):
-            with trio.move_on_after(_CONFIRM_SECONDS, shield=True):
-                await pending.done.wait()
-            if not pending.done.is_set():
-                child.kill()
+        if not isinstance(request, m.Fetch):
+            return
+        with trio.move_on_after(_CONFIRM_SECONDS, shield=True):
+            await pending.done.wait()
+        if not pending.done.is_set():
+            child.kill()
+            with trio.CancelScope(shield=True):
+                await pending.done.wait()  # a killed process ends at once
 
     def _outcome(self, pending: _Pending, namespace: str, request: m.Request) -> m.Reply:
         reply = pending.reply
@@ -184,16 +187,16 @@ class SiteClient:
         return self._child.pid if self._child else None
 
     async def _supervise(self, child: Child) -> None:
-        """When it ends, fail what is under way."""
+        """When it ends, also by the mount's own end, fail what is under way."""
         try:
             await child.run(partial(self._dispatch, child))
         finally:
             self._child = None
-        error = gone()
-        self._state, self._reason = "failed", error.message
-        for call_id, pending in list(self._pending.items()):
-            pending.reply = m.Reply(call_id, failure=m.Failure.of(error))
-            pending.done.set()
+            error = gone()
+            self._state, self._reason = "failed", error.message
+            for call_id, pending in self._pending.items():
+                pending.reply = m.Reply(call_id, failure=m.Failure.of(error))
+                pending.done.set()
 
     def _dispatch(self, child: Child, message: m.FromTransfer) -> None:
         match message:
