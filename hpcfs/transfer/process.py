@@ -19,6 +19,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from functools import partial
+from typing import Any
 
 import msgspec
 import uvloop
@@ -271,6 +272,7 @@ async def serve(sock: socket.socket) -> None:
     start = await connection.receive(m.Start)
     assert isinstance(start, m.Start)
     set_up_logging(start.log_level)
+    asyncio.get_running_loop().set_exception_handler(log_stray)
     site = open_site(start, connection)
     try:
         await Worker(connection, site).run()
@@ -286,6 +288,16 @@ def set_up_logging(level: str) -> None:
     )
     for noisy in ("asyncssh", "botocore", "aiobotocore", "urllib3", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def log_stray(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What a library's own task failed with: a cut connection is told by the request it broke, and
+    needs no traceback; anything else does."""
+    error = context.get("exception")
+    if isinstance(error, OSError):
+        log.debug("%s: %s", context.get("message"), error)
+    else:
+        loop.default_exception_handler(context)
 
 
 def main() -> None:
