@@ -17,7 +17,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import trio
 
@@ -26,13 +26,10 @@ from hpcfs.cache.file import CacheFile
 from hpcfs.cache.ranges import RangeSet
 from hpcfs.cache.store import Store
 from hpcfs.filesystem.errors import CacheFull, Stale
+from hpcfs.filesystem.namespace import Namespace
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.messages import BLOCK_BYTES
 from hpcfs.writeback.journal import Unconfirmed
-
-if TYPE_CHECKING:
-    from hpcfs.filesystem.namespace import Namespace
-    from hpcfs.filesystem.tree import Node
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +39,16 @@ UPLOAD_TIMEOUT = 120.0
 by the connection's keepalive."""
 _GROWTH_ATTEMPTS = 4
 """A file that is appended to all the time may grow between finding its size and reading."""
+
+
+class Place(Protocol):
+    """Where the file is in the tree (tree.Node): its path may change while it is open."""
+
+    ino: int
+    entry: m.Entry
+
+    @property
+    def path(self) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -61,14 +68,14 @@ class Content:
 
     def __init__(
         self,
-        node: Node,
+        place: Place,
         namespace: Namespace,
         abilities: m.Abilities,
         store: Store,
         file: CacheFile,
         nursery: trio.Nursery,
     ) -> None:
-        self.node = node
+        self.place = place
         self.namespace = namespace
         self.abilities = abilities
         self.handle = namespace.new_handle()
@@ -133,7 +140,7 @@ class Content:
         while True:
             while self._uploading is not None:
                 await self._uploading.wait()
-            version, path = self.version, self.node.path
+            version, path = self.version, self.place.path
             length = max(0, min(length, self.base_size - offset))
             try:
                 fetched = await self._fetch_once(offset, length)
@@ -142,7 +149,7 @@ class Content:
             except (m.Changed, m.NotFound):
                 attempts += 1
                 follows = self._uploading is not None or await self._follows()
-                moved = self.version != version or self.node.path != path
+                moved = self.version != version or self.place.path != path
                 if attempts > _GROWTH_ATTEMPTS or not (follows or moved):
                     raise
             except m.CacheDiskFull:
@@ -152,7 +159,7 @@ class Content:
 
     async def _fetch_once(self, offset: int, length: int) -> m.Fetched:
         request = m.Fetch(
-            self.node.path,
+            self.place.path,
             self.version,
             offset,
             length,
@@ -201,7 +208,7 @@ class Content:
         served yet, the remote's current one takes its place. A log that never rests needs this."""
         version = self.version
         try:
-            entry = await self.namespace.stat(self.node.path)
+            entry = await self.namespace.stat(self.place.path)
         except m.NotFound:
             return None
         taken = self.served or self.is_dirty() or self.orphan or self.version != version
@@ -212,7 +219,7 @@ class Content:
 
     def _adopt(self, entry: m.Entry) -> None:
         """Go on with this version: what is cached of the other is dropped, not mixed."""
-        path, old, new = self.node.path, self.size, entry.size
+        path, old, new = self.place.path, self.size, entry.size
         log.debug("%r went from %d to %d bytes on the remote", path, old, new)
         self.file.evict(list(self.file.blocks.present()))
         self.file.version = entry.version
@@ -274,7 +281,7 @@ class Content:
             if found == self.file.blocks.checksum(block):
                 self.file.blocks.trust(block)
             else:
-                log.warning("block %d of %r was damaged in the cache", block, self.node.path)
+                log.warning("block %d of %r was damaged in the cache", block, self.place.path)
                 self.file.evict([block])
 
     # --- writing --------------------------------------------------------------------------------
@@ -375,7 +382,7 @@ class Content:
         return Unconfirmed(
             self.file.name,
             self.namespace.name,
-            self.node.path,
+            self.place.path,
             self.size,
             self.base_size,
             sorted(ranges),
@@ -385,10 +392,10 @@ class Content:
 
     async def send(self, snapshot: Snapshot, *, sync: bool) -> m.Entry:
         other_version = await self._meets_other_version(snapshot)
-        entry = self.node.entry
+        entry = self.place.entry
         times = m.Attributes(atime_ns=entry.atime_ns, mtime_ns=entry.mtime_ns)
         request = m.Upload(
-            self.node.path,
+            self.place.path,
             self.file.path,
             snapshot.size,
             snapshot.base_size,
@@ -399,7 +406,7 @@ class Content:
         )
         answer = await self.namespace.call(request, m.Entry, UPLOAD_TIMEOUT)
         if other_version:
-            log.warning("%r was changed by others too: what both wrote is in it", self.node.path)
+            log.warning("%r was changed by others too: what both wrote is in it", self.place.path)
             self._drop_clean()
         return answer
 
@@ -409,7 +416,7 @@ class Content:
         if not self.abilities.partial_writes or not min(snapshot.base_size, snapshot.size):
             return False
         try:
-            return (await self.namespace.stat(self.node.path)).version != self.version
+            return (await self.namespace.stat(self.place.path)).version != self.version
         except m.NotFound:
             return True
 

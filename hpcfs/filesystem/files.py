@@ -249,8 +249,13 @@ class Files:
         if entry is not None:
             self._confirmed(content, entry)
 
+    def _node(self, content: Content) -> Node:
+        """The node that it was made for, whether or not the tree still has it."""
+        assert isinstance(content.place, Node)
+        return content.place
+
     def _confirmed(self, content: Content, entry: m.Entry) -> None:
-        node = content.node
+        node = self._node(content)
         if node.pages_version is not None:
             node.pages_version = entry.version
         if content.is_dirty():  # written to meanwhile: the local view stays ahead
@@ -269,7 +274,7 @@ class Files:
                 try:
                     await self.flush(content)
                 except m.RemoteError as error:
-                    log.warning("%r is not uploaded yet: %s", content.node.path, error.message)
+                    log.warning("%r is not uploaded yet: %s", content.place.path, error.message)
 
     async def close_all(self) -> None:
         """The kernel is gone: close what it left open."""
@@ -305,8 +310,9 @@ class Files:
             except m.RemoteError as error:
                 await self._uploader.keep(content, error.message)
                 self._store.forget(content.file)
-                self._tree.expire(content.node)
-                content.node.pages_version = None
+                node = self._node(content)
+                self._tree.expire(node)
+                node.pages_version = None
                 return False
         await self._uploader.forget(content)
         return True
@@ -320,10 +326,11 @@ class Files:
         if content.retired:
             return
         content.retired = True
-        if content.node.content is content:
-            content.node.content = None
+        node = self._node(content)
+        if node.content is content:
+            node.content = None
         self._store.release(content.file)
-        self._tree.drop_if_unused(content.node)
+        self._tree.drop_if_unused(node)
         if content.held:
             self._nursery.start_soon(self._let_go, content)
 
@@ -331,7 +338,7 @@ class Files:
         try:
             await content.namespace.do(m.Release(content.handle))
         except m.RemoteError as error:
-            log.debug("releasing %r: %s", content.node.path, error.message)
+            log.debug("releasing %r: %s", content.place.path, error.message)
 
     # --- names change ---------------------------------------------------------------------------
 

@@ -383,7 +383,7 @@ class Filesystem:
             for below in node.below()
             if below.content
         }
-        return sorted(contents.values(), key=lambda content: content.node.ino)
+        return sorted(contents.values(), key=lambda content: content.place.ino)
 
     async def _flush_below(self, node: Node) -> None:
         """What is renamed or linked must be on the remote first."""

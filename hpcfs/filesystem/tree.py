@@ -15,14 +15,11 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
+from hpcfs.filesystem.content import Content
 from hpcfs.filesystem.errors import Stale
+from hpcfs.filesystem.namespace import Namespace
 from hpcfs.transfer.messages import Entry
-
-if TYPE_CHECKING:
-    from hpcfs.filesystem.content import Content
-    from hpcfs.filesystem.namespace import Namespace
 
 ROOT_INO = 1
 ATTRIBUTE_SECONDS = 1.0
