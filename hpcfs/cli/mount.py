@@ -115,6 +115,9 @@ def _tell(status: MountStatus, settings: Settings) -> None:
     failed = [found for found in status.namespaces if found.state == "failed"]
     for found in failed:
         complain(f"{found.name}: {found.reason}")
+    if status.kept:
+        kept = count(len(status.kept), "file")
+        complain(f"{kept} could not be uploaded earlier: 'hpcfs status' says where the bytes are")
     if sys.stdout.isatty():
         number = count(len(status.namespaces) - len(failed), "namespace")
         print(printable(f"mounted {number} at {status.mountpoint} (log: {settings.log_file})"))
