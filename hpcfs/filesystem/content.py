@@ -353,15 +353,17 @@ class Content:
         if self.replaced:
             raise Stale("the file was replaced on the remote since it was opened; open it again")
 
-    async def truncate(self, size: int) -> None:
+    async def truncate(self, size: int) -> bool:
+        """Whether that changed the size."""
         await self._fetcher.settle()
         # No await from here: atomic.
         self._check_not_replaced()
-        if size == self.size and not self.new:
-            return
+        if size == self.size:
+            return False
         self.file.resize(size)
         self.base_size = min(self.base_size, size)
         self.resized = True
+        return True
 
     # --- uploading (writeback/uploader.py calls these) --------------------------------------------
 

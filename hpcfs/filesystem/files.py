@@ -179,7 +179,6 @@ class Files:
         content.new = abilities.creates_on_upload
         node.content = content
         node.pages_version = content.version
-        self._stamp(node)
         return self._add(OpenFile(node, content, flags)), node
 
     def _add(self, opened: OpenFile) -> int:
@@ -238,8 +237,9 @@ class Files:
 
     async def _cut(self, node: Node, content: Content, size: int) -> None:
         async with self._uploader.writing(content):
-            await content.truncate(size)
-        self._stamp(node)
+            changed = await content.truncate(size)
+        if changed:  # truncate(2): "if the size changed", the times do
+            self._stamp(node)
 
     # --- flush and close ------------------------------------------------------------------------
 

@@ -325,3 +325,24 @@ async def test_an_upload_whose_answer_was_lost_can_be_repeated(w: World) -> None
     assert w.remote.get(b"f") == expected
     assert await w.kernel.read_file("ns/f") == expected
     assert w.journal.kept == []
+
+
+@live()
+async def test_times_are_the_same_after_close_as_before(w: World) -> None:
+    """Also of a file that nothing is written to: the remote's clock and ours differ."""
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await w.kernel.ftruncate(handle, 0)
+    open_times = (await w.kernel.fstat(handle)).mtime_ns
+    await w.kernel.close(handle)
+    w.clock.expire_attributes()
+    assert (await w.kernel.stat("ns/f")).mtime_ns == open_times
+
+
+@live()
+async def test_times_of_a_written_file_are_the_same_after_close_as_before(w: World) -> None:
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await w.kernel.pwrite(handle, 0, b"bytes")
+    open_times = (await w.kernel.fstat(handle)).mtime_ns
+    await w.kernel.close(handle)
+    w.clock.expire_attributes()
+    assert (await w.kernel.stat("ns/f")).mtime_ns == open_times

@@ -1,7 +1,7 @@
 """A tree of mixed files goes in by rsync and by cp, and comes back identical by a second mount.
 
 All 2,000 files over SFTP in both ways. The S3 servers are slow (rclone's takes up to 80 ms for each
-request when the machine is busy), so that by default one way has fewer files there;
+request when the machine is busy), so that by default they get fewer and smaller files;
 HPCFS_FULL=1 in the environment runs 2,000 files of every size everywhere (half an hour).
 """
 
@@ -30,8 +30,8 @@ from tests.support.trees import (
 FULL = os.environ.get("HPCFS_FULL") == "1"
 TIMEOUT = 1800 if FULL else 280
 SFTP = Recipe(2000, names=(*NAMES, NEWLINE, LATIN_1))
-RCLONE = Recipe(2000 if FULL else 250, names=(*NAMES, NEWLINE))
-MOTO = Recipe(2000 if FULL else 120)
+RCLONE = Recipe(2000 if FULL else 120, names=(*NAMES, NEWLINE))
+MOTO = Recipe(2000 if FULL else 60)
 SMALL = {} if FULL else {"sizes": SMALL_SIZES, "large": (64 * MIB, 17 * MIB)}
 RECIPES = {"sftp": SFTP, "s3-rclone": replace(RCLONE, **SMALL), "s3-moto": replace(MOTO, **SMALL)}
 
