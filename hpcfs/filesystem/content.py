@@ -16,7 +16,6 @@ import logging
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 import trio
@@ -27,6 +26,7 @@ from hpcfs.cache.ranges import RangeSet
 from hpcfs.cache.store import Store
 from hpcfs.filesystem.errors import CacheFull, Stale
 from hpcfs.filesystem.namespace import Namespace
+from hpcfs.filesystem.snapshot import Snapshot, merge_attributes
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.messages import BLOCK_BYTES
 from hpcfs.writeback.journal import Unconfirmed
@@ -49,18 +49,6 @@ class Place(Protocol):
 
     @property
     def path(self) -> bytes: ...
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What an upload brings to the remote."""
-
-    ranges: RangeSet
-    size: int
-    base_size: int
-    attributes: m.Attributes
-    was_new: bool
-    resized: bool
 
 
 class Content:
@@ -458,9 +446,7 @@ class Content:
         """What is dirty now is on its way; what is written from now on is dirty anew."""
         await self._fetcher.settle()
         # No await from here: atomic.
-        snapshot = Snapshot(
-            self.file.dirty, self.size, self.base_size, self.pending, self.new, self.resized
-        )
+        snapshot = Snapshot(self.file.dirty, self.size, self.base_size, self.pending, self.resized)
         self.file.dirty = RangeSet()
         self._in_upload = snapshot.ranges
         self.pending = m.Attributes()
@@ -488,14 +474,3 @@ class Content:
         self._uploading.set()
         self._uploading = None
         self._store.check_bound()
-
-
-def merge_attributes(older: m.Attributes, newer: m.Attributes) -> m.Attributes:
-    """The newer values where both have one."""
-    return m.Attributes(
-        **{
-            field: getattr(older, field) if value is None else value
-            for field in m.Attributes.__struct_fields__
-            for value in [getattr(newer, field)]
-        }
-    )

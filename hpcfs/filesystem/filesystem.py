@@ -19,7 +19,7 @@ import msgspec
 import trio
 
 from hpcfs.cache.store import Store
-from hpcfs.filesystem.content import Content, merge_attributes
+from hpcfs.filesystem.content import Content
 from hpcfs.filesystem.directories import Directories, directory_entry
 from hpcfs.filesystem.errors import (
     CrossNamespace,
@@ -35,6 +35,7 @@ from hpcfs.filesystem.errors import (
 )
 from hpcfs.filesystem.files import Files
 from hpcfs.filesystem.namespace import Namespace
+from hpcfs.filesystem.snapshot import merge_attributes
 from hpcfs.filesystem.tree import ROOT_INO, Node, Tree
 from hpcfs.transfer import messages as m
 from hpcfs.writeback.uploader import Uploader
