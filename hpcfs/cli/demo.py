@@ -102,8 +102,8 @@ def _directory(target: Path) -> Iterator[None]:
 
 
 def _stay(settings: Settings, status: MountStatus) -> int:
-    print(_welcome(settings), flush=True)
-    with control.open_wait(settings.socket) as daemon:
+    with control.open_wait(settings.socket) as daemon:  # before anybody is told that it runs
+        print(_welcome(settings), flush=True)
         control.wait_until_gone(daemon, None)
     if mountpoint.is_dead(settings.mountpoint):
         raise SetupError(f"the daemon (pid {status.pid}) ended unexpectedly")
