@@ -98,7 +98,6 @@ class Content:
         self._fetcher = Fetcher(
             file, self._fetch, self._is_needed, lambda: self.base_size, store.note_added, nursery
         )
-        self._nursery = nursery
 
     @property
     def size(self) -> int:

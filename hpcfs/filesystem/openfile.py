@@ -31,10 +31,6 @@ class OpenFile:
     flags: int
     readahead: Readahead = field(default_factory=Readahead)
 
-    def check_readable(self) -> None:
-        if self.flags & os.O_ACCMODE == os.O_WRONLY:
-            raise BadHandle("the file was opened for writing only")
-
     def check_writable(self) -> None:
         if self.flags & os.O_ACCMODE == os.O_RDONLY:
             raise BadHandle("the file was opened for reading only")

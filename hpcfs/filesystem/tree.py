@@ -173,7 +173,7 @@ class Tree:
             if parent.children.get(node.name) is node:
                 del parent.children[node.name]
             self._note_removal(parent, node.name)
-        self._drop_if_unused(node)
+        self.drop_if_unused(node)
 
     def _note_removal(self, parent: Node, name: bytes) -> None:
         self.clock += 1
@@ -211,13 +211,10 @@ class Tree:
         node = self._nodes.get(ino)
         if node is not None:
             node.lookups -= lookups
-            self._drop_if_unused(node)
+            self.drop_if_unused(node)
 
     def drop_if_unused(self, node: Node) -> None:
         """After something that may have been the last use of the node."""
-        self._drop_if_unused(node)
-
-    def _drop_if_unused(self, node: Node) -> None:
         while (
             node.lookups <= 0
             and node.content is None
