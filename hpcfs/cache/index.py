@@ -17,7 +17,7 @@ import msgspec
 
 log = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE files (
     name TEXT PRIMARY KEY,

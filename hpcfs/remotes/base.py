@@ -76,12 +76,14 @@ class Remote(Protocol):
         handle: int,
         *,
         growing: bool = False,
-    ) -> bytes | bytearray:
-        """Exactly `length` bytes of that version.
+        urgent: bool = False,
+    ) -> Sequence[bytes]:
+        """Exactly `length` bytes of that version, in consecutive pieces as they came.
 
         Raises Changed when the remote holds another version, before or after the bytes were read,
         or when it ends before `offset + length`. With `growing` a file that is larger than the
-        version says still counts as that version (see messages.Fetch).
+        version says still counts as that version, and an `urgent` one overtakes those that are not
+        (see messages.Fetch).
         """
         ...
 

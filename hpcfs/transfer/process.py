@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
-import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -23,10 +21,10 @@ from typing import Any
 
 import msgspec
 import uvloop
-import xxhash
 
 from hpcfs.remotes.base import Remote, Site
 from hpcfs.transfer import messages as m
+from hpcfs.transfer.cachefile import CacheSource, store
 
 log = logging.getLogger(__name__)
 
@@ -69,46 +67,6 @@ class Connection:
         future = self._questions.get(answer.id)
         if future and not future.done():
             future.set_result(answer.text.value if answer.text else None)
-
-
-class CacheSource:
-    """The bytes of an upload (remotes/base.py, Source)."""
-
-    def __init__(self, path: str, size: int) -> None:
-        self.size = size
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def read(self, offset: int, length: int) -> bytes:
-        if offset + length > self.size:
-            raise m.RemoteFailure("an upload asked for bytes beyond the file's end")
-        data = os.pread(self._fd, length, offset)
-        while len(data) < length:
-            more = os.pread(self._fd, length - len(data), offset + len(data))
-            if not more:  # a hole at the end: the cache file is shorter than the file it stands for
-                return data + bytes(length - len(data))
-            data += more
-        return data
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
-def store_range(path: str, offset: int, data: bytes | bytearray) -> list[int]:
-    """Write a fetched range into its cache file; returns the checksum of each of its blocks."""
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    view = memoryview(data)
-    try:
-        done = 0
-        while done < len(view):
-            done += os.pwrite(fd, view[done:], offset + done)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise m.CacheDiskFull("the local disk with the cache is full") from None
-        raise
-    finally:
-        os.close(fd)
-    pieces = range(0, len(view), m.BLOCK_BYTES)
-    return [xxhash.xxh3_64_intdigest(view[at : at + m.BLOCK_BYTES]) or 1 for at in pieces]
 
 
 class Worker:
@@ -198,25 +156,26 @@ def _given_up(call_id: int) -> m.Reply:
 
 
 async def fetch(remote: Remote, request: m.Fetch) -> m.Fetched:
-    data = await remote.fetch(
+    pieces = await remote.fetch(
         request.path,
         request.version,
         request.offset,
         request.length,
         request.handle,
         growing=request.growing,
+        urgent=request.urgent,
     )
-    if len(data) != request.length:
+    if sum(map(len, pieces)) != request.length:
         raise m.ProtocolError("the remote gave another number of bytes than was asked for")
     storing = asyncio.create_task(
-        asyncio.to_thread(store_range, request.cache_file, request.offset, data)
+        asyncio.to_thread(store, request.cache_file, request.offset, pieces)
     )
     try:
         checksums = await asyncio.shield(storing)
     except asyncio.CancelledError:
         await asyncio.wait([storing])  # the thread writes to its end: not before has this ended
         raise
-    return m.Fetched(len(data), checksums)
+    return m.Fetched(request.length, checksums)
 
 
 def perform(remote: Remote, request: m.Request) -> Coroutine[object, object, object]:

@@ -104,7 +104,7 @@ async def get(remote: Remote, path: bytes, handle: int = READER) -> bytes:
     """All of the file as it is now."""
     entry = await remote.stat(path)
     try:
-        return bytes(await remote.fetch(path, entry.version, 0, entry.size, handle))
+        return b"".join(await remote.fetch(path, entry.version, 0, entry.size, handle))
     finally:
         await remote.release(handle)
 

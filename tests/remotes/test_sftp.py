@@ -209,7 +209,7 @@ def test_a_growing_file_is_followed_through_its_handle(sshd: SshServer) -> None:
     async def story(remote: SftpRemote) -> None:
         assert await remote.stat_open(1) is None
         first = await remote.stat(b"log")
-        assert await remote.fetch(b"log", first.version, 0, 4, 1) == b"one\n"
+        assert b"".join(await remote.fetch(b"log", first.version, 0, 4, 1)) == b"one\n"
         with log.open("ab") as file:
             file.write(b"two\n")
         with pytest.raises(Changed):
@@ -217,10 +217,12 @@ def test_a_growing_file_is_followed_through_its_handle(sshd: SshServer) -> None:
         grown = await remote.stat_open(1)
         assert grown is not None
         assert (grown.name, grown.size) == (b"log", 8)
-        assert await remote.fetch(b"log", grown.version, 0, 8, 1) == b"one\ntwo\n"
+        assert b"".join(await remote.fetch(b"log", grown.version, 0, 8, 1)) == b"one\ntwo\n"
         log.rename(folder / "log.1")
         log.write_bytes(b"three\n")
-        assert await remote.fetch(b"log", grown.version, 4, 4, 1) == b"two\n", "the handle's file"
+        assert b"".join(await remote.fetch(b"log", grown.version, 4, 4, 1)) == b"two\n", (
+            "the handle's file"
+        )
         await remote.release(1)
         assert await remote.stat_open(1) is None
         with pytest.raises(Changed):
@@ -238,7 +240,7 @@ def test_a_removed_file_is_still_read_by_who_has_it_open(sshd: SshServer) -> Non
         entry = await remote.stat(b"file")
         await remote.fetch(b"file", entry.version, 0, 3, 1)
         (folder / "file").unlink()
-        assert await remote.fetch(b"file", entry.version, 3, 3, 1) == b"def"
+        assert b"".join(await remote.fetch(b"file", entry.version, 3, 3, 1)) == b"def"
         with pytest.raises(NotFound):
             await remote.fetch(b"file", entry.version, 3, 3, 2)
 
@@ -250,10 +252,10 @@ def test_open_handles_are_bounded_and_closed(tmp_path: Path) -> None:
         (evil.directory / "file").write_bytes(b"x")
         version = (await remote.stat(b"file")).version
         for handle in range(MAX_OPEN_HANDLES + 20):
-            assert await remote.fetch(b"file", version, 0, 1, handle) == b"x"
+            assert b"".join(await remote.fetch(b"file", version, 0, 1, handle)) == b"x"
         await remote.fetch(b"file", version, 0, 1, 10**6)  # behind the closes, on their channel
         assert evil_sftp.Counting.held == MAX_OPEN_HANDLES
-        assert await remote.fetch(b"file", version, 0, 1, 0) == b"x", "opened again"
+        assert b"".join(await remote.fetch(b"file", version, 0, 1, 0)) == b"x", "opened again"
         for handle in (*range(MAX_OPEN_HANDLES + 20), 10**6):
             await remote.release(handle)
         await remote.fetch(b"file", version, 0, 1, 5)

@@ -498,7 +498,7 @@ def test_a_lost_connection_is_made_anew_and_handles_with_it(tmp_path: Path) -> N
         async def story(remote: SftpRemote) -> None:
             await put(remote, b"file", b"content")
             version = (await remote.stat(b"file")).version
-            assert await remote.fetch(b"file", version, 0, 7, 1) == b"content"
+            assert b"".join(await remote.fetch(b"file", version, 0, 7, 1)) == b"content"
             server.kill()
             with pytest.raises(Unreachable):
                 await remote.stat(b"file")
@@ -507,7 +507,7 @@ def test_a_lost_connection_is_made_anew_and_handles_with_it(tmp_path: Path) -> N
             server.start()
             remote._kept._retry_at = 0  # the pause is over
             assert await remote.stat_open(1) is None, "handles ended with their connection"
-            assert await remote.fetch(b"file", version, 0, 7, 1) == b"content"
+            assert b"".join(await remote.fetch(b"file", version, 0, 7, 1)) == b"content"
             assert set(await listed(remote, b"")) == {b"file"}
             server.restart()
             await lost(remote)

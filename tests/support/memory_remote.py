@@ -19,7 +19,8 @@ import trio
 
 from hpcfs.remotes.base import Source
 from hpcfs.transfer import messages as m
-from hpcfs.transfer.process import CacheSource, perform, store_range
+from hpcfs.transfer.cachefile import CacheSource, store
+from hpcfs.transfer.process import perform
 
 T = TypeVar("T")
 SECOND = 10**9
@@ -196,7 +197,8 @@ class MemoryRemote:
         handle: int,
         *,
         growing: bool = False,
-    ) -> bytes:
+        urgent: bool = False,
+    ) -> list[bytes]:
         item = self.handles.get(handle) if self.is_sftp else None
         if item is None:
             item = self._file(path)
@@ -209,7 +211,7 @@ class MemoryRemote:
         if offset + length > len(item.content):
             raise m.Changed(f"{path!r} is shorter than it was")
         assert length >= 0, "a fetch of a negative length"
-        return bytes(item.content[offset : offset + length])
+        return [bytes(item.content[offset : offset + length])]
 
     async def release(self, handle: int) -> None:
         self.handles.pop(handle, None)
@@ -417,10 +419,12 @@ class MemorySite:
 
     async def _perform(self, remote: MemoryRemote, request: m.Request) -> object:
         match request:
-            case m.Fetch(path, version, offset, length, cache_file, handle, growing):
-                data = await remote.fetch(path, version, offset, length, handle, growing=growing)
+            case m.Fetch(path, version, offset, length, cache_file, handle, growing, urgent):
+                pieces = await remote.fetch(
+                    path, version, offset, length, handle, growing=growing, urgent=urgent
+                )
                 await self.cues.reach(request, "middle")
-                return m.Fetched(len(data), store_range(cache_file, offset, data))
+                return m.Fetched(length, store(cache_file, offset, pieces))
             case m.Upload():
                 source = CacheSource(request.cache_file, request.size)
                 try:

@@ -142,14 +142,15 @@ class S3Remote:
         handle: int,
         *,
         growing: bool = False,
-    ) -> bytes:
+        urgent: bool = False,
+    ) -> Sequence[bytes]:
         place = await self._paths.place(path)
         if length > 0:
-            return await self._bucket.get(place.key, version, offset, length)
+            return [await self._bucket.get(place.key, version, offset, length)]
         found = await self._bucket.head(place.key)
         if found is None or not found.has_version(version):
             raise Changed(f"{text(path)} has changed on the server: open it again")
-        return b""
+        return []
 
     async def release(self, handle: int) -> None:
         return None

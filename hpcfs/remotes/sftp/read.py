@@ -122,7 +122,7 @@ async def _close_remote(file: OpenFile) -> None:
 
 async def read_range(
     place: Place, handle: bytes, version: bytes, offset: int, length: int, *, growing: bool = False
-) -> bytes:
+) -> list[bytes]:
     """Exactly `length` bytes of `version`.
 
     Raises Changed when the handle's file has another version, or ends too early; with `growing` a
@@ -157,8 +157,8 @@ async def read_range(
 
 async def _completed(
     place: Place, handle: bytes, offset: int, length: int, pieces: list[tuple[bytes, bool]]
-) -> tuple[bytes, bool]:
-    """The pieces joined, and whether some had to be asked for again because they came short."""
+) -> tuple[list[bytes], bool]:
+    """The pieces in order, and whether some had to be asked for again because they came short."""
     session = place.session
     parts: list[bytes] = []
     continued = False
@@ -177,7 +177,7 @@ async def _completed(
         if got > wanted:
             raise ProtocolError(f"{session.shown} sent more bytes than asked for")
         start += wanted
-    return parts[0] if len(parts) == 1 else b"".join(parts), continued
+    return parts, continued
 
 
 def has_grown(attrs: SFTPAttrs, version: bytes) -> bool:

@@ -191,7 +191,8 @@ class SftpRemote:
         handle: int,
         *,
         growing: bool = False,
-    ) -> bytes:
+        urgent: bool = False,
+    ) -> Sequence[bytes]:
         place = await self._place(path)
         with place.asking():
             async with self._files.using(place, handle) as remote:

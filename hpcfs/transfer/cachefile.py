@@ -1,0 +1,87 @@
+"""The daemon's cache files, as the transfer process sees them: where bytes go to and come from.
+
+Both functions block on the disk; process.py calls them in threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+
+import xxhash
+
+from hpcfs.transfer import messages as m
+
+_MOST_BUFFERS = 1024  # IOV_MAX, writev(2)
+
+
+class CacheSource:
+    """The bytes of an upload (remotes/base.py, Source)."""
+
+    def __init__(self, path: str, size: int) -> None:
+        self.size = size
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, offset: int, length: int) -> bytes:
+        if offset + length > self.size:
+            raise m.RemoteFailure("an upload asked for bytes beyond the file's end")
+        data = os.pread(self._fd, length, offset)
+        while len(data) < length:
+            more = os.pread(self._fd, length - len(data), offset + len(data))
+            if not more:  # a hole at the end: the cache file is shorter than the file it stands for
+                return data + bytes(length - len(data))
+            data += more
+        return data
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def store(path: str, offset: int, pieces: Sequence[bytes]) -> list[int]:
+    """Write consecutive pieces of a range into its cache file -> the checksum of each block.
+
+    `offset` is where a block starts. Raises CacheDiskFull.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        _write(fd, offset, pieces)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise m.CacheDiskFull("the local disk with the cache is full") from None
+        raise
+    finally:
+        os.close(fd)
+    return list(_checksums(pieces))
+
+
+def _write(fd: int, offset: int, pieces: Sequence[bytes]) -> None:
+    """The pieces are not joined first: that would cost a copy of everything."""
+    waiting = [memoryview(piece) for piece in pieces if piece]
+    first = 0
+    while first < len(waiting):
+        done = os.pwritev(fd, waiting[first : first + _MOST_BUFFERS], offset)
+        offset += done
+        while first < len(waiting) and done >= len(waiting[first]):
+            done -= len(waiting[first])
+            first += 1
+        if done:
+            waiting[first] = waiting[first][done:]
+
+
+def _checksums(pieces: Sequence[bytes]) -> Iterator[int]:
+    """xxh3_64 of each block, never 0 (see cache/blocks.py)."""
+    digest = xxhash.xxh3_64()
+    room = m.BLOCK_BYTES
+    for piece in pieces:
+        view = memoryview(piece)
+        while len(view) >= room:
+            digest.update(view[:room])
+            yield digest.intdigest() or 1
+            digest.reset()
+            view = view[room:]
+            room = m.BLOCK_BYTES
+        digest.update(view)
+        room -= len(view)
+    if room < m.BLOCK_BYTES:
+        yield digest.intdigest() or 1
