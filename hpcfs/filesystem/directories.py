@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from hpcfs.filesystem.errors import BadHandle, NotDirectory
-from hpcfs.filesystem.openfile import DirectoryListing, OpenDirectory
+from hpcfs.filesystem.listing import DirectoryListing, OpenDirectory
 from hpcfs.filesystem.tree import Node, Tree
 from hpcfs.transfer.messages import Entry
 

@@ -14,7 +14,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from hpcfs.filesystem.errors import CacheFull, CrossNamespace, FilesystemError, ReadOnly
-from hpcfs.filesystem.openfile import DirectoryListing
+from hpcfs.filesystem.listing import DirectoryListing
 from hpcfs.kernel.errno import errno_of
 from hpcfs.transfer import messages as m
 from tests.filesystem.world import RW, World, live, world
