@@ -21,6 +21,7 @@ from pathlib import Path
 import trio
 
 from hpcfs import __version__
+from hpcfs.cache.link import Link
 from hpcfs.cache.store import CacheUnusable, Store
 from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint
@@ -146,13 +147,15 @@ class _Daemon:
 
     def _build(self, services: trio.Nursery) -> None:
         settings = self._settings
+        links: dict[SshSite | S3Site, Link] = {}
         for start in _site_starts(settings):
             self._sites[start.site] = SiteClient(start, settings.log_file, services)
+            links[start.site] = Link()
         for chosen in settings.namespaces.values():
             origin = _origin(chosen.site, chosen.root)
             site = self._sites[chosen.site]
             self._namespaces.append(
-                Namespace(chosen.name, origin, site, read_only=chosen.read_only)
+                Namespace(chosen.name, origin, site, links[chosen.site], read_only=chosen.read_only)
             )
         self._fs = Filesystem(
             self._namespaces,

@@ -46,6 +46,18 @@ class BlockMap:
         flags = self._flags.get(block // CHUNK_BLOCKS)
         return flags is not None and flags[block % CHUNK_BLOCKS] & _TRUSTED != 0
 
+    def are_trusted(self, blocks: range) -> bool:
+        """Whether all of these (consecutive) are present and trusted."""
+        start, stop = blocks.start, blocks.stop
+        while start < stop:
+            number, first = divmod(start, CHUNK_BLOCKS)
+            last = min(CHUNK_BLOCKS, first + stop - start)
+            flags = self._flags.get(number)
+            if flags is None or flags.count(_PRESENT | _TRUSTED, first, last) != last - first:
+                return False
+            start += last - first
+        return True
+
     def checksum(self, block: int) -> int:
         sums = self._sums.get(block // CHUNK_BLOCKS)
         return 0 if sums is None else sums[block % CHUNK_BLOCKS]

@@ -77,7 +77,7 @@ class CacheFile:
             os.close(self.fd)
             self.fd = -1
 
-    def read_now(self, offset: int, length: int) -> bytes | None:
+    def read_now(self, offset: int, length: int) -> bytes | bytearray | None:
         """The bytes, or None where the disk must be waited for. Past the local end are zeros."""
         buffer = bytearray(length)
         try:
@@ -90,7 +90,7 @@ class CacheFile:
             return self.read(offset, length)
         if count < length and not self._is_local_end(offset + count):
             return None
-        return bytes(buffer)
+        return buffer  # not copied to bytes: this is every read of the kernel's
 
     def read(self, offset: int, length: int) -> bytes:
         """The bytes; may wait for the disk."""

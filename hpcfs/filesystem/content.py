@@ -20,7 +20,7 @@ from typing import Protocol
 
 import trio
 
-from hpcfs.cache.fetcher import Fetcher
+from hpcfs.cache.fetcher import Budget, Fetcher
 from hpcfs.cache.file import CacheFile
 from hpcfs.cache.ranges import RangeSet
 from hpcfs.cache.store import Store
@@ -37,6 +37,8 @@ FETCH_TIMEOUT = 90.0
 UPLOAD_TIMEOUT = 120.0
 """Seconds without progress. Ranges share a link that may be slow; a dead link is noticed earlier,
 by the connection's keepalive."""
+FETCH_ALL_BYTES = 32 * 1024 * 1024
+"""At once, of a file that is needed whole."""
 _GROWTH_ATTEMPTS = 4
 """A file that is appended to all the time may grow between finding its size and reading."""
 
@@ -62,6 +64,7 @@ class Content:
         store: Store,
         file: CacheFile,
         nursery: trio.Nursery,
+        budget: Budget,
     ) -> None:
         self.place = place
         self.namespace = namespace
@@ -96,8 +99,15 @@ class Content:
         self._in_upload = RangeSet()
         self._store = store
         self._fetcher = Fetcher(
-            file, self._fetch, self._is_needed, lambda: self.base_size, store.note_added, nursery
+            file,
+            self._fetch,
+            self._is_needed,
+            lambda: self.base_size,
+            store.note_added,
+            nursery,
+            budget,
         )
+        self._budget = budget
 
     @property
     def size(self) -> int:
@@ -122,7 +132,7 @@ class Content:
     def _blocks(self, offset: int, end: int) -> range:
         return range(offset // BLOCK_BYTES, -(-end // BLOCK_BYTES))
 
-    async def _fetch(self, offset: int, length: int) -> m.Fetched:
+    async def _fetch(self, offset: int, length: int, *, urgent: bool) -> m.Fetched:
         attempts = 0
         while True:
             while self._uploading is not None:
@@ -130,7 +140,7 @@ class Content:
             version, path = self.version, self.place.path
             length = max(0, min(length, self.base_size - offset))
             try:
-                fetched = await self._fetch_once(offset, length)
+                fetched = await self._fetch_once(offset, length, urgent=urgent)
                 if self.version == version:
                     return fetched
             except (m.Changed, m.NotFound):
@@ -144,7 +154,7 @@ class Content:
                 if attempts > 1 or not await self._store.make_room(4 * length):
                     raise
 
-    async def _fetch_once(self, offset: int, length: int) -> m.Fetched:
+    async def _fetch_once(self, offset: int, length: int, *, urgent: bool = True) -> m.Fetched:
         request = m.Fetch(
             self.place.path,
             self.version,
@@ -153,8 +163,9 @@ class Content:
             self.file.path,
             self.handle,
             growing=self.growing,
+            urgent=urgent,
         )
-        fetched = await self.namespace.call(request, m.Fetched, FETCH_TIMEOUT)
+        fetched = await self.namespace.fetch(request, FETCH_TIMEOUT)
         self.held = True
         return fetched
 
@@ -220,26 +231,49 @@ class Content:
             missing = sum(1 for block in blocks if self._is_needed(block))
             if missing * BLOCK_BYTES > limit:
                 return
-        await self._fetcher.ensure(blocks)
+        step = FETCH_ALL_BYTES // BLOCK_BYTES  # all at once would not fit into memory
+        for first in range(0, len(blocks), step):
+            await self._ensure_fetched(blocks[first : first + step])
+
+    @property
+    def window(self) -> int:
+        """Bytes that one reader may be ahead: what the link and the memory for it allow."""
+        return min(self.namespace.link.window, self._budget.share(), self._store.max_bytes // 4)
 
     def prefetch(self, start: int, end: int) -> None:
-        self._fetcher.prefetch(self._blocks(start, min(end, self.base_size)))
+        """Begin to fetch what is missing of [start, end)."""
+        blocks = self._blocks(start, min(end, self.base_size))
+        self._fetcher.start(blocks, self.namespace.link.fetch_bytes, urgent=False)
+
+    def cancel_prefetch(self, start: int, end: int) -> None:
+        """What is under way for [start, end) alone, and nobody waits for, ends."""
+        self._fetcher.cancel(self._blocks(start, end))
+
+    def stop_prefetch(self) -> None:
+        self._fetcher.cancel_all()
+
+    def demand(self, offset: int, length: int) -> None:
+        """Begin to fetch what a read is about to wait for."""
+        blocks = self._blocks(offset, min(offset + length, self.base_size))
+        if not self.file.blocks.are_trusted(blocks):
+            self._fetcher.start(blocks, self.namespace.link.fetch_bytes, urgent=True)
 
     # --- reading --------------------------------------------------------------------------------
 
-    async def read(self, offset: int, length: int) -> bytes:
+    async def read(self, offset: int, length: int) -> bytes | bytearray:
         """Up to `length` bytes; fewer only at the end of the file."""
         while True:
             end = min(offset + length, self.size)
             if offset >= end:
                 return b""
             blocks = self._blocks(offset, end)
-            await self._ensure(blocks)
-            if end > self.size:
-                continue  # it was cut meanwhile
-            if untrusted := [block for block in blocks if self._is_untrusted(block)]:
-                await self._verify(untrusted)
-                continue
+            if not self.file.blocks.are_trusted(blocks):
+                await self._ensure(blocks)
+                if end > self.size:
+                    continue  # it was cut meanwhile
+                if untrusted := [block for block in blocks if self._is_untrusted(block)]:
+                    await self._verify(untrusted)
+                    continue
             data = self.file.read_now(offset, end - offset)
             if data is None:
                 evictions = self.file.evictions
@@ -251,9 +285,12 @@ class Content:
 
     async def _ensure(self, blocks: range) -> None:
         try:
-            await self._fetcher.ensure(blocks)
+            await self._ensure_fetched(blocks)
         except (m.Changed, m.NotFound) as error:
             raise Stale(error.message) from None
+
+    async def _ensure_fetched(self, blocks: range) -> None:
+        await self._fetcher.ensure(blocks, self.namespace.link.fetch_bytes)
 
     def _is_untrusted(self, block: int) -> bool:
         blocks = self.file.blocks
@@ -426,7 +463,7 @@ class Content:
             self._uploading = None
 
     async def settle(self) -> None:
-        """Return once no fetch is under way."""
+        """Return once no fetch is under way; what only runs ahead is cancelled."""
         await self._fetcher.settle()
 
     def is_idle(self) -> bool:

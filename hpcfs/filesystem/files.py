@@ -14,6 +14,8 @@ import time
 import msgspec
 import trio
 
+from hpcfs.cache.fetcher import Budget
+from hpcfs.cache.file import CacheFile
 from hpcfs.cache.store import Store
 from hpcfs.filesystem.content import Content
 from hpcfs.filesystem.errors import (
@@ -49,6 +51,7 @@ class Files:
         self._uploader = uploader
         self._nursery = nursery
         self._uid = uid
+        self._budget = Budget()
         self._open: dict[int, OpenFile] = {}
         self._next = 0
 
@@ -150,8 +153,13 @@ class Files:
             if node.content or node.entry.version != entry.version:
                 self._store.release(file)
                 continue
-            node.content = Content(node, namespace, abilities, self._store, file, self._nursery)
+            node.content = self._make_content(node, namespace, abilities, file)
             return node.content
+
+    def _make_content(
+        self, node: Node, namespace: Namespace, abilities: m.Abilities, file: CacheFile
+    ) -> Content:
+        return Content(node, namespace, abilities, self._store, file, self._nursery, self._budget)
 
     async def settled(self, node: Node) -> None:
         """Return once no last close of the node's file is under way."""
@@ -174,7 +182,7 @@ class Files:
         file = self._store.create(namespace.origin, path, entry.version, 0)
         file.users = 1
         self._store.adopt(file)
-        content = Content(node, namespace, abilities, self._store, file, self._nursery)
+        content = self._make_content(node, namespace, abilities, file)
         content.users = 1
         content.new = abilities.creates_on_upload
         node.content = content
@@ -193,7 +201,7 @@ class Files:
 
     # --- read and write -------------------------------------------------------------------------
 
-    async def read(self, handle: int, offset: int, length: int) -> bytes:
+    async def read(self, handle: int, offset: int, length: int) -> bytes | bytearray:
         return await self.get(handle).read(offset, length)
 
     async def write(self, handle: int, offset: int, data: bytes) -> int:
@@ -290,6 +298,7 @@ class Files:
         content.users -= 1
         if content.users:
             return
+        content.stop_prefetch()
         content.closing = trio.Event()
         try:
             uploaded = await self._last_close(content)

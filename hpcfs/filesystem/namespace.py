@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from hpcfs.cache.link import Link
 from hpcfs.filesystem.errors import ReadOnly
 from hpcfs.transfer import messages as m
 
@@ -37,10 +38,14 @@ class SiteCalls(Protocol):
 class Namespace:
     """`origin` names the remote folder across mounts: the cache is kept under it."""
 
-    def __init__(self, name: str, origin: str, site: SiteCalls, *, read_only: bool) -> None:
+    def __init__(
+        self, name: str, origin: str, site: SiteCalls, link: Link | None = None, *, read_only: bool
+    ) -> None:
         self.name = name
         self.origin = origin
         self.read_only = read_only
+        self.link = link or Link()
+        """Shared by all namespaces of the site."""
         self._site = site
         self._abilities: m.Abilities | None = None
         self._next_handle = 0
@@ -65,7 +70,16 @@ class Namespace:
         return self._abilities
 
     async def stat(self, path: bytes) -> m.Entry:
-        return await self.call(m.Stat(path), m.Entry)
+        asked = self.link.now()
+        entry = await self.call(m.Stat(path), m.Entry)
+        self.link.answered(self.link.now() - asked)
+        return entry
+
+    async def fetch(self, request: m.Fetch, timeout: float) -> m.Fetched:
+        mark = self.link.begin()
+        fetched = await self.call(request, m.Fetched, timeout)
+        self.link.delivered(mark, fetched.length)
+        return fetched
 
     async def entry(self, request: m.Request) -> m.Entry:
         """Requests whose answer is the entry as it is afterwards."""

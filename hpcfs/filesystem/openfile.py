@@ -24,8 +24,13 @@ class OpenFile:
         if self.flags & os.O_ACCMODE == os.O_RDONLY:
             raise BadHandle("the file was opened for reading only")
 
-    async def read(self, offset: int, length: int) -> bytes:
-        start, end = self.readahead.observe(offset, length)
-        if start < end:
-            self.content.prefetch(start, end)
-        return await self.content.read(offset, length)
+    async def read(self, offset: int, length: int) -> bytes | bytearray:
+        content = self.content
+        plan = self.readahead.observe(offset, length, content.window)
+        if plan.wanted or plan.dropped:
+            content.demand(offset, length)  # before what only runs ahead
+            for start, end in plan.dropped:
+                content.cancel_prefetch(start, end)
+            for start, end in plan.wanted:
+                content.prefetch(start, end)
+        return await content.read(offset, length)

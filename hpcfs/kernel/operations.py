@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import pyfuse3
 
@@ -218,7 +218,8 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        return await self._fs.files.read(fh, off, size)
+        data = await self._fs.files.read(fh, off, size)
+        return cast(bytes, data)  # any buffer will do, whatever pyfuse3's types say
 
     @_answering
     async def write(self, fh: int, off: int, buf: bytes) -> int:
