@@ -1,0 +1,249 @@
+"""`python -m scripts.benchmarks`: measures all combinations of what was asked for."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import os
+import platform
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from scripts.benchmarks import measure, peers, report, workloads
+from scripts.benchmarks import results as outcome
+from scripts.benchmarks.files import MIB, Files
+from scripts.benchmarks.peers import Contender, Mount
+from scripts.benchmarks.results import TCP, Cell, Results
+from scripts.benchmarks.servers import Place, Servers, plain_tcp_seconds, serving
+from tests.support.s3 import BUCKET
+
+REMOTES = ("sftp", "s3")
+QUICK_SIZE = 64 * MIB
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+class Run:
+    """All measurements of one run; each is told on stderr when it is done."""
+
+    def __init__(self, arguments: argparse.Namespace, directory: Path, files: Files) -> None:
+        self._arguments = arguments
+        self._directory = directory
+        self._files = files
+        self._scratch = workloads.scratch_directory(directory)
+        self._numbers = itertools.count()
+        chosen = [one for one in peers.CONTENDERS if arguments.contenders(one.name)]
+        self._contenders = [one for one in chosen if one.is_installed]
+        self.results = Results(
+            size=files.size,
+            rate_mbits=arguments.rate,
+            timeout=arguments.timeout,
+            machine=_machine(),
+            date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+            versions={one.name: one.version() for one in self._contenders},
+            missing=[one.name for one in chosen if not one.is_installed],
+        )
+
+    def run(self, servers: Servers) -> None:
+        for remote, rtt in itertools.product(self._arguments.remotes, self._arguments.delays):
+            with servers.at(remote, rtt, self._arguments.rate) as place:
+                for _ in range(self._arguments.repeat):
+                    self._reference(servers, remote, rtt)
+                    self._round(place, rtt)
+
+    def _round(self, place: Place, rtt: float) -> None:
+        for workload in workloads.WORKLOADS:
+            if not any(map(self._arguments.workloads, workload.steps)):
+                continue
+            for contender in self._contenders:
+                if place.remote in contender.remotes:
+                    self._measure(contender, workload, place, rtt)
+
+    def _measure(
+        self, contender: Contender, workload: workloads.Workload, place: Place, rtt: float
+    ) -> None:
+        """A step that fails ends the workload: those after it build on it."""
+        steps = list(workload.steps.items())
+        while not self._arguments.workloads(steps[-1][0]):
+            steps.pop()
+        top = self._directory / f"mount{next(self._numbers)}"
+        failed: Cell | None = None
+        try:
+            with peers.mounted(contender, place, top) as mount:
+                while steps and failed is None:
+                    name, step = steps.pop(0)
+                    empty = Cell(place.remote, rtt, contender.name, name, None)
+                    cell = self._step(empty, step, mount)
+                    self._note(cell)
+                    failed = cell if cell.seconds is None else None
+        except peers.MountFailed as error:
+            failed = Cell(place.remote, rtt, contender.name, "", None, f"not mounted: {error}")
+        if failed is not None:
+            for name, _ in steps:
+                self._note(replace(failed, workload=name))
+
+    def _step(self, cell: Cell, step: workloads.Step, mount: Mount) -> Cell:
+        timeout = self._arguments.timeout
+        programs = measure.Programs(time.monotonic() + timeout, mount.kill)
+        bench = workloads.Bench(self._files, mount, programs, self._scratch)
+        sampler = measure.Sampler(mount.usage)
+        seconds, failure, timed_out = None, "", False
+        with sampler:
+            try:
+                seconds = step(bench)
+            except measure.TimedOut:
+                failure, timed_out = f"> {timeout:g} s", True
+            except measure.WrongResult as error:
+                failure = str(error)
+        return replace(
+            cell,
+            seconds=seconds,
+            failure=failure,
+            timed_out=timed_out,
+            peak_memory=sampler.peak_memory,
+            cpu_seconds=round(sampler.cpu_seconds, 2),
+        )
+
+    def _reference(self, servers: Servers, remote: str, rtt: float) -> None:
+        """One plain TCP stream of the same size over a link of the same kind."""
+        if not self._arguments.workloads("sequential"):
+            return
+        with servers.at("tcp", rtt, self._arguments.rate) as place:
+            seconds = plain_tcp_seconds(place.port, self._files.size, self._arguments.timeout)
+        self._note(Cell(remote, rtt, TCP, "sequential", seconds))
+
+    def _note(self, cell: Cell) -> None:
+        if not self._arguments.workloads(cell.workload):
+            return
+        self.results.cells.append(cell)
+        took = cell.failure if cell.seconds is None else f"{cell.seconds:.3f} s"
+        place = f"{cell.remote} {cell.rtt_ms:g} ms"
+        used = f"{cell.peak_memory / MIB:.0f} MiB, {cell.cpu_seconds:.2f} CPU s"
+        _progress(f"{place:12} {cell.workload:13} {cell.contender:12} {took:>12}   {used}")
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _machine() -> str:
+    return f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}"
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def _one_of(allowed: Iterable[str]) -> Callable[[str], Callable[[str], bool]]:
+    """A list of names with commas, as a test of membership."""
+    known = sorted(allowed)
+
+    def read(text: str) -> Callable[[str], bool]:
+        names = [name.strip() for name in text.split(",")]
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+        return names.__contains__
+
+    return read
+
+
+def _remotes(text: str) -> list[str]:
+    chosen = _one_of(REMOTES)(text)
+    return [remote for remote in REMOTES if chosen(remote)]
+
+
+def _delays(text: str) -> list[float]:
+    return [float(delay) for delay in text.split(",")]
+
+
+def _size(text: str) -> int:
+    number = text.rstrip("KMG")
+    return int(float(number) * UNITS[text[len(number) :]])
+
+
+def _everything(_: str) -> bool:
+    return True
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description="Measures hpcfs and its peers on the same files, over an emulated link.",
+    )
+    add = parser.add_argument
+    add("--remotes", type=_remotes, default=list(REMOTES), metavar="sftp,s3")
+    add("--delays", type=_delays, metavar="MS,...", help="round trips (0,20,100)")
+    add("--rate", type=float, default=1000, metavar="MBITS", help="of the link (1000)")
+    names = _one_of(workloads.NAMES)
+    listed = ", ".join(workloads.NAMES)
+    add("--workloads", type=names, default=_everything, metavar="NAME,...", help=listed)
+    known = [one.name for one in peers.CONTENDERS]
+    some, listed = _one_of(known), ", ".join(known)
+    add("--contenders", type=some, default=_everything, metavar="NAME,...", help=listed)
+    add("--size", type=_size, metavar="SIZE", help="of the big file (1G)")
+    add("--repeat", type=int, default=1, metavar="N", help="the table has the median (1)")
+    add("--timeout", type=float, default=300, metavar="SECONDS", help="of one measurement (300)")
+    add("--quick", action="store_true", help="64 MiB, 0 and 20 ms, 60 s, unless told otherwise")
+    add("--directory", type=Path, metavar="DIR", help="for files and caches ($TMPDIR)")
+    add("--json", type=Path, metavar="FILE", help="write the results there")
+    add("--chart", type=Path, metavar="FILE", help="draw them there, as SVG")
+    add("--from", type=Path, dest="earlier", metavar="FILE", help="only show earlier results")
+    arguments = parser.parse_args()
+    if arguments.delays is None:
+        arguments.delays = [0.0, 20.0] if arguments.quick else [0.0, 20.0, 100.0]
+    if arguments.size is None:
+        arguments.size = QUICK_SIZE if arguments.quick else 1024 * MIB
+    return arguments
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _temporary(parent: Path | None) -> Iterator[Path]:
+    directory = Path(tempfile.mkdtemp(prefix="hpcfs-bench-", dir=parent)).resolve()
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+def _measure(arguments: argparse.Namespace) -> Results:
+    """Interrupted, it ends with what was measured so far."""
+    with _temporary(arguments.directory) as directory:
+        files = Files(directory / "buckets" / BUCKET, arguments.size)
+        _progress(f"making files in {directory}")
+        files.make()
+        run = Run(arguments, directory, files)
+        for name in run.results.missing:
+            _progress(f"{name} is not installed")
+        try:
+            with serving(directory, files.root, arguments.remotes) as servers:
+                run.run(servers)
+        except KeyboardInterrupt:
+            _progress("interrupted: these are the results so far")
+    return run.results
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    arguments = _arguments()
+    signal.signal(signal.SIGTERM, _interrupt)
+    results = outcome.read(arguments.earlier) if arguments.earlier else _measure(arguments)
+    print(report.text(results))
+    if arguments.json:
+        results.write(arguments.json)
+
+
+if __name__ == "__main__":
+    main()

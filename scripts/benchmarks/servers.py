@@ -1,0 +1,225 @@
+"""What is measured against: an SSH server, an S3 server, a plain TCP sender, and the link to them.
+
+The SSH server and the way to start it are the tests'. All servers serve the same files. Without a
+delay clients connect to them directly, else over a link (wan.py) in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.s3 import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server, rclone_binary
+from tests.support.sshd import LOOPBACK, free_port, ssh_server
+
+REPOSITORY = Path(__file__).parents[2]
+START_SECONDS = 30.0
+CHUNK = bytes(1024 * 1024)
+
+
+@dataclass(frozen=True)
+class Place:
+    """How a client reaches a remote: over which port, and with whose keys."""
+
+    remote: str
+    port: int
+    files: Path
+    """The served directory, as the SSH server calls it; over S3 it is the bucket's root."""
+    ssh_config: Path
+    known_hosts: Path
+    key: Path
+    user: str
+
+    @property
+    def endpoint_url(self) -> str:
+        return f"http://{LOOPBACK}:{self.port}"
+
+
+class Servers:
+    """Running, until the block of `serving` ends."""
+
+    def __init__(self, directory: Path, files: Path, stack: ExitStack, remotes: list[str]) -> None:
+        self._directory = directory
+        self._files = files
+        # No session may wait for another's login: eight readers connect at once.
+        options = ("MaxStartups 100", "MaxSessions 100")
+        self._sshd = stack.enter_context(ssh_server(directory / "sshd", *options))
+        self._ports = {"sftp": self._sshd.port, "tcp": stack.enter_context(_tcp_sender())}
+        if "s3" in remotes:
+            self._ports["s3"] = stack.enter_context(_s3_server(files.parent))
+
+    @contextmanager
+    def at(self, remote: str, rtt_ms: float, rate_mbits: float) -> Iterator[Place]:
+        """The way there, over a link of that delay; directly where there is none."""
+        port = self._ports[remote]
+        if not rtt_ms:
+            yield self._place(remote, port)
+            return
+        with link(port, rtt_ms, rate_mbits) as link_port:
+            yield self._place(remote, link_port)
+
+    def _place(self, remote: str, port: int) -> Place:
+        directory = self._directory / f"{remote}-{port}"
+        directory.mkdir(exist_ok=True)
+        known_hosts, ssh_config = directory / "known_hosts", directory / "ssh_config"
+        line = self._sshd.known_hosts_line(self._sshd.host_key)
+        known_hosts.write_text(line.replace(f":{self._sshd.port} ", f":{port} "))
+        text = self._sshd.config_text().replace(f"Port {self._sshd.port}", f"Port {port}")
+        ssh_config.write_text(text.replace(str(self._sshd.known_hosts), str(known_hosts)))
+        return Place(
+            remote, port, self._files, ssh_config, known_hosts, self._sshd.key, self._sshd.user
+        )
+
+
+@contextmanager
+def serving(directory: Path, files: Path, remotes: list[str]) -> Iterator[Servers]:
+    """`files` is named as the bucket; what is in it must not change any more."""
+    with ExitStack() as stack:
+        yield Servers(directory, files, stack, remotes)
+
+
+@contextmanager
+def link(port: int, rtt_ms: float, rate_mbits: float) -> Iterator[int]:
+    """Its own port; it leads to `port` of this machine."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "scripts.benchmarks.wan", "--to", f"{LOOPBACK}:{port}"),
+            *("--rtt", str(rtt_ms), "--rate", str(rate_mbits), "--until-stdin-ends"),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=REPOSITORY,
+        start_new_session=True,  # Ctrl-C is for the benchmark, which ends its links last
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    try:
+        yield int(process.stdout.readline())
+    finally:
+        process.stdin.close()
+        process.stdout.close()
+        if process.wait(START_SECONDS):
+            raise RuntimeError("the emulated link failed: its traceback is above")
+
+
+# --- S3 -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _s3_server(directory: Path) -> Iterator[int]:
+    """Its buckets are the folders of `directory`."""
+    port = free_port()
+    process = subprocess.Popen(
+        [
+            *(str(rclone_binary()), "serve", "s3", "--addr", f"{LOOPBACK}:{port}"),
+            *("--config", os.devnull, "--vfs-cache-mode", "off"),
+            # Nobody changes the files: neither directories nor checksums are read again.
+            *("--dir-cache-time", "720h", "--poll-interval", "0", str(directory)),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "RCLONE_AUTH_KEY": f'"{ACCESS_KEY},{SECRET_KEY}"'},
+        start_new_session=True,
+    )
+    try:
+        _wait_for(process, port)
+        _ask_for_everything(port)
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection((LOOPBACK, port), 1):
+            return
+        time.sleep(0.02)
+    raise RuntimeError("the S3 server (rclone serve s3, version 1.65 or later) did not start")
+
+
+def _ask_for_everything(port: int) -> None:
+    """The server computes each object's checksum once, which must not fall into a measurement."""
+    with S3Server(f"http://{LOOPBACK}:{port}").client() as client:
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
+            for found in page["Contents"]:
+                client.head_object(Bucket=BUCKET, Key=found["Key"])
+
+
+# --- the reference --------------------------------------------------------------------------------
+
+
+@contextmanager
+def _tcp_sender() -> Iterator[int]:
+    """Sends as many bytes as a line asks for, on each connection: in a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.benchmarks.servers"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=REPOSITORY,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    try:
+        yield int(process.stdout.readline())
+    finally:
+        process.stdin.close()
+        process.stdout.close()
+        process.wait(START_SECONDS)
+
+
+def plain_tcp_seconds(port: int, size: int, timeout: float) -> float:
+    """From the request to the last byte, on a connection that is there already."""
+    buffer = bytearray(len(CHUNK))
+    with socket.create_connection((LOOPBACK, port), timeout) as connection:
+        connection.sendall(b"0\n")
+        connection.recv(1)
+        started = time.monotonic()
+        connection.sendall(b"%d\n" % size)
+        left = size
+        while left:
+            count = connection.recv_into(buffer, min(left, len(buffer)))
+            if not count:
+                raise ConnectionError("the plain TCP sender ended early")
+            left -= count
+        return time.monotonic() - started
+
+
+def _send_what_is_asked_for(connection: socket.socket) -> None:
+    with connection, connection.makefile("rb") as requests:
+        for line in requests:
+            if not int(line):
+                connection.sendall(b"0")
+            for start in range(0, int(line), len(CHUNK)):
+                connection.sendall(CHUNK[: int(line) - start])
+
+
+def main() -> None:
+    """The plain TCP sender, until stdin ends."""
+    listener = socket.create_server((LOOPBACK, 0))
+
+    def serve() -> None:
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(
+                target=_send_what_is_asked_for, args=(connection,), daemon=True
+            ).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    print(listener.getsockname()[1], flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()
