@@ -275,7 +275,7 @@ def test_one_opening_serves_all_fetches_of_a_handle(sshd: SshServer) -> None:
         got = await asyncio.gather(
             *(remote.fetch(b"file", version, start, 10, 1) for start in range(0, 100, 10))
         )
-        assert b"".join(got) == bytes(range(100))
+        assert b"".join(map(b"".join, got)) == bytes(range(100))
         assert len(remote._files._files) == 1
 
     on(sshd.start_message(str(folder)), story)

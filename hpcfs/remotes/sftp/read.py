@@ -21,8 +21,9 @@ from asyncssh.constants import FXF_READ
 from hpcfs.remotes.sftp.attrs import version_of
 from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.sftp.place import Place
+from hpcfs.remotes.sftp.requests import Chunks
 from hpcfs.remotes.sftp.session import SftpSession, all_of
-from hpcfs.transfer.messages import Changed, ProtocolError, RemoteError
+from hpcfs.transfer.messages import Changed, RemoteError
 
 log = logging.getLogger(__name__)
 
@@ -129,23 +130,23 @@ async def read_range(
     file that is longer by now is no change.
     """
     session = place.session
-    tasks: list[asyncio.Task[tuple[bytes, bool]]] = []
+    pieces: list[asyncio.Future[Chunks]] = []
     try:
         for start in range(offset, offset + length, session.read_bytes):
             wanted = min(session.read_bytes, offset + length - start)
             await session.slots.acquire()
-            task = asyncio.ensure_future(session.bulk.read(handle, start, wanted))
-            task.add_done_callback(lambda _: session.slots.release())
-            tasks.append(task)
+            piece = session.bulk.read_piece(handle, start, wanted)
+            piece.add_done_callback(lambda _: session.slots.release())
+            pieces.append(piece)
         check = asyncio.ensure_future(session.bulk.fstat(handle, 0))
     except BaseException:
-        for task in tasks:
-            task.cancel()
+        for piece in pieces:
+            piece.cancel()
         raise
     with place.asking():
         try:
-            *pieces, attrs = await all_of([*tasks, check])
-            data, continued = await _completed(place, handle, offset, length, pieces)
+            *got, attrs = await all_of([*pieces, check])
+            data, continued = await _completed(place, handle, offset, length, got)
             if continued:
                 attrs = await session.bulk.fstat(handle, 0)
         except asyncssh.SFTPEOFError:
@@ -156,28 +157,26 @@ async def read_range(
 
 
 async def _completed(
-    place: Place, handle: bytes, offset: int, length: int, pieces: list[tuple[bytes, bool]]
+    place: Place, handle: bytes, offset: int, length: int, pieces: list[Chunks]
 ) -> tuple[list[bytes], bool]:
     """The pieces in order, and whether some had to be asked for again because they came short."""
     session = place.session
-    parts: list[bytes] = []
+    chunks: list[bytes] = []
     continued = False
     start = offset
-    for data, _ in pieces:
+    for piece in pieces:
         wanted = min(session.read_bytes, offset + length - start)
-        got = len(data)
-        parts.append(data)
+        got = sum(map(len, piece))
+        chunks += piece
         while got < wanted:
             continued = True
-            more, _ = await session.bulk.read(handle, start + got, wanted - got)
+            more = await session.bulk.read_piece(handle, start + got, wanted - got)
             if not more:
                 raise Changed(f"{place} is shorter than it was")
-            parts.append(more)
-            got += len(more)
-        if got > wanted:
-            raise ProtocolError(f"{session.shown} sent more bytes than asked for")
+            chunks += more
+            got += sum(map(len, more))
         start += wanted
-    return parts, continued
+    return chunks, continued
 
 
 def has_grown(attrs: SFTPAttrs, version: bytes) -> bool:

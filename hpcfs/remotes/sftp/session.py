@@ -10,24 +10,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import asyncssh
 from asyncssh.constants import OPEN_REQUEST_SESSION_FAILED
-from asyncssh.sftp import SFTPClientHandler, SFTPLimits
+from asyncssh.sftp import SFTPLimits
 
 from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.sftp.attrs import Owners
 from hpcfs.remotes.sftp.errors import translated
+from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.ssh.login import Login, log_in
+from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES
 from hpcfs.transfer.messages import ProtocolError, SshSite, Start, Unreachable, WrongSettings
 
 log = logging.getLogger(__name__)
 
-SFTP_VERSION = 3
 MAX_PIECE_BYTES = 261_120
 """What OpenSSH takes in one read or write; more per request gains nothing measurable."""
 SAFE_PIECE_BYTES = 32 * 1024
@@ -36,16 +37,24 @@ PIECES_IN_FLIGHT = 64
 """Of one site: 16 MiB, one channel window, which is 128 MB/s at 125 ms."""
 
 
-@dataclass
-class Channel:
-    """One SFTP subsystem and the task that reads its answers."""
+class Channel(asyncssh.SSHClientSession[bytes]):
+    """One SFTP subsystem: hands on what comes."""
 
-    handler: SFTPClientHandler
-    reading: asyncio.Task[None]
+    requests: Requests
 
-    @property
-    def lost(self) -> bool:
-        return self.reading.done()
+    def connection_made(self, chan: asyncssh.SSHClientChannel[bytes]) -> None:
+        self.requests = Requests(chan)
+
+    def data_received(self, data: bytes, datatype: int | None) -> None:
+        if datatype is None:  # anything else is what the server's shell complains about
+            self.requests.received(data)
+
+    def eof_received(self) -> bool:
+        self.requests.lost(None)
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.requests.lost(exc)
 
 
 @dataclass
@@ -53,19 +62,19 @@ class SftpSession:
     """Everything that ends when the connection ends; remote handles belong to one session."""
 
     login: Login
-    channels: list[Channel]
+    channels: list[Requests]
     home: bytes
     owners: Owners
     ended: asyncio.Event
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PIECES_IN_FLIGHT))
 
     @property
-    def meta(self) -> SFTPClientHandler:
-        return self.channels[0].handler
+    def meta(self) -> Requests:
+        return self.channels[0]
 
     @property
-    def bulk(self) -> SFTPClientHandler:
-        return self.channels[-1].handler
+    def bulk(self) -> Requests:
+        return self.channels[-1]
 
     @property
     def shown(self) -> str:
@@ -73,7 +82,7 @@ class SftpSession:
 
     @property
     def lost(self) -> bool:
-        return self.ended.is_set() or any(channel.lost for channel in self.channels)
+        return self.ended.is_set() or any(channel.ended for channel in self.channels)
 
     @property
     def read_bytes(self) -> int:
@@ -85,10 +94,6 @@ class SftpSession:
 
     async def close(self) -> None:
         await self.login.close()
-        readers = [channel.reading for channel in self.channels]
-        for reader in readers:
-            reader.cancel()
-        await asyncio.gather(*readers, return_exceptions=True)
 
 
 async def open_session(start: Start, prompter: Prompter) -> SftpSession:
@@ -98,31 +103,26 @@ async def open_session(start: Start, prompter: Prompter) -> SftpSession:
         raise WrongSettings("an SSH site was expected")
     ended = asyncio.Event()
     login = await log_in(site, prompter, ended.set)
-    channels: list[Channel] = []
+    shorten(login.connection)
+    channels: list[Requests] = []
     try:
         async with asyncio.timeout(site.connect_timeout):
             with translated(b"", login.shown):
                 await _open_channels(login, channels)
-            home, owners = await _look_around(channels[0].handler, login, start)
+            home, owners = await _look_around(channels[0], login, start)
     except TimeoutError:
-        await _abandon(login, channels)
+        await login.close()
         raise Unreachable(
             f"{login.shown} let us in, but its SFTP service did not answer within "
             f"{site.connect_timeout:g} s"
         ) from None
     except BaseException:
-        await _abandon(login, channels)
+        await login.close()
         raise
     return SftpSession(login, channels, home, owners, ended)
 
 
-async def _abandon(login: Login, channels: list[Channel]) -> None:
-    for channel in channels:
-        channel.reading.cancel()
-    await login.close()
-
-
-async def _open_channels(login: Login, channels: list[Channel]) -> None:
+async def _open_channels(login: Login, channels: list[Requests]) -> None:
     """Fills `channels` as it goes, so that the caller can end them whatever happens."""
     try:
         channels.append(await _open_channel(login))
@@ -139,42 +139,39 @@ async def _open_channels(login: Login, channels: list[Channel]) -> None:
         log.info("%s grants one SFTP channel only: %s", login.shown, error.reason)
 
 
-async def _open_channel(login: Login) -> Channel:
-    writer, reader, _ = await login.connection.open_session(
-        subsystem="sftp", command=None, request_pty=False, encoding=None,
+async def _open_channel(login: Login) -> Requests:
+    _, session = await login.connection.create_session(
+        Channel, subsystem="sftp", command=None, request_pty=False, encoding=None,
         window=CHANNEL_WINDOW_BYTES,
     )  # fmt: skip
-    loop = asyncio.get_running_loop()
-    handler = SFTPClientHandler(loop, "replace", reader, writer, SFTP_VERSION)
+    assert isinstance(session, Channel)
+    requests = session.requests
     try:
-        await handler.start()
+        await requests.start()
     except asyncssh.SFTPBadMessage as error:
         raise ProtocolError(
             f"{login.shown} sends something else before SFTP's first message ({error.reason}): "
             "look for commands in ~/.bashrc there that print text"
         ) from error
-    channel = Channel(handler, asyncio.create_task(handler.recv_packets()))
-    handler.limits = SFTPLimits(0, SAFE_PIECE_BYTES, SAFE_PIECE_BYTES, 0)
+    requests.limits = SFTPLimits(0, SAFE_PIECE_BYTES, SAFE_PIECE_BYTES, 0)
     try:
-        await handler.request_limits()
+        await requests.request_limits()
     except asyncssh.SFTPOpUnsupported:
         log.debug("%s announces limits and does not tell them", login.shown)
-    limits = handler.limits
+    limits = requests.limits
     limits.max_read_len = min(limits.max_read_len, MAX_PIECE_BYTES)
     limits.max_write_len = min(limits.max_write_len, MAX_PIECE_BYTES)
-    return channel
+    return requests
 
 
-async def _look_around(
-    handler: SFTPClientHandler, login: Login, start: Start
-) -> tuple[bytes, Owners]:
+async def _look_around(requests: Requests, login: Login, start: Start) -> tuple[bytes, Owners]:
     """The home directory, and who owns it: that is the remote user."""
     with translated(b"~", login.shown):
-        names, _ = await handler.realpath(b".")
+        names, _ = await requests.realpath(b".")
         if not names or not isinstance(names[0].filename, bytes):
             raise ProtocolError(f"{login.shown} does not tell its home directory")
         home = names[0].filename
-        attrs = await handler.stat(home, 0)
+        attrs = await requests.stat(home, 0)
     uid, gid = attrs.uid, attrs.gid
     if uid == 0 and login.user != "root":
         # A chroot's top belongs to root by sshd's own rule: it does not tell who we are.
@@ -191,7 +188,7 @@ async def together(*requests: Coroutine[Any, Any, Any]) -> list[Any]:
     return await all_of(tasks)
 
 
-async def all_of(tasks: list[asyncio.Task[Any]]) -> list[Any]:
+async def all_of(tasks: Sequence[asyncio.Future[Any]]) -> list[Any]:
     """The results; when a task fails or we are cancelled, no task is left behind."""
     try:
         return await asyncio.gather(*tasks)

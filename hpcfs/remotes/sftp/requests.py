@@ -1,0 +1,176 @@
+"""Requests and their answers on one SFTP channel.
+
+The single requests and the encoding of attributes and errors are asyncssh's (SFTPClientHandler,
+the layer below its SFTPClient). What goes over the channel is ours, because reading is what a user
+waits for: answers come straight from the channel to who waits, without a stream reader and a task
+between; a file's bytes are not joined (inbox.py); a read is a future, not a task; and requests made
+in one turn of the event loop leave in one SSH packet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from typing import Any, Protocol, cast
+
+from asyncssh import SFTPBadMessage, SFTPConnectionLost, SFTPError
+from asyncssh.constants import FXP_READ, FXP_STATUS
+from asyncssh.logging import SSHLogger
+from asyncssh.packet import PacketDecodeError, SSHPacket
+from asyncssh.sftp import SFTPClientHandler
+
+from hpcfs.remotes.sftp.inbox import Bytes, Inbox, Malformed
+
+SFTP_VERSION = 3
+SHOWN_ERRORS = "replace"
+"""How a server's texts are decoded."""
+LARGE_BYTES = 16 * 1024
+"""A message from this size on is not copied together with others."""
+
+_HEAD = struct.Struct(">IB")
+_READ = struct.Struct(">QI")
+
+Chunks = list[bytes]
+
+
+class Carrier(Protocol):
+    """What the requests travel on: an asyncssh channel, or something like one."""
+
+    @property
+    def logger(self) -> SSHLogger: ...
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any: ...
+
+    def write(self, data: bytes) -> None: ...
+
+    def close(self) -> None: ...
+
+    def is_closing(self) -> bool: ...
+
+
+class _Piece:
+    """One read under way: a Bytes."""
+
+    def __init__(self, wanted: int, future: asyncio.Future[Chunks]) -> None:
+        self.wanted = wanted
+        self.future = future
+        self.chunks: Chunks = []
+        self.add = self.chunks.append
+
+    def end(self) -> None:
+        if not self.future.done():
+            self.future.set_result(self.chunks)
+
+
+class Requests(SFTPClientHandler):
+    """Feed `received` what comes; call `lost` when nothing more will."""
+
+    def __init__(self, carrier: Carrier) -> None:
+        self._carrier = carrier
+        loop = asyncio.get_running_loop()
+        end = cast(Any, carrier)  # of a reader and a writer, what the base class uses of them
+        super().__init__(loop, SHOWN_ERRORS, end, end, SFTP_VERSION)
+        self._inbox = Inbox(self)
+        self._pieces: dict[int, _Piece] = {}
+        self._greeting: asyncio.Future[SSHPacket] = loop.create_future()
+        self._greeting.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._to_send: list[bytes] = []
+        self.ended = False
+
+    # --- sending --------------------------------------------------------------------------------
+
+    def read_piece(self, handle: bytes, offset: int, length: int) -> asyncio.Future[Chunks]:
+        """At most `length` bytes. SFTPEOFError where the file ends before `offset`."""
+        future: asyncio.Future[Chunks] = self._loop.create_future()
+        self._pieces[self._next_pktid] = _Piece(length, future)
+        name = len(handle).to_bytes(4, "big") + handle
+        self._send_request(FXP_READ, (name, _READ.pack(offset, length)), cast(Any, future))
+        return future
+
+    def send_packet(self, pkttype: int, pktid: int | None, *args: bytes) -> None:
+        if self.ended:
+            raise SFTPConnectionLost("Connection closed")
+        body = b"".join(args)
+        self._to_send.append(_HEAD.pack(len(body) + 1, pkttype))
+        self._to_send.append(body)
+        if len(body) >= LARGE_BYTES:
+            self._flush()
+        elif len(self._to_send) == 2:
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        data = b"".join(self._to_send)
+        self._to_send.clear()
+        if data and not self.ended and not self._carrier.is_closing():
+            try:
+                self._carrier.write(data)
+            except OSError as error:
+                self.lost(error)
+
+    # --- receiving ------------------------------------------------------------------------------
+
+    async def recv_packet(self) -> SSHPacket:
+        """The first message, which `start` waits for."""
+        return await self._greeting
+
+    def received(self, data: bytes | memoryview) -> None:
+        try:
+            self._inbox.feed(data)
+        except (Malformed, PacketDecodeError) as error:
+            self.lost(SFTPBadMessage(str(error)))
+
+    def message(self, message: bytes) -> None:
+        if self.ended:
+            return
+        packet = SSHPacket(message)
+        if not self._greeting.done():
+            self._greeting.set_result(packet)
+            return
+        kind, number = packet.get_byte(), packet.get_uint32()
+        waiter: asyncio.Future[Any] | None = self._requests.pop(number, None)
+        piece = self._pieces.pop(number, None)
+        if waiter is None:
+            self.lost(SFTPBadMessage("Invalid response id"))
+        elif waiter.done():
+            pass  # given up meanwhile
+        elif piece is None:
+            waiter.set_result((kind, packet))
+        else:
+            waiter.set_exception(_refusal(kind, packet))
+
+    def data(self, request: int, length: int) -> Bytes | None:
+        piece = self._pieces.pop(request, None)
+        waiter = self._requests.pop(request, None)
+        if piece is None or waiter is None:
+            raise Malformed("bytes that nobody asked for")
+        if piece.future.done():
+            return None
+        if length > piece.wanted:
+            piece.future.set_exception(SFTPBadMessage("more bytes than asked for"))
+            return None
+        return piece
+
+    def lost(self, error: Exception | None) -> None:
+        """The channel has ended, or what came over it makes no sense: everybody is told once."""
+        if self.ended:
+            return
+        self.ended = True
+        reason = error or SFTPConnectionLost("Connection closed")
+        waiters: list[asyncio.Future[Any]] = [self._greeting, *self._requests.values()]
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_exception(reason)
+        self._requests.clear()
+        self._pieces.clear()
+        self._carrier.close()
+
+    async def _cleanup(self, exc: Exception | None) -> None:
+        self.lost(exc)
+
+
+def _refusal(kind: int, packet: SSHPacket) -> Exception:
+    """Why a read has no bytes."""
+    if kind != FXP_STATUS:
+        return SFTPBadMessage(f"Unexpected response type: {kind}")
+    error = SFTPError.construct(packet, SHOWN_ERRORS)
+    return error or SFTPBadMessage("Unexpected FX_OK response")

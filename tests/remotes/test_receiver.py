@@ -1,0 +1,206 @@
+"""The shorter way of a channel's bytes: that it is taken, and that it is never the wrong one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import uvloop
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpcfs.remotes.sftp.inbox import Bytes, Inbox, Malformed
+from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
+from hpcfs.remotes.ssh.receiver import Receiver
+from hpcfs.transfer.messages import Start, Unreachable
+from tests.support.sshd import ScriptedPrompter, SshServer, ssh_server
+
+MIB = 1024 * 1024
+CONTENT = b"".join(number.to_bytes(8, "big") for number in range(8 * MIB // 8))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
+    with ssh_server(tmp_path_factory.mktemp("receiver") / "s") as server:
+        (server.root / "file").write_bytes(CONTENT)
+        yield server
+
+
+def receiver_of(remote: SftpRemote) -> Receiver:
+    session = remote._kept._session
+    assert session is not None
+    transport = session.login.connection._transport
+    assert transport is not None
+    receiver = transport.get_protocol()
+    assert isinstance(receiver, Receiver), "asyncssh has changed: see remotes/ssh/receiver.py"
+    return receiver
+
+
+async def fetched(remote: SftpRemote, length: int = len(CONTENT)) -> bytes:
+    entry = await remote.stat(b"file")
+    return b"".join(await remote.fetch(b"file", entry.version, 0, length, 1))
+
+
+def taken_by_a_fetch(
+    start: Start,
+    prepare: Callable[[Receiver], None] = lambda receiver: None,
+    runner: Callable[..., int] = asyncio.run,
+) -> int:
+    """How many packets went the shorter way while the content came as it is."""
+
+    async def main() -> int:
+        site = SshSiteConnection(start, ScriptedPrompter())
+        try:
+            remote = site.remote("ns")
+            await remote.connect()
+            receiver = receiver_of(remote)
+            prepare(receiver)
+            assert await fetched(remote) == CONTENT
+            return receiver.taken
+        finally:
+            await site.close()
+
+    return runner(main())
+
+
+@pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
+def test_bytes_take_the_shorter_way(served: SshServer, runner: Callable[..., int]) -> None:
+    assert taken_by_a_fetch(served.start_message(), runner=runner) >= len(CONTENT) / (32 * 1024)
+
+
+def test_packets_that_come_in_crumbs(served: SshServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crumbs(receiver: Receiver) -> None:
+        whole = receiver.get_buffer
+        sizes = iter([7, 1, 3, 5000, 40_000, 16, 4] * 1_000_000)
+        monkeypatch.setattr(receiver, "get_buffer", lambda hint: whole(hint)[: next(sizes)])
+
+    assert taken_by_a_fetch(served.start_message(), crumbs) > 0
+
+
+def test_new_keys_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ssh_server(tmp_path / "s", "RekeyLimit 1M") as server:
+        (server.root / "file").write_bytes(CONTENT)
+        seen = set[int]()
+
+        def watch(receiver: Receiver) -> None:
+            current = receiver._current_cipher
+
+            def noted() -> object:
+                cipher = current()
+                seen.add(id(cipher))
+                return cipher
+
+            monkeypatch.setattr(receiver, "_current_cipher", noted)
+
+        taken = taken_by_a_fetch(server.start_message(), watch)
+        assert taken >= len(CONTENT) / (32 * 1024) - 16
+        assert len(seen) > 2, "the keys changed"
+
+
+def test_other_ciphers_go_the_usual_way(tmp_path: Path) -> None:
+    with ssh_server(tmp_path / "s", "Ciphers aes128-ctr,chacha20-poly1305@openssh.com") as server:
+        (server.root / "file").write_bytes(CONTENT)
+        assert taken_by_a_fetch(server.start_message()) == 0
+
+
+def test_a_forged_packet_ends_the_connection(
+    served: SshServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        site = SshSiteConnection(served.start_message(), ScriptedPrompter())
+        try:
+            remote = site.remote("ns")
+            await remote.connect()
+            receiver = receiver_of(remote)
+            take = receiver._take
+
+            def forged(cipher: object, packet: memoryview) -> bool:
+                if len(packet) > 10_000:
+                    packet[100] ^= 1
+                return take(cipher, packet)
+
+            monkeypatch.setattr(receiver, "_take", forged)
+            with pytest.raises(Unreachable, match="MAC"):
+                await fetched(remote)
+            assert remote._kept._session is not None
+            assert remote._kept._session.lost
+        finally:
+            await site.close()
+
+    asyncio.run(main())
+
+
+# --- SFTP's messages ----------------------------------------------------------------------------
+
+
+class Collected:
+    """What an inbox hands on: messages, and bytes by request."""
+
+    def __init__(self, unwanted: frozenset[int] = frozenset()) -> None:
+        self.unwanted = unwanted
+        self.messages: list[bytes] = []
+        self.pieces: list[tuple[int, bytes]] = []
+
+    def message(self, message: bytes) -> None:
+        self.messages.append(message)
+
+    def data(self, request: int, length: int) -> Bytes | None:
+        return None if request in self.unwanted else _Piece(self, request)
+
+
+class _Piece:
+    def __init__(self, collected: Collected, request: int) -> None:
+        self.collected, self.request, self.content = collected, request, b""
+
+    def add(self, chunk: bytes) -> None:
+        self.content += chunk
+
+    def end(self) -> None:
+        self.collected.pieces.append((self.request, self.content))
+
+
+def framed(body: bytes) -> bytes:
+    return len(body).to_bytes(4, "big") + body
+
+
+def data_message(request: int, content: bytes) -> bytes:
+    return framed(b"\x67" + request.to_bytes(4, "big") + framed(content))
+
+
+small = st.binary(min_size=4, max_size=40).map(lambda rest: b"\x65" + rest)
+pieces = st.tuples(st.integers(0, 2**32 - 1), st.binary(max_size=60))
+
+
+@given(st.lists(st.one_of(small, pieces)), st.lists(st.integers(1, 30), min_size=1), st.booleans())
+def test_messages_come_out_whole_wherever_the_stream_is_cut(
+    told: list[bytes | tuple[int, bytes]], cuts: list[int], unwanted: bool
+) -> None:
+    messages = [item for item in told if isinstance(item, bytes)]
+    given_pieces = [item for item in told if isinstance(item, tuple)]
+    refused = frozenset(number for number, _ in given_pieces[::2]) if unwanted else frozenset()
+    stream = b"".join(
+        framed(item) if isinstance(item, bytes) else data_message(*item) for item in told
+    )
+    collected = Collected(refused)
+    inbox = Inbox(collected)
+    at = turn = 0
+    while at < len(stream):
+        size = cuts[turn % len(cuts)]
+        inbox.feed(stream[at : at + size])
+        at, turn = at + size, turn + 1
+    assert collected.messages == messages
+    assert collected.pieces == [item for item in given_pieces if item[0] not in refused]
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        framed(b"\x67" + bytes(4) + framed(b"abc")[:-1]),
+        b"Welcome to the cluster", bytes(4), framed(bytes(4)),
+    ],
+)  # fmt: skip
+def test_what_is_no_message_is_refused(stream: bytes) -> None:
+    with pytest.raises(Malformed):
+        Inbox(Collected()).feed(stream)
