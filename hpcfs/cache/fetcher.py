@@ -99,14 +99,18 @@ class Fetcher:
         the last check: a caller that reads at once finds the blocks there.
         """
         while waiting := self.start(blocks, most_bytes, urgent=True):
-            for flight in waiting:
-                flight.waiters += 1
-                try:
-                    await flight.landed.wait()
-                finally:
-                    flight.waiters -= 1
-                if flight.error:
-                    raise flight.error
+            await self.wait(waiting)
+
+    async def wait(self, flights: Iterable[_Flight]) -> None:
+        """Return once they have landed; raises RemoteError."""
+        for flight in flights:
+            flight.waiters += 1
+            try:
+                await flight.landed.wait()
+            finally:
+                flight.waiters -= 1
+            if flight.error:
+                raise flight.error
 
     def start(self, blocks: Iterable[int], most_bytes: int, *, urgent: bool) -> list[_Flight]:
         """The flights that bring the missing ones of `blocks`, newly started ones included.

@@ -110,7 +110,7 @@ class Readahead:
         return min(near, key=lambda stream: abs(stream.end - offset), default=None)
 
     def _step(self, offset: int, length: int, plan: Plan) -> _Stream:
-        """The stream that repeats its step, or a new one, whose step from the read before is a guess
+        """The stream that repeats its step, or a new one: its step from the read before is a guess
         that the next reads confirm or not."""
         before = next((stream for stream in self._streams if stream.repeats(offset)), None)
         if before is not None and before.is_strided:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import logging
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -39,6 +39,8 @@ UPLOAD_TIMEOUT = 120.0
 by the connection's keepalive."""
 FETCH_ALL_BYTES = 32 * 1024 * 1024
 """At once, of a file that is needed whole."""
+VOUCH_SECONDS = 10.0
+"""So long a program that reads from the remote need not ask for the file's attributes too."""
 _GROWTH_ATTEMPTS = 4
 """A file that is appended to all the time may grow between finding its size and reading."""
 
@@ -48,6 +50,7 @@ class Place(Protocol):
 
     ino: int
     entry: m.Entry
+    observed: float
 
     @property
     def path(self) -> bytes: ...
@@ -65,6 +68,7 @@ class Content:
         file: CacheFile,
         nursery: trio.Nursery,
         budget: Budget,
+        now: Callable[[], float],
     ) -> None:
         self.place = place
         self.namespace = namespace
@@ -95,6 +99,11 @@ class Content:
         self.journaled = False
         self.writers = 0
         self.upload_lock = trio.Lock()
+        self._now = now
+        self._vouched = 0.0
+        """Until when a fetch last renewed what is known of the file, by the tree's clock."""
+        self._looked = 0.0
+        """When the remote was last asked for all attributes."""
         self._uploading: trio.Event | None = None
         self._in_upload = RangeSet()
         self._store = store
@@ -165,9 +174,22 @@ class Content:
             growing=self.growing,
             urgent=urgent,
         )
+        asked, version = self._now(), self.version
         fetched = await self.namespace.fetch(request, FETCH_TIMEOUT)
         self.held = True
+        if self.version == version:
+            self._vouch(asked)
         return fetched
+
+    def _vouch(self, asked: float) -> None:
+        """The remote had this version when it was asked at `asked`: size and times are as they are
+        shown. The rest (its mode, say) is asked for again after VOUCH_SECONDS all the same."""
+        place = self.place
+        if place.observed != self._vouched:
+            self._looked = place.observed
+        settled = not self.growing and not self.is_dirty() and place.entry.version == self.version
+        if settled and asked - self._looked < VOUCH_SECONDS:
+            place.observed = self._vouched = max(place.observed, asked)
 
     async def revalidate(self) -> m.Entry | None:
         """Ask the remote for the very file that is open here, whatever its name is now.
@@ -223,6 +245,22 @@ class Content:
         self.file.version = entry.version
         self.file.size = self.base_size = new
         self.growing = new > old
+
+    async def fetch_ahead(self, most: int) -> bool:
+        """Bring the first `most` bytes into the cache; whether the remote had this version."""
+        blocks = self._blocks(0, min(most, self.base_size))
+        version, asked = self.version, self._now()
+        try:
+            if any(self._is_needed(block) for block in blocks):
+                started = self._fetcher.start(blocks, most, urgent=False)
+                await self._fetcher.wait(started)
+            elif (await self.namespace.stat(self.place.path)).version == version:
+                self._vouch(asked)
+            else:
+                return False
+        except (m.Changed, m.NotFound):
+            return False
+        return self.version == version and not self.is_dirty()
 
     async def fetch_all(self, limit: int | None = None) -> None:
         """Bring what is missing into the cache, or nothing if that is more than `limit` bytes."""

@@ -10,6 +10,8 @@ import logging
 import os
 import stat
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import msgspec
 import trio
@@ -28,6 +30,7 @@ from hpcfs.filesystem.errors import (
 )
 from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.openfile import OpenFile
+from hpcfs.filesystem.sweeper import Sweeper
 from hpcfs.filesystem.tree import Node, Tree
 from hpcfs.transfer import messages as m
 from hpcfs.writeback.uploader import Uploader
@@ -52,6 +55,7 @@ class Files:
         self._nursery = nursery
         self._uid = uid
         self._budget = Budget()
+        self.sweeper = Sweeper(tree, self.holding, nursery)
         self._open: dict[int, OpenFile] = {}
         self._next = 0
 
@@ -75,6 +79,8 @@ class Files:
             namespace.check_writable()
             self._check_owner_may_write(node)
         await self.settled(node)
+        if not writing:
+            self.sweeper.opened(node)
         if not flags & os.O_TRUNC:
             await self._revalidate(node, namespace)
         content = await self._content(node, namespace)
@@ -109,6 +115,8 @@ class Files:
         if self._tree.is_fresh(node, OPEN_FRESH_SECONDS) or (
             node.content and node.content.is_dirty()
         ):
+            return
+        if await self.sweeper.is_current(node):
             return
         asked = self._tree.now()
         entry = await namespace.stat(node.path)
@@ -156,10 +164,32 @@ class Files:
             node.content = self._make_content(node, namespace, abilities, file)
             return node.content
 
+    @asynccontextmanager
+    async def holding(self, node: Node) -> AsyncIterator[Content]:
+        """The node's content, kept as if it were open."""
+        namespace = self._regular(node)
+        await self.settled(node)
+        content = await self._content(node, namespace)
+        content.users += 1
+        try:
+            yield content
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._leave(content)
+
     def _make_content(
         self, node: Node, namespace: Namespace, abilities: m.Abilities, file: CacheFile
     ) -> Content:
-        return Content(node, namespace, abilities, self._store, file, self._nursery, self._budget)
+        return Content(
+            node,
+            namespace,
+            abilities,
+            self._store,
+            file,
+            self._nursery,
+            self._budget,
+            self._tree.now,
+        )
 
     async def settled(self, node: Node) -> None:
         """Return once no last close of the node's file is under way."""
