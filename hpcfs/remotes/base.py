@@ -77,7 +77,7 @@ class Remote(Protocol):
         *,
         growing: bool = False,
         urgent: bool = False,
-    ) -> Sequence[bytes]:
+    ) -> Sequence[bytes | bytearray]:
         """Exactly `length` bytes of that version, in consecutive pieces as they came.
 
         Raises Changed when the remote holds another version, before or after the bytes were read,

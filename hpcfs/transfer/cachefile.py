@@ -38,7 +38,7 @@ class CacheSource:
         os.close(self._fd)
 
 
-def store(path: str, offset: int, pieces: Sequence[bytes]) -> list[int]:
+def store(path: str, offset: int, pieces: Sequence[bytes | bytearray]) -> list[int]:
     """Write consecutive pieces of a range into its cache file -> the checksum of each block.
 
     `offset` is where a block starts. Raises CacheDiskFull.
@@ -55,7 +55,7 @@ def store(path: str, offset: int, pieces: Sequence[bytes]) -> list[int]:
     return list(_checksums(pieces))
 
 
-def _write(fd: int, offset: int, pieces: Sequence[bytes]) -> None:
+def _write(fd: int, offset: int, pieces: Sequence[bytes | bytearray]) -> None:
     """The pieces are not joined first: that would cost a copy of everything."""
     waiting = [memoryview(piece) for piece in pieces if piece]
     first = 0
@@ -69,7 +69,7 @@ def _write(fd: int, offset: int, pieces: Sequence[bytes]) -> None:
             waiting[first] = waiting[first][done:]
 
 
-def _checksums(pieces: Sequence[bytes]) -> Iterator[int]:
+def _checksums(pieces: Sequence[bytes | bytearray]) -> Iterator[int]:
     """xxh3_64 of each block, never 0 (see cache/blocks.py)."""
     digest = xxhash.xxh3_64()
     room = m.BLOCK_BYTES

@@ -586,9 +586,9 @@ def count_heads(remote: S3Remote) -> list[str]:
     asked: list[str] = []
     real = remote._bucket.head
 
-    async def counted(key: str) -> Any:
+    async def counted(key: str, *, urgent: bool = True) -> Any:
         asked.append(key)
-        return await real(key)
+        return await real(key, urgent=urgent)
 
     remote._bucket.head = counted  # type: ignore[method-assign]
     return asked
@@ -844,15 +844,19 @@ def test_wrong_credentials_are_said_and_never_tried_again(
             with pytest.raises(AccessRefused, match=r"refused|does not know") as caught:
                 await remote.connect()
             assert "WRONGWRONG" not in str(caught.value)
-            remote._bucket._client = no_client
+            ask_no_more(remote)
             with pytest.raises(AccessRefused):
                 await remote.stat(b"x")
 
     run(test())
 
 
-async def no_client() -> Any:
-    raise AssertionError("the server was asked again")
+def ask_no_more(remote: S3Remote) -> None:
+    async def refuse(*arguments: Any) -> Any:
+        raise AssertionError("the server was asked again")
+
+    remote._bucket._by_client = refuse  # type: ignore[method-assign]
+    remote._bucket._access.direct.answer = refuse  # type: ignore[method-assign]
 
 
 def test_no_credentials_at_all(
@@ -898,7 +902,7 @@ def test_a_dead_endpoint_answers_at_once_the_second_time(tmp_path: Path) -> None
         async with remote_of(server, "", tmp_path) as remote:
             with pytest.raises(Unreachable, match="can't be reached"):
                 await remote.connect()
-            remote._bucket._client = no_client
+            ask_no_more(remote)
             with pytest.raises(Unreachable, match="can't be reached"):
                 await remote.stat(b"x")
 

@@ -1,4 +1,4 @@
-"""One bucket over the site's client: requests in, values or `RemoteError`s out.
+"""One bucket of a site: requests in, values or `RemoteError`s out.
 
 Nothing above this module sees a botocore response. It knows keys, not paths; what a server answers
 (sizes, keys, tokens) is checked here. No response body is left unread.
@@ -7,16 +7,20 @@ Nothing above this module sees a botocore response. It knows keys, not paths; wh
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 from hpcfs.remotes.base import checked_size
+from hpcfs.remotes.s3.direct import Direct
 from hpcfs.remotes.s3.errors import Health, translating
 from hpcfs.remotes.s3.metadata import NANOSECONDS, Metadata, decode, encode
 from hpcfs.remotes.s3.names import MARKER, checked_key
+from hpcfs.remotes.s3.pool import Gate
 from hpcfs.transfer.messages import (
     Changed,
     NotFound,
@@ -76,25 +80,51 @@ class Page:
     prefixes: list[str]
 
 
-class Bucket:
-    """`client` gives the site's client, making it at its first use."""
+@dataclass(frozen=True)
+class Access:
+    """What a site's buckets share. `client` gives botocore's, making it at its first use."""
 
-    def __init__(self, name: str, client: Callable[[], Awaitable[Any]], health: Health) -> None:
+    client: Callable[[], Awaitable[Any]]
+    direct: Direct
+    gate: Gate
+    health: Health
+
+
+class Bucket:
+    """Reads go the direct way where there is one, and only as many at once as the gate lets
+    through; the rest goes by way of botocore's client."""
+
+    def __init__(self, name: str, access: Access) -> None:
         self.name = name
-        self._client = client
-        self._health = health
+        self._access = access
         self._lasting: RemoteError | None = None
 
     async def call(self, operation: str, subject: str, **parameters: Any) -> dict[str, Any]:
         """One request of S3's API."""
+        with self._watching(subject):
+            return await self._by_client(operation, parameters)
+
+    async def _read(
+        self, operation: str, subject: str, parameters: dict[str, Any], limit: int = 0
+    ) -> dict[str, Any]:
+        """The same for the operations that there is a direct way for."""
+        with self._watching(subject):
+            answer = await self._access.direct.answer(operation, self.name, parameters, limit)
+            if answer is None:
+                answer = await self._by_client(operation, parameters)
+            return answer
+
+    async def _by_client(self, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        client = await self._access.client()
+        answer: dict[str, Any] = await getattr(client, operation)(Bucket=self.name, **parameters)
+        return answer
+
+    @contextmanager
+    def _watching(self, subject: str) -> Iterator[None]:
         self.check()
         try:
-            with self._health.watching(subject):
-                client = await self._client()
-                answer: dict[str, Any] = await getattr(client, operation)(
-                    Bucket=self.name, **parameters
-                )
-                return answer
+            with self._access.health.watching(subject):
+                yield
         except WrongSettings as error:
             self._lasting = error
             raise
@@ -108,32 +138,46 @@ class Bucket:
         self._lasting = error
         return error
 
-    async def head(self, key: str) -> Info | None:
-        """None where there is no such object."""
+    async def head(self, key: str, *, urgent: bool = True) -> Info | None:
+        """None where there is no such object. `urgent` requests overtake those that are not."""
         try:
-            answer = await self.call("head_object", key, Key=key)
+            async with self._access.gate.turn(0, urgent=urgent):
+                answer = await self._read("head_object", key, {"Key": key})
         except NotFound:
             return None
         return _info(key, answer)
 
-    async def get(self, key: str, version: bytes, offset: int, length: int) -> bytes:
+    async def get(
+        self, key: str, version: bytes, offset: int, length: int, *, urgent: bool = True
+    ) -> bytes | bytearray:
         """A range of one version. Raises Changed when that is not what is there."""
-        etag = {} if b":" in version else {"IfMatch": f'"{version.decode()}"'}
-        span = {"Range": f"bytes={offset}-{offset + length - 1}"}
+        parameters = {"Key": key, "Range": f"bytes={offset}-{offset + length - 1}"}
+        if b":" not in version:
+            parameters["IfMatch"] = f'"{version.decode()}"'
         try:
-            answer = await self.call("get_object", key, Key=key, **span, **etag)
+            async with self._access.gate.turn(length, urgent=urgent):
+                answer = await self._read("get_object", key, parameters, length)
+                return await self._range_of(answer, key, version, offset, length)
         except NotFound:
             raise Changed(f"{key} was removed on the server: it can't be read on") from None
-        async with answer["Body"] as body:
+
+    async def _range_of(
+        self, answer: dict[str, Any], key: str, version: bytes, offset: int, length: int
+    ) -> bytes | bytearray:
+        """The bytes of an answer, which is checked first. A body left unread would break the
+        connection for whoever comes next: leaving its context closes it."""
+        body = answer.get("Body")
+        async with AsyncExitStack() as stack:
+            if body is not None and not isinstance(body, bytearray):
+                await stack.enter_async_context(body)
             total = _check_range(key, answer, offset, length)
             info = _info(key, {**answer, "ContentLength": total})
             if not info.has_version(version):
                 raise Changed(f"{key} has changed on the server: open it again")
-            return await self._read(key, body, length)
-
-    async def _read(self, key: str, body: Any, length: int) -> bytes:
-        with translating(key):
-            data: bytes = await body.read()
+            if isinstance(body, bytearray):
+                return body
+            with translating(key):
+                data: bytes = await body.read() if body is not None else b""
         if len(data) != length:
             raise Changed(f"{key} ended after {len(data)} of {length} bytes: open it again")
         return data
@@ -216,7 +260,8 @@ class Bucket:
         if delimiter:
             parameters = {**parameters, "Delimiter": delimiter}
         subject = prefix or f"bucket {self.name}"
-        answer = await self.call("list_objects_v2", subject, Prefix=prefix, **parameters)
+        async with self._access.gate.turn(0, urgent=True):
+            answer = await self._read("list_objects_v2", subject, {"Prefix": prefix, **parameters})
         objects = [_summary(found) for found in answer.get("Contents", [])]
         prefixes = [str(found.get("Prefix", "")) for found in answer.get("CommonPrefixes", [])]
         page = Page(
@@ -322,6 +367,7 @@ def _info(key: str, answer: Mapping[str, Any]) -> Info:
     )
 
 
+@lru_cache(maxsize=1024)
 def _date(text: str | None) -> int | None:
     try:
         return _nanoseconds(parsedate_to_datetime(text)) if text else None

@@ -32,7 +32,8 @@ from hpcfs.transfer.messages import (
 )
 
 log = logging.getLogger(__name__)
-HEADS_IN_FLIGHT = 24
+HEADS_IN_FLIGHT = 48
+"""Of one listing; the site's gate bounds those of all."""
 COPIES_IN_FLIGHT = 16
 SIBLINGS_LOOKED_AT = 5
 """Two kinds of marker, the victim as object and as directory, and one that stays."""
@@ -40,12 +41,10 @@ KEY_LENGTH = struct.Struct(">H")
 
 
 class Lister:
-    """Entries of a directory. `heads` bounds the requests for metadata of a whole site."""
+    """Entries of a directory."""
 
-    def __init__(
-        self, bucket: Bucket, markers: Markers, entries: Entries, heads: asyncio.Semaphore
-    ) -> None:
-        self._bucket, self._markers, self._entries, self._heads = bucket, markers, entries, heads
+    def __init__(self, bucket: Bucket, markers: Markers, entries: Entries) -> None:
+        self._bucket, self._markers, self._entries = bucket, markers, entries
         self.cache = MetadataCache()
 
     async def pages(self, place: Place, *, read_only: bool) -> AsyncIterator[Sequence[Entry]]:
@@ -91,8 +90,7 @@ class Lister:
         if listed.item is None:
             marker = None
             if not read_only:
-                async with self._heads:
-                    marker = await self._markers.read(f"{directory}{listed.component}/")
+                marker = await self._markers.read(f"{directory}{listed.component}/", urgent=False)
             return self._entries.directory(name, marker.metadata if marker else None)
         found = listed.item if read_only else await self._info(listed.item)
         return self._entries.file(name, found) if found is not None else None
@@ -101,11 +99,10 @@ class Lister:
         info: Info | None = self.cache.get(listed)
         if info is not None:
             return info
-        async with self._heads:
-            try:
-                info = await self._bucket.head(listed.key)
-            except PermissionDenied:  # listing is allowed and reading is not: show what is known
-                return listed
+        try:
+            info = await self._bucket.head(listed.key, urgent=False)
+        except PermissionDenied:  # listing is allowed and reading is not: show what is known
+            return listed
         if info is not None:
             self.cache.put(listed, info)
         return info

@@ -30,11 +30,11 @@ class Markers:
         self._lock = asyncio.Lock()
         self._read: Known[tuple[Info | None]] = Known(REMEMBERED_SECONDS, 10_000)
 
-    async def read(self, directory: str) -> Info | None:
+    async def read(self, directory: str, *, urgent: bool = True) -> Info | None:
         known = self._read.get(directory)
         if known is None:
             key = directory + MARKER if await self._is_inside() else directory
-            found = await self._bucket.head(key)
+            found = await self._bucket.head(key, urgent=urgent)
             known = (found if found is not None and found.size == 0 else None,)
             self._read.put(directory, known)
         return known[0]

@@ -72,11 +72,9 @@ DOWNLOAD_BYTES = 8 * 1024 * 1024
 
 
 class S3Remote:
-    """One namespace. `heads` is shared by the site's remotes."""
+    """One namespace."""
 
-    def __init__(
-        self, bucket: Bucket, root: S3Root, start: Start, limits: Limits, heads: asyncio.Semaphore
-    ) -> None:
+    def __init__(self, bucket: Bucket, root: S3Root, start: Start, limits: Limits) -> None:
         self._bucket = bucket
         self._read_only = root.read_only
         self._base = f"{root.prefix}/" if root.prefix else ""
@@ -84,7 +82,7 @@ class S3Remote:
         self._entries = Entries(start.uid, start.gid)
         self._paths = Paths(bucket, self._base, read_only=root.read_only)
         self._markers = Markers(bucket, self._base)
-        self._lister = Lister(bucket, self._markers, self._entries, heads)
+        self._lister = Lister(bucket, self._markers, self._entries)
         self._parents = Parents(bucket, self._markers, self._base)
         self._transfer = Transfer(bucket, limits)
         self._mover = Mover(bucket, self._transfer, start.cache_dir)
@@ -128,7 +126,7 @@ class S3Remote:
             raise InvalidRequest(f"{text(path)} is not a symbolic link")
         if not 0 < found.size <= MAX_LINK_BYTES:
             raise ProtocolError(f"{text(path)} is a link with a target of {found.size} bytes")
-        target = await self._bucket.get(place.key, found.version, 0, found.size)
+        target = bytes(await self._bucket.get(place.key, found.version, 0, found.size))
         if b"\0" in target:
             raise ProtocolError(f"{text(path)} is a link whose target contains a NUL")
         return target
@@ -143,10 +141,11 @@ class S3Remote:
         *,
         growing: bool = False,
         urgent: bool = False,
-    ) -> Sequence[bytes]:
+    ) -> Sequence[bytes | bytearray]:
         place = await self._paths.place(path)
         if length > 0:
-            return [await self._bucket.get(place.key, version, offset, length)]
+            data = await self._bucket.get(place.key, version, offset, length, urgent=urgent)
+            return [data]
         found = await self._bucket.head(place.key)
         if found is None or not found.has_version(version):
             raise Changed(f"{text(path)} has changed on the server: open it again")

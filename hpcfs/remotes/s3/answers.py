@@ -1,0 +1,133 @@
+"""Answers as they come over the wire, in the form that botocore gives them.
+
+The two ways to a server (direct.py, botocore) must say the same: a test asks both. Whatever is
+malformed raises ValueError, and then botocore decides what it means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from typing import Any
+from xml.etree import ElementTree
+
+from botocore.compat import unquote_str
+
+_TEXTS = {
+    "cache-control": "CacheControl",
+    "content-disposition": "ContentDisposition",
+    "content-encoding": "ContentEncoding",
+    "content-language": "ContentLanguage",
+    "content-range": "ContentRange",
+    "content-type": "ContentType",
+    "etag": "ETag",
+    "x-amz-server-side-encryption": "ServerSideEncryption",
+    "x-amz-server-side-encryption-aws-kms-key-id": "SSEKMSKeyId",
+    "x-amz-storage-class": "StorageClass",
+    "x-amz-website-redirect-location": "WebsiteRedirectLocation",
+}
+_METADATA = "x-amz-meta-"
+_MONTHS = {
+    name: number
+    for number, name in enumerate(
+        ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"), 1
+    )
+}
+
+
+def of_object(headers: Mapping[str, str]) -> dict[str, Any]:
+    """What HeadObject and GetObject say, as far as this package asks for it."""
+    answer: dict[str, Any] = {"ResponseMetadata": {"HTTPHeaders": headers}}
+    metadata: dict[str, str] = {}
+    for name, value in headers.items():
+        if name.startswith(_METADATA):
+            metadata[name[len(_METADATA) :]] = value
+        elif name in _TEXTS:
+            answer[_TEXTS[name]] = value
+    answer["Metadata"] = metadata
+    if "content-length" in headers:
+        answer["ContentLength"] = int(headers["content-length"])
+    if "last-modified" in headers:
+        answer["LastModified"] = http_time(headers["last-modified"])
+    if "x-amz-server-side-encryption-bucket-key-enabled" in headers:
+        enabled = headers["x-amz-server-side-encryption-bucket-key-enabled"]
+        answer["BucketKeyEnabled"] = enabled.lower() == "true"
+    if "expires" in headers:
+        answer |= _expiry(headers["expires"])
+    return answer
+
+
+def _expiry(text: str) -> dict[str, Any]:
+    """Writers may put anything there; what is no time is left out, as botocore does."""
+    try:
+        return {"Expires": http_time(text)}
+    except ValueError:
+        return {}
+
+
+@lru_cache(maxsize=4096)
+def http_time(text: str) -> datetime:
+    """Servers send one form; for the others that HTTP knows there is the standard library."""
+    # Sun, 06 Nov 1994 08:49:37 GMT
+    if len(text) == 29 and text.endswith(" GMT") and text[8:11] in _MONTHS:
+        day, year = int(text[5:7]), int(text[12:16])
+        clock = int(text[17:19]), int(text[20:22]), int(text[23:25])
+        return datetime(year, _MONTHS[text[8:11]], day, *clock, tzinfo=UTC)
+    found = parsedate_to_datetime(text)
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+@lru_cache(maxsize=4096)
+def _xml_time(text: str) -> datetime:
+    found = datetime.fromisoformat(text)
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def of_listing(body: bytes | bytearray) -> dict[str, Any]:
+    """What ListObjectsV2 says. Keys come quoted: XML can't hold every character."""
+    if b"<!DOCTYPE" in body:
+        raise ValueError("a listing that defines entities")
+    try:
+        root = ElementTree.fromstring(bytes(body))  # noqa: S314 - without entities it is safe
+    except ElementTree.ParseError as error:
+        raise ValueError(str(error)) from None
+    if _local(root.tag) != "ListBucketResult":
+        raise ValueError("not a listing")
+    answer: dict[str, Any] = {}
+    contents: list[dict[str, Any]] = []
+    prefixes: list[dict[str, Any]] = []
+    for child in root:
+        name = _local(child.tag)
+        if name == "Contents":
+            contents.append(_listed(dict(_texts(child))))
+        elif name == "CommonPrefixes":
+            prefixes.append(dict(_texts(child)))
+        elif name in ("IsTruncated", "EncodingType", "NextContinuationToken"):
+            answer[name] = child.text or ""
+    answer["IsTruncated"] = answer.get("IsTruncated", "").strip().lower() == "true"
+    if answer.get("EncodingType") == "url":
+        for found in contents:
+            found["Key"] = unquote_str(found["Key"])
+        for found in prefixes:
+            found["Prefix"] = unquote_str(found["Prefix"])
+    return {**answer, "Contents": contents, "CommonPrefixes": prefixes}
+
+
+def _listed(texts: dict[str, str]) -> dict[str, Any]:
+    if "Key" not in texts or "Size" not in texts:
+        raise ValueError("an object without key or size")
+    found: dict[str, Any] = {**texts, "Size": int(texts["Size"])}
+    if "LastModified" in texts:
+        found["LastModified"] = _xml_time(texts["LastModified"])
+    return found
+
+
+def _texts(element: ElementTree.Element) -> Iterator[tuple[str, str]]:
+    for child in element:
+        yield _local(child.tag), child.text or ""
+
+
+def _local(tag: str) -> str:
+    return tag.rpartition("}")[2]

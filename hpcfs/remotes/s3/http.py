@@ -1,0 +1,269 @@
+"""One HTTP/1.1 connection that asks for one thing at a time: what reading objects needs, no more.
+
+Why not aiohttp, which the rest goes through: measured here, a HEAD costs 1.2 ms of processor time
+by way of botocore, 0.1 ms with aiohttp alone and 0.03 ms here; a gigabyte costs 2, 0.5 and 0.2
+seconds. A body is received where it stays: no piece of it is copied or joined.
+
+It refuses whatever it does not know for sure (a length that is no number, a body without end, bytes
+that nobody asked for): then the connection is gone, `Unusual` is raised, and the caller asks again
+through botocore. Nothing that a server sends makes it hold more than `limit` bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+HEAD_BYTES = 32 * 1024
+"""S3 allows 2 KiB of metadata, and 8 KiB of headers in all."""
+ERROR_BYTES = 64 * 1024
+_STATUS = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: |\Z)")
+_LENGTH = re.compile(r"[0-9]{1,19}\Z")
+_CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;|\Z)")
+
+
+class Unusual(ConnectionError):
+    """An answer that this module does not understand, or a connection that broke."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`headers` by lower-case name. `body` is None where it was larger than the limit."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytearray | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request without a body, as it goes over the wire."""
+
+    data: bytes
+    bodiless: bool = False
+    """HEAD: the answer has no body, whatever its headers say."""
+    limit: int = 0
+    """How long a body may be; those of errors may be ERROR_BYTES."""
+
+
+class Connection(asyncio.BufferedProtocol):
+    """`on_lost` is called once, when the connection is gone. `heard` is a time of the loop's."""
+
+    def __init__(self, on_lost: Callable[[Connection], None]) -> None:
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._head = bytearray(HEAD_BYTES)
+        self._filled = 0
+        self._body: bytearray | None = None
+        self._received = 0
+        self._chunks: _Chunks | None = None
+        self._question = Question(b"")
+        self._answer: Answer | None = None
+        self._waiter: asyncio.Future[Answer] | None = None
+        self.began = False
+        """Whether a byte of the present answer has come."""
+        self.heard = self._loop.time()
+        self.reusable = True
+
+    @property
+    def busy(self) -> bool:
+        return self._waiter is not None
+
+    async def ask(self, question: Question) -> Answer:
+        """Raises Unusual, or TimeoutError after `expire`. Whoever is cancelled loses the
+        connection: the rest of the answer would take as long as it takes."""
+        self.began = False
+        if self._transport is None or not self.reusable:
+            raise Unusual("the connection is closed")
+        self._question, self._filled, self._answer = question, 0, None
+        self._waiter = self._loop.create_future()
+        self.heard = self._loop.time()
+        self._transport.write(question.data)
+        try:
+            return await self._waiter
+        except BaseException:
+            self.abort()
+            raise
+        finally:
+            self._waiter = None
+
+    def expire(self) -> None:
+        """The answer has taken too long."""
+        self._fail(TimeoutError("no answer in time"))
+
+    def abort(self) -> None:
+        self.reusable = False
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- what the loop calls ----------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.reusable = False
+        self._fail(Unusual(f"the connection was lost ({exc or 'closed by the server'})"))
+        self._transport = None
+        self._on_lost(self)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._body is not None:
+            return memoryview(self._body)[self._received :]
+        return memoryview(self._head)[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._waiter is None or self._waiter.done():
+            self.abort()  # nobody asked for this
+            return
+        self.heard, self.began = self._loop.time(), True
+        try:
+            if self._body is not None:
+                self._received += nbytes
+                self._end_if_whole()
+            elif self._chunks is not None:
+                self._feed_chunks(memoryview(self._head)[:nbytes])
+            else:
+                self._extend_head(nbytes)
+        except (Unusual, ValueError) as error:
+            self._fail(error if isinstance(error, Unusual) else Unusual(str(error)))
+
+    # --- the answer -------------------------------------------------------------------------------
+
+    def _extend_head(self, count: int) -> None:
+        start = max(0, self._filled - 3)
+        self._filled += count
+        end = self._head.find(b"\r\n\r\n", start, self._filled)
+        if end < 0:
+            if self._filled == HEAD_BYTES:
+                raise Unusual("the headers of the answer do not end")
+            return
+        status, headers = self._parsed(bytes(memoryview(self._head)[:end]))
+        rest = bytes(memoryview(self._head)[end + 4 : self._filled])
+        if status < 200:  # an interim answer: the real one follows
+            self._head[: len(rest)] = rest
+            self._filled = 0
+            if rest:
+                self._extend_head(len(rest))
+            return
+        self._begin_body(Answer(status, headers, None), rest)
+
+    def _parsed(self, head: bytes) -> tuple[int, dict[str, str]]:
+        first, *lines = head.split(b"\r\n")
+        found = _STATUS.match(first)
+        if found is None:
+            raise Unusual("the answer is not HTTP")
+        headers: dict[str, str] = {}
+        for line in lines:
+            name, colon, value = line.partition(b":")
+            if not colon or not name or name != name.strip():
+                raise Unusual("a header of the answer is malformed")
+            key, text = name.decode("ascii").lower(), value.strip().decode("utf-8")
+            if headers.setdefault(key, text) != text and key == "content-length":
+                raise Unusual("the answer has two lengths")
+        if "close" in headers.get("connection", "").lower() or found[1] == b"0":
+            self.reusable = False
+        return int(found[2]), headers
+
+    def _begin_body(self, answer: Answer, rest: bytes) -> None:
+        self._answer, self._filled = answer, 0
+        limit = self._question.limit if answer.status < 300 else ERROR_BYTES
+        if self._question.bodiless or answer.status in (204, 304):
+            self._end(bytearray(), surplus=bool(rest))
+        elif "transfer-encoding" in answer.headers:
+            if answer.headers["transfer-encoding"].lower() != "chunked":
+                raise Unusual("the answer's encoding is unknown")
+            self._chunks = _Chunks(limit)
+            self._feed_chunks(memoryview(rest))
+        else:
+            length = answer.headers.get("content-length", "")
+            if not _LENGTH.match(length):
+                raise Unusual("the answer does not say how long it is")
+            self._begin_counted(int(length), limit, rest)
+
+    def _begin_counted(self, length: int, limit: int, rest: bytes) -> None:
+        if length > limit:
+            self._refuse_body()
+        elif len(rest) >= length:
+            self._end(bytearray(rest[:length]), surplus=len(rest) > length)
+        else:
+            self._body, self._received = bytearray(length), len(rest)
+            self._body[: len(rest)] = rest
+
+    def _feed_chunks(self, data: memoryview) -> None:
+        assert self._chunks is not None
+        if not self._chunks.feed(data):
+            return
+        chunks, self._chunks = self._chunks, None
+        self._end(chunks.body, surplus=chunks.surplus)
+
+    def _end_if_whole(self) -> None:
+        assert self._body is not None
+        if self._received == len(self._body):
+            self._end(self._body)
+
+    def _end(self, body: bytearray, *, surplus: bool = False) -> None:
+        assert self._answer is not None
+        self._body = None
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(Answer(self._answer.status, self._answer.headers, body))
+        if surplus or not self.reusable:
+            self.abort()
+
+    def _refuse_body(self) -> None:
+        """The status and the headers are of use, and whoever asked decides."""
+        assert self._answer is not None
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(self._answer)
+        self.abort()
+
+    def _fail(self, error: Exception) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(error)
+        self.abort()
+
+
+class _Chunks:
+    """A body in chunks (RFC 9112, 7.1), as listings come."""
+
+    def __init__(self, limit: int) -> None:
+        self.body = bytearray()
+        self.surplus = False
+        self._raw = bytearray()
+        self._limit = limit
+        self._in_trailer = False
+
+    def feed(self, data: memoryview) -> bool:
+        """Whether the body has ended."""
+        self._raw += data
+        if len(self._raw) + len(self.body) > self._limit + HEAD_BYTES:
+            raise Unusual("the answer is too long")
+        begin = 0
+        while not self._in_trailer:
+            line_end = self._raw.find(b"\r\n", begin)
+            if line_end < 0:
+                break
+            found = _CHUNK_SIZE.match(bytes(self._raw[begin:line_end]))
+            if found is None:
+                raise Unusual("the answer's pieces are malformed")
+            size, start = int(found[1], 16), line_end + 2
+            if size == 0:
+                begin, self._in_trailer = line_end, True
+            elif len(self._raw) < start + size + 2:
+                break
+            else:
+                self.body += memoryview(self._raw)[start : start + size]
+                if self._raw[start + size : start + size + 2] != b"\r\n":
+                    raise Unusual("the answer's pieces are malformed")
+                begin = start + size + 2
+        del self._raw[:begin]
+        return self._in_trailer and self._trailer_ended()
+
+    def _trailer_ended(self) -> bool:
+        end = self._raw.find(b"\r\n\r\n")
+        self.surplus = end >= 0 and len(self._raw) > end + 4
+        return end >= 0

@@ -1,0 +1,112 @@
+"""What a site logs in with: botocore's session and client, made at their first use.
+
+Credentials come from the AWS chain (environment, ~/.aws, SSO, instance) unless the site names a key
+of its own. Nothing is made before the first request, so that a wrong profile is an error of that
+request and not of the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import AsyncExitStack
+from typing import Any
+
+from aiobotocore.config import AioConfig
+from aiobotocore.session import AioSession
+from botocore.exceptions import NoCredentialsError
+
+from hpcfs.remotes.s3.pool import Bounds
+from hpcfs.remotes.s3.signing import Keys
+from hpcfs.transfer.messages import S3Site, Unreachable
+
+READ_TIMEOUT = 60.0
+"""Without a byte. Completing a large object takes longer, but S3 sends blanks meanwhile."""
+ATTEMPTS = 3
+DEFAULT_REGION = "us-east-1"
+"""What S3-compatible servers expect where nothing is configured."""
+
+
+class Login:
+    """One per site."""
+
+    def __init__(self, site: S3Site, bounds: Bounds) -> None:
+        self._site = site
+        self._connections = bounds.slots + bounds.urgent_slots
+        self._stack = AsyncExitStack()
+        self._lock = asyncio.Lock()
+        self._session: AioSession | None = None
+        self._made: Any = None
+        self._closed = False
+
+    async def close(self) -> None:
+        self._closed = True
+        async with self._lock:
+            self._made = None
+            await self._stack.aclose()
+
+    async def client(self) -> Any:
+        if self._made is None:
+            async with self._lock:
+                if self._closed:
+                    raise Unreachable("the connection to S3 was closed")
+                if self._made is None:
+                    self._made = await self._stack.enter_async_context(self._creation())
+        return self._made
+
+    async def keys(self) -> Keys:
+        """Those to sign with now: credentials that expire are renewed by their provider."""
+        site = self._site
+        if site.access_key is not None and site.secret_key is not None:
+            return Keys(site.access_key.value, site.secret_key.value, None)
+        found: Any = await self._the_session().get_credentials()
+        if found is None:
+            raise NoCredentialsError
+        return Keys(*(await found.get_frozen_credentials())[:3])
+
+    def trusted(self) -> str | bool:
+        """The file of the authorities that servers' certificates may come from; True: the usual
+        ones. As botocore chooses it."""
+        bundle = self._the_session().get_config_variable("ca_bundle")
+        return str(bundle or os.environ.get("REQUESTS_CA_BUNDLE") or "") or True
+
+    def _the_session(self) -> AioSession:
+        if self._session is None:
+            self._session = AioSession(profile=self._site.profile)
+        return self._session
+
+    def _creation(self) -> Any:
+        site, session = self._site, self._the_session()
+        region = site.region or session.get_config_variable("region")
+        if region is None and site.endpoint_url:
+            region = DEFAULT_REGION
+        keys: dict[str, Any] = {}
+        if site.access_key is not None and site.secret_key is not None:
+            keys = {
+                "aws_access_key_id": site.access_key.value,
+                "aws_secret_access_key": site.secret_key.value,
+            }
+        return session.create_client(
+            "s3",
+            region_name=region,
+            endpoint_url=site.endpoint_url,
+            config=self._config(),
+            **keys,
+        )
+
+    def _config(self) -> AioConfig:
+        """Other servers than AWS's know neither buckets as host names nor the newer checksums."""
+        compatible: dict[str, Any] = {}
+        if self._site.endpoint_url:
+            compatible = {
+                "s3": {"addressing_style": "path"},
+                "request_checksum_calculation": "when_required",
+                "response_checksum_validation": "when_required",
+            }
+        return AioConfig(
+            connect_timeout=self._site.connect_timeout,
+            read_timeout=READ_TIMEOUT,
+            max_pool_connections=self._connections,
+            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+            **compatible,
+        )
