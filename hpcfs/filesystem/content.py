@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,6 +100,9 @@ class Content:
         self.journaled = False
         self.writers = 0
         self.upload_lock = trio.Lock()
+        self._nursery = nursery
+        self._disk_waits = False
+        """The last read was not in the page cache: then more of it won't be either."""
         self._now = now
         self._vouched = 0.0
         """Until when a fetch last renewed what is known of the file, by the tree's clock."""
@@ -279,9 +283,22 @@ class Content:
         return min(self.namespace.link.window, self._budget.share(), self._store.max_bytes // 4)
 
     def prefetch(self, start: int, end: int) -> None:
-        """Begin to fetch what is missing of [start, end)."""
+        """Begin to fetch what is missing of [start, end), and to read the rest from the disk."""
+        end = min(end, self.size)
+        if self._disk_waits and start < end:
+            self._nursery.start_soon(self._read_from_disk, start, end)
         blocks = self._blocks(start, min(end, self.base_size))
         self._fetcher.start(blocks, self.namespace.link.fetch_bytes, urgent=False)
+
+    async def _read_from_disk(self, start: int, end: int) -> None:
+        """Into the page cache, so that reads need not wait one by one."""
+        advice = os.POSIX_FADV_WILLNEED
+        try:
+            await trio.to_thread.run_sync(
+                os.posix_fadvise, self.file.fd, start, end - start, advice
+            )
+        except OSError as error:  # closed meanwhile, or a file system without advice
+            log.debug("the cache file of %r takes no advice: %s", self.place.path, error)
 
     def cancel_prefetch(self, start: int, end: int) -> None:
         """What is under way for [start, end) alone, and nobody waits for, ends."""
@@ -313,6 +330,7 @@ class Content:
                     await self._verify(untrusted)
                     continue
             data = self.file.read_now(offset, end - offset)
+            self._disk_waits = data is None
             if data is None:
                 evictions = self.file.evictions
                 data = await trio.to_thread.run_sync(self.file.read, offset, end - offset)
