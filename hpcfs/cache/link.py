@@ -67,6 +67,8 @@ class Link:
         self._rates = _Extreme(_RATE_SECONDS)
         self._quickness = _Extreme(_DELAY_SECONDS)
         """Of 1 / delay, so that both keep the largest."""
+        self.window = FIRST_WINDOW_BYTES
+        """Bytes to have under way so that the link is never idle."""
 
     def begin(self) -> Mark:
         """A fetch is sent."""
@@ -78,11 +80,18 @@ class Link:
         now = self.now()
         if length >= _FEWEST_BYTES and now > mark.seconds:
             self._rates.add((self._delivered - mark.delivered) / (now - mark.seconds), now)
+            self._set_window()
 
     def answered(self, seconds: float) -> None:
         """A small request took so long."""
         if seconds > 0:
             self._quickness.add(1 / seconds, self.now())
+            self._set_window()
+
+    def _set_window(self) -> None:
+        if self.rate is not None:
+            wanted = self.rate * (_ROUND_TRIPS * (self.delay or 0.0) + _EXTRA_SECONDS)
+            self.window = int(min(MAX_WINDOW_BYTES, max(MIN_WINDOW_BYTES, wanted)))
 
     @property
     def rate(self) -> float | None:
@@ -94,14 +103,6 @@ class Link:
         """Seconds of a round trip, None before the first answer."""
         quickness = self._quickness.value
         return None if quickness is None else 1 / quickness
-
-    @property
-    def window(self) -> int:
-        """Bytes to have under way so that the link is never idle."""
-        if self.rate is None:
-            return FIRST_WINDOW_BYTES
-        wanted = self.rate * (_ROUND_TRIPS * (self.delay or 0.0) + _EXTRA_SECONDS)
-        return int(min(MAX_WINDOW_BYTES, max(MIN_WINDOW_BYTES, wanted)))
 
     @property
     def fetch_bytes(self) -> int:
