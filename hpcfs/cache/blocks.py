@@ -1,7 +1,8 @@
 """Which blocks of one file are in its cache file, and their checksums.
 
 Kept in chunks of CHUNK_BLOCKS, so that a large file costs memory only where it was touched: 9 KiB
-for each 256 MiB. Nothing here awaits or does I/O.
+for each 64 MiB. What an earlier mount left stays packed (8 bytes a block) until a chunk of it is
+looked at, so that opening a huge file takes no time. Nothing here awaits or does I/O.
 
 A block is *present* when its bytes are in the cache file, *trusted* when they were put there or
 verified by this process, and *summed* when its checksum is known. What survives a restart is
@@ -10,40 +11,61 @@ present and summed but not trusted until its checksum was compared (invariant 2)
 
 from __future__ import annotations
 
+import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 CHUNK_BLOCKS = 1024
+SUM_BYTES = 8
 
 _PRESENT = 1
 _TRUSTED = 2
+_RUN = re.compile(rb"[^\0]+")
 
 
 class BlockMap:
     """Block numbers count from 0; checksums are xxh3_64 values, 0 meaning "not known"."""
 
-    __slots__ = ("_changed", "_flags", "_sums", "count")
+    __slots__ = ("_changed", "_flags", "_packed", "_sums", "_unsummed", "count", "summed")
 
     def __init__(self) -> None:
         self._flags: dict[int, bytearray] = {}
         self._sums: dict[int, array[int]] = {}
+        self._packed: dict[int, bytes] = {}
+        """Chunks of an earlier mount that nobody looked at yet."""
         self._changed: set[int] = set()
+        self._unsummed: set[int] = set()
+        """Chunks that may have present blocks without a checksum."""
         self.count = 0
         """Present blocks."""
+        self.summed = 0
+        """Present blocks with a checksum: what the index can remember."""
+
+    def _find(self, number: int) -> bytearray | None:
+        """The flags of a chunk, if it has any."""
+        flags = self._flags.get(number)
+        if flags is None and number in self._packed:
+            return self._unpack(number)
+        return flags
+
+    def _unpack(self, number: int) -> bytearray:
+        sums = self._sums[number] = unpack_sums(self._packed.pop(number))
+        flags = self._flags[number] = bytearray(map(bool, sums))
+        return flags
 
     def _chunk(self, number: int) -> tuple[bytearray, array[int]]:
-        flags = self._flags.get(number)
+        flags = self._find(number)
         if flags is None:
             flags = self._flags[number] = bytearray(CHUNK_BLOCKS)
-            self._sums[number] = array("Q", bytes(8 * CHUNK_BLOCKS))
+            self._sums[number] = array("Q", bytes(SUM_BYTES * CHUNK_BLOCKS))
         return flags, self._sums[number]
 
     def is_present(self, block: int) -> bool:
-        flags = self._flags.get(block // CHUNK_BLOCKS)
+        flags = self._find(block // CHUNK_BLOCKS)
         return flags is not None and flags[block % CHUNK_BLOCKS] != 0
 
     def is_trusted(self, block: int) -> bool:
-        flags = self._flags.get(block // CHUNK_BLOCKS)
+        flags = self._find(block // CHUNK_BLOCKS)
         return flags is not None and flags[block % CHUNK_BLOCKS] & _TRUSTED != 0
 
     def are_trusted(self, blocks: range) -> bool:
@@ -59,18 +81,18 @@ class BlockMap:
         return True
 
     def checksum(self, block: int) -> int:
-        sums = self._sums.get(block // CHUNK_BLOCKS)
-        return 0 if sums is None else sums[block % CHUNK_BLOCKS]
+        if self._find(block // CHUNK_BLOCKS) is None:
+            return 0
+        return self._sums[block // CHUNK_BLOCKS][block % CHUNK_BLOCKS]
 
     def put(self, block: int, checksum: int = 0) -> bool:
         """The block's bytes are in the cache file now. True if they were not before."""
-        flags, sums = self._chunk(block // CHUNK_BLOCKS)
+        flags, _ = self._chunk(block // CHUNK_BLOCKS)
         index = block % CHUNK_BLOCKS
         new = flags[index] == 0
         flags[index] = _PRESENT | _TRUSTED
-        sums[index] = checksum
-        self._changed.add(block // CHUNK_BLOCKS)
         self.count += new
+        self.set_checksum(block, checksum)
         return new
 
     def trust(self, block: int) -> None:
@@ -78,49 +100,99 @@ class BlockMap:
         self._chunk(block // CHUNK_BLOCKS)[0][block % CHUNK_BLOCKS] |= _TRUSTED
 
     def set_checksum(self, block: int, checksum: int) -> None:
-        self._chunk(block // CHUNK_BLOCKS)[1][block % CHUNK_BLOCKS] = checksum
-        self._changed.add(block // CHUNK_BLOCKS)
+        number = block // CHUNK_BLOCKS
+        sums = self._chunk(number)[1]
+        self.summed += (checksum != 0) - (sums[block % CHUNK_BLOCKS] != 0)
+        sums[block % CHUNK_BLOCKS] = checksum
+        self._changed.add(number)
+        if not checksum:
+            self._unsummed.add(number)
 
     def drop(self, block: int) -> bool:
         """The block's bytes are gone. True if they were there."""
         if not self.is_present(block):
             return False
         flags, sums = self._chunk(block // CHUNK_BLOCKS)
-        flags[block % CHUNK_BLOCKS] = 0
-        sums[block % CHUNK_BLOCKS] = 0
+        index = block % CHUNK_BLOCKS
+        self.summed -= sums[index] != 0
+        flags[index] = 0
+        sums[index] = 0
         self._changed.add(block // CHUNK_BLOCKS)
         self.count -= 1
         return True
 
     def present(self, first: int = 0) -> Iterator[int]:
         """Present blocks from `first` on, in order."""
-        for number in sorted(self._flags):
-            flags = self._flags[number]
+        for run in self.runs(first):
+            yield from run
+
+    def runs(
+        self, first: int = 0, stop: int | None = None, *, downward: bool = False
+    ) -> Iterator[range]:
+        """Runs of present blocks in [first, stop), none across chunks; looks only at chunks that it
+        gets to, so that who needs a few blocks of a huge file doesn't wait for all."""
+        last = None if stop is None else (stop - 1) // CHUNK_BLOCKS
+        numbers = [
+            number
+            for number in sorted(self._flags.keys() | self._packed.keys(), reverse=downward)
+            if number >= first // CHUNK_BLOCKS and (last is None or number <= last)
+        ]
+        for number in numbers:
+            flags = self._find(number)
+            if flags is None:
+                continue
             base = number * CHUNK_BLOCKS
-            for index in range(max(0, first - base), CHUNK_BLOCKS):
-                if flags[index]:
-                    yield base + index
+            end = CHUNK_BLOCKS if stop is None else min(CHUNK_BLOCKS, stop - base)
+            found = _RUN.finditer(flags, max(0, first - base), end)
+            runs = [range(base + match.start(), base + match.end()) for match in found]
+            yield from reversed(runs) if downward else runs
 
     def unsummed(self) -> list[int]:
         """Present blocks without a checksum; a restart would forget them."""
-        return [block for block in self.present() if not self.checksum(block)]
+        found: list[int] = []
+        for number in sorted(self._unsummed):
+            base = number * CHUNK_BLOCKS
+            flags, sums = self._chunk(number)
+            here = [base + i for i in range(CHUNK_BLOCKS) if flags[i] and not sums[i]]
+            if not here:
+                self._unsummed.discard(number)
+            found += here
+        return found
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether `take_changed` has something."""
+        return bool(self._changed)
 
     def take_changed(self) -> dict[int, bytes]:
-        """Checksums (8 bytes each, native order) of the chunks changed since the last call."""
-        taken = {number: self._sums[number].tobytes() for number in self._changed}
+        """Checksums, packed, of the chunks changed since the last call; b"" where none is left."""
+        taken = {}
+        for number in self._changed:
+            sums = self._sums.get(number)
+            taken[number] = b"" if sums is None else pack_sums(sums)
+            if not taken[number] and not any(self._flags.get(number, b"")):
+                self._flags.pop(number, None)
+                self._sums.pop(number, None)
         self._changed.clear()
         return taken
 
-    def load(self, number: int, checksums: bytes) -> None:
-        """What `take_changed` once gave: present, not trusted."""
-        flags, _ = self._chunk(number)
-        sums = array("Q", checksums)
-        self._sums[number] = sums
-        for index, checksum in enumerate(sums):
-            if checksum:
-                flags[index] = _PRESENT
-                self.count += 1
+    def load(self, chunks: Mapping[int, bytes], count: int) -> None:
+        """What `take_changed` once gave, with `count` checksums: present, not trusted. For a map
+        that is empty."""
+        self._packed.update(chunks)
+        self.count = self.summed = count
 
-    def touch_all(self) -> None:
-        """Every chunk counts as changed: the index row they belonged to is gone."""
-        self._changed.update(self._flags)
+    def touch(self, numbers: Iterable[int]) -> None:
+        """These chunks count as changed: what was taken of them was not saved."""
+        self._changed.update(numbers)
+
+
+def pack_sums(sums: array[int]) -> bytes:
+    """8 bytes each, native order, without the zeros at the end: most files are small."""
+    packed = sums.tobytes().rstrip(b"\0")
+    return packed.ljust(-(-len(packed) // SUM_BYTES) * SUM_BYTES, b"\0")
+
+
+def unpack_sums(packed: bytes) -> array[int]:
+    """The checksums of a whole chunk."""
+    return array("Q", packed[: SUM_BYTES * CHUNK_BLOCKS].ljust(SUM_BYTES * CHUNK_BLOCKS, b"\0"))

@@ -41,7 +41,9 @@ class CacheFile:
         "name",
         "origin",
         "path",
+        "pinned",
         "pins",
+        "reading_at",
         "size",
         "users",
         "version",
@@ -63,6 +65,10 @@ class CacheFile:
         """Counts evictions: a read in a thread during one may have found a hole."""
         self.pins = 0
         """While not 0, an upload reads the file and no block may be evicted."""
+        self.pinned = False
+        """Whether the user wants it to stay: then it is not evicted either."""
+        self.reading_at = 0
+        """Where it was read last: eviction begins far from there."""
         self.indexed = True
         """Whether the index may remember it: false once it holds what no remote has."""
         self.last_used = 0.0
@@ -79,6 +85,7 @@ class CacheFile:
 
     def read_now(self, offset: int, length: int) -> bytes | bytearray | None:
         """The bytes, or None where the disk must be waited for. Past the local end are zeros."""
+        self.reading_at = offset
         buffer = bytearray(length)
         try:
             count = os.preadv(self.fd, [buffer], offset, os.RWF_NOWAIT)

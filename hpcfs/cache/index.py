@@ -1,46 +1,99 @@
 """What the cache holds, in SQLite, so that it is kept from mount to mount.
 
-Every call blocks on the disk and runs in a thread (cache/store.py sees to it). The index may lag
-behind the cache files: a block it doesn't know is fetched again, and a block it knows is served
-only after its checksum was compared. So nothing here needs to be synced, and a damaged index is
-thrown away.
+Every call blocks on the disk and runs in a thread (cache/shelf.py sees to it), but `is_pinned`,
+which is answered from memory. The index may lag behind the cache files: a block it doesn't know is
+fetched again, and a block it knows is served only after its checksum was compared. So nothing here
+needs to be synced, and a damaged index is thrown away.
+
+Nothing but renaming a directory, or pinning it, costs more in a large cache than in a
+small one: triggers keep the totals, what is walked is walked in pages.
 """
 
 from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 log = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _SCHEMA = """
+CREATE TABLE origins (
+    id INTEGER PRIMARY KEY,
+    origin TEXT NOT NULL UNIQUE,
+    files INTEGER NOT NULL DEFAULT 0,
+    bytes INTEGER NOT NULL DEFAULT 0,
+    pinned_files INTEGER NOT NULL DEFAULT 0,
+    pinned_bytes INTEGER NOT NULL DEFAULT 0
+);
 CREATE TABLE files (
-    name TEXT PRIMARY KEY,
-    origin TEXT NOT NULL,
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    origin INTEGER NOT NULL,
     key BLOB NOT NULL,
     version BLOB NOT NULL,
     size INTEGER NOT NULL,
+    blocks INTEGER NOT NULL,
     cached_bytes INTEGER NOT NULL,
-    last_used REAL NOT NULL
+    last_used REAL NOT NULL,
+    pinned INTEGER NOT NULL
 );
 CREATE UNIQUE INDEX files_by_key ON files (origin, key);
-CREATE INDEX files_by_use ON files (last_used);
+CREATE INDEX files_by_use ON files (last_used, id) WHERE pinned = 0;
 CREATE TABLE chunks (
-    name TEXT NOT NULL,
+    file INTEGER NOT NULL,
     number INTEGER NOT NULL,
     checksums BLOB NOT NULL,
-    PRIMARY KEY (name, number)
+    PRIMARY KEY (file, number)
 ) WITHOUT ROWID;
+CREATE TABLE pins (
+    origin TEXT NOT NULL,
+    key BLOB NOT NULL,
+    PRIMARY KEY (origin, key)
+) WITHOUT ROWID;
+CREATE TRIGGER file_added AFTER INSERT ON files BEGIN
+    UPDATE origins SET
+        files = files + 1,
+        bytes = bytes + NEW.cached_bytes,
+        pinned_files = pinned_files + NEW.pinned,
+        pinned_bytes = pinned_bytes + NEW.pinned * NEW.cached_bytes
+    WHERE id = NEW.origin;
+END;
+CREATE TRIGGER file_removed AFTER DELETE ON files BEGIN
+    UPDATE origins SET
+        files = files - 1,
+        bytes = bytes - OLD.cached_bytes,
+        pinned_files = pinned_files - OLD.pinned,
+        pinned_bytes = pinned_bytes - OLD.pinned * OLD.cached_bytes
+    WHERE id = OLD.origin;
+    DELETE FROM chunks WHERE file = OLD.id;
+END;
+CREATE TRIGGER file_changed AFTER UPDATE OF cached_bytes, pinned ON files BEGIN
+    UPDATE origins SET
+        bytes = bytes - OLD.cached_bytes + NEW.cached_bytes,
+        pinned_files = pinned_files - OLD.pinned + NEW.pinned,
+        pinned_bytes = pinned_bytes - OLD.pinned * OLD.cached_bytes + NEW.pinned * NEW.cached_bytes
+    WHERE id = NEW.origin;
+END;
 """
+_COLUMNS = (
+    "name, origins.origin, key, version, size, cached_bytes, last_used, blocks, pinned, files.id"
+)
+_FILES = f"SELECT {_COLUMNS} FROM files JOIN origins ON origins.id = files.origin"  # noqa: S608
+_UNDER = "(key = ? OR (key > ? AND key < ?))"
+SMALL_BLOCKS = 64
+"""A file of this many blocks or fewer is read ahead from the index with its directory's others."""
 
 
-class Record(msgspec.Struct, frozen=True, array_like=True):
-    """A cache file as the index knows it; `chunks` are BlockMap chunks by number."""
+class Record(msgspec.Struct, frozen=True):
+    """A cache file as the index knows it; `chunks` are BlockMap chunks by number, `blocks` counts
+    what is in them. `is_complete` is false where `chunks` is left out."""
 
     name: str
     origin: str
@@ -49,7 +102,21 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     size: int
     cached_bytes: int
     last_used: float
-    chunks: dict[int, bytes]
+    blocks: int = 0
+    pinned: bool = False
+    row: int = 0
+    chunks: Mapping[int, bytes] = {}
+    is_complete: bool = True
+
+
+class OriginTotals(msgspec.Struct, frozen=True):
+    """What the cache holds of one remote folder."""
+
+    origin: str
+    files: int
+    bytes: int
+    pinned_files: int
+    pinned_bytes: int
 
 
 class Index:
@@ -63,6 +130,7 @@ class Index:
             log.warning("the cache index %s is unusable (%s); starting an empty one", path, error)
             self._remove_files()
             self._db = self._open()
+        self._pins = set(self.pins())
 
     def _open(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
@@ -90,49 +158,169 @@ class Index:
     def close(self) -> None:
         self._db.close()
 
+    # --- looking --------------------------------------------------------------------------------
+
     def find(self, origin: str, key: bytes) -> Record | None:
         row = self._db.execute(
-            "SELECT name, origin, key, version, size, cached_bytes, last_used FROM files"
-            " WHERE origin = ? AND key = ?",
-            (origin, key),
+            f"{_FILES} WHERE origins.origin = ? AND key = ?", (origin, key)
         ).fetchone()
-        if row is None:
+        return None if row is None else self._record(row, self.chunks(row[-1]))
+
+    def chunks(self, row: int) -> dict[int, bytes]:
+        found = self._db.execute("SELECT number, checksums FROM chunks WHERE file = ?", (row,))
+        return dict(found.fetchall())
+
+    def _record(self, row: tuple[Any, ...], chunks: Mapping[int, bytes] | None) -> Record:
+        name, origin, key, version, size, cached, used, blocks, pinned, number = row
+        return Record(
+            name,
+            origin,
+            key,
+            version,
+            size,
+            cached,
+            used,
+            blocks,
+            bool(pinned),
+            number,
+            chunks or {},
+            chunks is not None,
+        )
+
+    def directory(self, origin: str, directory: bytes, limit: int) -> dict[bytes, Record] | None:
+        """All files below this directory by key, those of more than SMALL_BLOCKS without chunks;
+        None if there are more than `limit`."""
+        start, end = (directory + b"/", directory + b"0") if directory else (b"", b"\xff" * 300)
+        rows = self._db.execute(
+            f"{_FILES} WHERE origins.origin = ? AND key > ? AND key < ? LIMIT ?",
+            (origin, start, end, limit + 1),
+        ).fetchall()
+        if len(rows) > limit:
             return None
-        chunks = self._db.execute("SELECT number, checksums FROM chunks WHERE name = ?", (row[0],))
-        return msgspec.convert([*row, dict(chunks.fetchall())], Record)
+        records = {}
+        for row in rows:
+            small = row[-3] <= SMALL_BLOCKS
+            records[row[2]] = self._record(row, self.chunks(row[-1]) if small else None)
+        return records
+
+    def oldest(self, after: tuple[float, int], limit: int) -> list[Record]:
+        """Files that are not pinned, without chunks, least recently used first; `after` is the
+        (last_used, row) of the last one of the page before."""
+        rows = self._db.execute(
+            f"{_FILES} WHERE pinned = 0 AND (last_used, files.id) > (?, ?)"
+            " ORDER BY last_used, files.id LIMIT ?",
+            (*after, limit),
+        )
+        return [self._record(row, None) for row in rows.fetchall()]
+
+    def page(self, after: int, limit: int) -> list[Record]:
+        """All files, without chunks, in pages: those whose row is greater than `after`."""
+        rows = self._db.execute(
+            f"{_FILES} WHERE files.id > ? ORDER BY files.id LIMIT ?", (after, limit)
+        )
+        return [self._record(row, None) for row in rows.fetchall()]
+
+    def page_under(self, origin: str, key: bytes, after: bytes, limit: int) -> list[Record]:
+        """The same for `key` and all below it; `after` is the last key of the page before."""
+        rows = self._db.execute(
+            f"{_FILES} WHERE origins.origin = ? AND {_UNDER} AND key > ? ORDER BY key LIMIT ?",
+            (origin, *_under(key), after, limit),
+        )
+        return [self._record(row, None) for row in rows.fetchall()]
+
+    def last_chunks(self, row: int, limit: int) -> list[tuple[int, bytes]]:
+        """(number, checksums) of a file's last chunks, the last one first."""
+        found = self._db.execute(
+            "SELECT number, checksums FROM chunks WHERE file = ? ORDER BY number DESC LIMIT ?",
+            (row, limit),
+        )
+        return found.fetchall()
+
+    def totals(self) -> list[OriginTotals]:
+        rows = self._db.execute(
+            "SELECT origin, files, bytes, pinned_files, pinned_bytes FROM origins ORDER BY origin"
+        )
+        return [OriginTotals(*row) for row in rows.fetchall()]
+
+    def total_bytes(self) -> int:
+        total: int = self._db.execute("SELECT coalesce(sum(bytes), 0) FROM origins").fetchone()[0]
+        return total
+
+    def known(self, names: Iterable[str]) -> set[str]:
+        """Those of these cache files that the index has."""
+        found = set()
+        for name in names:
+            if self._db.execute("SELECT 1 FROM files WHERE name = ?", (name,)).fetchone():
+                found.add(name)
+        return found
+
+    # --- changing -------------------------------------------------------------------------------
 
     def save(self, records: Iterable[Record]) -> list[str]:
         """Remember these; returns the names of cache files that they replace."""
         replaced: list[str] = []
         with self._transaction():
             for record in records:
+                origin = self._origin(record.origin)
                 other = self._db.execute(
                     "SELECT name FROM files WHERE origin = ? AND key = ? AND name != ?",
-                    (record.origin, record.key, record.name),
+                    (origin, record.key, record.name),
                 ).fetchone()
                 if other:
                     replaced.append(other[0])
                     self._delete(other[0])
-                self._save(record)
+                self._save(record, origin)
         return replaced
 
-    def _save(self, record: Record) -> None:
+    def _origin(self, origin: str) -> int:
+        self._db.execute("INSERT OR IGNORE INTO origins (origin) VALUES (?)", (origin,))
+        row = self._db.execute("SELECT id FROM origins WHERE origin = ?", (origin,)).fetchone()
+        number: int = row[0]
+        return number
+
+    def _save(self, record: Record, origin: int) -> None:
         self._db.execute(
-            "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO files"
+            " (name, origin, key, version, size, blocks, cached_bytes, last_used, pinned)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET"
+            " key = excluded.key, version = excluded.version, size = excluded.size,"
+            " blocks = excluded.blocks, cached_bytes = excluded.cached_bytes,"
+            " last_used = excluded.last_used, pinned = excluded.pinned",
             (
                 record.name,
-                record.origin,
+                origin,
                 record.key,
                 record.version,
                 record.size,
+                record.blocks,
                 record.cached_bytes,
                 record.last_used,
+                record.pinned,
             ),
         )
+        row = self._db.execute("SELECT id FROM files WHERE name = ?", (record.name,)).fetchone()
+        self._save_chunks(row[0], record.chunks)
+
+    def _save_chunks(self, row: int, chunks: Mapping[int, bytes]) -> None:
         self._db.executemany(
             "INSERT OR REPLACE INTO chunks VALUES (?, ?, ?)",
-            [(record.name, number, sums) for number, sums in record.chunks.items()],
+            [(row, number, sums) for number, sums in chunks.items() if sums],
         )
+        self._db.executemany(
+            "DELETE FROM chunks WHERE file = ? AND number = ?",
+            [(row, number) for number, sums in chunks.items() if not sums],
+        )
+
+    def change_blocks(
+        self, row: int, chunks: Mapping[int, bytes], blocks: int, cached_bytes: int
+    ) -> None:
+        """Blocks of an idle file went; b"" stands for a chunk of which nothing is left."""
+        with self._transaction():
+            self._save_chunks(row, chunks)
+            self._db.execute(
+                "UPDATE files SET blocks = ?, cached_bytes = ? WHERE id = ?",
+                (blocks, cached_bytes, row),
+            )
 
     def delete(self, names: Sequence[str]) -> None:
         with self._transaction():
@@ -141,25 +329,29 @@ class Index:
 
     def _delete(self, name: str) -> None:
         self._db.execute("DELETE FROM files WHERE name = ?", (name,))
-        self._db.execute("DELETE FROM chunks WHERE name = ?", (name,))
 
     def move(self, origin: str, key: bytes, target: bytes) -> list[str]:
-        """`key` and all below it were renamed; returns the names of cache files replaced."""
+        """`key` and all below it were renamed; returns the names of cache files replaced. What is
+        pinned stays pinned under its new name, and the target's own pin stays too."""
+        moved = {(origin, target + at[len(key) :]) for of, at in self._pins_under(origin, key)}
         with self._transaction():
             replaced = self._under(origin, target)
             for name in replaced:
                 self._delete(name)
             self._db.execute(
-                "UPDATE files SET key = CAST(? || substr(key, ?) AS BLOB)"
-                " WHERE origin = ? AND (key = ? OR (key > ? AND key < ?))",
-                (target, len(key) + 1, origin, key, key + b"/", key + b"0"),
+                "UPDATE files SET key = CAST(? || substr(key, ?) AS BLOB)"  # noqa: S608 - constants
+                f" WHERE origin = (SELECT id FROM origins WHERE origin = ?) AND {_UNDER}",
+                (target, len(key) + 1, origin, *_under(key)),
             )
+            self._write_pins(self._pins - self._pins_under(origin, key) | moved)
+            self._mark_pinned(origin, target)
         return replaced
 
     def renew_version(self, origin: str, key: bytes, old: bytes, new: bytes) -> None:
         self._db.execute(
-            "UPDATE files SET version = ? WHERE origin = ? AND key = ? AND version = ?",
-            (new, origin, key, old),
+            "UPDATE files SET version = ? WHERE version = ? AND key = ?"
+            " AND origin = (SELECT id FROM origins WHERE origin = ?)",
+            (new, old, key, origin),
         )
 
     def remove(self, origin: str, key: bytes) -> list[str]:
@@ -168,45 +360,90 @@ class Index:
             names = self._under(origin, key)
             for name in names:
                 self._delete(name)
+            self._write_pins(self._pins - self._pins_under(origin, key))
         return names
 
     def _under(self, origin: str, key: bytes) -> list[str]:
         rows = self._db.execute(
-            "SELECT name FROM files WHERE origin = ? AND (key = ? OR (key > ? AND key < ?))",
-            (origin, key, key + b"/", key + b"0"),  # "0" follows "/" in ASCII
+            "SELECT name FROM files"  # noqa: S608 - constants
+            f" WHERE origin = (SELECT id FROM origins WHERE origin = ?) AND {_UNDER}",
+            (origin, *_under(key)),
         )
         return [row[0] for row in rows.fetchall()]
 
-    def oldest(self, after: float, limit: int) -> list[tuple[str, int, float]]:
-        """(name, cached_bytes, last_used) of files last used after `after`, oldest first."""
-        rows = self._db.execute(
-            "SELECT name, cached_bytes, last_used FROM files WHERE last_used > ?"
-            " ORDER BY last_used LIMIT ?",
-            (after, limit),
+    # --- pins -----------------------------------------------------------------------------------
+
+    def pins(self) -> list[tuple[str, bytes]]:
+        rows = self._db.execute("SELECT origin, key FROM pins ORDER BY origin, key")
+        return [(origin, bytes(key)) for origin, key in rows.fetchall()]
+
+    def is_pinned(self, origin: str, key: bytes) -> bool:
+        """Whether it, or a directory that it is in, was pinned. From memory."""
+        return bool(self._pins) and self.pin_over(origin, key) is not None
+
+    def pin_over(self, origin: str, key: bytes) -> bytes | None:
+        """What was pinned of its path: itself, or the directory nearest to it. From memory."""
+        while (origin, key) not in self._pins:
+            if not key:
+                return None
+            key = key.rpartition(b"/")[0]
+        return key
+
+    def pin(self, origin: str, key: bytes) -> None:
+        """It stays, with all that is or will be below it."""
+        with self._transaction():
+            self._write_pins(self._pins | {(origin, key)})
+            self._mark_pinned(origin, key)
+
+    def unpin(self, origin: str, key: bytes) -> int:
+        """Returns how many pins, of it and below it, there were."""
+        found = self._pins_under(origin, key)
+        with self._transaction():
+            self._write_pins(self._pins - found)
+            self._mark_pinned(origin, key)
+        return len(found)
+
+    def _pins_under(self, origin: str, key: bytes) -> set[tuple[str, bytes]]:
+        below = key + b"/" if key else b""
+        return {
+            (of, at)
+            for of, at in self._pins
+            if of == origin and (at == key or at.startswith(below))
+        }
+
+    def _write_pins(self, pins: set[tuple[str, bytes]]) -> None:
+        self._db.executemany("DELETE FROM pins WHERE origin = ? AND key = ?", self._pins - pins)
+        self._db.executemany("INSERT INTO pins VALUES (?, ?)", pins - self._pins)
+        self._pins = pins
+
+    def _mark_pinned(self, origin: str, key: bytes) -> None:
+        """Files at and below `key` say whether they are pinned now."""
+        self._mark(origin, key, int(self.is_pinned(origin, key)))
+        for _, pinned in self._pins_under(origin, key):
+            self._mark(origin, pinned, 1)
+
+    def _mark(self, origin: str, key: bytes, pinned: int) -> None:
+        self._db.execute(
+            "UPDATE files SET pinned = ? WHERE pinned != ?"  # noqa: S608 - constants
+            f" AND origin = (SELECT id FROM origins WHERE origin = ?) AND {_UNDER}",
+            (pinned, pinned, origin, *_under(key)),
         )
-        return rows.fetchall()
 
-    def total_bytes(self) -> int:
-        total: int = self._db.execute(
-            "SELECT coalesce(sum(cached_bytes), 0) FROM files"
-        ).fetchone()[0]
-        return total
-
-    def names(self) -> set[str]:
-        return {row[0] for row in self._db.execute("SELECT name FROM files").fetchall()}
-
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self._db)
-
-
-class _Transaction:
-    """BEGIN … COMMIT, or ROLLBACK when the block raises."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __enter__(self) -> None:
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """BEGIN … COMMIT, or ROLLBACK when the block raises."""
+        pins = self._pins
         self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._pins = pins
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
 
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        self._db.execute("ROLLBACK" if kind else "COMMIT")
+
+def _under(key: bytes) -> tuple[bytes, bytes, bytes]:
+    """What _UNDER asks for: "0" follows "/" in ASCII; all names are under the root, b""."""
+    return (key, key + b"/", key + b"0") if key else (b"", b"", b"\xff" * 300)

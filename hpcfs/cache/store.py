@@ -1,4 +1,4 @@
-"""The cache on disk: its directory, its lock, the files in use, the bound on its size.
+"""The cache on disk: its directory, its lock, the files in use.
 
 A cache directory belongs to one mount at a time (`flock`, so a killed daemon holds nothing). In it:
 
@@ -9,9 +9,8 @@ A cache directory belongs to one mount at a time (`flock`, so a killed daemon ho
     kept/         files that could not be uploaded
 
 Files in use are known in memory and written to the index by `save`, some time later and once more
-at the end; all SQLite and disk work runs in one worker thread at a time. Eviction takes whole files
-that nobody uses, least recently used first, then clean blocks of files in use (invariant 3: never
-dirty ones).
+at the end; all SQLite work runs in one worker thread at a time. What goes when there is too much is
+eviction.py's.
 """
 
 from __future__ import annotations
@@ -20,25 +19,24 @@ import fcntl
 import logging
 import os
 import secrets
-import sqlite3
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import trio
-
+from hpcfs.cache.eviction import Eviction
 from hpcfs.cache.file import CacheFile
+from hpcfs.cache.foresight import MAX_FILES
 from hpcfs.cache.index import Index, Record
+from hpcfs.cache.shelf import Row, Shelf
+from hpcfs.system.disk import MinFree
 from hpcfs.transfer.messages import BLOCK_BYTES
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_LOW_WATER = 0.95
-"""Eviction makes this much more room than it must, so that it doesn't run for every block."""
-_VICTIMS_AT_ONCE = 200
+_SUMS_AT_ONCE = 32
+"""Blocks: 2 MiB for each time that a thread is asked."""
 
 
 class CacheUnusable(Exception):
@@ -48,22 +46,24 @@ class CacheUnusable(Exception):
 class Store:
     """Sizes in bytes. Use `Store.open`, which may raise CacheUnusable."""
 
-    def __init__(self, directory: Path, max_bytes: int, lock_fd: int, index: Index) -> None:
-        self.directory = directory
-        self.max_bytes = max_bytes
+    def __init__(self, shelf: Shelf, eviction: Eviction, lock_fd: int) -> None:
+        self.shelf = shelf
+        self.eviction = eviction
+        self.directory = shelf.directory
+        self._index = shelf.index
         self._lock_fd = lock_fd
-        self._index = index
-        self._limiter = trio.CapacityLimiter(1)
         self._active: dict[tuple[str, bytes], CacheFile] = {}
-        self._unsaved: dict[str, CacheFile] = {}
-        self._saving: dict[str, CacheFile] = {}
-        """What `save` is just telling the index: neither in `_unsaved` nor to be touched."""
-        self._idle_bytes = index.total_bytes()
-        self._added_bytes = 0
-        self._evict_wanted = trio.Event()
+        """By origin and key: the open files that have a name."""
+        self.note_added = eviction.note_added
+        self.may_prefetch = eviction.may_prefetch
+        self.check_bound = eviction.check
+        self.make_room = eviction.make_room
+        self.evict_forever = eviction.run
 
     @classmethod
-    def open(cls, directory: Path, max_bytes: int, holder: str) -> Store:
+    def open(
+        cls, directory: Path, max_bytes: int, holder: str, min_free: MinFree | None = None
+    ) -> Store:
         """`holder` names the mount for whoever finds the cache locked."""
         try:
             (directory / "data").mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -83,17 +83,25 @@ class Store:
         try:
             os.ftruncate(lock_fd, 0)
             os.pwrite(lock_fd, holder.encode(), 0)
-            index = Index(directory / "index.db")
+            shelf = Shelf(directory, Index(directory / "index.db"))
         except OSError as error:
             os.close(lock_fd)
             raise CacheUnusable(
                 f"the cache directory {directory} can't be written: {error.strerror}"
             ) from None
-        return cls(directory, max_bytes, lock_fd, index)
+        return cls(shelf, Eviction(shelf, max_bytes, min_free or MinFree()), lock_fd)
+
+    @property
+    def max_bytes(self) -> int:
+        return self.eviction.max_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return self.shelf.used_bytes
 
     async def in_thread(self, work: Callable[..., T], *args: object) -> T:
         """Disk work, one piece at a time."""
-        return await trio.to_thread.run_sync(work, *args, limiter=self._limiter)
+        return await self.shelf.in_thread(work, *args)
 
     # --- files in use ---------------------------------------------------------------------------
 
@@ -105,16 +113,28 @@ class Store:
         """
         file = self._in_use(origin, key, version, size)
         if file is None:
-            record = await self.in_thread(self._index.find, origin, key)
-            file = self._in_use(origin, key, version, size)  # somebody may have been faster
-            if file is None:
-                usable = record and record.version == version and record.size == size
-                file = self._reopen(record) if record and usable else None
-                file = file or self.create(origin, key, version, size)
-                self.adopt(file)
+            lookup = self.shelf.lookup
+            known = None if lookup.locked() else self.shelf.foresight.ask(origin, key)
+            if known is not None:
+                file = self._take(known.record, origin, key, version, size)
+            else:
+                async with lookup:
+                    record = await self._look_up(origin, key)
+                    file = self._in_use(origin, key, version, size)  # somebody may be faster
+                    file = file or self._take(record, origin, key, version, size)
         file.users += 1
         file.last_used = time.time()
         return file
+
+    async def _look_up(self, origin: str, key: bytes) -> Record | None:
+        foresight = self.shelf.foresight
+        if foresight.wants(origin, key):
+            stamp, directory = foresight.stamp, key.rpartition(b"/")[0]
+            files = await self.in_thread(self._index.directory, origin, directory, MAX_FILES)
+            foresight.learn(origin, key, files, stamp)
+            if files is not None and (key not in files or files[key].is_complete):
+                return files.get(key)
+        return await self.in_thread(self._index.find, origin, key)
 
     def _in_use(self, origin: str, key: bytes, version: bytes, size: int) -> CacheFile | None:
         file = self._active.get((origin, key))
@@ -122,28 +142,43 @@ class Store:
             return file
         return None
 
+    def _take(
+        self, record: Record | None, origin: str, key: bytes, version: bytes, size: int
+    ) -> CacheFile:
+        """What the record stands for, if it is this version; else an empty file. No await."""
+        usable = record and record.version == version and record.size == size
+        file = self._reopen(record) if record and usable else None
+        file = file or self.create(origin, key, version, size)
+        self.adopt(file)
+        return file
+
     def _reopen(self, record: Record) -> CacheFile | None:
-        if record.name in self._unsaved or record.name in self._saving:
+        if record.name in self.shelf.files:
             return None
-        path = self._data_path(record.name)
-        if not path.exists():
+        path = self.shelf.path(record.name)
+        try:
+            if path.stat().st_nlink != 1:
+                return None  # a kill left it with a second name, in kept/: that one is not ours
+        except FileNotFoundError:
             return None
-        file = CacheFile(
-            str(path), record.name, record.origin, record.key, record.version, record.size
-        )
-        for number, checksums in record.chunks.items():
-            file.blocks.load(number, checksums)
-        self._idle_bytes -= record.cached_bytes
-        self._unsaved[file.name] = file
+        file = self._open_file(record.name, record.origin, record.key, record.version, record.size)
+        file.last_used = record.last_used
+        file.blocks.load(record.chunks, record.blocks)
+        self.shelf.rows[file.name] = Row.of(record)
         return file
 
     def create(self, origin: str, key: bytes, version: bytes, size: int) -> CacheFile:
         """An empty cache file. Raises OSError when the disk has no room for it."""
         name = secrets.token_hex(12)
-        path = self._data_path(name)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        file = CacheFile(str(path), name, origin, key, version, size)
-        self._unsaved[name] = file
+        self.shelf.path(name).parent.mkdir(mode=0o700, exist_ok=True)
+        return self._open_file(name, origin, key, version, size)
+
+    def _open_file(
+        self, name: str, origin: str, key: bytes, version: bytes, size: int
+    ) -> CacheFile:
+        file = CacheFile(str(self.shelf.path(name)), name, origin, key, version, size)
+        file.pinned = self._index.is_pinned(origin, key)
+        self.shelf.files[name] = file
         return file
 
     def adopt(self, file: CacheFile) -> None:
@@ -157,33 +192,32 @@ class Store:
         """A user is done. The file is closed once `save` has told the index of it."""
         file.users -= 1
         file.last_used = time.time()
-        self._unsaved[file.name] = file
+        if not file.indexed:
+            self.check_bound()
 
     def forget(self, file: CacheFile) -> None:
         """What the file holds belongs to nothing any more; it goes when its last user does."""
         file.indexed = False
-        self._unsaved[file.name] = file
         if self._active.get((file.origin, file.key)) is file:
             del self._active[file.origin, file.key]
-
-    def _data_path(self, name: str) -> Path:
-        return self.directory / "data" / name[:2] / name
 
     # --- names change -----------------------------------------------------------------------------
 
     async def move(self, origin: str, key: bytes, target: bytes) -> None:
         """The remote renamed `key` (a file, or a directory and all below it)."""
         self._forget_under(origin, target)
+        self.shelf.foresight.spoil_all()
         for file in self._under(origin, key):
             del self._active[origin, file.key]
             file.key = target + file.key[len(key) :]
             self._active[origin, file.key] = file
-            self._unsaved[file.name] = file
         await self._drop_names(await self.in_thread(self._index.move, origin, key, target))
+        self.mark_pinned(origin, target)
 
     async def remove(self, origin: str, key: bytes) -> None:
         """The remote removed `key`."""
         self._forget_under(origin, key)
+        self.shelf.foresight.spoil_all()
         await self._drop_names(await self.in_thread(self._index.remove, origin, key))
 
     async def renew_version(self, origin: str, key: bytes, old: bytes, new: bytes) -> None:
@@ -192,32 +226,34 @@ class Store:
         if file is not None:
             if file.version == old:
                 file.version = new
-                self._unsaved[file.name] = file
             return
+        self.shelf.foresight.spoil(origin, key)
         await self.in_thread(self._index.renew_version, origin, key, old, new)
+
+    def mark_pinned(self, origin: str, key: bytes) -> None:
+        """The open files at and below `key` know whether they are pinned now."""
+        for file in self.shelf.under(origin, key):
+            file.pinned = self._index.is_pinned(origin, file.key)
 
     def _forget_under(self, origin: str, key: bytes) -> None:
         for file in self._under(origin, key):
             self.forget(file)
 
     def _under(self, origin: str, key: bytes) -> list[CacheFile]:
-        below = key + b"/"
-        return [
-            file
-            for (its_origin, its_key), file in self._active.items()
-            if its_origin == origin and (its_key == key or its_key.startswith(below))
-        ]
+        under = self.shelf.under(origin, key)
+        return [file for file in under if self._active.get((origin, file.key)) is file]
 
     async def _drop_names(self, names: list[str]) -> None:
+        """The index has forgotten these files."""
         for name in names:
-            file = self._unsaved.get(name) or self._saving.get(name)
+            self.shelf.rows.pop(name, None)
+            file = self.shelf.files.get(name)
             if file is None:
-                await self.in_thread(self._unlink, name)
+                await self.in_thread(self.shelf.unlink, name)
             elif self._active.get((file.origin, file.key)) is not file:
                 self.forget(file)
-
-    def _unlink(self, name: str) -> None:
-        self._data_path(name).unlink(missing_ok=True)
+        if names:
+            await self.shelf.recount()
 
     # --- saving -----------------------------------------------------------------------------------
 
@@ -226,61 +262,68 @@ class Store:
 
         Raises OSError or sqlite3.Error when the cache's disk fails; nothing is forgotten then.
         """
-        if self._saving or not self._unsaved:
+        if self.shelf.is_saving:
             return
-        batch, self._unsaved = self._unsaved, {}
-        self._saving = batch
+        self.shelf.is_saving = True
         try:
-            replaced = await self._save_records(batch)
-        except BaseException:
-            for file in batch.values():
-                file.blocks.touch_all()
-            self._unsaved = batch | self._unsaved
-            raise
+            replaced = await self._save_changes()
         finally:
-            self._saving = {}
-        for file in batch.values():
-            if file.users > 0:
-                self._unsaved[file.name] = file
-            elif not file.indexed:
-                self._delete_now(file)
-            elif file.name not in self._unsaved:
-                self._retire(file)
+            self.shelf.is_saving = False
+        for file in list(self.shelf.files.values()):
+            if file.users == 0 and file.indexed and not self._has_news(file):
+                self._close_file(file)
+        await self.shelf.bury()
         await self._drop_names(replaced)
-        total = await self.in_thread(self._index.total_bytes)
-        self._idle_bytes = max(0, total - self._active_bytes())
+        await self.shelf.recount()
         self.check_bound()
 
-    async def _save_records(self, batch: dict[str, CacheFile]) -> list[str]:
-        for file in batch.values():
+    def _has_news(self, file: CacheFile) -> bool:
+        """Whether the index does not know yet what it should of this file."""
+        return file.blocks.has_changed or self.shelf.rows.get(file.name) != Row.of(file)
+
+    async def _save_changes(self) -> list[str]:
+        """Returns the names of files that were replaced in the index."""
+        for file in list(self.shelf.files.values()):
             if file.indexed:
                 await self._sum_blocks(file)
-        records = [self._record(file) for file in batch.values() if file.indexed]
-        return await self.in_thread(self._index.save, records)
+        # No await from here to the index's own work.
+        files = self.shelf.files.values()
+        news = [file for file in files if file.indexed and self._has_news(file)]
+        if not news:
+            return []
+        for file in news:
+            self.shelf.foresight.spoil(file.origin, file.key)
+        records = [self._record(file) for file in news]
+        try:
+            replaced = await self.in_thread(self._index.save, records)
+        except BaseException:
+            for file, record in zip(news, records, strict=True):
+                file.blocks.touch(record.chunks)
+            raise
+        for record in records:
+            self.shelf.rows[record.name] = Row.of(record)
+        return replaced
 
-    def _retire(self, file: CacheFile) -> None:
+    def _close_file(self, file: CacheFile) -> None:
         if self._active.get((file.origin, file.key)) is file:
             del self._active[file.origin, file.key]
-        file.close()
-
-    def _delete_now(self, file: CacheFile) -> None:
-        if self._active.get((file.origin, file.key)) is file:
-            del self._active[file.origin, file.key]
-        file.close()
-        self._unlink(file.name)
+        self.shelf.close(file)
 
     async def _sum_blocks(self, file: CacheFile) -> None:
         """Checksums of what was written here and is on the remote; a block written meanwhile stays
         unsummed. What is being uploaded is not of the version that the index would give it."""
         if file.dirty or file.pins:
             return
-        for block in file.blocks.unsummed():
-            checksum = await self.in_thread(file.compute_checksum, block)
-            start = block * BLOCK_BYTES
-            if file.pins or file.dirty.overlaps(start, start + BLOCK_BYTES):
-                return
-            if file.blocks.is_present(block):
-                file.blocks.set_checksum(block, checksum)
+        unsummed = file.blocks.unsummed()
+        for first in range(0, len(unsummed), _SUMS_AT_ONCE):
+            blocks = unsummed[first : first + _SUMS_AT_ONCE]
+            found = await self.in_thread(lambda some: [*map(file.compute_checksum, some)], blocks)
+            for block, checksum in zip(blocks, found, strict=True):
+                start = block * BLOCK_BYTES
+                if file.pins or file.dirty.overlaps(start, start + BLOCK_BYTES):
+                    return
+                if file.blocks.is_present(block):
+                    file.blocks.set_checksum(block, checksum)
 
     def _record(self, file: CacheFile) -> Record:
         return Record(
@@ -291,103 +334,33 @@ class Store:
             file.size,
             file.cached_bytes,
             file.last_used,
-            file.blocks.take_changed(),
+            file.blocks.summed,
+            file.pinned,
+            chunks=file.blocks.take_changed(),
         )
 
     async def close(self) -> None:
         try:
             await self.save()
         finally:
-            for file in list(self._active.values()):
-                self._retire(file)
+            for file in list(self.shelf.files.values()):
+                self._close_file(file)
             self._index.close()
             os.close(self._lock_fd)
 
     async def remove_strays(self) -> None:
         """Delete cache files that the index doesn't know: what a killed daemon had begun. Those
-        that the journal knows were moved to kept/ when it was opened."""
-        known = await self.in_thread(self._index.names)
+        that the journal knows were moved to kept/ when it was opened. One folder at a time."""
         for folder in await self.in_thread(lambda: sorted((self.directory / "data").iterdir())):
-            for path in await self.in_thread(lambda folder=folder: list(folder.iterdir())):
-                name = path.name
-                if name not in known and not self._is_in_use(name):
-                    log.info("removing the stray cache file %s", name)
-                    await self.in_thread(partial(path.unlink, missing_ok=True))
+            names = await self.in_thread(os.listdir, folder)
+            idle = [name for name in names if name not in self.shelf.files]
+            await self.in_thread(self._remove_unknown, folder, idle)
 
-    def _is_in_use(self, name: str) -> bool:
-        return name in self._unsaved or name in self._saving
-
-    # --- the bound --------------------------------------------------------------------------------
-
-    def _active_bytes(self) -> int:
-        return sum(file.cached_bytes for file in self._active.values())
-
-    @property
-    def used_bytes(self) -> int:
-        return self._idle_bytes + self._active_bytes()
-
-    def note_added(self, length: int) -> None:
-        """`length` bytes were fetched or written; eviction starts when that may be too much."""
-        self._added_bytes += length
-        if self._added_bytes > min(64 * BLOCK_BYTES, self.max_bytes // 20):
-            self._added_bytes = 0
-            self.check_bound()
-
-    def check_bound(self) -> None:
-        """Start to evict if there is too much, perhaps only now clean."""
-        if self.used_bytes > self.max_bytes:
-            self._evict_wanted.set()
-
-    async def evict_forever(self) -> None:
-        """Also on a disk that fails: then the next bytes that come are the next attempt."""
-        while True:
-            await self._evict_wanted.wait()
-            self._evict_wanted = trio.Event()
-            try:
-                await self.make_room(int(self.used_bytes - self.max_bytes * _LOW_WATER))
-            except (OSError, sqlite3.Error) as error:
-                log.error("the cache can't be kept small: %s", error)  # noqa: TRY400
-
-    async def make_room(self, wanted: int) -> int:
-        """Evict at least `wanted` bytes if that can be done; returns the bytes evicted."""
-        freed = await self._evict_idle(wanted)
-        if freed < wanted:
-            freed += self._evict_blocks(wanted - freed)
-        return freed
-
-    async def _evict_idle(self, wanted: int) -> int:
-        freed, after = 0, -1.0
-        while freed < wanted:
-            oldest = await self.in_thread(self._index.oldest, after, _VICTIMS_AT_ONCE)
-            if not oldest:
-                break
-            victims = []
-            for name, length, after in oldest:  # noqa: B007 - the last one is where to go on
-                if freed < wanted and not self._is_in_use(name):
-                    victims.append(name)
-                    freed += length
-            # Files first: a full disk takes no change of the index, and a row may lack its file.
-            await self._drop_names(victims)
-            try:
-                await self.in_thread(self._index.delete, victims)
-            except sqlite3.Error as error:
-                log.warning("the cache's index still names evicted files: %s", error)
-        self._idle_bytes = max(0, self._idle_bytes - freed)
-        return freed
-
-    def _evict_blocks(self, wanted: int) -> int:
-        freed = 0
-        for file in sorted(self._active.values(), key=lambda file: file.last_used):
-            if freed >= wanted:
-                break
-            if file.pins:
-                continue
-            blocks = []
-            for block in file.blocks.present():
-                start = block * BLOCK_BYTES
-                if freed >= wanted or file.dirty.overlaps(start, start + BLOCK_BYTES):
-                    continue
-                blocks.append(block)
-                freed += BLOCK_BYTES
-            file.evict(blocks)
-        return freed
+    def _remove_unknown(self, folder: Path, names: list[str]) -> None:
+        """In a thread. Files that were not open before their names were looked for: what the index
+        doesn't have of them it never will."""
+        known = self._index.known(names)
+        for name in names:
+            if name not in known:
+                log.info("removing the stray cache file %s", name)
+                (folder / name).unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from tests.filesystem.world import KINDS, World, until, world
 EXAMPLES = int(os.environ.get("HPCFS_MODEL_EXAMPLES", "0"))
 CACHE_BLOCKS = 3
 STEPS = 40
-NAMES = ["ns/a", "ns/b", "ns/d/a", "ns/d/b", "ns/d", "ns/e"]
+NAMES = ["ns/a", "ns/b", "ns/d/a", "ns/e/a", "ns/d", "ns/e"]
 
 profile = settings(
     max_examples=EXAMPLES or 150,
@@ -88,7 +88,8 @@ class Walk:
         return any(other is ref for other in self.handles.values())
 
     def folders_exist(self, path: str) -> bool:
-        return not path.startswith("ns/d/") or self.names.get("ns/d", b"") is None
+        folder = path.rpartition("/")[0]
+        return folder == "ns" or self.names.get(folder, b"") is None
 
     def pick_handle(self) -> int | None:
         return self.draw(st.sampled_from(sorted(self.handles))) if self.handles else None
@@ -314,9 +315,37 @@ class Walk:
         await self.w.store.make_room(10**9)
 
     async def list(self) -> None:
-        found = await self.k.listdir("ns")
-        below = {path.removeprefix("ns/").encode() for path in self.names}
-        assert found.keys() == {name for name in below if b"/" not in name}
+        await self._list("ns")
+
+    async def walk(self) -> None:
+        """As find does it, perhaps not to the end: what comes next was listed ahead then, and what
+        is changed before the walk goes on must be seen nevertheless."""
+        await self._list("ns")
+        folders = [path for path, ref in self.names.items() if ref is None]
+        for path in folders[: self.draw(st.integers(0, 2))]:
+            await self._list(path)
+        for _ in range(self.draw(st.sampled_from([0, 20]))):
+            await trio.lowlevel.checkpoint()
+
+    async def walk_on(self) -> None:
+        folders = sorted(path for path, ref in self.names.items() if ref is None)
+        if folders:
+            await self._list(self.draw(st.sampled_from(folders)))
+
+    async def _list(self, path: str) -> None:
+        found = await self.k.listdir(path)
+        inside = [name for name in self.names if name.rpartition("/")[0] == path]
+        assert found.keys() == {name.rpartition("/")[2].encode() for name in inside}
+        for name in inside:
+            ref, entry = self.names[name], found[name.rpartition("/")[2].encode()]
+            if isinstance(ref, Ref) and not self.is_open(ref):
+                assert entry.size == len(ref.content), name
+
+    async def ask_for_names(self) -> None:
+        """As compilers and git do: many, most of them missing, one after the other."""
+        for path in [*NAMES, "ns/c", "ns/f", "ns/d/c"]:
+            if self.folders_exist(path):
+                assert await self.k.exists(path) == (path in self.names), path
 
     async def forget(self) -> None:
         """The kernel forgets what no program has open."""
@@ -337,9 +366,11 @@ class Walk:
         await self.check_bound()
 
     async def check_bound(self) -> None:
-        """What is not dirty is evicted soon."""
+        """What is not dirty is evicted soon; of what was removed while it is open, a little stays."""
         store = self.w.store
-        dirty = sum(file.dirty.total + BLOCK_BYTES * file.pins for file in store._active.values())
+        files = store.shelf.files.values()
+        dirty = sum(file.dirty.total + BLOCK_BYTES * file.pins for file in files)
+        dirty += sum(file.cached_bytes for file in files if not file.indexed and file.users)
         step = store.max_bytes // 20
         slack = len(self.names) * 2 * BLOCK_BYTES if dirty else 0
         limit = store.max_bytes + dirty + slack + step
@@ -365,6 +396,7 @@ OPERATIONS: list[Callable[[Walk], Awaitable[None]]] = [
     *[Walk.failing_flush, Walk.unlink, Walk.mkdir, Walk.rmdir, Walk.symlink, Walk.rename],
     *[Walk.rename_directory, Walk.set_attributes, Walk.replace_on_remote, Walk.append_on_remote],
     *[Walk.wait, Walk.save, Walk.evict, Walk.list, Walk.forget],
+    *[Walk.walk, Walk.walk_on, Walk.ask_for_names] * 2,
 ]
 
 

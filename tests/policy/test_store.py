@@ -14,6 +14,7 @@ import trio
 import trio.lowlevel
 
 from hpcfs.cache.file import CacheFile, checksum
+from hpcfs.cache.index import Record
 from hpcfs.cache.store import CacheUnusable, Store
 from hpcfs.filesystem.errors import CacheFull
 from hpcfs.transfer import messages as m
@@ -164,11 +165,11 @@ def test_a_save_that_fails_forgets_nothing(tmp_path: Path) -> None:
         working = store._index.save
         attempts = []
 
-        def full(_: object) -> list[str]:
+        def full(*_: object) -> list[str]:
             attempts.append(1)
             raise sqlite3.OperationalError("database or disk is full")
 
-        store._index.save = full  # type: ignore[method-assign]
+        store._index.save = full  # type: ignore[assignment,method-assign]
         with pytest.raises(sqlite3.OperationalError):
             await store.save()
         store._index.save = working  # type: ignore[method-assign]
@@ -287,11 +288,11 @@ def test_eviction_outlives_a_failing_disk(tmp_path: Path, caplog: pytest.LogCapt
     async def story(store: Store) -> None:
         working = store._index.oldest
 
-        def broken(*_: object) -> list[tuple[str, int, float]]:
+        def broken(*_: object) -> list[Record]:
             store._index.oldest = working  # type: ignore[method-assign]
             raise sqlite3.OperationalError("disk I/O error")
 
-        store._index.oldest = broken  # type: ignore[method-assign]
+        store._index.oldest = broken  # type: ignore[assignment,method-assign]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.evict_forever)
             file = await fill(store, b"k", 4)

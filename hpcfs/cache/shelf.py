@@ -1,0 +1,108 @@
+"""A cache directory as all parts of the cache share it: its index, and the files that are open.
+
+A file that is open here is known in memory, and what the index has of it is behind; one that is
+not is *idle*, and only the index knows of it. Files change sides under `lookup`, so that what one
+task is about to open is not what another evicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from hpcfs.cache.file import CacheFile
+from hpcfs.cache.foresight import Foresight
+from hpcfs.cache.index import Index, Record
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What the index says of an open file, to tell whether it must be told anew."""
+
+    key: bytes
+    version: bytes
+    size: int
+    cached_bytes: int
+    last_used: float
+    pinned: bool
+
+    @classmethod
+    def of(cls, file: CacheFile | Record) -> Row:
+        return cls(
+            file.key, file.version, file.size, file.cached_bytes, file.last_used, file.pinned
+        )
+
+
+class Shelf:
+    def __init__(self, directory: Path, index: Index) -> None:
+        self.directory = directory
+        self.index = index
+        self.files: dict[str, CacheFile] = {}
+        """All that are open, by name."""
+        self.rows: dict[str, Row] = {}
+        """What the index has of them."""
+        self.indexed_bytes = index.total_bytes()
+        """As the index had it last, open files included."""
+        self.lookup = trio.Lock()
+        self.foresight = Foresight()
+        self.is_saving = False
+        """While the index is told of open files: none may be closed meanwhile."""
+        self._limiter = trio.CapacityLimiter(1)
+
+    async def in_thread(self, work: Callable[..., T], *args: object) -> T:
+        """Disk work, one piece at a time: the index serves one caller."""
+        return await trio.to_thread.run_sync(work, *args, limiter=self._limiter)
+
+    def path(self, name: str) -> Path:
+        return self.directory / "data" / name[:2] / name
+
+    def unlink(self, name: str) -> None:
+        self.path(name).unlink(missing_ok=True)
+
+    def close(self, file: CacheFile) -> None:
+        """What the index has of it is all that is known from now on."""
+        del self.files[file.name]
+        self.rows.pop(file.name, None)
+        file.close()
+
+    async def bury(self) -> int:
+        """Files that were forgotten and have no user any more go; returns their bytes."""
+        freed = 0
+        for file in list(self.files.values()):
+            if file.indexed or file.users > 0 or self.is_saving:
+                continue
+            freed += file.cached_bytes
+            has_row = file.name in self.rows
+            self.foresight.spoil(file.origin, file.key)
+            self.close(file)
+            await self.in_thread(self.unlink, file.name)
+            if has_row:
+                await self.in_thread(self.index.delete, [file.name])
+        return freed
+
+    @property
+    def idle_bytes(self) -> int:
+        in_use = sum(row.cached_bytes for row in self.rows.values())
+        return max(0, self.indexed_bytes - in_use)
+
+    @property
+    def used_bytes(self) -> int:
+        """Looks at every open file: not for every read."""
+        return self.idle_bytes + sum(file.cached_bytes for file in self.files.values())
+
+    async def recount(self) -> None:
+        """After the index changed."""
+        self.indexed_bytes = await self.in_thread(self.index.total_bytes)
+
+    def under(self, origin: str, key: bytes) -> Iterator[CacheFile]:
+        """The open files at and below `key`."""
+        below = key + b"/" if key else b""
+        for file in list(self.files.values()):
+            if file.origin == origin and (file.key == key or file.key.startswith(below)):
+                yield file
