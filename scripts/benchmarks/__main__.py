@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from scripts.benchmarks import measure, peers, report, workloads
+from scripts.benchmarks import chart, measure, peers, report, workloads
 from scripts.benchmarks import results as outcome
 from scripts.benchmarks.files import MIB, Files
 from scripts.benchmarks.peers import Contender, Mount
@@ -126,7 +126,7 @@ class Run:
         took = cell.failure if cell.seconds is None else f"{cell.seconds:.3f} s"
         place = f"{cell.remote} {cell.rtt_ms:g} ms"
         used = f"{cell.peak_memory / MIB:.0f} MiB, {cell.cpu_seconds:.2f} CPU s"
-        _progress(f"{place:12} {cell.workload:13} {cell.contender:12} {took:>12}   {used}")
+        _progress(f"{place:12} {cell.workload:13} {cell.contender:14} {took:>10}   {used}")
 
 
 def _progress(line: str) -> None:
@@ -243,6 +243,8 @@ def main() -> None:
     print(report.text(results))
     if arguments.json:
         results.write(arguments.json)
+    if arguments.chart:
+        arguments.chart.write_text(chart.svg(results))
 
 
 if __name__ == "__main__":

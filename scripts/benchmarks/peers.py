@@ -7,10 +7,11 @@ Why which option:
 - sshfs(1), mount.fuse3(8): several connections (`max_conns`), the kernel's cache kept over opens
   (`auto_cache`), attributes and names remembered for longer, no compression, the cipher that
   processors have instructions for.
-- rclone's page of `mount`: `--vfs-cache-mode full` with parallel chunks (16 streams of 4 MiB are
-  its advice for high latency), `--vfs-fast-fingerprint`, a long `--dir-cache-time`; over SFTP
-  `chunk_size` 255k with more `concurrency`, the advice for OpenSSH servers, no checksums
-  by shell commands; over S3 `--use-server-modtime`, else every attribute is a request of its own.
+- rclone's page of `mount`: `--vfs-cache-mode full` with a large `--vfs-read-ahead`,
+  `--vfs-fast-fingerprint`, a long `--dir-cache-time`; over SFTP `chunk_size` 255k, the advice for
+  OpenSSH servers, no checksums by shell commands; over S3 `--use-server-modtime`, else every
+  attribute is a request of its own. "Streams" is its advice for fast object stores: 16 chunks of
+  4 MiB in parallel. Over SFTP that was measured four times as slow, with 5 GB of memory.
 - s3fs(1): more parallel requests, a larger cache of attributes, remembered absence, a disk cache.
 """
 
@@ -127,7 +128,7 @@ def _sshfs(*options: str) -> Command:
 
 
 SSHFS_TUNED = (
-    "max_conns=4",
+    "max_conns=8",
     "auto_cache",
     "dir_cache=yes",
     f"dcache_timeout={REMEMBER}",
@@ -167,9 +168,7 @@ def _rclone_remote(place: Place) -> dict[str, str]:
 RCLONE_PLAIN: dict[str, dict[str, str]] = {"sftp": {}, "s3": {}}
 RCLONE_PLAIN_FLAGS: dict[str, tuple[str, ...]] = {"sftp": (), "s3": ()}
 RCLONE_FLAGS = (
-    *("--vfs-cache-mode", "full", "--vfs-fast-fingerprint"),
-    *("--vfs-read-chunk-streams", "16", "--vfs-read-chunk-size", "4M"),
-    *("--vfs-read-ahead", "128M", "--buffer-size", "16M"),
+    *("--vfs-cache-mode", "full", "--vfs-fast-fingerprint", "--vfs-read-ahead", "128M"),
     *("--dir-cache-time", "1h", "--attr-timeout", "1h", "--max-read-ahead", "1M"),
 )
 RCLONE_TUNED = {
@@ -178,6 +177,8 @@ RCLONE_TUNED = {
     "s3": {},
 }
 RCLONE_TUNED_FLAGS = {"sftp": RCLONE_FLAGS, "s3": (*RCLONE_FLAGS, "--use-server-modtime")}
+STREAMS = ("--vfs-read-chunk-streams", "16", "--vfs-read-chunk-size", "4M")
+RCLONE_STREAMS_FLAGS = {"s3": (*RCLONE_TUNED_FLAGS["s3"], *STREAMS)}
 
 # --- s3fs -----------------------------------------------------------------------------------------
 
@@ -210,6 +211,7 @@ CONTENDERS = (
     Contender("sshfs tuned", "sshfs", ("sftp",), _sshfs(*SSHFS_TUNED)),
     Contender("rclone", "rclone", ("sftp", "s3"), _rclone(RCLONE_PLAIN, RCLONE_PLAIN_FLAGS)),
     Contender("rclone tuned", "rclone", ("sftp", "s3"), _rclone(RCLONE_TUNED, RCLONE_TUNED_FLAGS)),
+    Contender("rclone streams", "rclone", ("s3",), _rclone(RCLONE_TUNED, RCLONE_STREAMS_FLAGS)),
     Contender("s3fs", "s3fs", ("s3",), _s3fs()),
     Contender("s3fs tuned", "s3fs", ("s3",), _s3fs(*S3FS_TUNED, disk_cache=True)),
 )  # fmt: skip

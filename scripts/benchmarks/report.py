@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from scripts.benchmarks import goals
 from scripts.benchmarks.results import HPCFS, TCP, Cell, Results
 from scripts.benchmarks.workloads import titles
 
@@ -13,7 +14,8 @@ def text(results: Results) -> str:
     for remote in results.remotes:
         for rtt in results.delays:
             parts.append(_table(results, remote, rtt))
-    return "\n\n".join(parts)
+    parts += [_failures(results), _goals(results)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _heading(results: Results) -> str:
@@ -38,18 +40,9 @@ def _table(results: Results, remote: str, rtt: float) -> str:
     return f"{remote}, {rtt:g} ms (seconds)\n{_aligned(rows)}"
 
 
-def best_peer(results: Results, remote: str, rtt: float, workload: str) -> float | None:
-    times = [
-        results.seconds(remote, rtt, contender, workload)
-        for contender in results.contenders(remote)
-        if contender != HPCFS
-    ]
-    return min((seconds for seconds in times if seconds is not None), default=None)
-
-
 def _ratio(results: Results, remote: str, rtt: float, workload: str) -> str:
     ours = results.seconds(remote, rtt, HPCFS, workload)
-    best = best_peer(results, remote, rtt, workload)
+    best = goals.best_peer(results, remote, rtt, workload)
     return f"{best / ours:.2f}" if ours and best else ""
 
 
@@ -75,6 +68,22 @@ def _cpu(results: Results, remote: str, rtt: float, contender: str) -> str:
 def _cells(results: Results, remote: str, rtt: float, contender: str) -> list[Cell]:
     wanted = (remote, rtt, contender)
     return [one for one in results.cells if (one.remote, one.rtt_ms, one.contender) == wanted]
+
+
+def _failures(results: Results) -> str:
+    """Those that need an explanation: a time limit does not."""
+    found = [one for one in results.cells if one.failure and not one.timed_out]
+    where = [(f"{one.remote} {one.rtt_ms:g} ms", one.contender, one.workload) for one in found]
+    lines = [f"  {', '.join(at)}: {one.failure}" for at, one in zip(where, found, strict=True)]
+    return "\n".join(["failed", *lines]) if lines else ""
+
+
+def _goals(results: Results) -> str:
+    rows = [
+        [one.workload, one.place, one.goal, one.seen, "reached" if one.reached else "NOT reached"]
+        for one in goals.outcomes(results)
+    ]
+    return "goals\n" + _aligned(rows) if rows else ""
 
 
 def _aligned(rows: list[list[str]]) -> str:

@@ -21,6 +21,7 @@ milliseconds, and leaving one out pauses a whole direction without a system call
 from __future__ import annotations
 
 import argparse
+import errno
 import heapq
 import os
 import select
@@ -162,12 +163,23 @@ class Proxy:
         self._writable = select.epoll()
         self._blocked: dict[int, Pipe] = {}
         """By the descriptor of a sink that takes nothing now."""
+        self._connections: set[Pipe] = set()
+        """The upward pipe of each."""
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timers_set = 0
         self._buffers: list[bytearray] = []
 
     def run(self, stop: int) -> None:
-        """Until the descriptor `stop` can be read."""
+        """Until the descriptor `stop` can be read; all connections are reset then."""
+        try:
+            self._relay(stop)
+        finally:
+            for up in list(self._connections):
+                self._close(up, reset=True)
+            for epoll in (self._writable, *(wire.readable for wire in self._wires)):
+                epoll.close()
+
+    def _relay(self, stop: int) -> None:
         clock, wires = time.monotonic, self._wires
         writable, listener = self._writable.fileno(), self._listener.fileno()
         early = 0.0
@@ -305,6 +317,7 @@ class Proxy:
             up = Pipe(self._up, source=near, blocked=True)
             down = Pipe(self._down, sink=near)
             up.back, down.back = down, up
+            self._connections.add(up)
             self._at(now + self._profile.rtt, lambda: self._up.watch(up))
             self._at(now + self._profile.rtt * 1.5, lambda: self._connect(up, down))
 
@@ -319,9 +332,10 @@ class Proxy:
         far = socket.socket(family, socket.SOCK_STREAM)
         _prepare(far)
         up.sink = down.source = far
-        with suppress(BlockingIOError):  # in progress: writable, or failing, when it is decided
-            far.connect(self._to)
-        self._block(up)
+        if far.connect_ex(self._to) in (0, errno.EINPROGRESS):
+            self._block(up)  # the end of the attempt makes it writable
+        else:
+            self._close(up, reset=True)
 
     def _finish(self, pipe: Pipe) -> None:
         """The sink has all that was sent: half of the connection is closed."""
@@ -355,6 +369,7 @@ class Proxy:
     def _close(self, pipe: Pipe, *, reset: bool) -> None:
         self._discard(pipe)
         self._discard(pipe.back)
+        self._connections -= {pipe, pipe.back}
         for end in (pipe.source, pipe.sink):
             if end is None:
                 continue
