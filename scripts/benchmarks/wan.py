@@ -303,8 +303,7 @@ class Proxy:
             self._writable.unregister(fd)
             pipe.blocked = False
             self._send(pipe)
-            if not pipe.done:
-                pipe.back.wire.watch(pipe.back)  # a sink that has just been connected
+            pipe.back.wire.watch(pipe.back)  # the sink may have been connected just now
 
     # --- connections ------------------------------------------------------------------------------
 

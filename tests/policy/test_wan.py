@@ -197,3 +197,6 @@ def test_data_that_comes_before_the_server_is_connected_is_kept(server: socket.s
         client.shutdown(socket.SHUT_WR)
         with accept(server) as far:
             assert far.recv(100) == b"early"
+            assert far.recv(100) == b""
+            far.sendall(b"late")
+        assert client.recv(100) == b"late"
