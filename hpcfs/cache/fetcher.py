@@ -91,6 +91,8 @@ class Fetcher:
         self._nursery = nursery
         self._budget = budget
         self._flights: dict[int, _Flight] = {}
+        self._queue: deque[_Flight] = deque()
+        """Those that did not leave yet."""
 
     async def ensure(self, blocks: range, most_bytes: int) -> None:
         """Return once all these blocks are in the cache file; raises RemoteError if one can't be.
@@ -167,25 +169,27 @@ class Fetcher:
         return {self._flights[block] for block in blocks if block in self._flights}
 
     def _launch(self, flights: list[_Flight]) -> None:
-        """Requests leave in order: trio starts tasks of one moment in any."""
         if not flights:
             return
         if not self._flights:
             self._budget.begin()
         for flight in flights:
             self._flights.update(dict.fromkeys(flight.blocks, flight))
-        if len(flights) == 1:
-            self._nursery.start_soon(self._fly, flights[0])
-        else:
-            self._nursery.start_soon(self._fly_in_order, deque(flights))
+        if not self._queue:
+            self._nursery.start_soon(self._fly_in_order)
+        self._queue.extend(flights)
 
-    async def _fly_in_order(self, flights: deque[_Flight]) -> None:
+    async def _fly_in_order(self) -> None:
+        """Requests leave in the order in which they were started; trio would begin tasks of one
+        moment in any."""
         try:
-            while flights:
-                await self._nursery.start(self._fly, flights.popleft())
-        finally:
-            for flight in flights:
-                self._end(flight)
+            while len(self._queue) > 1:
+                await self._nursery.start(self._fly, self._queue.popleft())
+        except BaseException:
+            while self._queue:
+                self._end(self._queue.popleft())
+            raise
+        await self._fly(self._queue.popleft())
 
     def _end(self, flight: _Flight) -> None:
         for block in flight.blocks:
