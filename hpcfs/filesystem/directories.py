@@ -1,31 +1,61 @@
-"""Open directories: opendir(3), readdir(3), rewinddir(3)."""
+"""Open directories: opendir(3), readdir(3), rewinddir(3); and what their listings tell of names.
+
+A listing is asked for when a program reads a directory from its beginning, unless it was listed
+ahead (ahead.py). For a second it also answers lookups (known.py), and where names in a directory
+are asked for one after another it is listed for that, in the background.
+"""
 
 from __future__ import annotations
 
+import logging
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import msgspec
+import trio
 
-from hpcfs.filesystem.errors import BadHandle, NotDirectory
-from hpcfs.filesystem.listing import DirectoryListing, OpenDirectory
-from hpcfs.filesystem.tree import Node, Tree
-from hpcfs.transfer.messages import Entry
+from hpcfs.filesystem.ahead import Ahead
+from hpcfs.filesystem.errors import BadHandle, FilesystemError, NotDirectory
+from hpcfs.filesystem.known import SLOW_SECONDS, Known, Uses
+from hpcfs.filesystem.listing import Listing, OpenDirectory
+from hpcfs.filesystem.namespace import Namespace
+from hpcfs.filesystem.tree import Node, Tree, number_of
+from hpcfs.transfer.messages import Entry, RemoteError
+
+log = logging.getLogger(__name__)
 
 Adopt = Callable[[Node, bytes, Entry, float], Node]
 _DOTS = 2
 """Numbers 0 and 1 of a directory are "." and ".."."""
+_MAX_RENEWALS = 4
+"""Background listings under way at once, beside those of walks."""
 
 
 class Directories:
     """`spool_directory` takes listings too long for memory; `adopt` makes nodes of entries."""
 
-    def __init__(self, tree: Tree, adopt: Adopt, spool_directory: str) -> None:
+    def __init__(
+        self, tree: Tree, adopt: Adopt, spool_directory: str, nursery: trio.Nursery
+    ) -> None:
         self._tree = tree
         self._adopt = adopt
         self._spool_directory = spool_directory
+        self._nursery = nursery
         self._open: dict[int, OpenDirectory] = {}
         self._next = 0
+        self._ahead = Ahead(self._new_listing, number_of, lambda: tree.now(), nursery)
+        self._known = Known()
+        self._uses = Uses()
+        self._under_way: dict[Node, list[Listing]] = {}
+        """Listings that have a node and are not complete: changes made here are noted in them."""
+        self._renewals = 0
+        tree.on_change = self._changed
+
+    def _new_listing(self) -> Listing:
+        return Listing(self._spool_directory, self._tree.now())
+
+    # --- handles ----------------------------------------------------------------------------------
 
     def open(self, node: Node) -> int:
         if not node.is_directory:
@@ -38,7 +68,7 @@ class Directories:
 
     def close(self, handle: int) -> None:
         opened = self._open.pop(handle)
-        opened.close_listing()
+        opened.release_listing()
         if not any(other.node is opened.node for other in self._open.values()):
             opened.node.removals = None
 
@@ -56,25 +86,118 @@ class Directories:
         return self._entries(opened, start)
 
     async def _list(self, opened: OpenDirectory) -> None:
-        opened.close_listing()
-        opened.asked = self._tree.now()
+        opened.release_listing()
         opened.clock = self._tree.clock
-        listing = DirectoryListing(self._spool_directory)
         node = opened.node
+        if node.namespace is None:
+            opened.listing = self._top(node)
+        else:
+            opened.listing = await self._list_remote(node, node.namespace)
+
+    def _top(self, node: Node) -> Listing:
+        """The mount's top: the namespaces."""
+        listing = self._new_listing()
+        entries = [
+            msgspec.structs.replace(child.entry, name=name)
+            for name, child in (node.children or {}).items()
+        ]
+        listing.add_page(msgspec.msgpack.encode(entries))
+        return listing
+
+    # --- listings ---------------------------------------------------------------------------------
+
+    async def _list_remote(self, node: Node, namespace: Namespace) -> Listing:
+        """The one that was made ahead, or a new one."""
+        path, moves = node.path, self._tree.moves
+        walk, flight = self._ahead.opened(namespace, path)
+        listing = flight.listing if flight else self._new_listing()
         try:
-            if node.namespace is None:
-                entries = [
-                    msgspec.structs.replace(child.entry, name=name)
-                    for name, child in (node.children or {}).items()
-                ]
-                listing.add_page(msgspec.msgpack.encode(entries))
-            else:
-                await node.namespace.list_pages(node.path, listing.add_page)
-            listing.check_complete()
+            with self._noting_changes(node, listing):
+                if flight:
+                    await flight.result()
+                else:
+                    await namespace.list_pages(path, listing.add_page)
+                    listing.check_complete()
         except BaseException:
-            listing.close()
+            listing.release()
             raise
-        opened.listing = listing
+        finally:
+            self._ahead.closed(walk)
+        if self._tree.moves == moves:
+            self._ahead.listed(namespace, path, walk, listing)
+            self._is_complete(node, listing)
+        return listing
+
+    def _is_complete(self, node: Node, listing: Listing) -> None:
+        now = self._tree.now()
+        self._known.put(node, listing, now)
+        self._uses.listed(node, listing, now)
+
+    @contextmanager
+    def _noting_changes(self, node: Node, listing: Listing) -> Iterator[None]:
+        under_way = self._under_way.setdefault(node, [])
+        under_way.append(listing)
+        try:
+            yield
+        finally:
+            under_way.remove(listing)
+            if not under_way:
+                self._under_way.pop(node, None)
+
+    def _changed(self, parent: Node, name: bytes, below: bool) -> None:
+        """The mount changed this name, or the attributes of what has it; with `below`, also what is
+        below it may be another."""
+        self._known.changed(parent, name)
+        for listing in self._under_way.get(parent, ()):
+            listing.changed.add(name)
+        if self._ahead and parent.namespace:
+            self._ahead.changed(parent.namespace, parent.path, name, below=below)
+
+    # --- what listings tell of names --------------------------------------------------------------
+
+    def find(self, parent: Node, name: bytes) -> tuple[float, Entry | None] | None:
+        """What the remote said of this name a moment ago: (when it was asked, the entry or None if
+        there is no such name). None where no listing can tell: then ask the remote.
+
+        Call it when a name is wanted for which its node can't answer: names that are asked for one
+        after another make the directory be listed in the background, for those that follow.
+        """
+        if parent.namespace is None:
+            return None
+        now = self._tree.now()
+        if self._uses.note(parent, now) and self._renewals < _MAX_RENEWALS:
+            self._uses.begin(parent)
+            self._renewals += 1
+            self._nursery.start_soon(self._renew, parent, parent.namespace)
+        return self._known.find(parent, name, now)
+
+    async def _renew(self, node: Node, namespace: Namespace) -> None:
+        listing = self._new_listing()
+        path, moves = node.path, self._tree.moves
+        is_complete = False
+
+        def add_page(page: bytes) -> None:
+            if not scope.cancel_called:
+                listing.add_page(page)
+            if not listing.is_small:
+                scope.cancel()
+
+        try:
+            with self._noting_changes(node, listing), trio.move_on_after(SLOW_SECONDS) as scope:
+                await namespace.list_pages(path, add_page)
+                listing.check_complete()
+                is_complete = self._tree.moves == moves
+        except (RemoteError, FilesystemError) as error:
+            log.debug("listing %r in the background: %s", path, error)
+        finally:
+            self._renewals -= 1
+        if is_complete:
+            self._is_complete(node, listing)
+        else:
+            self._uses.failed(node, self._tree.now())
+        listing.release()
+
+    # --- entries ----------------------------------------------------------------------------------
 
     def _entries(
         self, opened: OpenDirectory, start: int
@@ -89,7 +212,7 @@ class Directories:
             last = number + _DOTS
             if self._was_removed(opened, entry.name):
                 continue
-            child = self._adopt(node, entry.name, entry, opened.asked)
+            child = self._adopt(node, entry.name, entry, listing.asked)
             yield last + 1, entry.name, child, True
         yield from self._local(opened, max(start, listing.count + _DOTS))
 

@@ -78,7 +78,7 @@ class Filesystem:
                 entry = directory_entry(name, 0o755, self._uid, self._gid, now)
                 self.tree.add(self.tree.root, name, entry, 0.0, namespace)
         self.files = Files(self.tree, store, uploader, nursery, self._uid)
-        self.directories = Directories(self.tree, self._adopt, str(store.directory))
+        self.directories = Directories(self.tree, self._adopt, str(store.directory), nursery)
 
     # --- looking --------------------------------------------------------------------------------
 
@@ -98,7 +98,27 @@ class Filesystem:
             return child
         if parent.namespace is None:
             raise NoEntry("the mount's top has only namespaces")
+        if listed := self._listed(parent, name, child):
+            return listed
         return await self._look_up(parent, name, child)
+
+    def _listed(self, parent: Node, name: bytes, child: Node | None) -> Node | None:
+        """What a listing of a moment ago tells; None if the remote must be asked. No await.
+
+        Raises NoEntry if it has no such name.
+        """
+        found = self.directories.find(parent, name)
+        if found is None:
+            return None
+        asked, entry = found
+        if entry is not None:
+            node = self._adopt(parent, name, entry, asked)
+            return node if self.tree.is_fresh(node) else None
+        if child is not None:
+            if child.observed > asked:
+                return None
+            self.files.lose(child)
+        raise NoEntry("a listing of a moment ago does not have this name")
 
     async def _look_up(self, parent: Node, name: bytes, child: Node | None) -> Node:
         asked = self.tree.now()
@@ -149,9 +169,22 @@ class Filesystem:
             return node
         if node.is_namespace_root and ino != ROOT_INO:
             await self._look_at_namespace(node)
-        else:
+        elif not self._update_from_listing(node):
             await self._refresh_or_keep(node)
         return node
+
+    def _update_from_listing(self, node: Node) -> bool:
+        """Whether that made the attributes fresh. What an open file has become is asked of the
+        remote: it may be followed there."""
+        if node.content is not None or node.parent is None or not node.is_attached:
+            return False
+        found = self.directories.find(node.parent, node.name)
+        asked, entry = found or (0.0, None)
+        if entry is None:
+            return False
+        if stat.S_IFMT(entry.mode) == stat.S_IFMT(node.entry.mode):
+            self.tree.update(node, entry, asked)
+        return self.tree.is_fresh(node)
 
     async def _refresh_or_keep(self, node: Node) -> None:
         """An open file keeps its last attributes while the remote is out of reach: what is cached
@@ -252,11 +285,14 @@ class Filesystem:
         parent = self._directory(ino)
         if len(name) > MAX_NAME_BYTES:
             raise NameLong("names have at most 255 bytes")
-        return parent, self._writable(parent)
+        namespace = self._writable(parent)
+        self.tree.note_made(parent, name)  # whatever comes of it: older listings don't tell
+        return parent, namespace
 
     def _made(self, parent: Node, name: bytes, entry: m.Entry, asked: float) -> Node:
         if known := self.tree.child(parent, name):
             self.tree.detach(known)
+        self.tree.note_made(parent, name)
         self.tree.expire(parent)
         return self.tree.add(parent, name, entry, asked)
 
@@ -291,7 +327,9 @@ class Filesystem:
             return (await self.files.open(known, flags))[0], known
         try:
             handle, node = await self.files.create(parent, name, mode, flags)
+            self.tree.note_made(parent, name)
         except m.AlreadyExists:
+            self.tree.note_made(parent, name)
             if flags & os.O_EXCL:
                 raise
             node = await self.lookup(parent_ino, name)

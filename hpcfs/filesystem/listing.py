@@ -1,12 +1,14 @@
-"""A directory as it was listed, and the handles that opendir(3) gave out."""
+"""A directory as it was listed once, and the handles that opendir(3) gave out."""
 
 from __future__ import annotations
 
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from tempfile import SpooledTemporaryFile
+from tempfile import TemporaryFile
+from typing import IO
 
 import msgspec
 
@@ -16,26 +18,40 @@ from hpcfs.transfer.messages import Entry
 
 log = logging.getLogger(__name__)
 
-_SPOOL_BYTES = 1024 * 1024
+MEMORY_BYTES = 2 * 1024 * 1024
+"""Some 20,000 entries: what is longer goes to a file, and is not remembered after it was read."""
+MAX_SUBDIRECTORIES = 10_000
+"""A directory with more is walked without looking ahead."""
 _entries = msgspec.msgpack.Decoder(list[Entry])
 
 
-class DirectoryListing:
-    """A directory as it was listed once, in pages as they came.
+class Listing:
+    """Pages as they came, asked for at `asked` (Tree.now).
 
-    Pages stay encoded, beyond a megabyte in a temporary file in the cache directory: memory does
+    Pages stay encoded, beyond MEMORY_BYTES in a temporary file in the cache directory: memory does
     not grow with the directory (invariant 5). Entries are numbered from 0.
     """
 
-    def __init__(self, directory: str) -> None:
-        self._spool = SpooledTemporaryFile(max_size=_SPOOL_BYTES, dir=directory)  # noqa: SIM115
-        self._pages: list[tuple[int, int, int]] = []
-        """(number of the first entry, offset, length)"""
+    def __init__(self, directory: str, asked: float) -> None:
+        self.asked = asked
         self.count = 0
         """Entries listed so far."""
+        self.changed: set[bytes] = set()
+        """Names that were changed here since it was asked for: it does not speak for these."""
+        self._subdirectories: list[bytes] = []
+        self._directory = directory
+        self._size = 0
+        self._pages: list[tuple[int, int, int]] = []
+        """(number of the first entry, offset, length)"""
+        self._memory: list[bytes] = []
+        """The pages, until there is a file."""
+        self._file: IO[bytes] | None = None
         self._failed = False
         self._decoded = -1
         self._entries: list[Entry] = []
+        self._index: dict[bytes, Entry] | None = None
+
+    # --- filling ----------------------------------------------------------------------------------
 
     def add_page(self, page: bytes) -> None:
         """A MessagePack list[Entry]. Called by the task that receives for all: raises nothing, and
@@ -52,12 +68,44 @@ class DirectoryListing:
             raise CacheFull("the directory's listing could not be stored in the cache directory")
 
     def _add(self, page: bytes) -> None:
-        count = len(_entries.decode(page))
-        if count:
-            self._spool.seek(0, os.SEEK_END)
-            self._pages.append((self.count, self._spool.tell(), len(page)))
-            self._spool.write(page)
-            self.count += count
+        entries = _entries.decode(page)
+        if not entries:
+            return
+        self._pages.append((self.count, self._size, len(page)))
+        self._size += len(page)
+        self._memory.append(page)
+        if not self.is_small:
+            self._spill()
+        if not self.count:  # most directories are one page, which is read next
+            self._decoded, self._entries = 0, entries
+        self.count += len(entries)
+        if len(self._subdirectories) <= MAX_SUBDIRECTORIES:
+            self._subdirectories += [e.name for e in entries if stat.S_ISDIR(e.mode)]
+
+    def _spill(self) -> None:
+        if self._file is None:
+            self._file = TemporaryFile(dir=self._directory)  # noqa: SIM115 - `release` closes it
+        self._file.seek(0, os.SEEK_END)
+        self._file.writelines(self._memory)
+        self._memory.clear()
+
+    @property
+    def walkable(self) -> list[bytes]:
+        """Its subdirectories in the order listed; none if they are too many."""
+        names = self._subdirectories
+        return names if len(names) <= MAX_SUBDIRECTORIES else []
+
+    @property
+    def size(self) -> int:
+        """In bytes, as it came."""
+        return self._size
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is in memory."""
+        return self._size <= MEMORY_BYTES
+
+    # --- reading ----------------------------------------------------------------------------------
 
     def entries_from(self, number: int) -> Iterator[tuple[int, Entry]]:
         for index, (first, _, _) in enumerate(self._pages):
@@ -70,14 +118,36 @@ class DirectoryListing:
 
     def _page(self, index: int) -> list[Entry]:
         if self._decoded != index:
-            _, offset, length = self._pages[index]
-            self._spool.seek(offset)
-            self._entries = _entries.decode(self._spool.read(length))
+            self._entries = _entries.decode(self._encoded(index))
             self._decoded = index
         return self._entries
 
-    def close(self) -> None:
-        self._spool.close()
+    def _encoded(self, index: int) -> bytes:
+        if self._file is None:
+            return self._memory[index]
+        _, offset, length = self._pages[index]
+        self._file.seek(offset)
+        return self._file.read(length)
+
+    def find(self, name: bytes) -> Entry | None:
+        """Decodes all of a small listing the first time; `drop_index` takes that back."""
+        if self._index is None:
+            self._index = {entry.name: entry for _, entry in self.entries_from(0)}
+            self.release()
+        return self._index.get(name)
+
+    @property
+    def has_index(self) -> bool:
+        return self._index is not None
+
+    def drop_index(self) -> None:
+        self._index = None
+
+    def release(self) -> None:
+        """Nobody reads its entries one after the other now; a small one can be read again."""
+        self._decoded, self._entries = -1, []
+        if self._file:
+            self._file.close()
 
 
 @dataclass(eq=False)
@@ -85,16 +155,15 @@ class OpenDirectory:
     """A directory handle; the listing is taken at the first read and again after a rewind."""
 
     node: Node
-    listing: DirectoryListing | None = None
-    asked: float = 0.0
+    listing: Listing | None = None
     clock: int = 0
-    """Tree.clock when the listing was asked for: later removals are not shown."""
+    """Tree.clock when the listing was taken: later removals are not shown."""
 
     local: list[Node] | None = None
     """Files that the remote lacks, to be shown after what it listed."""
 
-    def close_listing(self) -> None:
+    def release_listing(self) -> None:
         self.local = None
         if self.listing:
-            self.listing.close()
+            self.listing.release()
             self.listing = None

@@ -26,6 +26,10 @@ ATTRIBUTE_SECONDS = 1.0
 """How long attributes and names are believed without asking the remote, here and in the kernel."""
 
 
+OnChange = Callable[["Node", bytes, bool], None]
+"""(directory, name, whether what is below that name may be another too): the mount changed it."""
+
+
 class Node:
     """`entry` is what the mount shows; for a file being written it is ahead of the remote.
 
@@ -100,13 +104,23 @@ class Node:
             yield from child.below()
 
 
+def number_of(path: bytes) -> int:
+    """The inode number of a path with its namespace before it, unless that is taken."""
+    return int.from_bytes(blake2b(path, digest_size=8).digest(), "big") >> 1
+
+
 class Tree:
     def __init__(self, root: Node, now: Callable[[], float] = time.monotonic) -> None:
         self.root = root
         self.now = now
         self.clock = 0
         """Counts removals; see Node.removals."""
+        self.moves = 0
+        """Counts renames of directories: paths may mean others since."""
+        self.on_change: OnChange = lambda parent, name, below: None
         self._nodes: dict[int, Node] = {root.ino: root}
+        self._prefix: tuple[Node | None, bytes] = (None, b"")
+        """What the names in that directory are hashed with."""
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -132,8 +146,8 @@ class Tree:
         namespace: Namespace | None = None,
     ) -> Node:
         """A node for a name that has none. `asked` is `now()` before the remote was asked."""
-        namespace = namespace or parent.namespace
-        node = Node(self._new_ino(parent, name, namespace), parent, name, namespace, entry)
+        ino = self._new_ino(parent, name, namespace)
+        node = Node(ino, parent, name, namespace or parent.namespace, entry)
         node.observed = asked
         if parent.children is None:
             parent.children = {}
@@ -144,12 +158,21 @@ class Tree:
         return node
 
     def _new_ino(self, parent: Node, name: bytes, namespace: Namespace | None) -> int:
-        probe = Node(0, parent, name, namespace, parent.entry)
-        label = (namespace.name.encode() if namespace else b"") + b"\0" + probe.path
-        ino = int.from_bytes(blake2b(label, digest_size=8).digest(), "big") >> 1
+        if namespace is not None:
+            ino = number_of(namespace.name.encode())
+        else:
+            ino = number_of(self._prefix_of(parent) + name)
         while ino <= ROOT_INO or ino in self._nodes:
             ino += 1
         return ino
+
+    def _prefix_of(self, directory: Node) -> bytes:
+        """A listing makes many nodes in one directory: its path is joined once."""
+        if self._prefix[0] is not directory:
+            top = directory.namespace.name.encode() if directory.namespace else b""
+            path = directory.path
+            self._prefix = directory, top + b"/" + path + b"/" if path else top + b"/"
+        return self._prefix[1]
 
     def update(self, node: Node, entry: Entry, asked: float) -> None:
         """What the remote said when asked at `asked`, unless something newer is known."""
@@ -161,10 +184,17 @@ class Tree:
         """The entry as it is now through what was done here."""
         node.entry = entry
         node.observed = self.now()
+        self._note_change(node)
 
     def expire(self, node: Node) -> None:
         """Ask the remote before believing the attributes again; answers under way don't count."""
         node.observed = self.now() - ATTRIBUTE_SECONDS
+        self._note_change(node)
+
+    def _note_change(self, node: Node) -> None:
+        """Older listings of its directory don't tell its attributes any more."""
+        if node.parent is not None:
+            self.on_change(node.parent, node.name, False)
 
     def detach(self, node: Node) -> None:
         """The node loses its name; what was below it too."""
@@ -179,6 +209,11 @@ class Tree:
         self.clock += 1
         if parent.removals is not None:
             parent.removals[name] = self.clock
+        self.on_change(parent, name, True)
+
+    def note_made(self, parent: Node, name: bytes) -> None:
+        """What has this name may be another from now on."""
+        self.on_change(parent, name, False)
 
     def note_gone(self, parent: Node, name: bytes) -> None:
         """The name was removed here; it may have had no node."""
@@ -190,6 +225,9 @@ class Tree:
 
     def move(self, node: Node, parent: Node, name: bytes) -> None:
         """Rename; whatever had that name loses it."""
+        if node.is_directory:
+            self.moves += 1
+            self._prefix = (None, b"")
         self.note_gone(parent, name)
         old = node.parent
         assert old is not None

@@ -1,0 +1,159 @@
+"""What is known of names from listings, and when to list a directory for that. No I/O, no clock.
+
+A complete listing that is at most a second old says which names there are, with their attributes,
+and which there are not: programs ask for hundreds of names that are missing (a compiler its include
+paths, rsync what it is to copy), one after the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from hpcfs.filesystem.listing import Listing
+from hpcfs.filesystem.tree import ATTRIBUTE_SECONDS, Node
+from hpcfs.transfer.messages import Entry
+
+MAX_BYTES = 16 * 1024 * 1024
+"""Of listings as they came: some 200,000 entries."""
+MAX_INDEXED = 40_000
+"""Entries of listings that were decoded to find names in them, some 500 bytes each."""
+UNLISTED_NAMES = frozenset({b".snapshot", b".snapshots", b".zfs", b".ckpt"})
+"""Directories that file servers have and do not list."""
+
+
+class Known:
+    """The last listings of directories, for as long as they are believed."""
+
+    def __init__(self) -> None:
+        self._listings: OrderedDict[Node, Listing] = OrderedDict()
+        """In the order in which they came."""
+        self._size = 0
+
+    def __len__(self) -> int:
+        return len(self._listings)
+
+    def put(self, node: Node, listing: Listing, now: float) -> None:
+        """A listing that is complete."""
+        known = self._listings.get(node)
+        if known is not None and known.asked > listing.asked:
+            return
+        self._remove(node)
+        self.expire(now)
+        if not listing.is_small:
+            return
+        self._listings[node] = listing
+        self._size += listing.size
+        while self._size > MAX_BYTES:
+            self._remove(next(iter(self._listings)))
+
+    def expire(self, now: float) -> None:
+        while self._listings:
+            node, listing = next(iter(self._listings.items()))
+            if now - listing.asked <= ATTRIBUTE_SECONDS:
+                return
+            self._remove(node)
+
+    def changed(self, node: Node, name: bytes) -> None:
+        """The listing of this directory does not speak for that name any more."""
+        if listing := self._listings.get(node):
+            listing.changed.add(name)
+
+    def find(self, node: Node, name: bytes, now: float) -> tuple[float, Entry | None] | None:
+        """-> (when it was asked, the entry or None if there is no such name); None if no listing
+        can tell."""
+        listing = self._listings.get(node)
+        if listing is None or name in listing.changed or name in UNLISTED_NAMES:
+            return None
+        if now - listing.asked > ATTRIBUTE_SECONDS:
+            self._remove(node)
+            return None
+        if not listing.has_index:
+            self._make_room(listing.count)
+        return listing.asked, listing.find(name)
+
+    def _make_room(self, count: int) -> None:
+        indexed = [one for one in self._listings.values() if one.has_index]
+        total = sum(one.count for one in indexed)
+        for listing in indexed:
+            if total + count <= MAX_INDEXED:
+                return
+            listing.drop_index()
+            total -= listing.count
+
+    def _remove(self, node: Node) -> None:
+        if listing := self._listings.pop(node, None):
+            self._size -= listing.size
+            listing.drop_index()
+
+
+HALF_LIFE = 1.0
+"""Seconds in which a use counts half."""
+MANY_USES, FEW_USES = 3.5, 1.5
+"""Four at once make it worth to list a directory; two, if it was listed a moment ago."""
+RECENT_SECONDS = 10.0
+ENTRIES_PER_USE = 500
+"""A larger directory must be used more before it is listed in the background."""
+RENEW_SECONDS = 0.5
+"""A listing in use is renewed at this age, so that there is always one to answer from."""
+SLOW_SECONDS = ATTRIBUTE_SECONDS
+"""A listing that takes longer is too old when it comes."""
+PAUSE_SECONDS = 60.0
+"""For which a directory that is too large or too slow to list is left alone."""
+_MAX_USED = 1000
+
+
+@dataclass(eq=False, slots=True)
+class _Use:
+    score: float = 0.0
+    last: float = -math.inf
+    asked: float = -math.inf
+    duration: float = 0.0
+    entries: int = 0
+    not_before: float = -math.inf
+    under_way: bool = False
+
+
+class Uses:
+    """Which directories have many names asked for that their nodes could not answer."""
+
+    def __init__(self) -> None:
+        self._uses: OrderedDict[Node, _Use] = OrderedDict()
+
+    def note(self, node: Node, now: float) -> bool:
+        """A name in this directory was asked for. Whether to list it now."""
+        use = self._of(node)
+        use.score = use.score * 2 ** ((use.last - now) / HALF_LIFE) + 1
+        use.last = now
+        age = now - use.asked
+        if use.under_way or now < use.not_before or age < max(RENEW_SECONDS, 2 * use.duration):
+            return False
+        needed = FEW_USES if age < RECENT_SECONDS else MANY_USES
+        return use.score > max(needed, use.entries / ENTRIES_PER_USE)
+
+    def begin(self, node: Node) -> None:
+        self._of(node).under_way = True
+
+    def listed(self, node: Node, listing: Listing, now: float) -> None:
+        """By anybody: for a program, or in the background."""
+        use = self._of(node)
+        use.under_way = False
+        use.asked, use.duration, use.entries = listing.asked, now - listing.asked, listing.count
+        if use.duration > SLOW_SECONDS or not listing.is_small:
+            use.not_before = now + PAUSE_SECONDS
+
+    def failed(self, node: Node, now: float) -> None:
+        """It could not be listed, or not in time."""
+        use = self._of(node)
+        use.under_way = False
+        use.not_before = now + PAUSE_SECONDS
+
+    def _of(self, node: Node) -> _Use:
+        use = self._uses.get(node)
+        if use is None:
+            use = self._uses[node] = _Use()
+            if len(self._uses) > _MAX_USED:
+                self._uses.popitem(last=False)
+        self._uses.move_to_end(node)
+        return use

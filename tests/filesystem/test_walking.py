@@ -1,0 +1,407 @@
+"""Programs that walk trees and ask for many names: what they need not wait for, and that nothing
+which was listed before a change made here undoes it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from hpcfs.filesystem import ahead, listing
+from hpcfs.filesystem.errors import NoEntry
+from hpcfs.transfer import messages as m
+from tests.filesystem.world import World, live, until, world
+from tests.support.memory_remote import Item
+
+FOLDERS = [f"{number:02}" for number in range(40)]
+
+
+def fill(w: World, folders: list[str] = FOLDERS, files: int = 3) -> None:
+    for folder in folders:
+        children = {b"f%d" % number: Item(stat.S_IFREG | 0o644, 0) for number in range(files)}
+        w.remote.root.children[folder.encode()] = Item(stat.S_IFDIR | 0o755, 0, children=children)
+
+
+def lists(w: World, path: str) -> int:
+    return sum(call == m.List(path.encode()) for call in w.cues.calls)
+
+
+async def begin_walk(w: World) -> None:
+    """The first two directories are read: the next ones are listed ahead."""
+    for path in ("ns", "ns/00", "ns/01"):
+        await w.kernel.listdir(path)
+    await until(lambda: lists(w, "02") == 1)
+    await wait_all_tasks_blocked()
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+@live()
+async def test_a_name_that_a_fresh_listing_lacks_costs_nothing(w: World) -> None:
+    w.remote.put(b"f", b"")
+    await w.kernel.listdir("ns")
+    w.cues.calls.clear()
+    for name in ("a", "b", "c", ".git"):
+        assert not await w.kernel.exists(f"ns/{name}")
+    assert w.cues.calls == []
+    w.remote.put(b"a", b"made by others")
+    w.clock.expire_attributes()
+    assert await w.kernel.exists("ns/a")
+
+
+@live()
+async def test_a_name_whose_node_was_forgotten_is_known_from_the_listing(w: World) -> None:
+    w.remote.put(b"f", b"content")
+    await w.kernel.listdir("ns")
+    w.kernel.forget_all()
+    await w.kernel.walk("ns")
+    w.cues.calls.clear()
+    assert (await w.kernel.stat("ns/f")).size == 7
+    assert w.cues.count(m.Stat) == 0
+
+
+@live()
+async def test_names_that_servers_do_not_list_are_asked_for(w: World) -> None:
+    await w.kernel.listdir("ns")
+    w.cues.calls.clear()
+    assert not await w.kernel.exists("ns/.snapshot")
+    assert w.cues.count(m.Stat) == 1
+
+
+@live()
+async def test_what_was_changed_here_is_seen_whatever_a_listing_says(w: World) -> None:
+    kernel = w.kernel
+    for name in (b"gone", b"old", b"longer"):
+        w.remote.put(name, b"1")
+    await kernel.listdir("ns")
+    await kernel.unlink("ns/gone")
+    await kernel.rename("ns/old", "ns/new")
+    await kernel.mkdir("ns/made")
+    await kernel.write_file("ns/file", b"content")
+    await kernel.write_file("ns/longer", b"content")
+    kernel.forget_all()  # else the nodes would know
+    for path, there in [("gone", False), ("old", False), ("new", True), ("made", True)]:
+        assert await kernel.exists(f"ns/{path}") == there, path
+    assert (await kernel.stat("ns/file")).size == 7
+    assert (await kernel.stat("ns/longer")).size == 7
+
+
+@live()
+async def test_a_name_made_while_a_listing_is_under_way_is_there(w: World) -> None:
+    await w.kernel.walk("ns")
+    held = w.cues.hold(m.List, stage="after")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(w.kernel.listdir, "ns")
+        await held.reached.wait()
+        await w.kernel.write_file("ns/new", b"content")
+        held.go.set()
+    w.kernel.forget_all()
+    assert (await w.kernel.stat("ns/new")).size == 7
+
+
+@live()
+async def test_a_program_that_could_not_make_what_others_made_finds_it(w: World) -> None:
+    """The listing is older than what the others made, and its word does not count after this."""
+    await w.kernel.listdir("ns")
+    w.remote.put(b"f", b"content")
+    handle, node = await w.fs.create((await w.kernel.walk("ns")).ino, b"f", 0o644, os.O_RDWR)
+    assert node.entry.size == 7
+    await w.fs.files.release(handle)
+
+
+@live()
+async def test_many_names_asked_for_make_one_listing(w: World) -> None:
+    """As rsync, git and compilers do: after a few names the directory is listed."""
+    fill(w, ["00"], files=100)
+    await w.kernel.walk("ns/00")
+    w.cues.calls.clear()
+    for number in range(4):
+        assert not await w.kernel.exists(f"ns/00/missing{number}")
+    await until(lambda: lists(w, "00") == 1)
+    await wait_all_tasks_blocked()
+    for number in range(100):
+        assert not await w.kernel.exists(f"ns/00/absent{number}")
+        assert await w.kernel.exists(f"ns/00/f{number}")
+    assert w.cues.count(m.Stat) == 4
+    assert w.cues.count(m.List) == 1
+
+
+@live()
+async def test_a_program_that_goes_on_in_a_directory_does_not_wait(w: World) -> None:
+    """cp -r in a large directory: its listing is renewed before it is too old."""
+    fill(w, ["00"], files=200)
+    await w.kernel.listdir("ns/00")
+    w.cues.calls.clear()
+    for number in range(200):
+        w.clock.seconds += 0.05
+        await w.kernel.stat(f"ns/00/f{number}")
+        await wait_all_tasks_blocked()
+    assert lists(w, "00") >= 10
+    asked = [call.path for call in w.cues.calls if isinstance(call, m.Stat)]
+    assert sum(path.startswith(b"00/") for path in asked) <= 3
+
+
+@live()
+async def test_a_renewed_listing_does_not_undo_what_was_written_meanwhile(w: World) -> None:
+    fill(w, ["00"])
+    await w.kernel.walk("ns/00")
+    held = w.cues.hold(m.List, stage="after")
+    for number in range(4):
+        await w.kernel.exists(f"ns/00/missing{number}")
+    await held.reached.wait()
+    await w.kernel.write_file("ns/00/f0", b"content")
+    await w.kernel.unlink("ns/00/f1")
+    held.go.set()
+    await wait_all_tasks_blocked()
+    w.kernel.forget_all()
+    assert (await w.kernel.stat("ns/00/f0")).size == 7
+    assert not await w.kernel.exists("ns/00/f1")
+
+
+@live()
+async def test_a_directory_that_is_too_large_is_not_listed_again_and_again(w: World) -> None:
+    fill(w, ["00"], files=100)
+    await w.kernel.walk("ns/00")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(listing, "MEMORY_BYTES", 1000)
+        for number in range(30):
+            assert not await w.kernel.exists(f"ns/00/missing{number}")
+            await wait_all_tasks_blocked()
+        assert lists(w, "00") == 1
+        assert len(await w.kernel.listdir("ns/00")) == 100
+
+
+# --- walks ----------------------------------------------------------------------------------------
+
+
+@live()
+async def test_a_walk_finds_its_directories_listed(w: World) -> None:
+    fill(w)
+    await begin_walk(w)
+    for folder in FOLDERS[2:]:
+        before = lists(w, folder)
+        assert len(await w.kernel.listdir(f"ns/{folder}")) == 3
+        assert (before, lists(w, folder)) == (1, 1)
+    assert w.cues.count(m.List) == 1 + len(FOLDERS)
+
+
+@live()
+async def test_reading_a_directory_again_lists_it_anew(w: World) -> None:
+    fill(w)
+    await begin_walk(w)
+    await w.kernel.listdir("ns/02")
+    w.remote.put(b"02/made by others", b"")
+    assert b"made by others" in await w.kernel.listdir("ns/02")
+
+
+@live()
+async def test_a_program_joins_the_listing_that_is_under_way(w: World) -> None:
+    fill(w)
+    for path in ("ns", "ns/00"):
+        await w.kernel.listdir(path)
+    await wait_all_tasks_blocked()
+    held = [w.cues.hold(m.List), w.cues.hold(m.List)]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(w.kernel.listdir, "ns/01")
+        await held[1].reached.wait()
+        nursery.start_soon(w.kernel.listdir, "ns/02")
+        await wait_all_tasks_blocked()
+        for one in held:
+            one.go.set()
+    assert lists(w, "02") == 1
+
+
+CHANGES = {
+    "unlink": lambda k: k.unlink("ns/03/f0"),
+    "create": lambda k: k.write_file("ns/03/new", b"content"),
+    "write": lambda k: k.write_file("ns/03/f1", b"content"),
+    "mkdir": lambda k: k.mkdir("ns/03/new"),
+    "chmod": lambda k: k.setattr("ns/03/f1", m.Attributes(mode=0o600)),
+    "rename": lambda k: k.rename("ns/03/f0", "ns/03/f9"),
+    "move": lambda k: k.rename("ns/03/f0", "ns/f0"),
+}
+
+
+@pytest.mark.parametrize("kind", ["sftp", "s3"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_here_is_not_shown_as_it_was_ahead(
+    kind: str, change: str, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        async with world(tmp_path, kind) as w:
+            fill(w)
+            await begin_walk(w)
+            await w.kernel.listdir("ns/02")
+            await until(lambda: lists(w, "03") == 1)
+            await wait_all_tasks_blocked()
+            await CHANGES[change](w.kernel)
+            w.kernel.forget_all()
+            found = await w.kernel.listdir("ns/03")
+            remote = [page async for page in w.remote.list(b"03")]
+            assert found == {entry.name: entry for page in remote for entry in page}
+
+    trio.run(run)
+
+
+@live()
+async def test_a_directory_that_took_anothers_name_is_listed_anew(w: World) -> None:
+    fill(w)
+    await begin_walk(w)
+    await w.kernel.rename("ns/02", "ns/elsewhere")
+    await w.kernel.mkdir("ns/02")
+    assert await w.kernel.listdir("ns/02") == {}
+    assert len(await w.kernel.listdir("ns/elsewhere")) == 3
+
+
+@live()
+async def test_a_listing_ahead_that_fails_is_nobodys_error(w: World) -> None:
+    fill(w)
+    for path in ("ns", "ns/00"):
+        await w.kernel.listdir(path)
+    await wait_all_tasks_blocked()
+    w.cues.fail(m.List, m.RemoteFailure("it hiccups"))  # 02 or 03, ahead of who reads 01
+    await w.kernel.listdir("ns/01")
+    await wait_all_tasks_blocked()
+    for folder in FOLDERS[2:6]:
+        assert len(await w.kernel.listdir(f"ns/{folder}")) == 3
+    assert sorted([lists(w, "02"), lists(w, "03")]) == [1, 2]
+
+
+@live()
+async def test_who_waits_for_a_listing_that_fails_gets_its_error(w: World) -> None:
+    fill(w)
+    for path in ("ns", "ns/00"):
+        await w.kernel.listdir(path)
+    await wait_all_tasks_blocked()
+    held = w.cues.hold(m.List)
+    w.cues._cues[-1].error = m.PermissionDenied("not yours")
+    await w.kernel.listdir("ns/01")
+    await held.reached.wait()
+    outcome: list[m.RemoteError] = []
+
+    async def read(folder: str) -> None:
+        try:
+            await w.kernel.listdir(f"ns/{folder}")
+        except m.RemoteError as error:
+            outcome.append(error)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read, "02")  # one of these two was asked for by that call
+        nursery.start_soon(read, "03")
+        await wait_all_tasks_blocked()
+        assert not outcome
+        held.go.set()
+    assert [type(error) for error in outcome] == [m.PermissionDenied]
+    for folder in ("02", "03"):
+        assert len(await w.kernel.listdir(f"ns/{folder}")) == 3
+
+
+@live()
+async def test_what_was_listed_ahead_is_used_for_a_second(w: World) -> None:
+    fill(w)
+    await begin_walk(w)
+    w.clock.expire_attributes()
+    w.remote.put(b"02/made by others", b"")
+    assert b"made by others" in await w.kernel.listdir("ns/02")
+
+
+def test_when_the_walk_stops_all_is_cancelled_and_dropped(tmp_path: Path) -> None:
+    clock = MockClock()
+
+    async def run() -> None:
+        async with world(tmp_path, "sftp") as w:
+            fill(w)
+            await begin_walk(w)
+            held = w.cues.hold(m.List)
+            await w.kernel.listdir("ns/02")
+            await held.reached.wait()
+            flights = w.fs.directories._ahead
+            assert len(flights) > 0
+            w.clock.expire_attributes()
+            clock.jump(ahead.SWEEP_SECONDS * 1.1)
+            await wait_all_tasks_blocked()
+            assert len(flights) == 0
+            assert not flights._sweeping
+            calls = len(w.cues.calls)
+            clock.jump(10)
+            await wait_all_tasks_blocked()
+            assert len(w.cues.calls) == calls
+
+    trio.run(run, clock=clock)
+
+
+@live()
+async def test_what_is_listed_ahead_is_bounded(w: World) -> None:
+    """A directory too large to be kept is listed when it is read; the others are not given up."""
+    fill(w, FOLDERS[:10], files=100)
+    fill(w, ["05"], files=1000)
+    flights = w.fs.directories._ahead
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(listing, "MEMORY_BYTES", 10_000)
+        patch.setattr(ahead, "MAX_BYTES", 20_000)
+        for path in ["ns", *(f"ns/{folder}" for folder in FOLDERS[:10])]:
+            await w.kernel.listdir(path)
+            await wait_all_tasks_blocked()
+            assert flights._size <= ahead.MAX_BYTES
+    assert lists(w, "05") == 2
+    assert w.cues.count(m.List) == 12
+
+
+@live("sftp")
+async def test_a_walk_over_many_directories_leaves_no_nodes(w: World) -> None:
+    fill(w, [f"{number:03}" for number in range(300)], files=10)
+    await w.kernel.listdir("ns")
+    for number in range(300):
+        await w.kernel.listdir(f"ns/{number:03}")
+    w.kernel.forget_all()
+    assert len(w.fs.tree) == 2
+
+
+@live()
+async def test_an_open_file_is_not_overwritten_by_an_older_listing(w: World) -> None:
+    fill(w)
+    handle = await w.kernel.open("ns/03/f0")
+    await begin_walk(w)
+    await w.kernel.pwrite(handle, 0, b"content")
+    assert (await w.kernel.listdir("ns/03"))[b"f0"].size == 7
+    await w.kernel.close(handle)
+    assert (await w.kernel.listdir("ns/03"))[b"f0"].size == 7
+    assert w.remote.get(b"03/f0") == b"content"
+
+
+@live()
+async def test_a_lookup_is_not_answered_by_a_listing_of_the_directory_before_it(w: World) -> None:
+    """A directory made in place of another one has other names."""
+    fill(w, ["00"])
+    await w.kernel.listdir("ns/00")
+    for name in ("f0", "f1", "f2"):
+        await w.kernel.unlink(f"ns/00/{name}")
+    await w.kernel.rmdir("ns/00")
+    await w.kernel.mkdir("ns/00")
+    w.remote.put(b"00/x", b"")
+    assert await w.kernel.exists("ns/00/x")
+    with pytest.raises(NoEntry):
+        await w.kernel.walk("ns/00/f0")
+
+
+def test_pages_that_come_after_it_was_given_up_do_no_harm(tmp_path: Path) -> None:
+    """They arrive in the task that receives for all: an error there would end the mount."""
+
+    async def run() -> None:
+        async with world(tmp_path, "sftp") as w:
+            fill(w)
+            await begin_walk(w)
+            flight = next(iter(w.fs.directories._ahead._flights.values()))
+            page = msgspec.msgpack.encode([await w.remote.stat(b"00")])
+            before = flight.listing.count
+            flight.give_up()
+            w.fs.directories._ahead._add_page(flight, page)
+            assert flight.listing.count == before
+
+    trio.run(run)
