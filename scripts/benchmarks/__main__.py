@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from hpcfs.system import mountinfo
 from scripts.benchmarks import chart, measure, peers, report, workloads
 from scripts.benchmarks import results as outcome
 from scripts.benchmarks.files import MIB, Files
@@ -212,7 +213,8 @@ def _temporary(parent: Path | None) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        shutil.rmtree(directory)
+        if not any(one.mountpoint.is_relative_to(directory) for one in mountinfo.read()):
+            shutil.rmtree(directory)
 
 
 def _measure(arguments: argparse.Namespace) -> Results:

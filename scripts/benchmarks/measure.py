@@ -88,12 +88,13 @@ class Usage:
         return alive
 
     def _is_ours(self, pid: int) -> bool:
-        """A process that is still between fork and exec is asked again the next time."""
+        """A process that is still between fork and exec is asked again the next time: it has our
+        environment, or none."""
         try:
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         except (FileNotFoundError, PermissionError, ProcessLookupError):
             return False
-        if self._mark not in environment and not _is_child_of_this(pid):
+        if environment != [b""] and self._mark not in environment and not _is_child_of_this(pid):
             self._others.add(pid)
         return self._mark in environment
 

@@ -282,6 +282,10 @@ class Mount:
         self._process.wait()
         if self._is_mounted():
             _unmount(self.private.mountpoint, lazy=True)
+        if self._is_mounted():  # what follows would remove the files on the server
+            raise RuntimeError(
+                f"{self.private.mountpoint} can't be unmounted: please do it by hand"
+            )
 
 
 def _environment(private: Private) -> dict[str, str]:
