@@ -127,7 +127,9 @@ class _Daemon:
         settings = self._settings
         holder = f"the mount at {settings.mountpoint} (pid {os.getpid()})"
         try:
-            self._store = Store.open(settings.cache_dir, settings.cache_size, holder)
+            self._store = Store.open(
+                settings.cache_dir, settings.cache_size, holder, settings.cache_min_free
+            )
             stack.push_async_callback(self._close_store)
             self._journal = Journal.open(settings.cache_dir)
             stack.push_async_callback(self._journal.close)

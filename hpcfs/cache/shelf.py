@@ -7,7 +7,9 @@ task is about to open is not what another evicts.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -53,17 +55,19 @@ class Shelf:
         self.foresight = Foresight()
         self.is_saving = False
         """While the index is told of open files: none may be closed meanwhile."""
+        self._data = str(directory / "data")
         self._limiter = trio.CapacityLimiter(1)
 
     async def in_thread(self, work: Callable[..., T], *args: object) -> T:
         """Disk work, one piece at a time: the index serves one caller."""
         return await trio.to_thread.run_sync(work, *args, limiter=self._limiter)
 
-    def path(self, name: str) -> Path:
-        return self.directory / "data" / name[:2] / name
+    def path(self, name: str) -> str:
+        return f"{self._data}/{name[:2]}/{name}"
 
     def unlink(self, name: str) -> None:
-        self.path(name).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(self.path(name))
 
     def close(self, file: CacheFile) -> None:
         """What the index has of it is all that is known from now on."""

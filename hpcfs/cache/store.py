@@ -155,9 +155,8 @@ class Store:
     def _reopen(self, record: Record) -> CacheFile | None:
         if record.name in self.shelf.files:
             return None
-        path = self.shelf.path(record.name)
         try:
-            if path.stat().st_nlink != 1:
+            if os.stat(self.shelf.path(record.name)).st_nlink != 1:
                 return None  # a kill left it with a second name, in kept/: that one is not ours
         except FileNotFoundError:
             return None
@@ -170,13 +169,16 @@ class Store:
     def create(self, origin: str, key: bytes, version: bytes, size: int) -> CacheFile:
         """An empty cache file. Raises OSError when the disk has no room for it."""
         name = secrets.token_hex(12)
-        self.shelf.path(name).parent.mkdir(mode=0o700, exist_ok=True)
-        return self._open_file(name, origin, key, version, size)
+        try:
+            return self._open_file(name, origin, key, version, size)
+        except FileNotFoundError:
+            os.mkdir(os.path.dirname(self.shelf.path(name)), 0o700)
+            return self._open_file(name, origin, key, version, size)
 
     def _open_file(
         self, name: str, origin: str, key: bytes, version: bytes, size: int
     ) -> CacheFile:
-        file = CacheFile(str(self.shelf.path(name)), name, origin, key, version, size)
+        file = CacheFile(self.shelf.path(name), name, origin, key, version, size)
         file.pinned = self._index.is_pinned(origin, key)
         self.shelf.files[name] = file
         return file

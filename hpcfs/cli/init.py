@@ -28,6 +28,7 @@ _HEAD = """\
 mountpoint = "~/cluster"
 # cache_dir = "~/.cache/hpcfs"   # on a local disk; chosen for you if your home is on a network
 # cache_size = "20 GiB"
+# cache_min_free = "5%"             # or a size: so much of its disk the cache leaves free
 """
 
 _EXAMPLES = """

@@ -19,12 +19,13 @@ from hpcfs.config import rclone_conf, ssh_config, urls, values
 from hpcfs.config.toml_lines import KeyPath, find_lines
 from hpcfs.errors import SetupError
 from hpcfs.system import paths
+from hpcfs.system.disk import DEFAULT_MIN_FREE, MinFree
 from hpcfs.transfer.messages import S3Root, S3Site, SftpRoot, SshSite
 
 DEFAULT_CACHE_SIZE = 20 * 1024**3
 DEFAULT_CONNECT_TIMEOUT = 10.0
 
-TOP_KEYS = ("mountpoint", "cache_dir", "cache_size", "log_level", "namespaces")
+TOP_KEYS = ("mountpoint", "cache_dir", "cache_size", "cache_min_free", "log_level", "namespaces")
 COMMON_KEYS = ("type", "read_only", "connect_timeout")
 SFTP_KEYS = (*COMMON_KEYS, "host", "path", "user", "port", "identity_file", "ssh_config")
 S3_KEYS = (*COMMON_KEYS, "bucket", "prefix", "endpoint_url", "region", "profile")
@@ -59,6 +60,7 @@ class Config:
     mountpoint: Path | None = None
     cache_dir: Path | None = None
     cache_size: int = DEFAULT_CACHE_SIZE
+    cache_min_free: MinFree = DEFAULT_MIN_FREE
     log_level: str = "INFO"
     notes: tuple[str, ...] = field(default=())
 
@@ -76,6 +78,7 @@ class Settings:
     log_file: Path
     socket: Path
     log_level: str = "INFO"
+    cache_min_free: MinFree = DEFAULT_MIN_FREE
 
 
 def settings(config: Config, mountpoint: Path, cache_dir: Path) -> Settings:
@@ -89,6 +92,7 @@ def settings(config: Config, mountpoint: Path, cache_dir: Path) -> Settings:
         log_file=paths.log_file(mountpoint),
         socket=paths.socket_path(mountpoint),
         log_level=config.log_level,
+        cache_min_free=config.cache_min_free,
     )
 
 
@@ -178,6 +182,7 @@ def parse(text: str, file: Path, *, needs_namespaces: bool = True) -> Config:
         mountpoint=top.get("mountpoint", values.local_path, None),
         cache_dir=top.get("cache_dir", values.local_path, None),
         cache_size=top.get("cache_size", values.cache_size, DEFAULT_CACHE_SIZE),
+        cache_min_free=top.get("cache_min_free", values.min_free, DEFAULT_MIN_FREE),
         log_level=top.get("log_level", values.log_level, "INFO"),
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hpcfs.config import urls
 from hpcfs.errors import SetupError
+from hpcfs.system.disk import MinFree
 
 MIN_CACHE_SIZE = 16 * 1024**2
 """Below this a few files read at once would evict each other."""
@@ -20,6 +21,7 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)(b?)", re.IGNORECASE)
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
 class BadValue(ValueError):
@@ -45,6 +47,19 @@ def cache_size(value: object) -> int:
     if found < MIN_CACHE_SIZE:
         raise BadValue(f"must be at least 16 MiB, not {_shown(value)}")
     return found
+
+
+def min_free(value: object) -> MinFree:
+    """Of the disk with the cache: a size, or a part of the disk such as "5%"."""
+    match = _PERCENT.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match and float(match[1]) <= 90:
+        return MinFree(percent=float(match[1]))
+    try:
+        return MinFree(size=size(value))
+    except BadValue:
+        raise BadValue(
+            f'must be a size such as "5 GiB" or a part such as "5%", not {_shown(value)}'
+        ) from None
 
 
 def local_path(value: object) -> Path:

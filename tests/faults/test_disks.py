@@ -77,6 +77,31 @@ def test_a_file_larger_than_the_caches_disk_can_be_read(
         assert (mount.path / "ns" / "file").read_bytes() == data
 
 
+def test_the_cache_leaves_some_of_its_disk_free(
+    sshd: SshServer, small_disk: MakeDisk, real_home: RealHome
+) -> None:
+    """Also when others fill it up: then reading goes on, and what was cached makes room."""
+    served = served_by_ssh(sshd)
+    data = random.Random(7).randbytes(60 * MIB)
+    served.inside.write("file", data)
+    disk = small_disk(48)
+
+    def free() -> int:
+        found = os.statvfs(disk)
+        return found.f_bavail * found.f_frsize
+
+    with mounted(real_home, {"ns": served}, "--cache-dir", disk, cache_min_free="16 MiB") as mount:
+        assert (mount.path / "ns" / "file").read_bytes() == data
+        until(lambda: free() >= 16 * MIB)
+        (disk / "of-others").write_bytes(bytes(16 * MIB))
+        assert (mount.path / "ns" / "file").read_bytes() == data
+        until(lambda: free() >= 16 * MIB)
+        (disk / "more").write_bytes(bytes(12 * MIB))
+        assert (mount.path / "ns" / "file").read_bytes() == data
+        (disk / "more").unlink()
+        (disk / "of-others").unlink()
+
+
 def test_the_caches_disk_is_full_while_writing(
     sshd: SshServer, small_disk: MakeDisk, real_home: RealHome
 ) -> None:

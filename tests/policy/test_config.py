@@ -14,6 +14,7 @@ from hpcfs.config import values as config_values
 from hpcfs.config.config import Config
 from hpcfs.config.toml_lines import KeyPath, find_lines
 from hpcfs.errors import SetupError
+from hpcfs.system.disk import DEFAULT_MIN_FREE, MinFree
 from hpcfs.system import paths
 from hpcfs.transfer.messages import S3Root, S3Site, SftpRoot, SshSite
 
@@ -22,6 +23,7 @@ FULL = """\
 mountpoint = "~/cluster"
 cache_dir = "$CACHE/hpcfs"
 cache_size = "20 GiB"
+cache_min_free = "2.5 %"
 log_level = "debug"
 
 [namespaces.home]
@@ -63,6 +65,7 @@ def test_all_keys(tmp_path: Path) -> None:
     assert found.mountpoint == tmp_path / "cluster"
     assert found.cache_dir == Path("/fast/hpcfs")
     assert found.cache_size == 20 * 1024**3
+    assert found.cache_min_free == MinFree(percent=2.5)
     assert found.log_level == "DEBUG"
     assert found.root_namespace is None
     home, data = found.namespaces["home"], found.namespaces["data.2"]
@@ -127,6 +130,8 @@ def test_defaults() -> None:
         ("cache_size = 1.5\n" + HEAD, 1, "must be a size"),
         ("cache_size = -1\n" + HEAD, 1, "must be a size"),
         ("cache_size = 1024\n" + HEAD, 1, "at least 16 MiB"),
+        ('cache_min_free = "most"\n' + HEAD, 1, "or a part such as"),
+        ('cache_min_free = "95%"\n' + HEAD, 1, "or a part such as"),
         ('cache_dir = "cache"\n' + HEAD, 1, "absolute"),
         ('mountpoint = ""\n' + HEAD, 1, "not empty"),
         ('log_level = "LOUD"\n' + HEAD, 1, "one of DEBUG"),
@@ -141,6 +146,12 @@ def test_a_mistake_names_its_line_and_what_to_do(text: str, line: int, said: str
         parse(text)
     assert str(caught.value).startswith(f"{FILE}:{line}: ")
     assert "pw@" not in str(caught.value)
+
+
+def test_how_much_of_the_disk_stays_free() -> None:
+    assert parse(HEAD).cache_min_free == DEFAULT_MIN_FREE
+    assert parse('cache_min_free = "1 GiB"\n' + HEAD).cache_min_free == MinFree(size=1024**3)
+    assert parse("cache_min_free = 0\n" + HEAD).cache_min_free == MinFree(size=0)
 
 
 def test_a_file_without_namespaces_is_no_use_unless_urls_are_given() -> None:
