@@ -5,28 +5,27 @@ version that are in the cache file, what was written here (dirty), and zeros (ho
 beyond the remote's old end). `base_size` says how much of the remote's content still counts: it
 shrinks with a truncation, so that what was cut off never comes back.
 
-Sections without an await are atomic and marked; there is no lock but the one that keeps uploads of
-one file apart. While an upload runs, the remote's version is in motion: fetches wait for its end.
+This is the writing half; how bytes come from the remote is reading.py's. Sections without an await
+are atomic and marked; there is no lock but the one that keeps uploads of one file apart.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import trio
 
-from hpcfs.cache.fetcher import Budget, Fetcher
+from hpcfs.cache.fetcher import Budget
 from hpcfs.cache.file import CacheFile
 from hpcfs.cache.ranges import RangeSet
 from hpcfs.cache.store import Store
 from hpcfs.filesystem.errors import CacheFull, Stale
 from hpcfs.filesystem.namespace import Namespace
+from hpcfs.filesystem.reading import Place, RemoteContent
 from hpcfs.filesystem.snapshot import Snapshot, merge_attributes
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.messages import BLOCK_BYTES
@@ -34,30 +33,11 @@ from hpcfs.writeback.journal import Unconfirmed
 
 log = logging.getLogger(__name__)
 
-FETCH_TIMEOUT = 90.0
 UPLOAD_TIMEOUT = 120.0
-"""Seconds without progress. Ranges share a link that may be slow; a dead link is noticed earlier,
-by the connection's keepalive."""
-FETCH_ALL_BYTES = 32 * 1024 * 1024
-"""At once, of a file that is needed whole."""
-VOUCH_SECONDS = 10.0
-"""So long a program that reads from the remote need not ask for the file's attributes too."""
-_GROWTH_ATTEMPTS = 4
-"""A file that is appended to all the time may grow between finding its size and reading."""
+"""Seconds without progress."""
 
 
-class Place(Protocol):
-    """Where the file is in the tree (tree.Node): its path may change while it is open."""
-
-    ino: int
-    entry: m.Entry
-    observed: float
-
-    @property
-    def path(self) -> bytes: ...
-
-
-class Content:
+class Content(RemoteContent):
     """Sizes and offsets in bytes. Raises RemoteError and FilesystemError."""
 
     def __init__(
@@ -71,19 +51,8 @@ class Content:
         budget: Budget,
         now: Callable[[], float],
     ) -> None:
-        self.place = place
-        self.namespace = namespace
-        self.abilities = abilities
-        self.handle = namespace.new_handle()
+        super().__init__(place, namespace, abilities, store, file, nursery, budget, now)
         self.users = 0
-        self.file = file
-        self.base_size = file.size
-        self.growing = False
-        """Others append to the file while it is open here."""
-        self.served = False
-        """Somebody may have read bytes of this version here."""
-        self.held = False
-        """The remote has the file open for this content."""
         self.replaced = False
         """Another file has the name on the remote: what is written from now on would be mixed
         with what is not this file's."""
@@ -93,276 +62,18 @@ class Content:
         """Closed for good."""
         self.new = False
         """The remote has no such file yet."""
-        self.orphan = False
-        """Removed: nothing of it will ever be uploaded."""
         self.resized = False
         self.pending = m.Attributes()
         self.journaled = False
         self.writers = 0
         self.upload_lock = trio.Lock()
-        self._nursery = nursery
-        self._disk_waits = False
-        """The last read was not in the page cache: then more of it won't be either."""
-        self._now = now
-        self._vouched = 0.0
-        """Until when a fetch last renewed what is known of the file, by the tree's clock."""
-        self._looked = 0.0
-        """When the remote was last asked for all attributes."""
-        self._uploading: trio.Event | None = None
         self._in_upload = RangeSet()
-        self._store = store
-        self._fetcher = Fetcher(
-            file,
-            self._fetch,
-            self._is_needed,
-            lambda: self.base_size,
-            store.note_added,
-            nursery,
-            budget,
-        )
-        self._budget = budget
-
-    @property
-    def size(self) -> int:
-        return self.file.size
-
-    @property
-    def version(self) -> bytes:
-        return self.file.version
 
     def is_dirty(self) -> bool:
-        """Whether the remote lacks something of this."""
         if self.orphan:
             return False
-        in_motion = self._uploading is not None
+        in_motion = self._in_motion is not None
         return bool(in_motion or self.file.dirty or self.new or self.resized or self.pending)
-
-    # --- blocks ---------------------------------------------------------------------------------
-
-    def _is_needed(self, block: int) -> bool:
-        return block * BLOCK_BYTES < self.base_size and not self.file.blocks.is_present(block)
-
-    def _blocks(self, offset: int, end: int) -> range:
-        return range(offset // BLOCK_BYTES, -(-end // BLOCK_BYTES))
-
-    async def _fetch(self, offset: int, length: int, *, urgent: bool) -> m.Fetched:
-        attempts = 0
-        while True:
-            while self._uploading is not None:
-                await self._uploading.wait()
-            version, path = self.version, self.place.path
-            length = max(0, min(length, self.base_size - offset))
-            try:
-                fetched = await self._fetch_once(offset, length, urgent=urgent)
-                if self.version == version:
-                    return fetched
-            except (m.Changed, m.NotFound):
-                attempts += 1
-                follows = self._uploading is not None or await self._follows()
-                moved = self.version != version or self.place.path != path
-                if attempts > _GROWTH_ATTEMPTS or not (follows or moved):
-                    raise
-            except m.CacheDiskFull:
-                attempts += 1
-                if attempts > 1 or not await self._store.make_room(4 * length):
-                    raise
-
-    async def _fetch_once(self, offset: int, length: int, *, urgent: bool = True) -> m.Fetched:
-        request = m.Fetch(
-            self.place.path,
-            self.version,
-            offset,
-            length,
-            self.file.path,
-            self.handle,
-            growing=self.growing,
-            urgent=urgent,
-        )
-        asked, version = self._now(), self.version
-        fetched = await self.namespace.fetch(request, FETCH_TIMEOUT)
-        self.held = True
-        if self.version == version:
-            self._vouch(asked)
-        return fetched
-
-    def _vouch(self, asked: float) -> None:
-        """The remote had this version when it was asked at `asked`: size and times are as they are
-        shown. The rest (its mode, say) is asked for again after VOUCH_SECONDS all the same."""
-        place = self.place
-        if place.observed != self._vouched:
-            self._looked = place.observed
-        settled = not self.growing and not self.is_dirty() and place.entry.version == self.version
-        if settled and asked - self._looked < VOUCH_SECONDS:
-            place.observed = self._vouched = max(place.observed, asked)
-
-    async def revalidate(self) -> m.Entry | None:
-        """Ask the remote for the very file that is open here, whatever its name is now.
-
-        A file that was appended to goes on with its longer version; only the same remote file
-        counts (the remote's own handle tells) and only growth. After any other change what is not
-        in the cache yet can't be read any more. None where the remote can't tell: it holds no file
-        open, or has none of this version; and where the answer was overtaken by a change here.
-        """
-        if not self.abilities.handles or self.orphan:
-            return None
-        if not self.held:
-            try:
-                await self._fetch_once(0, 0)
-            except (m.Changed, m.NotFound):
-                return await self._adopt_unread()
-        wanted, version = m.StatOpen(self.handle), self.version
-        entry: m.Entry | None = await self.namespace.call(wanted, m.Entry | None)  # type: ignore[arg-type]
-        if entry is None:
-            self.held = False
-        elif self.orphan or self.is_dirty() or self.version != version:
-            return None  # what was asked is no longer what is here
-        elif entry.version != version and entry.size > self.size:
-            self._adopt(entry)
-        return entry
-
-    async def _follows(self) -> bool:
-        """Whether to fetch again after the remote said that the version changed."""
-        if self.is_dirty():
-            return False
-        entry = await self.revalidate()
-        return entry is not None and entry.version == self.version
-
-    async def _adopt_unread(self) -> m.Entry | None:
-        """The file changed between open(2) and its first byte: as nothing of the open version was
-        served yet, the remote's current one takes its place. A log that never rests needs this."""
-        version = self.version
-        try:
-            entry = await self.namespace.stat(self.place.path)
-        except m.NotFound:
-            return None
-        taken = self.served or self.is_dirty() or self.orphan or self.version != version
-        if taken or not stat.S_ISREG(entry.mode):
-            return None
-        self._adopt(entry)
-        return entry
-
-    def _adopt(self, entry: m.Entry) -> None:
-        """Go on with this version: what is cached of the other is dropped, not mixed."""
-        path, old, new = self.place.path, self.size, entry.size
-        log.debug("%r went from %d to %d bytes on the remote", path, old, new)
-        self.file.evict(list(self.file.blocks.present()))
-        self.file.version = entry.version
-        self.file.size = self.base_size = new
-        self.growing = new > old
-
-    async def fetch_ahead(self, most: int) -> bool:
-        """Bring the first `most` bytes into the cache; whether the remote had this version."""
-        blocks = self._blocks(0, min(most, self.base_size))
-        version, asked = self.version, self._now()
-        try:
-            if any(self._is_needed(block) for block in blocks):
-                started = self._fetcher.start(blocks, most, urgent=False)
-                await self._fetcher.wait(started)
-            elif (await self.namespace.stat(self.place.path)).version == version:
-                self._vouch(asked)
-            else:
-                return False
-        except (m.Changed, m.NotFound):
-            return False
-        return self.version == version and not self.is_dirty()
-
-    async def fetch_all(self, limit: int | None = None) -> None:
-        """Bring what is missing into the cache, or nothing if that is more than `limit` bytes."""
-        blocks = self._blocks(0, self.base_size)
-        if limit is not None:
-            missing = sum(1 for block in blocks if self._is_needed(block))
-            if missing * BLOCK_BYTES > limit:
-                return
-        step = FETCH_ALL_BYTES // BLOCK_BYTES  # all at once would not fit into memory
-        for first in range(0, len(blocks), step):
-            await self._ensure_fetched(blocks[first : first + step])
-
-    @property
-    def window(self) -> int:
-        """Bytes that one reader may be ahead: what the link and the memory for it allow."""
-        return min(self.namespace.link.window, self._budget.share(), self._store.max_bytes // 4)
-
-    def prefetch(self, start: int, end: int) -> None:
-        """Begin to fetch what is missing of [start, end), and to read the rest from the disk."""
-        end = min(end, self.size)
-        if self._disk_waits and start < end:
-            self._nursery.start_soon(self._read_from_disk, start, end)
-        blocks = self._blocks(start, min(end, self.base_size))
-        self._fetcher.start(blocks, self.namespace.link.fetch_bytes, urgent=False)
-
-    async def _read_from_disk(self, start: int, end: int) -> None:
-        """Into the page cache, so that reads need not wait one by one."""
-        advice = os.POSIX_FADV_WILLNEED
-        try:
-            await trio.to_thread.run_sync(
-                os.posix_fadvise, self.file.fd, start, end - start, advice
-            )
-        except OSError as error:  # closed meanwhile, or a file system without advice
-            log.debug("the cache file of %r takes no advice: %s", self.place.path, error)
-
-    def cancel_prefetch(self, start: int, end: int) -> None:
-        """What is under way for [start, end) alone, and nobody waits for, ends."""
-        self._fetcher.cancel(self._blocks(start, end))
-
-    def stop_prefetch(self) -> None:
-        self._fetcher.cancel_all()
-
-    def demand(self, offset: int, length: int) -> None:
-        """Begin to fetch what a read is about to wait for."""
-        blocks = self._blocks(offset, min(offset + length, self.base_size))
-        if not self.file.blocks.are_trusted(blocks):
-            self._fetcher.start(blocks, self.namespace.link.fetch_bytes, urgent=True)
-
-    # --- reading --------------------------------------------------------------------------------
-
-    async def read(self, offset: int, length: int) -> bytes | bytearray:
-        """Up to `length` bytes; fewer only at the end of the file."""
-        while True:
-            end = min(offset + length, self.size)
-            if offset >= end:
-                return b""
-            blocks = self._blocks(offset, end)
-            if not self.file.blocks.are_trusted(blocks):
-                await self._ensure(blocks)
-                if end > self.size:
-                    continue  # it was cut meanwhile
-                if untrusted := [block for block in blocks if self._is_untrusted(block)]:
-                    await self._verify(untrusted)
-                    continue
-            data = self.file.read_now(offset, end - offset)
-            self._disk_waits = data is None
-            if data is None:
-                evictions = self.file.evictions
-                data = await trio.to_thread.run_sync(self.file.read, offset, end - offset)
-                if self.file.evictions != evictions:
-                    continue  # what was read may be a hole
-            self.served = True
-            return data
-
-    async def _ensure(self, blocks: range) -> None:
-        try:
-            await self._ensure_fetched(blocks)
-        except (m.Changed, m.NotFound) as error:
-            raise Stale(error.message) from None
-
-    async def _ensure_fetched(self, blocks: range) -> None:
-        await self._fetcher.ensure(blocks, self.namespace.link.fetch_bytes)
-
-    def _is_untrusted(self, block: int) -> bool:
-        blocks = self.file.blocks
-        return blocks.is_present(block) and not blocks.is_trusted(block)
-
-    async def _verify(self, blocks: list[int]) -> None:
-        """Compare checksums of what an earlier mount left; a block that fails is fetched anew."""
-        for block in blocks:
-            found = await trio.to_thread.run_sync(self.file.compute_checksum, block)
-            if not self._is_untrusted(block):
-                continue
-            if found == self.file.blocks.checksum(block):
-                self.file.blocks.trust(block)
-            else:
-                log.warning("block %d of %r was damaged in the cache", block, self.place.path)
-                self.file.evict([block])
 
     # --- writing --------------------------------------------------------------------------------
 
@@ -511,19 +222,12 @@ class Content:
     @contextmanager
     def in_motion(self) -> Iterator[None]:
         """While the remote renames the file: fetches wait for its end, or try again after it."""
-        self._uploading = trio.Event()
+        self._in_motion = trio.Event()
         try:
             yield
         finally:
-            self._uploading.set()
-            self._uploading = None
-
-    async def settle(self) -> None:
-        """Return once no fetch is under way; what only runs ahead is cancelled."""
-        await self._fetcher.settle()
-
-    def is_idle(self) -> bool:
-        return self._fetcher.is_idle(None)
+            self._in_motion.set()
+            self._in_motion = None
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
@@ -544,12 +248,12 @@ class Content:
         self.pending = m.Attributes()
         self.resized = False
         self.base_size = self.size
-        self._uploading = trio.Event()
+        self._in_motion = trio.Event()
         return snapshot
 
     def end_upload(self, snapshot: Snapshot, entry: m.Entry | None) -> None:
         """`entry` is the file on the remote now, or None if the upload failed."""
-        assert self._uploading is not None
+        assert self._in_motion is not None
         if entry is None:
             for start, end in snapshot.ranges:
                 self.file.dirty.add(start, min(end, self.size))
@@ -563,6 +267,6 @@ class Content:
             self.new = False
             self.growing = False
         self._in_upload = RangeSet()
-        self._uploading.set()
-        self._uploading = None
+        self._in_motion.set()
+        self._in_motion = None
         self._store.check_bound()

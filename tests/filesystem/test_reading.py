@@ -7,7 +7,7 @@ import os
 import trio
 
 from hpcfs.cache.readahead import FIRST_WINDOW_BYTES
-from hpcfs.filesystem.content import VOUCH_SECONDS
+from hpcfs.filesystem.reading import VOUCH_SECONDS
 from hpcfs.filesystem.tree import ATTRIBUTE_SECONDS
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.messages import BLOCK_BYTES

@@ -1,0 +1,349 @@
+"""The reading half of an open file's content: bringing the remote's bytes, one version of them.
+
+What is fetched comes into the cache file (cache/fetcher.py) and is read from there. A file that
+others change is never mixed: it is followed where it only grew, and given up otherwise. The writing
+half is content.py.
+
+Sections without an await are atomic. While an upload or a rename runs, the remote's version is in
+motion: fetches wait for its end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Protocol
+
+import trio
+
+from hpcfs.cache.fetcher import Budget, Fetcher
+from hpcfs.cache.file import CacheFile
+from hpcfs.cache.store import Store
+from hpcfs.filesystem.errors import Stale
+from hpcfs.filesystem.namespace import Namespace
+from hpcfs.transfer import messages as m
+from hpcfs.transfer.messages import BLOCK_BYTES
+
+log = logging.getLogger(__name__)
+
+FETCH_TIMEOUT = 90.0
+"""Seconds without progress. Ranges share a link that may be slow; a dead link is noticed earlier,
+by the connection's keepalive."""
+FETCH_ALL_BYTES = 32 * 1024 * 1024
+"""At once, of a file that is needed whole."""
+VOUCH_SECONDS = 10.0
+"""So long a program that reads from the remote need not ask for the file's attributes too."""
+_GROWTH_ATTEMPTS = 4
+"""A file that is appended to all the time may grow between finding its size and reading."""
+
+
+class Place(Protocol):
+    """Where the file is in the tree (tree.Node): its path may change while it is open."""
+
+    ino: int
+    entry: m.Entry
+    observed: float
+
+    @property
+    def path(self) -> bytes: ...
+
+
+class RemoteContent(ABC):
+    """Sizes and offsets in bytes. `base_size` is how much of the remote's content counts. Raises
+    RemoteError and FilesystemError."""
+
+    def __init__(
+        self,
+        place: Place,
+        namespace: Namespace,
+        abilities: m.Abilities,
+        store: Store,
+        file: CacheFile,
+        nursery: trio.Nursery,
+        budget: Budget,
+        now: Callable[[], float],
+    ) -> None:
+        self.place = place
+        self.namespace = namespace
+        self.abilities = abilities
+        self.handle = namespace.new_handle()
+        self.file = file
+        self.base_size = file.size
+        self.growing = False
+        """Others append to the file while it is open here."""
+        self.served = False
+        """Somebody may have read bytes of this version here."""
+        self.held = False
+        """The remote has the file open for this content."""
+        self.orphan = False
+        """Removed: nothing of it will ever be uploaded."""
+        self._in_motion: trio.Event | None = None
+        """While the remote's version or name changes through this mount."""
+        self._disk_waits = False
+        """The last read was not in the page cache: then more of it won't be either."""
+        self._now = now
+        self._vouched = 0.0
+        """Until when a fetch last renewed what is known of the file, by the tree's clock."""
+        self._looked = 0.0
+        """When the remote was last asked for all attributes."""
+        self._nursery = nursery
+        self._store = store
+        self._budget = budget
+        self._fetcher = Fetcher(
+            file,
+            self._fetch,
+            self._is_needed,
+            lambda: self.base_size,
+            store.note_added,
+            nursery,
+            budget,
+        )
+
+    @abstractmethod
+    def is_dirty(self) -> bool:
+        """Whether the remote lacks something of this."""
+
+    @property
+    def size(self) -> int:
+        return self.file.size
+
+    @property
+    def version(self) -> bytes:
+        return self.file.version
+
+    # --- blocks ---------------------------------------------------------------------------------
+
+    def _is_needed(self, block: int) -> bool:
+        return block * BLOCK_BYTES < self.base_size and not self.file.blocks.is_present(block)
+
+    def _blocks(self, offset: int, end: int) -> range:
+        return range(offset // BLOCK_BYTES, -(-end // BLOCK_BYTES))
+
+    async def _fetch(self, offset: int, length: int, *, urgent: bool) -> m.Fetched:
+        attempts = 0
+        while True:
+            while self._in_motion is not None:
+                await self._in_motion.wait()
+            version, path = self.version, self.place.path
+            length = max(0, min(length, self.base_size - offset))
+            try:
+                fetched = await self._fetch_once(offset, length, urgent=urgent)
+                if self.version == version:
+                    return fetched
+            except (m.Changed, m.NotFound):
+                attempts += 1
+                follows = self._in_motion is not None or await self._follows()
+                moved = self.version != version or self.place.path != path
+                if attempts > _GROWTH_ATTEMPTS or not (follows or moved):
+                    raise
+            except m.CacheDiskFull:
+                attempts += 1
+                if attempts > 1 or not await self._store.make_room(4 * length):
+                    raise
+
+    async def _fetch_once(self, offset: int, length: int, *, urgent: bool = True) -> m.Fetched:
+        request = m.Fetch(
+            self.place.path,
+            self.version,
+            offset,
+            length,
+            self.file.path,
+            self.handle,
+            growing=self.growing,
+            urgent=urgent,
+        )
+        asked, version = self._now(), self.version
+        fetched = await self.namespace.fetch(request, FETCH_TIMEOUT)
+        self.held = True
+        if self.version == version:
+            self._vouch(asked)
+        return fetched
+
+    def _vouch(self, asked: float) -> None:
+        """The remote had this version when it was asked at `asked`: size and times are as they are
+        shown. The rest (its mode, say) is asked for again after VOUCH_SECONDS all the same."""
+        place = self.place
+        if place.observed != self._vouched:
+            self._looked = place.observed
+        settled = not self.growing and not self.is_dirty() and place.entry.version == self.version
+        if settled and asked - self._looked < VOUCH_SECONDS:
+            place.observed = self._vouched = max(place.observed, asked)
+
+    async def revalidate(self) -> m.Entry | None:
+        """Ask the remote for the very file that is open here, whatever its name is now.
+
+        A file that was appended to goes on with its longer version; only the same remote file
+        counts (the remote's own handle tells) and only growth. After any other change what is not
+        in the cache yet can't be read any more. None where the remote can't tell: it holds no file
+        open, or has none of this version; and where the answer was overtaken by a change here.
+        """
+        if not self.abilities.handles or self.orphan:
+            return None
+        if not self.held:
+            try:
+                await self._fetch_once(0, 0)
+            except (m.Changed, m.NotFound):
+                return await self._adopt_unread()
+        wanted, version = m.StatOpen(self.handle), self.version
+        entry: m.Entry | None = await self.namespace.call(wanted, m.Entry | None)  # type: ignore[arg-type]
+        if entry is None:
+            self.held = False
+        elif self.orphan or self.is_dirty() or self.version != version:
+            return None  # what was asked is no longer what is here
+        elif entry.version != version and entry.size > self.size:
+            self._adopt(entry)
+        return entry
+
+    async def _follows(self) -> bool:
+        """Whether to fetch again after the remote said that the version changed."""
+        if self.is_dirty():
+            return False
+        entry = await self.revalidate()
+        return entry is not None and entry.version == self.version
+
+    async def _adopt_unread(self) -> m.Entry | None:
+        """The file changed between open(2) and its first byte: as nothing of the open version was
+        served yet, the remote's current one takes its place. A log that never rests needs this."""
+        version = self.version
+        try:
+            entry = await self.namespace.stat(self.place.path)
+        except m.NotFound:
+            return None
+        taken = self.served or self.is_dirty() or self.orphan or self.version != version
+        if taken or not stat.S_ISREG(entry.mode):
+            return None
+        self._adopt(entry)
+        return entry
+
+    def _adopt(self, entry: m.Entry) -> None:
+        """Go on with this version: what is cached of the other is dropped, not mixed."""
+        path, old, new = self.place.path, self.size, entry.size
+        log.debug("%r went from %d to %d bytes on the remote", path, old, new)
+        self.file.evict(list(self.file.blocks.present()))
+        self.file.version = entry.version
+        self.file.size = self.base_size = new
+        self.growing = new > old
+
+    async def fetch_ahead(self, most: int) -> bool:
+        """Bring the first `most` bytes into the cache; whether the remote had this version."""
+        blocks = self._blocks(0, min(most, self.base_size))
+        version, asked = self.version, self._now()
+        try:
+            if any(self._is_needed(block) for block in blocks):
+                started = self._fetcher.start(blocks, most, urgent=False)
+                await self._fetcher.wait(started)
+            elif (await self.namespace.stat(self.place.path)).version == version:
+                self._vouch(asked)
+            else:
+                return False
+        except (m.Changed, m.NotFound):
+            return False
+        return self.version == version and not self.is_dirty()
+
+    async def fetch_all(self, limit: int | None = None) -> None:
+        """Bring what is missing into the cache, or nothing if that is more than `limit` bytes."""
+        blocks = self._blocks(0, self.base_size)
+        if limit is not None:
+            missing = sum(1 for block in blocks if self._is_needed(block))
+            if missing * BLOCK_BYTES > limit:
+                return
+        step = FETCH_ALL_BYTES // BLOCK_BYTES  # all at once would not fit into memory
+        for first in range(0, len(blocks), step):
+            await self._ensure_fetched(blocks[first : first + step])
+
+    @property
+    def window(self) -> int:
+        """Bytes that one reader may be ahead: what the link and the memory for it allow."""
+        return min(self.namespace.link.window, self._budget.share(), self._store.max_bytes // 4)
+
+    def prefetch(self, start: int, end: int) -> None:
+        """Begin to fetch what is missing of [start, end), and to read the rest from the disk."""
+        end = min(end, self.size)
+        if self._disk_waits and start < end:
+            self._nursery.start_soon(self._read_from_disk, start, end)
+        blocks = self._blocks(start, min(end, self.base_size))
+        self._fetcher.start(blocks, self.namespace.link.fetch_bytes, urgent=False)
+
+    async def _read_from_disk(self, start: int, end: int) -> None:
+        """Into the page cache, so that reads need not wait one by one."""
+        advice = os.POSIX_FADV_WILLNEED
+        try:
+            await trio.to_thread.run_sync(
+                os.posix_fadvise, self.file.fd, start, end - start, advice
+            )
+        except OSError as error:  # closed meanwhile, or a file system without advice
+            log.debug("the cache file of %r takes no advice: %s", self.place.path, error)
+
+    def cancel_prefetch(self, start: int, end: int) -> None:
+        """What is under way for [start, end) alone, and nobody waits for, ends."""
+        self._fetcher.cancel(self._blocks(start, end))
+
+    def stop_prefetch(self) -> None:
+        self._fetcher.cancel_all()
+
+    def demand(self, offset: int, length: int) -> None:
+        """Begin to fetch what a read is about to wait for."""
+        blocks = self._blocks(offset, min(offset + length, self.base_size))
+        if not self.file.blocks.are_trusted(blocks):
+            self._fetcher.start(blocks, self.namespace.link.fetch_bytes, urgent=True)
+
+    async def settle(self) -> None:
+        """Return once no fetch is under way; what only runs ahead is cancelled."""
+        await self._fetcher.settle()
+
+    def is_idle(self) -> bool:
+        return self._fetcher.is_idle(None)
+
+    # --- reading --------------------------------------------------------------------------------
+
+    async def read(self, offset: int, length: int) -> bytes | bytearray:
+        """Up to `length` bytes; fewer only at the end of the file."""
+        while True:
+            end = min(offset + length, self.size)
+            if offset >= end:
+                return b""
+            blocks = self._blocks(offset, end)
+            if not self.file.blocks.are_trusted(blocks):
+                await self._ensure(blocks)
+                if end > self.size:
+                    continue  # it was cut meanwhile
+                if untrusted := [block for block in blocks if self._is_untrusted(block)]:
+                    await self._verify(untrusted)
+                    continue
+            data = self.file.read_now(offset, end - offset)
+            self._disk_waits = data is None
+            if data is None:
+                evictions = self.file.evictions
+                data = await trio.to_thread.run_sync(self.file.read, offset, end - offset)
+                if self.file.evictions != evictions:
+                    continue  # what was read may be a hole
+            self.served = True
+            return data
+
+    async def _ensure(self, blocks: range) -> None:
+        try:
+            await self._ensure_fetched(blocks)
+        except (m.Changed, m.NotFound) as error:
+            raise Stale(error.message) from None
+
+    async def _ensure_fetched(self, blocks: range) -> None:
+        await self._fetcher.ensure(blocks, self.namespace.link.fetch_bytes)
+
+    def _is_untrusted(self, block: int) -> bool:
+        blocks = self.file.blocks
+        return blocks.is_present(block) and not blocks.is_trusted(block)
+
+    async def _verify(self, blocks: list[int]) -> None:
+        """Compare checksums of what an earlier mount left; a block that fails is fetched anew."""
+        for block in blocks:
+            found = await trio.to_thread.run_sync(self.file.compute_checksum, block)
+            if not self._is_untrusted(block):
+                continue
+            if found == self.file.blocks.checksum(block):
+                self.file.blocks.trust(block)
+            else:
+                log.warning("block %d of %r was damaged in the cache", block, self.place.path)
+                self.file.evict([block])
