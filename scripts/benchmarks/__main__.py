@@ -240,7 +240,8 @@ def _interrupt(*_: object) -> None:
 
 def main() -> None:
     arguments = _arguments()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     results = outcome.read(arguments.earlier) if arguments.earlier else _measure(arguments)
     print(report.text(results))
     if arguments.json:
