@@ -33,13 +33,20 @@ _MAX_RENEWALS = 4
 
 
 class Directories:
-    """`spool_directory` takes listings too long for memory; `adopt` makes nodes of entries."""
+    """`spool_directory` takes listings too long for memory; `adopt` makes nodes of entries;
+    `on_read` hears of a directory when a program has read all its names."""
 
     def __init__(
-        self, tree: Tree, adopt: Adopt, spool_directory: str, nursery: trio.Nursery
+        self,
+        tree: Tree,
+        adopt: Adopt,
+        on_read: Callable[[Node], None],
+        spool_directory: str,
+        nursery: trio.Nursery,
     ) -> None:
         self._tree = tree
         self._adopt = adopt
+        self._on_read = on_read
         self._spool_directory = spool_directory
         self._nursery = nursery
         self._open: dict[int, OpenDirectory] = {}
@@ -215,6 +222,7 @@ class Directories:
             child = self._adopt(node, entry.name, entry, listing.asked)
             yield last + 1, entry.name, child, True
         yield from self._local(opened, max(start, listing.count + _DOTS))
+        self._on_read(node)
 
     def _was_removed(self, opened: OpenDirectory, name: bytes) -> bool:
         removals = opened.node.removals

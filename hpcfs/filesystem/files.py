@@ -55,7 +55,7 @@ class Files:
         self._nursery = nursery
         self._uid = uid
         self._budget = Budget()
-        self.sweeper = Sweeper(tree, self.holding, nursery)
+        self.sweeper = Sweeper(tree, self.holding, store.may_prefetch, nursery)
         self._open: dict[int, OpenFile] = {}
         self._next = 0
 

@@ -78,7 +78,9 @@ class Filesystem:
                 entry = directory_entry(name, 0o755, self._uid, self._gid, now)
                 self.tree.add(self.tree.root, name, entry, 0.0, namespace)
         self.files = Files(self.tree, store, uploader, nursery, self._uid)
-        self.directories = Directories(self.tree, self._adopt, str(store.directory), nursery)
+        self.directories = Directories(
+            self.tree, self._adopt, self.files.sweeper.listed, str(store.directory), nursery
+        )
 
     # --- looking --------------------------------------------------------------------------------
 

@@ -264,8 +264,9 @@ class RemoteContent(ABC):
         end = min(end, self.size)
         if self._disk_waits and start < end:
             self._nursery.start_soon(self._read_from_disk, start, end)
-        blocks = self._blocks(start, min(end, self.base_size))
-        self._fetcher.start(blocks, self.namespace.link.fetch_bytes, urgent=False)
+        if self._store.may_prefetch():
+            blocks = self._blocks(start, min(end, self.base_size))
+            self._fetcher.start(blocks, self.namespace.link.fetch_bytes, urgent=False)
 
     async def _read_from_disk(self, start: int, end: int) -> None:
         """Into the page cache, so that reads need not wait one by one."""

@@ -52,7 +52,16 @@ class _Hold:
 
 
 class Sweeper:
-    def __init__(self, tree: Tree, holding: Holding, nursery: trio.Nursery) -> None:
+    """`may_prefetch` tells whether the cache has room for what nobody waits for."""
+
+    def __init__(
+        self,
+        tree: Tree,
+        holding: Holding,
+        may_prefetch: Callable[[], bool],
+        nursery: trio.Nursery,
+    ) -> None:
+        self._may_prefetch = may_prefetch
         self._tree = tree
         self._holding = holding
         self._nursery = nursery
@@ -129,7 +138,7 @@ class Sweeper:
         wanted = min(node.entry.size, FETCH_BYTES)
         if node.ino in self._holds or node.content is not None or not node.is_attached:
             return
-        if self._bytes + wanted > MOST_BYTES:
+        if self._bytes + wanted > MOST_BYTES or not self._may_prefetch():
             return
         scope = trio.CancelScope(deadline=trio.current_time() + HOLD_SECONDS)
         self._holds[node.ino] = hold = _Hold(self._tree.now(), scope)

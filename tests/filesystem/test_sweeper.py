@@ -122,3 +122,18 @@ async def test_files_that_are_removed_while_they_are_fetched_ahead_are_gone(w: W
     assert not await w.kernel.exists(paths[4])
     with pytest.raises((NoEntry, m.NotFound)):
         await _read(w, paths[4])
+
+
+@live()
+async def test_in_the_next_directory_the_first_files_are_fetched_once_it_is_listed(
+    w: World,
+) -> None:
+    paths = await _directory(w)
+    await _read_first(w, paths, 5)
+    w.cues.calls.clear()
+    others = await _directory(w, "e")
+    await until(lambda: _asked(w, others[0], m.Fetch) == 1)
+    await until(lambda: all(hold.fetched.is_set() for hold in w.fs.files.sweeper.holds))
+    w.cues.calls.clear()
+    assert await _read(w, others[0]) == _content(0)
+    assert _asked(w, others[0], m.Fetch) == _asked(w, others[0], m.Stat) == 0
