@@ -15,7 +15,6 @@ import pytest
 from hpcfs.remotes.sftp.attrs import Owners
 from hpcfs.remotes.sftp.read import MAX_OPEN_HANDLES
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection, _root_path
-from hpcfs.remotes.sftp.session import PIECES_IN_FLIGHT
 from hpcfs.transfer.messages import (
     Attributes,
     Changed,
@@ -505,7 +504,7 @@ def test_a_silent_read_delays_no_stat_and_can_be_given_up(tmp_path: Path) -> Non
         with pytest.raises(asyncio.CancelledError):
             await fetch
         place = await remote._place(b"")
-        assert place.session.slots._value == PIECES_IN_FLIGHT, "what was given up holds no slot"
+        assert place.session.reading.under_way == 0, "what was given up takes no room"
         evil_sftp.Silent.released.set()
 
     on_evil(tmp_path, evil_sftp.Silent, story)

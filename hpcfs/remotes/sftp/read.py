@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import asyncssh
 from asyncssh import SFTPAttrs
@@ -22,7 +23,7 @@ from hpcfs.remotes.sftp.attrs import version_of
 from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.sftp.place import Place
 from hpcfs.remotes.sftp.requests import Chunks
-from hpcfs.remotes.sftp.session import SftpSession, all_of
+from hpcfs.remotes.sftp.session import SftpSession, all_of, give_up
 from hpcfs.transfer.messages import Changed, RemoteError
 
 log = logging.getLogger(__name__)
@@ -122,38 +123,61 @@ async def _close_remote(file: OpenFile) -> None:
 
 
 async def read_range(
-    place: Place, handle: bytes, version: bytes, offset: int, length: int, *, growing: bool = False
+    place: Place,
+    handle: bytes,
+    version: bytes,
+    offset: int,
+    length: int,
+    *,
+    growing: bool = False,
+    urgent: bool = False,
 ) -> list[bytes]:
-    """Exactly `length` bytes of `version`.
+    """Exactly `length` bytes of `version`, in the chunks in which they came.
 
     Raises Changed when the handle's file has another version, or ends too early; with `growing` a
     file that is longer by now is no change.
     """
-    session = place.session
-    pieces: list[asyncio.Future[Chunks]] = []
-    try:
-        for start in range(offset, offset + length, session.read_bytes):
-            wanted = min(session.read_bytes, offset + length - start)
-            await session.slots.acquire()
-            piece = session.bulk.read_piece(handle, start, wanted)
-            piece.add_done_callback(lambda _: session.slots.release())
-            pieces.append(piece)
-        check = asyncio.ensure_future(session.bulk.fstat(handle, 0))
-    except BaseException:
-        for piece in pieces:
-            piece.cancel()
-        raise
     with place.asking():
         try:
-            *got, attrs = await all_of([*pieces, check])
+            *got, attrs = await _pieces(place.session, handle, offset, length, urgent=urgent)
             data, continued = await _completed(place, handle, offset, length, got)
             if continued:
-                attrs = await session.bulk.fstat(handle, 0)
+                attrs = await place.session.bulk.fstat(handle, 0)
         except asyncssh.SFTPEOFError:
             raise Changed(f"{place} is shorter than it was") from None
     if version_of(attrs, place.full) != version and not (growing and has_grown(attrs, version)):
         raise Changed(f"{place} was changed meanwhile")
     return data
+
+
+async def _pieces(
+    session: SftpSession, handle: bytes, offset: int, length: int, *, urgent: bool
+) -> list[Any]:
+    """What the pieces of the range brought, and the file's attributes after them."""
+    flow, size, end = session.reading, session.read_bytes, offset + length
+    turn = flow.turn()
+    asked: list[asyncio.Future[Any]] = []
+    try:
+        for start in range(offset, end, size):
+            wanted = min(size, end - start)
+            await flow.enter(wanted, turn, urgent=urgent)
+            asked.append(_piece(session, handle, start, wanted))
+        asked.append(asyncio.ensure_future(session.bulk.fstat(handle, 0)))
+    except BaseException:
+        await give_up(asked)
+        raise
+    return await all_of(asked)
+
+
+def _piece(session: SftpSession, handle: bytes, start: int, wanted: int) -> asyncio.Future[Chunks]:
+    """A piece that was let in: it leaves when it is here, or when nobody wants it any more."""
+    try:
+        piece = session.bulk.read_piece(handle, start, wanted)
+    except BaseException:
+        session.reading.leave(wanted)
+        raise
+    piece.add_done_callback(lambda _: session.reading.leave(wanted))
+    return piece
 
 
 async def _completed(

@@ -197,7 +197,7 @@ class SftpRemote:
         with place.asking():
             async with self._files.using(place, handle) as remote:
                 return await read.read_range(
-                    place, remote, version, offset, length, growing=growing
+                    place, remote, version, offset, length, growing=growing, urgent=urgent
                 )
 
     async def release(self, handle: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from asyncssh.sftp import SFTPLimits
 from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.sftp.attrs import Owners
 from hpcfs.remotes.sftp.errors import translated
+from hpcfs.remotes.sftp.flow import Flow
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.ssh.login import Login, log_in
 from hpcfs.remotes.ssh.receiver import shorten
@@ -33,8 +34,7 @@ MAX_PIECE_BYTES = 261_120
 """What OpenSSH takes in one read or write; more per request gains nothing measurable."""
 SAFE_PIECE_BYTES = 32 * 1024
 """What the protocol promises for servers that do not tell their limits."""
-PIECES_IN_FLIGHT = 64
-"""Of one site: 16 MiB, one channel window, which is 128 MB/s at 125 ms."""
+UPLOAD_BYTES_UNDER_WAY = 16 * 1024 * 1024
 
 
 class Channel(asyncssh.SSHClientSession[bytes]):
@@ -66,7 +66,8 @@ class SftpSession:
     home: bytes
     owners: Owners
     ended: asyncio.Event
-    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PIECES_IN_FLIGHT))
+    reading: Flow = field(default_factory=Flow)
+    writing: Flow = field(default_factory=lambda: Flow(UPLOAD_BYTES_UNDER_WAY))
 
     @property
     def meta(self) -> Requests:
@@ -193,7 +194,12 @@ async def all_of(tasks: Sequence[asyncio.Future[Any]]) -> list[Any]:
     try:
         return await asyncio.gather(*tasks)
     except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await give_up(tasks)
         raise
+
+
+async def give_up(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    """End tasks whose results nobody wants any more, whatever has become of them."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -12,6 +12,7 @@ import logging
 import stat
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from asyncssh import SFTPAttrs, SFTPOpUnsupported, SFTPPermissionDenied
 from asyncssh.constants import FXF_CREAT, FXF_EXCL, FXF_WRITE
@@ -19,7 +20,7 @@ from asyncssh.constants import FXF_CREAT, FXF_EXCL, FXF_WRITE
 from hpcfs.remotes.base import ReportProgress, Source, checked_size
 from hpcfs.remotes.sftp.attrs import full_mode, owner_to_set, rest_to_set
 from hpcfs.remotes.sftp.place import Place, explain_file, explain_full, explain_new
-from hpcfs.remotes.sftp.session import together
+from hpcfs.remotes.sftp.session import SftpSession, together
 from hpcfs.transfer.messages import (
     Attributes,
     Changed,
@@ -199,6 +200,7 @@ async def _write_ranges(
     """All pieces pipelined. They are read inline: the cache file was written a moment ago, so its
     bytes are in the page cache, and a thread per piece would cost more than the copy."""
     session = place.session
+    turn = session.writing.turn()
     done = 0
 
     async def write(offset: int, data: bytes) -> None:
@@ -212,11 +214,15 @@ async def _write_ranges(
             async with asyncio.TaskGroup() as group:
                 for offset, length in _pieces(ranges, session.write_bytes):
                     data = source.read(offset, length)
-                    await session.slots.acquire()
+                    await session.writing.enter(len(data), turn)
                     task = group.create_task(write(offset, data))
-                    task.add_done_callback(lambda _: session.slots.release())
+                    task.add_done_callback(partial(_leave, session, len(data)))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
+
+
+def _leave(session: SftpSession, size: int, _: asyncio.Task[None]) -> None:
+    session.writing.leave(size)
 
 
 def _pieces(ranges: Ranges, limit: int) -> Iterator[tuple[int, int]]:

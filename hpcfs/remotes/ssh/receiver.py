@@ -9,8 +9,8 @@ place; such a packet is decrypted twice.
 
 Packets larger than 32 KiB gain nothing: OpenSSH reads its SFTP server in pieces of that size.
 
-This leans on names inside of asyncssh. `NAMES` lists them, `shorten` looks for them and leaves
-everything as it is where one is missing; a test fails when that happens.
+This leans on names inside of asyncssh, and on a recent cryptography. `NAMES` lists them, `shorten`
+looks for them and leaves everything as it is where one is missing; a test fails when that happens.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ NAMES = {
     ),
     "channel class": ("_accept_data",),
     "cipher": ("_key", "_iv", "_update_iv"),
+    "cryptography's AESGCM": ("decrypt_into",),
 }  # fmt: skip
 
 
@@ -49,6 +50,7 @@ def shorten(connection: asyncssh.SSHClientConnection) -> Receiver | None:
     """Put a receiver between the socket and the connection; None where it can't be done."""
     missing = [name for name in NAMES["connection"] if not hasattr(connection, name)]
     missing += [name for name in NAMES["channel class"] if not hasattr(SSHChannel, name)]
+    missing += [name for name in NAMES["cryptography's AESGCM"] if not hasattr(AESGCM, name)]
     transport: Any = getattr(connection, "_transport", None)
     if missing or not hasattr(transport, "set_protocol"):  # a jump host's channel has none
         log.debug("no receiver of ours: %s", missing or type(transport).__name__)

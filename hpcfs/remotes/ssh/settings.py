@@ -22,8 +22,10 @@ from hpcfs.transfer.messages import SshSite, WrongSettings
 
 KEEPALIVE_SECONDS = 15
 KEEPALIVES_MISSED = 3
-CHANNEL_WINDOW_BYTES = 16 * 1024 * 1024
-"""What one channel carries per round trip; asyncssh's own 2 MiB is 35 MB/s at 20 ms."""
+CHANNEL_WINDOW_BYTES = 80 * 1024 * 1024
+"""What one channel may carry before we say that we have it, which asyncssh says at half of it. So
+more than twice what is ever asked for at once (sftp/flow.py), and that is what bounds memory.
+Asyncssh's own 2 MiB is 35 MB/s at 20 ms."""
 
 FAST_CIPHER = "aes128-gcm@openssh.com"
 HOST_KEY_KINDS = (
