@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import socket
 import sys
@@ -27,6 +28,10 @@ from hpcfs.transfer import messages as m
 from hpcfs.transfer.cachefile import CacheSource, store
 
 log = logging.getLogger(__name__)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""malloc.h's."""
+KEPT_PIECE_BYTES = 32 * 1024 * 1024
+KEPT_BYTES = 64 * 1024 * 1024
 
 
 class Connection:
@@ -259,7 +264,17 @@ def log_stray(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         loop.default_exception_handler(context)
 
 
+def keep_freed_memory() -> None:
+    """What a fetch brought is freed once it is stored, and the next one needs as much. By default
+    glibc hands it to the kernel and back each time: 0.3 of 0.6 CPU seconds per GB over S3."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # musl has none
+        mallopt(M_MMAP_THRESHOLD, KEPT_PIECE_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
 def main() -> None:
+    keep_freed_memory()
     uvloop.run(serve(socket.socket(fileno=int(sys.argv[1]))))
 
 

@@ -71,7 +71,7 @@ def rclone_binary() -> Path:
 
 
 @contextlib.contextmanager
-def rclone_s3(directory: Path) -> Iterator[S3Server]:
+def rclone_s3(directory: Path, *options: str) -> Iterator[S3Server]:
     """rclone's server; its buckets are the folders of `directory`."""
     (directory / BUCKET).mkdir(parents=True, exist_ok=True)
 
@@ -79,7 +79,7 @@ def rclone_s3(directory: Path) -> Iterator[S3Server]:
         return [
             *(str(rclone_binary()), "serve", "s3", "--addr", f"127.0.0.1:{port}"),
             *("--auth-key", f"{ACCESS_KEY},{SECRET_KEY}", "--config", "/dev/null"),
-            *("--vfs-cache-mode", "off", "--dir-cache-time", "1h", str(directory)),
+            *("--vfs-cache-mode", "off", "--dir-cache-time", "1h", *options, str(directory)),
         ]
 
     with _serving(command) as port:

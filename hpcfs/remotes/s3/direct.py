@@ -25,7 +25,7 @@ from botocore.utils import get_environ_proxies
 
 from hpcfs.remotes.s3.answers import of_listing, of_object
 from hpcfs.remotes.s3.http import Answer, Question
-from hpcfs.remotes.s3.pool import Host, Pool
+from hpcfs.remotes.s3.pool import Gate, Host, Pool
 from hpcfs.remotes.s3.signing import ALGORITHM, Keys, Signer
 
 log = logging.getLogger(__name__)
@@ -76,10 +76,13 @@ class Route:
 
 
 class Direct:
-    """Timeouts are in seconds: for a connection, and without a byte."""
+    """Timeouts are in seconds: for a connection, and without a byte. The gate hears how far away
+    the server is."""
 
-    def __init__(self, login: Login, connect_timeout: float, read_timeout: float) -> None:
-        self._login = login
+    def __init__(
+        self, login: Login, gate: Gate, connect_timeout: float, read_timeout: float
+    ) -> None:
+        self._login, self._gate = login, gate
         self._timeouts = connect_timeout, read_timeout
         self._routes: dict[str, Route | None] = {}
         self._pools: dict[tuple[str, str, int], Pool] = {}
@@ -100,8 +103,9 @@ class Direct:
             return None
         if operation == "list_objects_v2":
             limit = LISTING_BYTES
-        question = _question(route, operation, parameters, limit, await self._login.keys())
+        keys = await self._login.keys()
         try:
+            question = _question(route, operation, parameters, limit, keys)
             found = await route.pool.ask(question)
             if found.status < 300:
                 return _parsed(operation, found)
@@ -179,7 +183,7 @@ class Direct:
             tls = None
             if scheme == "https":
                 tls = await asyncio.to_thread(_tls_context, self._login.trusted())
-            pool = Pool(Host(name, port, tls), *self._timeouts)
+            pool = Pool(Host(name, port, tls), *self._timeouts, self._gate.answered_in)
             self._pools[scheme, name, port] = pool
         return pool
 
@@ -202,6 +206,8 @@ def _question(
     for parameter, name in (("Range", "range"), ("IfMatch", "if-match")):
         if parameter in parameters:
             headers[name] = parameters[parameter]
+            if not headers[name].isprintable():
+                raise ValueError("an ETag that can't be sent")
     signed = route.signer.sign(method, path, query, headers, keys)
     lines = [
         f"{method} {path}{'?' if query else ''}{query} HTTP/1.1",

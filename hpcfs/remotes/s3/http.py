@@ -50,7 +50,8 @@ class Question:
 
 
 class Connection(asyncio.BufferedProtocol):
-    """`on_lost` is called once, when the connection is gone. `heard` is a time of the loop's."""
+    """`on_lost` is called once, when the connection is gone. `asked` and `heard` are times of the
+    loop's: of the last question, and of the last sign of life."""
 
     def __init__(self, on_lost: Callable[[Connection], None]) -> None:
         self._on_lost = on_lost
@@ -66,7 +67,7 @@ class Connection(asyncio.BufferedProtocol):
         self._waiter: asyncio.Future[Answer] | None = None
         self.began = False
         """Whether a byte of the present answer has come."""
-        self.heard = self._loop.time()
+        self.asked = self.heard = self._loop.time()
         self.reusable = True
 
     @property
@@ -81,7 +82,7 @@ class Connection(asyncio.BufferedProtocol):
             raise Unusual("the connection is closed")
         self._question, self._filled, self._answer = question, 0, None
         self._waiter = self._loop.create_future()
-        self.heard = self._loop.time()
+        self.asked = self.heard = self._loop.time()
         self._transport.write(question.data)
         try:
             return await self._waiter

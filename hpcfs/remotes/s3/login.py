@@ -16,13 +16,14 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession
 from botocore.exceptions import NoCredentialsError
 
-from hpcfs.remotes.s3.pool import Bounds
 from hpcfs.remotes.s3.signing import Keys
 from hpcfs.transfer.messages import S3Site, Unreachable
 
 READ_TIMEOUT = 60.0
 """Without a byte. Completing a large object takes longer, but S3 sends blanks meanwhile."""
 ATTEMPTS = 3
+CONNECTIONS = 32
+"""Of botocore's: for writing, and for reading where there is no direct way."""
 DEFAULT_REGION = "us-east-1"
 """What S3-compatible servers expect where nothing is configured."""
 
@@ -30,9 +31,8 @@ DEFAULT_REGION = "us-east-1"
 class Login:
     """One per site."""
 
-    def __init__(self, site: S3Site, bounds: Bounds) -> None:
+    def __init__(self, site: S3Site) -> None:
         self._site = site
-        self._connections = bounds.slots + bounds.urgent_slots
         self._stack = AsyncExitStack()
         self._lock = asyncio.Lock()
         self._session: AioSession | None = None
@@ -106,7 +106,7 @@ class Login:
         return AioConfig(
             connect_timeout=self._site.connect_timeout,
             read_timeout=READ_TIMEOUT,
-            max_pool_connections=self._connections,
+            max_pool_connections=CONNECTIONS,
             retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
             **compatible,
         )

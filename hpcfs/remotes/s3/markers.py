@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 
-from hpcfs.remotes.s3.bucket import Bucket, Info
+from hpcfs.remotes.s3.bucket import Bucket, Info, Page
 from hpcfs.remotes.s3.known import Known
 from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.remotes.s3.names import MARKER
@@ -27,8 +27,13 @@ class Markers:
         self._bucket = bucket
         self._base = base
         self._inside: bool | None = None
+        self._sample: str | None = None
         self._lock = asyncio.Lock()
         self._read: Known[tuple[Info | None]] = Known(REMEMBERED_SECONDS, 10_000)
+
+    def saw(self, page: Page) -> None:
+        """The root's beginning, which has an object to tell by: a round trip is spared later."""
+        self._sample = page.objects[0].key if page.objects else None
 
     async def read(self, directory: str, *, urgent: bool = True) -> Info | None:
         known = self._read.get(directory)
@@ -66,15 +71,21 @@ class Markers:
 
     async def _look_for_kind(self) -> bool | None:
         """None while there is no object to tell by."""
-        page = await self._bucket.first(self._base, 1)
-        if not page.objects:
-            return None
-        sample = page.objects[0].key
+        sample = self._sample
+        if sample is None:
+            page = await self._bucket.first(self._base, 1)
+            if not page.objects:
+                return None
+            sample = page.objects[0].key
         if sample.endswith("/"):
             return False
-        if await self._bucket.head(sample + "/") is None:
-            return False
-        return not await self._is_listed(sample + "/")
+        found, listed = await asyncio.gather(
+            self._bucket.head(sample + "/"), self._is_listed(sample + "/"), return_exceptions=True
+        )
+        for failure in (listed, found):
+            if isinstance(failure, BaseException):
+                raise failure
+        return found is not None and not listed
 
     async def _learn_from(self, directory: str, metadata: Metadata) -> None:
         """After the first marker: is it there under its own key?"""

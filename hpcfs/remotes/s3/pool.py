@@ -11,7 +11,7 @@ import asyncio
 import socket
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ import aiohappyeyeballs
 from hpcfs.remotes.s3.http import Answer, Connection, Question, Unusual
 
 MIB = 1024 * 1024
+MILLISECOND = 0.001
 BULK_BYTES = 256 * 1024
 IDLE_SECONDS = 12.0
 """Servers close idle connections after 5 to 60 seconds; one that is gone costs a round trip."""
@@ -31,9 +32,17 @@ SECOND_ADDRESS_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of one site. `slots` bounds the connections for reading; `urgent_slots` come on top."""
+    """Of one site: `slots` are requests that may be under way at once, each on a connection;
+    `urgent_slots` come on top for what a program waits for.
 
-    slots: int = 48
+    How many slots there are depends on how long the server takes for the smallest answer, which at
+    a distance is the round trip: as many as ask it `per_second`, in the bounds given. S3 permits
+    5500 of these per second and prefix.
+    """
+
+    fewest_slots: int = 32
+    slots: int = 96
+    per_second: int = 5000
     urgent_slots: int = 4
     bulk_slots: int = 16
     bulk_bytes: int = 32 * MIB
@@ -53,6 +62,9 @@ class Gate:
 
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
+        self.slots = bounds.fewest_slots
+        """How many requests may be under way now, urgent ones apart."""
+        self._quickest = 0.0
         self._busy = self._bulk = self._bulk_bytes = 0
         self._urgent: deque[_Waiting] = deque()
         self._large: deque[_Waiting] = deque()
@@ -66,6 +78,13 @@ class Gate:
             yield
         finally:
             self._leave(size)
+
+    def answered_in(self, seconds: float) -> None:
+        """How long a small answer took. The quickest counts, but not for ever."""
+        quickest = min(seconds, self._quickest * 1.01) if self._quickest else seconds
+        self._quickest = max(quickest, MILLISECOND)
+        wanted = int(self._quickest * self._bounds.per_second)
+        self.slots = max(self._bounds.fewest_slots, min(wanted, self._bounds.slots))
 
     async def _enter(self, size: int, urgent: bool) -> None:
         queue = self._urgent if urgent else self._large if size > BULK_BYTES else self._small
@@ -87,8 +106,8 @@ class Gate:
     def _may_go(self, queue: deque[_Waiting], size: int) -> bool:
         bounds = self._bounds
         if queue is self._urgent:
-            return self._busy < bounds.slots + bounds.urgent_slots
-        if self._busy >= bounds.slots:
+            return self._busy < self.slots + bounds.urgent_slots
+        if self._busy >= self.slots:
             return False
         if queue is self._small or not self._bulk:
             return True
@@ -127,10 +146,18 @@ class Host:
 
 
 class Pool:
-    """Times are in seconds: `connect_timeout` for a connection, `read_timeout` without a byte."""
+    """Times are in seconds: `connect_timeout` for a connection, `read_timeout` without a byte.
+    `answered_in` is told how long a HEAD took."""
 
-    def __init__(self, host: Host, connect_timeout: float, read_timeout: float) -> None:
+    def __init__(
+        self,
+        host: Host,
+        connect_timeout: float,
+        read_timeout: float,
+        answered_in: Callable[[float], None],
+    ) -> None:
         self._host = host
+        self._answered_in = answered_in
         self._connect_timeout, self._read_timeout = connect_timeout, read_timeout
         self._all: set[Connection] = set()
         self._idle: list[Connection] = []
@@ -153,6 +180,8 @@ class Pool:
 
     async def _ask(self, connection: Connection, question: Question) -> Answer:
         answer = await connection.ask(question)
+        if question.bodiless:
+            self._answered_in(connection.heard - connection.asked)
         if connection.reusable and not self._closed:
             self._idle.append(connection)
         return answer

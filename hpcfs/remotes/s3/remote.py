@@ -92,7 +92,7 @@ class S3Remote:
 
     async def connect(self) -> Abilities:
         try:
-            await self._bucket.first(self._base, 1)
+            self._markers.saw(await self._bucket.first(self._base, 1))
         except PermissionDenied as error:
             refused = AccessRefused(f"{error.message} to list it, then remount")
             raise self._bucket.remember(refused) from error

@@ -20,10 +20,11 @@ class S3SiteConnection:
     ) -> None:
         assert isinstance(start.site, S3Site)
         bounds = bounds or Bounds()
-        self._login = Login(start.site, bounds)
-        self._direct = Direct(self._login, start.site.connect_timeout, READ_TIMEOUT)
+        self._login = Login(start.site)
+        gate = Gate(bounds)
+        self._direct = Direct(self._login, gate, start.site.connect_timeout, READ_TIMEOUT)
         self.health = Health()
-        access = Access(self._login.client, self._direct, Gate(bounds), self.health)
+        access = Access(self._login.client, self._direct, gate, self.health)
         self._remotes = {
             namespace: S3Remote(Bucket(root.bucket, access), root, start, limits or Limits())
             for namespace, root in start.roots.items()
