@@ -108,7 +108,7 @@ class Ahead:
 
     def listed(self, namespace: Namespace, path: bytes, walk: Walk, listing: Listing) -> None:
         """So the directory was listed; its subdirectories may come next."""
-        walk.listed(key_of(namespace, path), listing.walkable)
+        walk.listed(key_of(namespace, path), listing.walkable, self._now() - listing.asked)
         self._ask(namespace, walk)
 
     def changed(self, namespace: Namespace, path: bytes, name: bytes, *, below: bool) -> None:

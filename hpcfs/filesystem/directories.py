@@ -115,6 +115,8 @@ class Directories:
 
     async def _list_remote(self, node: Node, namespace: Namespace) -> Listing:
         """The one that was made ahead, or a new one."""
+        if node.parent is not None:
+            self._note_use(node.parent)  # a walk will look up the next one there
         path, moves = node.path, self._tree.moves
         walk, flight = self._ahead.opened(namespace, path)
         listing = flight.listing if flight else self._new_listing()
@@ -169,14 +171,17 @@ class Directories:
         Call it when a name is wanted for which its node can't answer: names that are asked for one
         after another make the directory be listed in the background, for those that follow.
         """
-        if parent.namespace is None:
-            return None
-        now = self._tree.now()
-        if self._uses.note(parent, now) and self._renewals < _MAX_RENEWALS:
-            self._uses.begin(parent)
+        self._note_use(parent)
+        return self._known.find(parent, name, self._tree.now())
+
+    def _note_use(self, directory: Node) -> None:
+        namespace = directory.namespace
+        if namespace is None or self._renewals >= _MAX_RENEWALS:
+            return
+        if self._uses.note(directory, self._tree.now()):
+            self._uses.begin(directory)
             self._renewals += 1
-            self._nursery.start_soon(self._renew, parent, parent.namespace)
-        return self._known.find(parent, name, now)
+            self._nursery.start_soon(self._renew, directory, namespace)
 
     async def _renew(self, node: Node, namespace: Namespace) -> None:
         listing = self._new_listing()

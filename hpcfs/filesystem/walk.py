@@ -5,8 +5,9 @@ below it. So what comes next is known: the subdirectories of what was read last,
 it in its parent, and so on up to where the walk began. Only their order differs: as listed (find,
 du), by name (ls, rsync), by inode number (cp, tar). Whichever agreed with the last steps counts.
 
-How many are listed ahead doubles whenever the program had to wait for one, halves when one is read
-that was not foreseen or when some went unused, and is none when a program pauses.
+How many are listed ahead doubles with each that is read, until there are as many as the program
+reads while one is listed; halves when one is read that was not foreseen or when some went unused;
+and is none when a program pauses.
 
 Directories are named by their path, with the namespace before it.
 """
@@ -102,6 +103,9 @@ class Walk:
         self.waiting = 0
         """Listings that the program waits for."""
         self._active = now
+        self._took: float | None = None
+        self._thinks: float | None = None
+        """How long a listing takes, and the program from one to the next; seconds, smoothed."""
         self._last = root
         self._folders: dict[bytes, _Folder] = {}
 
@@ -115,12 +119,15 @@ class Walk:
     def opened(self, path: bytes, found: Found, held: Collection[bytes], now: float) -> None:
         """A program reads this directory, which the walk knows. `held` are those that are listed
         ahead."""
-        pauses, self._active = self.is_quiet(now), now
+        pauses = self.is_quiet(now)
+        if not self.waiting:
+            self._thinks = _smoothed(self._thinks, now - self._active)
+        self._active = now
         worth = self._step(path) if path != self.root else 0
         self._last = path
         if pauses:
             self.window = 0
-        elif found is Found.UNDER_WAY:
+        elif found is Found.UNDER_WAY or (found is Found.READY and self._is_too_small()):
             self.window = min(MOST, max(FEWEST, 2 * self.window))
         elif found is Found.READY:
             self.window = max(FEWEST, self.window)
@@ -131,6 +138,10 @@ class Walk:
         if found is Found.NOTHING:
             self._folders.pop(path, None)
         self._forget_all_but(path, held)
+
+    def _is_too_small(self) -> bool:
+        """For a program that does not wait only because this one happened to be there."""
+        return self.window * (self._thinks or 0.0) < (self._took or 0.0)
 
     def _step(self, path: bytes) -> int:
         """How many to list ahead because this was to be expected, perhaps in another order than the
@@ -153,7 +164,9 @@ class Walk:
             if path == known or path.startswith(known + b"/") or known in held
         }
 
-    def listed(self, path: bytes, subdirectories: Sequence[bytes]) -> None:
+    def listed(self, path: bytes, subdirectories: Sequence[bytes], took: float) -> None:
+        """For the program or ahead of it, in `took` seconds."""
+        self._took = _smoothed(self._took, took)
         names = sum(len(folder) for folder in self._folders.values())
         if names + len(subdirectories) <= _MAX_NAMES:
             self._folders[path] = _Folder(path, subdirectories, self._number)
@@ -205,6 +218,10 @@ class Walks:
             walk.opened(path, found, held, now)
         walk.waiting += 1
         return walk
+
+
+def _smoothed(before: float | None, now: float) -> float:
+    return now if before is None else before + (now - before) / 4
 
 
 def _parent(path: bytes) -> bytes:

@@ -192,6 +192,25 @@ async def test_a_walk_finds_its_directories_listed(w: World) -> None:
 
 
 @live()
+async def test_a_walk_that_takes_long_looks_no_name_up_at_the_remote(w: World) -> None:
+    """The attributes of its directories are a second old then; their parent is listed again."""
+    fill(w, [f"{number:03}" for number in range(100)])
+    root = await w.kernel.walk("ns")
+    await w.kernel.listdir("ns")
+    w.cues.calls.clear()
+    for number in range(100):
+        w.clock.seconds += 0.05
+        node = await w.fs.lookup(root.ino, b"%03d" % number)
+        w.fs.tree.count_lookup(node)
+        handle = w.fs.directories.open(node)
+        assert len(list(await w.fs.directories.read(handle, 0))) == 5
+        w.fs.directories.close(handle)
+        await wait_all_tasks_blocked()
+    assert w.cues.count(m.Stat) == 0
+    assert w.cues.count(m.List) < 100 + 12
+
+
+@live()
 async def test_reading_a_directory_again_lists_it_anew(w: World) -> None:
     fill(w)
     await begin_walk(w)

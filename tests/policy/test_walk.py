@@ -74,7 +74,7 @@ class Run:
         self.now = max(self.now, ready)
         self._arrive()
         walk.answered(self.now)
-        walk.listed(path, list(self.all[path]))
+        walk.listed(path, list(self.all[path]), ROUND_TRIP)
         self.read.append(path)
         self.walk = walk
         self._ask(walk)
@@ -84,7 +84,7 @@ class Run:
         for path, ready in list(self.ahead.items()):
             if ready <= self.now and path not in self._noted:
                 self._noted.add(path)
-                self.walk.listed(path, list(self.all[path]))
+                self.walk.listed(path, list(self.all[path]), ROUND_TRIP)
                 self._ask(self.walk)
 
     def _ask(self, walk: Walk) -> None:
