@@ -8,9 +8,11 @@ import os
 import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
+from asyncssh import FXF_READ, SFTPAttrs
+from asyncssh.constants import FXP_CLOSE, FXP_OPENDIR, FXP_READDIR
 
 from hpcfs.remotes.sftp.attrs import Owners
 from hpcfs.remotes.sftp.read import MAX_OPEN_HANDLES
@@ -372,6 +374,58 @@ def test_five_thousand_entries(sshd: SshServer) -> None:
         assert stat.S_ISREG((await remote.stat(b"00000")).mode)
 
     on(sshd.start_message(str(folder)), story)
+
+
+def test_a_small_directory_is_two_round_trips(
+    sshd: SshServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening it, then its names with their end; nobody waits for the close."""
+    folder = sshd.root / "few"
+    folder.mkdir()
+    for number in range(90):
+        (folder / f"{number}").touch()
+
+    async def story(remote: SftpRemote) -> None:
+        meta = (await remote._place(b"")).session.meta
+        sent: list[int | bytes] = []
+        plain = meta._send_request
+
+        def noted(kind: int | bytes, *more: Any) -> None:
+            sent.append(kind)
+            plain(kind, *more)
+
+        monkeypatch.setattr(meta, "_send_request", noted)
+        assert len(await listed(remote, b"")) == 90
+        assert sent == [FXP_OPENDIR, FXP_READDIR, FXP_READDIR, FXP_READDIR, FXP_CLOSE]
+        assert meta._requests, "the close is not answered yet"
+
+    on(sshd.start_message(str(folder)), story)
+
+
+def test_a_handle_that_comes_too_late_is_closed(tmp_path: Path) -> None:
+    async def story(remote: SftpRemote, evil: EvilSite) -> None:
+        (evil.directory / "file").write_bytes(b"x")
+        bulk = (await remote._place(b"")).session.bulk
+        began, may_open = asyncio.Event(), asyncio.Event()
+
+        async def opening() -> bytes:
+            began.set()
+            await may_open.wait()
+            return await bulk.open(b"/file", FXF_READ, SFTPAttrs())
+
+        opened = asyncio.ensure_future(bulk.kept(opening()))
+        await began.wait()
+        opened.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opened
+        may_open.set()
+        version = (await remote.stat(b"file")).version
+        await remote.fetch(b"file", version, 0, 1, 1)  # behind the open, on its channel
+        await remote.fetch(b"file", version, 0, 1, 1)  # behind the close
+        assert evil_sftp.Counting.held == 1
+
+    on_evil(tmp_path, evil_sftp.Counting, story)
+    assert evil_sftp.Counting.held == 0
 
 
 def test_a_server_with_one_session_only(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Listing a directory page by page, trusting nothing in it.
 
-Replies hold about a hundred names, so several requests are on their way at once: at 20 ms a
-directory of 100,000 entries is 2 s instead of 20. Names that the kernel can't show and names given
+Replies hold about a hundred names, so several requests are on their way at once, few at first: most
+directories are small, and all of theirs come in one flight. At 20 ms a directory of 100,000 entries
+is 1.3 s instead of 20. Names that the kernel can't show and names given
 twice are dropped and counted. The names already seen are the only thing that grows with the
 directory (some 100 bytes each, gone with the listing): a duplicate may come at any distance when
 the directory changes meanwhile, and a lossy filter would hide files.
@@ -23,12 +24,13 @@ from hpcfs.remotes.base import is_valid_name
 from hpcfs.remotes.sftp.attrs import listed_entry
 from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.sftp.place import Place
-from hpcfs.remotes.sftp.session import all_of
+from hpcfs.remotes.sftp.session import all_of, give_up
 from hpcfs.transfer.messages import LIST_PAGE_ENTRIES, Entry, NotFound, RemoteError
 
 log = logging.getLogger(__name__)
 
-REQUESTS_AHEAD = 8
+FIRST_REQUESTS = 3
+REQUESTS_AHEAD = 16
 STATS_AT_ONCE = 64
 
 
@@ -82,10 +84,13 @@ async def _replies(place: Place, handle: bytes) -> AsyncGenerator[list[SFTPName]
     """What READDIR returns, in order, until the end; an empty reply ends the listing too."""
     meta = place.session.meta
     ahead: deque[asyncio.Task[Any]] = deque()
+    flight = 0
     try:
         while True:
-            while len(ahead) < REQUESTS_AHEAD:
-                ahead.append(asyncio.ensure_future(meta.readdir(handle)))
+            if len(ahead) <= flight // 2:
+                flight = min(max(FIRST_REQUESTS, 2 * flight), REQUESTS_AHEAD)
+                missing = range(flight - len(ahead))
+                ahead.extend(asyncio.ensure_future(meta.readdir(handle)) for _ in missing)
             with translated(place.full, place.session.shown):
                 try:
                     names, _ = await ahead.popleft()
@@ -95,9 +100,7 @@ async def _replies(place: Place, handle: bytes) -> AsyncGenerator[list[SFTPName]
                 return
             yield names
     finally:
-        for task in ahead:
-            task.cancel()
-        await asyncio.gather(*ahead, return_exceptions=True)
+        await give_up(ahead)
 
 
 async def _with_attributes(place: Place, names: list[SFTPName]) -> list[tuple[bytes, SFTPAttrs]]:

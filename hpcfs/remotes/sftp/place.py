@@ -76,7 +76,7 @@ class Place:
 
     async def is_empty_directory(self) -> bool:
         with self.asking():
-            handle = await self.session.meta.opendir(self.full)
+            handle = await self.session.meta.kept(self.session.meta.opendir(self.full))
             try:
                 while True:
                     names, _ = await self.session.meta.readdir(handle)
@@ -87,7 +87,7 @@ class Place:
             except asyncssh.SFTPEOFError:
                 return True
             finally:
-                await self.session.meta.close(handle)
+                self.session.meta.close_soon(handle)
 
 
 def _sibling(path: bytes, name: bytes) -> bytes:

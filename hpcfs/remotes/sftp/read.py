@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import asyncssh
@@ -20,11 +21,10 @@ from asyncssh import SFTPAttrs
 from asyncssh.constants import FXF_READ
 
 from hpcfs.remotes.sftp.attrs import version_of
-from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.sftp.place import Place
-from hpcfs.remotes.sftp.requests import Chunks
+from hpcfs.remotes.sftp.requests import Chunks, Requests
 from hpcfs.remotes.sftp.session import SftpSession, all_of, give_up
-from hpcfs.transfer.messages import Changed, RemoteError
+from hpcfs.transfer.messages import Changed
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,6 @@ class OpenFiles:
     def __init__(self, limit: int = MAX_OPEN_HANDLES) -> None:
         self._limit = limit
         self._files: OrderedDict[int, OpenFile] = OrderedDict()
-        self._closing: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def using(self, place: Place, handle: int) -> AsyncIterator[bytes]:
@@ -108,18 +107,13 @@ class OpenFiles:
             self._close(file)
 
     def _close(self, file: OpenFile) -> None:
-        """In the background: nobody waits for a reader's close, and nothing depends on it."""
-        task = asyncio.ensure_future(_close_remote(file))
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        """Once it is open: nobody waits for a reader's close."""
+        file.opening.add_done_callback(partial(_close_remote, file.session.bulk))
 
 
-async def _close_remote(file: OpenFile) -> None:
-    try:
-        with translated(b"", file.session.shown):
-            await file.session.bulk.close(await file.opening)
-    except RemoteError as error:
-        log.debug("a remote handle could not be closed: %s", error.message)
+def _close_remote(bulk: Requests, opening: asyncio.Task[bytes]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        bulk.close_soon(opening.result())
 
 
 async def read_range(

@@ -139,7 +139,7 @@ class SftpRemote:
         meta = place.session.meta
         try:
             with place.asking():
-                handle = await meta.opendir(place.full)
+                handle = await meta.kept(meta.opendir(place.full))
         except RemoteError as error:
             raise await explain_directory(place, error) from error
         try:
@@ -147,9 +147,7 @@ class SftpRemote:
                 async for page in pages:
                     yield page
         finally:
-            if not place.session.lost:
-                with place.asking():
-                    await meta.close(handle)
+            meta.close_soon(handle)
 
     async def read_link(self, path: bytes) -> bytes:
         place = await self._place(path)

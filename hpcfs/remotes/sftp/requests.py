@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections.abc import Coroutine
 from typing import Any, Protocol, cast
 
 from asyncssh import SFTPBadMessage, SFTPConnectionLost, SFTPError
-from asyncssh.constants import FXP_READ, FXP_STATUS
+from asyncssh.constants import FXP_CLOSE, FXP_READ, FXP_STATUS
 from asyncssh.logging import SSHLogger
 from asyncssh.packet import PacketDecodeError, SSHPacket
 from asyncssh.sftp import SFTPClientHandler
@@ -83,9 +84,30 @@ class Requests(SFTPClientHandler):
         """At most `length` bytes. SFTPEOFError where the file ends before `offset`."""
         future: asyncio.Future[Chunks] = self._loop.create_future()
         self._pieces[self._next_pktid] = _Piece(length, future)
-        name = len(handle).to_bytes(4, "big") + handle
-        self._send_request(FXP_READ, (name, _READ.pack(offset, length)), cast(Any, future))
+        place = _READ.pack(offset, length)
+        self._send_request(FXP_READ, (_string(handle), place), cast(Any, future))
         return future
+
+    async def kept(self, opening: Coroutine[Any, Any, bytes]) -> bytes:
+        """The handle that an open brings. Where the caller is cancelled, it is closed once it is
+        here: servers have few, and this connection may last for weeks."""
+        task = asyncio.ensure_future(opening)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(self._close_late)
+            raise
+
+    def _close_late(self, opening: asyncio.Task[bytes]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self.close_soon(opening.result())
+
+    def close_soon(self, handle: bytes) -> None:
+        """Nobody waits for the answer: nothing depends on it."""
+        if not self.ended:
+            ignored: asyncio.Future[Any] = self._loop.create_future()
+            ignored.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._send_request(FXP_CLOSE, (_string(handle),), ignored)
 
     def send_packet(self, pkttype: int, pktid: int | None, *args: bytes) -> None:
         if self.ended:
@@ -166,6 +188,10 @@ class Requests(SFTPClientHandler):
 
     async def _cleanup(self, exc: Exception | None) -> None:
         self.lost(exc)
+
+
+def _string(content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + content
 
 
 def _refusal(kind: int, packet: SSHPacket) -> Exception:

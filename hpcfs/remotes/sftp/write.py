@@ -67,29 +67,14 @@ async def upload(place: Place, request: Upload, source: Source, report: ReportPr
 
 
 async def _open(place: Place, flags: int, mode: int | None = None) -> bytes:
-    """A handle. Where the caller is cancelled meanwhile, it is closed once it comes."""
     attrs = SFTPAttrs() if mode is None else SFTPAttrs(permissions=mode & 0o7777)
-    opening = asyncio.ensure_future(place.session.bulk.open(place.full, flags, attrs))
+    bulk = place.session.bulk
     try:
         with place.asking():
-            return await asyncio.shield(opening)
-    except asyncio.CancelledError:
-        opening.add_done_callback(lambda task: _close_late(place, task))
-        raise
+            return await bulk.kept(bulk.open(place.full, flags, attrs))
     except RemoteError as error:
         explain = explain_new if flags & FXF_EXCL else explain_file
         raise await explain(place, error) from error
-
-
-_late: set[asyncio.Task[None]] = set()
-"""Keeps the closing tasks of cancelled opens alive: the event loop holds tasks weakly."""
-
-
-def _close_late(place: Place, opening: asyncio.Task[bytes]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        task = asyncio.ensure_future(_close_quietly(place, opening.result()))
-        _late.add(task)
-        task.add_done_callback(_late.discard)
 
 
 async def _close_quietly(place: Place, handle: bytes) -> None:
