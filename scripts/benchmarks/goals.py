@@ -82,8 +82,9 @@ def outcomes(results: Results) -> Iterator[Outcome]:
             ratio = theirs / ours
             reached = ratio >= goal.times * 0.9995  # what is shown as the goal has reached it
             yield Outcome(goal.wish, place, goal.workload, goal.shown(ratio), reached)
-        elif results.of(goal.remote, goal.rtt_ms, HPCFS, goal.workload):
-            seen = "failed" if ours is None else "nothing to compare with"
+        elif cells := results.of(goal.remote, goal.rtt_ms, HPCFS, goal.workload):
+            late = f"> {results.timeout:g} s" if cells[0].timed_out else "failed"
+            seen = late if ours is None else "nothing to compare with"
             yield Outcome(goal.wish, place, goal.workload, seen, reached=False)
     peak = max((one.peak_memory for one in results.cells if one.contender == HPCFS), default=0)
     if peak:
