@@ -105,11 +105,10 @@ async def open_session(start: Start, prompter: Prompter) -> SftpSession:
     ended = asyncio.Event()
     login = await log_in(site, prompter, ended.set)
     shorten(login.connection)
-    channels: list[Requests] = []
     try:
         async with asyncio.timeout(site.connect_timeout):
             with translated(b"", login.shown):
-                await _open_channels(login, channels)
+                channels = await _open_channels(login)
             home, owners = await _look_around(channels[0], login, start)
     except TimeoutError:
         await login.close()
@@ -123,21 +122,27 @@ async def open_session(start: Start, prompter: Prompter) -> SftpSession:
     return SftpSession(login, channels, home, owners, ended)
 
 
-async def _open_channels(login: Login, channels: list[Requests]) -> None:
-    """Fills `channels` as it goes, so that the caller can end them whatever happens."""
-    try:
-        channels.append(await _open_channel(login))
-    except asyncssh.ChannelOpenError as error:
-        if error.code == OPEN_REQUEST_SESSION_FAILED:
-            raise WrongSettings(
-                f"{login.shown} lets us in but has no SFTP service: ask the site to enable the "
-                "sftp subsystem of its SSH server"
-            ) from error
-        raise Unreachable(f"{login.shown} opens no SFTP session now: {error.reason}") from error
-    try:
-        channels.append(await _open_channel(login))
-    except (asyncssh.ChannelOpenError, asyncssh.SFTPError) as error:
+async def _open_channels(login: Login) -> list[Requests]:
+    """One or two, asked for at once: each takes four round trips."""
+    both = await asyncio.gather(_open_channel(login), _open_channel(login), return_exceptions=True)
+    failures = [result for result in both if isinstance(result, BaseException)]
+    granted = [result for result in both if isinstance(result, Requests)]
+    for error in failures:
+        if not granted or not isinstance(error, (asyncssh.ChannelOpenError, asyncssh.SFTPError)):
+            raise _opening_error(error, login) from error
         log.info("%s grants one SFTP channel only: %s", login.shown, error.reason)
+    return granted
+
+
+def _opening_error(error: BaseException, login: Login) -> BaseException:
+    if not isinstance(error, asyncssh.ChannelOpenError):
+        return error
+    if error.code == OPEN_REQUEST_SESSION_FAILED:
+        return WrongSettings(
+            f"{login.shown} lets us in but has no SFTP service: ask the site to enable the "
+            "sftp subsystem of its SSH server"
+        )
+    return Unreachable(f"{login.shown} opens no SFTP session now: {error.reason}")
 
 
 async def _open_channel(login: Login) -> Requests:
@@ -168,11 +173,10 @@ async def _open_channel(login: Login) -> Requests:
 async def _look_around(requests: Requests, login: Login, start: Start) -> tuple[bytes, Owners]:
     """The home directory, and who owns it: that is the remote user."""
     with translated(b"~", login.shown):
-        names, _ = await requests.realpath(b".")
+        (names, _), attrs = await together(requests.realpath(b"."), requests.stat(b".", 0))
         if not names or not isinstance(names[0].filename, bytes):
             raise ProtocolError(f"{login.shown} does not tell its home directory")
         home = names[0].filename
-        attrs = await requests.stat(home, 0)
     uid, gid = attrs.uid, attrs.gid
     if uid == 0 and login.user != "root":
         # A chroot's top belongs to root by sshd's own rule: it does not tell who we are.
