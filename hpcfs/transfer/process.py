@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import logging
 import socket
 import sys
@@ -238,11 +239,19 @@ async def serve(sock: socket.socket) -> None:
     set_up_logging(start.log_level)
     asyncio.get_running_loop().set_exception_handler(log_stray)
     site = open_site(start, connection)
+    spare_the_collector()
     try:
         await Worker(connection, site).run()
     finally:
         await site.close()
         writer.close()
+
+
+def spare_the_collector() -> None:
+    """What the libraries brought stays for good. Python's collector of cycles would walk all of it
+    again and again, and nothing moves meanwhile: 5 ms for SFTP, 35 for S3 each time."""
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
 
 
 def set_up_logging(level: str) -> None:
