@@ -136,6 +136,11 @@ class Store:
                 return files.get(key)
         return await self.in_thread(self._index.find, origin, key)
 
+    def is_open(self, origin: str, key: bytes) -> bool:
+        """Whether somebody uses a file of this name now."""
+        file = self._active.get((origin, key))
+        return file is not None and file.users > 0
+
     def _in_use(self, origin: str, key: bytes, version: bytes, size: int) -> CacheFile | None:
         file = self._active.get((origin, key))
         if file and file.users == 0 and file.version == version and file.size == size:

@@ -9,7 +9,7 @@ again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import trio
@@ -19,13 +19,18 @@ from hpcfs.filesystem.listing import Listing
 from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.tree import ATTRIBUTE_SECONDS
 from hpcfs.filesystem.walk import MOST_HELD, Found, Walk, Walks
-from hpcfs.transfer.messages import RemoteError
+from hpcfs.transfer.messages import Entry, RemoteError
 
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 4 * 1024 * 1024
 """Of all that is listed ahead and not used yet."""
 SWEEP_SECONDS = 0.25
+NEXT = 2
+"""Directories whose entries are told before the program reads them."""
+
+OnNext = Callable[[Namespace, bytes, Iterable[Entry], float], None]
+"""(namespace, directory, its entries, when the remote was asked for them)"""
 
 
 class Flight:
@@ -40,6 +45,8 @@ class Flight:
         self.error: RemoteError | FilesystemError | None = None
         self.taken = False
         """A program waits for it, or has it."""
+        self.is_news = True
+        """Nobody was told yet that the program comes to it next."""
         self.useless = False
         """Failed, or too large to be kept. Not tried again while the walk would come by here."""
 
@@ -72,8 +79,10 @@ class Ahead:
         new_listing: Callable[[], Listing],
         number: Callable[[bytes], int],
         now: Callable[[], float],
+        on_next: OnNext,
         nursery: trio.Nursery,
     ) -> None:
+        self._on_next = on_next
         self._new_listing = new_listing
         self._now = now
         self._nursery = nursery
@@ -130,9 +139,19 @@ class Ahead:
             if has_room and len(self._flights) < MOST_HELD and key not in self._flights:
                 flight = self._flights[key] = Flight(namespace, walk, self._new_listing())
                 self._nursery.start_soon(self._fly, key, flight)
+        self._tell_of_next(namespace, walk)
         if self._flights and not self._sweeping:
             self._sweeping = True
             self._nursery.start_soon(self._sweep)
+
+    def _tell_of_next(self, namespace: Namespace, walk: Walk) -> None:
+        """What the program reads next, and what is in it, as far as that is known."""
+        for key in walk.wanted()[:NEXT]:
+            flight = self._flights.get(key)
+            if flight is not None and flight.is_news and flight.found(self._now()) is Found.READY:
+                flight.is_news = False
+                entries = [entry for _, entry in flight.listing.entries_from(0)]
+                self._on_next(namespace, key.partition(b"/")[2], entries, flight.listing.asked)
 
     async def _fly(self, key: bytes, flight: Flight) -> None:
         path = key.partition(b"/")[2]

@@ -20,6 +20,7 @@ from hpcfs.filesystem.errors import BadHandle, FilesystemError, NotDirectory
 from hpcfs.filesystem.known import SLOW_SECONDS, Known, Uses
 from hpcfs.filesystem.listing import Listing, OpenDirectory
 from hpcfs.filesystem.namespace import Namespace
+from hpcfs.filesystem.sweeper import Sweeper
 from hpcfs.filesystem.tree import Node, Tree, number_of
 from hpcfs.transfer.messages import Entry, RemoteError
 
@@ -34,24 +35,26 @@ _MAX_RENEWALS = 4
 
 class Directories:
     """`spool_directory` takes listings too long for memory; `adopt` makes nodes of entries;
-    `on_read` hears of a directory when a program has read all its names."""
+    `sweeper` hears of what programs have listed, and of what they will come to."""
 
     def __init__(
         self,
         tree: Tree,
         adopt: Adopt,
-        on_read: Callable[[Node], None],
+        sweeper: Sweeper,
         spool_directory: str,
         nursery: trio.Nursery,
     ) -> None:
         self._tree = tree
         self._adopt = adopt
-        self._on_read = on_read
+        self._on_read = sweeper.listed
         self._spool_directory = spool_directory
         self._nursery = nursery
         self._open: dict[int, OpenDirectory] = {}
         self._next = 0
-        self._ahead = Ahead(self._new_listing, number_of, lambda: tree.now(), nursery)
+        self._ahead = Ahead(
+            self._new_listing, number_of, lambda: tree.now(), sweeper.listed_ahead, nursery
+        )
         self._known = Known()
         self._uses = Uses()
         self._under_way: dict[Node, list[Listing]] = {}

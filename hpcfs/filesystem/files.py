@@ -10,8 +10,6 @@ import logging
 import os
 import stat
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import msgspec
 import trio
@@ -30,6 +28,7 @@ from hpcfs.filesystem.errors import (
 )
 from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.openfile import OpenFile
+from hpcfs.filesystem.reading import Place
 from hpcfs.filesystem.sweeper import Sweeper
 from hpcfs.filesystem.tree import Node, Tree
 from hpcfs.transfer import messages as m
@@ -55,7 +54,7 @@ class Files:
         self._nursery = nursery
         self._uid = uid
         self._budget = Budget()
-        self.sweeper = Sweeper(tree, self.holding, store.may_prefetch, nursery)
+        self.sweeper = Sweeper(tree, store, self._make_content, nursery)
         self._open: dict[int, OpenFile] = {}
         self._next = 0
 
@@ -157,31 +156,22 @@ class Files:
                 return node.content
             abilities = await namespace.abilities()
             entry = node.entry
-            file = await self._store.acquire(namespace.origin, node.path, entry.version, entry.size)
+            file = await self.sweeper.take(node)
+            if file is None:
+                file = await self._store.acquire(
+                    namespace.origin, node.path, entry.version, entry.size
+                )
             if node.content or node.entry.version != entry.version:
                 self._store.release(file)
                 continue
             node.content = self._make_content(node, namespace, abilities, file)
             return node.content
 
-    @asynccontextmanager
-    async def holding(self, node: Node) -> AsyncIterator[Content]:
-        """The node's content, kept as if it were open."""
-        namespace = self._regular(node)
-        await self.settled(node)
-        content = await self._content(node, namespace)
-        content.users += 1
-        try:
-            yield content
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._leave(content)
-
     def _make_content(
-        self, node: Node, namespace: Namespace, abilities: m.Abilities, file: CacheFile
+        self, place: Place, namespace: Namespace, abilities: m.Abilities, file: CacheFile
     ) -> Content:
         return Content(
-            node,
+            place,
             namespace,
             abilities,
             self._store,
@@ -371,13 +361,7 @@ class Files:
         self._store.release(content.file)
         self._tree.drop_if_unused(node)
         if content.held:
-            self._nursery.start_soon(self._let_go, content)
-
-    async def _let_go(self, content: Content) -> None:
-        try:
-            await content.namespace.do(m.Release(content.handle))
-        except m.RemoteError as error:
-            log.debug("releasing %r: %s", content.place.path, error.message)
+            self._nursery.start_soon(content.let_go)
 
     # --- names change ---------------------------------------------------------------------------
 

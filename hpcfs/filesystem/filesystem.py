@@ -79,7 +79,7 @@ class Filesystem:
                 self.tree.add(self.tree.root, name, entry, 0.0, namespace)
         self.files = Files(self.tree, store, uploader, nursery, self._uid)
         self.directories = Directories(
-            self.tree, self._adopt, self.files.sweeper.listed, str(store.directory), nursery
+            self.tree, self._adopt, self.files.sweeper, str(store.directory), nursery
         )
 
     # --- looking --------------------------------------------------------------------------------

@@ -227,6 +227,13 @@ class RemoteContent(ABC):
         self.file.size = self.base_size = new
         self.growing = new > old
 
+    async def let_go(self) -> None:
+        """The remote need not keep the file open any more."""
+        try:
+            await self.namespace.do(m.Release(self.handle))
+        except m.RemoteError as error:
+            log.debug("releasing %r: %s", self.place.path, error.message)
+
     async def fetch_ahead(self, most: int) -> bool:
         """Bring the first `most` bytes into the cache; whether the remote had this version."""
         blocks = self._blocks(0, min(most, self.base_size))

@@ -32,8 +32,11 @@ _RECENT = 8
 
 
 class File(Protocol):
-    ino: int
-    name: bytes
+    @property
+    def ino(self) -> int: ...
+
+    @property
+    def name(self) -> bytes: ...
 
 
 F = TypeVar("F", bound=File)
@@ -78,34 +81,34 @@ class Sweep(Generic[F]):
         """The number of the order that the program goes by, if that is clear."""
         return self._trusted
 
-    def opened(self, file: F) -> list[F]:
-        """The program opened `file` to read it: what to fetch ahead now."""
+    def opened(self, ino: int) -> list[F]:
+        """The program opened this file to read it: what to fetch ahead now."""
         now = self._now()
         if self._recent and now - self._recent[-1][0] > PAUSE_SECONDS:
             self._recent.clear()
             self._foreseen.clear()
             self._ahead = FIRST_AHEAD
-        if self._recent and self._recent[-1][1] == file.ino:
+        if self._recent and self._recent[-1][1] == ino:
             return []
-        self._recent.append((now, file.ino))
+        self._recent.append((now, ino))
         if len(self._recent) >= _FILES_TO_TRUST:
             self._trusted = self._followed()
         if self._trusted is None:
             self._ahead = FIRST_AHEAD
             return []
-        if file.ino in self._foreseen:
+        if ino in self._foreseen:
             self._ahead = min(MOST_AHEAD, 2 * self._ahead)
-        return self._following(file, self._limit(now))
+        return self._following(ino, self._limit(now))
 
-    def knows(self, file: F) -> bool:
+    def knows(self, ino: int) -> bool:
         """Whether the file was in the directory when the sweep began."""
-        return file.ino in self._orders[0].positions
+        return ino in self._orders[0].positions
 
-    def first(self) -> list[F]:
-        """What to fetch ahead when the directory was just listed, before its first file is read."""
+    def first(self, count: int = GOING_ON_AHEAD) -> list[F]:
+        """What to fetch before the first file of the directory is read."""
         if self._trusted is None:
             return []
-        return self._take(self._orders[self._trusted].files[: self._ahead])
+        return self._take(self._orders[self._trusted].files[:count])
 
     def _followed(self) -> int | None:
         """The order in which the last files follow each other most closely."""
@@ -127,10 +130,10 @@ class Sweep(Generic[F]):
             return self._ahead
         return max(FIRST_AHEAD, min(self._ahead, int(GOOD_SECONDS * count / (now - began))))
 
-    def _following(self, file: F, count: int) -> list[F]:
+    def _following(self, ino: int, count: int) -> list[F]:
         assert self._trusted is not None
         order = self._orders[self._trusted]
-        position = order.positions.get(file.ino)
+        position = order.positions.get(ino)
         if position is None:
             return []
         return self._take(order.files[position + 1 : position + 1 + count])

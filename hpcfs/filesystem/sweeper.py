@@ -1,25 +1,31 @@
 """Fetches small files ahead of a program that reads a directory's files one after another.
 
-filesystem/sweep.py says which; here they are fetched, a bounded number of bytes at once, and held
-for the time in which the program should come to them. What it does not come to is let go, and
-cancelled if it is still under way. A fetch vouches for the file's version at the time it was asked
-for: opening the file within that time asks the remote nothing.
+filesystem/sweep.py says which; here they are fetched into the cache, a bounded number of bytes at
+once, and held for the time in which the program should come to them. What it does not come to is
+let go, and cancelled if it is still under way. A fetch vouches for the file's version at the time
+it was asked for: opening the file within that time asks the remote nothing.
+
+Files go by path: those of a directory that was listed ahead have no node yet.
 """
 
 from __future__ import annotations
 
 import logging
+import stat
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import trio
 
+from hpcfs.cache.file import CacheFile
+from hpcfs.cache.store import Store
 from hpcfs.filesystem.content import Content
 from hpcfs.filesystem.errors import FilesystemError
+from hpcfs.filesystem.namespace import Namespace
+from hpcfs.filesystem.reading import Place
 from hpcfs.filesystem.sweep import PAUSE_SECONDS, Sweep
-from hpcfs.filesystem.tree import ATTRIBUTE_SECONDS, Node, Tree
+from hpcfs.filesystem.tree import ATTRIBUTE_SECONDS, Node, Tree, number_of
 from hpcfs.transfer import messages as m
 
 log = logging.getLogger(__name__)
@@ -29,46 +35,62 @@ FETCH_BYTES = 1024 * 1024
 MOST_BYTES = 16 * 1024 * 1024
 """Under way at once."""
 HOLD_SECONDS = 2.0
+NEXT_FILES = 8
+"""Of a directory that the program did not come to yet."""
 _FEWEST_FILES = 3
 _MOST_FILES = 10_000
 """In directories with more, sorting them would delay the program."""
-_MOST_SWEEPS = 4
-"""Directories that programs read at the same time."""
+_MOST_SWEEPS = 8
+"""Directories that programs read at the same time or read next."""
 
-Holding = Callable[[Node], AbstractAsyncContextManager[Content]]
-"""Keeps a file's content while it is fetched and held (Files.holding)."""
+MakeContent = Callable[[Place, Namespace, m.Abilities, CacheFile], Content]
+
+
+@dataclass(eq=False)
+class Foreseen:
+    """A file that may be read next, as it was listed: a reading.Place."""
+
+    ino: int
+    path: bytes
+    entry: m.Entry
+    observed: float
+    node: Node | None = None
+
+    @property
+    def name(self) -> bytes:
+        return self.entry.name
 
 
 @dataclass(eq=False)
 class _Hold:
-    """A file that is fetched ahead. `asked` is in the tree's time."""
+    """A file that is fetched ahead. `asked` is in the tree's time; `file` is in use by the hold
+    until the program takes it."""
 
+    place: Foreseen
+    namespace: Namespace
     asked: float
     scope: trio.CancelScope
     fetched: trio.Event = field(default_factory=trio.Event)
-    opened: trio.Event = field(default_factory=trio.Event)
+    taken: trio.Event = field(default_factory=trio.Event)
+    file: CacheFile | None = None
     current: bool = False
     """The remote had this version when it was asked."""
 
 
-class Sweeper:
-    """`may_prefetch` tells whether the cache has room for what nobody waits for."""
+_Key = tuple[Namespace, bytes]
 
+
+class Sweeper:
     def __init__(
-        self,
-        tree: Tree,
-        holding: Holding,
-        may_prefetch: Callable[[], bool],
-        nursery: trio.Nursery,
+        self, tree: Tree, store: Store, make_content: MakeContent, nursery: trio.Nursery
     ) -> None:
-        self._may_prefetch = may_prefetch
         self._tree = tree
-        self._holding = holding
+        self._store = store
+        self._make_content = make_content
         self._nursery = nursery
-        self._sweeps: OrderedDict[int, Sweep[Node]] = OrderedDict()
-        """By the directory's inode number, most recently read last."""
-        self._holds: dict[int, _Hold] = {}
-        """By the file's inode number."""
+        self._sweeps: OrderedDict[_Key, Sweep[Foreseen]] = OrderedDict()
+        """By directory, most recently read last."""
+        self._holds: dict[_Key, _Hold] = {}
         self._bytes = 0
         self._order: int | None = None
         self._order_seen = 0.0
@@ -78,97 +100,169 @@ class Sweeper:
         """What is fetched or held at this moment."""
         return list(self._holds.values())
 
+    # --- what programs do -------------------------------------------------------------------------
+
     def opened(self, node: Node) -> None:
         """A program opens the file to read it."""
-        if hold := self._holds.get(node.ino):
-            hold.opened.set()
-        directory = node.parent
-        if directory is None or directory.namespace is None or not node.is_attached:
+        directory, namespace = node.parent, node.namespace
+        if directory is None or namespace is None or not node.is_attached:
             return
-        sweep = self._sweep(directory, node)
+        sweep = self._sweeps.get((namespace, directory.path))
+        if sweep is None or not sweep.knows(node.ino):
+            sweep = self._add(namespace, directory.path, _files_of(directory))
         if sweep is None:
             return
-        for file in sweep.opened(node):
-            self._begin(file)
+        for place in sweep.opened(node.ino):
+            self._begin(namespace, place)
+        self._sweeps.move_to_end((namespace, directory.path))
         if sweep.order is not None:
             self._order, self._order_seen = sweep.order, self._tree.now()
 
     def listed(self, directory: Node) -> None:
         """A program has read all names of the directory. If it was reading the files of another
         one just before, it goes on with these."""
-        if directory.namespace is None or not self._goes_on():
+        namespace = directory.namespace
+        if namespace is None or not self._goes_on:
             return
-        files = _regular_files(directory)
-        if files is not None:
-            for file in self._add(directory, files).first():
-                self._begin(file)
+        sweep = self._sweeps.get((namespace, directory.path))
+        sweep = sweep or self._add(namespace, directory.path, _files_of(directory))
+        for place in sweep.first() if sweep else []:
+            self._begin(namespace, place)
 
+    def listed_ahead(
+        self, namespace: Namespace, path: bytes, entries: Iterable[m.Entry], asked: float
+    ) -> None:
+        """The program will come to this directory next."""
+        if not self._goes_on or (namespace, path) in self._sweeps:
+            return
+        above = path + b"/" if path else b""
+        top = namespace.name.encode() + b"/"
+        files = [
+            Foreseen(number_of(top + above + entry.name), above + entry.name, entry, asked)
+            for entry in entries
+            if stat.S_ISREG(entry.mode)
+        ]
+        sweep = self._add(namespace, path, files)
+        for place in sweep.first(NEXT_FILES) if sweep else []:
+            self._begin(namespace, place)
+
+    @property
     def _goes_on(self) -> bool:
+        """Whether a program reads files one after another at this time."""
         return self._order is not None and self._tree.now() - self._order_seen < PAUSE_SECONDS
+
+    def _add(
+        self, namespace: Namespace, path: bytes, files: list[Foreseen]
+    ) -> Sweep[Foreseen] | None:
+        if not _FEWEST_FILES <= len(files) <= _MOST_FILES:
+            return None
+        sweep = Sweep(files, self._order if self._goes_on else None, self._tree.now)
+        self._sweeps[namespace, path] = sweep
+        while len(self._sweeps) > _MOST_SWEEPS:
+            self._sweeps.popitem(last=False)
+        return sweep
+
+    # --- what was fetched -------------------------------------------------------------------------
 
     async def is_current(self, node: Node) -> bool:
         """Whether the remote was asked for the file a moment ago and had the version of `node`.
 
         Waits for the answer where it is on its way.
         """
-        hold = self._holds.get(node.ino)
+        hold = self._find(node)
         if hold is None:
             return False
         await hold.fetched.wait()
-        return hold.current and self._tree.now() - hold.asked < ATTRIBUTE_SECONDS
+        same = hold.place.entry.version == node.entry.version
+        return hold.current and same and self._tree.now() - hold.asked < ATTRIBUTE_SECONDS
 
-    def _sweep(self, directory: Node, file: Node) -> Sweep[Node] | None:
-        sweep = self._sweeps.get(directory.ino)
-        if sweep is None or not sweep.knows(file):
-            files = _regular_files(directory)
-            if files is None:
-                return None
-            sweep = self._add(directory, files)
-        self._sweeps.move_to_end(directory.ino)
-        return sweep
+    async def take(self, node: Node) -> CacheFile | None:
+        """The cache file with what was fetched ahead; the caller is its user from now on."""
+        hold = self._find(node)
+        if hold is None:
+            return None
+        await hold.fetched.wait()
+        hold.taken.set()
+        file, entry = hold.file, node.entry
+        if file is None or not file.indexed or file.key != node.path:
+            return None
+        if (file.version, file.size) != (entry.version, entry.size):
+            return None
+        hold.file = None
+        return file
 
-    def _add(self, directory: Node, files: list[Node]) -> Sweep[Node]:
-        sweep = Sweep(files, self._order if self._goes_on() else None, self._tree.now)
-        self._sweeps[directory.ino] = sweep
-        while len(self._sweeps) > _MOST_SWEEPS:
-            self._sweeps.popitem(last=False)
-        return sweep
+    def _find(self, node: Node) -> _Hold | None:
+        return self._holds.get((node.namespace, node.path)) if node.namespace else None
 
-    def _begin(self, node: Node) -> None:
-        wanted = min(node.entry.size, FETCH_BYTES)
-        if node.ino in self._holds or node.content is not None or not node.is_attached:
+    # --- fetching ---------------------------------------------------------------------------------
+
+    def _begin(self, namespace: Namespace, place: Foreseen) -> None:
+        node, key = place.node, (namespace, place.path)
+        wanted = min(place.entry.size, FETCH_BYTES)
+        is_open = self._store.is_open(namespace.origin, place.path)
+        if key in self._holds or is_open or (node and not node.is_attached):
             return
-        if self._bytes + wanted > MOST_BYTES or not self._may_prefetch():
+        if self._bytes + wanted > MOST_BYTES or not self._store.may_prefetch():
             return
         scope = trio.CancelScope(deadline=trio.current_time() + HOLD_SECONDS)
-        self._holds[node.ino] = hold = _Hold(self._tree.now(), scope)
-        self._bytes += wanted
-        self._nursery.start_soon(self._run, node, hold, wanted)
+        hold = self._holds[key] = _Hold(place, namespace, self._tree.now(), scope)
+        self._nursery.start_soon(self._run, hold, wanted)
 
-    async def _run(self, node: Node, hold: _Hold, wanted: int) -> None:
+    async def _run(self, hold: _Hold, wanted: int) -> None:
+        self._bytes += wanted
         try:
             with hold.scope:
-                async with self._holding(node) as content:
-                    hold.current = await content.fetch_ahead(FETCH_BYTES)
+                try:
+                    await self._fetch(hold)
+                finally:
+                    self._bytes -= wanted
                     hold.fetched.set()
-                    if not hold.current:
-                        self._tree.expire(node)
-                        return
-                    self._bytes, wanted = self._bytes - wanted, 0
-                    await hold.opened.wait()
-                    return
+                if hold.current:
+                    await hold.taken.wait()
         except (m.RemoteError, FilesystemError, OSError) as error:
-            log.debug("%r could not be fetched ahead: %s", node.path, error)
+            log.debug("%r could not be fetched ahead: %s", hold.place.path, error)
         finally:
-            self._bytes -= wanted
-            hold.fetched.set()
-            if self._holds.get(node.ino) is hold:
-                del self._holds[node.ino]
+            del self._holds[hold.namespace, hold.place.path]
+            if hold.file is not None:
+                self._store.release(hold.file)
+                hold.file = None
+
+    async def _fetch(self, hold: _Hold) -> None:
+        place, namespace = hold.place, hold.namespace
+        abilities = await namespace.abilities()
+        entry = place.entry
+        hold.file = await self._store.acquire(
+            namespace.origin, place.path, entry.version, entry.size
+        )
+        content = self._make_content(place, namespace, abilities, hold.file)
+        try:
+            hold.current = await content.fetch_ahead(FETCH_BYTES)
+        finally:
+            with trio.CancelScope(shield=True):
+                await content.settle()  # only then nothing is written to the file any more
+            if content.held:
+                self._nursery.start_soon(content.let_go)
+        self._tell(hold)
+
+    def _tell(self, hold: _Hold) -> None:
+        """The node, if the file has one, is as the fetch saw it; or has changed."""
+        node = hold.place.node
+        if node is None or node.entry.version != hold.place.entry.version or node.content:
+            return
+        if hold.current:
+            node.observed = max(node.observed, hold.asked)
+        else:
+            self._tree.expire(node)
 
 
-def _regular_files(directory: Node) -> list[Node] | None:
-    """As they were listed; None where fetching ahead is not worth it."""
+def _files_of(directory: Node) -> list[Foreseen]:
+    """As they were listed."""
     children = directory.children or {}
-    if not _FEWEST_FILES <= len(children) <= _MOST_FILES:
-        return None
-    return [child for child in children.values() if child.is_regular]
+    if len(children) > _MOST_FILES:
+        return []
+    above = directory.path + b"/" if directory.path else b""
+    return [
+        Foreseen(child.ino, above + name, child.entry, child.observed, child)
+        for name, child in children.items()
+        if child.is_regular
+    ]

@@ -95,7 +95,7 @@ async def test_reading_files_at_random_fetches_nothing_ahead(w: World) -> None:
 async def test_a_remote_that_fails_ahead_harms_nobody(w: World) -> None:
     paths = await _directory(w)
     await _read_first(w, paths, 3)
-    held = [hold for hold in w.fs.files.sweeper.holds if not hold.opened.is_set()]
+    held = [hold for hold in w.fs.files.sweeper.holds if not hold.taken.is_set()]
     assert held
     failing = paths[3 + len(held)].removeprefix("ns/").encode()
     w.cues.fail(m.Fetch, m.Unreachable("down"), times=1)

@@ -53,7 +53,7 @@ class Program:
         self.seconds += self.pace
         self.late += file.ino not in self.ahead
         self._read.add(file.ino)
-        named = {file.ino for file in self.sweep.opened(file)}
+        named = {file.ino for file in self.sweep.opened(file.ino)}
         assert not named & self.ahead, "nothing is named twice"
         self.ahead |= named
         self.most_ahead = max(self.most_ahead, len(self.ahead - self._read))
@@ -143,6 +143,6 @@ def test_one_file_never_brings_more_than_the_bound(reads: list[int], trusted: in
     files = _directory(60)
     sweep = Sweep(files, trusted, lambda: 1.0)
     for index in reads:
-        named = sweep.opened(files[index])
+        named = sweep.opened(files[index].ino)
         assert len(named) <= MOST_AHEAD
         assert files[index] not in named
