@@ -23,6 +23,7 @@ import trio
 from hpcfs import __version__
 from hpcfs.cache.link import Link
 from hpcfs.cache.store import CacheUnusable, Store
+from hpcfs.cacheservice import CacheService
 from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint
 from hpcfs.control import server as control_server
@@ -33,7 +34,7 @@ from hpcfs.kernel import operations as kernel
 from hpcfs.system import mountinfo
 from hpcfs.transfer.client import Ask, SiteClient
 from hpcfs.transfer.messages import RemoteError, S3Root, S3Site, SftpRoot, SshSite, Start
-from hpcfs.writeback.journal import Journal
+from hpcfs.writeback.journal import Journal, Unconfirmed
 from hpcfs.writeback.uploader import Uploader
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,12 @@ class _Daemon:
             services = await stack.enter_async_context(trio.open_nursery())
             stack.callback(services.cancel_scope.cancel)
             self._build(services)
-            await services.start(control_server.serve, self._settings.socket, self.status)
+            service = CacheService(
+                self._settings, self._store, self._fs, {n.name: n.origin for n in self._namespaces}
+            )
+            await services.start(
+                control_server.serve, self._settings.socket, self.status, service.answer
+            )
             services.start_soon(self._store.evict_forever)
             services.start_soon(self._save_forever)
             services.start_soon(self._remove_strays)
@@ -264,12 +270,7 @@ class _Daemon:
             open_files=self._fs.files.open_count,
             dirty_files=self._fs.files.dirty_count,
             namespaces=[self._namespace_status(name) for name in settings.namespaces],
-            kept=[
-                control.KeptFile(
-                    row.namespace, os.fsdecode(row.path), row.size, row.reason, row.data, row.since
-                )
-                for row in self._journal.kept
-            ],
+            kept=[_kept_file(row) for row in self._journal.kept],
             memory=self._memory(),
         )
 
@@ -293,6 +294,12 @@ def _resident_bytes(pid: int) -> int:
     except OSError:
         return 0  # it just ended
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _kept_file(row: Unconfirmed) -> control.KeptFile:
+    """JSON is UTF-8: what a name has beside that is only shown as missing."""
+    path = row.path.decode(errors="replace")
+    return control.KeptFile(row.namespace, path, row.size, row.reason, row.data, row.since)
 
 
 def _site_starts(settings: Settings) -> list[Start]:

@@ -231,7 +231,7 @@ async def _evict_runs(file: CacheFile, runs: Iterator[range], wanted: int) -> in
         most = min(wanted - freed, _evictable(file))
         if most <= 0:
             break
-        blocks = _clean(file, run)[: -(-most // BLOCK_BYTES)]
+        blocks = clean_blocks(file, run)[: -(-most // BLOCK_BYTES)]
         if blocks:
             file.evict(blocks)
             freed += len(blocks) * BLOCK_BYTES
@@ -246,7 +246,7 @@ def _evictable(file: CacheFile) -> int:
     return file.cached_bytes - (0 if file.indexed else KEEP_FORGOTTEN_BYTES)
 
 
-def _clean(file: CacheFile, run: range) -> list[int]:
+def clean_blocks(file: CacheFile, run: range) -> list[int]:
     """The blocks that are still present, and not dirty."""
     blocks = [block for block in run if file.blocks.is_present(block)]
     if not file.dirty.overlaps(run.start * BLOCK_BYTES, run.stop * BLOCK_BYTES):

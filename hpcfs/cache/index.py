@@ -236,6 +236,15 @@ class Index:
         )
         return found.fetchall()
 
+    def chunk_after(self, row: int, after: int) -> tuple[int, bytes] | None:
+        """(number, checksums) of a file's first chunk whose number is greater."""
+        found: tuple[int, bytes] | None = self._db.execute(
+            "SELECT number, checksums FROM chunks WHERE file = ? AND number > ?"
+            " ORDER BY number LIMIT 1",
+            (row, after),
+        ).fetchone()
+        return found
+
     def totals(self) -> list[OriginTotals]:
         rows = self._db.execute(
             "SELECT origin, files, bytes, pinned_files, pinned_bytes FROM origins ORDER BY origin"

@@ -24,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import trio
+
 from hpcfs.cache.eviction import Eviction
 from hpcfs.cache.file import CacheFile
 from hpcfs.cache.foresight import MAX_FILES
@@ -54,6 +56,7 @@ class Store:
         self._lock_fd = lock_fd
         self._active: dict[tuple[str, bytes], CacheFile] = {}
         """By origin and key: the open files that have a name."""
+        self._save_lock = trio.Lock()
         self.note_added = eviction.note_added
         self.may_prefetch = eviction.may_prefetch
         self.check_bound = eviction.check
@@ -109,7 +112,8 @@ class Store:
         """The cache file of this version, with what an earlier mount left in it.
 
         It has one user at a time: bytes that one fetches must not meet what another writes. Where
-        it is in use (a folder that two namespaces show), the newer user gets a file of its own.
+        it is in use (a folder that two namespaces show, two that open a file at once), the newer
+        user gets a file of its own, which goes with it.
         """
         file = self._in_use(origin, key, version, size)
         if file is None:
@@ -151,6 +155,11 @@ class Store:
         self, record: Record | None, origin: str, key: bytes, version: bytes, size: int
     ) -> CacheFile:
         """What the record stands for, if it is this version; else an empty file. No await."""
+        active = self._active.get((origin, key))
+        if active and active.users and active.version == version and active.size == size:
+            own = self.create(origin, key, version, size)
+            own.indexed = False  # the older user's is the one that is kept
+            return own
         usable = record and record.version == version and record.size == size
         file = self._reopen(record) if record and usable else None
         file = file or self.create(origin, key, version, size)
@@ -269,8 +278,10 @@ class Store:
 
         Raises OSError or sqlite3.Error when the cache's disk fails; nothing is forgotten then.
         """
-        if self.shelf.is_saving:
-            return
+        async with self._save_lock:
+            await self._save()
+
+    async def _save(self) -> None:
         self.shelf.is_saving = True
         try:
             replaced = await self._save_changes()

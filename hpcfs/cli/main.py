@@ -31,6 +31,7 @@ COMMANDS = {
     "mount": LazyCommand("hpcfs.cli.mount", "mount", "Mount clusters and buckets as one tree."),
     "umount": LazyCommand("hpcfs.cli.umount", "umount", "Unmount, after pending uploads."),
     "status": LazyCommand("hpcfs.cli.status", "status", "Show mounts and their namespaces."),
+    "cache": LazyCommand("hpcfs.cli.cache", "cache", "Show, fill, clear and verify caches."),
     "check": LazyCommand("hpcfs.cli.check", "check", "Find out what would stop a mount."),
     "init": LazyCommand("hpcfs.cli.init", "init", "Write a commented configuration."),
     "demo": LazyCommand("hpcfs.cli.demo", "demo", "Mount embedded servers, to try it out."),

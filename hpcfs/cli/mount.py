@@ -48,13 +48,18 @@ def _absolute_path(value: object) -> Path:
     return config_values.local_path(text if text.startswith(("~", "$")) else str(Path.cwd() / text))
 
 
+cache_dir_option = click.option(
+    "--cache-dir", metavar="DIR", callback=_read_by(_absolute_path), help="Where the caches are."
+)
+
+
 @click.command(short_help="Mount clusters and buckets as one tree.")
 @click.argument("args", nargs=-1, metavar="[MOUNTPOINT] [NAME=URL ...]")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE")
 @click.option("--foreground", "-f", is_flag=True, help="Stay here, and log to stderr too.")
 @click.option("--verbose", "-v", is_flag=True, help="Log more; show tracebacks.")
 @click.option("--read-only", is_flag=True, help="Refuse to change anything on the remotes.")
-@click.option("--cache-dir", metavar="DIR", callback=_read_by(_absolute_path))
+@cache_dir_option
 @click.option("--cache-size", metavar="SIZE", callback=_read_by(config_values.cache_size))
 @click.pass_obj
 def mount(

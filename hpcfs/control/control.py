@@ -1,9 +1,10 @@
 """The daemon's control socket: what is said on it, and the side that asks.
 
 A Unix socket for each mount, in a directory that only the user can enter. A request is one line of
-JSON, `{"command": "status"}` or `{"command": "wait"}`; the answer is one line too. After "wait" the
-connection stays open until the daemon has ended, so that end of file means gone: no pid to reuse,
-no polling. The answering side is server.py: asking must not cost an import of trio.
+JSON, such as `{"command": "status"}`; the answer is one line too. After "wait" the connection stays
+open until the daemon has ended, so that end of file means gone: no pid to reuse, no polling. Work
+on the cache is answered by a line for each step, and one for its outcome; a client that closes its
+end cancels it. The answering side is server.py: asking must not cost an import of trio.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import errno
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -18,9 +20,12 @@ import msgspec
 
 from hpcfs.errors import SetupError
 
-MAX_REQUEST_BYTES = 4096
+MAX_REQUEST_BYTES = 16 * 1024
+"""A path has 4095 bytes, a third more in base64."""
 MAX_REPLY_BYTES = 16 * 1024 * 1024
 ANSWER_SECONDS = 5.0
+STEP_SECONDS = 120.0
+"""Longer than a remote may take for an answer without the request being given up."""
 
 
 class NotRunning(SetupError):
@@ -71,15 +76,71 @@ class MountStatus(msgspec.Struct, frozen=True):
     memory: int = 0
 
 
-class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    command: Literal["status", "wait"]
+class CacheFolder(msgspec.Struct, frozen=True):
+    """What the cache holds of one remote folder; `name` is its namespace, where there is one."""
+
+    name: str
+    origin: str
+    files: int
+    bytes: int
+    pinned_files: int
+    pinned_bytes: int
+
+
+class CacheStatus(msgspec.Struct, frozen=True):
+    """Sizes in bytes; `limit` is `cache_size`, `free` what the disk has left, `min_free` what is to
+    stay so. Of a cache that is not mounted now nobody knows the limits: they are None."""
+
+    directory: str
+    mountpoint: str
+    mounted: bool
+    used: int
+    free: int
+    folders: list[CacheFolder]
+    pins: list[str]
+    limit: int | None = None
+    min_free: int | None = None
+
+
+class Step(msgspec.Struct, frozen=True):
+    """How far the work has come, in bytes."""
+
+    done: int
+    total: int
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What the work came to; `damaged_bytes` of `damaged_files` were dropped."""
+
+    files: int = 0
+    bytes: int = 0
+    damaged_files: int = 0
+    damaged_bytes: int = 0
+
+
+WORK = ("clear", "verify", "warm", "pin", "unpin")
+
+
+class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`path` is below the mount point, without slashes at its ends; b"" is the mount itself."""
+
+    command: Literal["status", "wait", "cache", "clear", "verify", "warm", "pin", "unpin"]
+    path: bytes = b""
+    pinned: bool = False
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Exactly one of them for "status"; neither for "wait"."""
+    """Exactly one of them, but none for "wait"."""
 
     status: MountStatus | None = None
     error: str | None = None
+    cache: CacheStatus | None = None
+    step: Step | None = None
+    outcome: Outcome | None = None
+
+
+class Refused(SetupError):
+    """The daemon can't do what it was asked for, and says why."""
 
 
 def query_status(path: Path, timeout: float = ANSWER_SECONDS) -> MountStatus:
@@ -89,6 +150,27 @@ def query_status(path: Path, timeout: float = ANSWER_SECONDS) -> MountStatus:
     if reply.status is None:
         raise NotAnswering(f"the daemon refused to answer: {reply.error}")
     return reply.status
+
+
+def query_cache(path: Path, timeout: float = STEP_SECONDS) -> CacheStatus:
+    """Raises NotRunning, NotAnswering or Refused."""
+    with _connect(path, ANSWER_SECONDS) as connection:
+        reply = _ask(connection, Request("cache"), timeout)
+    if reply.cache is None:
+        raise Refused(reply.error or "the daemon gave no answer")
+    return reply.cache
+
+
+def work(path: Path, request: Request, on_step: Callable[[Step], None]) -> Outcome:
+    """Returns when it is done. Raises NotRunning, NotAnswering or Refused."""
+    with _connect(path, ANSWER_SECONDS) as connection:
+        reply = _ask(connection, request, STEP_SECONDS)
+        while reply.step is not None:
+            on_step(reply.step)
+            reply = _listen(connection, STEP_SECONDS)
+    if reply.outcome is None:
+        raise Refused(reply.error or "the daemon gave no answer")
+    return reply.outcome
 
 
 def open_wait(path: Path, timeout: float = ANSWER_SECONDS) -> socket.socket:
@@ -136,6 +218,13 @@ def _connect(path: Path, timeout: float) -> socket.socket:
 def _ask(connection: socket.socket, request: Request, timeout: float) -> Reply:
     try:
         connection.sendall(msgspec.json.encode(request) + b"\n")
+    except OSError as error:
+        raise NotAnswering(f"the daemon broke off: {error.strerror}") from error
+    return _listen(connection, timeout)
+
+
+def _listen(connection: socket.socket, timeout: float) -> Reply:
+    try:
         line = _read_line(connection, time.monotonic() + timeout)
         return msgspec.json.decode(line, type=Reply)
     except TimeoutError:
@@ -149,16 +238,17 @@ def _ask(connection: socket.socket, request: Request, timeout: float) -> Reply:
 
 
 def _read_line(connection: socket.socket, deadline: float) -> bytes:
+    """Up to the line's end and no further: more lines may have arrived."""
     received = bytearray()
     while not received.endswith(b"\n"):
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
         connection.settimeout(left)
-        chunk = connection.recv(65536)
-        if not chunk:
+        waiting = connection.recv(65536, socket.MSG_PEEK)
+        if not waiting:
             raise NotAnswering("the daemon ended before it answered")
-        received += chunk
+        received += connection.recv(waiting.find(b"\n") + 1 or len(waiting))
         if len(received) > MAX_REPLY_BYTES:
             raise NotAnswering("the daemon's answer is too long to be one")
     return bytes(received)

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,15 @@ from hpcfs.control.control import (
     NotRunning,
     Reply,
     Request,
+    Step,
     open_wait,
 )
 from hpcfs.errors import SetupError
 from hpcfs.system import paths
 
 REQUEST_SECONDS = 10.0
+STEP_INTERVAL = 0.1
+"""Seconds between two lines that tell of a work's progress."""
 PEER_CREDENTIALS = struct.Struct("3i")
 
 logger = logging.getLogger(__name__)
@@ -39,16 +42,23 @@ _held_until_exit: set[int] = set()
 left for the kernel to close when the process has ended: only then does the client see the end."""
 
 
+Tell = Callable[[int, int], Awaitable[None]]
+"""(bytes done, bytes in all)"""
+Work = Callable[[Request, Tell], Awaitable[Reply]]
+"""Does what is asked of the cache. Raises SetupError with a sentence for the user."""
+
+
 async def serve(
     path: Path,
     status: Callable[[], MountStatus],
+    work: Work | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer at this path until cancelled. Raises SetupError when it can't listen there."""
     listener = _listen(path)
     try:
         task_status.started()
-        await trio.serve_listeners(partial(_answer, status), [listener])
+        await trio.serve_listeners(partial(_answer, status, work), [listener])
     finally:
         _remove(path)
 
@@ -91,21 +101,64 @@ def _remove_stale(path: Path) -> None:
         raise SetupError(f"another hpcfs daemon already answers at {path}")
 
 
-async def _answer(status: Callable[[], MountStatus], stream: trio.SocketStream) -> None:
+async def _answer(
+    status: Callable[[], MountStatus], work: Work | None, stream: trio.SocketStream
+) -> None:
     async with stream:
         if _peer_uid(stream) not in (0, os.getuid()):
             logger.warning("refused a control request by user %d", _peer_uid(stream))
             return
+        request: Request | None = None
         with trio.move_on_after(REQUEST_SECONDS), suppress(trio.BrokenResourceError):
             line = await _read_line(stream)
             if line is None:
                 return
             request = _parse(line)
-            reply = _reply(request, status)
-            await stream.send_all(msgspec.json.encode(reply) + b"\n")
-            if request is None or request.command != "wait":
-                return
-        await _hold(stream)
+            if request is None or request.command in ("status", "wait"):
+                await _send(stream, _reply(request, status))
+        if request is None or request.command == "status":
+            return
+        if request.command == "wait":
+            await _hold(stream)
+        elif work is None:
+            await _send(stream, Reply(error="this daemon has no cache to work on"))
+        else:
+            await _work(stream, request, work)
+
+
+async def _send(stream: trio.SocketStream, reply: Reply) -> None:
+    with suppress(trio.BrokenResourceError):
+        await stream.send_all(msgspec.json.encode(reply) + b"\n")
+
+
+async def _work(stream: trio.SocketStream, request: Request, work: Work) -> None:
+    """Until it is done, or the client has left."""
+    told = 0.0
+
+    async def tell(done: int, total: int) -> None:
+        nonlocal told
+        if trio.current_time() - told >= STEP_INTERVAL:
+            told = trio.current_time()
+            await _send(stream, Reply(step=Step(done, total)))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_cancel_when_gone, stream, nursery.cancel_scope)
+        try:
+            reply = await work(request, tell)
+        except SetupError as refused:
+            reply = Reply(error=str(refused))
+        except Exception:  # what the user asks for must not end the mount
+            logger.exception("%s failed in an unexpected way", request.command)
+            reply = Reply(error="it failed in an unexpected way; the mount's log says more")
+        await _send(stream, reply)
+        nursery.cancel_scope.cancel()
+
+
+async def _cancel_when_gone(stream: trio.SocketStream, scope: trio.CancelScope) -> None:
+    with suppress(trio.BrokenResourceError):
+        while await stream.receive_some(MAX_REQUEST_BYTES):
+            pass
+    scope.cancel()
 
 
 def _parse(line: bytes) -> Request | None:
@@ -117,7 +170,7 @@ def _parse(line: bytes) -> Request | None:
 
 def _reply(request: Request | None, status: Callable[[], MountStatus]) -> Reply:
     if request is None:
-        return Reply(error='a request is one line of JSON: {"command": "status"} or "wait"')
+        return Reply(error='a request is one line of JSON, such as {"command": "status"}')
     if request.command == "wait":
         return Reply()
     try:

@@ -14,8 +14,8 @@ from hpcfs.config import values as config_values
 from hpcfs.config.config import Config
 from hpcfs.config.toml_lines import KeyPath, find_lines
 from hpcfs.errors import SetupError
-from hpcfs.system.disk import DEFAULT_MIN_FREE, MinFree
 from hpcfs.system import paths
+from hpcfs.system.disk import DEFAULT_MIN_FREE, MinFree
 from hpcfs.transfer.messages import S3Root, S3Site, SftpRoot, SshSite
 
 FILE = Path("/c/config.toml")

@@ -20,7 +20,15 @@ import trio
 
 from hpcfs.control import control
 from hpcfs.control import server as control_server
-from hpcfs.control.control import KeptFile, MountStatus, NamespaceStatus
+from hpcfs.control.control import (
+    KeptFile,
+    MountStatus,
+    NamespaceStatus,
+    Outcome,
+    Reply,
+    Request,
+    Step,
+)
 from hpcfs.errors import SetupError
 
 STATUS = MountStatus(
@@ -41,14 +49,18 @@ STATUS = MountStatus(
 
 
 @contextmanager
-def serving(path: Path, status: Callable[[], MountStatus] = lambda: STATUS) -> Iterator[None]:
+def serving(
+    path: Path,
+    status: Callable[[], MountStatus] = lambda: STATUS,
+    work: control_server.Work | None = None,
+) -> Iterator[None]:
     """The server in a thread of its own, listening before this returns."""
     ready = threading.Event()
     stop: list[Callable[[], None]] = []
 
     async def run() -> None:
         async with trio.open_nursery() as nursery:
-            await nursery.start(control_server.serve, path, status)
+            await nursery.start(control_server.serve, path, status, work)
             token = trio.lowlevel.current_trio_token()
             stop.append(lambda: token.run_sync_soon(nursery.cancel_scope.cancel))
             ready.set()
@@ -179,6 +191,65 @@ def test_other_users_are_refused(
     with caplog.at_level(logging.WARNING), serving(path), pytest.raises(control.NotAnswering):
         control.query_status(path)
     assert "12345" in caplog.text
+
+
+# --- work on the cache --------------------------------------------------------------------------
+
+
+async def count_to_three(request: Request, tell: control_server.Tell) -> Reply:
+    if request.command == "cache":
+        raise SetupError(f"not {request.path!r}")
+    if request.command == "clear":
+        raise ZeroDivisionError
+    if request.command == "warm":
+        await trio.sleep_forever()
+    for done in range(3):
+        await tell(done, 3)
+    return Reply(outcome=Outcome(3, len(request.path)))
+
+
+def test_work_tells_of_its_steps_and_what_came_of_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control_server, "STEP_INTERVAL", 0.0)
+    odd = "häuser\n".encode("latin-1") * 500
+    with serving(path, work=count_to_three):
+        steps: list[Step] = []
+        outcome = control.work(path, Request("verify", odd), steps.append)
+        assert outcome == Outcome(3, len(odd))
+        assert steps == [Step(0, 3), Step(1, 3), Step(2, 3)]
+        assert control.query_status(path) == STATUS
+
+
+def test_work_that_cannot_be_done_is_told(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR), serving(path, work=count_to_three):
+        with pytest.raises(control.Refused, match="not b''"):
+            control.query_cache(path)
+        with pytest.raises(control.Refused, match="log says more"):
+            control.work(path, Request("clear"), print)
+        assert control.query_status(path) == STATUS
+    assert "ZeroDivisionError" in caplog.text
+    with serving(path), pytest.raises(control.Refused, match="no cache"):
+        control.query_cache(path)
+
+
+def test_work_ends_when_its_client_leaves(path: Path) -> None:
+    """And delays nobody until then."""
+    ended = threading.Event()
+
+    async def endless(request: Request, tell: control_server.Tell) -> Reply:
+        try:
+            await trio.sleep_forever()
+        finally:
+            ended.set()
+
+    with serving(path, work=endless):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.connect(str(path))
+            client.sendall(b'{"command": "warm"}\n')
+            assert control.query_status(path) == STATUS
+            assert not ended.is_set()
+        assert ended.wait(10)
 
 
 DAEMON = """

@@ -34,15 +34,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": {"errors", "system", "transfer.messages"},
     "writeback": {"cache", "transfer.messages", "transfer.client"},
     "filesystem": {"cache", "writeback", "transfer.messages", "transfer.client"},
+    "cacheservice": SET_UP | {"filesystem", "cache", "writeback", "transfer.messages"},
     "kernel": {"filesystem", "transfer.messages"},
     "daemon": SET_UP
-    | {"kernel", "filesystem", "cache", "writeback", "transfer.client", "transfer.messages"},
+    | {"cacheservice", "kernel", "filesystem", "cache", "writeback"}
+    | {"transfer.client", "transfer.messages"},
     "demo": {"errors"},
-    "cli": SET_UP | {"daemon", "demo", "cache", "transfer.messages"},
+    "cli": SET_UP | {"daemon", "cacheservice", "demo", "cache", "transfer.messages"},
 }
 MAY_USE: dict[str, set[str]] = {
     **dict.fromkeys(["cache", "writeback", "filesystem", "transfer.child"], TRIO),
-    **dict.fromkeys(["transfer.client", "daemon"], TRIO),
+    **dict.fromkeys(["transfer.client", "daemon", "cacheservice"], TRIO),
     **dict.fromkeys(["remotes", "transfer.process", "demo"], ASYNCIO),
     "control": TRIO,
     "kernel": TRIO | {"pyfuse3"},

@@ -194,10 +194,13 @@ def test_a_file_has_one_user_at_a_time(tmp_path: Path) -> None:
         one = await store.acquire("origin", b"k", b"v", BLOCK_BYTES)
         two = await store.acquire("origin", b"k", b"v", BLOCK_BYTES)
         assert one.path != two.path
-        store.release(one)
-        await store.save()
-        assert data_files(tmp_path) == {two.name}
+        two.write(0, BLOCK)
+        two.blocks.put(0, checksum(BLOCK))
         store.release(two)
+        await store.save()
+        assert data_files(tmp_path) == {one.name}
+        assert await store.acquire("origin", b"k", b"v", 2 * BLOCK_BYTES) is not one
+        store.release(one)
 
     run(tmp_path, story)
 

@@ -1,0 +1,96 @@
+"""Which cache is meant: that of a mount, or one that lies in the cache directory unmounted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcfs.cache import location
+from hpcfs.config import config
+from hpcfs.control import control, mountpoint
+from hpcfs.control.control import Reply, Request, Step
+from hpcfs.errors import SetupError
+from hpcfs.system import paths
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """With a socket it is mounted, and `path` is what of it is meant; b"" is all. Else `directory`
+    is the cache's own."""
+
+    name: str
+    mountpoint: Path | None = None
+    socket: Path | None = None
+    path: bytes = b""
+    directory: Path | None = None
+
+
+def find(text: str, cache_dir: Path | None) -> Place:
+    """What a path or a mount point stands for. Raises SetupError."""
+    if (place := _in_a_mount(text)) is not None:
+        return place
+    target = paths.absolute_mountpoint(text)
+    directory = _base(cache_dir) / paths.mount_id(target)
+    if not (directory / "lock").is_file():
+        raise SetupError(f"{text} is in no mount, and no mount point with a cache")
+    return Place(str(target), directory=directory)
+
+
+def find_all(cache_dir: Path | None) -> list[Place]:
+    """The caches of all of this user's mounts, then those that are not mounted. Root may reach
+    other users' mounts, but must name them."""
+    places, in_use = [], set()
+    own = os.getuid()
+    for target in [found.mountpoint for found in mountpoint.mounts() if found.user_id == own]:
+        socket = paths.find_socket(target)
+        places.append(Place(str(target), target, socket))
+        try:
+            in_use.add(Path(control.query_status(socket).cache_dir).resolve())
+        except SetupError:  # it is told when the cache is asked for
+            continue
+    base = _base(cache_dir)
+    found = sorted(base.iterdir()) if base.is_dir() else []
+    for directory in found:
+        if (directory / "lock").is_file() and directory.resolve() not in in_use:
+            places.append(Place(str(directory), directory=directory))
+    return places
+
+
+def answer(place: Place, request: Request, on_step: Callable[[Step], None]) -> Reply:
+    """For a cache that is not mounted. Raises SetupError."""
+    from hpcfs import cacheservice  # it brings trio along, which mounted ones don't need
+
+    assert place.directory
+    return cacheservice.answer_unmounted(place.directory, request, on_step)
+
+
+def _reachable_mounts() -> list[Path]:
+    own = os.getuid()
+    return [found.mountpoint for found in mountpoint.mounts() if own in (0, found.user_id)]
+
+
+def _in_a_mount(text: str) -> Place | None:
+    """Looks into the mount only if the path leads below it."""
+    lexical = paths.absolute_mountpoint(text)
+    mounts = _reachable_mounts()
+    if lexical in mounts:
+        return _place(lexical, lexical)
+    path = Path(os.path.realpath(lexical))
+    above = [target for target in mounts if path.is_relative_to(target)]
+    return _place(max(above, key=lambda target: len(target.parts)), path) if above else None
+
+
+def _place(target: Path, path: Path) -> Place:
+    socket = paths.find_socket(target)
+    below = b"" if path == target else os.fsencode(path.relative_to(target))
+    return Place(str(path), target, socket, below)
+
+
+def _base(cache_dir: Path | None) -> Path:
+    """The directory that holds the caches of all mounts."""
+    if cache_dir is None and paths.config_file().exists():
+        file = paths.config_file()
+        cache_dir = config.parse(config.read(file), file, needs_namespaces=False).cache_dir
+    return location.locate(cache_dir).directory
