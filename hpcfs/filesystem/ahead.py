@@ -111,6 +111,12 @@ class Ahead:
         self._ask(namespace, walk)
         return walk, flight
 
+    def is_ready(self, namespace: Namespace, path: bytes) -> bool:
+        if not self._flights:
+            return False
+        flight = self._flights.get(key_of(namespace, path))
+        return flight is not None and flight.found(self._now()) is Found.READY
+
     def closed(self, walk: Walk) -> None:
         """What `opened` began is over: the program has its listing, or an error."""
         walk.answered(self._now())

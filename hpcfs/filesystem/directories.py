@@ -103,6 +103,7 @@ class Directories:
             opened.listing = self._top(node)
         else:
             opened.listing = await self._list_remote(node, node.namespace)
+            opened.listing.shown = True
 
     def _top(self, node: Node) -> Listing:
         """The mount's top: the namespaces."""
@@ -120,6 +121,8 @@ class Directories:
         """The one that was made ahead, or a new one."""
         if node.parent is not None:
             self._note_use(node.parent)  # a walk will look up the next one there
+        if unshown := self._known.unshown(node, self._tree.now()):
+            return unshown
         path, moves = node.path, self._tree.moves
         walk, flight = self._ahead.opened(namespace, path)
         listing = flight.listing if flight else self._new_listing()
@@ -174,21 +177,41 @@ class Directories:
         Call it when a name is wanted for which its node can't answer: names that are asked for one
         after another make the directory be listed in the background, for those that follow.
         """
+        found = self._known.find(parent, name, self._tree.now())
+        if found is None and self._take_ahead(parent):
+            found = self._known.find(parent, name, self._tree.now())
         self._note_use(parent)
-        return self._known.find(parent, name, self._tree.now())
+        return found
+
+    def _take_ahead(self, node: Node) -> bool:
+        """A program that asks for names in one directory after the other walks too: whether this
+        one was listed ahead of it."""
+        namespace, path = node.namespace, node.path
+        if namespace is None or not self._ahead.is_ready(namespace, path):
+            return False
+        walk, flight = self._ahead.opened(namespace, path)
+        self._ahead.closed(walk)
+        assert flight
+        self._ahead.listed(namespace, path, walk, flight.listing)
+        self._is_complete(node, flight.listing)
+        return True
 
     def _note_use(self, directory: Node) -> None:
         namespace = directory.namespace
         if namespace is None or self._renewals >= _MAX_RENEWALS:
             return
-        if self._uses.note(directory, self._tree.now()):
-            self._uses.begin(directory)
+        now = self._tree.now()
+        if self._uses.note(directory, now):
+            is_step = self._uses.begin(directory, now)
             self._renewals += 1
-            self._nursery.start_soon(self._renew, directory, namespace)
+            self._nursery.start_soon(self._renew, directory, namespace, is_step)
 
-    async def _renew(self, node: Node, namespace: Namespace) -> None:
-        listing = self._new_listing()
+    async def _renew(self, node: Node, namespace: Namespace, is_step: bool) -> None:
+        """List a directory because names in it are asked for. A first time, this is a step of a
+        walk."""
         path, moves = node.path, self._tree.moves
+        walk, flight = self._ahead.opened(namespace, path) if is_step else (None, None)
+        listing = flight.listing if flight else self._new_listing()
         is_complete = False
 
         def add_page(page: bytes) -> None:
@@ -199,17 +222,26 @@ class Directories:
 
         try:
             with self._noting_changes(node, listing), trio.move_on_after(SLOW_SECONDS) as scope:
-                await namespace.list_pages(path, add_page)
-                listing.check_complete()
+                if flight:
+                    await flight.result()
+                else:
+                    await namespace.list_pages(path, add_page)
+                    listing.check_complete()
                 is_complete = self._tree.moves == moves
         except (RemoteError, FilesystemError) as error:
             log.debug("listing %r in the background: %s", path, error)
         finally:
             self._renewals -= 1
+            if walk:
+                self._ahead.closed(walk)
         if is_complete:
             self._is_complete(node, listing)
+            if walk:
+                self._ahead.listed(namespace, path, walk, listing)
         else:
             self._uses.failed(node, self._tree.now())
+            if flight:
+                flight.give_up()
         listing.release()
 
     # --- entries ----------------------------------------------------------------------------------

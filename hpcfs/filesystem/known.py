@@ -73,6 +73,13 @@ class Known:
             self._make_room(listing.count)
         return listing.asked, listing.find(name)
 
+    def unshown(self, node: Node, now: float) -> Listing | None:
+        """A listing that no program has read yet, if it still says how the directory is."""
+        listing = self._listings.get(node)
+        if listing is None or listing.shown or listing.changed:
+            return None
+        return listing if now - listing.asked <= ATTRIBUTE_SECONDS else None
+
     def _make_room(self, count: int) -> None:
         indexed = [one for one in self._listings.values() if one.has_index]
         total = sum(one.count for one in indexed)
@@ -93,6 +100,8 @@ HALF_LIFE = 1.0
 MANY_USES, FEW_USES = 3.5, 1.5
 """Four at once make it worth to list a directory; two, if it was listed a moment ago."""
 RECENT_SECONDS = 10.0
+ONE_USE, NEXT_SECONDS = 0.5, 2.0
+"""One is enough where a program did the same in another directory so shortly before."""
 ENTRIES_PER_USE = 500
 """A larger directory must be used more before it is listed in the background."""
 RENEW_SECONDS = 0.5
@@ -120,6 +129,7 @@ class Uses:
 
     def __init__(self) -> None:
         self._uses: OrderedDict[Node, _Use] = OrderedDict()
+        self._began = -math.inf
 
     def note(self, node: Node, now: float) -> bool:
         """A name in this directory was asked for. Whether to list it now."""
@@ -130,10 +140,18 @@ class Uses:
         if use.under_way or now < use.not_before or age < max(RENEW_SECONDS, 2 * use.duration):
             return False
         needed = FEW_USES if age < RECENT_SECONDS else MANY_USES
+        if now - self._began < NEXT_SECONDS:
+            needed = ONE_USE
         return use.score > max(needed, use.entries / ENTRIES_PER_USE)
 
-    def begin(self, node: Node) -> None:
-        self._of(node).under_way = True
+    def begin(self, node: Node, now: float) -> bool:
+        """Whether nobody listed it for a while."""
+        use = self._of(node)
+        use.under_way = True
+        is_first = now - use.asked > RECENT_SECONDS
+        if is_first:
+            self._began = now
+        return is_first
 
     def listed(self, node: Node, listing: Listing, now: float) -> None:
         """By anybody: for a program, or in the background."""

@@ -38,6 +38,8 @@ class Listing:
         """Entries listed so far."""
         self.changed: set[bytes] = set()
         """Names that were changed here since it was asked for: it does not speak for these."""
+        self.shown = False
+        """A program has read it; the next one wants a newer one."""
         self._subdirectories: list[bytes] = []
         self._directory = directory
         self._size = 0

@@ -424,3 +424,47 @@ def test_pages_that_come_after_it_was_given_up_do_no_harm(tmp_path: Path) -> Non
             assert flight.listing.count == before
 
     trio.run(run)
+
+
+@live()
+async def test_who_asks_for_names_in_one_directory_after_the_other_finds_them_listed(
+    w: World,
+) -> None:
+    """As rsync's receiver and git do: the directories are listed ahead, as for who reads them."""
+    fill(w)
+    for number, folder in enumerate(FOLDERS):
+        if number == 8:
+            w.cues.calls.clear()
+        for name in ("f0", "missing", "f1", "absent", "f2"):
+            w.clock.seconds += 0.001
+            assert await w.kernel.exists(f"ns/{folder}/{name}") == name.startswith("f")
+            await wait_all_tasks_blocked()
+    assert w.cues.count(m.Stat) == 0
+    assert all(lists(w, folder) <= 1 for folder in FOLDERS)
+
+
+@live()
+async def test_a_listing_made_for_names_is_shown_once(w: World) -> None:
+    fill(w, ["00"])
+    await w.kernel.walk("ns/00")
+    for number in range(4):
+        await w.kernel.exists(f"ns/00/missing{number}")
+    await until(lambda: lists(w, "00") == 1)
+    await wait_all_tasks_blocked()
+    assert len(await w.kernel.listdir("ns/00")) == 3
+    assert lists(w, "00") == 1
+    w.remote.put(b"00/made by others", b"")
+    assert len(await w.kernel.listdir("ns/00")) == 4
+
+
+@live()
+async def test_a_listing_made_for_names_is_not_shown_once_they_changed(w: World) -> None:
+    fill(w, ["00"])
+    await w.kernel.walk("ns/00")
+    for number in range(4):
+        await w.kernel.exists(f"ns/00/missing{number}")
+    await until(lambda: lists(w, "00") == 1)
+    await wait_all_tasks_blocked()
+    await w.kernel.write_file("ns/00/new", b"content")
+    found = await w.kernel.listdir("ns/00")
+    assert found[b"new"].size == 7

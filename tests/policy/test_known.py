@@ -81,7 +81,7 @@ def uses(times: list[float], node: Node, policy: Uses) -> list[bool]:
 def test_four_names_at_once_make_a_directory_worth_listing() -> None:
     policy, node = Uses(), folder()
     assert uses([100.0, 100.1, 100.2, 100.3], node, policy) == [False, False, False, True]
-    policy.begin(node)
+    assert policy.begin(node, 100.3)
     assert uses([100.3, 100.3], node, policy) == [False, False], "it is under way"
 
 
