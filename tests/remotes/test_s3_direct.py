@@ -630,3 +630,28 @@ def test_a_walk_keeps_the_attributes_and_the_order(server: S3Server, prefix: str
             assert found == expected
 
     asyncio.run(test())
+
+
+def test_a_look_at_a_directory_is_one_round_trip(moto: S3Server, prefix: str) -> None:
+    """The listing says whether there is a marker to be read."""
+    put(moto, f"{prefix}/bare/f", b"x")
+    put(moto, f"{prefix}/marked/", Metadata={"mode": str(0o040700)})
+    put(moto, f"{prefix}/marked/f", b"x")
+
+    async def test() -> None:
+        async with remote_of(moto, prefix) as remote:
+            await remote.connect()
+            await remote.stat(b"bare/f")
+            heads: list[str] = []
+            real = remote._bucket.head
+
+            async def head(key: str, *, urgent: bool = True) -> Any:
+                heads.append(key)
+                return await real(key, urgent=urgent)
+
+            remote._bucket.head = head  # type: ignore[method-assign]
+            assert (await remote.stat(b"bare")).mode == 0o040755
+            assert f"{prefix}/bare/" not in heads
+            assert (await remote.stat(b"marked")).mode == 0o040700
+
+    asyncio.run(test())

@@ -32,8 +32,8 @@ from hpcfs.transfer.messages import (
 )
 
 log = logging.getLogger(__name__)
-HEADS_IN_FLIGHT = 48
-"""Of one listing; the site's gate bounds those of all."""
+HEADS_IN_FLIGHT = 96
+"""Of one listing; the site's gate bounds those of all, and gives fewer to what is near."""
 COPIES_IN_FLIGHT = 16
 SIBLINGS_LOOKED_AT = 5
 """Two kinds of marker, the victim as object and as directory, and one that stays."""
@@ -77,7 +77,7 @@ class Lister:
         async def fill(index: int) -> None:
             entries[index] = await self._entry(found[index], directory, read_only)
 
-        await each(range(len(found)), fill, HEADS_IN_FLIGHT)
+        await each(range(len(found)), fill, min(len(found), HEADS_IN_FLIGHT))
         there = [entry for entry in entries if entry is not None]
         starts = range(0, len(there), LIST_PAGE_ENTRIES)
         return [there[start : start + LIST_PAGE_ENTRIES] for start in starts]

@@ -35,10 +35,16 @@ class Markers:
         """The root's beginning, which has an object to tell by: a round trip is spared later."""
         self._sample = page.objects[0].key if page.objects else None
 
-    async def read(self, directory: str, *, urgent: bool = True) -> Info | None:
+    async def read(
+        self, directory: str, *, urgent: bool = True, listed: list[str] | None = None
+    ) -> Info | None:
+        """`listed` are the markers with which a listing of the directory begins: its own key comes
+        before all others, so one that is not among them need not be asked for."""
         known = self._read.get(directory)
         if known is None:
             key = directory + MARKER if await self._is_inside() else directory
+            if listed is not None and key == directory and key not in listed:
+                return None
             found = await self._bucket.head(key, urgent=urgent)
             known = (found if found is not None and found.size == 0 else None,)
             self._read.put(directory, known)

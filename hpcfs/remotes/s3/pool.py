@@ -23,8 +23,9 @@ from hpcfs.remotes.s3.http import Answer, Connection, Question, Unusual
 MIB = 1024 * 1024
 MILLISECOND = 0.001
 BULK_BYTES = 256 * 1024
-IDLE_SECONDS = 12.0
-"""Servers close idle connections after 5 to 60 seconds; one that is gone costs a round trip."""
+IDLE_SECONDS = 30.0
+"""Many servers close idle connections earlier, which is noticed; routers forget them in silence,
+but only after minutes."""
 TICK_SECONDS = 3.0
 SECOND_ADDRESS_SECONDS = 0.25
 """When an address does not answer, the next one is tried beside it (RFC 8305)."""

@@ -104,7 +104,8 @@ class S3Remote:
         look = await self._paths.look(await self._paths.place(path))
         name = last_name(path)
         if look.is_directory:
-            return self._entries.directory(name, await self._directory_metadata(look.place))
+            metadata = await self._directory_metadata(look.place, look.markers)
+            return self._entries.directory(name, metadata)
         return self._entries.file(name, file_of(look))
 
     async def stat_open(self, handle: int) -> Entry | None:
@@ -321,12 +322,14 @@ class S3Remote:
         self._paths.saw_file(place, _info(stored, metadata, found.headers))
         return self._entries.file(last_name(place.path), stored, metadata)
 
-    async def _directory_metadata(self, place: Place) -> Metadata | None:
+    async def _directory_metadata(
+        self, place: Place, listed: list[str] | None = None
+    ) -> Metadata | None:
         if self._read_only:
             return None
         if not place.directory:
             return self._root_metadata
-        marker = await self._markers.read(place.directory)
+        marker = await self._markers.read(place.directory, listed=listed)
         return marker.metadata if marker else None
 
     async def _set_directory_attributes(self, place: Place, attributes: Attributes) -> Entry:
