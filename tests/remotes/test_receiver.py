@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
+from asyncssh.channel import SSHChannel
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcfs.remotes.sftp.inbox import Bytes, Inbox, Malformed
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
 from hpcfs.remotes.ssh.receiver import Receiver
-from hpcfs.transfer.messages import Start, Unreachable
-from tests.support.sshd import ScriptedPrompter, SshServer, ssh_server
+from hpcfs.transfer.messages import SshSite, Start, Unreachable
+from tests.support.sshd import ALIAS, ScriptedPrompter, SshServer, ssh_server
 
 MIB = 1024 * 1024
 CONTENT = b"".join(number.to_bytes(8, "big") for number in range(8 * MIB // 8))
@@ -31,9 +33,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
 def receiver_of(remote: SftpRemote) -> Receiver:
     session = remote._kept._session
     assert session is not None
-    transport = session.login.connection._transport
-    assert transport is not None
-    receiver = transport.get_protocol()
+    transport: Any = session.login.connection._transport
+    through_jump_host = isinstance(transport, SSHChannel)
+    receiver = transport._session if through_jump_host else transport.get_protocol()
     assert isinstance(receiver, Receiver), "asyncssh has changed: see remotes/ssh/receiver.py"
     return receiver
 
@@ -103,6 +105,26 @@ def test_other_ciphers_go_the_usual_way(tmp_path: Path) -> None:
     with ssh_server(tmp_path / "s", "Ciphers aes128-ctr,chacha20-poly1305@openssh.com") as server:
         (server.root / "file").write_bytes(CONTENT)
         assert taken_by_a_fetch(server.start_message()) == 0
+
+
+def test_through_a_jump_host_the_way_is_short_twice(served: SshServer, tmp_path: Path) -> None:
+    with ssh_server(tmp_path / "gate") as gate:
+        known = tmp_path / "known_hosts"
+        known.write_text(served.known_hosts.read_text() + gate.known_hosts.read_text())
+        text = served.config_text(ALIAS, "ProxyJump gate") + gate.config_text("gate")
+        for server in (served, gate):
+            text = text.replace(str(server.known_hosts), str(known))
+        config = tmp_path / "config"
+        config.write_text(text)
+        start = served.start_message(site=SshSite(ALIAS, ssh_config=str(config)))
+        outer = list[Receiver]()
+
+        def note(receiver: Receiver) -> None:
+            jump = receiver._connection._transport.get_connection()
+            outer.append(jump._transport.get_protocol())
+
+        assert taken_by_a_fetch(start, note) >= len(CONTENT) / (32 * 1024)
+        assert outer[0].taken >= len(CONTENT) / (32 * 1024)
 
 
 def test_a_forged_packet_ends_the_connection(

@@ -104,7 +104,8 @@ async def open_session(start: Start, prompter: Prompter) -> SftpSession:
         raise WrongSettings("an SSH site was expected")
     ended = asyncio.Event()
     login = await log_in(site, prompter, ended.set)
-    shorten(login.connection)
+    for connection in (*login.jumps, login.connection):
+        shorten(connection)
     try:
         async with asyncio.timeout(site.connect_timeout):
             with translated(b"", login.shown):

@@ -52,11 +52,15 @@ def shorten(connection: asyncssh.SSHClientConnection) -> Receiver | None:
     missing += [name for name in NAMES["channel class"] if not hasattr(SSHChannel, name)]
     missing += [name for name in NAMES["cryptography's AESGCM"] if not hasattr(AESGCM, name)]
     transport: Any = getattr(connection, "_transport", None)
-    if missing or not hasattr(transport, "set_protocol"):  # a jump host's channel has none
+    through_jump_host = isinstance(transport, SSHChannel) and hasattr(transport, "_session")
+    if missing or not (through_jump_host or hasattr(transport, "set_protocol")):
         log.debug("no receiver of ours: %s", missing or type(transport).__name__)
         return None
     receiver = Receiver(connection)
-    transport.set_protocol(receiver)
+    if through_jump_host:
+        transport._session = receiver
+    else:
+        transport.set_protocol(receiver)
     return receiver
 
 
@@ -90,6 +94,16 @@ class Receiver(asyncio.BufferedProtocol):
         if rest and done:
             self._buffer[:rest] = bytes(self._buffer[done : self._filled])
         self._filled = rest
+
+    def data_received(self, data: bytes | memoryview, datatype: int | None = None) -> None:
+        """From a jump host's channel, which has no buffer of ours to fill."""
+        rest = memoryview(data)
+        while rest:
+            room = self.get_buffer(len(rest))
+            some = min(len(rest), len(room))
+            room[:some] = rest[:some]
+            rest = rest[some:]
+            self.buffer_updated(some)
 
     def eof_received(self) -> None:
         self._connection.eof_received()
