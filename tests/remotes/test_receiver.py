@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hpcfs.remotes.sftp.inbox import Bytes, Inbox, Malformed
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
 from hpcfs.remotes.ssh.receiver import Receiver
+from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES
 from hpcfs.transfer.messages import SshSite, Start, Unreachable
 from tests.support.sshd import ALIAS, ScriptedPrompter, SshServer, ssh_server
 
@@ -120,8 +121,9 @@ def test_through_a_jump_host_the_way_is_short_twice(served: SshServer, tmp_path:
         outer = list[Receiver]()
 
         def note(receiver: Receiver) -> None:
-            jump = receiver._connection._transport.get_connection()
-            outer.append(jump._transport.get_protocol())
+            channel = receiver._connection._transport
+            assert channel.get_recv_window() == CHANNEL_WINDOW_BYTES
+            outer.append(channel.get_connection()._transport.get_protocol())
 
         assert taken_by_a_fetch(start, note) >= len(CONTENT) / (32 * 1024)
         assert outer[0].taken >= len(CONTENT) / (32 * 1024)

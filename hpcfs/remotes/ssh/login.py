@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import asyncssh
 from asyncssh.public_key import KeyPairListArg
@@ -22,7 +23,7 @@ from asyncssh.public_key import KeyPairListArg
 from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.ssh.errors import login_error
 from hpcfs.remotes.ssh.hostkeys import PresentedKey
-from hpcfs.remotes.ssh.settings import Hop, jump_site, read_hop
+from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES, Hop, jump_site, read_hop
 from hpcfs.transfer.messages import SshSite, Unreachable, WrongSettings
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ async def _connect_hop(
                 return await asyncssh.connect(
                     hop.alias,
                     site.port or (),
-                    tunnel=tunnel,
+                    tunnel=tunnel and _Tunnel(tunnel),
                     client_factory=lambda client=client: client,
                     **hop.options,
                 )
@@ -136,6 +137,18 @@ async def _connect_hop(
                 nobody_to_ask=client.nobody_to_ask,
                 authenticating=client.authenticating,
             ) from error
+
+
+class _Tunnel:
+    """A jump host's connection, of which asyncssh asks for one channel to the next host. Its default
+    would carry 2 MiB per round trip."""
+
+    def __init__(self, connection: asyncssh.SSHClientConnection):
+        self._connection = connection
+        self.logger = connection.logger
+
+    async def create_connection(self, *where: Any) -> Any:
+        return await self._connection.create_connection(*where, window=CHANNEL_WINDOW_BYTES)
 
 
 class _Clock:
