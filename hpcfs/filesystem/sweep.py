@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Generic, Protocol, TypeVar
 
 FIRST_AHEAD = 4
-GOING_ON_AHEAD = 16
+GOING_ON_AHEAD = 32
 """In the next directory of a tree that is read."""
 MOST_AHEAD = 64
 GOOD_SECONDS = 0.6

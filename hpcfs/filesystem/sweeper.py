@@ -35,7 +35,7 @@ FETCH_BYTES = 1024 * 1024
 MOST_BYTES = 16 * 1024 * 1024
 """Under way at once."""
 HOLD_SECONDS = 2.0
-NEXT_FILES = 8
+NEXT_FILES = 32
 """Of a directory that the program did not come to yet."""
 _FEWEST_FILES = 3
 _MOST_FILES = 10_000
