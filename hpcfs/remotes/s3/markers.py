@@ -9,6 +9,7 @@ Which kind the server is shows in an object that is there already, or in the fir
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from hpcfs.remotes.s3.bucket import Bucket, Info, Page
 from hpcfs.remotes.s3.known import Known
@@ -36,7 +37,7 @@ class Markers:
         self._sample = page.objects[0].key if page.objects else None
 
     async def read(
-        self, directory: str, *, urgent: bool = True, listed: list[str] | None = None
+        self, directory: str, *, urgent: bool = True, listed: Sequence[str] | None = None
     ) -> Info | None:
         """`listed` are the markers with which a listing of the directory begins: its own key comes
         before all others, so one that is not among them need not be asked for."""

@@ -323,7 +323,7 @@ class S3Remote:
         return self._entries.file(last_name(place.path), stored, metadata)
 
     async def _directory_metadata(
-        self, place: Place, listed: list[str] | None = None
+        self, place: Place, listed: Sequence[str] | None = None
     ) -> Metadata | None:
         if self._read_only:
             return None
