@@ -157,7 +157,7 @@ class RemoteContent(ABC):
         )
         asked, version = self._now(), self.version
         fetched = await self.namespace.fetch(request, FETCH_TIMEOUT)
-        self.held = True
+        self.held = self.handle != m.NO_HANDLE
         if self.version == version:
             self._vouch(asked)
         return fetched

@@ -235,13 +235,12 @@ class Sweeper:
             namespace.origin, place.path, entry.version, entry.size
         )
         content = self._make_content(place, namespace, abilities, hold.file)
+        content.handle = m.NO_HANDLE
         try:
             hold.current = await content.fetch_ahead(FETCH_BYTES)
         finally:
             with trio.CancelScope(shield=True):
                 await content.settle()  # only then nothing is written to the file any more
-            if content.held:
-                self._nursery.start_soon(content.let_go)
         self._tell(hold)
 
     def _tell(self, hold: _Hold) -> None:

@@ -312,11 +312,15 @@ class ReadLink(msgspec.Struct, frozen=True, tag=True):
     path: bytes
 
 
+NO_HANDLE = 0
+
+
 class Fetch(msgspec.Struct, frozen=True, tag=True):
     """Bring a range of one version into a cache file, at the same offset -> Fetched.
 
     `offset` is a multiple of BLOCK_BYTES; the range ends at a block's end or at the file's.
-    `handle` identifies the reader's open file until `Release`. Raises Changed when the remote no
+    `handle` identifies the reader's open file until `Release`; with NO_HANDLE the remote keeps
+    nothing open afterwards. Raises Changed when the remote no
     longer has that version; but with `growing`, the reader follows a file that others append to,
     and a file that has grown since is still that version as far as its old size. An `urgent` fetch,
     for which a program waits, goes before those that only run ahead.

@@ -18,6 +18,7 @@ from hpcfs.remotes.sftp.attrs import Owners
 from hpcfs.remotes.sftp.read import MAX_OPEN_HANDLES
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection, _root_path
 from hpcfs.transfer.messages import (
+    NO_HANDLE,
     Attributes,
     Changed,
     DirectoryNotEmpty,
@@ -252,14 +253,28 @@ def test_open_handles_are_bounded_and_closed(tmp_path: Path) -> None:
     async def story(remote: SftpRemote, evil: EvilSite) -> None:
         (evil.directory / "file").write_bytes(b"x")
         version = (await remote.stat(b"file")).version
-        for handle in range(MAX_OPEN_HANDLES + 20):
+        many = range(1, MAX_OPEN_HANDLES + 21)
+        for handle in many:
             assert b"".join(await remote.fetch(b"file", version, 0, 1, handle)) == b"x"
         await remote.fetch(b"file", version, 0, 1, 10**6)  # behind the closes, on their channel
         assert evil_sftp.Counting.held == MAX_OPEN_HANDLES
-        assert b"".join(await remote.fetch(b"file", version, 0, 1, 0)) == b"x", "opened again"
-        for handle in (*range(MAX_OPEN_HANDLES + 20), 10**6):
+        assert b"".join(await remote.fetch(b"file", version, 0, 1, 1)) == b"x", "opened again"
+        for handle in (*many, 10**6):
             await remote.release(handle)
         await remote.fetch(b"file", version, 0, 1, 5)
+        assert evil_sftp.Counting.held == 1
+
+    on_evil(tmp_path, evil_sftp.Counting, story)
+    assert evil_sftp.Counting.held == 0
+
+
+def test_without_a_handle_nothing_stays_open(tmp_path: Path) -> None:
+    async def story(remote: SftpRemote, evil: EvilSite) -> None:
+        (evil.directory / "file").write_bytes(b"x")
+        version = (await remote.stat(b"file")).version
+        for _ in range(10):
+            assert b"".join(await remote.fetch(b"file", version, 0, 1, NO_HANDLE)) == b"x"
+        await remote.fetch(b"file", version, 0, 1, 1)  # behind the closes, on their channel
         assert evil_sftp.Counting.held == 1
 
     on_evil(tmp_path, evil_sftp.Counting, story)

@@ -202,7 +202,7 @@ class MemoryRemote:
         item = self.handles.get(handle) if self.is_sftp else None
         if item is None:
             item = self._file(path)
-            if self.is_sftp:
+            if self.is_sftp and handle != m.NO_HANDLE:
                 self.handles[handle] = item
         old_size = int(version.partition(b":")[0]) if self.is_sftp else 0
         grew = self.is_sftp and growing and len(item.content) > old_size

@@ -24,7 +24,7 @@ from hpcfs.remotes.sftp.attrs import version_of
 from hpcfs.remotes.sftp.place import Place
 from hpcfs.remotes.sftp.requests import Chunks, Requests
 from hpcfs.remotes.sftp.session import SftpSession, all_of, give_up
-from hpcfs.transfer.messages import Changed
+from hpcfs.transfer.messages import NO_HANDLE, Changed
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,12 @@ class OpenFiles:
 
     @asynccontextmanager
     async def using(self, place: Place, handle: int) -> AsyncIterator[bytes]:
-        """The remote handle for `handle`, opened at `place` by the first to ask."""
+        """The remote handle for `handle`, opened at `place` by the first to ask; for NO_HANDLE, one
+        for this use alone."""
+        if handle == NO_HANDLE:
+            async with self._held(handle, OpenFile(place, _opening(place), dropped=True)) as remote:
+                yield remote
+            return
         file = self._files.get(handle)
         if file is None or file.session is not place.session:
             file = self._open(place, handle)
@@ -81,9 +86,7 @@ class OpenFiles:
             self._drop(file)
 
     def _open(self, place: Place, handle: int) -> OpenFile:
-        opening = asyncio.ensure_future(place.session.bulk.open(place.full, FXF_READ, SFTPAttrs()))
-        opening.add_done_callback(lambda task: task.cancelled() or task.exception())
-        file = self._files[handle] = OpenFile(place, opening)
+        file = self._files[handle] = OpenFile(place, _opening(place))
         while len(self._files) > self._limit:
             self._drop(self._files.popitem(last=False)[1])
         return file
@@ -109,6 +112,12 @@ class OpenFiles:
     def _close(self, file: OpenFile) -> None:
         """Once it is open: nobody waits for a reader's close."""
         file.opening.add_done_callback(partial(_close_remote, file.session.bulk))
+
+
+def _opening(place: Place) -> asyncio.Task[bytes]:
+    opening = asyncio.ensure_future(place.session.bulk.open(place.full, FXF_READ, SFTPAttrs()))
+    opening.add_done_callback(lambda task: task.cancelled() or task.exception())
+    return opening
 
 
 def _close_remote(bulk: Requests, opening: asyncio.Task[bytes]) -> None:
