@@ -25,7 +25,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcfs.remotes.s3.http import Answer, Question, Unusual
+from hpcfs.remotes.s3.direct import STRANGE_IN_A_ROW
+from hpcfs.remotes.s3.http import Answer, Lost, Question, Unusual
 from hpcfs.remotes.s3.login import Login
 from hpcfs.remotes.s3.pool import MIB, Bounds, Gate, Host, Pool
 from hpcfs.remotes.s3.remote import S3Remote
@@ -350,7 +351,7 @@ def test_a_malformed_answer_is_refused(answer: bytes) -> None:
 
 @pytest.mark.parametrize("answer", [b"", OK, OK + b"content-length: 9\r\n\r\nabc"])
 def test_an_answer_that_breaks_off(answer: bytes) -> None:
-    with pytest.raises(Unusual):
+    with pytest.raises(Lost):
         asyncio.run(ask(always(answer, then_close=True)))
 
 
@@ -653,5 +654,28 @@ def test_a_look_at_a_directory_is_one_round_trip(moto: S3Server, prefix: str) ->
             assert (await remote.stat(b"bare")).mode == 0o040755
             assert f"{prefix}/bare/" not in heads
             assert (await remote.stat(b"marked")).mode == 0o040700
+
+    asyncio.run(test())
+
+
+def test_a_server_that_is_never_understood_is_left_to_botocore(
+    moto: S3Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(moto, f"{prefix}/f", b"x")
+    tried: list[object] = []
+
+    def strange(headers: object) -> dict[str, Any]:
+        tried.append(headers)
+        raise ValueError("not understood")
+
+    monkeypatch.setattr("hpcfs.remotes.s3.direct.of_object", strange)
+
+    async def test() -> None:
+        async with remote_of(moto, prefix) as remote:
+            asked = count(remote)
+            for _ in range(STRANGE_IN_A_ROW + 5):
+                assert await remote._bucket.head(f"{prefix}/f") is not None
+            assert len(asked) == STRANGE_IN_A_ROW + 5
+            assert len(tried) == STRANGE_IN_A_ROW
 
     asyncio.run(test())

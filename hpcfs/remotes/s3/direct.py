@@ -24,7 +24,7 @@ from botocore.parsers import create_parser
 from botocore.utils import get_environ_proxies
 
 from hpcfs.remotes.s3.answers import of_listing, of_object
-from hpcfs.remotes.s3.http import Answer, Question
+from hpcfs.remotes.s3.http import Answer, Question, Unusual
 from hpcfs.remotes.s3.pool import Gate, Host, Pool
 from hpcfs.remotes.s3.signing import ALGORITHM, Keys, Signer
 
@@ -36,6 +36,7 @@ _SCOPE = re.compile(
 )
 LISTING_BYTES = 16 * 1024 * 1024
 """A page has 1000 keys of at most 1 KiB, thrice that when quoted."""
+STRANGE_IN_A_ROW = 10
 _QUERY = {
     "Prefix": "prefix",
     "Delimiter": "delimiter",
@@ -86,6 +87,8 @@ class Direct:
         self._timeouts = connect_timeout, read_timeout
         self._routes: dict[str, Route | None] = {}
         self._pools: dict[tuple[str, str, int], Pool] = {}
+        self._strange: dict[str, int] = {}
+        """Answers in a row that were not understood."""
         self._lock = asyncio.Lock()
         self._parser: Any = create_parser("rest-xml")
 
@@ -108,10 +111,15 @@ class Direct:
             question = _question(route, operation, parameters, limit, keys)
             found = await route.pool.ask(question)
             if found.status < 300:
-                return _parsed(operation, found)
+                parsed = _parsed(operation, found)
+                self._strange.pop(bucket, None)
+                return parsed
         except TimeoutError:
             raise
-        except (OSError, ValueError) as error:
+        except (Unusual, ValueError) as error:
+            self._note_strange(bucket, error)
+            return None
+        except OSError as error:
             log.debug("%s by way of botocore: %s", operation, error)
             return None
         if found.status in _FINAL:
@@ -119,6 +127,14 @@ class Direct:
             raise ClientError(refusal, operation)
         self._routes.pop(bucket, None)  # it may have been the wrong region's
         return None
+
+    def _note_strange(self, bucket: str, error: Exception) -> None:
+        """A server whose every answer is not understood is not asked each time in vain."""
+        log.debug("an answer for %s is left to botocore: %s", bucket, error)
+        self._strange[bucket] = self._strange.get(bucket, 0) + 1
+        if self._strange[bucket] >= STRANGE_IN_A_ROW:
+            log.warning("bucket %s is read by way of botocore from now on: %s", bucket, error)
+            self._routes[bucket] = None
 
     def close(self) -> None:
         for pool in self._pools.values():

@@ -26,7 +26,11 @@ _CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;|\Z)")
 
 
 class Unusual(ConnectionError):
-    """An answer that this module does not understand, or a connection that broke."""
+    """An answer that this module does not understand."""
+
+
+class Lost(ConnectionError):
+    """The connection broke before the answer was whole."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,11 @@ class Connection(asyncio.BufferedProtocol):
         return self._waiter is not None
 
     async def ask(self, question: Question) -> Answer:
-        """Raises Unusual, or TimeoutError after `expire`. Whoever is cancelled loses the
+        """Raises Unusual, Lost, or TimeoutError after `expire`. Whoever is cancelled loses the
         connection: the rest of the answer would take as long as it takes."""
         self.began = False
         if self._transport is None or not self.reusable:
-            raise Unusual("the connection is closed")
+            raise Lost("the connection is closed")
         self._question, self._filled, self._answer = question, 0, None
         self._waiter = self._loop.create_future()
         self.asked = self.heard = self._loop.time()
@@ -108,7 +112,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.reusable = False
-        self._fail(Unusual(f"the connection was lost ({exc or 'closed by the server'})"))
+        self._fail(Lost(f"the connection was lost ({exc or 'closed by the server'})"))
         self._transport = None
         self._on_lost(self)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import aiohappyeyeballs
 
-from hpcfs.remotes.s3.http import Answer, Connection, Question, Unusual
+from hpcfs.remotes.s3.http import Answer, Connection, Lost, Question
 
 MIB = 1024 * 1024
 MILLISECOND = 0.001
@@ -166,12 +166,12 @@ class Pool:
         self._closed = False
 
     async def ask(self, question: Question) -> Answer:
-        """Raises Unusual, OSError and TimeoutError."""
+        """Raises Unusual, Lost, and what connecting raises: OSError, TimeoutError."""
         while self._idle:
             connection = self._idle.pop()
             try:
                 return await self._ask(connection, question)
-            except Unusual:
+            except Lost:
                 # The server may have closed it just now, as it may close an idle one at any
                 # time. All the idle ones are as old: the next to try is a new one.
                 if connection.began:
@@ -189,7 +189,7 @@ class Pool:
 
     async def _connect(self) -> Connection:
         if self._closed:
-            raise Unusual("the connections are closed")
+            raise Lost("the connections are closed")
         loop = asyncio.get_running_loop()
         host = self._host
         async with asyncio.timeout(self._connect_timeout):
