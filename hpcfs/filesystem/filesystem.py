@@ -94,9 +94,9 @@ class Filesystem:
         if name == b"..":
             return parent.parent or parent
         child = self.tree.child(parent, name)
-        if child and (child.is_namespace_root or self._is_ahead(child)):
-            return child
-        if child and self.tree.is_fresh(child):
+        if child and (
+            child.is_namespace_root or self.tree.is_fresh(child) or self._is_ahead(child)
+        ):
             return child
         if parent.namespace is None:
             raise NoEntry("the mount's top has only namespaces")
@@ -105,10 +105,8 @@ class Filesystem:
         return await self._look_up(parent, name, child)
 
     def _listed(self, parent: Node, name: bytes, child: Node | None) -> Node | None:
-        """What a listing of a moment ago tells; None if the remote must be asked. No await.
-
-        Raises NoEntry if it has no such name.
-        """
+        """What a listing of a moment ago tells; None if the remote must be asked. No await. Raises
+        NoEntry if it has no such name."""
         found = self.directories.find(parent, name)
         if found is None:
             return None
@@ -116,9 +114,9 @@ class Filesystem:
         if entry is not None:
             node = self._adopt(parent, name, entry, asked)
             return node if self.tree.is_fresh(node) else None
+        if child is not None and (child.content is not None or child.observed > asked):
+            return None
         if child is not None:
-            if child.observed > asked:
-                return None
             self.files.lose(child)
         raise NoEntry("a listing of a moment ago does not have this name")
 
