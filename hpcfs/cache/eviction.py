@@ -12,8 +12,10 @@ be. Nothing here looks at all files: not for a check, and not to evict a few.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 
 import trio
@@ -34,6 +36,8 @@ _SLACK_BYTES = 256 * MIB
 _SLACK_PART = 20
 """Eviction makes this much more room than it must (a twentieth of the cache, but no more than
 that), so that it doesn't run for every block."""
+_RETRY_SECONDS = 0.5
+_STEP_SECONDS = 0.05
 _CHECK_BYTES = 4 * MIB
 _VICTIMS_AT_ONCE = 200
 _CHUNKS_AT_ONCE = 16
@@ -54,6 +58,8 @@ class Eviction:
         self._unchecked = 0
         self._wanted = trio.Event()
         self._is_short = False
+        self._retry = -math.inf
+        """When to try again (trio's clock) after nothing could go."""
 
     # --- the bound ------------------------------------------------------------------------------
 
@@ -94,6 +100,7 @@ class Eviction:
         """Also on a disk that fails: then the next bytes that come are the next attempt."""
         while True:
             await self._wanted.wait()
+            await trio.sleep_until(self._retry)
             self._wanted = trio.Event()
             try:
                 await self._make_enough_room()
@@ -104,7 +111,9 @@ class Eviction:
         self._estimate = self._shelf.used_bytes
         excess = self._excess()
         if excess > 0:
-            await self.make_room(excess + min(_SLACK_BYTES, self.max_bytes // _SLACK_PART))
+            slack = min(_SLACK_BYTES, self.max_bytes // _SLACK_PART)
+            if not await self.make_room(excess + slack):
+                self._retry = trio.current_time() + _RETRY_SECONDS
             self._estimate = self._shelf.used_bytes
             excess = self._excess()
         if excess > 0 and not self._is_short:
@@ -130,21 +139,27 @@ class Eviction:
                 oldest = await shelf.in_thread(shelf.index.oldest, after, _VICTIMS_AT_ONCE)
                 if not oldest:
                     break
-                after = (oldest[-1].last_used, oldest[-1].row)
                 victims = [record for record in oldest if record.name not in shelf.files]
                 for record in victims:
                     shelf.foresight.spoil(record.origin, record.key)
-                freed += await shelf.in_thread(self._evict_records, victims, wanted - freed)
+                last, some = await shelf.in_thread(self._evict_records, victims, wanted - freed)
+                last = last or oldest[-1]
+                after = (last.last_used, last.row)
+                freed += some
                 await shelf.recount()
         return freed
 
-    def _evict_records(self, records: list[Record], wanted: int) -> int:
-        """In a thread. Files first: a full disk takes no change of the index."""
-        freed = 0
+    def _evict_records(self, records: list[Record], wanted: int) -> tuple[Record | None, int]:
+        """In a thread, and not for long, as who opens a file waits. Returns the last one that was
+        looked at, None if there was none, and the bytes that went. Files first: a full disk takes
+        no change of the index."""
+        freed, last = 0, None
         whole = []
+        deadline = time.monotonic() + _STEP_SECONDS
         for record in records:
-            if freed >= wanted:
+            if freed >= wanted or time.monotonic() > deadline:
                 break
+            last = record
             if record.cached_bytes - BLOCK_BYTES <= wanted - freed or not self._can_cut(record):
                 self._shelf.unlink(record.name)
                 whole.append(record.name)
@@ -155,7 +170,7 @@ class Eviction:
             self._shelf.index.delete(whole)
         except sqlite3.Error as error:
             log.warning("the cache's index still names evicted files: %s", error)
-        return freed
+        return last, freed
 
     def _can_cut(self, record: Record) -> bool:
         """Not what is gone, nor what is also a file of kept/ that a kill left with two names."""
@@ -243,7 +258,7 @@ def _evictable(file: CacheFile) -> int:
     """How many bytes of it may go, as far as they are clean."""
     if file.pins or file.pinned or file.fd < 0:
         return 0
-    return file.cached_bytes - (0 if file.indexed else KEEP_FORGOTTEN_BYTES)
+    return file.cached_bytes - file.dirty.total - (0 if file.indexed else KEEP_FORGOTTEN_BYTES)
 
 
 def clean_blocks(file: CacheFile, run: range) -> list[int]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from hpcfs.cache.index import Record
 
-MAX_DIRECTORIES = 16
+MAX_DIRECTORIES = 8
 MAX_FILES = 1000
-"""Of one directory and all below it; some 300 bytes each."""
+"""Of one directory and all below it; up to a kilobyte each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,17 +105,13 @@ async def _clear_page(store: Store, page: list[Record], *, pinned: bool) -> list
             for record in page
             if record.name not in store.shelf.files and (pinned or not record.pinned)
         ]
-        await store.in_thread(_remove, store, gone)
+        await store.in_thread(store.shelf.index.delete, [record.name for record in gone])
         for record in gone:
             store.shelf.foresight.spoil(record.origin, record.key)
         await store.shelf.recount()
+    for record in gone:  # killed here, they are strays, which the next mount removes
+        await trio.to_thread.run_sync(store.shelf.unlink, record.name)
     return gone
-
-
-def _remove(store: Store, records: list[Record]) -> None:
-    for record in records:
-        store.shelf.unlink(record.name)
-    store.shelf.index.delete([record.name for record in records])
 
 
 def _is_in(file: CacheFile, places: list[Place] | None) -> bool:
@@ -154,7 +150,7 @@ async def _verify_file(
             some = {after * CHUNK_BLOCKS + at: sums[at] for at in present[first:][:_READ_BLOCKS]}
             path = store.shelf.path(record.name)
             bad = await trio.to_thread.run_sync(_mismatches, path, record.size, some)
-            found.bytes += len(some) * BLOCK_BYTES
+            found.bytes += sum(min(BLOCK_BYTES, record.size - b * BLOCK_BYTES) for b in some)
             if bad:
                 damaged += await _drop(store, record, bad)
             await step()

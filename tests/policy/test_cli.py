@@ -84,9 +84,9 @@ def test_a_directory_with_an_equals_sign_is_a_mount_point(home: Home) -> None:
 def test_help_names_all_commands(home: Home) -> None:
     result = home.run("--help")
     assert result.returncode == 0
-    for name in ("mount", "umount", "status", "check", "init", "demo"):
+    for name in ("mount", "umount", "status", "cache", "check", "init", "demo"):
         assert f"\n  {name} " in result.stdout
-    for name in ("mount", "umount", "unmount", "status", "check", "init"):
+    for name in ("mount", "umount", "unmount", "status", "cache", "check", "init"):
         assert "Usage: hpcfs" in home.run(name, "--help").stdout
     assert home.run("--version").stdout.startswith("hpcfs ")
 
@@ -100,6 +100,8 @@ def test_help_names_all_commands(home: Home) -> None:
         ["mount", "--cache-size", "lots", "h:", "mnt"],
         ["mount", "--cache-size", "1 MiB", "h:", "mnt"],
         ["umount"],
+        ["cache", "nonsense"],
+        ["cache", "warm"],
     ],
 )
 def test_wrong_usage_is_exit_code_2_and_one_sentence(home: Home, given: list[str]) -> None:
@@ -120,6 +122,8 @@ def test_wrong_usage_is_exit_code_2_and_one_sentence(home: Home, given: list[str
         (["mount", "--cache-dir", "mnt/cache", "login3:", "mnt"], "can't be inside"),
         (["umount", "mnt"], "nothing is mounted"),
         (["status", "mnt"], "no hpcfs mount at"),
+        (["cache", "clear", "mnt"], "is in no mount"),
+        (["cache", "warm", "mnt/a"], "is in no mount"),
     ],
 )
 def test_a_failure_is_exit_code_1_and_one_sentence(home: Home, given: list[str], said: str) -> None:
@@ -198,7 +202,8 @@ def _seconds(command: list[str], home: Home) -> float:
 
 def test_small_commands_import_nothing_heavy(home: Home) -> None:
     program = (
-        "import sys, hpcfs.cli.main, hpcfs.cli.status, hpcfs.cli.umount, hpcfs.cli.mount;"
+        "import sys, hpcfs.cli.main, hpcfs.cli.status, hpcfs.cli.umount, hpcfs.cli.mount,"
+        " hpcfs.cli.cache;"
         "print(*sys.modules)"
     )
     shown = subprocess.run(

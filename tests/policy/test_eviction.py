@@ -276,6 +276,37 @@ def test_what_is_pinned_stays(tmp_path: Path) -> None:
     run(tmp_path, story)
 
 
+def test_what_is_all_dirty_is_not_looked_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that writes more than the cache holds comes by here every few megabytes."""
+    looked: list[range] = []
+    clean_blocks = eviction.clean_blocks
+
+    def count(file: CacheFile, run: range) -> list[int]:
+        looked.append(run)
+        return clean_blocks(file, run)
+
+    monkeypatch.setattr(eviction, "clean_blocks", count)
+
+    async def story(store: Store) -> None:
+        file = await store.acquire("origin", b"k", b"v", 0)
+        for block in range(8):
+            file.resize((block + 1) * BLOCK_BYTES)
+            file.write(block * BLOCK_BYTES, BLOCK)
+            file.mark_written(block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES)
+        assert await store.make_room(MANY) == 0
+        assert not looked
+        file.dirty.remove(0, 2 * BLOCK_BYTES)
+        assert await store.make_room(MANY) == 2 * BLOCK_BYTES
+        assert looked
+        assert list(file.blocks.present()) == list(range(2, 8))
+        file.dirty.remove(0, MANY)
+        store.release(file)
+
+    run(tmp_path, story)
+
+
 # --- the disk -----------------------------------------------------------------------------------
 
 
