@@ -85,7 +85,6 @@ class CacheFile:
 
     def read_now(self, offset: int, length: int) -> bytes | bytearray | None:
         """The bytes, or None where the disk must be waited for. Past the local end are zeros."""
-        self.reading_at = offset
         buffer = bytearray(length)
         try:
             count = os.preadv(self.fd, [buffer], offset, os.RWF_NOWAIT)

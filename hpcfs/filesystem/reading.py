@@ -309,6 +309,7 @@ class RemoteContent(ABC):
 
     async def read(self, offset: int, length: int) -> bytes | bytearray:
         """Up to `length` bytes; fewer only at the end of the file."""
+        self.file.reading_at = offset  # what is waited for is the last to be evicted
         while True:
             end = min(offset + length, self.size)
             if offset >= end:
@@ -346,6 +347,7 @@ class RemoteContent(ABC):
 
     async def _verify(self, blocks: list[int]) -> None:
         """Compare checksums of what an earlier mount left; a block that fails is fetched anew."""
+        damaged = 0
         for block in blocks:
             found = await trio.to_thread.run_sync(self.file.compute_checksum, block)
             if not self._is_untrusted(block):
@@ -353,5 +355,7 @@ class RemoteContent(ABC):
             if found == self.file.blocks.checksum(block):
                 self.file.blocks.trust(block)
             else:
-                log.warning("block %d of %r was damaged in the cache", block, self.place.path)
+                damaged += 1
                 self.file.evict([block])
+        if damaged:
+            log.warning("%d blocks of %r were damaged in the cache", damaged, self.place.path)

@@ -258,7 +258,7 @@ def test_what_a_killed_daemon_cached_is_verified(servers: Servers, real_home: Re
         with files[0].open("r+b") as file:
             file.seek(1_000_000)
             file.write(b"damage")
-        mount.expected.append("was damaged in the cache")
+        mount.expected.append("damaged in the cache")
         mount.mount()
         assert (mount.path / "ns" / "file").read_bytes() == data
         assert "damaged in the cache" in mount.log

@@ -192,7 +192,7 @@ def test_what_a_kill_left_with_a_name_in_kept_is_not_touched(tmp_path: Path) -> 
 def test_far_from_the_reader_goes_first(tmp_path: Path) -> None:
     async def story(store: Store) -> None:
         file = await fill(store, b"k", 64)
-        file.read_now(32 * BLOCK_BYTES, 1)
+        file.reading_at = 32 * BLOCK_BYTES
         await store.make_room(10 * BLOCK_BYTES)
         assert list(file.blocks.present()) == list(range(10, 64))
         await store.make_room(20 * BLOCK_BYTES)
@@ -223,7 +223,7 @@ def test_a_reader_of_a_file_larger_than_the_cache_keeps_what_was_fetched_for_it(
                         file.write(block * BLOCK_BYTES, BLOCK)
                         file.blocks.put(block, checksum(BLOCK))
                         store.note_added(BLOCK_BYTES)
-                file.read_now(at * BLOCK_BYTES, BLOCK_BYTES)
+                file.reading_at = at * BLOCK_BYTES
                 with trio.fail_after(10):
                     while store.used_bytes > store.max_bytes * 1.05:
                         await trio.lowlevel.checkpoint()
