@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcfs.remotes.sftp.flow import Flow
+from hpcfs.remotes.sftp.flow import FEW_WAITING_BYTES, FIRST_BYTES, MOST_BYTES, Depth, Flow
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
 from hpcfs.remotes.sftp.session import SftpSession
 from tests.support import evil_sftp
@@ -159,6 +160,53 @@ def test_all_are_let_in_and_the_limit_holds(chance: random.Random, count: int) -
         assert flow.under_way == 0
 
     asyncio.run(check())
+
+
+# --- how deep ------------------------------------------------------------------------------------
+
+MIB = 1024 * 1024
+STEP = 261_120
+
+
+def simulated(rate: float, rtt: float, seconds: float = 20) -> tuple[float, float]:
+    """A link with endless demand, and a server that answers in order -> what part of the rate was
+    used in the second half of the time, and how many bytes waited in the server then at most."""
+    depth, now, free_at, under_way = Depth(), 0.0, 0.0, 0
+    answers: deque[tuple[float, float, int]] = deque()
+    received, most_waiting = 0, 0.0
+    while now < seconds:
+        while under_way + STEP <= depth.limit:
+            under_way += STEP
+            free_at = max(free_at, now + rtt / 2) + STEP / rate
+            answers.append((free_at + rtt / 2, now, under_way))
+        at, asked_at, beside = answers.popleft()
+        now, under_way = at, under_way - STEP
+        if now > seconds / 2:
+            received += STEP
+            most_waiting = max(most_waiting, under_way - rate * rtt)
+        depth.arrived(STEP, now - asked_at, beside, full=True)
+    return received / (rate * seconds / 2), most_waiting
+
+
+@pytest.mark.parametrize("rtt", [0.0002, 0.001, 0.02, 0.1, 0.2])
+@pytest.mark.parametrize("rate", [1.25e6, 12.5e6, 125e6, 1e9])
+def test_the_link_is_filled_and_little_waits_in_the_server(rate: float, rtt: float) -> None:
+    used, waiting = simulated(rate, rtt)
+    assert used > 0.95 or rate * rtt > MOST_BYTES - FEW_WAITING_BYTES
+    assert waiting < 10 * MIB
+
+
+def test_a_link_too_long_for_the_limit_gets_all_of_it() -> None:
+    used, waiting = simulated(1e9, 0.1)
+    assert used == pytest.approx(MOST_BYTES / 1e8, rel=0.05)
+    assert waiting <= 0
+
+
+def test_a_small_demand_changes_nothing() -> None:
+    depth = Depth()
+    for _ in range(1000):
+        depth.arrived(STEP, 0.02, STEP, full=False)
+    assert depth.limit == FIRST_BYTES
 
 
 # --- with a server ------------------------------------------------------------------------------

@@ -5,6 +5,11 @@ piece waits here, not in the server's queue, until there is room: what a program
 first and may exceed the limit a little, and what nobody wants any more was never asked for. Among
 the others the earlier fetch goes first with all its pieces: fetches that took turns would all end
 late.
+
+The limit follows the link: what was asked for and does not travel yet waits in the server. OpenSSH
+holds up to 16 MiB of it for a channel, and once that is full moves all of them in memory for each
+32 KiB (measured at 20 ms: 5 CPU seconds per GB instead of 1.2). So latencies are watched: where an
+answer took longer than the quickest did, the difference was spent waiting, and tells how much.
 """
 
 from __future__ import annotations
@@ -12,10 +17,19 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
 from dataclasses import dataclass, field
 
-BYTES_UNDER_WAY = 32 * 1024 * 1024
+FIRST_BYTES = 4 * 1024 * 1024
+LEAST_BYTES = 2 * 1024 * 1024
+MOST_BYTES = 32 * 1024 * 1024
 """1 Gbit/s for 250 ms; also what a transfer process may hold of bytes that are not on disk yet."""
+FEW_WAITING_BYTES = 3 * 1024 * 1024
+"""While fewer wait in the server, the link may carry more."""
+MANY_WAITING_BYTES = 6 * 1024 * 1024
+SLOWLY = 8
+"""The limit changes by this part of what arrives once it was too high: it takes a round trip to
+see what a change did. Until then it doubles with each round trip."""
 URGENT_BYTES = 4 * 1024 * 1024
 """So much more where a program waits."""
 
@@ -29,10 +43,38 @@ class _Waiting:
     admitted: asyncio.Future[None] = field(compare=False)
 
 
+class Depth:
+    """How many bytes should be under way: the link full, and little waiting in the server."""
+
+    def __init__(self) -> None:
+        self.limit = FIRST_BYTES
+        self._quickest = math.inf
+        self._part = 1
+
+    def restart(self) -> None:
+        """Nothing is under way: the next answer waits for no other, and the way may be new."""
+        self._quickest = math.inf
+        self._part = 1
+
+    def arrived(self, size: int, seconds: float, beside: int, *, full: bool) -> None:
+        """An answer took `seconds`, asked for when `beside` bytes were under way; `full` says that
+        others waited to be asked for."""
+        self._quickest = min(self._quickest, seconds)
+        waiting = beside * (1 - self._quickest / seconds) if seconds > 0 else 0
+        if waiting > MANY_WAITING_BYTES:
+            self._part = SLOWLY
+            self.limit = max(LEAST_BYTES, self.limit - size // SLOWLY)
+        elif waiting < FEW_WAITING_BYTES and full:
+            self.limit = min(MOST_BYTES, self.limit + size // self._part)
+
+
 class Flow:
-    def __init__(self, limit: int = BYTES_UNDER_WAY, urgent_limit: int = URGENT_BYTES) -> None:
-        self._limit = limit
-        self._urgent_limit = limit + urgent_limit
+    """With a `fixed` limit, or one that follows the link."""
+
+    def __init__(self, fixed: int | None = None, urgent: int = URGENT_BYTES) -> None:
+        self._fixed = fixed
+        self._urgent = urgent
+        self._depth = Depth()
         self._waiting: list[_Waiting] = []
         self._numbers = itertools.count()
         self.under_way = 0
@@ -58,12 +100,23 @@ class Flow:
                 self._admit()
             raise
 
+    @property
+    def limit(self) -> int:
+        return self._depth.limit if self._fixed is None else self._fixed
+
     def leave(self, size: int) -> None:
         self.under_way -= size
+        if not self.under_way:
+            self._depth.restart()
         self._admit()
 
+    def arrived(self, size: int, seconds: float, beside: int) -> None:
+        """Before leaving: how long the answer took, `beside` what was under way when it was asked
+        for."""
+        self._depth.arrived(size, seconds, beside, full=bool(self._waiting))
+
     def _fits(self, size: int, urgent: bool) -> bool:
-        limit = self._urgent_limit if urgent else self._limit
+        limit = self.limit + self._urgent if urgent else self.limit
         return self.under_way + size <= limit or not self.under_way
 
     def _is_preceded(self, urgent: bool) -> bool:

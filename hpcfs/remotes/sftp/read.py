@@ -21,6 +21,7 @@ from asyncssh import SFTPAttrs
 from asyncssh.constants import FXF_READ
 
 from hpcfs.remotes.sftp.attrs import version_of
+from hpcfs.remotes.sftp.flow import Flow
 from hpcfs.remotes.sftp.place import Place
 from hpcfs.remotes.sftp.requests import Chunks, Requests
 from hpcfs.remotes.sftp.session import SftpSession, all_of, give_up
@@ -174,13 +175,26 @@ async def _pieces(
 
 def _piece(session: SftpSession, handle: bytes, start: int, wanted: int) -> asyncio.Future[Chunks]:
     """A piece that was let in: it leaves when it is here, or when nobody wants it any more."""
+    flow = session.reading
     try:
         piece = session.bulk.read_piece(handle, start, wanted)
     except BaseException:
-        session.reading.leave(wanted)
+        flow.leave(wanted)
         raise
-    piece.add_done_callback(lambda _: session.reading.leave(wanted))
+    piece.add_done_callback(partial(_landed, flow, wanted, _now(), flow.under_way))
     return piece
+
+
+def _landed(
+    flow: Flow, size: int, asked_at: float, beside: int, piece: asyncio.Future[Chunks]
+) -> None:
+    if not piece.cancelled() and piece.exception() is None:
+        flow.arrived(size, _now() - asked_at, beside)
+    flow.leave(size)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 async def _completed(

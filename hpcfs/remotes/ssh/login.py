@@ -140,8 +140,8 @@ async def _connect_hop(
 
 
 class _Tunnel:
-    """A jump host's connection, of which asyncssh asks for one channel to the next host. Its default
-    would carry 2 MiB per round trip."""
+    """A jump host's connection, of which asyncssh asks for one channel to the next host. By default
+    that would carry 2 MiB per round trip."""
 
     def __init__(self, connection: asyncssh.SSHClientConnection):
         self._connection = connection
