@@ -177,11 +177,13 @@ class Directories:
         Call it when a name is wanted for which its node can't answer: names that are asked for one
         after another make the directory be listed in the background, for those that follow.
         """
-        found = self._known.find(parent, name, self._tree.now())
+        now = self._tree.now()
+        found = self._known.find(parent, name, now)
         if found is None and self._take_ahead(parent):
-            found = self._known.find(parent, name, self._tree.now())
+            found = self._known.find(parent, name, now)
         self._note_use(parent)
-        return found
+        are_many = self._uses.are_many(now)
+        return None if found is not None and found[1] is None and not are_many else found
 
     def _take_ahead(self, node: Node) -> bool:
         """A program that asks for names in one directory after the other walks too: whether this

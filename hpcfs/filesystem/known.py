@@ -100,8 +100,6 @@ HALF_LIFE = 1.0
 MANY_USES, FEW_USES = 3.5, 1.5
 """Four at once make it worth to list a directory; two, if it was listed a moment ago."""
 RECENT_SECONDS = 10.0
-ONE_USE, NEXT_SECONDS = 0.5, 2.0
-"""One is enough where a program did the same in another directory so shortly before."""
 ENTRIES_PER_USE = 500
 """A larger directory must be used more before it is listed in the background."""
 RENEW_SECONDS = 0.5
@@ -123,35 +121,40 @@ class _Use:
     not_before: float = -math.inf
     under_way: bool = False
 
+    def count(self, now: float) -> None:
+        self.score = self.score * 2 ** ((self.last - now) / HALF_LIFE) + 1
+        self.last = now
+
 
 class Uses:
     """Which directories have many names asked for that their nodes could not answer."""
 
     def __init__(self) -> None:
         self._uses: OrderedDict[Node, _Use] = OrderedDict()
-        self._began = -math.inf
+        self._asked = _Use()
+        """Names asked for in any directory."""
 
     def note(self, node: Node, now: float) -> bool:
         """A name in this directory was asked for. Whether to list it now."""
         use = self._of(node)
-        use.score = use.score * 2 ** ((use.last - now) / HALF_LIFE) + 1
-        use.last = now
+        use.count(now)
         age = now - use.asked
         if use.under_way or now < use.not_before or age < max(RENEW_SECONDS, 2 * use.duration):
             return False
         needed = FEW_USES if age < RECENT_SECONDS else MANY_USES
-        if now - self._began < NEXT_SECONDS:
-            needed = ONE_USE
         return use.score > max(needed, use.entries / ENTRIES_PER_USE)
+
+    def are_many(self, now: float) -> bool:
+        """A name is asked for. Whether many are, one after the other: who asks for one only may
+        just have heard that others made it, and can wait for the remote's word."""
+        self._asked.count(now)
+        return self._asked.score > MANY_USES
 
     def begin(self, node: Node, now: float) -> bool:
         """Whether nobody listed it for a while."""
         use = self._of(node)
         use.under_way = True
-        is_first = now - use.asked > RECENT_SECONDS
-        if is_first:
-            self._began = now
-        return is_first
+        return now - use.asked > RECENT_SECONDS
 
     def listed(self, node: Node, listing: Listing, now: float) -> None:
         """By anybody: for a program, or in the background."""

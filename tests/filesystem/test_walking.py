@@ -46,13 +46,21 @@ async def begin_walk(w: World) -> None:
 async def test_a_name_that_a_fresh_listing_lacks_costs_nothing(w: World) -> None:
     w.remote.put(b"f", b"")
     await w.kernel.listdir("ns")
-    w.cues.calls.clear()
-    for name in ("a", "b", "c", ".git"):
+    for name in ("a", "b", "c", ".git", "d", "e", "f.o"):
+        asked = w.cues.count(m.Stat)
         assert not await w.kernel.exists(f"ns/{name}")
-    assert w.cues.calls == []
+    assert w.cues.count(m.Stat) == asked == 3
     w.remote.put(b"a", b"made by others")
     w.clock.expire_attributes()
     assert await w.kernel.exists("ns/a")
+
+
+@live()
+async def test_a_single_name_that_others_just_made_is_found(w: World) -> None:
+    """`ssh cluster make-it; cat it`, a moment after a listing without it."""
+    await w.kernel.listdir("ns")
+    w.remote.put(b"it", b"made by others")
+    assert await w.kernel.read_file("ns/it") == b"made by others"
 
 
 @live()
