@@ -147,7 +147,7 @@ def test_a_forged_packet_ends_the_connection(
 
             monkeypatch.setattr(receiver, "_take", forged)
             with pytest.raises(Unreachable, match="MAC"):
-                await fetched(remote)
+                await fetched(remote, MIB)
             assert remote._kept._session is not None
             assert remote._kept._session.lost
         finally:
