@@ -21,7 +21,7 @@ _SMALLEST_FETCH = 256 * 1024
 _LARGEST_FETCH = 4 * 1024 * 1024
 _ROUND_TRIPS = 2
 """In the window: one under way and one for the next request to be made in time."""
-_EXTRA_SECONDS = 0.1
+_EXTRA_SECONDS = 0.05
 """In the window beside the round trips: what a reader, a server or a disk may pause."""
 _RATE_SECONDS = 10.0
 _DELAY_SECONDS = 60.0

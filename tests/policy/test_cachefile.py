@@ -1,0 +1,80 @@
+"""What the transfer process puts into cache files: bytes, checksums, and no page cache for long."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpcfs.transfer.cachefile import Recycler, store
+from hpcfs.transfer.messages import BLOCK_BYTES
+
+repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=40)
+MIB = 1024 * 1024
+
+
+@repeatable
+@given(st.lists(st.integers(0, 3 * BLOCK_BYTES), max_size=12), st.integers(0, 5))
+def test_pieces_of_any_length_are_stored_as_one_range(lengths: list[int], block: int) -> None:
+    pieces = [os.urandom(length) for length in lengths]
+    whole = b"".join(pieces)
+    path = f"/dev/shm/hpcfs-test-{os.getpid()}"
+    Path(path).write_bytes(b"")
+    try:
+        checksums = store(path, block * BLOCK_BYTES, pieces)
+        stored = Path(path).read_bytes()
+    finally:
+        Path(path).unlink()
+    assert stored[block * BLOCK_BYTES :] == whole
+    blocks = [whole[at : at + BLOCK_BYTES] for at in range(0, len(whole), BLOCK_BYTES)]
+    assert checksums == [xxhash.xxh3_64_intdigest(data) or 1 for data in blocks]
+
+
+def _resident(path: Path, offset: int, length: int) -> bool:
+    """Whether the page cache answers, without asking the disk."""
+    with path.open("rb") as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(length)], offset, os.RWF_NOWAIT) == length
+        except BlockingIOError:
+            return False
+
+
+@pytest.fixture
+def file_on_disk(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(Recycler.DISTANCE + 8 * MIB))
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    assert _resident(path, 0, mmap.PAGESIZE)
+    return path
+
+
+def test_what_lies_far_behind_leaves_the_page_cache(file_on_disk: Path) -> None:
+    with file_on_disk.open("r+b") as file:
+        Recycler().stored(file.fileno(), Recycler.DISTANCE, 4 * MIB)
+    assert not _resident(file_on_disk, MIB, mmap.PAGESIZE)
+    assert _resident(file_on_disk, 6 * MIB, mmap.PAGESIZE), "that is not far enough behind"
+    assert _resident(file_on_disk, Recycler.DISTANCE, mmap.PAGESIZE)
+
+
+def test_small_fetches_leave_the_page_cache_alone(file_on_disk: Path) -> None:
+    with file_on_disk.open("r+b") as file:
+        Recycler().stored(file.fileno(), Recycler.DISTANCE, BLOCK_BYTES)
+    assert _resident(file_on_disk, 0, mmap.PAGESIZE)
+
+
+def test_a_slow_disk_is_left_alone_for_a_while(file_on_disk: Path) -> None:
+    seconds = iter([0.0, 1.0, 1.0, 2.0, 20.0, 20.0])
+    recycler = Recycler(lambda: next(seconds))
+    with file_on_disk.open("r+b") as file:
+        recycler.stored(file.fileno(), 0, MIB)  # takes a second
+        recycler.stored(file.fileno(), Recycler.DISTANCE, 4 * MIB)
+        assert _resident(file_on_disk, 0, mmap.PAGESIZE)
+        recycler.stored(file.fileno(), Recycler.DISTANCE, 4 * MIB)
+    assert not _resident(file_on_disk, 0, mmap.PAGESIZE)
