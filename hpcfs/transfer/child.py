@@ -32,11 +32,14 @@ _GONE = "the transfer process of this site ended; try again"
 class Child:
     """Made by `Child.start`; lives as long as `run`."""
 
-    def __init__(self, process: trio.Process, stream: trio.SocketStream) -> None:
+    def __init__(self, process: trio.Process, ours: socket.socket) -> None:
         self.pid = process.pid
         self.ended = False
         self._process = process
-        self._stream = stream
+        self._socket = ours
+        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        self._waiting = 0
+        """Frames in the outbox, and perhaps a part of one on its way."""
         self._outbox, self._frames = trio.open_memory_channel[bytes](math.inf)
 
     @classmethod
@@ -52,7 +55,7 @@ class Child:
                 stderr=log_stream,
                 start_new_session=True,  # Ctrl-C on the terminal is the daemon's to handle
             )
-        child = cls(process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+        child = cls(process, ours)
         child.send(start)
         return child
 
@@ -60,7 +63,19 @@ class Child:
         """Raises Unreachable when the process has ended."""
         if self.ended:
             raise gone()
-        self._outbox.send_nowait(m.frame(message))
+        rest = self._send_now(m.frame(message))
+        if rest:
+            self._waiting += 1
+            self._outbox.send_nowait(rest)
+
+    def _send_now(self, frame: bytes) -> bytes:
+        """What of the frame is to wait: a task of its own would cost a small request a tenth."""
+        if self._waiting:
+            return frame
+        try:
+            return frame[self._socket.send(frame, socket.MSG_DONTWAIT) :]
+        except OSError:  # no room now; or the process is gone, which `run` will notice
+            return frame
 
     def kill(self) -> None:
         """It no longer does what it is told."""
@@ -93,6 +108,7 @@ class Child:
         try:
             async for frame in self._frames:
                 await self._stream.send_all(frame)
+                self._waiting -= 1
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             log.debug("the transfer process %d reads no more", self.pid)
 

@@ -26,7 +26,7 @@ import uvloop
 
 from hpcfs.remotes.base import Remote, Site
 from hpcfs.transfer import messages as m
-from hpcfs.transfer.cachefile import CacheSource, store
+from hpcfs.transfer.cachefile import CacheDisk, CacheSource
 
 log = logging.getLogger(__name__)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -81,6 +81,7 @@ class Worker:
     def __init__(self, connection: Connection, site: Site) -> None:
         self._connection = connection
         self._site = site
+        self._disk = CacheDisk()
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -132,7 +133,7 @@ class Worker:
                 await self._send_pages(call.id, remote.list(path))
                 result: object = []
             case m.Fetch():
-                result = await fetch(remote, call.request)
+                result = await fetch(remote, call.request, self._disk)
             case m.Upload():
                 result = await self._upload(remote, call.id, call.request)
             case _:
@@ -161,7 +162,7 @@ def _given_up(call_id: int) -> m.Reply:
     return m.Reply(call_id, failure=m.Failure.of(m.TimedOut("the request was given up")))
 
 
-async def fetch(remote: Remote, request: m.Fetch) -> m.Fetched:
+async def fetch(remote: Remote, request: m.Fetch, disk: CacheDisk) -> m.Fetched:
     pieces = await remote.fetch(
         request.path,
         request.version,
@@ -173,9 +174,10 @@ async def fetch(remote: Remote, request: m.Fetch) -> m.Fetched:
     )
     if sum(map(len, pieces)) != request.length:
         raise m.ProtocolError("the remote gave another number of bytes than was asked for")
-    storing = asyncio.create_task(
-        asyncio.to_thread(store, request.cache_file, request.offset, pieces)
-    )
+    goal = request.cache_file, request.offset
+    if disk.is_quick(request.length):
+        return m.Fetched(request.length, disk.store(*goal, pieces))
+    storing = asyncio.create_task(asyncio.to_thread(disk.store, *goal, pieces))
     try:
         checksums = await asyncio.shield(storing)
     except asyncio.CancelledError:

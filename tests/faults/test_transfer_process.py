@@ -145,7 +145,7 @@ def test_nonsense_ends_the_process_alone(
             process = await trio.lowlevel.open_process(
                 [sys.executable, "-c", code, str(theirs.fileno())], pass_fds=(theirs.fileno(),)
             )
-        child = Child(process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+        child = Child(process, ours)
         with trio.fail_after(SECONDS):
             await child.run(lambda message: None)
         assert child.ended

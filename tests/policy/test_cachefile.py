@@ -11,7 +11,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcfs.transfer.cachefile import Recycler, store
+from hpcfs.transfer.cachefile import CacheDisk
 from hpcfs.transfer.messages import BLOCK_BYTES
 
 repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=40)
@@ -26,7 +26,7 @@ def test_pieces_of_any_length_are_stored_as_one_range(lengths: list[int], block:
     path = f"/dev/shm/hpcfs-test-{os.getpid()}"
     Path(path).write_bytes(b"")
     try:
-        checksums = store(path, block * BLOCK_BYTES, pieces)
+        checksums = CacheDisk().store(path, block * BLOCK_BYTES, pieces)
         stored = Path(path).read_bytes()
     finally:
         Path(path).unlink()
@@ -47,7 +47,7 @@ def _resident(path: Path, offset: int, length: int) -> bool:
 @pytest.fixture
 def file_on_disk(tmp_path: Path) -> Path:
     path = tmp_path / "file"
-    path.write_bytes(bytes(Recycler.DISTANCE + 8 * MIB))
+    path.write_bytes(bytes(CacheDisk.DISTANCE + 8 * MIB))
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -55,26 +55,29 @@ def file_on_disk(tmp_path: Path) -> Path:
     return path
 
 
+def _store(disk: CacheDisk, path: Path, offset: int, length: int) -> None:
+    disk.store(str(path), offset, [bytes(length)])
+
+
 def test_what_lies_far_behind_leaves_the_page_cache(file_on_disk: Path) -> None:
-    with file_on_disk.open("r+b") as file:
-        Recycler().stored(file.fileno(), Recycler.DISTANCE, 4 * MIB)
+    _store(CacheDisk(), file_on_disk, CacheDisk.DISTANCE, 4 * MIB)
     assert not _resident(file_on_disk, MIB, mmap.PAGESIZE)
     assert _resident(file_on_disk, 6 * MIB, mmap.PAGESIZE), "that is not far enough behind"
-    assert _resident(file_on_disk, Recycler.DISTANCE, mmap.PAGESIZE)
+    assert _resident(file_on_disk, CacheDisk.DISTANCE, mmap.PAGESIZE)
 
 
 def test_small_fetches_leave_the_page_cache_alone(file_on_disk: Path) -> None:
-    with file_on_disk.open("r+b") as file:
-        Recycler().stored(file.fileno(), Recycler.DISTANCE, BLOCK_BYTES)
+    _store(CacheDisk(), file_on_disk, CacheDisk.DISTANCE, BLOCK_BYTES)
     assert _resident(file_on_disk, 0, mmap.PAGESIZE)
 
 
 def test_a_slow_disk_is_left_alone_for_a_while(file_on_disk: Path) -> None:
-    seconds = iter([0.0, 1.0, 1.0, 2.0, 20.0, 20.0])
-    recycler = Recycler(lambda: next(seconds))
-    with file_on_disk.open("r+b") as file:
-        recycler.stored(file.fileno(), 0, MIB)  # takes a second
-        recycler.stored(file.fileno(), Recycler.DISTANCE, 4 * MIB)
-        assert _resident(file_on_disk, 0, mmap.PAGESIZE)
-        recycler.stored(file.fileno(), Recycler.DISTANCE, 4 * MIB)
+    seconds = iter([0.0, 1.0, 2.0, 3.0, 3.001, 20.0, 20.0, 20.001])
+    disk = CacheDisk(lambda: next(seconds))
+    _store(disk, file_on_disk, 0, MIB)  # takes a second
+    assert not disk.is_quick(10)
+    _store(disk, file_on_disk, CacheDisk.DISTANCE, 4 * MIB)
+    assert _resident(file_on_disk, 0, mmap.PAGESIZE)
+    assert disk.is_quick(10)
+    _store(disk, file_on_disk, CacheDisk.DISTANCE, 4 * MIB)
     assert not _resident(file_on_disk, 0, mmap.PAGESIZE)

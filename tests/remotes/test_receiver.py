@@ -68,6 +68,42 @@ def taken_by_a_fetch(
     return runner(main())
 
 
+def test_no_empty_packets_are_sent_where_they_protect_nothing(served: SshServer) -> None:
+    async def main() -> None:
+        site = SshSiteConnection(served.start_message(), ScriptedPrompter())
+        try:
+            remote = site.remote("ns")
+            await remote.connect()
+            connection: Any = receiver_of(remote)._connection
+            before = connection._send_seq
+            for _ in range(10):
+                await remote.stat(b"file")
+            assert connection._send_seq == before + 10, "asyncssh has changed: see ssh/sender.py"
+        finally:
+            await site.close()
+
+    asyncio.run(main())
+
+
+def test_where_a_cipher_needs_them_empty_packets_are_sent(tmp_path: Path) -> None:
+    async def main(site: SshSiteConnection) -> None:
+        try:
+            remote = site.remote("ns")
+            await remote.connect()
+            session = remote._kept._session
+            assert session is not None
+            connection: Any = session.login.connection
+            before = connection._send_seq
+            for _ in range(10):
+                await remote.stat(b"")
+            assert connection._send_seq == before + 20
+        finally:
+            await site.close()
+
+    with ssh_server(tmp_path / "s", "Ciphers aes128-ctr") as server:
+        asyncio.run(main(SshSiteConnection(server.start_message(), ScriptedPrompter())))
+
+
 @pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
 def test_bytes_take_the_shorter_way(served: SshServer, runner: Callable[..., int]) -> None:
     assert taken_by_a_fetch(served.start_message(), runner=runner) >= len(CONTENT) / (32 * 1024)

@@ -19,7 +19,7 @@ import trio
 
 from hpcfs.remotes.base import Source
 from hpcfs.transfer import messages as m
-from hpcfs.transfer.cachefile import CacheSource, store
+from hpcfs.transfer.cachefile import CacheDisk, CacheSource
 from hpcfs.transfer.process import perform
 
 T = TypeVar("T")
@@ -405,6 +405,7 @@ class MemorySite:
     def __init__(self, remotes: dict[str, MemoryRemote]) -> None:
         self.remotes = remotes
         self.cues = Cues()
+        self._disk = CacheDisk()
 
     async def call(
         self, namespace: str, request: m.Request, kind: type[T], timeout: float = 30.0
@@ -424,7 +425,7 @@ class MemorySite:
                     path, version, offset, length, handle, growing=growing, urgent=urgent
                 )
                 await self.cues.reach(request, "middle")
-                return m.Fetched(length, store(cache_file, offset, pieces))
+                return m.Fetched(length, self._disk.store(cache_file, offset, pieces))
             case m.Upload():
                 source = CacheSource(request.cache_file, request.size)
                 try:

@@ -25,6 +25,7 @@ from hpcfs.remotes.sftp.flow import Flow
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.ssh.login import Login, log_in
 from hpcfs.remotes.ssh.receiver import shorten
+from hpcfs.remotes.ssh.sender import shorten_sending
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES
 from hpcfs.transfer.messages import ProtocolError, SshSite, Start, Unreachable, WrongSettings
 
@@ -106,6 +107,7 @@ async def open_session(start: Start, prompter: Prompter) -> SftpSession:
     login = await log_in(site, prompter, ended.set)
     for connection in (*login.jumps, login.connection):
         shorten(connection)
+        shorten_sending(connection)
     try:
         async with asyncio.timeout(site.connect_timeout):
             with translated(b"", login.shown):
