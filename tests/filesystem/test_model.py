@@ -366,7 +366,7 @@ class Walk:
         await self.check_bound()
 
     async def check_bound(self) -> None:
-        """What is not dirty is evicted soon; of what was removed while it is open, a little stays."""
+        """What is not dirty is evicted soon; of what was removed while open, a little stays."""
         store = self.w.store
         files = store.shelf.files.values()
         dirty = sum(file.dirty.total + BLOCK_BYTES * file.pins for file in files)
