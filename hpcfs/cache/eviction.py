@@ -54,7 +54,8 @@ class Eviction:
         self.max_bytes = max_bytes
         self._min_free = min_free
         self._estimate = shelf.used_bytes
-        """Never too small; brought down to what is true when it matters."""
+        """Brought down to what is true when it matters. Too small only by what files grew that were
+        truncated to more within their last block, until the next save."""
         self._unchecked = 0
         self._wanted = trio.Event()
         self._is_short = False
@@ -81,6 +82,11 @@ class Eviction:
             self._wanted.set()
         else:
             self._is_short = False
+
+    def recount(self) -> None:
+        """Check what is true: for who looks at every open file anyway."""
+        self._estimate = self._shelf.used_bytes
+        self.check()
 
     def _excess(self) -> int:
         if self._estimate > self.max_bytes:
@@ -139,14 +145,13 @@ class Eviction:
                 oldest = await shelf.in_thread(shelf.index.oldest, after, _VICTIMS_AT_ONCE)
                 if not oldest:
                     break
-                victims = [record for record in oldest if record.name not in shelf.files]
+                victims = [record for record in oldest if shelf.is_idle(record.name)]
                 for record in victims:
                     shelf.foresight.spoil(record.origin, record.key)
-                last, some = await shelf.in_thread(self._evict_records, victims, wanted - freed)
+                last, some = await shelf.change(self._evict_records, victims, wanted - freed)
                 last = last or oldest[-1]
                 after = (last.last_used, last.row)
                 freed += some
-                await shelf.recount()
         return freed
 
     def _evict_records(self, records: list[Record], wanted: int) -> tuple[Record | None, int]:

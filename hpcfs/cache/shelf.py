@@ -3,6 +3,10 @@
 A file that is open here is known in memory, and what the index has of it is behind; one that is
 not is *idle*, and only the index knows of it. Files change sides under `lookup`, so that what one
 task is about to open is not what another evicts.
+
+`indexed_bytes` and `rows` are of the same moment whenever a task looks: the total comes back with
+what changed it (`change`), and who changed the index changes `rows` before its next await. A sum
+taken in between would be too small, and eviction would believe it.
 """
 
 from __future__ import annotations
@@ -55,12 +59,31 @@ class Shelf:
         self.foresight = Foresight()
         self.is_saving = False
         """While the index is told of open files: none may be closed meanwhile."""
+        self.leaving: set[str] = set()
+        """Closed for good, and perhaps still in the index: not to be opened again."""
         self._data = str(directory / "data")
         self._limiter = trio.CapacityLimiter(1)
 
     async def in_thread(self, work: Callable[..., T], *args: object) -> T:
         """Disk work, one piece at a time: the index serves one caller."""
         return await trio.to_thread.run_sync(work, *args, limiter=self._limiter)
+
+    async def change(self, work: Callable[..., T], *args: object) -> T:
+        """Work in a thread after which the index may hold more or less, also if it fails."""
+        total = -1
+
+        def counted() -> T:
+            nonlocal total
+            try:
+                return work(*args)
+            finally:
+                total = self.index.total_bytes()
+
+        try:
+            return await self.in_thread(counted)
+        finally:
+            if total >= 0:
+                self.indexed_bytes = total
 
     def path(self, name: str) -> str:
         return f"{self._data}/{name[:2]}/{name}"
@@ -69,6 +92,10 @@ class Shelf:
         with suppress(FileNotFoundError):
             os.unlink(self.path(name))
 
+    def is_idle(self, name: str) -> bool:
+        """Of a file that the index has."""
+        return name not in self.files and name not in self.leaving
+
     def close(self, file: CacheFile) -> None:
         """What the index has of it is all that is known from now on."""
         del self.files[file.name]
@@ -76,18 +103,27 @@ class Shelf:
         file.close()
 
     async def bury(self) -> int:
-        """Files that were forgotten and have no user any more go; returns their bytes."""
-        freed = 0
-        for file in list(self.files.values()):
-            if file.indexed or file.users > 0 or self.is_saving:
-                continue
-            freed += file.cached_bytes
-            has_row = file.name in self.rows
-            self.foresight.spoil(file.origin, file.key)
+        """Files that were forgotten and have no user any more go; returns their bytes. All are
+        closed before anything is awaited, as two tasks may be here at once; so all must go then."""
+        if self.is_saving:
+            return 0
+        gone = [file for file in self.files.values() if not file.indexed and file.users == 0]
+        freed = sum(file.cached_bytes for file in gone)
+        names = [file.name for file in gone]
+        in_index = [name for name in names if name in self.rows]
+        self.leaving.update(names)
+        for file in gone:
             self.close(file)
-            await self.in_thread(self.unlink, file.name)
-            if has_row:
-                await self.in_thread(self.index.delete, [file.name])
+        try:
+            with trio.CancelScope(shield=True):
+                for name in names:
+                    await self.in_thread(self.unlink, name)
+                if in_index:
+                    for file in gone:
+                        self.foresight.spoil(file.origin, file.key)
+                    await self.change(self.index.delete, in_index)
+        finally:
+            self.leaving.difference_update(names)
         return freed
 
     @property
@@ -99,10 +135,6 @@ class Shelf:
     def used_bytes(self) -> int:
         """Looks at every open file: not for every read."""
         return self.idle_bytes + sum(file.cached_bytes for file in self.files.values())
-
-    async def recount(self) -> None:
-        """After the index changed."""
-        self.indexed_bytes = await self.in_thread(self.index.total_bytes)
 
     def under(self, origin: str, key: bytes) -> Iterator[CacheFile]:
         """The open files at and below `key`."""

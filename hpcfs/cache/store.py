@@ -167,7 +167,7 @@ class Store:
         return file
 
     def _reopen(self, record: Record) -> CacheFile | None:
-        if record.name in self.shelf.files:
+        if not self.shelf.is_idle(record.name):
             return None
         try:
             if os.stat(self.shelf.path(record.name)).st_nlink != 1:
@@ -227,14 +227,14 @@ class Store:
             del self._active[origin, file.key]
             file.key = target + file.key[len(key) :]
             self._active[origin, file.key] = file
-        await self._drop_names(await self.in_thread(self._index.move, origin, key, target))
+        await self._drop_names(await self.shelf.change(self._index.move, origin, key, target))
         self.mark_pinned(origin, target)
 
     async def remove(self, origin: str, key: bytes) -> None:
         """The remote removed `key`."""
         self._forget_under(origin, key)
         self.shelf.foresight.spoil_all()
-        await self._drop_names(await self.in_thread(self._index.remove, origin, key))
+        await self._drop_names(await self.shelf.change(self._index.remove, origin, key))
 
     async def renew_version(self, origin: str, key: bytes, old: bytes, new: bytes) -> None:
         """The same content has another version now (its mtime was set)."""
@@ -263,13 +263,12 @@ class Store:
         """The index has forgotten these files."""
         for name in names:
             self.shelf.rows.pop(name, None)
+        for name in names:
             file = self.shelf.files.get(name)
             if file is None:
                 await self.in_thread(self.shelf.unlink, name)
             elif self._active.get((file.origin, file.key)) is not file:
                 self.forget(file)
-        if names:
-            await self.shelf.recount()
 
     # --- saving -----------------------------------------------------------------------------------
 
@@ -292,8 +291,7 @@ class Store:
                 self._close_file(file)
         await self.shelf.bury()
         await self._drop_names(replaced)
-        await self.shelf.recount()
-        self.check_bound()
+        self.eviction.recount()
 
     def _has_news(self, file: CacheFile) -> bool:
         """Whether the index does not know yet what it should of this file."""
@@ -313,13 +311,15 @@ class Store:
             self.shelf.foresight.spoil(file.origin, file.key)
         records = [self._record(file) for file in news]
         try:
-            replaced = await self.in_thread(self._index.save, records)
+            replaced = await self.shelf.change(self._index.save, records)
         except BaseException:
             for file, record in zip(news, records, strict=True):
                 file.blocks.touch(record.chunks)
             raise
         for record in records:
             self.shelf.rows[record.name] = Row.of(record)
+        for name in replaced:
+            self.shelf.rows.pop(name, None)
         return replaced
 
     def _close_file(self, file: CacheFile) -> None:

@@ -103,12 +103,11 @@ async def _clear_page(store: Store, page: list[Record], *, pinned: bool) -> list
         gone = [
             record
             for record in page
-            if record.name not in store.shelf.files and (pinned or not record.pinned)
+            if store.shelf.is_idle(record.name) and (pinned or not record.pinned)
         ]
-        await store.in_thread(store.shelf.index.delete, [record.name for record in gone])
         for record in gone:
             store.shelf.foresight.spoil(record.origin, record.key)
-        await store.shelf.recount()
+        await store.shelf.change(store.shelf.index.delete, [record.name for record in gone])
     for record in gone:  # killed here, they are strays, which the next mount removes
         await trio.to_thread.run_sync(store.shelf.unlink, record.name)
     return gone
@@ -191,9 +190,7 @@ async def _drop(store: Store, record: Record, blocks: list[int]) -> int:
         file = store.shelf.files.get(record.name)
         if file is None:
             store.shelf.foresight.spoil(record.origin, record.key)
-            dropped = await store.in_thread(_drop_idle, store, record, blocks)
-            await store.shelf.recount()
-            return dropped
+            return await store.shelf.change(_drop_idle, store, record, blocks)
     dropped = 0
     for block in blocks:
         evictions, expected = file.evictions, file.blocks.checksum(block)
