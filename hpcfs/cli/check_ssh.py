@@ -34,6 +34,14 @@ def ssh_namespace(subject: str, site: SshSite) -> Iterator[Finding]:
         if file and not os.access(file, os.R_OK):
             yield Finding("fail", subject, f"{setting} {file} can't be read: correct its path")
             return
+    if site.transport == "openssh" and not shutil.which("ssh"):
+        yield Finding(
+            "fail",
+            subject,
+            'transport = "openssh" needs the program ssh, which is not there: '
+            "install it (openssh-client), or leave the key out",
+        )
+        return
     found = resolve(site)
     if found.jump:
         yield Finding("ok", subject, f"{found.host} is reached through {found.jump}: not tried")

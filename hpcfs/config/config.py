@@ -27,7 +27,9 @@ DEFAULT_CONNECT_TIMEOUT = 10.0
 
 TOP_KEYS = ("mountpoint", "cache_dir", "cache_size", "cache_min_free", "log_level", "namespaces")
 COMMON_KEYS = ("type", "read_only", "connect_timeout")
-SFTP_KEYS = (*COMMON_KEYS, "host", "path", "user", "port", "identity_file", "ssh_config")
+SFTP_KEYS = (
+    *COMMON_KEYS, "host", "path", "user", "port", "identity_file", "ssh_config", "transport",
+)  # fmt: skip
 S3_KEYS = (*COMMON_KEYS, "bucket", "prefix", "endpoint_url", "region", "profile")
 CREDENTIAL_KEYS = re.compile(
     r"pass(word|phrase|wd)?|pwd|(.*_)?secret(_.*)?|(.*_)?access_key(_.*)?|(.*_)?token|credentials?|key",
@@ -282,6 +284,7 @@ def _ssh_site(table: _Table) -> SshSite:
         ssh_config=table.get("ssh_config", values.file_text, None),
         identity_file=table.get("identity_file", values.file_text, None),
         connect_timeout=table.get("connect_timeout", values.seconds, DEFAULT_CONNECT_TIMEOUT),
+        transport=table.get("transport", values.transport, "asyncssh"),
     )
 
 

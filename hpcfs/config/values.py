@@ -6,6 +6,7 @@ that begins with the key's name. Local paths lose their ~ and $VARIABLES here; r
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from hpcfs.system.disk import MinFree
 
 MIN_CACHE_SIZE = 16 * 1024**2
 """Below this a few files read at once would evict each other."""
+TRANSPORTS = ("asyncssh", "openssh")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
@@ -111,6 +113,14 @@ def kind(value: object) -> str:
     if value not in ("sftp", "s3"):
         raise BadValue(f'must be "sftp" or "s3", not {_shown(value)}')
     return str(value)
+
+
+def transport(value: object) -> str:
+    if value in TRANSPORTS:
+        return str(value)
+    near = difflib.get_close_matches(str(value).lower(), TRANSPORTS, 1, cutoff=0.5)
+    hint = f": did you mean {near[0]}?" if near else ""
+    raise BadValue(f'must be "asyncssh" or "openssh", not {_shown(value)}{hint}')
 
 
 def table(value: object) -> dict[str, object]:

@@ -233,7 +233,8 @@ class Secret(msgspec.Struct, frozen=True):
 
 
 class SshSite(msgspec.Struct, frozen=True, tag="ssh"):
-    """One SSH login. `host` may be an alias of ~/.ssh/config; None leaves a value to that file."""
+    """One SSH login. `host` may be an alias of ~/.ssh/config; None leaves a value to that file.
+    `transport` is "asyncssh", or "openssh" for the user's own ssh as a child process."""
 
     host: str
     user: str | None = None
@@ -241,6 +242,7 @@ class SshSite(msgspec.Struct, frozen=True, tag="ssh"):
     ssh_config: str | None = None
     identity_file: str | None = None
     connect_timeout: float = 10.0
+    transport: str = "asyncssh"
 
 
 class S3Site(msgspec.Struct, frozen=True, tag="s3"):

@@ -109,6 +109,8 @@ def test_defaults() -> None:
         (HEAD + 'read_only = "yes"\n', 4, "true or false"),
         (HEAD + "connect_timeout = -1\n", 4, "above 0"),
         (HEAD + "connect_timeout = inf\n", 4, "above 0"),
+        (HEAD + 'transport = "openshh"\n', 4, "did you mean openssh"),
+        (HEAD + "transport = 3\n", 4, 'must be "asyncssh" or "openssh", not 3'),
         (HEAD + 'path = "~root/x"\n', 4, "another user's home"),
         (HEAD + 'identity_file = "id"\n', 4, "absolute"),
         (HEAD + 'identity_file = "$UNSET_X/id"\n', 4, r"\$UNSET_X, which is not set"),

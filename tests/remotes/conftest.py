@@ -16,7 +16,7 @@ from tests.remotes.contract import Subject
 from tests.support.s3 import S3Server, moto_s3, rclone_s3
 from tests.support.sshd import LOCAL_GID, LOCAL_UID, ScriptedPrompter, SshServer, ssh_server
 
-KINDS = ("sftp", "s3-rclone", "s3-moto")
+KINDS = ("sftp", "openssh", "s3-rclone", "s3-moto")
 _numbers = itertools.count()
 
 
@@ -49,7 +49,8 @@ def s3_moto() -> Iterator[S3Server]:
 @pytest.fixture(params=KINDS)
 def subject(request: pytest.FixtureRequest) -> Subject:
     makers: dict[str, Callable[[], Subject]] = {
-        "sftp": lambda: _sftp(request.getfixturevalue("sshd")),
+        "sftp": lambda: _sftp("sftp", request.getfixturevalue("sshd"), "asyncssh"),
+        "openssh": lambda: _sftp("openssh", request.getfixturevalue("sshd"), "openssh"),
         "s3-rclone": lambda: _s3(
             "s3-rclone", request.getfixturevalue("s3_rclone"), request.getfixturevalue("tmp_path")
         ),
@@ -60,11 +61,11 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     return makers[request.param]()
 
 
-def _sftp(server: SshServer) -> Subject:
+def _sftp(kind: str, server: SshServer, transport: str) -> Subject:
     root = server.root / f"root-{next(_numbers)}"
     root.mkdir()
-    start = server.start_message(os.fspath(root))
-    return Subject("sftp", lambda: SshSiteConnection(start, ScriptedPrompter()), root)
+    start = server.start_message(os.fspath(root), server.site(transport=transport))
+    return Subject(kind, lambda: SshSiteConnection(start, ScriptedPrompter()), root)
 
 
 def _s3(kind: str, server: S3Server, cache: Path) -> Subject:

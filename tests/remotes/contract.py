@@ -45,7 +45,7 @@ class Subject:
 
     @property
     def is_sftp(self) -> bool:
-        return self.kind == "sftp"
+        return self.kind in ("sftp", "openssh")
 
     def run(self, story: Callable[[Remote], Awaitable[T]]) -> T:
         async def main() -> T:

@@ -87,8 +87,13 @@ class SshServer:
         ]
         return f"Host {alias}\n" + "".join(f"    {line}\n" for line in lines)
 
-    def site(self, connect_timeout: float = 10.0) -> SshSite:
-        return SshSite(ALIAS, ssh_config=str(self.ssh_config), connect_timeout=connect_timeout)
+    def site(self, connect_timeout: float = 10.0, transport: str = "asyncssh") -> SshSite:
+        return SshSite(
+            ALIAS,
+            ssh_config=str(self.ssh_config),
+            connect_timeout=connect_timeout,
+            transport=transport,
+        )
 
     def start_message(self, path: str | None = None, site: SshSite | None = None) -> Start:
         return Start(

@@ -2,27 +2,29 @@
 
 Two channels on the one SSH connection, so that a stat does not queue behind megabytes of reads:
 `meta` for small requests, `bulk` for bytes. A server that grants one channel only gets both kinds
-on it. We drive asyncssh's SFTPClientHandler, the layer of single requests, not its SFTPClient: ours
-are the pieces in flight and the offsets, and the paths are bytes as they are.
+on it, and so does a child `ssh` where a second one would be a second login (stdio.py). We drive
+asyncssh's SFTPClientHandler, the layer of single requests, not its SFTPClient: ours are the pieces
+in flight and the offsets, and the paths are bytes as they are.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import asyncssh
 from asyncssh.constants import OPEN_REQUEST_SESSION_FAILED
-from asyncssh.sftp import SFTPLimits
 
 from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.sftp.attrs import Owners
 from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.sftp.flow import Flow
+from hpcfs.remotes.sftp.greeting import greet
 from hpcfs.remotes.sftp.requests import Requests
+from hpcfs.remotes.sftp.stdio import log_in_by_ssh
 from hpcfs.remotes.ssh.login import Login, log_in
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
@@ -31,10 +33,6 @@ from hpcfs.transfer.messages import ProtocolError, SshSite, Start, Unreachable, 
 
 log = logging.getLogger(__name__)
 
-MAX_PIECE_BYTES = 261_120
-"""What OpenSSH takes in one read or write; more per request gains nothing measurable."""
-SAFE_PIECE_BYTES = 32 * 1024
-"""What the protocol promises for servers that do not tell their limits."""
 UPLOAD_BYTES_UNDER_WAY = 16 * 1024 * 1024
 
 
@@ -58,11 +56,23 @@ class Channel(asyncssh.SSHClientSession[bytes]):
         self.requests.lost(exc)
 
 
+class AnyLogin(Protocol):
+    """What the channels come through: asyncssh's connection, or the user's own ssh."""
+
+    @property
+    def user(self) -> str: ...
+
+    @property
+    def shown(self) -> str: ...
+
+    async def close(self) -> None: ...
+
+
 @dataclass
 class SftpSession:
     """Everything that ends when the connection ends; remote handles belong to one session."""
 
-    login: Login
+    login: AnyLogin
     channels: list[Requests]
     home: bytes
     owners: Owners
@@ -104,20 +114,30 @@ async def open_session(start: Start, prompter: Prompter) -> SftpSession:
     if not isinstance(site, SshSite):
         raise WrongSettings("an SSH site was expected")
     ended = asyncio.Event()
-    login = await log_in(site, prompter, ended.set)
-    for connection in (*login.jumps, login.connection):
+    if site.transport == "openssh":
+        login = await log_in_by_ssh(site, prompter, ended.set)
+        return await _begin(login, start, ended, login.open_channels())
+    connected = await log_in(site, prompter, ended.set)
+    for connection in (*connected.jumps, connected.connection):
         shorten(connection)
         shorten_sending(connection)
+    return await _begin(connected, start, ended, _open_channels(connected))
+
+
+async def _begin(
+    login: AnyLogin, start: Start, ended: asyncio.Event, opening: Awaitable[list[Requests]]
+) -> SftpSession:
+    """A login without a session is closed."""
     try:
-        async with asyncio.timeout(site.connect_timeout):
+        async with asyncio.timeout(start.site.connect_timeout):
             with translated(b"", login.shown):
-                channels = await _open_channels(login)
+                channels = await opening
             home, owners = await _look_around(channels[0], login, start)
     except TimeoutError:
         await login.close()
         raise Unreachable(
             f"{login.shown} let us in, but its SFTP service did not answer within "
-            f"{site.connect_timeout:g} s"
+            f"{start.site.connect_timeout:g} s"
         ) from None
     except BaseException:
         await login.close()
@@ -154,26 +174,11 @@ async def _open_channel(login: Login) -> Requests:
         window=CHANNEL_WINDOW_BYTES,
     )  # fmt: skip
     assert isinstance(session, Channel)
-    requests = session.requests
-    try:
-        await requests.start()
-    except asyncssh.SFTPBadMessage as error:
-        raise ProtocolError(
-            f"{login.shown} sends something else before SFTP's first message ({error.reason}): "
-            "look for commands in ~/.bashrc there that print text"
-        ) from error
-    requests.limits = SFTPLimits(0, SAFE_PIECE_BYTES, SAFE_PIECE_BYTES, 0)
-    try:
-        await requests.request_limits()
-    except asyncssh.SFTPOpUnsupported:
-        log.debug("%s announces limits and does not tell them", login.shown)
-    limits = requests.limits
-    limits.max_read_len = min(limits.max_read_len, MAX_PIECE_BYTES)
-    limits.max_write_len = min(limits.max_write_len, MAX_PIECE_BYTES)
-    return requests
+    await greet(session.requests, login.shown)
+    return session.requests
 
 
-async def _look_around(requests: Requests, login: Login, start: Start) -> tuple[bytes, Owners]:
+async def _look_around(requests: Requests, login: AnyLogin, start: Start) -> tuple[bytes, Owners]:
     """The home directory, and who owns it: that is the remote user."""
     with translated(b"~", login.shown):
         (names, _), attrs = await together(requests.realpath(b"."), requests.stat(b".", 0))

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import asyncssh
 from asyncssh.public_key import KeyPairListArg
 
 from hpcfs.remotes.base import Prompter
+from hpcfs.remotes.ssh.clock import Clock
 from hpcfs.remotes.ssh.errors import login_error
 from hpcfs.remotes.ssh.hostkeys import PresentedKey
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES, Hop, jump_site, read_hop
@@ -110,7 +110,7 @@ async def _connect_hop(
     on_lost: Callable[[], None],
 ) -> asyncssh.SSHClientConnection:
     """One login. A host key that the user accepts leads to a second attempt with it known."""
-    clock = _Clock(site.connect_timeout, prompter)
+    clock = Clock(site.connect_timeout, prompter)
     while True:
         client = _Client(hop, clock, on_lost)
         try:
@@ -151,38 +151,10 @@ class _Tunnel:
         return await self._connection.create_connection(*where, window=CHANNEL_WINDOW_BYTES)
 
 
-class _Clock:
-    """The login's deadline, which does not run while the user is asked."""
-
-    def __init__(self, seconds: float, prompter: Prompter):
-        self._seconds = seconds
-        self._prompter = prompter
-        self._timeout: asyncio.Timeout | None = None
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(self._seconds) as self._timeout:
-                yield
-        finally:
-            self._timeout = None
-
-    async def ask(self, text: str, *, echo: bool = False) -> str | None:
-        self._set(None)
-        try:
-            return await self._prompter.ask(text, echo=echo)
-        finally:
-            self._set(asyncio.get_running_loop().time() + self._seconds)
-
-    def _set(self, when: float | None) -> None:
-        if self._timeout is not None and not self._timeout.expired():
-            self._timeout.reschedule(when)
-
-
 class _Client(asyncssh.SSHClient):
     """asyncssh's callbacks during one connection attempt."""
 
-    def __init__(self, hop: Hop, clock: _Clock, on_lost: Callable[[], None]):
+    def __init__(self, hop: Hop, clock: Clock, on_lost: Callable[[], None]):
         self._hop = hop
         self._clock = clock
         self._on_lost = on_lost

@@ -1,0 +1,37 @@
+"""The first messages on an SFTP channel, whatever carries it: versions, extensions and limits."""
+
+from __future__ import annotations
+
+import logging
+
+import asyncssh
+from asyncssh.sftp import SFTPLimits
+
+from hpcfs.remotes.sftp.requests import Requests
+from hpcfs.transfer.messages import ProtocolError
+
+log = logging.getLogger(__name__)
+
+MAX_PIECE_BYTES = 261_120
+"""What OpenSSH takes in one read or write; more per request gains nothing measurable."""
+SAFE_PIECE_BYTES = 32 * 1024
+"""What the protocol promises for servers that do not tell their limits."""
+
+
+async def greet(requests: Requests, shown: str) -> None:
+    """Raises ProtocolError for what is no SFTP, and asyncssh's errors."""
+    try:
+        await requests.start()
+    except asyncssh.SFTPBadMessage as error:
+        raise ProtocolError(
+            f"{shown} sends something else before SFTP's first message ({error.reason}): "
+            "look for commands in ~/.bashrc there that print text"
+        ) from error
+    requests.limits = SFTPLimits(0, SAFE_PIECE_BYTES, SAFE_PIECE_BYTES, 0)
+    try:
+        await requests.request_limits()
+    except asyncssh.SFTPOpUnsupported:
+        log.debug("%s announces limits and does not tell them", shown)
+    limits = requests.limits
+    limits.max_read_len = min(limits.max_read_len, MAX_PIECE_BYTES)
+    limits.max_write_len = min(limits.max_write_len, MAX_PIECE_BYTES)

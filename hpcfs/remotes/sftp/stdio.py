@@ -1,0 +1,146 @@
+"""SFTP over the stdin and stdout of the user's own `ssh` (../ssh/openssh.py).
+
+A child carries one channel. Over a ControlMaster connection a second one costs nothing, so small
+requests get theirs; otherwise it would be a second login, perhaps with a second factor, and one
+channel serves all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import asyncssh
+from asyncssh.logging import SSHLogger
+from asyncssh.logging import logger as asyncssh_logger
+
+from hpcfs.remotes.base import Prompter
+from hpcfs.remotes.sftp.greeting import greet
+from hpcfs.remotes.sftp.requests import Requests
+from hpcfs.remotes.ssh.asking import asking
+from hpcfs.remotes.ssh.clock import Clock
+from hpcfs.remotes.ssh.openssh import Program, Target, command, has_master, read_target
+from hpcfs.remotes.ssh.words import ending
+from hpcfs.transfer.messages import RemoteError, SshSite, Unreachable
+
+log = logging.getLogger(__name__)
+
+LOGIN_SECONDS = 90.0
+"""For all after the connection is made (that is ssh's ConnectTimeout): a second factor may have to
+be confirmed on a phone, of which nothing is seen here."""
+
+
+class Stdio(asyncio.Protocol):
+    """One channel: a Carrier, and what feeds the requests."""
+
+    def __init__(self) -> None:
+        self.requests = Requests(self)
+        self.on_lost: Callable[[], None] = lambda: None
+
+    @property
+    def logger(self) -> SSHLogger:
+        return asyncssh_logger
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """ssh does not tell the server's version, by which asyncssh decides on the order of a
+        symlink request's paths: OpenSSH's, as sftp(1) and sshfs assume of every server."""
+        return "OpenSSH" if name == "server_version" else default
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def write(self, data: bytes) -> None:
+        self._transport.write(data)
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def data_received(self, data: bytes) -> None:
+        self.requests.received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.requests.lost(exc)
+        self.on_lost()
+
+
+@dataclass
+class SshLogin:
+    """The children and their channels."""
+
+    target: Target
+    on_lost: Callable[[], None]
+    """Called when a channel ends that did speak SFTP."""
+    programs: list[Program] = field(default_factory=list)
+    begun: list[Requests] = field(default_factory=list)
+    channels: list[Requests] = field(default_factory=list)
+    """Those that speak SFTP."""
+
+    @property
+    def user(self) -> str:
+        return self.target.user
+
+    @property
+    def shown(self) -> str:
+        return self.target.shown
+
+    async def open_channels(self) -> list[Requests]:
+        """The first is there; a second one only where it is free."""
+        if await has_master(self.target):
+            try:
+                line = command(self.target.site, options=("BatchMode=yes",))
+                await self.open(line)
+            except (asyncssh.SFTPError, OSError, RemoteError) as error:
+                log.info("%s grants one SFTP channel only: %s", self.shown, error)
+        return self.channels
+
+    async def open(self, line: list[str], environ: Mapping[str, str] | None = None) -> None:
+        program = await Program.start(line, environ)
+        self.programs.append(program)
+        await self.begin(program)
+
+    async def begin(self, program: Program) -> None:
+        loop = asyncio.get_running_loop()
+        _, stdio = await loop.create_connection(Stdio, sock=program.socket)
+        self.begun.append(stdio.requests)
+        await greet(stdio.requests, self.shown)
+        stdio.on_lost = self.on_lost
+        self.channels.append(stdio.requests)
+
+    async def close(self) -> None:
+        for channel in self.begun:
+            channel.lost(None)
+        await asyncio.gather(*(program.close() for program in self.programs))
+
+
+async def log_in_by_ssh(site: SshSite, prompter: Prompter, on_lost: Callable[[], None]) -> SshLogin:
+    """A login with its first channel. Raises RemoteErrors only."""
+    login = SshLogin(await read_target(site), on_lost)
+    try:
+        await _log_in(login, Clock(max(site.connect_timeout, LOGIN_SECONDS), prompter))
+    except BaseException:
+        await login.close()
+        raise
+    return login
+
+
+async def _log_in(login: SshLogin, clock: Clock) -> None:
+    async with asking(clock) as questions:
+        program = await Program.start(command(login.target.site), questions.environ)
+        login.programs.append(program)
+        questions.on_unanswered = program.kill
+        try:
+            async with clock.running():
+                await login.begin(program)
+        except TimeoutError:
+            raise Unreachable(
+                f"ssh did not get into {login.shown} within {LOGIN_SECONDS:g} s"
+            ) from None
+        except (asyncssh.SFTPError, OSError) as error:
+            lines = await program.last_words()
+            raise ending(login.target, lines, questions.unanswered) from error

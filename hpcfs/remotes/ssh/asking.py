@@ -1,0 +1,111 @@
+"""The questions of a child `ssh`, brought to the user: SSH_ASKPASS with a socket behind it.
+
+ssh runs a program for each question (askpass.py), which hands it over through a socket in a
+directory that only this user may enter, and gets the answer back. Nothing typed is stored, logged
+or put on a command line. Directory and socket live as long as the login takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from hpcfs.remotes.ssh import askpass
+from hpcfs.remotes.ssh.clock import Clock
+from hpcfs.transfer.messages import WrongSettings
+
+log = logging.getLogger(__name__)
+
+_DECISION = re.compile(r"\(yes/no|[Pp]lease type 'yes'")
+"""ssh's question about a host key, whose answer is no secret."""
+
+
+class Asking:
+    """`unanswered` is the question that nobody was there to answer."""
+
+    def __init__(self, clock: Clock, folder: Path) -> None:
+        self._clock = clock
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.program = folder / "askpass"
+        self.socket = folder / "socket"
+        self.unanswered: str | None = None
+        self.on_unanswered: Callable[[], None] = lambda: None
+        """Called before ssh hears of it, which would send an empty password instead."""
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """Versions before 8.4 know no SSH_ASKPASS_REQUIRE and want a DISPLAY."""
+        return {
+            "DISPLAY": "none",
+            **os.environ,
+            "SSH_ASKPASS": str(self.program),
+            "SSH_ASKPASS_REQUIRE": "force",
+            askpass.SOCKET_VARIABLE: str(self.socket),
+        }
+
+    def write_program(self) -> None:
+        words = shlex.join([sys.executable, "-IS", os.path.abspath(askpass.__file__)])
+        self.program.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        self.program.chmod(0o700)
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            text = os.fsdecode(await reader.read())
+            answer = await self._ask(text)
+            if answer is not None:
+                writer.write(askpass.ANSWERED + os.fsencode(answer))
+        except ConnectionError as error:
+            log.debug("ssh gave a question up: %s", error)
+        finally:
+            writer.close()
+            self._tasks.discard(task)
+
+    async def _ask(self, text: str) -> str | None:
+        if self.unanswered is not None:
+            return None
+        answer = await self._clock.ask(text, echo=is_decision(text))
+        if answer is None:
+            self.unanswered = text
+            self.on_unanswered()
+        return answer
+
+    async def end(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def is_decision(question: str) -> bool:
+    return _DECISION.search(question) is not None
+
+
+@asynccontextmanager
+async def asking(clock: Clock) -> AsyncIterator[Asking]:
+    """Raises WrongSettings where there is no place for a socket and a program."""
+    with tempfile.TemporaryDirectory(prefix="hpcfs-ssh-") as folder:
+        answerer = Asking(clock, Path(folder))
+        try:
+            answerer.write_program()
+            server = await asyncio.start_unix_server(answerer.answer, answerer.socket)
+        except OSError as error:
+            raise WrongSettings(
+                f"ssh could ask nothing, since {folder} takes no socket ({error}): "
+                "set TMPDIR to a local directory with a short name"
+            ) from error
+        try:
+            yield answerer
+        finally:
+            server.close()
+            await answerer.end()
