@@ -103,6 +103,34 @@ def test_namespaces_of_one_site_share_a_connection(sshd: SshServer, real_home: R
             assert len(mount.transfer_processes()) == 1
 
 
+def test_a_namespace_through_the_users_own_ssh(sshd: SshServer, real_home: RealHome) -> None:
+    """Its `ssh` ends with the transfer process, however that ends."""
+    served = served_by_ssh(sshd).but(transport="openssh")
+    data = random.Random(8).randbytes(20_000_000)
+    served.inside.write("large", data)
+    with mounted(real_home, {"ns": served}, expected=["transfer process"]) as mount:
+        top = mount.path / "ns"
+        assert (top / "large").read_bytes() == data
+        (top / "new").write_bytes(data[:3_000_000])
+        assert served.inside.read("new") == data[:3_000_000]
+        os.symlink("new", top / "link")
+        assert os.readlink(f"{served.keys['path']}/link") == "new"
+        (transfer,) = mount.transfer_processes()
+        (ssh,) = children_of(transfer)
+        kill(transfer)
+        until(lambda: not Path(f"/proc/{ssh}").exists())
+        until(lambda: errno_of(os.mkdir, top / "folder") is None)
+        (transfer,) = mount.transfer_processes()
+        (ssh,) = children_of(transfer)
+        mount.umount()
+        until(lambda: not Path(f"/proc/{ssh}").exists())
+
+
+def children_of(pid: int) -> list[int]:
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in files for child in file.read_text().split()]
+
+
 # --- by URL ---------------------------------------------------------------------------------------
 
 

@@ -368,6 +368,14 @@ def test_check_names_unreadable_files(home: Home) -> None:
     assert [one.level for one in check_ssh.ssh_namespace("h", site)] == ["fail"]
 
 
+def test_check_misses_the_program_of_a_transport(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(home.path))
+    (found,) = check_ssh.ssh_namespace("h", SshSite("h", transport="openssh"))
+    assert (found.level, "openssh-client" in found.text) == ("fail", True)
+
+
 def test_check_tells_what_is_wrong_with_a_bucket(tmp_path: Path) -> None:
     with s3.rclone_s3(tmp_path) as server:
         keys = (Secret(server.access_key), Secret(server.secret_key))
