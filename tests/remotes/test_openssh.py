@@ -335,6 +335,35 @@ def test_a_proxy_command_is_used(tmp_path: Path, sshd: SshServer) -> None:
     run(start, story)
 
 
+def test_what_a_proxy_command_leaves_behind_does_not_hold_us(
+    tmp_path: Path, sshd: SshServer
+) -> None:
+    """It has ssh's stderr still open."""
+    left = tmp_path / "left"
+    script = tmp_path / "proxy"
+    script.write_text(
+        f"#!/bin/sh\nsetsid sleep 600 &\necho $! > {left}\n"
+        f'exec {sys.executable} -c "{_RELAY}" {LOOPBACK} {sshd.port}\n'
+    )
+    script.chmod(0o700)
+    start = with_config(sshd, tmp_path / "config", ProxyCommand=str(script))
+
+    async def main() -> None:
+        site = SshSiteConnection(by_ssh(start), ScriptedPrompter())
+        await site.remote("ns").connect()
+        children = pids(site.remote("ns"))
+        async with asyncio.timeout(20):
+            await site.close()
+        assert not any(map(is_there, children))
+
+    try:
+        asyncio.run(main())
+    finally:
+        pid = int(left.read_text())
+        assert is_there(pid)
+        os.kill(pid, signal.SIGKILL)
+
+
 _RELAY = (
     "import os,socket,sys,threading;"
     "s=socket.create_connection(sys.argv[1:3]);"

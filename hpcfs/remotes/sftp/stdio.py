@@ -133,7 +133,6 @@ async def _log_in(login: SshLogin, clock: Clock) -> None:
     async with asking(clock) as questions:
         program = await Program.start(command(login.target.site), questions.environ)
         login.programs.append(program)
-        questions.on_unanswered = program.kill
         try:
             async with clock.running():
                 await login.begin(program)

@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -37,8 +37,6 @@ class Asking:
         self.program = folder / "askpass"
         self.socket = folder / "socket"
         self.unanswered: str | None = None
-        self.on_unanswered: Callable[[], None] = lambda: None
-        """Called before ssh hears of it, which would send an empty password instead."""
 
     @property
     def environ(self) -> dict[str, str]:
@@ -77,7 +75,6 @@ class Asking:
         answer = await self._clock.ask(text, echo=is_decision(text))
         if answer is None:
             self.unanswered = text
-            self.on_unanswered()
         return answer
 
     async def end(self) -> None:

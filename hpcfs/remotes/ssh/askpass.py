@@ -7,6 +7,7 @@ little of that, since a user waits for it.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 
@@ -16,20 +17,30 @@ ANSWERED = b"+"
 
 
 def main() -> int:
-    """Prints what the user typed. The exit code is 1 where nobody could be asked."""
+    """Prints what the user typed. Where nobody could be asked, or the transfer process is gone, ssh
+    must not go on: it would send an empty password, and sites ban addresses for that. Ours runs in
+    a process group of its own, with whatever carries it (a ProxyJump's ssh, a ProxyCommand)."""
     text = sys.argv[1] if len(sys.argv) > 1 else ""
     if os.environ.get("SSH_ASKPASS_PROMPT") == "none":  # a notice: "touch the key"
         sys.stderr.write(text + "\n")
         return 0
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(os.environ[SOCKET_VARIABLE])
-        connection.sendall(os.fsencode(text))
-        connection.shutdown(socket.SHUT_WR)
-        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    answer = _ask(text)
     if not answer.startswith(ANSWERED):
-        return 1
+        os.killpg(os.getpgrp(), signal.SIGTERM)
     sys.stdout.buffer.write(answer[len(ANSWERED) :] + b"\n")
     return 0
+
+
+def _ask(text: str) -> bytes:
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(os.environ[SOCKET_VARIABLE])
+            connection.sendall(os.fsencode(text))
+            connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(4096), b""))
+        except OSError as error:
+            sys.stderr.write(f"hpcfs can't be asked: {error}\n")
+            return b""
 
 
 if __name__ == "__main__":

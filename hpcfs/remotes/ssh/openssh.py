@@ -114,7 +114,7 @@ async def has_master(target: Target) -> bool:
 
 async def _ask_ssh(site: SshSite, *more: str) -> tuple[int | None, bytes, bytes]:
     """One of its commands that answer at once; only a `Match exec` can make them wait."""
-    process = await _run(command(site, *more), stdin=DEVNULL, stdout=PIPE)
+    process = await _run(command(site, *more), (DEVNULL, PIPE, PIPE))
     try:
         async with asyncio.timeout(site.connect_timeout):
             said, complaint = await process.communicate()
@@ -126,16 +126,13 @@ async def _ask_ssh(site: SshSite, *more: str) -> tuple[int | None, bytes, bytes]
 
 
 async def _run(
-    line: list[str],
-    *,
-    stdin: int,
-    stdout: int,
-    environ: Mapping[str, str] | None = None,
+    line: list[str], ends: tuple[int, int, int], environ: Mapping[str, str] | None = None
 ) -> Process:
     """In a session of its own: no terminal but ours asks, and what it starts can end with it."""
+    stdin, stdout, stderr = ends
     try:
         return await asyncio.create_subprocess_exec(
-            *line, stdin=stdin, stdout=stdout, stderr=PIPE, env=environ, start_new_session=True
+            *line, stdin=stdin, stdout=stdout, stderr=stderr, env=environ, start_new_session=True
         )
     except OSError as error:
         raise WrongSettings(
@@ -154,37 +151,42 @@ class Program:
     """A running `ssh`, its stderr going to the log. `socket` is at its stdin and stdout; it
     belongs to whoever makes a transport of it."""
 
-    def __init__(self, process: Process, ours: socket.socket) -> None:
+    def __init__(self, process: Process, ours: socket.socket, errors: socket.socket) -> None:
         self.pid = process.pid
         self.socket = ours
+        self._errors = errors
         self._process = process
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
         self._listening = asyncio.create_task(self._listen())
 
     @classmethod
     async def start(cls, line: list[str], environ: Mapping[str, str] | None = None) -> Program:
+        """asyncio's own pipe for stderr would not do: asyncio waits for its end too, and a process
+        that a ProxyCommand left in the background may hold it open for ever."""
         ours, theirs = socket.socketpair()
-        ours.setblocking(False)
+        errors, their_errors = socket.socketpair()
         try:
-            with theirs:
-                process = await _run(
-                    line, stdin=theirs.fileno(), stdout=theirs.fileno(), environ=environ
-                )
+            with theirs, their_errors:
+                ends = theirs.fileno(), theirs.fileno(), their_errors.fileno()
+                process = await _run(line, ends, environ)
         except BaseException:
             ours.close()
+            errors.close()
             raise
-        return cls(process, ours)
+        return cls(process, ours, errors)
 
     async def _listen(self) -> None:
-        stderr = self._process.stderr
-        assert stderr is not None
+        stderr, writer = await asyncio.open_connection(sock=self._errors)
         rest = b""
-        while chunk := await stderr.read(4096):
-            *lines, rest = (rest + chunk).split(b"\n")
-            rest = rest[:LINE_BYTES]
-            for line in lines:
-                self._heard(line)
-        self._heard(rest)
+        try:
+            while chunk := await stderr.read(4096):
+                *lines, rest = (rest + chunk).split(b"\n")
+                rest = rest[:LINE_BYTES]
+                for line in lines:
+                    self._heard(line)
+        finally:
+            self._heard(rest)
+            writer.close()
 
     def _heard(self, line: bytes) -> None:
         text = _one_line(line[:LINE_BYTES].decode(errors="replace"))
@@ -201,16 +203,13 @@ class Program:
         await self.close()
         return list(self._lines)
 
-    def kill(self) -> None:
-        _signal(self._process, signal.SIGKILL)
-
     async def close(self) -> None:
         _signal(self._process, signal.SIGTERM)
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._process.wait()
         except TimeoutError:
-            self.kill()
+            _signal(self._process, signal.SIGKILL)
             await self._process.wait()
         self._listening.cancel()
         await asyncio.wait([self._listening])
