@@ -335,6 +335,19 @@ def test_a_proxy_command_is_used(tmp_path: Path, sshd: SshServer) -> None:
     run(start, story)
 
 
+def test_a_jump_host_asks_too(sshd: SshServer, tmp_path: Path) -> None:
+    """Its key is not known; without an answer nothing goes on to the target."""
+    known = tmp_path / "known"
+    start = with_config(sshd, tmp_path / "config", ProxyJump="gate")
+    gate = sshd.config_text("gate").replace(str(sshd.known_hosts), str(known))
+    with (tmp_path / "config").open("a") as config:
+        config.write(gate)
+    refused(start, HostKeyRefused, "no terminal to ask on")
+    ((question, echo),) = asyncio.run(enter(start, "yes"))
+    assert "authenticity of host" in question
+    assert echo
+
+
 def test_what_a_proxy_command_leaves_behind_does_not_hold_us(
     tmp_path: Path, sshd: SshServer
 ) -> None:

@@ -122,14 +122,16 @@ async def log_in_by_ssh(site: SshSite, prompter: Prompter, on_lost: Callable[[],
     """A login with its first channel. Raises RemoteErrors only."""
     login = SshLogin(await read_target(site), on_lost)
     try:
-        await _log_in(login, Clock(max(site.connect_timeout, LOGIN_SECONDS), prompter))
+        await _log_in(login, prompter)
     except BaseException:
         await login.close()
         raise
     return login
 
 
-async def _log_in(login: SshLogin, clock: Clock) -> None:
+async def _log_in(login: SshLogin, prompter: Prompter) -> None:
+    seconds = max(login.target.site.connect_timeout, LOGIN_SECONDS)
+    clock = Clock(seconds, prompter)
     async with asking(clock) as questions:
         program = await Program.start(command(login.target.site), questions.environ)
         login.programs.append(program)
@@ -138,7 +140,7 @@ async def _log_in(login: SshLogin, clock: Clock) -> None:
                 await login.begin(program)
         except TimeoutError:
             raise Unreachable(
-                f"ssh did not get into {login.shown} within {LOGIN_SECONDS:g} s"
+                f"ssh did not get into {login.shown} within {seconds:g} s"
             ) from None
         except (asyncssh.SFTPError, OSError) as error:
             lines = await program.last_words()
