@@ -206,7 +206,7 @@ def test_a_password_is_asked_for_up_to_three_times(tmp_path: Path) -> None:
 
     async def story(start: Start, _: EvilSite) -> None:
         asked = await enter(start, "wrong", "right")
-        assert [echo for _, echo in asked] == [False, False]
+        assert [echo for _text, echo in asked] == [False, False]
         assert "tester@" in asked[0][0]
         login.tries = login.connections = 0
         with pytest.raises(AccessRefused):
@@ -231,7 +231,7 @@ def test_a_second_factor_is_asked_for(tmp_path: Path) -> None:
     login = Login(dialogue=[("Password: ", False, "pw"), ("Code: ", True, "123456")])
 
     async def story(start: Start, _: EvilSite) -> None:
-        (first, _), (second, _) = await enter(start, "pw", "123456")
+        (first, _echo), (second, _echo) = await enter(start, "pw", "123456")
         assert "Password: " in first
         assert "Code: " in second
 
@@ -270,7 +270,8 @@ def test_a_login_given_up_while_the_user_types_leaves_nothing(tmp_path: Path) ->
         async def ask(self, text: str, *, echo: bool = False) -> str | None:
             asked.set()
             try:
-                return await asyncio.get_running_loop().create_future()
+                await asyncio.Event().wait()
+                return None
             finally:
                 withdrawn.set()
 
@@ -457,7 +458,7 @@ def test_a_child_killed_in_flight_is_unreachable_and_comes_back(sshd: SshServer)
 
         upload = asyncio.ensure_future(put(remote, b"big", data, progress=Begun()))
         await begun.wait()
-        os.kill(*pids(remote), signal.SIGKILL)
+        os.kill(pids(remote)[0], signal.SIGKILL)
         with pytest.raises(Unreachable, match="lost"):
             await upload
         await put(remote, b"small", b"content")

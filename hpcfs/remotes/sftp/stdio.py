@@ -28,9 +28,9 @@ from hpcfs.transfer.messages import RemoteError, SshSite, Unreachable
 
 log = logging.getLogger(__name__)
 
-LOGIN_SECONDS = 90.0
+LOGIN_SECONDS = 75.0
 """For all after the connection is made (that is ssh's ConnectTimeout): a second factor may have to
-be confirmed on a phone, of which nothing is seen here."""
+be confirmed on a phone, of which nothing is seen here. Less than the daemon waits for a login."""
 
 
 class Stdio(asyncio.Protocol):
@@ -94,15 +94,15 @@ class SshLogin:
         if await has_master(self.target):
             try:
                 line = command(self.target.site, options=("BatchMode=yes",))
-                await self.open(line)
+                await self.begin(await self.start(line))
             except (asyncssh.SFTPError, OSError, RemoteError) as error:
                 log.info("%s grants one SFTP channel only: %s", self.shown, error)
         return self.channels
 
-    async def open(self, line: list[str], environ: Mapping[str, str] | None = None) -> None:
+    async def start(self, line: list[str], environ: Mapping[str, str] | None = None) -> Program:
         program = await Program.start(line, environ)
         self.programs.append(program)
-        await self.begin(program)
+        return program
 
     async def begin(self, program: Program) -> None:
         loop = asyncio.get_running_loop()
@@ -133,15 +133,12 @@ async def _log_in(login: SshLogin, prompter: Prompter) -> None:
     seconds = max(login.target.site.connect_timeout, LOGIN_SECONDS)
     clock = Clock(seconds, prompter)
     async with asking(clock) as questions:
-        program = await Program.start(command(login.target.site), questions.environ)
-        login.programs.append(program)
+        program = await login.start(command(login.target.site), questions.environ)
         try:
             async with clock.running():
                 await login.begin(program)
         except TimeoutError:
-            raise Unreachable(
-                f"ssh did not get into {login.shown} within {seconds:g} s"
-            ) from None
+            raise Unreachable(f"ssh did not get into {login.shown} within {seconds:g} s") from None
         except (asyncssh.SFTPError, OSError) as error:
             lines = await program.last_words()
             raise ending(login.target, lines, questions.unanswered) from error
