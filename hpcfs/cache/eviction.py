@@ -67,7 +67,7 @@ class Eviction:
     def note_added(self, length: int) -> None:
         """`length` bytes were fetched or written; eviction starts when that may be too much."""
         self._estimate += length + 2 * BLOCK_BYTES  # a byte in a new block counts as the block
-        self._unchecked += length
+        self._unchecked += max(length, BLOCK_BYTES)  # so does a large file's short last block
         if self._unchecked > min(_CHECK_BYTES, self.max_bytes // _SLACK_PART):
             self.check()
 

@@ -193,3 +193,25 @@ def test_a_save_finds_what_grew_without_a_word(tmp_path: Path) -> None:
             nursery.cancel_scope.cancel()
 
     run(tmp_path, story, max_bytes=3 * BLOCK_BYTES)
+
+
+def test_a_short_last_block_is_a_block_too_much(tmp_path: Path) -> None:
+    """A file that is not all here is counted by blocks, its last one as if it were a whole one."""
+
+    async def story(store: Store) -> None:
+        size = 5 * BLOCK_BYTES + 20
+        file = await store.acquire("origin", b"k", b"v", size)
+        for block in range(3):
+            file.blocks.put(block, 1)
+            store.note_added(BLOCK_BYTES)
+        file.blocks.put(5, 1)
+        store.note_added(20)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.evict_forever)
+            with trio.fail_after(10):
+                while store.used_bytes > store.max_bytes:
+                    await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        store.release(file)
+
+    run(tmp_path, story, max_bytes=3 * BLOCK_BYTES)
