@@ -262,7 +262,13 @@ async def _evict_runs(file: CacheFile, runs: Iterator[range], wanted: int) -> in
 def _evictable(file: CacheFile) -> int:
     """How many bytes of it may go, as far as they are clean. A file that was forgotten and has no
     user goes whole, or is just moved to kept/."""
-    if file.pins or file.pinned or file.fd < 0 or not (file.indexed or file.users):
+    if (
+        file.in_memory
+        or file.pins
+        or file.pinned
+        or file.fd < 0
+        or not (file.indexed or file.users)
+    ):
         return 0
     return file.cached_bytes - file.dirty.total - (0 if file.indexed else KEEP_FORGOTTEN_BYTES)
 

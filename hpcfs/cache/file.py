@@ -35,6 +35,7 @@ class CacheFile:
         "dirty",
         "evictions",
         "fd",
+        "in_memory",
         "indexed",
         "key",
         "last_used",
@@ -71,6 +72,8 @@ class CacheFile:
         """Where it was read last: eviction begins far from there."""
         self.indexed = True
         """Whether the index may remember it: false once it holds what no remote has."""
+        self.in_memory = False
+        """Whether it is an anonymous file (memory.py) and not one on the disk."""
         self.last_used = 0.0
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
@@ -82,6 +85,15 @@ class CacheFile:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def move(self, fd: int, name: str, path: str, *, in_memory: bool) -> None:
+        """Go on in another file, which is empty. The descriptor's number stays: a read in a thread
+        finds either file behind it, and `evictions` tells its caller to read again."""
+        os.dup2(fd, self.fd, inheritable=False)
+        os.close(fd)
+        self.name, self.path, self.in_memory = name, path, in_memory
+        self.evictions += 1
+        self.blocks = BlockMap()
 
     def read_now(self, offset: int, length: int) -> bytes | bytearray | None:
         """The bytes, or None where the disk must be waited for. Past the local end are zeros."""

@@ -134,7 +134,9 @@ class Shelf:
     @property
     def used_bytes(self) -> int:
         """Looks at every open file: not for every read."""
-        return self.idle_bytes + sum(file.cached_bytes for file in self.files.values())
+        return self.idle_bytes + sum(
+            file.cached_bytes for file in self.files.values() if not file.in_memory
+        )
 
     def under(self, origin: str, key: bytes) -> Iterator[CacheFile]:
         """The open files at and below `key`."""

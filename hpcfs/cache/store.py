@@ -30,6 +30,7 @@ from hpcfs.cache.eviction import Eviction
 from hpcfs.cache.file import CacheFile
 from hpcfs.cache.foresight import MAX_FILES
 from hpcfs.cache.index import Index, Record
+from hpcfs.cache.memory import Memory
 from hpcfs.cache.shelf import Row, Shelf
 from hpcfs.system.disk import MinFree
 from hpcfs.transfer.messages import BLOCK_BYTES
@@ -57,6 +58,7 @@ class Store:
         self._active: dict[tuple[str, bytes], CacheFile] = {}
         """By origin and key: the open files that have a name."""
         self._save_lock = trio.Lock()
+        self.memory = Memory(shelf)
         self.note_added = eviction.note_added
         self.may_prefetch = eviction.may_prefetch
         self.check_bound = eviction.check
@@ -290,17 +292,20 @@ class Store:
             if file.users == 0 and file.indexed and not self._has_news(file):
                 self._close_file(file)
         await self.shelf.bury()
+        await self._remove_abandoned()
         await self._drop_names(replaced)
         self.eviction.recount()
 
     def _has_news(self, file: CacheFile) -> bool:
         """Whether the index does not know yet what it should of this file."""
+        if file.in_memory:
+            return False
         return file.blocks.has_changed or self.shelf.rows.get(file.name) != Row.of(file)
 
     async def _save_changes(self) -> list[str]:
         """Returns the names of files that were replaced in the index."""
         for file in list(self.shelf.files.values()):
-            if file.indexed:
+            if file.indexed and not file.in_memory:
                 await self._sum_blocks(file)
         # No await from here to the index's own work.
         files = self.shelf.files.values()
@@ -317,10 +322,19 @@ class Store:
                 file.blocks.touch(record.chunks)
             raise
         for record in records:
-            self.shelf.rows[record.name] = Row.of(record)
+            if record.name in self.shelf.files:  # it may have left the disk meanwhile
+                self.shelf.rows[record.name] = Row.of(record)
         for name in replaced:
             self.shelf.rows.pop(name, None)
         return replaced
+
+    async def _remove_abandoned(self) -> None:
+        """Of the files on the disk that others go on without in memory, those are kept of which
+        the index knows."""
+        names, self.memory.abandoned = self.memory.abandoned, []
+        for name in names:
+            folder = Path(self.shelf.path(name)).parent
+            await self.in_thread(self._remove_unknown, folder, [name])
 
     def _close_file(self, file: CacheFile) -> None:
         if self._active.get((file.origin, file.key)) is file:
@@ -335,7 +349,10 @@ class Store:
         unsummed = file.blocks.unsummed()
         for first in range(0, len(unsummed), _SUMS_AT_ONCE):
             blocks = unsummed[first : first + _SUMS_AT_ONCE]
+            name = file.name
             found = await self.in_thread(lambda some: [*map(file.compute_checksum, some)], blocks)
+            if file.name != name:
+                return  # it left the disk meanwhile
             for block, checksum in zip(blocks, found, strict=True):
                 start = block * BLOCK_BYTES
                 if file.pins or file.dirty.overlaps(start, start + BLOCK_BYTES):

@@ -53,9 +53,6 @@ class Content(RemoteContent):
     ) -> None:
         super().__init__(place, namespace, abilities, store, file, nursery, budget, now)
         self.users = 0
-        self.replaced = False
-        """Another file has the name on the remote: what is written from now on would be mixed
-        with what is not this file's."""
         self.closing: trio.Event | None = None
         """While the last handle closes; set once it is through."""
         self.retired = False

@@ -20,6 +20,7 @@ from hpcfs.cache.store import Store
 from hpcfs.filesystem.content import Content
 from hpcfs.filesystem.errors import (
     BadHandle,
+    CacheFull,
     Exists,
     IsDirectory,
     NotPermitted,
@@ -370,9 +371,10 @@ class Files:
         if node.content is None:
             return
         try:
+            node.content.use_disk()  # in memory it would not stay
             await node.content.fetch_all(KEEP_REMOVED_BYTES)
-        except m.RemoteError as error:
-            log.debug("%r is removed without its missing blocks: %s", node.path, error.message)
+        except (m.RemoteError, CacheFull, Stale) as error:
+            log.debug("%r is removed without its missing blocks: %s", node.path, error)
 
     def orphan(self, node: Node) -> None:
         """The node's file was removed: what is written to it from now on goes nowhere."""

@@ -10,6 +10,7 @@ motion: fetches wait for its end.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -22,7 +23,7 @@ import trio
 from hpcfs.cache.fetcher import Budget, Fetcher
 from hpcfs.cache.file import CacheFile
 from hpcfs.cache.store import Store
-from hpcfs.filesystem.errors import Stale
+from hpcfs.filesystem.errors import CacheFull, Stale
 from hpcfs.filesystem.namespace import Namespace
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.messages import BLOCK_BYTES
@@ -80,8 +81,13 @@ class RemoteContent(ABC):
         """The remote has the file open for this content."""
         self.orphan = False
         """Removed: nothing of it will ever be uploaded."""
+        self.replaced = False
+        """Another file has the name on the remote: what is written from now on would be mixed
+        with what is not this file's."""
         self._in_motion: trio.Event | None = None
         """While the remote's version or name changes through this mount."""
+        self.needs_disk = False
+        """The cache file may not be in memory: it was or will be written to, or shall stay."""
         self._disk_waits = False
         """The last read was not in the page cache: then more of it won't be either."""
         self._now = now
@@ -97,7 +103,7 @@ class RemoteContent(ABC):
             self._fetch,
             self._is_needed,
             lambda: self.base_size,
-            store.note_added,
+            self._note_added,
             nursery,
             budget,
         )
@@ -127,11 +133,14 @@ class RemoteContent(ABC):
         while True:
             while self._in_motion is not None:
                 await self._in_motion.wait()
-            version, path = self.version, self.place.path
+            if self._store.memory.pace.is_slow:
+                self._use_memory()
+            version, path, cache_file = self.version, self.place.path, self.file.path
             length = max(0, min(length, self.base_size - offset))
             try:
                 fetched = await self._fetch_once(offset, length, urgent=urgent)
-                if self.version == version:
+                if self.version == version and self.file.path == cache_file:
+                    self._came(fetched, offset)
                     return fetched
             except (m.Changed, m.NotFound):
                 attempts += 1
@@ -141,8 +150,53 @@ class RemoteContent(ABC):
                     raise
             except m.CacheDiskFull:
                 attempts += 1
-                if attempts > 1 or not await self._store.make_room(4 * length):
+                if self.file.path != cache_file:
+                    continue
+                has_room = attempts == 1 and await self._store.make_room(4 * length)
+                if not has_room and not self._use_memory():
                     raise
+            except m.CacheFileGone:
+                if self.file.path == cache_file:
+                    if not self.file.in_memory:
+                        raise
+                    self._store.memory.is_usable = False
+                    self.use_disk()
+            except m.RemoteError:
+                if self.file.path == cache_file:
+                    raise
+
+    def _came(self, fetched: m.Fetched, offset: int) -> None:
+        memory = self._store.memory
+        if self.file.in_memory:
+            memory.arrived(self.file, offset, fetched.length)
+        elif memory.pace.stored(fetched.fetch_seconds, fetched.store_seconds):
+            log.info(
+                "the disk with the cache is slower than %s: it is not used for now",
+                self.namespace.name,
+            )
+
+    def _note_added(self, length: int) -> None:
+        if not self.file.in_memory:
+            self._store.note_added(length)
+
+    def _use_memory(self) -> bool:
+        """The disk is slow or full: whether the file goes on in memory. No await."""
+        return not self.needs_disk and self._store.memory.to_memory(self.file)
+
+    def use_disk(self) -> None:
+        """From now on the cache file is on the disk. What was in memory is fetched anew: also by
+        the fetches that are under way. No await."""
+        self.needs_disk = True
+        if not self.file.in_memory:
+            return
+        if self.orphan or self.replaced:
+            raise Stale("the file was removed or replaced since it was opened; open it again")
+        try:
+            self._store.memory.to_disk(self.file)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise CacheFull("the local disk with the cache is full") from None
+            raise
 
     async def _fetch_once(self, offset: int, length: int, *, urgent: bool = True) -> m.Fetched:
         request = m.Fetch(
@@ -271,7 +325,7 @@ class RemoteContent(ABC):
         end = min(end, self.size)
         if self._disk_waits and start < end:
             self._nursery.start_soon(self._read_from_disk, start, end)
-        if self._store.may_prefetch():
+        if self.file.in_memory or self._store.may_prefetch():
             blocks = self._blocks(start, min(end, self.base_size))
             self._fetcher.start(blocks, self.namespace.link.fetch_bytes, urgent=False)
 

@@ -47,6 +47,7 @@ ERRNO: dict[type[Exception], int] = {
     m.WrongSettings: errno.ENXIO,  # readdir(3) takes ENOENT for the end of an empty folder
     m.ProtocolError: errno.EPROTO,
     m.CacheDiskFull: errno.ENOSPC,
+    m.CacheFileGone: errno.EIO,
     m.RemoteFailure: errno.EIO,
 }
 

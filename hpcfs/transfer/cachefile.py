@@ -74,14 +74,14 @@ class CacheDisk:
     def store(self, path: str, offset: int, pieces: Sequence[bytes | bytearray]) -> list[int]:
         """Write consecutive pieces of a range into its cache file -> the checksum of each block.
 
-        `offset` is where a block starts. Raises CacheDiskFull.
+        `offset` is where a block starts. Raises CacheDiskFull and CacheFileGone.
         """
         began = self._now()
         length = sum(map(len, pieces))
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        fd, in_memory = _open(path)
         try:
             _write(fd, offset, pieces)
-            if length >= self.LARGE_BYTES and began >= self._slow_until:
+            if length >= self.LARGE_BYTES and began >= self._slow_until and not in_memory:
                 self._recycle(fd, offset, length)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -90,7 +90,7 @@ class CacheDisk:
         finally:
             os.close(fd)
         ended = self._now()
-        if ended - began > self.SLOW_SECONDS:
+        if ended - began > self.SLOW_SECONDS and not in_memory:
             self._slow_until = ended + self.PAUSE_SECONDS
         return list(_checksums(pieces))
 
@@ -98,6 +98,20 @@ class CacheDisk:
         _libc.sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)  # advice: may fail
         if offset >= self.DISTANCE:
             os.posix_fadvise(fd, offset - self.DISTANCE, length, os.POSIX_FADV_DONTNEED)
+
+
+def _open(path: str) -> tuple[int, bool]:
+    """-> (descriptor, whether it is a file in memory), see messages.Fetch."""
+    link, _, name = path.rpartition("/")
+    in_memory = path.startswith("/proc/")
+    try:
+        fd = os.open(link if in_memory else path, os.O_WRONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, PermissionError) as error:  # /proc of a process that hides itself
+        raise m.CacheFileGone(f"the cache file can't be opened: {error.strerror}") from None
+    if in_memory and os.readlink(f"/proc/self/fd/{fd}") != f"/memfd:{name} (deleted)":
+        os.close(fd)
+        raise m.CacheFileGone("the cache file in memory is another one by now")
+    return fd, in_memory
 
 
 def _write(fd: int, offset: int, pieces: Sequence[bytes | bytearray]) -> None:

@@ -126,6 +126,10 @@ class CacheDiskFull(RemoteError):
     """The local disk took no more bytes while something was fetched into the cache."""
 
 
+class CacheFileGone(RemoteError):
+    """The cache file is not there, as the daemon went on without it, or can't be opened."""
+
+
 class RemoteFailure(RemoteError):
     """The remote reported a failure that has no better class."""
 
@@ -212,6 +216,10 @@ class Fetched(msgspec.Struct, frozen=True):
 
     length: int
     checksums: list[int]
+    fetch_seconds: float = 0.0
+    """Until the remote had sent it all,"""
+    store_seconds: float = 0.0
+    """and then until it was in the cache file."""
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -325,7 +333,8 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
     nothing open afterwards. Raises Changed when the remote no
     longer has that version; but with `growing`, the reader follows a file that others append to,
     and a file that has grown since is still that version as far as its old size. An `urgent` fetch,
-    for which a program waits, goes before those that only run ahead.
+    for which a program waits, goes before those that only run ahead. `cache_file` is a path, or
+    /proc/PID/fd/NUMBER/NAME for a file in the daemon's memory that was made with this name.
     """
 
     path: bytes

@@ -17,6 +17,7 @@ import gc
 import logging
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from functools import partial
 from typing import Any
@@ -163,6 +164,7 @@ def _given_up(call_id: int) -> m.Reply:
 
 
 async def fetch(remote: Remote, request: m.Fetch, disk: CacheDisk) -> m.Fetched:
+    began = time.monotonic()
     pieces = await remote.fetch(
         request.path,
         request.version,
@@ -175,15 +177,17 @@ async def fetch(remote: Remote, request: m.Fetch, disk: CacheDisk) -> m.Fetched:
     if sum(map(len, pieces)) != request.length:
         raise m.ProtocolError("the remote gave another number of bytes than was asked for")
     goal = request.cache_file, request.offset
+    came = time.monotonic()
     if disk.is_quick(request.length):
-        return m.Fetched(request.length, disk.store(*goal, pieces))
+        checksums = disk.store(*goal, pieces)
+        return m.Fetched(request.length, checksums, came - began, time.monotonic() - came)
     storing = asyncio.create_task(asyncio.to_thread(disk.store, *goal, pieces))
     try:
         checksums = await asyncio.shield(storing)
     except asyncio.CancelledError:
         await asyncio.wait([storing])  # the thread writes to its end: not before has this ended
         raise
-    return m.Fetched(request.length, checksums)
+    return m.Fetched(request.length, checksums, came - began, time.monotonic() - came)
 
 
 def perform(remote: Remote, request: m.Request) -> Coroutine[object, object, object]:

@@ -29,6 +29,10 @@ class Uploadable(Protocol):
 
     def is_dirty(self) -> bool: ...
 
+    def use_disk(self) -> None:
+        """Its cache file is on the disk from now on: what is dirty must outlive the daemon."""
+        ...
+
     def pinned(self) -> AbstractContextManager[None]:
         """Nothing of its cache file is evicted meanwhile."""
         ...
@@ -66,6 +70,7 @@ class Uploader:
         """
         file.writers += 1
         try:
+            file.use_disk()
             if not file.journaled:
                 await self._note(file)
             yield
@@ -87,6 +92,7 @@ class Uploader:
         async with file.upload_lock:
             if not file.is_dirty():
                 return None
+            file.use_disk()
             with file.pinned():
                 await file.complete()
                 snapshot = await file.begin_upload()

@@ -25,6 +25,8 @@ from tests.filesystem.world import KINDS, World, until, world
 
 EXAMPLES = int(os.environ.get("HPCFS_MODEL_EXAMPLES", "0"))
 CACHE_BLOCKS = 3
+MEMORY_BLOCKS = 64
+"""More than one read asks for: as it is for the kernel's."""
 STEPS = 40
 NAMES = ["ns/a", "ns/b", "ns/d/a", "ns/e/a", "ns/d", "ns/e"]
 
@@ -314,6 +316,10 @@ class Walk:
     async def evict(self) -> None:
         await self.w.store.make_room(10**9)
 
+    async def disk_changes(self) -> None:
+        """It is slow from now on, or well again."""
+        self.w.set_slow_disk(self.draw(st.booleans()))
+
     async def list(self) -> None:
         await self._list("ns")
 
@@ -368,7 +374,7 @@ class Walk:
     async def check_bound(self) -> None:
         """What is not dirty is evicted soon; of what was removed while open, a little stays."""
         store = self.w.store
-        files = store.shelf.files.values()
+        files = [file for file in store.shelf.files.values() if not file.in_memory]
         dirty = sum(file.dirty.total + BLOCK_BYTES * file.pins for file in files)
         dirty += sum(file.cached_bytes for file in files if not file.indexed and file.users)
         step = store.max_bytes // 20
@@ -395,7 +401,7 @@ OPERATIONS: list[Callable[[Walk], Awaitable[None]]] = [
     *[Walk.truncate, Walk.flush, Walk.close] * 2,
     *[Walk.failing_flush, Walk.unlink, Walk.mkdir, Walk.rmdir, Walk.symlink, Walk.rename],
     *[Walk.rename_directory, Walk.set_attributes, Walk.replace_on_remote, Walk.append_on_remote],
-    *[Walk.wait, Walk.save, Walk.evict, Walk.list, Walk.forget],
+    *[Walk.wait, Walk.disk_changes, Walk.save, Walk.evict, Walk.list, Walk.forget],
     *[Walk.walk, Walk.walk_on, Walk.ask_for_names] * 2,
 ]
 
@@ -403,6 +409,7 @@ OPERATIONS: list[Callable[[Walk], Awaitable[None]]] = [
 async def walk(kind: str, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as directory:
         async with world(Path(directory), kind, max_bytes=CACHE_BLOCKS * BLOCK_BYTES) as live:
+            live.store.memory.max_bytes = MEMORY_BLOCKS * BLOCK_BYTES
             one = Walk(live, data)
             for _ in range(STEPS):
                 operation = data.draw(st.sampled_from(OPERATIONS), label="operation")

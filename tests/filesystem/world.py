@@ -17,6 +17,7 @@ import pytest
 import trio
 import trio.lowlevel
 
+from hpcfs.cache.pace import Pace
 from hpcfs.cache.store import Store
 from hpcfs.filesystem.errors import Exists, NoEntry, Stale
 from hpcfs.filesystem.filesystem import Filesystem
@@ -38,6 +39,16 @@ async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     with trio.fail_after(seconds):
         while not condition():
             await trio.lowlevel.checkpoint()
+
+
+class ToldPace(Pace):
+    """The cache's disk is as slow as the test says."""
+
+    told_slow = False
+
+    @property
+    def is_slow(self) -> bool:
+        return self.told_slow
 
 
 class Clock:
@@ -76,6 +87,10 @@ class World:
     @property
     def cues(self) -> Cues:
         return self.sites["ns"].cues
+
+    def set_slow_disk(self, slow: bool = True) -> None:
+        pace = self.store.memory.pace = ToldPace()
+        pace.told_slow = slow
 
     def kept_bytes(self) -> list[bytes]:
         return [Path(row.data).read_bytes() for row in self.journal.kept]

@@ -11,6 +11,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpcfs.transfer import messages as m
 from hpcfs.transfer.cachefile import CacheDisk
 from hpcfs.transfer.messages import BLOCK_BYTES
 
@@ -81,3 +82,23 @@ def test_a_slow_disk_is_left_alone_for_a_while(file_on_disk: Path) -> None:
     assert disk.is_quick(10)
     _store(disk, file_on_disk, CacheDisk.DISTANCE, 4 * MIB)
     assert not _resident(file_on_disk, 0, mmap.PAGESIZE)
+
+
+def test_a_file_in_memory_is_told_from_another_with_its_number(tmp_path: Path) -> None:
+    fd = os.memfd_create("name", os.MFD_CLOEXEC)
+    place = f"/proc/{os.getpid()}/fd/{fd}"
+    try:
+        CacheDisk().store(f"{place}/name", BLOCK_BYTES, [b"in memory"])
+        assert os.pread(fd, 99, BLOCK_BYTES) == b"in memory"
+        with pytest.raises(m.CacheFileGone):
+            CacheDisk().store(f"{place}/earlier", 0, [b"late"])
+        with (tmp_path / "file").open("w+b") as other:
+            os.dup2(other.fileno(), fd)
+            with pytest.raises(m.CacheFileGone):
+                CacheDisk().store(f"{place}/name", 0, [b"late"])
+            assert other.read() == b""
+    finally:
+        os.close(fd)
+    for gone in (f"{place}/name", str(tmp_path / "gone")):
+        with pytest.raises(m.CacheFileGone):
+            CacheDisk().store(gone, 0, [b"late"])
