@@ -167,6 +167,10 @@ class CacheFile:
     def block_length(self, block: int) -> int:
         return max(0, min(BLOCK_BYTES, self.size - block * BLOCK_BYTES))
 
+    def compute_checksums(self, blocks: list[int]) -> list[int]:
+        """Reads the blocks; may wait for the disk, so call it in a thread."""
+        return [self.compute_checksum(block) for block in blocks]
+
     def compute_checksum(self, block: int) -> int:
         """Reads the block; may wait for the disk, so call it in a thread."""
         return checksum(self.read(block * BLOCK_BYTES, self.block_length(block)))

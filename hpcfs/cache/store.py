@@ -350,7 +350,7 @@ class Store:
         for first in range(0, len(unsummed), _SUMS_AT_ONCE):
             blocks = unsummed[first : first + _SUMS_AT_ONCE]
             name = file.name
-            found = await self.in_thread(lambda some: [*map(file.compute_checksum, some)], blocks)
+            found = await self.in_thread(file.compute_checksums, blocks)
             if file.name != name:
                 return  # it left the disk meanwhile
             for block, checksum in zip(blocks, found, strict=True):

@@ -16,6 +16,7 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Protocol
 
 import trio
@@ -37,6 +38,8 @@ FETCH_ALL_BYTES = 32 * 1024 * 1024
 """At once, of a file that is needed whole."""
 VOUCH_SECONDS = 10.0
 """So long a program that reads from the remote need not ask for the file's attributes too."""
+_MOST_VERIFIED = 128
+"""Blocks at once, by a thread."""
 _GROWTH_ATTEMPTS = 4
 """A file that is appended to all the time may grow between finding its size and reading."""
 
@@ -90,6 +93,9 @@ class RemoteContent(ABC):
         """The cache file may not be in memory: it was or will be written to, or shall stay."""
         self._disk_waits = False
         """The last read was not in the page cache: then more of it won't be either."""
+        self._verified_to = 0
+        self._verify_ahead = 0
+        """Blocks, beyond those that a read needs."""
         self._now = now
         self._vouched = 0.0
         """Until when a fetch last renewed what is known of the file, by the tree's clock."""
@@ -400,16 +406,26 @@ class RemoteContent(ABC):
         return blocks.is_present(block) and not blocks.is_trusted(block)
 
     async def _verify(self, blocks: list[int]) -> None:
-        """Compare checksums of what an earlier mount left; a block that fails is fetched anew."""
-        damaged = 0
-        for block in blocks:
-            found = await trio.to_thread.run_sync(self.file.compute_checksum, block)
-            if not self._is_untrusted(block):
-                continue
-            if found == self.file.blocks.checksum(block):
-                self.file.blocks.trust(block)
-            else:
-                damaged += 1
-                self.file.evict([block])
+        """Compare checksums of what an earlier mount left; a block that fails is fetched anew.
+
+        For a reader who goes on, what follows is compared as well: a thread for each block costs
+        more than the reading."""
+        goes_on = blocks[0] == self._verified_to
+        self._verify_ahead = min(_MOST_VERIFIED, 2 * self._verify_ahead + 1) if goes_on else 0
+        following = range(blocks[-1] + 1, blocks[-1] + 1 + self._verify_ahead)
+        wanted = [*blocks, *takewhile(self._is_untrusted, following)]
+        self._verified_to = wanted[-1] + 1
+        damaged: list[int] = []
+        for first in range(0, len(wanted), _MOST_VERIFIED):
+            some = wanted[first : first + _MOST_VERIFIED]
+            sums = await trio.to_thread.run_sync(self.file.compute_checksums, some)
+            for block, found in zip(some, sums, strict=True):
+                if not self._is_untrusted(block):
+                    continue
+                if found == self.file.blocks.checksum(block):
+                    self.file.blocks.trust(block)
+                else:
+                    damaged.append(block)
         if damaged:
-            log.warning("%d blocks of %r were damaged in the cache", damaged, self.place.path)
+            log.warning("%d blocks of %r were damaged in the cache", len(damaged), self.place.path)
+            self.file.evict(damaged)

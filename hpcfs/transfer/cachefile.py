@@ -10,6 +10,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import xxhash
 
@@ -43,6 +44,14 @@ class CacheSource:
         os.close(self._fd)
 
 
+@dataclass(frozen=True)
+class Stored:
+    checksums: list[int]
+    """Of each block."""
+    seconds: float
+    """That writing took, without what waited for a thread or was only done early."""
+
+
 class CacheDisk:
     """The disk with the cache files: what is fetched is stored on it.
 
@@ -71,8 +80,8 @@ class CacheDisk:
         """Whether storing that many bytes will not be noticed."""
         return length <= self.SMALL_BYTES and self._now() >= self._slow_until
 
-    def store(self, path: str, offset: int, pieces: Sequence[bytes | bytearray]) -> list[int]:
-        """Write consecutive pieces of a range into its cache file -> the checksum of each block.
+    def store(self, path: str, offset: int, pieces: Sequence[bytes | bytearray]) -> Stored:
+        """Write consecutive pieces of a range into its cache file.
 
         `offset` is where a block starts. Raises CacheDiskFull and CacheFileGone.
         """
@@ -81,6 +90,7 @@ class CacheDisk:
         fd, in_memory = _open(path)
         try:
             _write(fd, offset, pieces)
+            written = self._now()
             if length >= self.LARGE_BYTES and began >= self._slow_until and not in_memory:
                 self._recycle(fd, offset, length)
         except OSError as error:
@@ -92,7 +102,7 @@ class CacheDisk:
         ended = self._now()
         if ended - began > self.SLOW_SECONDS and not in_memory:
             self._slow_until = ended + self.PAUSE_SECONDS
-        return list(_checksums(pieces))
+        return Stored(list(_checksums(pieces)), written - began)
 
     def _recycle(self, fd: int, offset: int, length: int) -> None:
         _libc.sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)  # advice: may fail

@@ -219,7 +219,7 @@ class Fetched(msgspec.Struct, frozen=True):
     fetch_seconds: float = 0.0
     """Until the remote had sent it all,"""
     store_seconds: float = 0.0
-    """and then until it was in the cache file."""
+    """and what writing it to the cache file took."""
 
 
 class Progress(msgspec.Struct, frozen=True):

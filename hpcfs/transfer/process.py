@@ -177,17 +177,17 @@ async def fetch(remote: Remote, request: m.Fetch, disk: CacheDisk) -> m.Fetched:
     if sum(map(len, pieces)) != request.length:
         raise m.ProtocolError("the remote gave another number of bytes than was asked for")
     goal = request.cache_file, request.offset
-    came = time.monotonic()
+    fetch_seconds = time.monotonic() - began
     if disk.is_quick(request.length):
-        checksums = disk.store(*goal, pieces)
-        return m.Fetched(request.length, checksums, came - began, time.monotonic() - came)
-    storing = asyncio.create_task(asyncio.to_thread(disk.store, *goal, pieces))
-    try:
-        checksums = await asyncio.shield(storing)
-    except asyncio.CancelledError:
-        await asyncio.wait([storing])  # the thread writes to its end: not before has this ended
-        raise
-    return m.Fetched(request.length, checksums, came - began, time.monotonic() - came)
+        stored = disk.store(*goal, pieces)
+    else:
+        storing = asyncio.create_task(asyncio.to_thread(disk.store, *goal, pieces))
+        try:
+            stored = await asyncio.shield(storing)
+        except asyncio.CancelledError:
+            await asyncio.wait([storing])  # the thread writes to its end: not before has this ended
+            raise
+    return m.Fetched(request.length, stored.checksums, fetch_seconds, stored.seconds)
 
 
 def perform(remote: Remote, request: m.Request) -> Coroutine[object, object, object]:

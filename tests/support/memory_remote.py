@@ -425,7 +425,8 @@ class MemorySite:
                     path, version, offset, length, handle, growing=growing, urgent=urgent
                 )
                 await self.cues.reach(request, "middle")
-                return m.Fetched(length, self._disk.store(cache_file, offset, pieces))
+                stored = self._disk.store(cache_file, offset, pieces)
+                return m.Fetched(length, stored.checksums)
             case m.Upload():
                 source = CacheSource(request.cache_file, request.size)
                 try:
