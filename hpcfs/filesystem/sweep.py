@@ -60,21 +60,29 @@ def orders_of(files: Sequence[F]) -> list[Order[F]]:
 
 
 class Sweep(Generic[F]):
-    """One directory. `trusted` is the number of the order by which the program read another
-    directory just before: then nothing needs to be learned."""
+    """One directory. `list_files` gives its files; most are opened without a pattern, and it is not
+    asked before there may be one. `trusted` is the number of the order by which the program read
+    another directory just before: then nothing needs to be learned."""
 
     def __init__(
         self,
-        files: Sequence[F],
+        list_files: Callable[[], Sequence[F]],
         trusted: int | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._orders = orders_of(files)
+        self._list_files = list_files
+        self._sorted: list[Order[F]] | None = None
         self._trusted = trusted
         self._now = now
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT)
         self._ahead = FIRST_AHEAD if trusted is None else GOING_ON_AHEAD
         self._foreseen: set[int] = set()
+
+    @property
+    def _orders(self) -> list[Order[F]]:
+        if self._sorted is None:
+            self._sorted = orders_of(self._list_files())
+        return self._sorted
 
     @property
     def order(self) -> int | None:
@@ -101,8 +109,8 @@ class Sweep(Generic[F]):
         return self._following(ino, self._limit(now))
 
     def knows(self, ino: int) -> bool:
-        """Whether the file was in the directory when the sweep began."""
-        return ino in self._orders[0].positions
+        """Whether the file was in the directory when its files were listed, if they were."""
+        return self._sorted is None or ino in self._sorted[0].positions
 
     def first(self, count: int = GOING_ON_AHEAD) -> list[F]:
         """What to fetch before the first file of the directory is read."""

@@ -15,6 +15,7 @@ import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -109,9 +110,7 @@ class Sweeper:
             return
         sweep = self._sweeps.get((namespace, directory.path))
         if sweep is None or not sweep.knows(node.ino):
-            sweep = self._add(namespace, directory.path, _files_of(directory))
-        if sweep is None:
-            return
+            sweep = self._add(namespace, directory.path, partial(_files_of, directory))
         for place in sweep.opened(node.ino):
             self._begin(namespace, place)
         self._sweeps.move_to_end((namespace, directory.path))
@@ -125,8 +124,12 @@ class Sweeper:
         if namespace is None or not self._goes_on:
             return
         sweep = self._sweeps.get((namespace, directory.path))
-        sweep = sweep or self._add(namespace, directory.path, _files_of(directory))
-        for place in sweep.first() if sweep else []:
+        if sweep is None:
+            files = _files_of(directory)
+            if not files:
+                return
+            sweep = self._add(namespace, directory.path, lambda: files)
+        for place in sweep.first():
             self._begin(namespace, place)
 
     def listed_ahead(
@@ -137,13 +140,14 @@ class Sweeper:
             return
         above = path + b"/" if path else b""
         top = namespace.name.encode() + b"/"
-        files = [
+        files = _worth_sorting(
             Foreseen(number_of(top + above + entry.name), above + entry.name, entry, asked)
             for entry in entries
             if stat.S_ISREG(entry.mode)
-        ]
-        sweep = self._add(namespace, path, files)
-        for place in sweep.first(NEXT_FILES) if sweep else []:
+        )
+        if not files:
+            return
+        for place in self._add(namespace, path, lambda: files).first(NEXT_FILES):
             self._begin(namespace, place)
 
     @property
@@ -152,11 +156,9 @@ class Sweeper:
         return self._order is not None and self._tree.now() - self._order_seen < PAUSE_SECONDS
 
     def _add(
-        self, namespace: Namespace, path: bytes, files: list[Foreseen]
-    ) -> Sweep[Foreseen] | None:
-        if not _FEWEST_FILES <= len(files) <= _MOST_FILES:
-            return None
-        sweep = Sweep(files, self._order if self._goes_on else None, self._tree.now)
+        self, namespace: Namespace, path: bytes, list_files: Callable[[], list[Foreseen]]
+    ) -> Sweep[Foreseen]:
+        sweep = Sweep(list_files, self._order if self._goes_on else None, self._tree.now)
         self._sweeps[namespace, path] = sweep
         while len(self._sweeps) > _MOST_SWEEPS:
             self._sweeps.popitem(last=False)
@@ -260,8 +262,14 @@ def _files_of(directory: Node) -> list[Foreseen]:
     if len(children) > _MOST_FILES:
         return []
     above = directory.path + b"/" if directory.path else b""
-    return [
+    return _worth_sorting(
         Foreseen(child.ino, above + name, child.entry, child.observed, child)
         for name, child in children.items()
         if child.is_regular
-    ]
+    )
+
+
+def _worth_sorting(files: Iterable[Foreseen]) -> list[Foreseen]:
+    """None of them where there are too few for a pattern, or too many to be sorted."""
+    found = list(files)
+    return found if _FEWEST_FILES <= len(found) <= _MOST_FILES else []

@@ -43,7 +43,7 @@ class Program:
     def __init__(self, files: list[File], trusted: int | None = None, pace: float = 0.004) -> None:
         self.seconds = 100.0
         self.pace = pace
-        self.sweep = Sweep(files, trusted, lambda: self.seconds)
+        self.sweep = Sweep(lambda: files, trusted, lambda: self.seconds)
         self.ahead: set[int] = set()
         self.late = 0
         self.most_ahead = 0
@@ -141,7 +141,7 @@ def test_the_same_file_again_is_no_pattern() -> None:
 @given(st.lists(st.integers(0, 59), max_size=200), st.sampled_from([None, 0, 1, 2]))
 def test_one_file_never_brings_more_than_the_bound(reads: list[int], trusted: int | None) -> None:
     files = _directory(60)
-    sweep = Sweep(files, trusted, lambda: 1.0)
+    sweep = Sweep(lambda: files, trusted, lambda: 1.0)
     for index in reads:
         named = sweep.opened(files[index].ino)
         assert len(named) <= MOST_AHEAD
