@@ -89,25 +89,38 @@ def serving(directory: Path, files: Path, remotes: list[str]) -> Iterator[Server
 @contextmanager
 def link(port: int, rtt_ms: float, rate_mbits: float) -> Iterator[int]:
     """Its own port; it leads to `port` of this machine."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "scripts.benchmarks.wan", "--to", f"{LOOPBACK}:{port}"),
-            *("--rtt", str(rtt_ms), "--rate", str(rate_mbits), "--until-stdin-ends"),
-        ],
+    options = ["--to", f"{LOOPBACK}:{port}", "--rtt", str(rtt_ms), "--rate", str(rate_mbits)]
+    process = _start("scripts.benchmarks.wan", *options, "--until-stdin-ends")
+    try:
+        yield _port_of(process)
+    finally:
+        if _end(process):
+            raise RuntimeError("the emulated link failed: its traceback is above")
+
+
+def _start(name: str, *options: str) -> subprocess.Popen[bytes]:
+    """A module of ours as a process that prints its port and ends with its standard input."""
+    return subprocess.Popen(
+        [sys.executable, "-m", name, *options],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=REPOSITORY,
         start_new_session=True,  # Ctrl-C is for the benchmark, which ends its links last
     )
+
+
+def _port_of(process: subprocess.Popen[bytes]) -> int:
+    assert process.stdout is not None
+    return int(process.stdout.readline())
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    """-> its exit code"""
     assert process.stdout is not None
     assert process.stdin is not None
-    try:
-        yield int(process.stdout.readline())
-    finally:
-        process.stdin.close()
-        process.stdout.close()
-        if process.wait(START_SECONDS):
-            raise RuntimeError("the emulated link failed: its traceback is above")
+    process.stdin.close()
+    process.stdout.close()
+    return process.wait(START_SECONDS)
 
 
 # --- S3 -------------------------------------------------------------------------------------------
@@ -162,21 +175,11 @@ def _ask_for_everything(port: int) -> None:
 @contextmanager
 def _tcp_sender() -> Iterator[int]:
     """Sends as many bytes as a line asks for, on each connection: in a process of its own."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.benchmarks.servers"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=REPOSITORY,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    assert process.stdin is not None
+    process = _start("scripts.benchmarks.servers")
     try:
-        yield int(process.stdout.readline())
+        yield _port_of(process)
     finally:
-        process.stdin.close()
-        process.stdout.close()
-        process.wait(START_SECONDS)
+        _end(process)
 
 
 def plain_tcp_seconds(port: int, size: int, timeout: float) -> float:
