@@ -46,6 +46,31 @@ def s3_moto() -> Iterator[S3Server]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def moto() -> Iterator[S3Server]:
+    with moto_s3() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with rclone_s3(tmp_path_factory.mktemp("buckets")) as server:
+        yield server
+
+
+@pytest.fixture(params=["moto", "rclone"])
+def server(request: pytest.FixtureRequest) -> S3Server:
+    found = request.getfixturevalue(request.param)
+    assert isinstance(found, S3Server)
+    return found
+
+
+@pytest.fixture
+def prefix(request: pytest.FixtureRequest) -> str:
+    """A part of the bucket of its own for each test."""
+    return f"t{abs(hash(request.node.nodeid))}"
+
+
 @pytest.fixture(params=KINDS)
 def subject(request: pytest.FixtureRequest) -> Subject:
     makers: dict[str, Callable[[], Subject]] = {

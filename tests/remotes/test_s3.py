@@ -9,7 +9,7 @@ import asyncio
 import os
 import stat
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +44,7 @@ from hpcfs.transfer.messages import (
     Upload,
     WrongSettings,
 )
-from tests.support.s3 import BUCKET, S3Server, free_port, moto_s3, rclone_binary, rclone_s3
+from tests.support.s3 import BUCKET, S3Server, free_port, rclone_binary, rclone_s3
 
 TIME_NS = 1_700_000_000_123_456_789
 SMALL = Limits(
@@ -61,31 +61,6 @@ class Bytes:
 
     def read(self, offset: int, length: int) -> bytes:
         return self.data[offset : offset + length]
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[S3Server]:
-    with moto_s3() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with rclone_s3(tmp_path_factory.mktemp("buckets")) as server:
-        yield server
-
-
-@pytest.fixture(params=["moto", "rclone"])
-def server(request: pytest.FixtureRequest) -> S3Server:
-    found = request.getfixturevalue(request.param)
-    assert isinstance(found, S3Server)
-    return found
-
-
-@pytest.fixture
-def prefix(request: pytest.FixtureRequest) -> str:
-    """A part of the bucket of its own for each test."""
-    return f"t{abs(hash(request.node.nodeid))}"
 
 
 def start_for(server: S3Server, root: S3Root, cache_dir: Path, uid: int = 1000) -> Start:

@@ -8,7 +8,7 @@ import datetime
 import ipaddress
 import stat
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -41,33 +41,9 @@ from hpcfs.transfer.messages import (
     Start,
     Unreachable,
 )
-from tests.support.s3 import S3Server, moto_s3, rclone_s3
+from tests.support.s3 import S3Server, rclone_s3
 
 LOOPBACK = "127.0.0.1"
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[S3Server]:
-    with moto_s3() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with rclone_s3(tmp_path_factory.mktemp("buckets")) as server:
-        yield server
-
-
-@pytest.fixture(params=["moto", "rclone"])
-def server(request: pytest.FixtureRequest) -> S3Server:
-    found = request.getfixturevalue(request.param)
-    assert isinstance(found, S3Server)
-    return found
-
-
-@pytest.fixture
-def prefix(request: pytest.FixtureRequest) -> str:
-    return f"t{abs(hash(request.node.nodeid))}"
 
 
 @asynccontextmanager
