@@ -25,8 +25,7 @@ from hpcfs.cache.link import Link
 from hpcfs.cache.store import CacheUnusable, Store
 from hpcfs.cacheservice import CacheService
 from hpcfs.config.config import Settings
-from hpcfs.control import control, mountpoint
-from hpcfs.control import server as control_server
+from hpcfs.control import control, mountpoint, server as control_server
 from hpcfs.errors import SetupError
 from hpcfs.filesystem.filesystem import Filesystem
 from hpcfs.filesystem.namespace import Namespace

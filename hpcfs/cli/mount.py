@@ -15,8 +15,7 @@ from hpcfs.cache import location
 from hpcfs.cli import arguments, background, terminal
 from hpcfs.cli.main import Invocation
 from hpcfs.cli.output import complain, count, printable
-from hpcfs.config import config
-from hpcfs.config import values as config_values
+from hpcfs.config import config, values as config_values
 from hpcfs.config.config import Config, Settings
 from hpcfs.control import mountpoint
 from hpcfs.control.control import MountStatus

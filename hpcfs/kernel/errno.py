@@ -40,6 +40,8 @@ ERRNO: dict[type[Exception], int] = {
     m.NoSpace: errno.ENOSPC,
     m.TooLarge: errno.EFBIG,
     m.Changed: errno.ESTALE,
+    m.Conflict: errno.ESTALE,
+    m.AheadLost: errno.EIO,
     m.Unreachable: errno.EHOSTUNREACH,
     m.TimedOut: errno.ETIMEDOUT,
     m.AccessRefused: errno.EACCES,

@@ -15,12 +15,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 from hpcfs.transfer.messages import (
+    NO_HANDLE,
     Abilities,
     Attributes,
     DiskUsage,
     Entry,
     ProtocolError,
     Upload,
+    UploadAhead,
 )
 
 MAX_NAME_BYTES = 255
@@ -91,7 +93,9 @@ class Remote(Protocol):
 
     async def upload(self, request: Upload, source: Source, report: ReportProgress) -> Entry: ...
 
-    async def create(self, path: bytes, mode: int) -> Entry: ...
+    async def upload_ahead(self, request: UploadAhead, source: Source) -> None: ...
+
+    async def create(self, path: bytes, mode: int, handle: int = NO_HANDLE) -> Entry: ...
 
     async def make_directory(self, path: bytes, mode: int) -> Entry: ...
 

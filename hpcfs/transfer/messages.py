@@ -11,9 +11,38 @@ root. Sizes and offsets are bytes, times are nanoseconds since the epoch, deadli
 from __future__ import annotations
 
 import struct
-from typing import ClassVar
 
 import msgspec
+
+from hpcfs.transfer.errors import (
+    ERRORS as ERRORS,
+    AccessRefused as AccessRefused,
+    AheadLost as AheadLost,
+    AlreadyExists as AlreadyExists,
+    CacheDiskFull as CacheDiskFull,
+    CacheFileGone as CacheFileGone,
+    Changed as Changed,
+    Conflict as Conflict,
+    DirectoryNotEmpty as DirectoryNotEmpty,
+    Failure as Failure,
+    HostKeyRefused as HostKeyRefused,
+    InvalidName as InvalidName,
+    InvalidRequest as InvalidRequest,
+    IsADirectory as IsADirectory,
+    NameTooLong as NameTooLong,
+    NoSpace as NoSpace,
+    NotADirectory as NotADirectory,
+    NotFound as NotFound,
+    NotSupported as NotSupported,
+    PermissionDenied as PermissionDenied,
+    ProtocolError as ProtocolError,
+    RemoteError as RemoteError,
+    RemoteFailure as RemoteFailure,
+    TimedOut as TimedOut,
+    TooLarge as TooLarge,
+    Unreachable as Unreachable,
+    WrongSettings as WrongSettings,
+)
 
 FRAME_HEADER = struct.Struct(">I")
 MAX_FRAME_BYTES = 16 * 1024 * 1024
@@ -21,138 +50,6 @@ LIST_PAGE_ENTRIES = 1000
 BLOCK_BYTES = 64 * 1024
 """The unit of presence in the cache and of its checksums. At 1 Gbit/s a block takes half a
 millisecond: a random read of a few bytes at 20 ms pays 3% for the rest of its block."""
-
-
-# --- errors -----------------------------------------------------------------------------------
-
-
-class RemoteError(Exception):
-    """A request that the remote, or the way to it, did not carry out.
-
-    The message is one sentence for the user, without a trailing period. `lasting` errors are not
-    cured by trying again: a refused credential must not be retried on its own (invariant 4).
-    """
-
-    lasting: ClassVar[bool] = False
-
-    @property
-    def message(self) -> str:
-        return str(self.args[0]) if self.args else type(self).__name__
-
-
-class NotFound(RemoteError):
-    """No entry has this name."""
-
-
-class AlreadyExists(RemoteError):
-    """The name is taken, and the request asked for a new one."""
-
-
-class PermissionDenied(RemoteError):
-    """The remote user may not do this to this entry."""
-
-
-class NotADirectory(RemoteError):
-    """A directory was needed and something else is there."""
-
-
-class IsADirectory(RemoteError):
-    """Something else than a directory was needed."""
-
-
-class DirectoryNotEmpty(RemoteError):
-    """Only an empty directory can be removed or replaced."""
-
-
-class InvalidName(RemoteError):
-    """The remote can't hold this name (S3 keys are UTF-8; SFTP names have no NUL)."""
-
-
-class NameTooLong(RemoteError):
-    """The name or the path is longer than the remote accepts."""
-
-
-class InvalidRequest(RemoteError):
-    """The request makes no sense (a directory moved into itself, a negative size)."""
-
-
-class NotSupported(RemoteError):
-    """This kind of remote, or this server, has no such operation."""
-
-
-class NoSpace(RemoteError):
-    """The remote is full or the user's quota there is used up."""
-
-
-class TooLarge(RemoteError):
-    """The file would be larger than the remote accepts (5 TiB on S3)."""
-
-
-class Changed(RemoteError):
-    """The file's content on the remote is no longer the version that was asked for."""
-
-
-class Unreachable(RemoteError):
-    """No connection to the site now; a later attempt may succeed."""
-
-
-class TimedOut(Unreachable):
-    """The deadline passed without an answer."""
-
-
-class AccessRefused(RemoteError):
-    """The site refused the login or the credentials; only the user can mend that."""
-
-    lasting = True
-
-
-class HostKeyRefused(RemoteError):
-    """The server's host key is unknown or changed; only the user can decide to trust it."""
-
-    lasting = True
-
-
-class WrongSettings(RemoteError):
-    """What the configuration names is not there: no such bucket, host name or key file."""
-
-    lasting = True
-
-
-class ProtocolError(RemoteError):
-    """The remote answered something that makes no sense."""
-
-
-class CacheDiskFull(RemoteError):
-    """The local disk took no more bytes while something was fetched into the cache."""
-
-
-class CacheFileGone(RemoteError):
-    """The cache file is not there, as the daemon went on without it, or can't be opened."""
-
-
-class RemoteFailure(RemoteError):
-    """The remote reported a failure that has no better class."""
-
-
-def _all_errors(base: type[RemoteError]) -> list[type[RemoteError]]:
-    return [base] + [found for child in base.__subclasses__() for found in _all_errors(child)]
-
-
-ERRORS: dict[str, type[RemoteError]] = {cls.__name__: cls for cls in _all_errors(RemoteError)}
-
-
-class Failure(msgspec.Struct, frozen=True):
-    """A `RemoteError` on the wire."""
-
-    kind: str
-    message: str
-
-    @classmethod
-    def of(cls, error: RemoteError) -> Failure:
-        return cls(type(error).__name__, error.message)
-
-    def error(self) -> RemoteError:
-        return ERRORS.get(self.kind, RemoteFailure)(self.message)
 
 
 # --- values -----------------------------------------------------------------------------------
@@ -269,6 +166,8 @@ class SftpRoot(msgspec.Struct, frozen=True, tag="sftp"):
 
     path: str
     read_only: bool = False
+    verify: bool = False
+    """Compare a hash that the remote computes of what was uploaded, where it can."""
 
 
 class S3Root(msgspec.Struct, frozen=True, tag="bucket"):
@@ -277,6 +176,7 @@ class S3Root(msgspec.Struct, frozen=True, tag="bucket"):
     bucket: str
     prefix: str = ""
     read_only: bool = False
+    verify: bool = False
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -323,6 +223,8 @@ class ReadLink(msgspec.Struct, frozen=True, tag=True):
 
 
 NO_HANDLE = 0
+AHEAD_BYTES = 16 * 1024 * 1024
+"""What is sent of a file at once while it is still being written."""
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):
@@ -360,6 +262,13 @@ class Upload(msgspec.Struct, frozen=True, tag=True):
     the cache file holds all of it. `base_size` is how much of the remote's old content is still
     meant to be there: the remote cuts to it, then writes the ranges, then sets `size`. `sync`
     asks for the remote's fsync.
+
+    `base_version` is the version that this changes: b"" for a file that must not exist yet, None
+    for whatever is there. Where the remote has another one, Conflict is raised before anything was
+    written (S3: by a conditional request, where the server knows those). With `replace` the content
+    arrives whole under another name and then takes the place of what has this one, so that nobody
+    sees a part of it (S3: always so). `handle` is that of `Create`, or of `UploadAhead`, whose
+    bytes count as sent and are not in `ranges`.
     """
 
     path: bytes
@@ -370,13 +279,36 @@ class Upload(msgspec.Struct, frozen=True, tag=True):
     attributes: Attributes
     mode: int
     sync: bool = False
+    base_version: bytes | None = None
+    replace: bool = False
+    handle: int = NO_HANDLE
+
+
+class UploadAhead(msgspec.Struct, frozen=True, tag=True):
+    """Send a part of a file that is still being written, and of whose old content nothing counts
+    (base_size 0) -> None, once the remote has it. Raises AheadLost when what was sent earlier under
+    this handle is gone, and NotSupported where nothing is to be had from it.
+
+    Ranges of one handle don't overlap; their `offset` is a multiple of AHEAD_BYTES and their
+    `length` AHEAD_BYTES. `Upload` with this handle completes the file, `Release` gives it up.
+    """
+
+    path: bytes
+    cache_file: str
+    offset: int
+    length: int
+    mode: int
+    handle: int
+    base_version: bytes | None = None
 
 
 class Create(msgspec.Struct, frozen=True, tag=True):
-    """Make an empty regular file that must not exist yet -> Entry."""
+    """Make an empty regular file that must not exist yet -> Entry. With a `handle` an `Upload` with
+    it or a `Release` follows; the entry's version may then be b"", not known yet."""
 
     path: bytes
     mode: int
+    handle: int = NO_HANDLE
 
 
 class MakeDirectory(msgspec.Struct, frozen=True, tag=True):
@@ -440,9 +372,9 @@ class GetDiskUsage(msgspec.Struct, frozen=True, tag=True):
 
 
 Request = (
-    Connect | Stat | StatOpen | List | ReadLink | Fetch | Release | Upload | Create | MakeDirectory
-    | MakeSymlink | MakeLink | Rename | Remove | RemoveDirectory | SetAttributes | Truncate
-    | GetDiskUsage
+    Connect | Stat | StatOpen | List | ReadLink | Fetch | Release | Upload | UploadAhead | Create
+    | MakeDirectory | MakeSymlink | MakeLink | Rename | Remove | RemoveDirectory | SetAttributes
+    | Truncate | GetDiskUsage
 )  # fmt: skip
 
 

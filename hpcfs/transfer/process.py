@@ -137,6 +137,9 @@ class Worker:
                 result = await fetch(remote, call.request, self._disk)
             case m.Upload():
                 result = await self._upload(remote, call.id, call.request)
+            case m.UploadAhead():
+                await upload_ahead(remote, call.request)
+                result = None
             case _:
                 result = await perform(remote, call.request)
         return m.Reply(call.id, m.pack(result))
@@ -157,6 +160,14 @@ class Worker:
             )
         finally:
             source.close()
+
+
+async def upload_ahead(remote: Remote, request: m.UploadAhead) -> None:
+    source = CacheSource(request.cache_file, request.offset + request.length)
+    try:
+        await remote.upload_ahead(request, source)
+    finally:
+        source.close()
 
 
 def _given_up(call_id: int) -> m.Reply:
@@ -203,8 +214,8 @@ def perform(remote: Remote, request: m.Request) -> Coroutine[object, object, obj
             return remote.read_link(path)
         case m.Release(handle):
             return remote.release(handle)
-        case m.Create(path, mode):
-            return remote.create(path, mode)
+        case m.Create(path, mode, handle):
+            return remote.create(path, mode, handle)
         case m.MakeDirectory(path, mode):
             return remote.make_directory(path, mode)
         case m.MakeSymlink(path, target):

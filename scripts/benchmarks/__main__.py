@@ -18,8 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpcfs.system import mountinfo
-from scripts.benchmarks import chart, measure, peers, report, workloads
-from scripts.benchmarks import results as outcome
+from scripts.benchmarks import chart, measure, peers, report, results as outcome, workloads
 from scripts.benchmarks.files import MIB, Files
 from scripts.benchmarks.peers import Contender, Mount
 from scripts.benchmarks.results import TCP, Cell, Results

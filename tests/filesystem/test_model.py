@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 from hpcfs.filesystem.errors import FilesystemError, Stale
 from hpcfs.transfer import messages as m

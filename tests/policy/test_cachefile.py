@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.cachefile import CacheDisk

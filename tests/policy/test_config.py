@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs.config import config
-from hpcfs.config import values as config_values
+from hpcfs.config import config, values as config_values
 from hpcfs.config.config import Config
 from hpcfs.config.toml_lines import KeyPath, find_lines
 from hpcfs.errors import SetupError

@@ -18,8 +18,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from hpcfs.control import control
-from hpcfs.control import server as control_server
+from hpcfs.control import control, server as control_server
 from hpcfs.control.control import (
     KeptFile,
     MountStatus,

@@ -22,7 +22,8 @@ SET_UP = {"errors", "system", "control", "config"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "transfer.messages": set(),
+    "transfer.errors": set(),
+    "transfer.messages": {"transfer.errors"},
     "system": {"errors"},
     "control": {"errors", "system"},
     "config": {"errors", "system", "transfer.messages"},

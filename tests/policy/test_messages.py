@@ -19,6 +19,7 @@ REQUESTS: list[m.Request] = [
     m.Release(7),
     m.Upload(NAME, "/cache/f", 2**62, 0, [(0, 1), (2**61, 5)], ATTRIBUTES, 0o644, sync=True),
     m.Create(NAME, 0o7777),
+    m.UploadAhead(NAME, "/cache/f", m.AHEAD_BYTES, m.AHEAD_BYTES, 0o600, 5, b"v"),
     m.MakeDirectory(NAME, 0o755),
     m.MakeSymlink(NAME, b"\xff/.."),
     m.MakeLink(NAME, b"b"),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import heapq
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from hpcfs.cache.pace import BUSY_SECONDS, MAX_PAUSE_SECONDS, PAUSE_SECONDS, Pace
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 from botocore import exceptions as boto
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from hpcfs.remotes.s3.bucket import Info, Summary
 from hpcfs.remotes.s3.errors import LONGEST_DELAY, Health, translate

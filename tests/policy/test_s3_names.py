@@ -5,8 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
 from hpcfs.remotes.base import is_valid_name
 from hpcfs.remotes.s3.listing import Collator, Listed, in_order, is_marker

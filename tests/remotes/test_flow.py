@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from hpcfs.remotes.sftp.flow import FEW_WAITING_BYTES, FIRST_BYTES, MOST_BYTES, Depth, Flow
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection

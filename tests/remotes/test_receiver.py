@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import uvloop
 from asyncssh.channel import SSHChannel
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from hpcfs.remotes.sftp.inbox import Bytes, Inbox, Malformed
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection

@@ -22,8 +22,7 @@ from botocore.credentials import ReadOnlyCredentials
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from hpcfs.remotes.s3.direct import STRANGE_IN_A_ROW
 from hpcfs.remotes.s3.http import Answer, Lost, Question, Unusual

@@ -57,6 +57,8 @@ class MemoryRemote:
         self._clock_ns = 1_700_000_000 * SECOND
         self.root = Item(stat.S_IFDIR | 0o755, self._clock_ns)
         self.handles: dict[int, Item] = {}
+        self.ahead: dict[int, dict[int, bytes]] = {}
+        """What was sent ahead of uploads: pieces by handle and offset."""
 
     # --- for tests: what others do to the remote ----------------------------------------------
 
@@ -215,6 +217,7 @@ class MemoryRemote:
 
     async def release(self, handle: int) -> None:
         self.handles.pop(handle, None)
+        self.ahead.pop(handle, None)
 
     async def upload(
         self, request: m.Upload, source: Source, report: Callable[[int], None]
@@ -223,10 +226,17 @@ class MemoryRemote:
         item = parent.children.get(name)
         if item is not None and not item.is_file:
             raise m.IsADirectory(f"{request.path!r} is no file")
+        ahead = self.ahead.pop(request.handle, {})
+        self._check_base(item, request, ahead)
+        if request.replace:
+            item = None
         if self.is_sftp:
-            item = self._written_in_place(item, request, source)
+            item = self._written_in_place(item, request, source, ahead)
         else:
             content = bytearray(source.read(0, request.size))
+            for offset, piece in ahead.items():
+                if not any(start <= offset < start + length for start, length in request.ranges):
+                    content[offset : offset + len(piece)] = piece
             item = Item(stat.S_IFREG | request.mode, 0, content)
         parent.children[name] = item
         self._touch(item)
@@ -235,14 +245,40 @@ class MemoryRemote:
         report(request.size)
         return self._entry(request.path, item)
 
-    def _written_in_place(self, item: Item | None, request: m.Upload, source: Source) -> Item:
+    def _check_base(
+        self, item: Item | None, request: m.Upload | m.UploadAhead, ahead: dict[int, bytes]
+    ) -> None:
+        version = self._version(item) if item is not None else b""
+        begun = self.is_sftp and bool(ahead)
+        if request.base_version is not None and request.base_version != version and not begun:
+            raise m.Conflict(f"{request.path!r} was changed by others")
+
+    async def upload_ahead(self, request: m.UploadAhead, source: Source) -> None:
+        parent, name = self._parent(request.path)
+        item = parent.children.get(name)
+        ahead = self.ahead.setdefault(request.handle, {})
+        self._check_base(item, request, ahead)
+        piece = source.read(request.offset, request.length)
+        if self.is_sftp:
+            if item is None or not ahead:
+                item = parent.children[name] = item or Item(stat.S_IFREG | request.mode, 0)
+                del item.content[:]
+            item.content.extend(bytes(max(0, request.offset - len(item.content))))
+            item.content[request.offset : request.offset + len(piece)] = piece
+            self._touch(item)
+        ahead[request.offset] = piece
+
+    def _written_in_place(
+        self, item: Item | None, request: m.Upload, source: Source, ahead: dict[int, bytes]
+    ) -> Item:
         item = item or Item(stat.S_IFREG, 0)
         covered = len(item.content)
         for start, length in sorted(request.ranges):
             covered = max(covered, start + length) if start <= covered else covered
         if covered < min(request.base_size, request.size):
             raise m.Changed(f"{request.path!r} was cut meanwhile")
-        del item.content[request.base_size :]
+        sent = max([0, *(offset + len(piece) for offset, piece in ahead.items())])
+        del item.content[max(sent, request.base_size) :]
         for start, length in request.ranges:
             item.content.extend(bytes(max(0, start - len(item.content))))
             item.content[start : start + length] = source.read(start, length)
@@ -250,12 +286,15 @@ class MemoryRemote:
         item.content.extend(bytes(request.size - len(item.content)))
         return item
 
-    async def create(self, path: bytes, mode: int) -> m.Entry:
+    async def create(self, path: bytes, mode: int, handle: int = m.NO_HANDLE) -> m.Entry:
         parent, name = self._free_place(path)
         item = Item(stat.S_IFREG | mode, self._now())
         item.changes = self._clock_ns
         if self.is_sftp:
             parent.children[name] = item
+            if handle != m.NO_HANDLE:
+                self.ahead[handle] = {0: b""}  # its own, whatever its version is
+                return msgspec.structs.replace(self._entry(path, item), version=b"")
             return self._entry(path, item)
         return msgspec.structs.replace(self._entry(path, item), version=b"")
 
@@ -431,6 +470,12 @@ class MemorySite:
                 source = CacheSource(request.cache_file, request.size)
                 try:
                     return await remote.upload(request, source, lambda done: None)
+                finally:
+                    source.close()
+            case m.UploadAhead():
+                source = CacheSource(request.cache_file, request.offset + request.length)
+                try:
+                    return await remote.upload_ahead(request, source)
                 finally:
                     source.close()
             case _:

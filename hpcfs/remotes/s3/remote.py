@@ -43,6 +43,7 @@ from hpcfs.remotes.s3.paths import (
 )
 from hpcfs.remotes.s3.transfer import FileSource, Limits, Transfer
 from hpcfs.transfer.messages import (
+    NO_HANDLE,
     Abilities,
     AccessRefused,
     AlreadyExists,
@@ -61,6 +62,7 @@ from hpcfs.transfer.messages import (
     S3Root,
     Start,
     Upload,
+    UploadAhead,
     WrongSettings,
 )
 
@@ -172,7 +174,10 @@ class S3Remote:
         metadata = with_changes(old, mtime_ns=time.time_ns()).changed(request.attributes, mode)
         return await self._store(look.place, source, metadata, headers, report)
 
-    async def create(self, path: bytes, mode: int) -> Entry:
+    async def upload_ahead(self, request: UploadAhead, source: Source) -> None:
+        raise NotSupported("nothing is sent ahead yet")
+
+    async def create(self, path: bytes, mode: int, handle: int = NO_HANDLE) -> Entry:
         look = await self._look_for_new(path)
         refuse_existing(look)
         metadata = self._entries.fresh(stat.S_IFREG | (mode & PERMISSIONS))

@@ -18,8 +18,7 @@ from contextlib import aclosing
 from asyncssh import SFTPAttrs
 
 from hpcfs.remotes.base import Prompter, ReportProgress, Source
-from hpcfs.remotes.sftp import listing, read, write
-from hpcfs.remotes.sftp import rename as renaming
+from hpcfs.remotes.sftp import listing, read, rename as renaming, write
 from hpcfs.remotes.sftp.attrs import full_mode, owner_to_set, rest_to_set
 from hpcfs.remotes.sftp.errors import MAX_PATH_BYTES, shown
 from hpcfs.remotes.sftp.place import (
@@ -32,6 +31,7 @@ from hpcfs.remotes.sftp.place import (
 from hpcfs.remotes.sftp.session import SftpSession, open_session, together
 from hpcfs.remotes.ssh.connection import Kept
 from hpcfs.transfer.messages import (
+    NO_HANDLE,
     Abilities,
     Attributes,
     DiskUsage,
@@ -46,6 +46,7 @@ from hpcfs.transfer.messages import (
     SftpRoot,
     Start,
     Upload,
+    UploadAhead,
     WrongSettings,
 )
 
@@ -205,6 +206,9 @@ class SftpRemote:
         place = await self._place(request.path)
         return await write.upload(place, request, source, report)
 
+    async def upload_ahead(self, request: UploadAhead, source: Source) -> None:
+        raise NotSupported("nothing is sent ahead yet")
+
     async def truncate(self, path: bytes, size: int) -> Entry:
         if size < 0:
             raise InvalidRequest("a size can't be negative")
@@ -217,7 +221,7 @@ class SftpRemote:
 
     # --- names ----------------------------------------------------------------------------------
 
-    async def create(self, path: bytes, mode: int) -> Entry:
+    async def create(self, path: bytes, mode: int, handle: int = NO_HANDLE) -> Entry:
         return await write.create(await self._place(path), mode)
 
     async def make_directory(self, path: bytes, mode: int) -> Entry:

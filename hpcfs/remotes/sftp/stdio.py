@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import asyncssh
-from asyncssh.logging import SSHLogger
-from asyncssh.logging import logger as asyncssh_logger
+from asyncssh.logging import SSHLogger, logger as asyncssh_logger
 
 from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.sftp.greeting import greet

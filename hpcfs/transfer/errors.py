@@ -1,0 +1,146 @@
+"""What a remote, or the way to it, can refuse: the errors that cross from a transfer process to the
+daemon. messages.py has them on the wire, and shows them to both sides.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import msgspec
+
+
+class RemoteError(Exception):
+    """A request that the remote, or the way to it, did not carry out.
+
+    The message is one sentence for the user, without a trailing period. `lasting` errors are not
+    cured by trying again: a refused credential must not be retried on its own (invariant 4).
+    """
+
+    lasting: ClassVar[bool] = False
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0]) if self.args else type(self).__name__
+
+
+class NotFound(RemoteError):
+    """No entry has this name."""
+
+
+class AlreadyExists(RemoteError):
+    """The name is taken, and the request asked for a new one."""
+
+
+class PermissionDenied(RemoteError):
+    """The remote user may not do this to this entry."""
+
+
+class NotADirectory(RemoteError):
+    """A directory was needed and something else is there."""
+
+
+class IsADirectory(RemoteError):
+    """Something else than a directory was needed."""
+
+
+class DirectoryNotEmpty(RemoteError):
+    """Only an empty directory can be removed or replaced."""
+
+
+class InvalidName(RemoteError):
+    """The remote can't hold this name (S3 keys are UTF-8; SFTP names have no NUL)."""
+
+
+class NameTooLong(RemoteError):
+    """The name or the path is longer than the remote accepts."""
+
+
+class InvalidRequest(RemoteError):
+    """The request makes no sense (a directory moved into itself, a negative size)."""
+
+
+class NotSupported(RemoteError):
+    """This kind of remote, or this server, has no such operation."""
+
+
+class NoSpace(RemoteError):
+    """The remote is full or the user's quota there is used up."""
+
+
+class TooLarge(RemoteError):
+    """The file would be larger than the remote accepts (5 TiB on S3)."""
+
+
+class Changed(RemoteError):
+    """The file's content on the remote is no longer the version that was asked for."""
+
+
+class Conflict(RemoteError):
+    """The remote has another version than the one that was to be changed: nothing was written."""
+
+
+class AheadLost(RemoteError):
+    """What was sent ahead of an upload is not there any more: all of it must be sent again."""
+
+
+class Unreachable(RemoteError):
+    """No connection to the site now; a later attempt may succeed."""
+
+
+class TimedOut(Unreachable):
+    """The deadline passed without an answer."""
+
+
+class AccessRefused(RemoteError):
+    """The site refused the login or the credentials; only the user can mend that."""
+
+    lasting = True
+
+
+class HostKeyRefused(RemoteError):
+    """The server's host key is unknown or changed; only the user can decide to trust it."""
+
+    lasting = True
+
+
+class WrongSettings(RemoteError):
+    """What the configuration names is not there: no such bucket, host name or key file."""
+
+    lasting = True
+
+
+class ProtocolError(RemoteError):
+    """The remote answered something that makes no sense."""
+
+
+class CacheDiskFull(RemoteError):
+    """The local disk took no more bytes while something was fetched into the cache."""
+
+
+class CacheFileGone(RemoteError):
+    """The cache file is not there, as the daemon went on without it, or can't be opened."""
+
+
+class RemoteFailure(RemoteError):
+    """The remote reported a failure that has no better class."""
+
+
+def _all_errors(base: type[RemoteError]) -> list[type[RemoteError]]:
+    return [base] + [found for child in base.__subclasses__() for found in _all_errors(child)]
+
+
+ERRORS: dict[str, type[RemoteError]] = {cls.__name__: cls for cls in _all_errors(RemoteError)}
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """A `RemoteError` on the wire."""
+
+    kind: str
+    message: str
+
+    @classmethod
+    def of(cls, error: RemoteError) -> Failure:
+        return cls(type(error).__name__, error.message)
+
+    def error(self) -> RemoteError:
+        return ERRORS.get(self.kind, RemoteFailure)(self.message)
