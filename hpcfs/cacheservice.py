@@ -198,8 +198,8 @@ async def _answer_unmounted(
 
 @asynccontextmanager
 async def _unmounted(directory: Path, mountpoint: str) -> AsyncIterator[Store]:
-    """The cache, locked. What a killed daemon had not uploaded is moved to kept/ first, as a mount
-    does. The lock's file tells afterwards what it told before."""
+    """The cache, locked. What the last mount had not uploaded is in use, and so is not touched. The
+    lock's file tells afterwards what it told before."""
     lock = directory / "lock"
     told = lock.read_text(errors="replace") if mountpoint else ""
     try:
@@ -208,6 +208,11 @@ async def _unmounted(directory: Path, mountpoint: str) -> AsyncIterator[Store]:
         raise SetupError(str(error)) from None
     try:
         journal = Journal.open(directory)
+        for row in journal.rows:
+            if not row.is_kept:
+                await store.take_up(
+                    row.name, row.origin, row.path, row.version, row.size, row.ranges
+                )
         await journal.close()
         yield store
         if told:

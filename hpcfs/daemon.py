@@ -29,6 +29,7 @@ from hpcfs.control import control, mountpoint, server as control_server
 from hpcfs.errors import SetupError
 from hpcfs.filesystem.filesystem import Filesystem
 from hpcfs.filesystem.namespace import Namespace
+from hpcfs.filesystem.restoring import Restoring
 from hpcfs.kernel import operations as kernel
 from hpcfs.system import mountinfo
 from hpcfs.transfer.client import Ask, SiteClient
@@ -121,12 +122,15 @@ class _Daemon:
             await services.start(
                 control_server.serve, self._settings.socket, self.status, service.answer
             )
+            await self._take_up()
             services.start_soon(self._store.evict_forever)
+            services.start_soon(self._fs.files.backlog.run)
             services.start_soon(self._save_forever)
             services.start_soon(self._remove_strays)
             await self._serve_kernel()
             log.info("unmounted; finishing what is open")
             await self._fs.files.close_all()
+            await self._fs.files.backlog.drain()
 
     async def _open_cache(self, stack: AsyncExitStack) -> None:
         settings = self._settings
@@ -144,6 +148,20 @@ class _Daemon:
             raise MountFailed(
                 f"the cache directory {settings.cache_dir} can't be used: {error}"
             ) from None
+
+    async def _take_up(self) -> None:
+        """What an earlier mount had not uploaded."""
+        restoring = Restoring(
+            self._fs.tree, self._store, self._fs.files, self._journal, self._namespaces
+        )
+        try:
+            count = await restoring.restore(self._journal.rows)
+        except (OSError, sqlite3.Error) as error:
+            raise MountFailed(
+                f"what an earlier mount left in {self._settings.cache_dir} can't be read: {error}"
+            ) from None
+        if count:
+            log.info("%d files that an earlier mount had not uploaded are uploaded now", count)
 
     async def _close_store(self) -> None:
         with trio.CancelScope(shield=True):
@@ -239,6 +257,8 @@ class _Daemon:
         while True:
             await trio.sleep(SAVE_SECONDS)
             try:
+                await self._fs.files.note_dirty()
+                await self._journal.sync()
                 await self._store.save()
             except (OSError, sqlite3.Error) as error:
                 if not failing:

@@ -62,6 +62,18 @@ class RangeSet:
         first = bisect_right(self._ends, start)
         return first < len(self._starts) and self._starts[first] < end
 
+    def covers(self, start: int, end: int) -> bool:
+        """Whether all of [start, end) is in the set."""
+        at = bisect_right(self._starts, start) - 1
+        return start >= end or (at >= 0 and self._ends[at] >= end)
+
+    def without(self, other: RangeSet) -> RangeSet:
+        """What is in this set and not in the other."""
+        rest = self.copy()
+        for start, end in other:
+            rest.remove(start, end)
+        return rest
+
     def copy(self) -> RangeSet:
         twin = RangeSet()
         twin._starts = self._starts.copy()

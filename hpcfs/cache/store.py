@@ -199,6 +199,29 @@ class Store:
         self.shelf.files[name] = file
         return file
 
+    async def take_up(
+        self,
+        name: str,
+        origin: str,
+        key: bytes,
+        version: bytes,
+        size: int,
+        dirty: list[tuple[int, int]],
+    ) -> CacheFile:
+        """The cache file in which an earlier mount left bytes that the remote does not have. What
+        the index knows of its other blocks counts, once verified. Raises OSError, sqlite3.Error."""
+        async with self.shelf.lookup:
+            record = await self.in_thread(self._index.find, origin, key)
+            file = self._open_file(name, origin, key, version, size)
+            if record and (record.name, record.version) == (name, version):
+                file.blocks.load(record.chunks, record.blocks)
+                self.shelf.rows[name] = Row.of(record)
+        for start, end in dirty:
+            file.mark_written(start, end)
+        file.users = 1
+        self.adopt(file)
+        return file
+
     def adopt(self, file: CacheFile) -> None:
         """`file` is what its key means from now on; another version that is in use is not."""
         other = self._active.get((file.origin, file.key))

@@ -17,6 +17,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import msgspec
 import trio
 
 from hpcfs.cache.fetcher import Budget
@@ -26,6 +27,7 @@ from hpcfs.cache.store import Store
 from hpcfs.filesystem.errors import CacheFull, Stale
 from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.reading import Place, RemoteContent
+from hpcfs.filesystem.sending import Sending
 from hpcfs.filesystem.snapshot import Snapshot, merge_attributes
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.messages import BLOCK_BYTES
@@ -35,6 +37,8 @@ log = logging.getLogger(__name__)
 
 UPLOAD_TIMEOUT = 120.0
 """Seconds without progress."""
+PIECE_TIMEOUT = 600.0
+"""Seconds for what is sent ahead, which reports no progress: 28 kB/s."""
 
 
 class Content(RemoteContent):
@@ -59,18 +63,51 @@ class Content(RemoteContent):
         """Closed for good."""
         self.new = False
         """The remote has no such file yet."""
+        self.made = False
+        """Made on the remote by this handle, empty, and not confirmed: its version is not known."""
+        self.replace = False
+        """New, and renamed over what has the name on the remote."""
+        self.attempted = False
+        """An upload may have begun to write: the remote's version is neither known nor others'."""
         self.resized = False
         self.pending = m.Attributes()
         self.journaled = False
+        self.secured = False
+        """The journal has all that is dirty."""
+        self.failure: m.RemoteError | None = None
+        """What the remote said to an upload that no program waited for; told once."""
+        self.uploaded_bytes = 0
+        """Of the upload under way."""
         self.writers = 0
         self.upload_lock = trio.Lock()
         self._in_upload = RangeSet()
+        self._base_sizes: list[int] = []
+        """Of the upload under way, until the remote confirmed it."""
+        self.write_handle = m.NO_HANDLE
+        """Under which the remote holds the file open since it was made."""
+        self._sending = Sending(self._send_piece, self._handle_for_sending, nursery)
 
     def is_dirty(self) -> bool:
         if self.orphan:
             return False
         in_motion = self._in_motion is not None
-        return bool(in_motion or self.file.dirty or self.new or self.resized or self.pending)
+        waits = self.new or self.made or self.resized or self.pending
+        return bool(in_motion or self.file.dirty or waits)
+
+    @property
+    def is_being_sent(self) -> bool:
+        """Under the name that it has."""
+        return self._sending.handle != m.NO_HANDLE
+
+    @property
+    def bytes_left(self) -> int:
+        """That the remote does not have yet, as far as is known."""
+        dirty = self.file.dirty.total - self._sending.sent.total
+        return max(0, dirty + max(0, self._in_upload.total - self.uploaded_bytes))
+
+    @property
+    def dirty_bytes(self) -> int:
+        return self.file.dirty.total + self._in_upload.total
 
     # --- writing --------------------------------------------------------------------------------
 
@@ -125,6 +162,10 @@ class Content(RemoteContent):
                 raise CacheFull("the local disk with the cache is full") from None
             raise
         self.file.mark_written(offset, end)
+        self.secured = False
+        self._sending.wrote(offset, end)
+        if not self.base_size and not self.replace and self._in_motion is None and not self.orphan:
+            self._sending.advance(self.file.dirty, end)
 
     def _undo_write(self, offset: int, end: int, old_size: int) -> None:
         """A part may be in the file. In a clean block it goes, and the remote's bytes are fetched
@@ -151,13 +192,54 @@ class Content(RemoteContent):
         self.file.resize(size)
         self.base_size = min(self.base_size, size)
         self.resized = True
+        self.secured = False
+        self._stop_sending()
         return True
+
+    # --- sending while it is written --------------------------------------------------------------
+
+    def _handle_for_sending(self) -> int:
+        return self.write_handle or self.namespace.new_handle()
+
+    async def _send_piece(self, handle: int, offset: int) -> None:
+        """Where the remote writes in place, the file is there from now on, whatever follows."""
+        base_version = self._base_version()
+        if self.abilities.partial_writes:
+            self.new, self.attempted = False, True
+        request = m.UploadAhead(
+            self.place.path,
+            self.file.path,
+            offset,
+            m.AHEAD_BYTES,
+            stat.S_IMODE(self.place.entry.mode),
+            handle,
+            base_version,
+        )
+        with self.pinned():
+            await self.namespace.call(request, type(None), PIECE_TIMEOUT)
+
+    def _stop_sending(self) -> None:
+        """What was sent is of no use any more."""
+        handle = self._sending.reset() or self.write_handle
+        self.write_handle = m.NO_HANDLE
+        self._abandon(handle)
+
+    def _abandon(self, handle: int) -> None:
+        if handle != m.NO_HANDLE:
+            self._nursery.start_soon(self._release, handle)
+
+    async def _release(self, handle: int) -> None:
+        try:
+            await self.namespace.do(m.Release(handle))
+        except m.RemoteError as error:
+            log.debug("releasing %r: %s", self.place.path, error.message)
 
     # --- uploading (writeback/uploader.py calls these) --------------------------------------------
 
-    async def complete(self) -> None:
-        """Where the remote takes only whole files, all of it must be here, and undamaged."""
-        if self.abilities.partial_writes:
+    async def complete(self, *, whole: bool = False) -> None:
+        """Where the remote takes only whole files, or with `whole`, all of it must be here, and
+        undamaged."""
+        if self.abilities.partial_writes and not whole:
             return
         blocks = self._blocks(0, self.base_size)
         while True:
@@ -168,53 +250,104 @@ class Content(RemoteContent):
             await self._verify(untrusted)
 
     def unconfirmed(self, reason: str = "") -> Unconfirmed:
-        ranges = [*self.file.dirty, *self._in_upload]
         return Unconfirmed(
             self.file.name,
             self.namespace.name,
+            self.namespace.origin,
             self.place.path,
             self.size,
-            self.base_size,
-            sorted(ranges),
+            min([self.base_size, *self._base_sizes]),
+            self._blocks_written(),
             self.file.path,
-            reason,
+            self.version,
+            self.place.entry,
+            self.abilities,
+            self.pending,
+            new=self.new,
+            replace=self.replace,
+            resized=self.resized,
+            attempted=self.attempted or self.made,
+            reason=reason,
         )
 
+    def _blocks_written(self) -> list[tuple[int, int]]:
+        """The dirty ranges, extended to their blocks: all of a block is in the cache file once a
+        part of it was written, and what is not in the journal counts as not there."""
+        whole = RangeSet()
+        for start, end in [*self.file.dirty, *self._in_upload]:
+            first, last = start // BLOCK_BYTES, -(-end // BLOCK_BYTES)
+            whole.add(first * BLOCK_BYTES, min(last * BLOCK_BYTES, self.size))
+        return list(whole)
+
+    def _base_version(self) -> bytes | None:
+        """What an upload may change (messages.Upload)."""
+        if self.made or self.replace or self.attempted:
+            return None
+        return b"" if self.new else self.version
+
     async def send(self, snapshot: Snapshot, *, sync: bool) -> m.Entry:
-        other_version = await self._meets_other_version(snapshot)
+        request = self._request(snapshot, sync=sync)
+        try:
+            return await self.namespace.upload(request, UPLOAD_TIMEOUT, self._progressed)
+        except m.AheadLost as lost:
+            log.info("%r is sent again: %s", self.place.path, lost.message)
+        base_version = None if self.abilities.partial_writes else request.base_version
+        again = msgspec.structs.replace(
+            request,
+            ranges=_lengths(snapshot.ranges),
+            handle=m.NO_HANDLE,
+            base_version=base_version,
+        )
+        return await self.namespace.upload(again, UPLOAD_TIMEOUT, self._progressed)
+
+    def _request(self, snapshot: Snapshot, *, sync: bool) -> m.Upload:
         entry = self.place.entry
         times = m.Attributes(atime_ns=entry.atime_ns, mtime_ns=entry.mtime_ns)
-        request = m.Upload(
+        return m.Upload(
             self.place.path,
             self.file.path,
             snapshot.size,
             snapshot.base_size,
-            [(start, end - start) for start, end in snapshot.ranges],
+            _lengths(snapshot.ranges.without(snapshot.sent)),
             merge_attributes(times, snapshot.attributes),
             stat.S_IMODE(entry.mode),
             sync,
+            self._base_version(),
+            self.replace,
+            snapshot.handle,
         )
-        answer = await self.namespace.call(request, m.Entry, UPLOAD_TIMEOUT)
-        if other_version:
-            log.warning("%r was changed by others too: what both wrote is in it", self.place.path)
-            self._drop_clean()
-        return answer
 
-    async def _meets_other_version(self, snapshot: Snapshot) -> bool:
-        """Whether ranges are about to be written into a version that is not the one in the cache:
-        what is cached of that one is not what the file will have beside them."""
-        if not self.abilities.partial_writes or not min(snapshot.base_size, snapshot.size):
-            return False
-        try:
-            return (await self.namespace.stat(self.place.path)).version != self.version
-        except m.NotFound:
-            return True
+    def _progressed(self, done: int) -> None:
+        """The first bytes are on their way: from now on the remote's version may be any."""
+        self.uploaded_bytes = done
+        self.attempted = True
 
-    def _drop_clean(self) -> None:
-        blocks = self.file.blocks.present()
-        dirty = self.file.dirty
-        is_clean = [b for b in blocks if not dirty.overlaps(b * BLOCK_BYTES, (b + 1) * BLOCK_BYTES)]
-        self.file.evict(is_clean)
+    async def send_aside(self, path: bytes) -> m.Entry:
+        """The whole file as it is here, as a new one beside the one that others changed."""
+        entry = self.place.entry
+        attributes = m.Attributes(
+            mode=stat.S_IMODE(entry.mode), atime_ns=entry.atime_ns, mtime_ns=entry.mtime_ns
+        )
+        request = m.Upload(
+            path,
+            self.file.path,
+            self.size,
+            0,
+            [(0, self.size)] if self.size else [],
+            attributes,
+            stat.S_IMODE(entry.mode),
+            base_version=b"",
+        )
+        with self.pinned():
+            return await self.namespace.upload(request, UPLOAD_TIMEOUT, lambda done: None)
+
+    def give_up(self) -> None:
+        """Nothing of it will be uploaded any more; who has it open reads on."""
+        self._stop_sending()
+        self.file.dirty = RangeSet()
+        self.pending = m.Attributes()
+        self.new = self.made = self.resized = False
+        self.orphan = self.replaced = True
 
     @contextmanager
     def in_motion(self) -> Iterator[None]:
@@ -237,11 +370,27 @@ class Content(RemoteContent):
 
     async def begin_upload(self) -> Snapshot:
         """What is dirty now is on its way; what is written from now on is dirty anew."""
+        await self._sending.settle()
         await self._fetcher.settle()
         # No await from here: atomic.
-        snapshot = Snapshot(self.file.dirty, self.size, self.base_size, self.pending, self.resized)
+        sent, sent_under = self._sending.sent, self._sending.handle
+        snapshot = Snapshot(
+            self.file.dirty,
+            self.size,
+            self.base_size,
+            self.pending,
+            self.resized,
+            sent,
+            sent_under if sent else self.write_handle,
+        )
+        if sent_under != snapshot.handle:
+            self._stop_sending()
+        self._sending.reset()
+        self.write_handle = m.NO_HANDLE
         self.file.dirty = RangeSet()
         self._in_upload = snapshot.ranges
+        self._base_sizes = [snapshot.base_size]
+        self.uploaded_bytes = sent.total
         self.pending = m.Attributes()
         self.resized = False
         self.base_size = self.size
@@ -259,11 +408,19 @@ class Content(RemoteContent):
             self.pending = merge_attributes(snapshot.attributes, self.pending)
             self.resized = self.resized or snapshot.resized
             self.base_size = min(self.base_size, snapshot.base_size)
+            self._abandon(snapshot.handle)
         else:
             self.file.version = entry.version
-            self.new = False
-            self.growing = False
+            self.new = self.made = self.replace = self.growing = False
+            self.failure = None
         self._in_upload = RangeSet()
+        self._base_sizes = []
+        self.uploaded_bytes = 0
+        self.secured = False
         self._in_motion.set()
         self._in_motion = None
         self._store.check_bound()
+
+
+def _lengths(ranges: RangeSet) -> list[tuple[int, int]]:
+    return [(start, end - start) for start, end in ranges]

@@ -143,6 +143,10 @@ class Directories:
             self._is_complete(node, listing)
         return listing
 
+    def made(self, node: Node) -> None:
+        """The directory was just made here: nothing is in it but what is made here too."""
+        self._known.put(node, self._new_listing(), self._tree.now())
+
     def _is_complete(self, node: Node, listing: Listing) -> None:
         now = self._tree.now()
         self._known.put(node, listing, now)

@@ -55,5 +55,9 @@ class CacheFull(FilesystemError):
     """The local disk has no room for the cache."""
 
 
+class JournalFull(FilesystemError):
+    """So much waits to be uploaded that no more may be written."""
+
+
 class BadHandle(FilesystemError):
     """The file was not opened for this."""

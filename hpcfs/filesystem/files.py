@@ -1,7 +1,8 @@
 """Open files: what open(2), read(2), write(2), close(2) and truncate(2) mean.
 
 Close-to-open: open(2) asks the remote for the file's version; close(2) and fsync(2) return once
-the remote has what was written (`through` mode), or fail with the reason.
+the remote has what was written, or fail with the reason. In `back` mode close(2) returns once the
+journal has it, and backlog.py does the rest.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import os
 import stat
 import time
+from collections import deque
 
 import msgspec
 import trio
@@ -17,6 +19,8 @@ import trio
 from hpcfs.cache.fetcher import Budget
 from hpcfs.cache.file import CacheFile
 from hpcfs.cache.store import Store
+from hpcfs.filesystem import conflict
+from hpcfs.filesystem.backlog import Backlog
 from hpcfs.filesystem.content import Content
 from hpcfs.filesystem.errors import (
     BadHandle,
@@ -33,12 +37,14 @@ from hpcfs.filesystem.reading import Place
 from hpcfs.filesystem.sweeper import Sweeper
 from hpcfs.filesystem.tree import Node, Tree
 from hpcfs.transfer import messages as m
+from hpcfs.writeback.journal import Unconfirmed
 from hpcfs.writeback.uploader import Uploader
 
 log = logging.getLogger(__name__)
 
 OPEN_FRESH_SECONDS = 0.1
 """open(2) asks the remote for the file's version, unless the path walk just before it did."""
+MOST_NOTICES = 100
 KEEP_REMOVED_BYTES = 64 * 1024 * 1024
 """Of a file that is removed while it is open, so much that is missing is fetched first."""
 
@@ -47,13 +53,23 @@ class Files:
     """Handles are small numbers, never reused while the mount lives."""
 
     def __init__(
-        self, tree: Tree, store: Store, uploader: Uploader, nursery: trio.Nursery, uid: int
+        self,
+        tree: Tree,
+        store: Store,
+        uploader: Uploader,
+        nursery: trio.Nursery,
+        uid: int,
+        gid: int,
     ) -> None:
         self._tree = tree
         self._store = store
         self._uploader = uploader
         self._nursery = nursery
         self._uid = uid
+        self._gid = gid
+        self.backlog = Backlog(uploader, self.flush, self._retire_if_done, nursery)
+        self.notices: deque[str] = deque(maxlen=MOST_NOTICES)
+        """What the user should know, the last ones: conflicts."""
         self._budget = Budget()
         self.sweeper = Sweeper(tree, store, self._make_content, nursery)
         self._open: dict[int, OpenFile] = {}
@@ -67,7 +83,7 @@ class Files:
 
     @property
     def dirty_count(self) -> int:
-        return len({id(f.content) for f in self._open.values() if f.content.is_dirty()})
+        return len(self.dirty())
 
     # --- open and create ---------------------------------------------------------------------
 
@@ -81,8 +97,7 @@ class Files:
         await self.settled(node)
         if not writing:
             self.sweeper.opened(node)
-        if not flags & os.O_TRUNC:
-            await self._revalidate(node, namespace)
+        await self._revalidate(node, namespace)
         content = await self._content(node, namespace)
         content.users += 1
         handle = self._add(OpenFile(node, content, flags))
@@ -188,13 +203,20 @@ class Files:
             await node.content.closing.wait()
 
     async def create(self, parent: Node, name: bytes, mode: int, flags: int) -> tuple[int, Node]:
-        """-> (handle, node) of a new empty file."""
+        """-> (handle, node) of a new empty file. In `back` mode the remote does not hear of it yet:
+        the kernel has just been told that there is no such name."""
         namespace = parent.namespace
         assert namespace
         abilities = await namespace.abilities()
         path = parent.path + b"/" + name if parent.path else name
         asked = self._tree.now()
-        entry = await namespace.entry(m.Create(path, stat.S_IMODE(mode)))
+        handle = m.NO_HANDLE
+        if namespace.writes_back:
+            await self.backlog.make_room(None, 0)
+            entry = self._entry_made_here(parent, name, mode, abilities)
+        else:
+            handle = namespace.new_handle()
+            entry = await namespace.entry(m.Create(path, stat.S_IMODE(mode), handle))
         if (known := self._tree.child(parent, name)) is not None:
             if known.content is not None and known.content.new:
                 raise Exists("another program is just creating this file")
@@ -205,10 +227,23 @@ class Files:
         self._store.adopt(file)
         content = self._make_content(node, namespace, abilities, file)
         content.users = 1
-        content.new = abilities.creates_on_upload
+        content.new = abilities.creates_on_upload or namespace.writes_back
+        if not content.new:
+            content.made, content.write_handle = True, handle
         node.content = content
         node.pages_version = content.version
         return self._add(OpenFile(node, content, flags)), node
+
+    def _entry_made_here(
+        self, parent: Node, name: bytes, mode: int, abilities: m.Abilities
+    ) -> m.Entry:
+        directory = parent.entry
+        if self._uid and directory.uid == self._uid and not directory.mode & stat.S_IWUSR:
+            raise NotPermitted("the directory's mode does not let you make files in it")
+        now = time.time_ns()
+        now -= now % abilities.mtime_resolution_ns
+        shown = stat.S_IFREG | stat.S_IMODE(mode)
+        return m.Entry(name, shown, 0, now, now, self._uid, self._gid)
 
     def _add(self, opened: OpenFile) -> int:
         self._next += 1
@@ -228,6 +263,8 @@ class Files:
     async def write(self, handle: int, offset: int, data: bytes) -> int:
         opened = self.get(handle)
         opened.check_writable()
+        if opened.content.namespace.writes_back and not opened.content.orphan:
+            await self.backlog.make_room(opened.content, len(data))
         async with self._uploader.writing(opened.content):
             await opened.content.write(offset, data)
         self._stamp(opened.node)
@@ -260,7 +297,7 @@ class Files:
         content.users += 1
         try:
             await self._cut(node, content, size)
-            await self.flush(content)
+            await self.closed(content)
         finally:
             await self._leave(content)
 
@@ -274,9 +311,30 @@ class Files:
 
     async def flush(self, content: Content, *, sync: bool = False) -> None:
         """Return once the remote has what was written. Raises RemoteError."""
-        entry = await self._uploader.upload(content, sync=sync)
+        try:
+            entry = await self._uploader.upload(content, sync=sync)
+        except (m.Conflict, m.Changed) as error:
+            raise m.Conflict(await self._set_aside(content, error.message)) from None
         if entry is not None:
             self._confirmed(content, entry)
+
+    async def _set_aside(self, content: Content, reason: str) -> str:
+        """Others changed the file since it was opened: both versions stay. Returns the user's
+        sentence. Raises Unreachable when that can't be done now."""
+        node = self._node(content)
+        async with content.upload_lock:
+            if content.orphan:
+                return reason
+            told = await conflict.set_aside(content, self._uploader, reason)
+            content.give_up()
+            self._store.forget(content.file)
+        self.backlog.gone(content)
+        self.notices.append(f"{content.namespace.name}/{told}")
+        log.warning("%s", told)
+        self.lose(node)
+        if node.parent:
+            self._tree.expire(node.parent)
+        return told
 
     def _node(self, content: Content) -> Node:
         """The node that it was made for, whether or not the tree still has it."""
@@ -294,12 +352,46 @@ class Files:
             self._tree.expire(node.parent)
 
     async def flush_handle(self, handle: int, *, sync: bool = False) -> None:
-        await self.flush(self.get(handle).content, sync=sync)
+        """fsync(2), or close(2), which is nothing to who only read: whoever wrote hears of it."""
+        opened = self.get(handle)
+        if sync:
+            await self.flush(opened.content, sync=True)
+        elif opened.is_writable:
+            await self.closed(opened.content)
+
+    async def closed(self, content: Content) -> None:
+        """What close(2) promises in the namespace's mode. Raises RemoteError."""
+        if content.namespace.writes_back:
+            await self.backlog.closed(content)
+        else:
+            await self.flush(content)
+
+    async def changed(self, content: Content) -> None:
+        """Its attributes were set while it is dirty. Nobody may close it any more."""
+        if content in self.backlog.schedule and not content.orphan:
+            await self.backlog.closed(content)
+
+    async def note_dirty(self) -> None:
+        """So that a kill costs no more of what is still open than was written since the last call;
+        nobody was told that it is safe."""
+        for content in self.dirty():
+            if not content.secured and content.journaled and not content.upload_lock.locked():
+                await self._uploader.note_progress(content)
+
+    async def secure(self, content: Content, *, instead_of: str | None = None) -> None:
+        """The journal has all of it; `instead_of` is the row of a file that it replaced."""
+        await self._uploader.secure(content, instead_of=instead_of)
+
+    def dirty(self) -> list[Content]:
+        """All that the remote does not have as it is here."""
+        contents = {id(opened.content): opened.content for opened in self._open.values()}
+        contents.update((id(content), content) for content in self.backlog.schedule)
+        return [content for content in contents.values() if content.is_dirty()]
 
     async def flush_all(self) -> None:
         """Everything that is open, one after the other; errors are the close's to report."""
-        for content in {id(f.content): f.content for f in self._open.values()}.values():
-            if content.is_dirty():
+        for content in self.dirty():
+            if not content.namespace.writes_back:
                 try:
                     await self.flush(content)
                 except m.RemoteError as error:
@@ -320,13 +412,34 @@ class Files:
         if content.users:
             return
         content.stop_prefetch()
+        if content.namespace.writes_back and content.is_dirty():
+            await self._leave_to_backlog(content)
+            return
         content.closing = trio.Event()
         try:
             uploaded = await self._last_close(content)
         finally:
             content.closing.set()
             content.closing = None
-        if not uploaded or content.is_idle():
+        if not uploaded:
+            self._retire(content)
+        else:
+            self._retire_if_done(content)
+
+    async def _leave_to_backlog(self, content: Content) -> None:
+        """Nobody hears of an error any more: what the journal did not take stays dirty here."""
+        try:
+            if not content.secured:
+                await self.backlog.secure(content)
+        except m.RemoteError as error:
+            log.warning("%r: %s", content.place.path, error.message)
+        self._retire_if_done(content)
+
+    def _retire_if_done(self, content: Content) -> None:
+        """After something that may have been the content's last use."""
+        if content.users or content.closing is not None or content.is_dirty():
+            return
+        if content.is_idle():
             self._retire(content)
         else:
             self._nursery.start_soon(self._retire_when_idle, content)
@@ -337,6 +450,8 @@ class Files:
         while content.is_dirty():
             try:
                 await self.flush(content)
+            except m.Conflict:
+                continue  # both versions are safe
             except m.RemoteError as error:
                 await self._uploader.keep(content, error.message)
                 self._store.forget(content.file)
@@ -349,7 +464,7 @@ class Files:
 
     async def _retire_when_idle(self, content: Content) -> None:
         await content.settle()
-        if not content.users and content.closing is None:
+        if not content.users and content.closing is None and not content.is_dirty():
             self._retire(content)
 
     def _retire(self, content: Content) -> None:
@@ -363,6 +478,16 @@ class Files:
         self._tree.drop_if_unused(node)
         if content.held:
             self._nursery.start_soon(content.let_go)
+
+    def take_up(self, node: Node, namespace: Namespace, row: Unconfirmed, file: CacheFile) -> None:
+        """An earlier mount left this file: it is written as far as the row says."""
+        content = self._make_content(node, namespace, row.abilities, file)
+        content.base_size = row.base_size
+        content.pending, content.resized = row.pending, row.resized
+        content.new, content.replace, content.attempted = row.new, row.replace, row.attempted
+        content.needs_disk = content.journaled = content.secured = True
+        node.content = content
+        self.backlog.take_up(content, row.reason)
 
     # --- names change ---------------------------------------------------------------------------
 
@@ -382,5 +507,9 @@ class Files:
             node.content.orphan = True
 
     async def forget_orphan(self, node: Node) -> None:
-        if node.content:
-            await self._uploader.forget(node.content)
+        """Call it after `orphan`, once that is certain."""
+        content = node.content
+        if content:
+            self.backlog.gone(content)
+            await self._uploader.forget(content)
+            self._retire_if_done(content)

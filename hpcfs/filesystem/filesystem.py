@@ -13,13 +13,12 @@ import os
 import stat
 import time
 from collections.abc import Iterable
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack
 
 import msgspec
 import trio
 
 from hpcfs.cache.store import Store
-from hpcfs.filesystem.content import Content
 from hpcfs.filesystem.directories import Directories, directory_entry
 from hpcfs.filesystem.errors import (
     CrossNamespace,
@@ -35,6 +34,7 @@ from hpcfs.filesystem.errors import (
 )
 from hpcfs.filesystem.files import Files
 from hpcfs.filesystem.namespace import Namespace
+from hpcfs.filesystem.renaming import Renaming, join
 from hpcfs.filesystem.snapshot import merge_attributes
 from hpcfs.filesystem.tree import ROOT_INO, Node, Tree
 from hpcfs.transfer import messages as m
@@ -77,7 +77,8 @@ class Filesystem:
                 name = namespace.name.encode()
                 entry = directory_entry(name, 0o755, self._uid, self._gid, now)
                 self.tree.add(self.tree.root, name, entry, 0.0, namespace)
-        self.files = Files(self.tree, store, uploader, nursery, self._uid)
+        self.files = Files(self.tree, store, uploader, nursery, self._uid, self._gid)
+        self._renaming = Renaming(self.tree, store, self.files)
         self.directories = Directories(
             self.tree, self._adopt, self.files.sweeper, str(store.directory), nursery
         )
@@ -287,6 +288,7 @@ class Filesystem:
             raise NameLong("names have at most 255 bytes")
         namespace = self._writable(parent)
         self.tree.note_made(parent, name)  # whatever comes of it: older listings don't tell
+        self.files.backlog.directory_times.forget(parent)
         return parent, namespace
 
     def _made(self, parent: Node, name: bytes, entry: m.Entry, asked: float) -> Node:
@@ -296,14 +298,24 @@ class Filesystem:
         self.tree.expire(parent)
         return self.tree.add(parent, name, entry, asked)
 
+    def _refuse_pending(self, parent: Node, name: bytes) -> None:
+        """The remote does not know of a file that is to be made there."""
+        known = self.tree.child(parent, name)
+        if known and known.content and known.content.new:
+            raise Exists("the name is taken")
+
     async def mkdir(self, parent_ino: int, name: bytes, mode: int) -> Node:
         parent, namespace = self._parent(parent_ino, name)
         asked = self.tree.now()
+        self._refuse_pending(parent, name)
         request = m.MakeDirectory(join(parent, name), stat.S_IMODE(mode))
-        return self._made(parent, name, await namespace.entry(request), asked)
+        node = self._made(parent, name, await namespace.entry(request), asked)
+        self.directories.made(node)
+        return node
 
     async def symlink(self, parent_ino: int, name: bytes, target: bytes) -> Node:
         parent, namespace = self._parent(parent_ino, name)
+        self._refuse_pending(parent, name)
         asked = self.tree.now()
         request = m.MakeSymlink(join(parent, name), target)
         return self._made(parent, name, await namespace.entry(request), asked)
@@ -313,7 +325,8 @@ class Filesystem:
         node = self.tree.get(ino)
         if node.namespace is not namespace:
             raise CrossNamespace("a hard link can't lead to another namespace")
-        await self._flush_below(node)
+        self._refuse_pending(parent, name)
+        await self._renaming.flush_below(node)
         asked = self.tree.now()
         request = m.MakeLink(node.path, join(parent, name))
         return self._made(parent, name, await namespace.entry(request), asked)
@@ -386,49 +399,21 @@ class Filesystem:
         new_parent, new_namespace = self._parent(new_parent_ino, new_name)
         if namespace is not new_namespace:
             raise CrossNamespace("a rename can't lead to another namespace")
-        path, target = join(parent, name), join(new_parent, new_name)
-        if path == target:
+        if (parent, name) == (new_parent, new_name):
             return
         node = await self.lookup(parent_ino, name)
-        replaced = self.tree.child(new_parent, new_name)
-        if replaced and replaced.content and replaced.content.new:
-            await self._flush_below(replaced)
-        if replaced:
-            await self.files.keep_readable(replaced)
-        await self._flush_below(node)
-        async with AsyncExitStack() as locks:
-            for content in self._open_below(node, replaced):
-                await locks.enter_async_context(content.upload_lock)
-            with ExitStack() as motion:
-                for content in self._open_below(node):
-                    motion.enter_context(content.in_motion())
-                await namespace.do(m.Rename(path, target, replace))
-                # No await from here to the end of the move: a lookup must not come in between.
-                if replaced:
-                    self.files.orphan(replaced)
-                self.tree.move(node, new_parent, new_name)
-        self.tree.expire(parent)
-        self.tree.expire(new_parent)
-        if replaced:
-            await self.files.forget_orphan(replaced)
-        await self._store.move(namespace.origin, path, target)
+        target = await self._target_of(new_parent, new_name, node)
+        await self._renaming.rename(namespace, node, new_parent, new_name, target, replace=replace)
 
-    def _open_below(self, *nodes: Node | None) -> list[Content]:
-        """All that is open in these, always in the same order."""
-        contents = {
-            id(below.content): below.content
-            for node in nodes
-            if node
-            for below in node.below()
-            if below.content
-        }
-        return sorted(contents.values(), key=lambda content: content.place.ino)
-
-    async def _flush_below(self, node: Node) -> None:
-        """What is renamed or linked must be on the remote first."""
-        for below in list(node.below()):
-            if below.content and below.content.is_dirty():
-                await self.files.flush(below.content)
+    async def _target_of(self, parent: Node, name: bytes, node: Node) -> Node | None:
+        """What will be replaced. Only where the remote is not asked to rename must it be known."""
+        child = self.tree.child(parent, name)
+        if child is None and node.content is not None and node.content.new:
+            try:
+                return await self.lookup(parent.ino, name)
+            except NoEntry:
+                return None
+        return child
 
     # --- attributes -------------------------------------------------------------------------------
 
@@ -445,6 +430,7 @@ class Filesystem:
         await self.files.settled(node)
         if node.content and (node.content.is_dirty() or node.content.orphan):
             self._set_later(node, attributes)
+            await self.files.changed(node.content)
         else:
             await self._set_now(node, namespace, attributes)
         return node
@@ -463,6 +449,7 @@ class Filesystem:
         content = node.content
         assert content
         content.pending = merge_attributes(content.pending, attributes)
+        content.secured = False
         resolution = content.abilities.mtime_resolution_ns
         entry = node.entry
         changed = {
@@ -485,6 +472,8 @@ class Filesystem:
         fresh, before = self.tree.is_fresh(node), node.entry.version
         entry = await namespace.entry(m.SetAttributes(node.path, attributes))
         self.tree.set_local(node, entry)
+        if node.is_directory and namespace.writes_back and attributes.mtime_ns is not None:
+            self.files.backlog.directory_times.put(node, attributes)
         if entry.version == before or not fresh:
             return
         if node.pages_version == before:
@@ -493,8 +482,3 @@ class Filesystem:
             node.content.file.version = entry.version
         elif not node.content:
             await self._store.renew_version(namespace.origin, node.path, before, entry.version)
-
-
-def join(parent: Node, name: bytes) -> bytes:
-    path = parent.path
-    return path + b"/" + name if path else name

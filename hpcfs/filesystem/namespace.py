@@ -7,13 +7,15 @@ behind it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from hpcfs.cache.link import Link
 from hpcfs.filesystem.errors import ReadOnly
 from hpcfs.transfer import messages as m
 
 T = TypeVar("T")
+WriteMode = Literal["through", "back"]
+"""What close(2) waits for: the remote, or the local journal."""
 
 DEFAULT_TIMEOUT = 30.0
 """Seconds without an answer or progress, for every call."""
@@ -23,7 +25,12 @@ class SiteCalls(Protocol):
     """One site's transfer process."""
 
     async def call(
-        self, namespace: str, request: m.Request, kind: type[T], timeout: float = ...
+        self,
+        namespace: str,
+        request: m.Request,
+        kind: type[T],
+        timeout: float = ...,
+        on_progress: Callable[[int], None] | None = ...,
     ) -> T: ...
 
     async def call_pages(
@@ -39,11 +46,19 @@ class Namespace:
     """`origin` names the remote folder across mounts: the cache is kept under it."""
 
     def __init__(
-        self, name: str, origin: str, site: SiteCalls, link: Link | None = None, *, read_only: bool
+        self,
+        name: str,
+        origin: str,
+        site: SiteCalls,
+        link: Link | None = None,
+        *,
+        read_only: bool,
+        write: WriteMode = "through",
     ) -> None:
         self.name = name
         self.origin = origin
         self.read_only = read_only
+        self.writes_back = write == "back"
         self.link = link or Link()
         """Shared by all namespaces of the site."""
         self._site = site
@@ -62,6 +77,15 @@ class Namespace:
     async def call(self, request: m.Request, kind: type[T], timeout: float = DEFAULT_TIMEOUT) -> T:
         """Raises RemoteError."""
         return await self._site.call(self.name, request, kind, timeout)
+
+    def knows_abilities(self, abilities: m.Abilities) -> None:
+        """As an earlier mount found them, for as long as the remote was not asked."""
+        self._abilities = self._abilities or abilities
+
+    async def upload(
+        self, request: m.Upload, timeout: float, on_progress: Callable[[int], None]
+    ) -> m.Entry:
+        return await self._site.call(self.name, request, m.Entry, timeout, on_progress)
 
     async def abilities(self) -> m.Abilities:
         """Connects on first use. Raises RemoteError."""

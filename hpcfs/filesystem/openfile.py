@@ -20,8 +20,12 @@ class OpenFile:
     flags: int
     readahead: Readahead = field(default_factory=Readahead)
 
+    @property
+    def is_writable(self) -> bool:
+        return self.flags & os.O_ACCMODE != os.O_RDONLY
+
     def check_writable(self) -> None:
-        if self.flags & os.O_ACCMODE == os.O_RDONLY:
+        if not self.is_writable:
             raise BadHandle("the file was opened for reading only")
 
     async def read(self, offset: int, length: int) -> bytes | bytearray:

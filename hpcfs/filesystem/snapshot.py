@@ -11,13 +11,16 @@ from hpcfs.transfer import messages as m
 @dataclass(frozen=True)
 class Snapshot:
     """Sizes in bytes. `base_size` is how much of the remote's old content still counts; `resized`
-    says that the size changed otherwise than by writing."""
+    says that the size changed otherwise than by writing; `sent` is what the remote has already,
+    under `handle`."""
 
     ranges: RangeSet
     size: int
     base_size: int
     attributes: m.Attributes
     resized: bool
+    sent: RangeSet
+    handle: int
 
 
 def merge_attributes(older: m.Attributes, newer: m.Attributes) -> m.Attributes:

@@ -60,9 +60,9 @@ class Child:
         return child
 
     def send(self, message: msgspec.Struct) -> None:
-        """Raises Unreachable when the process has ended."""
+        """Raises NotConnected when the process has ended."""
         if self.ended:
-            raise gone()
+            raise m.NotConnected(_GONE)
         rest = self._send_now(m.frame(message))
         if rest:
             self._waiting += 1

@@ -42,6 +42,7 @@ class _Pending:
     scope: trio.CancelScope
     timeout: float
     on_page: Callable[[bytes], None] | None
+    on_progress: Callable[[int], None] | None
     done: trio.Event
     asks_site: bool
     reply: m.Reply | None = None
@@ -76,10 +77,16 @@ class SiteClient:
     # --- calls --------------------------------------------------------------------------------
 
     async def call(
-        self, namespace: str, request: m.Request, kind: type[T], timeout: float = CALL_TIMEOUT
+        self,
+        namespace: str,
+        request: m.Request,
+        kind: type[T],
+        timeout: float = CALL_TIMEOUT,
+        on_progress: Callable[[int], None] | None = None,
     ) -> T:
-        """The answer to `request`, decoded as `kind`. Raises RemoteError."""
-        reply = await self._exchange(namespace, request, timeout, None)
+        """The answer to `request`, decoded as `kind`. `on_progress` hears how many bytes of a long
+        one are done. Raises RemoteError."""
+        reply = await self._exchange(namespace, request, timeout, None, on_progress)
         return msgspec.msgpack.decode(reply.result, type=kind)
 
     async def call_pages(
@@ -98,15 +105,16 @@ class SiteClient:
         request: m.Request,
         timeout: float,
         on_page: Callable[[bytes], None] | None,
+        on_progress: Callable[[int], None] | None = None,
     ) -> m.Reply:
         child = self._child or await self._start_process()
         self._next_id += 1
         call_id = self._next_id
-        if self._is_silent and not isinstance(request, m.Fetch | m.Upload):
+        if self._is_silent and not isinstance(request, m.Fetch | m.Upload | m.UploadAhead):
             timeout = min(timeout, _SILENT_TIMEOUT)
         with trio.CancelScope() as scope:
             asks_site = not isinstance(request, _ANSWERED_HERE)
-            pending = _Pending(scope, timeout, on_page, trio.Event(), asks_site)
+            pending = _Pending(scope, timeout, on_page, on_progress, trio.Event(), asks_site)
             if not self._questions:
                 pending.renew()
             self._pending[call_id] = pending
@@ -174,7 +182,7 @@ class SiteClient:
             if self._child:
                 return self._child
             if trio.current_time() < self._last_start + _RESTART_PAUSE:
-                raise gone()
+                raise m.NotConnected(gone().message)
             self._last_start = trio.current_time()
             self._state = "connecting"
             self._child = await Child.start(self._start_message, self._log_file)
@@ -206,6 +214,8 @@ class SiteClient:
                 if pending := self._pending.get(message.id):
                     self._heard(pending)
                     pending.renew()
+                    if pending.on_progress:
+                        pending.on_progress(message.progress.done)
             case m.Reply():
                 if pending := self._pending.get(message.id):
                     self._heard(pending)

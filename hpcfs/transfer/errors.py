@@ -87,6 +87,10 @@ class Unreachable(RemoteError):
     """No connection to the site now; a later attempt may succeed."""
 
 
+class NotConnected(Unreachable):
+    """No connection could be made: nothing was sent."""
+
+
 class TimedOut(Unreachable):
     """The deadline passed without an answer."""
 

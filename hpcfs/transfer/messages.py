@@ -32,6 +32,7 @@ from hpcfs.transfer.errors import (
     NameTooLong as NameTooLong,
     NoSpace as NoSpace,
     NotADirectory as NotADirectory,
+    NotConnected as NotConnected,
     NotFound as NotFound,
     NotSupported as NotSupported,
     PermissionDenied as PermissionDenied,

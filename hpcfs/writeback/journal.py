@@ -1,77 +1,95 @@
 """What is not on the remote yet, so that nothing written here is ever forgotten (invariant 3).
 
 A row stands for a file with dirty bytes: it is made before the first byte of a file is dirty,
-brought up to date when an upload begins, and removed when the remote confirmed it. The bytes
-themselves are in the cache file that the row names. A row that an earlier mount left, or whose
-upload failed when its last handle closed, is *kept*: its file moves to `kept/` and `hpcfs status`
-lists it with the reason.
+brought up to date when the file is closed and when an upload begins, and removed when the remote
+confirmed it. The bytes themselves are in the cache file that the row names. What an earlier mount
+left is taken up by the next one (filesystem/restoring.py). A file that can be neither uploaded nor
+shown is *kept*: its bytes move to `kept/`, and `hpcfs status` lists it with the reason.
 
-SQLite without syncs: a row survives the daemon's death at any moment, though not a loss of power;
-in `through` mode no program was told that its bytes are safe before the remote had them.
+SQLite in WAL mode. A row survives the daemon's death at any moment. Loss of power survives what was
+noted as `durable`: its bytes, then its row, are on the disk before the call returns. That is what
+close(2) promises in `back` mode; in `through` mode no program was told that its bytes are safe
+before the remote had them.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 import trio
 
+from hpcfs.transfer.messages import Abilities, Attributes, Entry
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_SCHEMA_VERSION = 1
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS files (
+CREATE TABLE unconfirmed (
     name TEXT PRIMARY KEY,
-    namespace TEXT NOT NULL,
-    path BLOB NOT NULL,
-    size INTEGER NOT NULL,
-    base_size INTEGER NOT NULL,
-    ranges BLOB NOT NULL,
-    data TEXT NOT NULL,
-    reason TEXT NOT NULL,
-    since REAL NOT NULL
-);
+    row BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE synced (times INTEGER NOT NULL);
+INSERT INTO synced VALUES (0);
 """
+_COPY_BYTES = 1024 * 1024
 
 
-_RANGES = 5
-"""The column that holds MessagePack."""
-
-
-class Unconfirmed(msgspec.Struct, frozen=True, array_like=True):
+class Unconfirmed(msgspec.Struct, frozen=True, omit_defaults=True):
     """A file that the remote has not confirmed.
 
-    `name` is its cache file's, `data` the path of its bytes, `ranges` the dirty (start, end) pairs
-    in bytes: outside of them, and below `base_size`, the remote's own bytes count. `reason` is
-    empty while the file is still open.
+    `name` is its cache file's, `data` the path of its bytes, `origin` names the remote folder
+    across mounts. `ranges` are the dirty (start, end) pairs in bytes, extended to whole blocks:
+    outside of them, and below `base_size`, the bytes of the remote's `version` count. `entry` is
+    what the mount shows, `pending` what is to be set besides times. The flags are Content's: the
+    remote has no such file yet (`new`), what has the name there is to be replaced in one step
+    (`replace`), an upload may have begun to write (`attempted`), the size changed (`resized`).
+    `reason` is empty while nothing was refused.
     """
 
     name: str
     namespace: str
+    origin: str
     path: bytes
     size: int
     base_size: int
     ranges: list[tuple[int, int]]
     data: str
+    version: bytes
+    entry: Entry
+    abilities: Abilities
+    pending: Attributes = Attributes()
+    new: bool = False
+    replace: bool = False
+    resized: bool = False
+    attempted: bool = False
     reason: str = ""
     since: float = 0.0
 
+    @property
+    def is_kept(self) -> bool:
+        return Path(self.data).parent.name == "kept"
+
 
 class Journal:
-    """Opened by `Journal.open`; every method but `kept` runs SQLite in a thread."""
+    """Opened by `Journal.open`; what changes it runs SQLite in a thread, one call at a time."""
 
     def __init__(self, directory: Path, db: sqlite3.Connection) -> None:
         self._directory = directory
         self._db = db
         self._limiter = trio.CapacityLimiter(1)
-        self._kept: dict[str, Unconfirmed] = {}
+        self._rows: dict[str, Unconfirmed] = {}
+        self._has_unsynced = False
+        """Since the last commit that was synced, something was confirmed."""
 
     @classmethod
     def open(cls, directory: Path) -> Journal:
@@ -80,49 +98,85 @@ class Journal:
         db = sqlite3.connect(
             directory / "journal.db", isolation_level=None, check_same_thread=False
         )
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = OFF")
-        db.execute(_SCHEMA)
-        journal = cls(directory, db)
-        journal._take_over()
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            _prepare(db)
+            journal = cls(directory, db)
+            journal._load()
+        except BaseException:
+            db.close()
+            raise
         return journal
 
-    def _take_over(self) -> None:
-        """What an earlier mount left is kept, with a reason."""
-        rows = self._db.execute(
-            "SELECT name, namespace, path, size, base_size, ranges, data, reason, since FROM files"
-        )
-        for row_values in rows.fetchall():
-            row = msgspec.convert(
-                [
-                    msgspec.msgpack.decode(value) if at == _RANGES else value
-                    for at, value in enumerate(row_values)
-                ],
-                Unconfirmed,
-            )
-            if not Path(row.data).exists():
+    def _load(self) -> None:
+        found = self._db.execute("SELECT name, row FROM unconfirmed").fetchall()
+        for name, packed in found:
+            row = self._mended(msgspec.msgpack.decode(packed, type=Unconfirmed))
+            if Path(row.data).exists():
+                self._rows[name] = row
+            else:
                 log.error("the bytes of %r are gone: %s", row.path, row.data)
-                self._db.execute("DELETE FROM files WHERE name = ?", (row.name,))
-                continue
-            reason = row.reason or "hpcfs ended before the remote confirmed the upload"
-            self._keep_now(msgspec.structs.replace(row, reason=reason))
+                self._delete([name])
+        self._remove_second_names()
+
+    def _remove_second_names(self) -> None:
+        """A kill between the steps of keeping left bytes in kept/ that a row names elsewhere."""
+        known = {row.data for row in self.kept}
+        for place in (self._directory / "kept").iterdir():
+            if str(place) not in known and place.stat().st_nlink > 1:
+                place.unlink()
+
+    def _mended(self, row: Unconfirmed) -> Unconfirmed:
+        """The cache directory may have been moved since."""
+        data = Path(row.data)
+        inside = data.parts[-2:] if row.is_kept else data.parts[-3:]
+        return msgspec.structs.replace(row, data=str(self._directory.joinpath(*inside)))
+
+    @property
+    def rows(self) -> list[Unconfirmed]:
+        """All, as far as this process knows."""
+        return list(self._rows.values())
 
     @property
     def kept(self) -> list[Unconfirmed]:
-        return list(self._kept.values())
+        return [row for row in self._rows.values() if row.is_kept]
 
-    async def note(self, row: Unconfirmed) -> None:
-        """The file is dirty; called again when more is known."""
-        await self._run(self._write, row)
+    def find(self, name: str) -> Unconfirmed | None:
+        return self._rows.get(name)
+
+    # --- changing ---------------------------------------------------------------------------------
+
+    async def note(
+        self, row: Unconfirmed, *, durable: bool = False, instead_of: str | None = None
+    ) -> None:
+        """The file is dirty; called again when more is known. `durable`: it survives a loss of
+        power. `instead_of` is a row that this one replaces in the same step."""
+        row = msgspec.structs.replace(row, since=row.since or self._since(row.name))
+        await self._run(self._note, row, durable, instead_of)
+
+    def _since(self, name: str) -> float:
+        known = self._rows.get(name)
+        return known.since if known else time.time()
 
     async def confirm(self, name: str) -> None:
-        """The remote has it all."""
-        await self._run(self._delete, name)
+        """The remote has it all, or nobody wants it any more."""
+        await self._run(self._forget, [name])
 
-    async def keep(self, row: Unconfirmed) -> None:
-        """The upload failed for good: move the bytes to where the user finds them."""
-        await self._run(self._keep_now, row)
+    async def keep(self, row: Unconfirmed) -> Unconfirmed:
+        """It can't be uploaded or shown: move the bytes to where the user finds them."""
+        kept = await self._run(self._keep_now, row)
         log.error("kept %r of %s: %s", row.path, row.namespace, row.reason)
+        return kept
+
+    async def discard(self, name: str) -> None:
+        """The user gave it up: the bytes of a kept file go too."""
+        await self._run(self._discard, name)
+
+    async def sync(self) -> None:
+        """What was confirmed does not come back after a loss of power. Costs nothing if there was
+        nothing."""
+        if self._has_unsynced:
+            await self._run(self._sync)
 
     async def close(self) -> None:
         await self._run(self._db.close)
@@ -130,34 +184,95 @@ class Journal:
     async def _run(self, work: Callable[..., T], *args: object) -> T:
         return await trio.to_thread.run_sync(work, *args, limiter=self._limiter)
 
-    def _write(self, row: Unconfirmed) -> None:
-        self._db.execute(
-            "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                row.name,
-                row.namespace,
-                row.path,
-                row.size,
-                row.base_size,
-                msgspec.msgpack.encode(row.ranges),
-                row.data,
-                row.reason,
-                row.since or time.time(),
-            ),
-        )
+    # --- in a thread ------------------------------------------------------------------------------
 
-    def _delete(self, name: str) -> None:
-        self._db.execute("DELETE FROM files WHERE name = ?", (name,))
+    def _note(self, row: Unconfirmed, durable: bool, instead_of: str | None) -> None:
+        if durable:
+            _sync_file(row.data)
+        self._write(row, durable=durable, instead_of=instead_of)
 
-    def _keep_now(self, row: Unconfirmed) -> None:
+    def _sync(self) -> None:
+        self._has_unsynced = False
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("UPDATE synced SET times = times + 1")
+
+    def _write(
+        self, row: Unconfirmed, *, durable: bool = False, instead_of: str | None = None
+    ) -> None:
+        # In WAL mode FULL syncs at each commit, OFF never (sqlite.org/pragma.html).
+        self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            if instead_of is not None:
+                self._delete([instead_of])
+            packed = msgspec.msgpack.encode(row)
+            self._db.execute("INSERT OR REPLACE INTO unconfirmed VALUES (?, ?)", (row.name, packed))
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+        if instead_of is not None:
+            self._rows.pop(instead_of, None)
+        self._rows[row.name] = row
+
+    def _delete(self, names: list[str]) -> None:
+        self._db.executemany("DELETE FROM unconfirmed WHERE name = ?", [(name,) for name in names])
+
+    def _forget(self, names: list[str]) -> None:
+        self._db.execute("PRAGMA synchronous = OFF")
+        self._delete(names)
+        self._has_unsynced = True
+        for name in names:
+            self._rows.pop(name, None)
+
+    def _keep_now(self, row: Unconfirmed) -> Unconfirmed:
         """At every moment the row names a place where the bytes are."""
         place = self._directory / "kept" / row.name
-        kept = msgspec.structs.replace(row, data=str(place), since=row.since or time.time())
+        since = row.since or self._since(row.name)
+        kept = msgspec.structs.replace(row, data=str(place), since=since)
         if Path(row.data) != place:
-            if not place.exists():
+            with suppress(FileExistsError):
                 place.hardlink_to(row.data)
-            self._write(kept)
+            self._write(kept, durable=True)
             Path(row.data).unlink()
         else:
-            self._write(kept)
-        self._kept[row.name] = kept
+            self._write(kept, durable=True)
+        return kept
+
+    def _discard(self, name: str) -> None:
+        row = self._rows.get(name)
+        self._forget([name])
+        if row is not None and row.is_kept:
+            Path(row.data).unlink(missing_ok=True)
+
+
+def _prepare(db: sqlite3.Connection) -> None:
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version == 0:
+        db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_SCHEMA_VERSION};COMMIT;")
+    elif version != _SCHEMA_VERSION:
+        raise sqlite3.DatabaseError(f"the journal's format is {version}: use a newer hpcfs")
+
+
+def _sync_file(path: str) -> None:
+    """The bytes, and the name under which they are found."""
+    for place, flags in ((path, os.O_RDONLY), (os.path.dirname(path), os.O_RDONLY)):
+        fd = os.open(place, flags | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def recover(row: Unconfirmed, target: Path) -> int:
+    """Copy the local version of a file to a new file; returns the bytes. What was never fetched of
+    the remote's version is zeros in it. Raises OSError."""
+    left = row.size
+    with Path(row.data).open("rb") as source, target.open("xb") as copy:
+        while left > 0 and (piece := source.read(min(_COPY_BYTES, left))):
+            copy.write(piece)
+            left -= len(piece)
+        copy.truncate(row.size)
+    os.utime(target, ns=(row.entry.atime_ns, row.entry.mtime_ns))
+    return row.size

@@ -1,6 +1,7 @@
 """Brings what is dirty in a file to the remote, and keeps what the remote refuses.
 
-`through` mode: close(2) and fsync(2) end here and return once the remote confirmed the bytes.
+fsync(2) ends here in both modes, close(2) in `through` mode: they return once the remote confirmed
+the bytes. In `back` mode close(2) returns once the journal has them (`secure`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 import trio
 
-from hpcfs.transfer.messages import CacheDiskFull, Entry
+from hpcfs.transfer.messages import CacheDiskFull, Conflict, Entry, NotConnected, RemoteError
 from hpcfs.writeback.journal import Journal, Unconfirmed
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ class Uploadable(Protocol):
     journaled: bool
     writers: int
     """Writes that are under way: each may make the file dirty at any moment."""
+    attempted: bool
+    """An earlier upload may have begun to write: the remote's version is no longer the base's."""
 
     def is_dirty(self) -> bool: ...
 
@@ -60,7 +63,7 @@ class Uploadable(Protocol):
 
 class Uploader:
     def __init__(self, journal: Journal) -> None:
-        self._journal = journal
+        self.journal = journal
 
     @asynccontextmanager
     async def writing(self, file: Uploadable) -> AsyncIterator[None]:
@@ -77,10 +80,26 @@ class Uploader:
         finally:
             file.writers -= 1
 
-    async def _note(self, file: Uploadable) -> None:
+    async def secure(self, file: Uploadable, *, instead_of: str | None = None) -> None:
+        """The journal has all that is dirty, and a loss of power does not take it away.
+
+        Raises CacheDiskFull when the journal can't be written.
+        """
+        file.use_disk()
+        await self._note(file, durable=True, instead_of=instead_of)
+
+    async def _note(
+        self,
+        file: Uploadable,
+        row: Unconfirmed | None = None,
+        *,
+        durable: bool = False,
+        instead_of: str | None = None,
+    ) -> None:
         try:
-            await self._journal.note(file.unconfirmed())
-        except sqlite3.Error as error:
+            row = row or file.unconfirmed()
+            await self.journal.note(row, durable=durable, instead_of=instead_of)
+        except (sqlite3.Error, OSError) as error:
             raise CacheDiskFull(f"the journal in the cache can't be written: {error}") from None
         file.journaled = True
 
@@ -95,21 +114,34 @@ class Uploader:
             file.use_disk()
             with file.pinned():
                 await file.complete()
-                snapshot = await file.begin_upload()
-                entry = None
-                try:
-                    await self._note_progress(file)
-                    entry = await file.send(snapshot, sync=sync)
-                finally:
-                    file.end_upload(snapshot, entry)
+                entry = await self._send(file, sync=sync)
             if not file.is_dirty() and not file.writers:
                 await self.forget(file)
             return entry
 
-    async def _note_progress(self, file: Uploadable) -> None:
+    async def _send(self, file: Uploadable, *, sync: bool) -> Entry:
+        snapshot = await file.begin_upload()
+        entry = None
+        attempted, file.attempted = file.attempted, True
+        try:
+            await self.note_progress(file)
+            file.attempted = attempted  # what the remote is told; a killed daemon can't know
+            entry = await file.send(snapshot, sync=sync)
+        except RemoteError as error:
+            if not isinstance(error, Conflict | NotConnected):
+                file.attempted = True
+            elif not file.attempted:
+                await self.note_progress(file)
+            raise
+        finally:
+            file.end_upload(snapshot, entry)
+        file.attempted = False
+        return entry
+
+    async def note_progress(self, file: Uploadable, reason: str = "") -> None:
         """A journal that can't be written is no reason not to bring the bytes to the remote."""
         try:
-            await self._note(file)
+            await self._note(file, file.unconfirmed(reason))
         except CacheDiskFull as error:
             log.error("%s", error.message)  # noqa: TRY400 - no bug: the message says it all
 
@@ -119,14 +151,16 @@ class Uploader:
             return
         file.journaled = False
         try:
-            await self._journal.confirm(file.unconfirmed().name)
+            await self.journal.confirm(file.unconfirmed().name)
         except sqlite3.Error as error:
             file.journaled = True
             log.error("the journal in the cache can't be written: %s", error)  # noqa: TRY400
 
     async def keep(self, file: Uploadable, reason: str) -> None:
-        """The last handle closed and the remote refuses: the bytes go where the user finds them.
+        """It can't be uploaded, and the mount does not show it: the bytes go where the user finds
+        them.
 
         Raises OSError or sqlite3.Error when the disk fails; then they are where they were.
         """
-        await self._journal.keep(file.unconfirmed(reason))
+        await self.journal.keep(file.unconfirmed(reason))
+        file.journaled = False

@@ -120,7 +120,8 @@ async def test_an_answer_overtaken_by_an_upload_changes_nothing(w: World) -> Non
     assert await w.kernel.pread(handle, 0, 1) == b"o"
     content = w.kernel.node_of(handle).content
     assert content
-    w.remote.append(b"f", NEW)
+    await w.kernel.pwrite(handle, len(OLD), NEW)
+    await w.kernel.fsync(handle)
     held = w.cues.hold(m.StatOpen, stage="after")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(content.revalidate)

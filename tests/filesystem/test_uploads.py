@@ -278,18 +278,52 @@ async def test_mknod_gives_a_node_that_lives(w: World) -> None:
     assert w.remote.get(b"f") == b""
 
 
-@live("sftp")
-async def test_writing_into_a_version_of_others_does_not_mix_the_cache(w: World) -> None:
-    """The bytes go in, as POSIX has it; but what was cached of the older version is dropped."""
+@live()
+async def test_what_others_wrote_since_the_open_is_not_overwritten(w: World) -> None:
+    """Both versions stay: the remote's under its name, this one beside it."""
     w.remote.put(b"f", OLD * 2)
     handle = await w.kernel.open("ns/f")
     assert await w.kernel.pread(handle, 0, 2 * BLOCK_BYTES) == OLD * 2
     await w.kernel.pwrite(handle, 0, b"mine")
-    w.remote.overwrite(b"f", NEW * 2)
-    await w.kernel.fsync(handle)
-    assert w.remote.get(b"f") == b"mine" + (NEW * 2)[4:]
-    assert await w.kernel.pread(handle, 0, 2 * BLOCK_BYTES) == w.remote.get(b"f")
-    await w.kernel.close(handle)
+    w.remote.put(b"f", NEW)
+    with pytest.raises(m.Conflict, match=r"is beside it as f\.hpcfs-conflict-"):
+        await w.kernel.close(handle)
+    assert w.remote.get(b"f") == NEW
+    (beside,) = w.remote.paths().keys() - {b"f"}
+    assert w.remote.get(beside) == b"mine" + (OLD * 2)[4:]
+    assert await w.kernel.read_file("ns/f") == NEW
+    assert w.journal.rows == []
+    assert len(w.fs.files.notices) == 1
+
+
+@live()
+async def test_a_version_that_can_not_be_had_whole_any_more_is_kept(w: World) -> None:
+    """Others replaced the file, and of the older version only a part was ever fetched here."""
+    w.remote.put(b"f", OLD * 2)
+    handle = await w.kernel.open("ns/f")
+    await w.kernel.pwrite(handle, 0, NEW)
+    w.remote.overwrite(b"f", b"theirs")
+    with pytest.raises(m.Conflict, match="is kept"):
+        await w.kernel.close(handle)
+    assert {path: w.remote.get(path) for path in w.remote.paths()} == {b"f": b"theirs"}
+    (row,) = w.journal.kept
+    assert (row.path, row.ranges) == (b"f", [(0, BLOCK_BYTES)])
+    assert w.kept_bytes()[0].startswith(NEW)
+
+
+@live()
+async def test_a_file_that_others_made_at_the_same_time_is_not_overwritten(w: World) -> None:
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await w.kernel.pwrite(handle, 0, b"mine")
+    if w.remote.is_sftp:  # there it exists since it was opened: others can only replace it
+        await w.kernel.fsync(handle)
+        await w.kernel.pwrite(handle, 0, b"MINE")
+    w.remote.put(b"f", b"theirs")
+    with pytest.raises(m.Conflict):
+        await w.kernel.close(handle)
+    assert w.remote.get(b"f") == b"theirs"
+    (beside,) = w.remote.paths().keys() - {b"f"}
+    assert w.remote.get(beside).lower() == b"mine"
 
 
 @live()

@@ -14,6 +14,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from hpcfs.filesystem import ahead, listing
 from hpcfs.filesystem.errors import NoEntry
+from hpcfs.filesystem.known import MANY_USES
 from hpcfs.transfer import messages as m
 from tests.filesystem.world import World, live, until, world
 from tests.support.memory_remote import Item
@@ -412,9 +413,22 @@ async def test_a_lookup_is_not_answered_by_a_listing_of_the_directory_before_it(
     await w.kernel.rmdir("ns/00")
     await w.kernel.mkdir("ns/00")
     w.remote.put(b"00/x", b"")
-    assert await w.kernel.exists("ns/00/x")
     with pytest.raises(NoEntry):
         await w.kernel.walk("ns/00/f0")
+    w.clock.expire_attributes()
+    assert await w.kernel.exists("ns/00/x")
+
+
+@live()
+async def test_in_a_directory_made_here_missing_names_cost_nothing(w: World) -> None:
+    """cp -r and rsync ask for each name before they make it."""
+    await w.kernel.mkdir("ns/d")
+    stats = w.cues.count(m.Stat)
+    for number in range(10):
+        assert not await w.kernel.exists(f"ns/d/{number}")
+    assert w.cues.count(m.Stat) - stats <= MANY_USES
+    await w.kernel.write_file("ns/d/1", b"x")
+    assert await w.kernel.exists("ns/d/1")
 
 
 def test_pages_that_come_after_it_was_given_up_do_no_harm(tmp_path: Path) -> None:

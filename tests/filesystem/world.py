@@ -21,7 +21,8 @@ from hpcfs.cache.pace import Pace
 from hpcfs.cache.store import Store
 from hpcfs.filesystem.errors import Exists, NoEntry, Stale
 from hpcfs.filesystem.filesystem import Filesystem
-from hpcfs.filesystem.namespace import Namespace
+from hpcfs.filesystem.namespace import Namespace, WriteMode
+from hpcfs.filesystem.restoring import Restoring
 from hpcfs.filesystem.tree import ATTRIBUTE_SECONDS, ROOT_INO, Node
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.messages import BLOCK_BYTES
@@ -103,24 +104,30 @@ async def world(
     *,
     max_bytes: int = 64 * BLOCK_BYTES,
     read_only: bool = False,
+    write: WriteMode = "through",
+    sites: dict[str, MemorySite] | None = None,
 ) -> AsyncIterator[World]:
     """One namespace "ns" of this kind, or those given. Everything is closed properly at the end."""
     remotes = {"ns": MemoryRemote(kind)} if isinstance(kind, str) else kind
-    sites = {name: MemorySite({name: remote}) for name, remote in remotes.items()}
+    sites = sites or {name: MemorySite({name: remote}) for name, remote in remotes.items()}
     store = Store.open(directory, max_bytes, "a test")
     journal = Journal.open(directory)
     clock = Clock()
     async with trio.open_nursery() as nursery:
         namespaces = [
-            Namespace(name, f"memory:{name}", sites[name], read_only=read_only) for name in remotes
+            Namespace(name, f"memory:{name}", sites[name], read_only=read_only, write=write)
+            for name in remotes
         ]
         fs = Filesystem(namespaces, store, Uploader(journal), nursery, uid=UID, gid=GID)
         fs.tree.now = clock
+        await Restoring(fs.tree, store, fs.files, journal, namespaces).restore(journal.rows)
         nursery.start_soon(store.evict_forever)
+        nursery.start_soon(fs.files.backlog.run)
         yield World(directory, store, journal, fs, remotes, sites, nursery, clock)
         for site in sites.values():
             site.cues.clear()
         await fs.files.close_all()
+        await fs.files.backlog.drain()
         nursery.cancel_scope.cancel()
     await store.close()
     await journal.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import sqlite3
+import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,41 +13,60 @@ import msgspec
 import pytest
 import trio
 
-from hpcfs.writeback.journal import Journal, Unconfirmed
+from hpcfs.transfer.messages import Abilities, Attributes, Entry
+from hpcfs.writeback.journal import Journal, Unconfirmed, recover
 
 DATA = b"bytes that no remote has"
 
 
 def crashed(directory: Path, into: Path) -> Path:
     """The cache directory as a daemon killed at this moment leaves it (hard links included)."""
-    shutil.copytree(directory, into, ignore=shutil.ignore_patterns("*-shm"))
+    subprocess.run(["cp", "-a", directory, into], check=True)
+    os.unlink(into / "journal.db-shm")  # Path.unlink may be patched
     return into
 
 
-def opened_again(directory: Path, original: Path) -> list[Unconfirmed]:
-    """What the next mount finds; rows name absolute paths, so these are moved to the copy."""
-    db = sqlite3.connect(directory / "journal.db")
-    db.execute("UPDATE files SET data = replace(data, ?, ?)", (str(original), str(directory)))
-    db.commit()
-    db.close()
-    return reopened(directory)
-
-
 def reopened(directory: Path) -> list[Unconfirmed]:
+    """What the next mount finds there."""
     journal = Journal.open(directory)
-    kept = journal.kept
+    rows = journal.rows
     trio.run(journal.close)
-    return kept
+    return rows
+
+
+ENTRY = Entry("ä".encode("latin-1"), stat.S_IFREG | 0o640, 24, 5 * 10**9, 4 * 10**9, 1, 2, b"v")
+ABILITIES = Abilities(
+    partial_writes=True, creates_on_upload=False, handles=True, mtime_resolution_ns=10**9
+)
 
 
 def row(directory: Path, name: str = "cafe", **changes: object) -> Unconfirmed:
-    data = directory / "data" / name
-    data.parent.mkdir(exist_ok=True)
+    data = directory / "data" / name[:2] / name
+    data.parent.mkdir(exist_ok=True, parents=True)
     if not data.exists():
         data.write_bytes(DATA)
-    path = "häuser/ä".encode("latin-1")
-    made = Unconfirmed(name, "ns", path, len(DATA), 3, [(0, 4), (9, 24)], str(data))
+    made = Unconfirmed(
+        name,
+        "ns",
+        "ssh:x",
+        "häuser/ä".encode("latin-1"),
+        len(DATA),
+        3,
+        [(0, 4), (9, 24)],
+        str(data),
+        b"v1",
+        ENTRY,
+        ABILITIES,
+        Attributes(mode=0o600),
+        new=True,
+        attempted=True,
+        since=7.5,
+    )
     return msgspec.structs.replace(made, **changes)
+
+
+def moved(noted: Unconfirmed, old: Path, new: Path) -> Unconfirmed:
+    return msgspec.structs.replace(noted, data=noted.data.replace(str(old), str(new)))
 
 
 @pytest.fixture
@@ -63,24 +84,85 @@ def run(directory: Path, story: Callable[[Journal], object]) -> None:
     trio.run(main)
 
 
-def test_a_crash_while_a_file_is_open_keeps_its_bytes(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_crash_while_a_file_is_open_leaves_all_that_was_noted(
+    home: Path, tmp_path: Path, durable: bool
+) -> None:
     noted = row(home)
 
     async def story(journal: Journal) -> None:
         await journal.note(msgspec.structs.replace(noted, ranges=[]))
-        await journal.note(noted)
+        await journal.note(noted, durable=durable)
         crashed(home, tmp_path / "crash")
 
     run(home, story)
-    (kept,) = opened_again(tmp_path / "crash", home)
-    assert (kept.namespace, kept.path, kept.size, kept.base_size) == ("ns", noted.path, 24, 3)
-    assert kept.ranges == [(0, 4), (9, 24)]
-    assert "before the remote confirmed" in kept.reason
-    assert kept.since > 0
-    assert Path(kept.data).parent == tmp_path / "crash" / "kept"
-    assert Path(kept.data).read_bytes() == DATA
-    assert list((tmp_path / "crash" / "data").iterdir()) == []
-    assert reopened(tmp_path / "crash") == [kept]
+    (found,) = reopened(tmp_path / "crash")
+    assert found == moved(noted, home, tmp_path / "crash")
+    assert Path(found.data).read_bytes() == DATA
+
+
+def test_the_first_note_tells_since_when(home: Path) -> None:
+    noted = row(home, since=0.0)
+
+    async def story(journal: Journal) -> None:
+        await journal.note(noted)
+        first = journal.rows[0].since
+        assert first > 0
+        await journal.note(msgspec.structs.replace(noted, size=1))
+        assert journal.rows[0].since == first
+
+    run(home, story)
+
+
+def test_what_is_durable_is_synced_before_its_row_is(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes, the directory that names them, then the row."""
+    steps: list[str] = []
+    noted = row(home)
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        steps.append(os.readlink(f"/proc/self/fd/{fd}"))
+        real(fd)
+
+    async def story(journal: Journal) -> None:
+        journal._db.set_trace_callback(steps.append)
+        await journal.note(noted, durable=True)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run(home, story)
+    assert steps[:3] == [noted.data, str(Path(noted.data).parent), "PRAGMA synchronous = FULL"]
+    assert any(step.startswith("INSERT") for step in steps[3:])
+
+
+def test_what_was_confirmed_is_synced_too(home: Path) -> None:
+    """Its bytes may be evicted: the row must not come back after a loss of power."""
+    steps: list[str] = []
+
+    async def story(journal: Journal) -> None:
+        await journal.note(row(home), durable=True)
+        await journal.confirm("cafe")
+        journal._db.set_trace_callback(steps.append)
+        await journal.sync()
+        assert "PRAGMA synchronous = FULL" in steps
+        steps.clear()
+        await journal.sync()
+        assert steps == []
+
+    run(home, story)
+
+
+def test_a_row_replaces_another_in_one_step(home: Path, tmp_path: Path) -> None:
+    async def story(journal: Journal) -> None:
+        await journal.note(row(home, "aaaa", path=b"target"))
+        await journal.note(row(home, "bbbb", path=b"temporary"))
+        await journal.note(row(home, "bbbb", path=b"target"), instead_of="aaaa")
+        assert [found.name for found in journal.rows] == ["bbbb"]
+        crashed(home, tmp_path / "crash")
+
+    run(home, story)
+    assert [(f.name, f.path) for f in reopened(tmp_path / "crash")] == [("bbbb", b"target")]
 
 
 def test_after_the_confirmation_there_is_nothing(home: Path, tmp_path: Path) -> None:
@@ -90,8 +172,8 @@ def test_after_the_confirmation_there_is_nothing(home: Path, tmp_path: Path) -> 
         crashed(home, tmp_path / "crash")
 
     run(home, story)
-    assert opened_again(tmp_path / "crash", home) == []
-    assert (tmp_path / "crash" / "data" / "cafe").exists()
+    assert reopened(tmp_path / "crash") == []
+    assert (tmp_path / "crash" / "data" / "ca" / "cafe").exists()
 
 
 class _Killed(BaseException):
@@ -111,33 +193,24 @@ def test_a_crash_at_any_step_of_keeping_loses_nothing(
 ) -> None:
     noted = row(home)
 
-    async def note(journal: Journal) -> None:
-        await journal.note(noted)
-
-    run(home, note)
-
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         crashed(home, tmp_path / "crash")
         raise _Killed
 
     async def keep(journal: Journal) -> None:
+        await journal.note(noted)
         with monkeypatch.context() as patch:
             patch.setattr(*STEPS[step], killed)
             with pytest.raises(_Killed):
                 journal._keep_now(msgspec.structs.replace(noted, reason="refused"))
 
-    # An open journal would keep the file first: this one is opened before the row was there.
-    db = sqlite3.connect(home / "journal.db", isolation_level=None)
-    journal = Journal(home, db)
-    trio.run(keep, journal)
-    db.close()
-    (kept,) = opened_again(tmp_path / "crash", home)
-    assert Path(kept.data).read_bytes() == DATA
-    assert Path(kept.data).parent.name == "kept"
-    if step == "before the unlink":  # the second name is a stray, which the cache removes
-        assert kept.reason == "refused"
-    else:
-        assert list((tmp_path / "crash" / "data").iterdir()) == []
+    run(home, keep)
+    (found,) = reopened(tmp_path / "crash")
+    assert Path(found.data).read_bytes() == DATA
+    assert found.is_kept == (step == "before the unlink")
+    assert found.reason == ("refused" if found.is_kept else "")
+    left = [path.name for path in (tmp_path / "crash" / "kept").iterdir()]
+    assert left == (["cafe"] if found.is_kept else [])
 
 
 def test_what_is_kept_stays_kept_over_mounts_with_its_reason(home: Path) -> None:
@@ -148,10 +221,33 @@ def test_what_is_kept_stays_kept_over_mounts_with_its_reason(home: Path) -> None
         assert [kept.reason for kept in journal.kept] == ["the quota is used up"]
 
     run(home, story)
+    assert list((home / "data" / "ca").iterdir()) == []
     for _ in range(3):
         (kept,) = reopened(home)
-        assert kept.reason == "the quota is used up"
+        assert (kept.is_kept, kept.reason) == (True, "the quota is used up")
         assert Path(kept.data).read_bytes() == DATA
+
+
+def test_what_is_discarded_is_gone(home: Path) -> None:
+    async def story(journal: Journal) -> None:
+        await journal.note(row(home))
+        await journal.keep(row(home, reason="refused"))
+        await journal.discard("cafe")
+
+    run(home, story)
+    assert list((home / "kept").iterdir()) == []
+    assert reopened(home) == []
+
+
+def test_recovering_copies_the_local_version_and_overwrites_nothing(
+    home: Path, tmp_path: Path
+) -> None:
+    noted = row(home, size=30)
+    assert recover(noted, tmp_path / "copy") == 30
+    assert (tmp_path / "copy").read_bytes() == DATA + bytes(6)
+    assert (tmp_path / "copy").stat().st_mtime_ns == ENTRY.mtime_ns
+    with pytest.raises(FileExistsError):
+        recover(noted, tmp_path / "copy")
 
 
 def test_a_row_whose_bytes_are_gone_is_told_and_dropped(
@@ -161,12 +257,21 @@ def test_a_row_whose_bytes_are_gone_is_told_and_dropped(
         await journal.note(row(home))
 
     run(home, story)
-    (home / "data" / "cafe").unlink()
+    (home / "data" / "ca" / "cafe").unlink()
     assert reopened(home) == []
     assert "are gone" in caplog.text
     caplog.clear()
     assert reopened(home) == []
     assert not caplog.records
+
+
+def test_a_journal_of_another_format_is_refused_and_left_alone(home: Path) -> None:
+    run(home, lambda journal: journal.note(row(home)))
+    db = sqlite3.connect(home / "journal.db")
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(sqlite3.DatabaseError, match="format is 99"):
+        Journal.open(home)
 
 
 def test_many_files_are_kept_apart(home: Path) -> None:
@@ -175,4 +280,4 @@ def test_many_files_are_kept_apart(home: Path) -> None:
             await journal.note(row(home, f"name{number}", path=b"p%d" % number))
 
     run(home, story)
-    assert {kept.path for kept in reopened(home)} == {b"p%d" % number for number in range(20)}
+    assert {found.path for found in reopened(home)} == {b"p%d" % number for number in range(20)}

@@ -442,7 +442,7 @@ async def test_a_journal_that_cannot_be_written_refuses_writes_but_uploads(w: Wo
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
     await w.kernel.pwrite(handle, 0, b"journaled")
 
-    async def full(_: object) -> None:
+    async def full(*_: object, **__: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
     working = w.journal.note

@@ -12,6 +12,7 @@ import hashlib
 import stat
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -250,8 +251,14 @@ class MemoryRemote:
     ) -> None:
         version = self._version(item) if item is not None else b""
         begun = self.is_sftp and bool(ahead)
+        if isinstance(request, m.Upload) and item is not None and not self.is_sftp:
+            begun = len(item.content) == request.size and self._is_same(item, request)
         if request.base_version is not None and request.base_version != version and not begun:
             raise m.Conflict(f"{request.path!r} was changed by others")
+
+    def _is_same(self, item: Item, request: m.Upload) -> bool:
+        """Whether an earlier attempt of this upload did its work, though its answer was lost."""
+        return Path(request.cache_file).read_bytes()[: request.size] == item.content
 
     async def upload_ahead(self, request: m.UploadAhead, source: Source) -> None:
         parent, name = self._parent(request.path)
@@ -447,17 +454,27 @@ class MemorySite:
         self._disk = CacheDisk()
 
     async def call(
-        self, namespace: str, request: m.Request, kind: type[T], timeout: float = 30.0
+        self,
+        namespace: str,
+        request: m.Request,
+        kind: type[T],
+        timeout: float = 30.0,
+        on_progress: Callable[[int], None] | None = None,
     ) -> T:
         self.cues.calls.append(request)
         with trio.move_on_after(timeout):
             await self.cues.reach(request, "before")
-            result = await self._perform(self.remotes[namespace], request)
+            result = await self._perform(self.remotes[namespace], request, on_progress)
             await self.cues.reach(request, "after")
             return msgspec.msgpack.decode(msgspec.msgpack.encode(result), type=kind)
         raise m.TimedOut(f"no answer to {type(request).__name__} within {timeout:g} s")
 
-    async def _perform(self, remote: MemoryRemote, request: m.Request) -> object:
+    async def _perform(
+        self,
+        remote: MemoryRemote,
+        request: m.Request,
+        on_progress: Callable[[int], None] | None,
+    ) -> object:
         match request:
             case m.Fetch(path, version, offset, length, cache_file, handle, growing, urgent):
                 pieces = await remote.fetch(
@@ -469,7 +486,7 @@ class MemorySite:
             case m.Upload():
                 source = CacheSource(request.cache_file, request.size)
                 try:
-                    return await remote.upload(request, source, lambda done: None)
+                    return await remote.upload(request, source, on_progress or (lambda done: None))
                 finally:
                     source.close()
             case m.UploadAhead():

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
-from hpcfs.transfer.messages import RemoteError, RemoteFailure, Unreachable
+from hpcfs.transfer.messages import NotConnected, RemoteError, RemoteFailure, Unreachable
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +108,10 @@ class Kept(Generic[S]):
 
 
 def _again(error: RemoteError) -> RemoteError:
-    """A fresh exception: raising one object from many requests would pile up their tracebacks."""
-    return type(error)(error.message)
+    """A fresh exception: raising one object from many requests would pile up their tracebacks. It
+    says that nothing was sent."""
+    kind = NotConnected if type(error) is Unreachable else type(error)
+    return kind(error.message)
 
 
 def _observe(task: asyncio.Task[S]) -> None:

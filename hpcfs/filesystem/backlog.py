@@ -1,0 +1,288 @@
+"""`back` mode: what was closed here and is not on the remote yet.
+
+close(2) returns once the journal has the file (`closed`); from then on it is this module's to bring
+it to the remote, many files at once, as writeback/schedule.py says. The file's node keeps its
+content until then, so that every reader of the mount sees it as it was written. What waits is
+bounded: near `limit` bytes writers are slowed down, beyond it they wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+
+import trio
+
+from hpcfs.filesystem.content import Content
+from hpcfs.filesystem.directory_times import DirectoryTimes
+from hpcfs.filesystem.errors import FilesystemError, JournalFull
+from hpcfs.filesystem.tree import Node
+from hpcfs.transfer import messages as m
+from hpcfs.writeback.schedule import Schedule
+from hpcfs.writeback.uploader import Uploader
+
+log = logging.getLogger(__name__)
+
+DEFAULT_LIMIT = 10 * 1024**3
+NEARLY = 0.8
+"""Of the limit: from here on each write waits a little, up to SLOWEST_SECONDS per MiB."""
+SLOWEST_SECONDS = 0.1
+FULL_PATIENCE = 60.0
+"""Seconds without any upload ending, for which a writer waits for room."""
+MOST_FILES = 8192
+"""Each has a descriptor open."""
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Of those files that somebody waits for."""
+
+    files_done: int
+    files_total: int
+    bytes_done: int
+    bytes_total: int
+
+
+Tell = Callable[[Progress], Awaitable[None]]
+
+
+class Backlog:
+    """`flush` uploads a file, raising RemoteError; `done` hears that nothing of it waits now."""
+
+    def __init__(
+        self,
+        uploader: Uploader,
+        flush: Callable[[Content], Awaitable[None]],
+        done: Callable[[Content], None],
+        nursery: trio.Nursery,
+    ) -> None:
+        self._uploader = uploader
+        self._flush = flush
+        self._done = done
+        self._nursery = nursery
+        self.limit = DEFAULT_LIMIT
+        self.schedule: Schedule[Content] = Schedule()
+        self._counted: dict[Content, int] = {}
+        """Bytes of what is dirty, as far as they count against the limit."""
+        self._bytes = 0
+        self._wake = trio.Event()
+        self._ended = trio.Event()
+        """Set, and replaced, whenever an upload ends."""
+        self.directory_times = DirectoryTimes(self._has_pending, nursery)
+        self.uploaded_bytes = 0
+        """Since the mount began."""
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most_files = max(16, min(MOST_FILES, (soft - 512) // 2))
+
+    # --- what programs do -----------------------------------------------------------------------
+
+    async def closed(self, content: Content) -> None:
+        """A program that wrote to the file closed it, or changed it without opening it: the journal
+        has it when this returns. Raises what became of an earlier attempt to upload it, once."""
+        failure, content.failure = content.failure, None
+        await self.secure(content)
+        if failure is not None:
+            raise type(failure)(failure.message)
+
+    async def secure(self, content: Content) -> None:
+        """The journal has it, and it will be uploaded. Raises CacheDiskFull."""
+        if not content.is_dirty():
+            return
+        if not content.secured:
+            content.secured = True  # what is written meanwhile takes it back
+            try:
+                await self._uploader.secure(content)
+            except BaseException:
+                content.secured = False
+                raise
+        self._schedule(content)
+
+    def _schedule(self, content: Content) -> None:
+        if content.is_dirty():
+            self._count(content)
+            self.schedule.changed(content, trio.current_time())
+            self._wake.set()
+
+    def take_up(self, content: Content, reason: str) -> None:
+        """An earlier mount left it. What was refused then waits for the user."""
+        self._count(content)
+        if reason:
+            self.schedule.refused(content, reason)
+        else:
+            self.schedule.changed(content, trio.current_time())
+        self._wake.set()
+
+    def moved(self, content: Content) -> None:
+        """It has another name now, which the journal knows."""
+        self._schedule(content)
+
+    def gone(self, content: Content) -> None:
+        """It need not be uploaded any more."""
+        self.schedule.gone(content)
+        self._uncount(content)
+        self._note_end()
+
+    async def make_room(self, content: Content | None, length: int) -> None:
+        """Before `length` bytes more are written; without content, before one file more is made.
+        Raises JournalFull."""
+        while self._is_full(content):
+            ended = self._ended
+            with trio.move_on_after(FULL_PATIENCE) as scope:
+                self._hurry_all()
+                await ended.wait()
+            if scope.cancelled_caught:
+                raise JournalFull(
+                    "too much waits to be uploaded and nothing moves: 'hpcfs status' says why"
+                )
+        if content is not None:
+            self._counted[content] = self._counted.get(content, 0) + length
+            self._bytes += length
+        excess = self._bytes / max(1, self.limit) - NEARLY
+        if excess > 0 and self._others_move(content):
+            await trio.sleep(SLOWEST_SECONDS * min(1.0, excess / (1 - NEARLY)) * length / MIB)
+
+    def _is_full(self, content: Content | None) -> bool:
+        """While something else can make room: one file larger than all is no reason to wait."""
+        if content is None:
+            return len(self.schedule) >= self._most_files and self._others_move(None)
+        return self._bytes > self.limit and self._others_move(content)
+
+    def _others_move(self, content: Content | None) -> bool:
+        return any(
+            other is not content and (item := self.schedule.item(other)) and item.state != "failed"
+            for other in self.schedule
+        )
+
+    def _has_pending(self, directory: Node) -> bool:
+        children = (directory.children or {}).values()
+        return any(
+            child.content is not None and child.content in self.schedule for child in children
+        )
+
+    def _count(self, content: Content) -> None:
+        self._uncount(content)
+        self._counted[content] = content.dirty_bytes
+        self._bytes += content.dirty_bytes
+
+    def _uncount(self, content: Content) -> None:
+        self._bytes -= self._counted.pop(content, 0)
+
+    # --- uploads --------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled; what is under way then is in the journal."""
+        while True:
+            self._wake = trio.Event()
+            for content in self.schedule.take(trio.current_time()):
+                self._nursery.start_soon(self._upload, content)
+            due = self.schedule.next_due()
+            with trio.move_on_at(due) if due < math.inf else trio.CancelScope():
+                await self._wake.wait()
+
+    async def _upload(self, content: Content) -> None:
+        size = content.dirty_bytes
+        try:
+            await self._flush(content)
+        except m.Conflict:
+            self.schedule.gone(content)  # it is beside the other one, or kept
+        except (m.RemoteError, FilesystemError) as error:
+            self._failed(content, error)
+        except OSError as error:
+            self._failed(content, m.CacheDiskFull(f"the cache's disk failed: {error.strerror}"))
+        else:
+            self.uploaded_bytes += size
+            self.schedule.ended(content, trio.current_time())
+        self._settled(content)
+
+    def _failed(self, content: Content, error: m.RemoteError | FilesystemError) -> None:
+        message = str(error.args[0]) if error.args else type(error).__name__
+        again = isinstance(error, m.Unreachable)
+        if not again:
+            log.error("%r was not uploaded: %s", content.place.path, message)
+            content.failure = error if isinstance(error, m.RemoteError) else None
+        self.schedule.failed(content, trio.current_time(), message, again=again)
+        if not again and content.is_dirty():
+            self._nursery.start_soon(self._note_failure, content, message)
+
+    async def _note_failure(self, content: Content, reason: str) -> None:
+        """The next mount does not try by itself what was refused."""
+        item = self.schedule.item(content)
+        if item is not None and item.state == "failed" and content.journaled:
+            await self._uploader.note_progress(content, reason)
+
+    def _settled(self, content: Content) -> None:
+        if content in self.schedule:
+            self._count(content)
+        else:
+            self._uncount(content)
+            if isinstance(content.place, Node):
+                self.directory_times.uploaded(content.place.parent)
+            self._done(content)
+        self._note_end()
+        self._wake.set()
+
+    def _note_end(self) -> None:
+        self._ended.set()
+        self._ended = trio.Event()
+
+    def _hurry_all(self) -> None:
+        for content in self.schedule:
+            item = self.schedule.item(content)
+            if item is not None and item.state == "waiting" and not item.attempts:
+                self.schedule.hurry(content, trio.current_time())
+        self._wake.set()
+
+    # --- who waits ------------------------------------------------------------------------------
+
+    async def wait_for(self, contents: Iterable[Content], tell: Tell | None = None) -> None:
+        """Return once the remote has these. Raises the first failure, also that there is no
+        connection: then they go on waiting."""
+        waiting = {content: content.dirty_bytes for content in contents}
+        total_files, total_bytes = len(waiting), sum(waiting.values())
+        attempts: dict[Content, int] = {}
+        for content in waiting:
+            if content not in self.schedule:
+                self._schedule(content)
+            item = self.schedule.item(content)
+            attempts[content] = item.attempts if item else 0
+            self.schedule.hurry(content, trio.current_time())
+        self._wake.set()
+        while left := [content for content in waiting if content in self.schedule]:
+            for content in left:
+                item = self.schedule.item(content)
+                assert item
+                if item.state == "failed" or item.attempts > attempts[content]:
+                    raise _failure_of(content, item.reason)
+            if tell is not None:
+                bytes_left = sum(content.bytes_left for content in left)
+                done = max(0, total_bytes - bytes_left)
+                await tell(Progress(total_files - len(left), total_files, done, total_bytes))
+            ended = self._ended
+            with trio.move_on_after(0.25):
+                await ended.wait()
+
+    async def drain(self) -> None:
+        """At the end of the mount: try everything once more, and return when nothing moves."""
+        for content in self.schedule:
+            item = self.schedule.item(content)
+            if item is not None and item.state == "waiting":
+                item.attempts = 0
+        self._hurry_all()
+        while any(self._may_move(content) for content in self.schedule):
+            await self._ended.wait()
+        await self.directory_times.finish()
+
+    def _may_move(self, content: Content) -> bool:
+        item = self.schedule.item(content)
+        return item is not None and (
+            item.state == "uploading" or (item.state == "waiting" and not item.attempts)
+        )
+
+
+def _failure_of(content: Content, reason: str) -> m.RemoteError:
+    shown = content.place.path.decode(errors="replace")
+    return m.RemoteFailure(f"{content.namespace.name}/{shown}: {reason}")

@@ -1,0 +1,148 @@
+"""rename(2): what it means for files that the remote does not have yet, or not as they are here.
+
+What the remote has is renamed there, once what is dirty in it has been uploaded. A file that the
+remote never had (`back` mode, and new files on S3) is renamed here alone: it goes up once, under
+its last name, and if it replaces another one there, in one step.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack, ExitStack
+
+from hpcfs.cache.store import Store
+from hpcfs.filesystem.content import Content
+from hpcfs.filesystem.errors import Exists, IsDirectory
+from hpcfs.filesystem.files import Files
+from hpcfs.filesystem.namespace import Namespace
+from hpcfs.filesystem.tree import Node, Tree
+from hpcfs.transfer import messages as m
+
+
+class Renaming:
+    def __init__(self, tree: Tree, store: Store, files: Files) -> None:
+        self._tree = tree
+        self._store = store
+        self._files = files
+
+    async def rename(
+        self,
+        namespace: Namespace,
+        node: Node,
+        parent: Node,
+        name: bytes,
+        target: Node | None,
+        *,
+        replace: bool,
+    ) -> None:
+        """Give `node` this name, which is `target`'s now. Raises FilesystemError, RemoteError."""
+        if target and target.content and target.content.new and not replace:
+            raise Exists("the name is taken")
+        while content := node.content:
+            if not self._is_only_here(content):
+                break
+            async with content.upload_lock:
+                if self._is_only_here(content):
+                    if target is not None and not replace:
+                        raise Exists("the name is taken")
+                    await self._rename_here(content, node, parent, name, target)
+                    return
+        await self._rename_there(namespace, node, parent, name, target, replace=replace)
+
+    def _is_only_here(self, content: Content) -> bool:
+        return content.new and content.namespace.writes_back and not content.is_being_sent
+
+    # --- what only this mount has -----------------------------------------------------------------
+
+    async def _rename_here(
+        self, content: Content, node: Node, parent: Node, name: bytes, target: Node | None
+    ) -> None:
+        """Under the content's upload lock."""
+        async with AsyncExitStack() as locks:
+            if target is not None:
+                if target.is_directory:
+                    raise IsDirectory("a file can't replace a directory")
+                if target.content:
+                    await locks.enter_async_context(target.content.upload_lock)
+                await self._files.keep_readable(target)
+            old_path = node.path
+            # No await from here to the end of the move.
+            content.replace = content.replace or _is_there(target)
+            doomed = target.content if target else None
+            if target is not None:
+                self._files.orphan(target)
+            self._tree.move(node, parent, name)
+            row = doomed.file.name if doomed and doomed.journaled else None
+            content.secured = True
+            await self._files.secure(content, instead_of=row)
+            if doomed:
+                doomed.journaled = False
+        if target is not None:
+            await self._files.forget_orphan(target)
+        self._files.backlog.moved(content)
+        await self._store.move(content.namespace.origin, old_path, node.path)
+
+    # --- what the remote has ----------------------------------------------------------------------
+
+    async def _rename_there(
+        self,
+        namespace: Namespace,
+        node: Node,
+        parent: Node,
+        name: bytes,
+        target: Node | None,
+        *,
+        replace: bool,
+    ) -> None:
+        old_parent, path = node.parent, node.path
+        new_path = join(parent, name)
+        if target:
+            await self._files.keep_readable(target)
+        await self.flush_below(node)
+        async with AsyncExitStack() as locks:
+            for content in _open_below(node, target):
+                await locks.enter_async_context(content.upload_lock)
+            with ExitStack() as motion:
+                for content in _open_below(node):
+                    motion.enter_context(content.in_motion())
+                await namespace.do(m.Rename(path, new_path, replace))
+                # No await from here to the end of the move: a lookup must not come in between.
+                if target:
+                    self._files.orphan(target)
+                self._tree.move(node, parent, name)
+        if old_parent:
+            self._tree.expire(old_parent)
+        self._tree.expire(parent)
+        if target:
+            await self._files.forget_orphan(target)
+        await self._store.move(namespace.origin, path, new_path)
+
+    async def flush_below(self, node: Node) -> None:
+        """What is renamed or linked on the remote must be there first."""
+        for below in list(node.below()):
+            if below.content and below.content.is_dirty():
+                await self._files.flush(below.content)
+
+
+def _is_there(target: Node | None) -> bool:
+    """Whether the remote has something of this name, which an upload would have to replace."""
+    if target is None:
+        return False
+    content = target.content
+    return content is None or not content.new or content.replace
+
+
+def _open_below(*nodes: Node | None) -> list[Content]:
+    """All that is open in these, always in the same order."""
+    contents = {
+        id(below.content): below.content
+        for node in nodes
+        if node
+        for below in node.below()
+        if below.content
+    }
+    return sorted(contents.values(), key=lambda content: content.place.ino)
+
+
+def join(parent: Node, name: bytes) -> bytes:
+    path = parent.path
+    return path + b"/" + name if path else name

@@ -1,0 +1,438 @@
+"""`back` mode: what close(2) and other calls promise before the remote hears of anything, what is
+uploaded in the end, and what the next mount takes up."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from hpcfs.filesystem.errors import Exists, JournalFull
+from hpcfs.transfer import messages as m
+from hpcfs.transfer.messages import BLOCK_BYTES
+from tests.filesystem.world import KINDS, RW, Story, World, until, world
+from tests.support.memory_remote import MemoryRemote
+
+OLD, NEW = b"o" * BLOCK_BYTES, b"n" * BLOCK_BYTES
+NOTHING_UPLOADED = (m.Upload, m.Create, m.UploadAhead)
+
+
+def back(*kinds: str) -> Callable[[Story], Callable[[str, Path], None]]:
+    """Turns a story about a world in `back` mode into a test for each kind of remote."""
+
+    def decorate(story: Story) -> Callable[[str, Path], None]:
+        async def run(kind: str, directory: Path) -> None:
+            async with world(directory, kind, write="back") as w:
+                with trio.fail_after(20):
+                    await story(w)
+
+        @pytest.mark.parametrize("kind", kinds or KINDS)
+        def test(kind: str, tmp_path: Path) -> None:
+            trio.run(run, kind, tmp_path)
+
+        test.__name__ = story.__name__
+        test.__doc__ = story.__doc__
+        return test
+
+    return decorate
+
+
+async def synced(w: World) -> None:
+    await w.fs.files.backlog.wait_for(w.fs.files.dirty())
+
+
+def uploads(w: World) -> int:
+    return w.cues.count(m.Upload)
+
+
+@back()
+async def test_close_returns_before_the_remote_heard_of_the_file(w: World) -> None:
+    held = w.cues.hold(m.Upload)
+    await w.kernel.write_file("ns/f", NEW)
+    assert w.remote.paths() == {}
+    assert w.cues.count(m.Create) == 0
+    (row,) = w.journal.rows
+    assert (row.path, row.size, row.new, row.ranges) == (b"f", len(NEW), True, [(0, BLOCK_BYTES)])
+    assert await w.kernel.read_file("ns/f") == NEW
+    assert (await w.kernel.stat("ns/f")).size == len(NEW)
+    assert set(await w.kernel.listdir("ns")) == {b"f"}
+    held.go.set()
+    await synced(w)
+    assert w.remote.get(b"f") == NEW
+    assert w.journal.rows == []
+
+
+@back()
+async def test_fsync_returns_when_the_remote_has_it(w: World) -> None:
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await w.kernel.pwrite(handle, 0, NEW)
+    await w.kernel.fsync(handle)
+    assert w.remote.get(b"f") == NEW
+    await w.kernel.close(handle)
+
+
+@back()
+async def test_a_file_goes_up_once_with_its_last_name_and_attributes(w: World) -> None:
+    """As rsync does it: a temporary name, mode and times, and then the name."""
+    await w.kernel.write_file("ns/.f.tmp", NEW)
+    await w.kernel.setattr("ns/.f.tmp", m.Attributes(mtime_ns=10**18))
+    await w.kernel.setattr("ns/.f.tmp", m.Attributes(mode=0o600))
+    await w.kernel.rename("ns/.f.tmp", "ns/f")
+    assert (await w.kernel.stat("ns/f")).mtime_ns == 10**18
+    await synced(w)
+    assert set(w.remote.paths()) == {b"f"}
+    item = w.remote.paths()[b"f"]
+    assert (item.mtime_ns, stat.S_IMODE(item.mode), bytes(item.content)) == (10**18, 0o600, NEW)
+    assert uploads(w) == 1
+    assert w.cues.count(m.Rename) == w.cues.count(m.SetAttributes) == 0
+
+
+@back()
+async def test_a_file_renamed_over_another_takes_its_place_in_one_step(w: World) -> None:
+    w.remote.put(b"f", OLD, 0o604)
+    await w.kernel.write_file("ns/tmp", NEW)
+    await w.kernel.rename("ns/tmp", "ns/f")
+    assert await w.kernel.read_file("ns/f") == NEW
+    assert w.remote.get(b"f") == OLD
+    await synced(w)
+    assert {path: w.remote.get(path) for path in w.remote.paths()} == {b"f": NEW}
+    (upload,) = [call for call in w.cues.calls if isinstance(call, m.Upload)]
+    assert upload.replace
+
+
+@back()
+async def test_a_file_renamed_over_one_that_waits_replaces_it(w: World) -> None:
+    await w.kernel.write_file("ns/f", OLD)
+    await w.kernel.write_file("ns/tmp", NEW)
+    await w.kernel.rename("ns/tmp", "ns/f")
+    (row,) = w.journal.rows
+    assert row.path == b"f"
+    await synced(w)
+    assert {path: w.remote.get(path) for path in w.remote.paths()} == {b"f": NEW}
+    assert uploads(w) == 1
+
+
+@back()
+async def test_a_temporary_file_never_goes_up(w: World) -> None:
+    await w.kernel.write_file("ns/tmp", NEW)
+    await w.kernel.unlink("ns/tmp")
+    assert w.journal.rows == []
+    assert not await w.kernel.exists("ns/tmp")
+    await synced(w)
+    assert not any(isinstance(call, NOTHING_UPLOADED) for call in w.cues.calls)
+    w.kernel.forget_all()
+    await until(lambda: len(w.fs.tree) == 2)
+
+
+@back()
+async def test_what_waits_has_its_name(w: World) -> None:
+    held = w.cues.hold(m.Upload)
+    await w.kernel.mkdir("ns/d")
+    await w.kernel.write_file("ns/d/f", b"x")
+    for refused in (w.kernel.mkdir("ns/d/f"), w.kernel.symlink("ns/d/f", b"t")):
+        with pytest.raises(Exists):
+            await refused
+    with pytest.raises(m.DirectoryNotEmpty):
+        await w.kernel.rmdir("ns/d")
+    await w.kernel.write_file("ns/g", b"y")
+    with pytest.raises(Exists):
+        await w.kernel.rename("ns/g", "ns/d/f", replace=False)
+    held.go.set()
+
+
+@back()
+async def test_a_directory_is_renamed_once_what_waits_in_it_is_there(w: World) -> None:
+    await w.kernel.mkdir("ns/d")
+    await w.kernel.write_file("ns/d/f", NEW)
+    await w.kernel.rename("ns/d", "ns/e")
+    assert w.remote.get(b"e/f") == NEW
+    assert await w.kernel.read_file("ns/e/f") == NEW
+
+
+@back()
+async def test_an_existing_file_is_changed_in_the_journal_first(w: World) -> None:
+    w.remote.put(b"f", OLD * 3)
+    handle = await w.kernel.open("ns/f")
+    await w.kernel.pwrite(handle, BLOCK_BYTES + 5, b"changed")
+    await w.kernel.close(handle)
+    assert w.remote.get(b"f") == OLD * 3
+    expected = OLD + OLD[:5] + b"changed" + OLD[12:] + OLD
+    assert await w.kernel.read_file("ns/f") == expected
+    await synced(w)
+    assert w.remote.get(b"f") == expected
+
+
+@back()
+async def test_many_files_go_up_at_once(w: World) -> None:
+    held = [w.cues.hold(m.Upload) for _ in range(20)]
+    for number in range(20):
+        await w.kernel.write_file(f"ns/{number}", b"%d" % number)
+    w.fs.files.backlog._hurry_all()
+    for one in held:
+        await one.reached.wait()
+    for one in held:
+        one.go.set()
+    await synced(w)
+    assert len(w.remote.paths()) == 20
+
+
+@back()
+async def test_what_is_written_while_it_goes_up_goes_up_after_it(w: World) -> None:
+    await w.kernel.write_file("ns/f", OLD)
+    held = w.cues.hold(m.Upload, stage="after")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(synced, w)
+        await held.reached.wait()
+        handle = await w.kernel.open("ns/f")
+        await w.kernel.pwrite(handle, 1, b"new")
+        await w.kernel.close(handle)
+        held.go.set()
+    await synced(w)
+    assert w.remote.get(b"f") == OLD[:1] + b"new" + OLD[4:]
+
+
+@back()
+async def test_without_a_connection_it_waits_and_is_readable(w: World) -> None:
+    down = m.NotConnected("the link is down")
+    await w.kernel.write_file("ns/f", NEW)
+    w.cues.fail(m.Upload, down, times=2)
+    w.cues.fail(m.Stat, down, times=100)
+    with pytest.raises(m.RemoteError, match="ns/f: the link is down"):
+        await synced(w)
+    assert await w.kernel.read_file("ns/f") == NEW
+    (row,) = w.journal.rows
+    assert (row.attempted, row.reason) == (False, "")
+    w.cues.clear()
+    await synced(w)
+    assert w.remote.get(b"f") == NEW
+
+
+@back()
+async def test_what_the_remote_refuses_stays_is_listed_and_told_once(w: World) -> None:
+    await w.kernel.write_file("ns/f", NEW)
+    w.cues.fail(m.Upload, m.NoSpace("the quota is used up"))
+    with pytest.raises(m.RemoteError, match="the quota is used up"):
+        await synced(w)
+    await until(lambda: bool(w.journal.rows) and bool(w.journal.rows[0].reason))
+    assert w.journal.rows[0].reason == "the quota is used up"
+    assert await w.kernel.read_file("ns/f") == NEW
+    handle = await w.kernel.open("ns/f")
+    await w.kernel.pwrite(handle, 0, b"more")
+    w.cues.fail(m.Upload, m.NoSpace("the quota is used up"))
+    with pytest.raises(m.NoSpace):
+        await w.kernel.close(handle)
+    await synced_in_the_end(w)
+    assert w.remote.get(b"f") == b"more" + NEW[4:]
+    assert w.journal.rows == []
+
+
+async def synced_in_the_end(w: World) -> None:
+    """The user asks again, after the remote refused once more."""
+    with pytest.raises(m.RemoteError):
+        await synced(w)
+    await synced(w)
+
+
+@back()
+async def test_what_others_wrote_meanwhile_is_not_overwritten(w: World) -> None:
+    w.remote.put(b"f", OLD)
+    assert await w.kernel.read_file("ns/f") == OLD
+    held = w.cues.hold(m.Upload)
+    handle = await w.kernel.open("ns/f")
+    await w.kernel.pwrite(handle, 0, b"mine")
+    await w.kernel.close(handle)
+    w.remote.put(b"f", b"theirs")
+    held.go.set()
+    await until(lambda: bool(w.fs.files.notices))
+    assert w.remote.get(b"f") == b"theirs"
+    (beside,) = w.remote.paths().keys() - {b"f"}
+    assert w.remote.get(beside) == b"mine" + OLD[4:]
+    assert await w.kernel.read_file("ns/f") == b"theirs"
+    await until(lambda: not w.journal.rows)
+
+
+@back("sftp")
+async def test_times_of_a_directory_outlast_the_uploads_into_it(w: World) -> None:
+    """rsync and tar set them last."""
+    held = w.cues.hold(m.Upload)
+    await w.kernel.mkdir("ns/d")
+    await w.kernel.write_file("ns/d/f", NEW)
+    await w.kernel.setattr("ns/d", m.Attributes(mtime_ns=10**18))
+    directory = w.remote.paths()[b"d"]
+    assert directory.mtime_ns == 10**18
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(synced, w)
+        await held.reached.wait()
+        directory.mtime_ns = 5  # what the file's upload makes of it
+        held.go.set()
+    await w.fs.files.backlog.drain()
+    assert directory.mtime_ns == 10**18
+
+
+@back()
+async def test_a_full_journal_makes_writers_wait(w: World) -> None:
+    backlog = w.fs.files.backlog
+    backlog.limit = 2 * BLOCK_BYTES
+    held = w.cues.hold(m.Upload)
+    await w.kernel.write_file("ns/f", NEW * 3)
+    handle = await w.kernel.open("ns/g", RW | os.O_CREAT)
+    written = trio.Event()
+
+    async def write() -> None:
+        await w.kernel.pwrite(handle, 0, NEW)
+        written.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(write)
+        await held.reached.wait()
+        await wait_all_tasks_blocked(0.05)
+        assert not written.is_set()
+        held.go.set()
+        await written.wait()
+    await w.kernel.close(handle)
+
+
+@back()
+async def test_a_journal_full_of_what_is_refused_lets_write_on(w: World) -> None:
+    """Nothing could make room by itself: the disk decides then."""
+    w.fs.files.backlog.limit = BLOCK_BYTES
+    await w.kernel.write_file("ns/f", NEW * 3)
+    w.cues.fail(m.Upload, m.NoSpace("the quota is used up"))
+    with pytest.raises(m.RemoteError):
+        await synced(w)
+    await w.kernel.write_file("ns/g", NEW)
+    await synced(w)
+    assert w.remote.get(b"g") == NEW
+
+
+def test_a_journal_that_stays_full_is_an_error(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with world(tmp_path, "sftp", write="back") as w:
+            w.fs.files.backlog.limit = BLOCK_BYTES
+            await w.kernel.write_file("ns/f", NEW * 3)
+            held = w.cues.hold(m.Upload)
+            handle = await w.kernel.open("ns/g", RW | os.O_CREAT)
+            with pytest.raises(JournalFull):
+                await w.kernel.pwrite(handle, 0, NEW)
+            held.go.set()
+            await w.kernel.close(handle)
+
+    trio.run(story, clock=trio.testing.MockClock(autojump_threshold=0.05))
+
+
+# --- the next mount -------------------------------------------------------------------------------
+
+Left = Callable[[World], Awaitable[None]]
+
+
+def killed_and_mounted_again(
+    tmp_path: Path,
+    kind: str,
+    left: Left,
+    then: Story,
+    others: dict[str, MemoryRemote] | None = None,
+) -> None:
+    """`left` happens on a mount that is killed; `then` on the one that follows it, whose remote and
+    cache directory are the same as they were at that moment. `others` are mounted instead."""
+
+    async def first() -> dict[str, MemoryRemote]:
+        async with world(tmp_path / "cache", kind, write="back") as w:
+            w.cues.fail(m.Upload, m.NotConnected("the link is down"), times=1000)
+            await left(w)
+            await trio.run_process(["cp", "-a", str(tmp_path / "cache"), str(tmp_path / "crash")])
+            found = dict(w.remotes)
+            w.cues.clear()
+            for content in w.fs.files.dirty():  # nothing of it goes up at this mount's end
+                w.fs.files.backlog.gone(content)
+                content.give_up()
+            return found
+
+    async def second(remotes: dict[str, MemoryRemote]) -> None:
+        async with world(tmp_path / "crash", remotes, write="back") as w:
+            with trio.fail_after(20):
+                await then(w)
+
+    remotes = trio.run(first)
+    (tmp_path / "crash" / "journal.db-shm").unlink()
+    trio.run(second, others or remotes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_next_mount_shows_and_uploads_what_was_closed(kind: str, tmp_path: Path) -> None:
+    async def left(w: World) -> None:
+        await w.kernel.mkdir("ns/d")
+        await w.kernel.write_file("ns/d/f", NEW)
+        await w.kernel.write_file("ns/empty", b"")
+        await w.kernel.setattr("ns/d/f", m.Attributes(mode=0o600, mtime_ns=10**18))
+
+    async def then(w: World) -> None:
+        held = w.cues.hold(m.Upload)
+        assert await w.kernel.read_file("ns/d/f") == NEW
+        entry = await w.kernel.stat("ns/d/f")
+        assert (stat.S_IMODE(entry.mode), entry.mtime_ns) == (0o600, 10**18)
+        held.go.set()
+        await synced(w)
+        assert {p: w.remote.get(p) for p in (b"d/f", b"empty")} == {b"d/f": NEW, b"empty": b""}
+        item = w.remote.paths()[b"d/f"]
+        assert (stat.S_IMODE(item.mode), item.mtime_ns) == (0o600, 10**18)
+        assert w.journal.rows == []
+
+    killed_and_mounted_again(tmp_path, kind, left, then)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_next_mount_knows_what_is_under_the_changed_ranges(kind: str, tmp_path: Path) -> None:
+    original = OLD * 3
+
+    async def left(w: World) -> None:
+        w.remote.put(b"f", original)
+        handle = await w.kernel.open("ns/f")
+        await w.kernel.pwrite(handle, BLOCK_BYTES + 5, b"changed")
+        await w.kernel.close(handle)
+
+    async def then(w: World) -> None:
+        expected = original[: BLOCK_BYTES + 5] + b"changed" + original[BLOCK_BYTES + 12 :]
+        assert await w.kernel.read_file("ns/f") == expected
+        await synced(w)
+        assert w.remote.get(b"f") == expected
+
+    killed_and_mounted_again(tmp_path, kind, left, then)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_next_mount_does_not_overwrite_what_others_wrote_meanwhile(
+    kind: str, tmp_path: Path
+) -> None:
+    async def left(w: World) -> None:
+        w.remote.put(b"f", OLD)
+        handle = await w.kernel.open("ns/f", RW | os.O_TRUNC)
+        await w.kernel.pwrite(handle, 0, b"mine")
+        await w.kernel.close(handle)
+        w.remote.put(b"f", b"theirs")
+
+    async def then(w: World) -> None:
+        await until(lambda: bool(w.fs.files.notices))
+        assert w.remote.get(b"f") == b"theirs"
+        (beside,) = w.remote.paths().keys() - {b"f"}
+        assert w.remote.get(beside) == b"mine"
+
+    killed_and_mounted_again(tmp_path, kind, left, then)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_belongs_to_no_namespace_any_more_is_kept(kind: str, tmp_path: Path) -> None:
+    async def left(w: World) -> None:
+        await w.kernel.write_file("ns/f", NEW)
+
+    async def then(w: World) -> None:
+        (row,) = w.journal.kept
+        assert row.reason == "its namespace ns is not in the configuration any more"
+        assert w.kept_bytes() == [NEW]
+
+    other = {"other": MemoryRemote(kind)}
+    killed_and_mounted_again(tmp_path, kind, left, then, other)
