@@ -116,6 +116,14 @@ class Backlog:
             self.schedule.changed(content, trio.current_time())
         self._wake.set()
 
+    def retry(self, content: Content) -> None:
+        """The user, or who waits, wants another attempt now."""
+        content.failure = None
+        if content not in self.schedule:
+            self._schedule(content)
+        self.schedule.hurry(content, trio.current_time())
+        self._wake.set()
+
     def moved(self, content: Content) -> None:
         """It has another name now, which the journal knows."""
         self._schedule(content)

@@ -44,13 +44,31 @@ class Restoring:
         for row in rows:
             if row.is_kept:
                 continue
-            namespace = next((n for n in self._namespaces if n.origin == row.origin), None)
-            if namespace is None or namespace.read_only:
-                why = "is read-only now" if namespace else "is not in the configuration any more"
+            namespace = self.namespace_of(row)
+            if namespace is None:
+                why = "is not in the configuration any more, or read-only now"
                 await self._keep(row, f"its namespace {row.namespace} {why}")
             elif await self._restore(row, namespace):
                 count += not row.reason
         return count
+
+    def namespace_of(self, row: Unconfirmed) -> Namespace | None:
+        """Where it can be uploaded to."""
+        fitting = (n for n in self._namespaces if n.origin == row.origin and not n.read_only)
+        return next(fitting, None)
+
+    def find(self, namespace: Namespace, path: bytes) -> Node | None:
+        """The node of this path, if the mount has one."""
+        node = self._root_of(namespace)
+        for name in path.split(b"/"):
+            child = self._tree.child(node, name)
+            if child is None:
+                return None
+            node = child
+        return node
+
+    def _root_of(self, namespace: Namespace) -> Node:
+        return next(n for n in self._tree.root.below() if n.namespace is namespace)
 
     async def _keep(self, row: Unconfirmed, reason: str) -> None:
         await self._journal.keep(msgspec.structs.replace(row, reason=reason))
@@ -71,7 +89,7 @@ class Restoring:
 
     def _directory(self, namespace: Namespace, row: Unconfirmed) -> Node | None:
         """The node of the file's directory; None where something else has the name of one."""
-        node = next(n for n in self._tree.root.below() if n.namespace is namespace)
+        node = self._root_of(namespace)
         for name in row.path.split(b"/")[:-1]:
             child = self._tree.child(node, name)
             if child is None:

@@ -168,6 +168,10 @@ class Journal:
         log.error("kept %r of %s: %s", row.path, row.namespace, row.reason)
         return kept
 
+    async def take_back(self, row: Unconfirmed, data: str) -> Unconfirmed:
+        """What was kept is to be uploaded after all: its bytes move to the cache file `data`."""
+        return await self._run(self._take_back, row, data)
+
     async def discard(self, name: str) -> None:
         """The user gave it up: the bytes of a kept file go too."""
         await self._run(self._discard, name)
@@ -240,6 +244,15 @@ class Journal:
             self._write(kept, durable=True)
         return kept
 
+    def _take_back(self, row: Unconfirmed, data: str) -> Unconfirmed:
+        taken = msgspec.structs.replace(row, data=data, reason="")
+        os.makedirs(os.path.dirname(data), 0o700, exist_ok=True)
+        with suppress(FileExistsError):
+            os.link(row.data, data)
+        self._write(taken, durable=True)
+        os.unlink(row.data)
+        return taken
+
     def _discard(self, name: str) -> None:
         row = self._rows.get(name)
         self._forget([name])
@@ -266,10 +279,10 @@ def _sync_file(path: str) -> None:
 
 
 def recover(row: Unconfirmed, target: Path) -> int:
-    """Copy the local version of a file to a new file; returns the bytes. What was never fetched of
-    the remote's version is zeros in it. Raises OSError."""
+    """Copy the local version of a file; returns the bytes. What was never fetched of the remote's
+    version is zeros in it. Raises OSError."""
     left = row.size
-    with Path(row.data).open("rb") as source, target.open("xb") as copy:
+    with Path(row.data).open("rb") as source, target.open("wb") as copy:
         while left > 0 and (piece := source.read(min(_COPY_BYTES, left))):
             copy.write(piece)
             left -= len(piece)

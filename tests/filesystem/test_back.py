@@ -15,7 +15,7 @@ from trio.testing import wait_all_tasks_blocked
 from hpcfs.filesystem.errors import Exists, JournalFull
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.messages import BLOCK_BYTES
-from tests.filesystem.world import KINDS, RW, Story, World, until, world
+from tests.filesystem.world import KINDS, RW, Story, World, live, until, world
 from tests.support.memory_remote import MemoryRemote
 
 OLD, NEW = b"o" * BLOCK_BYTES, b"n" * BLOCK_BYTES
@@ -325,6 +325,71 @@ def test_a_journal_that_stays_full_is_an_error(tmp_path: Path) -> None:
     trio.run(story, clock=trio.testing.MockClock(autojump_threshold=0.05))
 
 
+# --- what the user asks for -----------------------------------------------------------------------
+
+
+async def refused(w: World, path: str = "ns/f", data: bytes = NEW) -> str:
+    """A file that the remote refused; returns its id."""
+    await w.kernel.write_file(path, data)
+    w.cues.fail(m.Upload, m.NoSpace("the quota is used up"))
+    with pytest.raises(m.RemoteError):
+        await synced(w)
+    (row,) = w.pending.pending()
+    assert (row.state, row.reason, row.size) == ("failed", "the quota is used up", len(data))
+    return row.id
+
+
+@back()
+async def test_what_was_refused_is_tried_again_when_the_user_says_so(w: World) -> None:
+    await w.pending.retry([await refused(w)])
+    await until(lambda: not w.journal.rows)
+    assert w.remote.get(b"f") == NEW
+    assert w.pending.pending() == []
+
+
+@back()
+async def test_what_was_refused_can_be_copied_out(w: World) -> None:
+    w.remote.put(b"f", OLD * 3)
+    handle = await w.kernel.open("ns/f")
+    await w.kernel.pwrite(handle, 2 * BLOCK_BYTES, b"new")
+    await w.kernel.close(handle)
+    (row,) = w.pending.pending()
+    target = w.directory / "copy"
+    assert await w.pending.recover(row.id, target) == 3 * BLOCK_BYTES
+    assert target.read_bytes() == OLD * 2 + b"new" + OLD[3:]
+
+
+@back()
+async def test_what_is_given_up_is_gone_and_the_remotes_version_shows(w: World) -> None:
+    w.remote.put(b"f", OLD)
+    handle = await w.kernel.open("ns/f")
+    await w.kernel.pwrite(handle, 0, b"mine")
+    await w.kernel.close(handle)
+    await w.kernel.write_file("ns/new", NEW)
+    await w.pending.discard([row.id for row in w.pending.pending()])
+    assert w.pending.pending() == w.journal.rows == []
+    assert await w.kernel.read_file("ns/f") == OLD
+    assert not await w.kernel.exists("ns/new")
+    assert uploads(w) == 0
+
+
+@live()
+async def test_a_kept_file_is_shown_and_uploaded_again(w: World) -> None:
+    """`through` mode: the program was told, and the mount shows what the remote has."""
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await w.kernel.pwrite(handle, 0, b"precious")
+    w.cues.fail(m.Upload, m.NoSpace("the quota is used up"), times=2)
+    with pytest.raises(m.NoSpace):
+        await w.kernel.close(handle)
+    (row,) = w.pending.pending()
+    assert (row.state, row.path) == ("kept", b"f")
+    await w.pending.retry([row.id])
+    assert await w.kernel.read_file("ns/f") == b"precious"
+    await until(lambda: not w.journal.rows)
+    assert w.remote.get(b"f") == b"precious"
+    assert list((w.directory / "kept").iterdir()) == []
+
+
 # --- the next mount -------------------------------------------------------------------------------
 
 Left = Callable[[World], Awaitable[None]]
@@ -431,7 +496,9 @@ def test_what_belongs_to_no_namespace_any_more_is_kept(kind: str, tmp_path: Path
 
     async def then(w: World) -> None:
         (row,) = w.journal.kept
-        assert row.reason == "its namespace ns is not in the configuration any more"
+        assert (
+            row.reason == "its namespace ns is not in the configuration any more, or read-only now"
+        )
         assert w.kept_bytes() == [NEW]
 
     other = {"other": MemoryRemote(kind)}

@@ -22,6 +22,7 @@ from hpcfs.cache.store import Store
 from hpcfs.filesystem.errors import Exists, NoEntry, Stale
 from hpcfs.filesystem.filesystem import Filesystem
 from hpcfs.filesystem.namespace import Namespace, WriteMode
+from hpcfs.filesystem.pending import Pending
 from hpcfs.filesystem.restoring import Restoring
 from hpcfs.filesystem.tree import ATTRIBUTE_SECONDS, ROOT_INO, Node
 from hpcfs.transfer import messages as m
@@ -76,6 +77,7 @@ class World:
     sites: dict[str, MemorySite]
     nursery: trio.Nursery
     clock: Clock
+    pending: Pending
     kernel: Kernel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -120,10 +122,12 @@ async def world(
         ]
         fs = Filesystem(namespaces, store, Uploader(journal), nursery, uid=UID, gid=GID)
         fs.tree.now = clock
-        await Restoring(fs.tree, store, fs.files, journal, namespaces).restore(journal.rows)
+        restoring = Restoring(fs.tree, store, fs.files, journal, namespaces)
+        pending = Pending(fs.tree, store, fs.files, journal, restoring)
+        await restoring.restore(journal.rows)
         nursery.start_soon(store.evict_forever)
         nursery.start_soon(fs.files.backlog.run)
-        yield World(directory, store, journal, fs, remotes, sites, nursery, clock)
+        yield World(directory, store, journal, fs, remotes, sites, nursery, clock, pending)
         for site in sites.values():
             site.cues.clear()
         await fs.files.close_all()

@@ -239,15 +239,11 @@ def test_what_is_discarded_is_gone(home: Path) -> None:
     assert reopened(home) == []
 
 
-def test_recovering_copies_the_local_version_and_overwrites_nothing(
-    home: Path, tmp_path: Path
-) -> None:
+def test_recovering_copies_the_local_version(home: Path, tmp_path: Path) -> None:
     noted = row(home, size=30)
     assert recover(noted, tmp_path / "copy") == 30
     assert (tmp_path / "copy").read_bytes() == DATA + bytes(6)
     assert (tmp_path / "copy").stat().st_mtime_ns == ENTRY.mtime_ns
-    with pytest.raises(FileExistsError):
-        recover(noted, tmp_path / "copy")
 
 
 def test_a_row_whose_bytes_are_gone_is_told_and_dropped(
