@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -32,9 +33,18 @@ from hpcfs.filesystem.namespace import Namespace
 from hpcfs.kernel import operations as kernel
 from hpcfs.system import mountinfo
 from hpcfs.transfer.client import Ask, SiteClient
-from hpcfs.transfer.messages import RemoteError, S3Root, S3Site, SftpRoot, SshSite, Start
-from hpcfs.writeback.journal import Journal, Unconfirmed
+from hpcfs.transfer.messages import (
+    InvalidRequest,
+    RemoteError,
+    S3Root,
+    S3Site,
+    SftpRoot,
+    SshSite,
+    Start,
+)
+from hpcfs.writeback.journal import Journal
 from hpcfs.writeback.uploader import Uploader
+from hpcfs.writeservice import PendingRow, Progress, WriteService
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +116,8 @@ class _Daemon:
         self._store: Store
         self._journal: Journal
         self._fs: Filesystem
+        self._cache: CacheService
+        self._writes: WriteService
 
     # --- from start to end ----------------------------------------------------------------------
 
@@ -115,11 +127,12 @@ class _Daemon:
             services = await stack.enter_async_context(trio.open_nursery())
             stack.callback(services.cancel_scope.cancel)
             self._build(services)
-            service = CacheService(
+            self._cache = CacheService(
                 self._settings, self._store, self._fs, {n.name: n.origin for n in self._namespaces}
             )
+            self._writes = WriteService(self._settings, _Kept(self._journal, self._fs))
             await services.start(
-                control_server.serve, self._settings.socket, self.status, service.answer
+                control_server.serve, self._settings.socket, self.status, self._answer
             )
             services.start_soon(self._store.evict_forever)
             services.start_soon(self._save_forever)
@@ -253,10 +266,16 @@ class _Daemon:
         except OSError as error:
             log.warning("old cache files could not be removed: %s", error)
 
+    async def _answer(self, request: control.Request, tell: control_server.Tell) -> control.Reply:
+        if request.command in control.WRITE_COMMANDS:
+            return await self._writes.answer(request, tell)
+        return await self._cache.answer(request, tell)
+
     # --- status -----------------------------------------------------------------------------------
 
     def status(self) -> control.MountStatus:
         settings = self._settings
+        pending = self._writes.summary()
         return control.MountStatus(
             mountpoint=str(settings.mountpoint),
             pid=os.getpid(),
@@ -269,8 +288,12 @@ class _Daemon:
             open_files=self._fs.files.open_count,
             dirty_files=self._fs.files.dirty_count,
             namespaces=[self._namespace_status(name) for name in settings.namespaces],
-            kept=[_kept_file(row) for row in self._journal.kept],
+            pending=pending.files,
+            pending_files=pending.count,
+            pending_bytes=pending.left,
+            pending_states=pending.states,
             memory=self._memory(),
+            root_namespace=settings.root_namespace,
         )
 
     def _namespace_status(self, name: str) -> control.NamespaceStatus:
@@ -278,7 +301,9 @@ class _Daemon:
         site = self._sites[chosen.site]
         kind = "sftp" if isinstance(chosen.site, SshSite) else "s3"
         state, reason = site.namespace_state(name)
-        return control.NamespaceStatus(name, kind, chosen.url, state, reason, chosen.read_only)
+        return control.NamespaceStatus(
+            name, kind, chosen.url, state, reason, chosen.read_only, chosen.write
+        )
 
     def _memory(self) -> int:
         """Resident bytes of the daemon and its transfer processes."""
@@ -295,10 +320,44 @@ def _resident_bytes(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _kept_file(row: Unconfirmed) -> control.KeptFile:
-    """JSON is UTF-8: what a name has beside that is only shown as missing."""
-    path = row.path.decode(errors="replace")
-    return control.KeptFile(row.namespace, path, row.size, row.reason, row.data, row.since)
+class _Kept:
+    """The backlog while all uploads end in close(2): what is kept, and what is open."""
+
+    def __init__(self, journal: Journal, fs: Filesystem) -> None:
+        self._journal = journal
+        self._fs = fs
+
+    def pending(self) -> list[PendingRow]:
+        return [
+            PendingRow(
+                row.name,
+                row.namespace,
+                row.path,
+                row.size,
+                row.size,
+                "kept",
+                row.reason,
+                row.since,
+                row.data,
+            )
+            for row in self._journal.kept
+        ]
+
+    async def sync(
+        self, namespace: str | None, path: bytes, tell: Callable[[Progress], Awaitable[None]]
+    ) -> None:
+        await self._fs.files.flush_all()
+
+    async def retry(self, ids: Sequence[str]) -> None:
+        raise InvalidRequest("this is not possible yet")
+
+    async def discard(self, ids: Sequence[str]) -> None:
+        raise InvalidRequest("this is not possible yet")
+
+    async def recover(self, name: str, target: Path, /) -> int:
+        (row,) = (row for row in self._journal.kept if row.name == name)
+        await trio.to_thread.run_sync(shutil.copyfile, row.data, target)
+        return row.size
 
 
 def _site_starts(settings: Settings) -> list[Start]:

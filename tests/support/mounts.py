@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 import pytest
 
 from hpcfs.control import control
-from hpcfs.control.control import KeptFile, MountStatus, NamespaceStatus
+from hpcfs.control.control import MountStatus, NamespaceStatus, PendingFile
 from hpcfs.system import mountinfo, paths
 from tests.support.command import Home, end_mounts_below
 from tests.support.s3 import S3Server
@@ -262,8 +262,8 @@ class Mount:
         return next(found for found in self.status.namespaces if found.name == name)
 
     @property
-    def kept(self) -> list[KeptFile]:
-        return self.status.kept
+    def kept(self) -> list[PendingFile]:
+        return [one for one in self.status.pending if one.state == "kept"]
 
     def kill_daemon(self) -> None:
         """Returns once the kernel has noticed."""
