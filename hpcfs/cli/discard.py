@@ -25,7 +25,9 @@ def discard(where: str, yes: bool) -> int:
     assert place.socket
     found = pending.query(place)
     if not found.count:
-        raise SetupError(f"nothing of {where} is waiting to be uploaded: 'hpcfs status' lists what")
+        raise SetupError(f"nothing of {where} waits to be uploaded: 'hpcfs status' lists what does")
+    if found.states.get("writing"):
+        raise SetupError(f"a program still writes to {where}: end that first")
     if not yes and not _confirm(found):
         print("nothing was discarded")
         return 1

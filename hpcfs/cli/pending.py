@@ -9,7 +9,7 @@ import msgspec
 
 from hpcfs.cli.cache_places import Place
 from hpcfs.cli.output import ago, count, size
-from hpcfs.control import control
+from hpcfs.control import control, mountpoint
 from hpcfs.control.control import MountStatus, PendingFile, PendingList, PendingState
 from hpcfs.errors import SetupError
 
@@ -78,9 +78,12 @@ def stuck_lines(status: MountStatus, file: PendingFile) -> list[str]:
 def query(place: Place, timeout: float = control.STEP_SECONDS) -> PendingList:
     """Raises SetupError."""
     assert place.socket
+    assert place.mountpoint
     try:
         return control.query_pending(place.socket, place.path, timeout)
     except control.NotRunning:
+        if not mountpoint.is_dead(place.mountpoint):
+            raise
         raise SetupError(
             f"the daemon of {place.mountpoint} is gone: 'hpcfs umount {place.mountpoint}' tidies "
             "up, and the next mount resumes what was pending"

@@ -104,20 +104,27 @@ def _mount_lines(one: MountStatus | Silent) -> list[str]:
     if isinstance(one, Silent):
         return [click.style(printable(f"{one.mountpoint}: {one.error}"), fg="red")]
     head = printable(f"{one.mountpoint}  (mounted {ago(one.started)} ago, log: {one.log_file})")
-    rate = f", {size(round(one.upload_rate))}/s" if one.upload_rate >= 1 else ""
-    left = f", {_duration(one.pending_bytes / one.upload_rate)} left" if rate else ""
     uploads = "nothing is pending"
     if one.pending_files:
         amount = pending.amount(one.pending_files, one.pending_bytes)
-        uploads = f"{amount} pending: {pending.states(one.pending_states)}{rate}{left}"
+        uploads = f"{amount} pending: {pending.states(one.pending_states)}"
     cache = f"{size(one.cache_used)} of {size(one.cache_size)}"
     memory = f", memory: {size(one.memory)}" if one.memory else ""
     return [
         click.style(head, bold=True),
         *_namespace_lines(one.namespaces),
         f"  cache: {cache}{memory}, {count(one.open_files, 'open file')}",
-        f"  uploads: {uploads}; {size(one.uploaded_bytes)} since the mount",
+        f"  uploads: {uploads}",
+        f"  uploaded: {size(one.uploaded_bytes)} since the mount{_pace(one)}",
     ]
+
+
+def _pace(one: MountStatus) -> str:
+    if one.upload_rate < 1:
+        return ""
+    on_its_way = one.pending_bytes - sum(file.left for file in one.pending if file.is_stuck)
+    left = f", {_duration(on_its_way / one.upload_rate)} left" if on_its_way > 0 else ""
+    return f", {size(round(one.upload_rate))}/s{left}"
 
 
 def _namespace_lines(found: list[NamespaceStatus]) -> Iterator[str]:

@@ -33,12 +33,14 @@ def row(
 
 
 class FakeBacklog:
-    """Implements writeservice.Backlog. `rate` is in bytes a second: with 0 nothing ever goes up.
-    What is to fail has its reason in `refuses`, by id."""
+    """Implements writeservice.Backlog. `rate` is in bytes a second: with 0 nothing ever goes up,
+    and with `waits` nothing before somebody syncs. What is to fail has its reason in `refuses`, by
+    id."""
 
     def __init__(self, rows: Sequence[PendingRow], rate: float = 0.0) -> None:
         self.rows = {one.id: one for one in rows}
         self.rate = rate
+        self.waits = False
         self.refuses: dict[str, str] = {}
         self.uploaded = 0
         self.synced: list[tuple[str | None, bytes]] = []
@@ -50,7 +52,8 @@ class FakeBacklog:
         """One after the other."""
         while True:
             await trio.sleep(STEP_SECONDS)
-            self.step(int(self.rate * STEP_SECONDS))
+            if self.synced or not self.waits:
+                self.step(int(self.rate * STEP_SECONDS))
 
     def step(self, length: int) -> None:
         ways = (one for one in self.rows.values() if one.state in ("waiting", "uploading"))

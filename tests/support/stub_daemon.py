@@ -3,9 +3,10 @@
 It mounts for real and answers on the real control socket, but reaches no remote. What it does at
 start-up is set by HPCFS_STUB: fine, failed (one namespace), refused (MountFailed), crash, ask,
 hang (until a signal ends it). What is not uploaded is set by HPCFS_STUB_PENDING, a JSON list of the
-arguments of tests.support.backlog.row, and HPCFS_STUB_RATE, bytes uploaded a second; files named in
-HPCFS_STUB_REFUSES, a JSON object of reasons by id, fail. It ends when nothing is on its way any
-more. Run as a program it stands in for `hpcfs` with this daemon.
+arguments of tests.support.backlog.row, and HPCFS_STUB_RATE, bytes uploaded a second, which with
+HPCFS_STUB_WAITS begins when somebody syncs; files named in HPCFS_STUB_REFUSES, a JSON object of
+reasons by id, fail. It ends when nothing is on its way any more. Run as a program it stands in for
+`hpcfs` with this daemon.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ def serve(
 def _backlog() -> FakeBacklog:
     rows = [row(**fields) for fields in json.loads(os.environ.get("HPCFS_STUB_PENDING", "[]"))]
     made = FakeBacklog(rows, float(os.environ.get("HPCFS_STUB_RATE", "0")))
+    made.waits = "HPCFS_STUB_WAITS" in os.environ
     made.refuses = json.loads(os.environ.get("HPCFS_STUB_REFUSES", "{}"))
     return made
 
