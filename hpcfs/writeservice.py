@@ -14,7 +14,7 @@ import shutil
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -41,6 +41,9 @@ from hpcfs.writeback.journal import Journal, Unconfirmed
 PARTIAL = ".hpcfs-partial"
 """Ends the name of a copy that has only what was changed here: the rest is on the remote."""
 _MAX_NAME_BYTES = 255 - len(PARTIAL) - 8
+_MAX_TEXT = 2 * 1024 * 1024
+"""Characters of all that is named in one answer: JSON makes up to 6 bytes of one, which still is
+less than MAX_REPLY_BYTES."""
 _ORDER: dict[PendingState, int] = {
     "failed": 0,
     "kept": 1,
@@ -115,13 +118,22 @@ def summary(rows: Iterable[PendingRow]) -> PendingList:
     found = list(rows)
     first = heapq.nsmallest(MAX_PENDING, found, lambda row: (_ORDER[row.state], row.since))
     return PendingList(
-        [_told(row) for row in first],
+        list(_told_within(first, _MAX_TEXT)),
         len(found),
         sum(row.size for row in found),
         sum(row.left for row in found),
         dict(Counter(row.state for row in found)),
         time.time(),
     )
+
+
+def _told_within(rows: Sequence[PendingRow], length: int) -> Iterator[PendingFile]:
+    for row in rows:
+        told = _told(row)
+        length -= sum(len(text) for text in (told.path, told.reason, told.data, told.id))
+        if length < 0:
+            return
+        yield told
 
 
 def _told(row: PendingRow) -> PendingFile:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from hpcfs.cli.cache_places import Place
 from hpcfs.cli.output import ago, count, size
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import MountStatus, PendingFile, PendingList, PendingState
 from hpcfs.errors import SetupError
+
+if TYPE_CHECKING:
+    from hpcfs.cli.cache_places import Place
 
 MAX_NAMED = 20
 _STATES: tuple[PendingState, ...] = ("failed", "kept", "uploading", "waiting", "writing")
