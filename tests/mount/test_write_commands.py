@@ -19,7 +19,7 @@ import pytest
 from hpcfs.control import control
 from hpcfs.control.control import MountStatus
 from hpcfs.system import mountinfo, paths
-from tests.policy.test_writeservice import make_journal, unconfirmed
+from tests.support.backlog import make_journal, unconfirmed
 from tests.support.command import Home, Terminal, end_mounts_below, make_home
 
 NOW = 9e9

@@ -23,9 +23,8 @@ from hpcfs.control.control import (
     Step,
 )
 from hpcfs.errors import SetupError
-from hpcfs.writeback.journal import Journal, Unconfirmed
 from hpcfs.writeservice import WriteService
-from tests.support.backlog import FakeBacklog, content, row
+from tests.support.backlog import FakeBacklog, content, make_journal, row, unconfirmed
 
 ROWS = [
     row("a", "kept", size=1, since=5.0, reason="quota", data="/c/a"),
@@ -310,39 +309,6 @@ def test_the_longest_names_can_be_numbered(tmp_path: Path) -> None:
 
 
 # --- not mounted --------------------------------------------------------------------------------
-
-
-def make_journal(home: Path, *rows: Unconfirmed) -> Path:
-    """A cache directory as a killed daemon leaves it."""
-    directory = home / "mnt-0"
-    directory.mkdir(mode=0o700, parents=True)
-    (directory / "lock").write_text("the mount at /m (pid 1)")
-
-    async def fill() -> None:
-        journal = Journal.open(directory)
-        for one in rows:
-            await journal.note(one)
-        await journal.close()
-
-    trio.run(fill)
-    return directory
-
-
-def unconfirmed(
-    home: Path,
-    path: bytes,
-    data: bytes,
-    *,
-    namespace: str = "home",
-    base_size: int = 0,
-    ranges: list[tuple[int, int]] | None = None,
-) -> Unconfirmed:
-    home.mkdir(exist_ok=True)
-    name = f"{namespace}-{path.hex()}"
-    file = home / name
-    file.write_bytes(data)
-    dirty = [(0, len(data))] if ranges is None else ranges
-    return Unconfirmed(name, namespace, path, len(data), base_size, dirty, str(file))
 
 
 def recover_unmounted(directory: Path, path: bytes, to: Path) -> tuple[Outcome, list[Path]]:

@@ -11,6 +11,7 @@ import trio
 
 from hpcfs.control.control import PendingState
 from hpcfs.transfer.messages import RemoteError
+from hpcfs.writeback.journal import Journal, Unconfirmed
 from hpcfs.writeservice import PendingRow, Progress
 
 STEP_SECONDS = 0.05
@@ -116,3 +117,39 @@ def _is_of(one: PendingRow, namespace: str | None, path: bytes) -> bool:
         return True
     below = not path or one.path == path or one.path.startswith(path + b"/")
     return one.namespace == namespace and below
+
+
+# --- a journal that nobody mounts ---------------------------------------------------------------
+
+
+def make_journal(home: Path, *rows: Unconfirmed) -> Path:
+    """A cache directory as a killed daemon leaves it."""
+    directory = home / "mnt-0"
+    directory.mkdir(mode=0o700, parents=True)
+    (directory / "lock").write_text("the mount at /m (pid 1)")
+
+    async def fill() -> None:
+        journal = Journal.open(directory)
+        for one in rows:
+            await journal.note(one)
+        await journal.close()
+
+    trio.run(fill)
+    return directory
+
+
+def unconfirmed(
+    home: Path,
+    path: bytes,
+    data: bytes,
+    *,
+    namespace: str = "home",
+    base_size: int = 0,
+    ranges: list[tuple[int, int]] | None = None,
+) -> Unconfirmed:
+    home.mkdir(exist_ok=True)
+    name = f"{namespace}-{path.hex()}"
+    file = home / name
+    file.write_bytes(data)
+    dirty = [(0, len(data))] if ranges is None else ranges
+    return Unconfirmed(name, namespace, path, len(data), base_size, dirty, str(file))
