@@ -314,14 +314,16 @@ def test_what_an_earlier_mount_left_is_no_news(home: Home) -> None:
 @pytest.mark.parametrize("seconds", ["0", "1.5"])
 def test_umount_waits_no_longer_than_its_timeout(home: Home, seconds: str) -> None:
     mount(home, {"path": "a", "size": LARGE}, rate=LARGE / 1000)
-    daemon = control.open_wait(paths.find_socket(home.mountpoint))
-    with daemon:
+    pid = status(home).pid
+    with control.open_wait(paths.find_socket(home.mountpoint)) as daemon:
         result = home.run("umount", "--timeout", seconds, "mnt")
         assert (result.returncode, result.stdout) == (3, "")
         assert "is unmounted, but there was no time to wait, 1 file (" in said(result)
         assert "the next mount resumes" in said(result)
         assert not is_mounted(home)
-        assert not control.wait_until_gone(daemon, 0)
+        assert not control.wait_until_gone(daemon, 0), "it goes on"
+        os.kill(pid, signal.SIGKILL)
+        assert control.wait_until_gone(daemon, 10)
 
 
 def test_a_timeout_that_suffices_is_no_failure(home: Home) -> None:
