@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import shutil
+import signal
 import sys
 import termios
 import time
@@ -174,12 +175,19 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def _screen() -> Iterator[None]:
+    """SIGTERM leaves it, too."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
     sys.stdout.write(_ENTER)
     try:
         yield
     finally:
         sys.stdout.write(_LEAVE)
         sys.stdout.flush()
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -137,6 +137,14 @@ def test_watch_ends_with_ctrl_c_and_shows_mounts_that_come_and_go(home: Home) ->
     assert "Traceback" not in terminal.shown
 
 
+def test_watch_that_is_terminated_leaves_the_terminal_as_it_was(home: Home) -> None:
+    terminal = Terminal(home, "status", "--watch", home.mountpoint)
+    terminal.wait_for("no hpcfs mount")
+    os.kill(terminal.pid, signal.SIGTERM)
+    assert terminal.exit_code() == 128 + signal.SIGTERM
+    assert terminal.shown.endswith("\x1b[?1049l")
+
+
 def test_watch_without_a_terminal_prints_one_status_a_second(home: Home) -> None:
     mount(home, BAD)
     with home.start("status", "--watch", "--json", home.mountpoint) as watching:
