@@ -187,7 +187,7 @@ async def _answer_unmounted(
         on_step(Step(done, total))
 
     mountpoint = last_mountpoint(directory)
-    async with _unmounted(directory, mountpoint) as store:
+    async with unmounted(directory, "hpcfs cache") as store:
         if request.command == "cache":
             return Reply(cache=await status(store, mountpoint, {}))
         if request.command == "verify":
@@ -197,13 +197,16 @@ async def _answer_unmounted(
 
 
 @asynccontextmanager
-async def _unmounted(directory: Path, mountpoint: str) -> AsyncIterator[Store]:
-    """The cache, locked. What the last mount had not uploaded is in use, and so is not touched. The
-    lock's file tells afterwards what it told before."""
+async def unmounted(directory: Path, command: str) -> AsyncIterator[Store]:
+    """The cache, locked by this command. What the last mount had not uploaded is in use, and so is
+    not touched. The lock's file tells afterwards what it told before.
+
+    Raises SetupError, also where the cache is in use.
+    """
     lock = directory / "lock"
-    told = lock.read_text(errors="replace") if mountpoint else ""
+    told = lock.read_text(errors="replace") if last_mountpoint(directory) else ""
     try:
-        store = Store.open(directory, _UNLIMITED, f"'hpcfs cache' (pid {os.getpid()})")
+        store = Store.open(directory, _UNLIMITED, f"'{command}' (pid {os.getpid()})")
     except CacheUnusable as error:
         raise SetupError(str(error)) from None
     try:

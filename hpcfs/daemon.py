@@ -29,13 +29,22 @@ from hpcfs.control import control, mountpoint, server as control_server
 from hpcfs.errors import SetupError
 from hpcfs.filesystem.filesystem import Filesystem
 from hpcfs.filesystem.namespace import Namespace
+from hpcfs.filesystem.pending import Pending
 from hpcfs.filesystem.restoring import Restoring
 from hpcfs.kernel import operations as kernel
 from hpcfs.system import mountinfo
 from hpcfs.transfer.client import Ask, SiteClient
-from hpcfs.transfer.messages import RemoteError, S3Root, S3Site, SftpRoot, SshSite, Start
-from hpcfs.writeback.journal import Journal, Unconfirmed
+from hpcfs.transfer.messages import (
+    RemoteError,
+    S3Root,
+    S3Site,
+    SftpRoot,
+    SshSite,
+    Start,
+)
+from hpcfs.writeback.journal import Journal
 from hpcfs.writeback.uploader import Uploader
+from hpcfs.writeservice import WriteService
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +116,10 @@ class _Daemon:
         self._store: Store
         self._journal: Journal
         self._fs: Filesystem
+        self._cache: CacheService
+        self._writes: WriteService
+        self._restoring: Restoring
+        self._pending: Pending
 
     # --- from start to end ----------------------------------------------------------------------
 
@@ -116,11 +129,12 @@ class _Daemon:
             services = await stack.enter_async_context(trio.open_nursery())
             stack.callback(services.cancel_scope.cancel)
             self._build(services)
-            service = CacheService(
+            self._cache = CacheService(
                 self._settings, self._store, self._fs, {n.name: n.origin for n in self._namespaces}
             )
+            self._writes = WriteService(self._settings, self._pending)
             await services.start(
-                control_server.serve, self._settings.socket, self.status, service.answer
+                control_server.serve, self._settings.socket, self.status, self._answer
             )
             await self._take_up()
             services.start_soon(self._store.evict_forever)
@@ -151,11 +165,8 @@ class _Daemon:
 
     async def _take_up(self) -> None:
         """What an earlier mount had not uploaded."""
-        restoring = Restoring(
-            self._fs.tree, self._store, self._fs.files, self._journal, self._namespaces
-        )
         try:
-            count = await restoring.restore(self._journal.rows)
+            count = await self._restoring.restore(self._journal.rows)
         except (OSError, sqlite3.Error) as error:
             raise MountFailed(
                 f"what an earlier mount left in {self._settings.cache_dir} can't be read: {error}"
@@ -180,7 +191,14 @@ class _Daemon:
             origin = _origin(chosen.site, chosen.root)
             site = self._sites[chosen.site]
             self._namespaces.append(
-                Namespace(chosen.name, origin, site, links[chosen.site], read_only=chosen.read_only)
+                Namespace(
+                    chosen.name,
+                    origin,
+                    site,
+                    links[chosen.site],
+                    read_only=chosen.read_only,
+                    write=chosen.write,
+                )
             )
         self._fs = Filesystem(
             self._namespaces,
@@ -189,6 +207,10 @@ class _Daemon:
             services,
             single=settings.root_namespace is not None,
         )
+        tree, files = self._fs.tree, self._fs.files
+        files.backlog.limit = settings.journal_size
+        self._restoring = Restoring(tree, self._store, files, self._journal, self._namespaces)
+        self._pending = Pending(tree, self._store, files, self._journal, self._restoring)
 
     async def _serve_kernel(self) -> None:
         """Mounted from the first line to the last."""
@@ -273,10 +295,16 @@ class _Daemon:
         except OSError as error:
             log.warning("old cache files could not be removed: %s", error)
 
+    async def _answer(self, request: control.Request, tell: control_server.Tell) -> control.Reply:
+        if request.command in control.WRITE_COMMANDS:
+            return await self._writes.answer(request, tell)
+        return await self._cache.answer(request, tell)
+
     # --- status -----------------------------------------------------------------------------------
 
     def status(self) -> control.MountStatus:
         settings = self._settings
+        pending = self._writes.summary()
         return control.MountStatus(
             mountpoint=str(settings.mountpoint),
             pid=os.getpid(),
@@ -289,8 +317,14 @@ class _Daemon:
             open_files=self._fs.files.open_count,
             dirty_files=self._fs.files.dirty_count,
             namespaces=[self._namespace_status(name) for name in settings.namespaces],
-            kept=[_kept_file(row) for row in self._journal.kept],
+            pending=pending.files,
+            pending_files=pending.count,
+            pending_bytes=pending.left,
+            pending_states=pending.states,
+            uploaded_bytes=sum(namespace.uploaded.total for namespace in self._namespaces),
+            upload_rate=sum(namespace.uploaded.rate() for namespace in self._namespaces),
             memory=self._memory(),
+            root_namespace=settings.root_namespace,
         )
 
     def _namespace_status(self, name: str) -> control.NamespaceStatus:
@@ -298,7 +332,9 @@ class _Daemon:
         site = self._sites[chosen.site]
         kind = "sftp" if isinstance(chosen.site, SshSite) else "s3"
         state, reason = site.namespace_state(name)
-        return control.NamespaceStatus(name, kind, chosen.url, state, reason, chosen.read_only)
+        return control.NamespaceStatus(
+            name, kind, chosen.url, state, reason, chosen.read_only, chosen.write
+        )
 
     def _memory(self) -> int:
         """Resident bytes of the daemon and its transfer processes."""
@@ -313,12 +349,6 @@ def _resident_bytes(pid: int) -> int:
     except OSError:
         return 0  # it just ended
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _kept_file(row: Unconfirmed) -> control.KeptFile:
-    """JSON is UTF-8: what a name has beside that is only shown as missing."""
-    path = row.path.decode(errors="replace")
-    return control.KeptFile(row.namespace, path, row.size, row.reason, row.data, row.since)
 
 
 def _site_starts(settings: Settings) -> list[Start]:

@@ -43,13 +43,16 @@ def start(settings: Settings, *, debug: bool) -> MountStatus:
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     child = os.fork()
     if child == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(reader)
         _serve_in_child(settings, writer, debug=debug)
     os.close(writer)
     try:
         with terminal.restored(), _terminated_raises():
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             report = _read_report(reader)
     except BaseException:
         stop(child, settings, patience=0.0)

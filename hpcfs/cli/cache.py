@@ -71,7 +71,7 @@ def verify(place: str | None, cache_dir: Path | None) -> int:
 def warm(where: tuple[str, ...], wants_pin: bool) -> int:
     """Fetch what is missing of these, directories with all below them. Ctrl-C stops it; what was
     fetched by then stays."""
-    places = [_mounted(text) for text in where]
+    places = [cache_places.find_mounted(text) for text in where]
     if wants_pin:
         for place in places:
             _ask(place, Request("pin", place.path))
@@ -87,7 +87,7 @@ def warm(where: tuple[str, ...], wants_pin: bool) -> int:
 def pin(where: tuple[str, ...]) -> None:
     """What is cached of these, now and later, is never evicted. It is fetched when it is read, or
     at once with 'hpcfs cache warm --pin'."""
-    places = [_mounted(text) for text in where]
+    places = [cache_places.find_mounted(text) for text in where]
     for place in places:
         _ask(place, Request("pin", place.path))
     _tell_pins(places)
@@ -98,18 +98,11 @@ def pin(where: tuple[str, ...]) -> None:
 def unpin(where: tuple[str, ...]) -> None:
     """Undo pin, also for what was pinned below a directory."""
     for text in where:
-        place = _mounted(text)
+        place = cache_places.find_mounted(text)
         try:
             _ask(place, Request("unpin", place.path))
         except control.Refused as refused:
             raise SetupError(f"{text}: {refused}") from None
-
-
-def _mounted(text: str) -> Place:
-    place = cache_places.find(text, None)
-    if place.socket is None:
-        raise SetupError(f"{text} is not mounted now: 'hpcfs mount' first")
-    return place
 
 
 def _ask(place: Place, request: Request) -> Outcome:

@@ -38,16 +38,41 @@ def find(text: str, cache_dir: Path | None) -> Place:
     return Place(str(target), directory=directory)
 
 
-def find_all(cache_dir: Path | None) -> list[Place]:
-    """The caches of all of this user's mounts, then those that are not mounted. Root may reach
-    other users' mounts, but must name them."""
-    places, in_use = [], set()
+def find_mounted(text: str) -> Place:
+    """Raises SetupError also where it is not mounted."""
+    place = find(text, None)
+    if place.socket is None:
+        raise SetupError(f"{text} is not mounted now: 'hpcfs mount' first")
+    return place
+
+
+def find_below(text: str, cache_dir: Path | None) -> Place:
+    """As `find`, but also for a path below a mount point that is not mounted now."""
+    if (place := _in_a_mount(text)) is not None:
+        return place
+    path, base = paths.absolute_mountpoint(text), _base(cache_dir)
+    for target in [path, *path.parents]:
+        directory = base / paths.mount_id(target)
+        if (directory / "lock").is_file():
+            below = b"" if target == path else os.fsencode(path.relative_to(target))
+            return Place(str(path), path=below, directory=directory)
+    raise SetupError(f"{text} is in no mount, and below no mount point with a cache")
+
+
+def find_all_mounted() -> list[Place]:
+    """This user's. Root may reach other users' mounts, but must name them."""
     own = os.getuid()
-    for target in [found.mountpoint for found in mountpoint.mounts() if found.user_id == own]:
-        socket = paths.find_socket(target)
-        places.append(Place(str(target), target, socket))
+    targets = [found.mountpoint for found in mountpoint.mounts() if found.user_id == own]
+    return [Place(str(target), target, paths.find_socket(target)) for target in targets]
+
+
+def find_all(cache_dir: Path | None) -> list[Place]:
+    """The caches of all of this user's mounts, then those that are not mounted."""
+    places, in_use = find_all_mounted(), set()
+    for place in places:
+        assert place.socket
         try:
-            in_use.add(Path(control.query_status(socket).cache_dir).resolve())
+            in_use.add(Path(control.query_status(place.socket).cache_dir).resolve())
         except SetupError:  # it is told when the cache is asked for
             continue
     base = _base(cache_dir)

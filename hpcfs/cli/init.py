@@ -28,7 +28,8 @@ _HEAD = """\
 mountpoint = "~/cluster"
 # cache_dir = "~/.cache/hpcfs"   # on a local disk; chosen for you if your home is on a network
 # cache_size = "20 GiB"
-# cache_min_free = "5%"             # or a size: so much of its disk the cache leaves free
+# cache_min_free = "5%"          # or a size: so much of its disk the cache leaves free
+# journal_size = "10 GiB"        # so much may wait to be uploaded; then writers wait, too
 """
 
 _EXAMPLES = """
@@ -39,6 +40,8 @@ _EXAMPLES = """
 # host = "login3"               # an alias of ~/.ssh/config, or user@host
 # path = "~"
 # read_only = false
+# write = "through"             # "back": closing a file waits for the local disk only
+# verify = false                # true: compare a hash with the remote's after each upload
 
 # A bucket. Credentials come from the AWS chain (environment, ~/.aws, SSO, instance).
 #

@@ -1,7 +1,8 @@
 """The entry point: finds the command, and turns every failure into one line and an exit code.
 
 Commands are imported when they are used, their help lines are here: `hpcfs --help` must not wait
-for trio, pyfuse3 or rich. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 ended by Ctrl-C.
+for trio, pyfuse3 or rich. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 out of
+time, 130 ended by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ class LazyCommand:
 COMMANDS = {
     "mount": LazyCommand("hpcfs.cli.mount", "mount", "Mount clusters and buckets as one tree."),
     "umount": LazyCommand("hpcfs.cli.umount", "umount", "Unmount, after pending uploads."),
-    "status": LazyCommand("hpcfs.cli.status", "status", "Show mounts and their namespaces."),
+    "status": LazyCommand("hpcfs.cli.status", "status", "Show mounts, and what is not uploaded."),
+    "sync": LazyCommand("hpcfs.cli.sync", "sync", "Wait until all is uploaded."),
+    "retry": LazyCommand("hpcfs.cli.retry", "retry", "Try again what could not be uploaded."),
+    "recover": LazyCommand("hpcfs.cli.recover", "recover", "Copy out what is not uploaded."),
+    "discard": LazyCommand("hpcfs.cli.discard", "discard", "Give up what is not uploaded."),
     "cache": LazyCommand("hpcfs.cli.cache", "cache", "Show, fill, clear and verify caches."),
     "check": LazyCommand("hpcfs.cli.check", "check", "Find out what would stop a mount."),
     "init": LazyCommand("hpcfs.cli.init", "init", "Write a commented configuration."),

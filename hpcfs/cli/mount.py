@@ -12,7 +12,7 @@ from typing import TypeVar
 import click
 
 from hpcfs.cache import location
-from hpcfs.cli import arguments, background, terminal
+from hpcfs.cli import arguments, background, pending, terminal
 from hpcfs.cli.main import Invocation
 from hpcfs.cli.output import complain, count, printable
 from hpcfs.config import config, values as config_values
@@ -59,7 +59,13 @@ cache_dir_option = click.option(
 @click.option("--verbose", "-v", is_flag=True, help="Log more; show tracebacks.")
 @click.option("--read-only", is_flag=True, help="Refuse to change anything on the remotes.")
 @cache_dir_option
-@click.option("--cache-size", metavar="SIZE", callback=_read_by(config_values.cache_size))
+@click.option("--cache-size", metavar="SIZE", callback=_read_by(config_values.disk_size))
+@click.option(
+    "--write",
+    metavar="through|back",
+    callback=_read_by(config_values.write_mode),
+    help="What closing a file waits for: the remote, or the local disk.",
+)
 @click.pass_obj
 def mount(
     invocation: Invocation,
@@ -70,6 +76,7 @@ def mount(
     read_only: bool,
     cache_dir: Path | None,
     cache_size: int | None,
+    write: config_values.WriteMode | None,
 ) -> None:
     """Mount what the configuration or the URLs name.
 
@@ -90,6 +97,7 @@ def mount(
         cache_size=cache_size or chosen.cache_size,
         log_level="DEBUG" if verbose else chosen.log_level,
     )
+    chosen = config.writing(chosen, write) if write else chosen
     settings = _prepare(config.read_only(chosen) if read_only else chosen, wanted.mountpoint)
     if foreground:
         _serve_here(settings)
@@ -119,12 +127,19 @@ def _tell(status: MountStatus, settings: Settings) -> None:
     failed = [found for found in status.namespaces if found.state == "failed"]
     for found in failed:
         complain(f"{found.name}: {found.reason}")
-    if status.kept:
-        kept = count(len(status.kept), "file")
-        complain(f"{kept} could not be uploaded earlier: 'hpcfs status' says where the bytes are")
+    _tell_pending(status)
     if sys.stdout.isatty():
         number = count(len(status.namespaces) - len(failed), "namespace")
         print(printable(f"mounted {number} at {status.mountpoint} (log: {settings.log_file})"))
+
+
+def _tell_pending(status: MountStatus) -> None:
+    """What an earlier mount left."""
+    stuck = pending.stuck(status)
+    if on_its_way := status.pending_files - stuck:
+        complain(f"{count(on_its_way, 'file')} of an earlier mount: the upload goes on")
+    if stuck:
+        complain(f"{count(stuck, 'file')} could not be uploaded earlier: 'hpcfs status' says why")
 
 
 def _serve_here(settings: Settings) -> None:

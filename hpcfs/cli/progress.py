@@ -1,4 +1,4 @@
-"""A progress bar of bytes on stderr, where that is a terminal; elsewhere nothing."""
+"""A progress bar of bytes, and files, on stderr, where that is a terminal; elsewhere nothing."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ class Bar:
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
+            TextColumn("{task.fields[files]}", markup=False),
             DownloadColumn(binary_units=True),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
         )
-        self._task = self._progress.add_task(self._label, total=None)
+        self._task = self._progress.add_task(self._label, total=None, files="")
         self._progress.start()
 
     def __exit__(
@@ -61,4 +62,5 @@ class Bar:
     def show(self, step: Step) -> None:
         if self._progress is not None and self._task is not None:
             total = max(step.total, step.done)
-            self._progress.update(self._task, completed=step.done, total=total)
+            files = f"{step.files_done}/{step.files_total} files" if step.files_total else ""
+            self._progress.update(self._task, completed=step.done, total=total, files=files)

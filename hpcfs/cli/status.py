@@ -1,4 +1,4 @@
-"""`hpcfs status`: what is mounted, which namespaces work, and what could not be uploaded.
+"""`hpcfs status`: what is mounted, which namespaces work, and what is not uploaded.
 
 Exit code 0: what was asked for is mounted and its daemon answers (without MOUNTPOINT: there is a
 mount and all answer). 1: not so. A namespace that failed does not change the code: the mount works.
@@ -7,35 +7,46 @@ mount and all answer). 1: not so. A namespace that failed does not change the co
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import click
 import msgspec
 
+from hpcfs.cli import pending
 from hpcfs.cli.output import ago, complain, count, printable, size
+from hpcfs.cli.pending import Silent
 from hpcfs.control import control, mountpoint
-from hpcfs.control.control import KeptFile, MountStatus, NamespaceStatus
+from hpcfs.control.control import MountStatus, NamespaceStatus
 from hpcfs.errors import SetupError
 from hpcfs.system import paths
-
-
-class Silent(msgspec.Struct, frozen=True):
-    """A mount whose daemon gave no status, as --json shows it."""
-
-    mountpoint: str
-    error: str
 
 
 @click.command(short_help="Show mounts and their namespaces.")
 @click.argument("place", metavar="[MOUNTPOINT]", required=False)
 @click.option("--json", "as_json", is_flag=True, help="A JSON list, for scripts.")
-def status(place: str | None, as_json: bool) -> int:
+@click.option("--watch", "live", is_flag=True, help="Once a second, until q or Ctrl-C.")
+def status(place: str | None, as_json: bool, live: bool) -> int:
     """Show all of your mounts, or one. The exit code is 0 if all that is shown answers."""
+    query, show = partial(_find, place), partial(_show, place, as_json=as_json)
+    if not live:
+        return show(query())
+    from hpcfs.cli import watch
+
+    return watch.watch(query, show, draws=not as_json)
+
+
+def _find(place: str | None) -> Sequence[MountStatus | Silent]:
     targets = _own_mounts()
     if place is not None:
         wanted = paths.absolute_mountpoint(place)
         targets = [target for target in targets if target == wanted]
-    found = [_query(target) for target in targets]
+    return [_query(target) for target in targets]
+
+
+def _show(place: str | None, found: Sequence[MountStatus | Silent], *, as_json: bool) -> int:
+    """The exit code."""
     if as_json:
         print(msgspec.json.encode(found).decode())
     elif not found:
@@ -73,13 +84,12 @@ def _describe(found: MountStatus | Silent) -> str:
         f"{found.mountpoint}  (pid {found.pid}, hpcfs {found.version}, "
         f"mounted {ago(found.started)} ago)"
     )
-    files = f"{count(found.open_files, 'open file')}, {found.dirty_files} not yet uploaded"
     cache = f"{size(found.cache_used)} of {size(found.cache_size)} in {found.cache_dir}"
     lines = [head, *_namespace_lines(found.namespaces)]
-    lines += [f"  files: {files}", f"  cache: {cache}"]
+    lines += [f"  files: {count(found.open_files, 'open file')}", f"  cache: {cache}"]
     if found.memory:
         lines.append(f"  memory: {size(found.memory)}")
-    lines += [f"  log: {found.log_file}", *_kept_lines(found.kept)]
+    lines += [f"  log: {found.log_file}", *pending.lines(found)]
     return "\n".join(printable(line) for line in lines)
 
 
@@ -89,18 +99,6 @@ def _namespace_lines(namespaces: list[NamespaceStatus]) -> list[str]:
 
 
 def _namespace_line(found: NamespaceStatus, width: int) -> str:
-    mode = ", read-only" if found.read_only else ""
+    mode = ", read-only" if found.read_only else ", write back" if found.write == "back" else ""
     reason = f": {found.reason}" if found.reason else ""
     return f"  {found.name:<{width}}  {found.url}  {found.state}{mode}{reason}"
-
-
-def _kept_lines(kept: list[KeptFile]) -> list[str]:
-    if not kept:
-        return []
-    lines = [f"  {count(len(kept), 'file')} could not be uploaded; the bytes are kept here:"]
-    for one in kept:
-        lines.append(
-            f"    {one.namespace}/{one.path} ({size(one.size)}, {ago(one.since)} ago): {one.reason}"
-        )
-        lines.append(f"      {one.data}")
-    return lines

@@ -1,46 +1,68 @@
-"""`hpcfs umount`: unmounts, and returns once the daemon has ended, its uploads done."""
+"""`hpcfs umount`: waits for pending uploads, unmounts, and returns once the daemon has ended.
+
+What can't be uploaded does not keep it mounted: it stays in the journal, on this machine. Exit code
+1: unmounted, but something written through this mount is not on its remote; or not unmounted. 3:
+unmounted, but --timeout passed before all was uploaded.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import click
 
-from hpcfs.cli.output import complain, printable
+from hpcfs.cli import pending
+from hpcfs.cli.output import complain, count, printable
+from hpcfs.cli.progress import Bar
 from hpcfs.control import control, mountpoint
+from hpcfs.control.control import MountStatus, Request, Step
 from hpcfs.errors import SetupError
 from hpcfs.system import mountinfo, paths
 
 PATIENCE_SECONDS = 2.0
-"""After this the user is told what is waited for."""
+"""After this the user is told what is waited for. What a daemon without uploads needs to end."""
+OUT_OF_TIME = 3
 MAX_USERS_NAMED = 5
+MAX_FILES_NAMED = 5
 
 
 @click.command(short_help="Unmount, after pending uploads.")
 @click.argument("place", metavar="MOUNTPOINT")
-def umount(place: str) -> None:
-    """Unmount, and wait until the daemon has uploaded what is pending and has ended."""
+@click.option(
+    "--timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    help="Wait no longer for uploads; the daemon goes on with them. The exit code is then 3.",
+)
+def umount(place: str, timeout: float | None) -> int:
+    """Wait until all is uploaded, unmount, and wait until the daemon has ended."""
+    end = None if timeout is None else time.monotonic() + timeout
     target = paths.absolute_mountpoint(place)
     _check_mounted(target)
+    at = paths.find_socket(target)
     try:
-        daemon: socket.socket | None = control.open_wait(paths.find_socket(target))
+        daemon: socket.socket | None = control.open_wait(at)
     except SetupError:  # gone, hung, or its socket was removed: unmounting helps in each case
         daemon = None
     if daemon is None and mountpoint.is_dead(target):
         mountpoint.unmount(target, lazy=True)
         complain(f"the daemon of {target} was gone; what it left behind is unmounted")
-        return
+        return 0
+    code = _upload(at, target, end) if daemon is not None else 0
     try:
         mountpoint.unmount(target)
     except mountpoint.Busy:
         raise SetupError(_busy(target)) from None
     if daemon is not None:
         with daemon:
-            _wait(daemon, target)
+            return max(code, _wait(daemon, at, target, end))
+    return code
 
 
 def _check_mounted(target: Path) -> None:
@@ -51,21 +73,126 @@ def _check_mounted(target: Path) -> None:
         raise SetupError(f"what is mounted at {target} is not hpcfs's ({found.kind})")
 
 
-def _wait(daemon: socket.socket, target: Path) -> None:
+# --- before -------------------------------------------------------------------------------------
+
+
+def _upload(at: Path, target: Path, end: float | None) -> int:
+    """While it is mounted still, since a program may hold it for as long as this takes. The exit
+    code: 1 if something written through this mount is not on its remote."""
+    problem = ""
+    try:
+        with Bar("uploading") as bar:
+            control.work(at, Request("sync"), _Watcher(bar, target).show, _left(end))
+    except KeyboardInterrupt:
+        complain(f"{target} stays mounted{_rest(at, '; the mount goes on with that')}")
+        raise
+    except control.OutOfTime:
+        return 0  # what is left is told when it is unmounted
+    except SetupError as error:
+        problem = str(error)
+    try:
+        return _tell_failures(control.query_status(at), problem)
+    except SetupError as error:  # unmounting helps with this, too
+        complain(f"whether all is uploaded is not known: {error}")
+        return 1
+
+
+class _Watcher:
+    """Shows the steps, and tells once what a user who waits for long should know."""
+
+    def __init__(self, bar: Bar, target: Path) -> None:
+        self._bar = bar
+        self._target = target
+        self._tell_at = time.monotonic() + PATIENCE_SECONDS
+        self._told = False
+
+    def show(self, step: Step) -> None:
+        self._bar.show(step)
+        if self._told or time.monotonic() < self._tell_at:
+            return
+        self._told = True
+        if users := _named_users(self._target):
+            complain(f"{self._target} is in use by {users}: end them or leave the directory")
+        if not sys.stderr.isatty():
+            left = pending.amount(
+                step.files_total - step.files_done, max(0, step.total - step.done)
+            )
+            complain(f"waiting until all is uploaded: {left} to go (Ctrl-C stops only waiting)")
+
+
+def _tell_failures(status: MountStatus, problem: str) -> int:
+    """What an earlier mount could not upload is no news: `hpcfs status` lists it."""
+    news = [one for one in status.pending if one.is_stuck and one.since >= status.started]
+    for file in news[:MAX_FILES_NAMED]:
+        complain(f"{pending.path_of(status, file)} is not uploaded: {file.reason}")
+    if news:
+        complain(
+            f"{count(len(news), 'file')} could not be uploaded and stay in the journal on this "
+            "machine: 'hpcfs recover --to DIR' copies them, and the next mount lists them"
+        )
+        return 1
+    if problem and status.pending_files > pending.stuck(status):
+        complain(f"not all is uploaded: {problem}")
+        return 1
+    return 0
+
+
+# --- after --------------------------------------------------------------------------------------
+
+
+def _wait(daemon: socket.socket, at: Path, target: Path, end: float | None) -> int:
     """For as long as uploads take: Ctrl-C ends the waiting, not the uploads."""
     if control.wait_until_gone(daemon, PATIENCE_SECONDS):
-        return
-    complain(f"{target} is unmounted; waiting for its daemon to finish (Ctrl-C stops only waiting)")
-    control.wait_until_gone(daemon, None)
+        return 0
+    goes_on = "; the daemon goes on, and what it does not finish, the next mount resumes"
+    if end is None:
+        complain(
+            f"{target} is unmounted; waiting for its daemon to finish (Ctrl-C stops only waiting)"
+        )
+    try:
+        with Bar("uploading") as bar, suppress(SetupError):
+            control.work(at, Request("sync"), bar.show, _left(end))
+        if control.wait_until_gone(daemon, _left(end)):
+            return 0
+    except KeyboardInterrupt:
+        complain(f"{target} is unmounted{_rest(at, goes_on)}")
+        raise
+    complain(f"{target} is unmounted, but there was no time to wait{_rest(at, goes_on)}")
+    return OUT_OF_TIME
+
+
+def _left(end: float | None) -> float | None:
+    return None if end is None else max(0.0, end - time.monotonic())
+
+
+def _rest(at: Path, outlook: str) -> str:
+    """What is pending, and how it goes on."""
+    try:
+        status = control.query_status(at)
+    except SetupError:
+        return outlook
+    left = pending.amount(status.pending_files, status.pending_bytes)
+    return f", {left} not uploaded yet{outlook}" if status.pending_files else outlook
+
+
+# --- who uses it --------------------------------------------------------------------------------
 
 
 def _busy(target: Path) -> str:
-    users = list(dict.fromkeys(users_below(target)))
+    users = _named_users(target)
     if not users:
         return f"{target} is in use by programs that can't be seen: close its files and try again"
+    return f"{target} is in use by {users}: end them or leave the directory, then try again"
+
+
+def _named_users(target: Path) -> str:
+    users = list(dict.fromkeys(users_below(target)))
     named = ", ".join(users[:MAX_USERS_NAMED])
-    more = f" and {len(users) - MAX_USERS_NAMED} more" if len(users) > MAX_USERS_NAMED else ""
-    return f"{target} is in use by {named}{more}: end them or leave the directory, then try again"
+    return (
+        f"{named} and {len(users) - MAX_USERS_NAMED} more"
+        if len(users) > MAX_USERS_NAMED
+        else named
+    )
 
 
 def users_below(target: Path) -> Iterator[str]:

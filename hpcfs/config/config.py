@@ -15,18 +15,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn, TypeVar, overload
 
+import msgspec
+
 from hpcfs.config import rclone_conf, ssh_config, urls, values
 from hpcfs.config.toml_lines import KeyPath, find_lines
+from hpcfs.config.values import WriteMode
 from hpcfs.errors import SetupError
 from hpcfs.system import paths
 from hpcfs.system.disk import DEFAULT_MIN_FREE, MinFree
 from hpcfs.transfer.messages import S3Root, S3Site, SftpRoot, SshSite
 
 DEFAULT_CACHE_SIZE = 20 * 1024**3
+DEFAULT_JOURNAL_SIZE = 10 * 1024**3
+DEFAULT_WRITE: WriteMode = "through"
 DEFAULT_CONNECT_TIMEOUT = 10.0
 
-TOP_KEYS = ("mountpoint", "cache_dir", "cache_size", "cache_min_free", "log_level", "namespaces")
-COMMON_KEYS = ("type", "read_only", "connect_timeout")
+TOP_KEYS = (
+    "mountpoint", "cache_dir", "cache_size", "cache_min_free", "journal_size", "log_level",
+    "namespaces",
+)  # fmt: skip
+COMMON_KEYS = ("type", "read_only", "write", "verify", "connect_timeout")
 SFTP_KEYS = (
     *COMMON_KEYS, "host", "path", "user", "port", "identity_file", "ssh_config", "transport",
 )  # fmt: skip
@@ -41,12 +49,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """One top-level directory of the mount. `url` is for display and holds no secret."""
+    """One top-level directory of the mount. `url` is for display and holds no secret. `write` is
+    what close(2) waits for: the remote, or the local journal."""
 
     name: str
     site: SshSite | S3Site
     root: SftpRoot | S3Root
     url: str
+    write: WriteMode = DEFAULT_WRITE
 
     @property
     def read_only(self) -> bool:
@@ -63,6 +73,7 @@ class Config:
     cache_dir: Path | None = None
     cache_size: int = DEFAULT_CACHE_SIZE
     cache_min_free: MinFree = DEFAULT_MIN_FREE
+    journal_size: int = DEFAULT_JOURNAL_SIZE
     log_level: str = "INFO"
     notes: tuple[str, ...] = field(default=())
 
@@ -70,7 +81,8 @@ class Config:
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What one daemon is built from. `cache_dir` is this mount's own directory. With
-    `root_namespace` that remote is the root of the mount itself, as with sshfs."""
+    `root_namespace` that remote is the root of the mount itself, as with sshfs. `journal_size` is
+    how many bytes may wait to be uploaded."""
 
     mountpoint: Path
     cache_dir: Path
@@ -81,6 +93,7 @@ class Settings:
     socket: Path
     log_level: str = "INFO"
     cache_min_free: MinFree = DEFAULT_MIN_FREE
+    journal_size: int = DEFAULT_JOURNAL_SIZE
 
 
 def settings(config: Config, mountpoint: Path, cache_dir: Path) -> Settings:
@@ -95,6 +108,7 @@ def settings(config: Config, mountpoint: Path, cache_dir: Path) -> Settings:
         socket=paths.socket_path(mountpoint),
         log_level=config.log_level,
         cache_min_free=config.cache_min_free,
+        journal_size=config.journal_size,
     )
 
 
@@ -159,9 +173,17 @@ def read_only(config: Config) -> Config:
     return replace(
         config,
         namespaces={
-            name: replace(found, root=_read_only_root(found.root))
+            name: replace(found, root=msgspec.structs.replace(found.root, read_only=True))
             for name, found in config.namespaces.items()
         },
+    )
+
+
+def writing(config: Config, mode: WriteMode) -> Config:
+    """The same, with every namespace in this mode."""
+    return replace(
+        config,
+        namespaces={name: replace(found, write=mode) for name, found in config.namespaces.items()},
     )
 
 
@@ -183,8 +205,9 @@ def parse(text: str, file: Path, *, needs_namespaces: bool = True) -> Config:
         namespaces={name: _namespace(top.below("namespaces", name)) for name in namespaces},
         mountpoint=top.get("mountpoint", values.local_path, None),
         cache_dir=top.get("cache_dir", values.local_path, None),
-        cache_size=top.get("cache_size", values.cache_size, DEFAULT_CACHE_SIZE),
+        cache_size=top.get("cache_size", values.disk_size, DEFAULT_CACHE_SIZE),
         cache_min_free=top.get("cache_min_free", values.min_free, DEFAULT_MIN_FREE),
+        journal_size=top.get("journal_size", values.disk_size, DEFAULT_JOURNAL_SIZE),
         log_level=top.get("log_level", values.log_level, "INFO"),
     )
 
@@ -261,14 +284,16 @@ def _namespace(table: _Table) -> Namespace:
     kind = table.require("type", values.kind, '"sftp"')
     table.refuse_unknown(SFTP_KEYS if kind == "sftp" else S3_KEYS)
     is_read_only = table.get("read_only", values.boolean, False)
+    verify = table.get("verify", values.boolean, False)
+    write = table.get("write", values.write_mode, DEFAULT_WRITE)
     site: SshSite | S3Site = _ssh_site(table) if kind == "sftp" else _s3_site(table)
     root: SftpRoot | S3Root
     if kind == "sftp":
-        root = SftpRoot(table.get("path", values.sftp_path, "~"), is_read_only)
+        root = SftpRoot(table.get("path", values.sftp_path, "~"), is_read_only, verify)
     else:
         bucket = table.require("bucket", values.bucket, '"training-data"')
-        root = S3Root(bucket, table.get("prefix", values.prefix, ""), is_read_only)
-    return Namespace(str(table.path[-1]), site, root, urls.show(site, root))
+        root = S3Root(bucket, table.get("prefix", values.prefix, ""), is_read_only, verify)
+    return Namespace(str(table.path[-1]), site, root, urls.show(site, root), write)
 
 
 def _ssh_site(table: _Table) -> SshSite:
@@ -295,12 +320,6 @@ def _s3_site(table: _Table) -> S3Site:
         profile=table.get("profile", values.text, None),
         connect_timeout=table.get("connect_timeout", values.seconds, DEFAULT_CONNECT_TIMEOUT),
     )
-
-
-def _read_only_root(root: SftpRoot | S3Root) -> SftpRoot | S3Root:
-    if isinstance(root, SftpRoot):
-        return SftpRoot(root.path, read_only=True)
-    return S3Root(root.bucket, root.prefix, read_only=True)
 
 
 def _name_of(site: SshSite | S3Site, root: SftpRoot | S3Root) -> str:

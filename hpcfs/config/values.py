@@ -11,19 +11,26 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Literal
 
 from hpcfs.config import urls
 from hpcfs.errors import SetupError
 from hpcfs.system.disk import MinFree
 
-MIN_CACHE_SIZE = 16 * 1024**2
-"""Below this a few files read at once would evict each other."""
+MIN_DISK_SIZE = 16 * 1024**2
+"""Of the cache: below this a few files read at once would evict each other; of the journal: below
+this a few files written at once would wait for each other."""
 TRANSPORTS = ("asyncssh", "openssh")
+WRITE_MODES = ("through", "back")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)(b?)", re.IGNORECASE)
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+
+
+WriteMode = Literal["through", "back"]
+"""What close(2) waits for: the remote, or the local journal."""
 
 
 class BadValue(ValueError):
@@ -44,9 +51,10 @@ def size(value: object) -> int:
     return int(float(number) * base ** _UNITS[prefix.lower()])
 
 
-def cache_size(value: object) -> int:
+def disk_size(value: object) -> int:
+    """How much of the local disk the cache, or the journal, may take."""
     found = size(value)
-    if found < MIN_CACHE_SIZE:
+    if found < MIN_DISK_SIZE:
         raise BadValue(f"must be at least 16 MiB, not {_shown(value)}")
     return found
 
@@ -116,11 +124,19 @@ def kind(value: object) -> str:
 
 
 def transport(value: object) -> str:
-    if value in TRANSPORTS:
-        return str(value)
-    near = difflib.get_close_matches(str(value).lower(), TRANSPORTS, 1, cutoff=0.5)
+    return _one_of(TRANSPORTS, value)
+
+
+def write_mode(value: object) -> WriteMode:
+    return "back" if _one_of(WRITE_MODES, value) == "back" else "through"
+
+
+def _one_of(allowed: tuple[str, str], value: object) -> str:
+    if isinstance(value, str) and value in allowed:
+        return value
+    near = difflib.get_close_matches(str(value).lower(), allowed, 1, cutoff=0.5)
     hint = f": did you mean {near[0]}?" if near else ""
-    raise BadValue(f'must be "asyncssh" or "openssh", not {_shown(value)}{hint}')
+    raise BadValue(f'must be "{allowed[0]}" or "{allowed[1]}", not {_shown(value)}{hint}')
 
 
 def table(value: object) -> dict[str, object]:

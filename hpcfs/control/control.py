@@ -3,8 +3,9 @@
 A Unix socket for each mount, in a directory that only the user can enter. A request is one line of
 JSON, such as `{"command": "status"}`; the answer is one line too. After "wait" the connection stays
 open until the daemon has ended, so that end of file means gone: no pid to reuse, no polling. Work
-on the cache is answered by a line for each step, and one for its outcome; a client that closes its
-end cancels it. The answering side is server.py: asking must not cost an import of trio.
+on the cache, or on what is not uploaded, is answered by a line for each step, and one for its
+outcome; a client that closes its end cancels it. The answering side is server.py: asking must not
+cost an import of trio.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import msgspec
 from hpcfs.errors import SetupError
 
 MAX_REQUEST_BYTES = 16 * 1024
-"""A path has 4095 bytes, a third more in base64."""
+"""Two paths, each of 4095 bytes, a third more in base64."""
 MAX_REPLY_BYTES = 16 * 1024 * 1024
 ANSWER_SECONDS = 5.0
 STEP_SECONDS = 120.0
-"""Longer than a remote may take for an answer without the request being given up."""
+"""Much longer than server.HEARTBEAT_SECONDS, in which the daemon repeats itself."""
+MAX_PENDING = 1000
+"""Files named in one answer. Those that failed come first; the others are counted."""
 
 
 class NotRunning(SetupError):
@@ -36,8 +39,13 @@ class NotAnswering(SetupError):
     """A daemon is there, but does not answer, or answers nonsense."""
 
 
+class OutOfTime(SetupError):
+    """The work goes on, but the client has waited for as long as it was to."""
+
+
 class NamespaceStatus(msgspec.Struct, frozen=True):
-    """`reason` says why a namespace failed, else it is empty. `url` holds no secret."""
+    """`reason` says why a namespace failed, else it is empty. `url` holds no secret. `write` is
+    "through" or "back"."""
 
     name: str
     kind: str
@@ -45,21 +53,59 @@ class NamespaceStatus(msgspec.Struct, frozen=True):
     state: Literal["idle", "connecting", "connected", "failed"]
     reason: str = ""
     read_only: bool = False
+    write: str = "through"
 
 
-class KeptFile(msgspec.Struct, frozen=True):
-    """Bytes that could not be uploaded: they are safe in the local file `data`."""
+PendingState = Literal["writing", "waiting", "uploading", "failed", "kept"]
+"""writing: open, and dirty; waiting: for its turn; failed: is tried again; kept: is tried again
+only when the user says so, and safe in a local file."""
+
+
+class PendingFile(msgspec.Struct, frozen=True):
+    """A file that the remote has not confirmed. `path` is below its namespace, and for display
+    only, as what is not UTF-8 in it is replaced; `size` and `left`, what is still to be sent, are
+    bytes; `since` is in seconds since the epoch. `reason` says why it failed or is kept, and `data`
+    is the local file with the bytes of one that is kept. `id` is the journal's name for it."""
 
     namespace: str
     path: str
     size: int
-    reason: str
-    data: str
+    left: int
+    state: PendingState
     since: float
+    id: str
+    reason: str = ""
+    data: str = ""
+
+    @property
+    def is_stuck(self) -> bool:
+        """The remote refused it, or was out of reach."""
+        return self.state in ("failed", "kept")
+
+
+class PendingList(msgspec.Struct, frozen=True):
+    """What is not uploaded of a path: all is counted, at most MAX_PENDING files are named, those
+    that failed first. `size` and `left`, what is still to be sent, are bytes; `states` has the
+    number of files in each state; `time` is that of the answer, in seconds since the epoch."""
+
+    files: list[PendingFile] = []
+    count: int = 0
+    size: int = 0
+    left: int = 0
+    states: dict[PendingState, int] = {}
+    time: float = 0.0
+
+    @property
+    def stuck(self) -> int:
+        """Files that failed or are kept."""
+        return self.states.get("failed", 0) + self.states.get("kept", 0)
 
 
 class MountStatus(msgspec.Struct, frozen=True):
-    """Sizes are bytes, times are seconds since the epoch. `memory` is the daemon's resident set."""
+    """Sizes are bytes, times are seconds since the epoch. `memory` is the daemon's resident set.
+    `pending` are the first of `pending_files`, as in PendingList, and `pending_bytes` what is left
+    to send of all; `uploaded_bytes` were sent since the mount began, now `upload_rate` a second.
+    With `root_namespace` that one is the root of the mount itself."""
 
     mountpoint: str
     pid: int
@@ -72,8 +118,14 @@ class MountStatus(msgspec.Struct, frozen=True):
     open_files: int
     dirty_files: int
     namespaces: list[NamespaceStatus]
-    kept: list[KeptFile]
+    pending: list[PendingFile] = []
+    pending_files: int = 0
+    pending_bytes: int = 0
+    pending_states: dict[PendingState, int] = {}
+    uploaded_bytes: int = 0
+    upload_rate: float = 0.0
     memory: int = 0
+    root_namespace: str | None = None
 
 
 class CacheFolder(msgspec.Struct, frozen=True):
@@ -103,10 +155,12 @@ class CacheStatus(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct, frozen=True):
-    """How far the work has come, in bytes."""
+    """How far the work has come, in bytes and, where it counts them, in files."""
 
     done: int
     total: int
+    files_done: int = 0
+    files_total: int = 0
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -118,15 +172,23 @@ class Outcome(msgspec.Struct, frozen=True):
     damaged_bytes: int = 0
 
 
-WORK = ("clear", "verify", "warm", "pin", "unpin")
+WRITE_COMMANDS = ("pending", "sync", "retry", "discard", "recover")
+"""About what is not uploaded (writeservice.py); the others are about the cache."""
 
 
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """`path` is below the mount point, without slashes at its ends; b"" is the mount itself."""
+    """`path` is below the mount point, without slashes at its ends; b"" is the mount itself. `to`
+    is the local directory for "recover". Only what was pending `before` that time is discarded."""
 
-    command: Literal["status", "wait", "cache", "clear", "verify", "warm", "pin", "unpin"]
+    command: Literal[
+        "status", "wait",
+        "cache", "clear", "verify", "warm", "pin", "unpin",
+        "pending", "sync", "retry", "discard", "recover",
+    ]  # fmt: skip
     path: bytes = b""
     pinned: bool = False
+    to: bytes = b""
+    before: float = 0.0
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -137,6 +199,7 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     cache: CacheStatus | None = None
     step: Step | None = None
     outcome: Outcome | None = None
+    pending: PendingList | None = None
 
 
 class Refused(SetupError):
@@ -161,13 +224,30 @@ def query_cache(path: Path, timeout: float = STEP_SECONDS) -> CacheStatus:
     return reply.cache
 
 
-def work(path: Path, request: Request, on_step: Callable[[Step], None]) -> Outcome:
-    """Returns when it is done. Raises NotRunning, NotAnswering or Refused."""
+def query_pending(path: Path, below: bytes, timeout: float = STEP_SECONDS) -> PendingList:
+    """What of that path of the mount is not uploaded. Raises NotRunning, NotAnswering or
+    Refused."""
     with _connect(path, ANSWER_SECONDS) as connection:
-        reply = _ask(connection, request, STEP_SECONDS)
+        reply = _ask(connection, Request("pending", below), timeout)
+    if reply.pending is None:
+        raise Refused(reply.error or "the daemon gave no answer")
+    return reply.pending
+
+
+def work(
+    path: Path,
+    request: Request,
+    on_step: Callable[[Step], None],
+    seconds: float | None = None,
+) -> Outcome:
+    """Returns when it is done. Raises NotRunning, NotAnswering or Refused, or OutOfTime after so
+    many seconds."""
+    end = None if seconds is None else time.monotonic() + seconds
+    with _connect(path, ANSWER_SECONDS) as connection:
+        reply = _ask(connection, request, STEP_SECONDS, end)
         while reply.step is not None:
             on_step(reply.step)
-            reply = _listen(connection, STEP_SECONDS)
+            reply = _listen(connection, STEP_SECONDS, end)
     if reply.outcome is None:
         raise Refused(reply.error or "the daemon gave no answer")
     return reply.outcome
@@ -195,7 +275,7 @@ def wait_until_gone(connection: socket.socket, timeout: float | None) -> bool:
     connection.settimeout(timeout)
     try:
         return not connection.recv(1)
-    except TimeoutError:
+    except (TimeoutError, BlockingIOError):  # the latter if `timeout` is 0
         return False
     except ConnectionResetError:
         return True
@@ -215,19 +295,25 @@ def _connect(path: Path, timeout: float) -> socket.socket:
     return connection
 
 
-def _ask(connection: socket.socket, request: Request, timeout: float) -> Reply:
+def _ask(
+    connection: socket.socket, request: Request, timeout: float, end: float | None = None
+) -> Reply:
     try:
         connection.sendall(msgspec.json.encode(request) + b"\n")
     except OSError as error:
         raise NotAnswering(f"the daemon broke off: {error.strerror}") from error
-    return _listen(connection, timeout)
+    return _listen(connection, timeout, end)
 
 
-def _listen(connection: socket.socket, timeout: float) -> Reply:
+def _listen(connection: socket.socket, timeout: float, end: float | None = None) -> Reply:
+    """Raises NotAnswering after `timeout` seconds, or OutOfTime at `end` of time.monotonic()."""
+    deadline = time.monotonic() + timeout
     try:
-        line = _read_line(connection, time.monotonic() + timeout)
+        line = _read_line(connection, deadline if end is None else min(deadline, end))
         return msgspec.json.decode(line, type=Reply)
     except TimeoutError:
+        if end is not None and end <= deadline:
+            raise OutOfTime("there was not enough time") from None
         raise NotAnswering(f"the daemon did not answer within {timeout:g} s") from None
     except OSError as error:
         raise NotAnswering(f"the daemon broke off: {error.strerror}") from error

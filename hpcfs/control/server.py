@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import trio
@@ -33,6 +34,8 @@ from hpcfs.system import paths
 REQUEST_SECONDS = 10.0
 STEP_INTERVAL = 0.1
 """Seconds between two lines that tell of a work's progress."""
+HEARTBEAT_SECONDS = 20.0
+"""A work that tells of no step for so long has its last one told again: the daemon is alive."""
 PEER_CREDENTIALS = struct.Struct("3i")
 
 logger = logging.getLogger(__name__)
@@ -42,10 +45,16 @@ _held_until_exit: set[int] = set()
 left for the kernel to close when the process has ended: only then does the client see the end."""
 
 
-Tell = Callable[[int, int], Awaitable[None]]
-"""(bytes done, bytes in all)"""
+class Tell(Protocol):
+    """Tells the client how far the work is; the fields are those of Step."""
+
+    def __call__(
+        self, done: int, total: int, files_done: int = 0, files_total: int = 0, /
+    ) -> Awaitable[None]: ...
+
+
 Work = Callable[[Request, Tell], Awaitable[Reply]]
-"""Does what is asked of the cache. Raises SetupError with a sentence for the user."""
+"""Does what is asked for. Raises SetupError with a sentence for the user."""
 
 
 async def serve(
@@ -121,7 +130,7 @@ async def _answer(
         if request.command == "wait":
             await _hold(stream)
         elif work is None:
-            await _send(stream, Reply(error="this daemon has no cache to work on"))
+            await _send(stream, Reply(error="this daemon can only tell its status"))
         else:
             await _work(stream, request, work)
 
@@ -131,26 +140,48 @@ async def _send(stream: trio.SocketStream, reply: Reply) -> None:
         await stream.send_all(msgspec.json.encode(reply) + b"\n")
 
 
+class _Teller:
+    """Sends steps: not too many, and the last one again where nothing new happens."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self._lock = trio.Lock()
+        self._last = Step(0, 0)
+        self._told = trio.current_time() - STEP_INTERVAL
+
+    async def tell(
+        self, done: int, total: int, files_done: int = 0, files_total: int = 0, /
+    ) -> None:
+        self._last = Step(done, total, files_done, files_total)
+        if trio.current_time() - self._told >= STEP_INTERVAL:
+            await self.send(Reply(step=self._last))
+
+    async def repeat_forever(self) -> None:
+        while True:
+            await trio.sleep_until(self._told + HEARTBEAT_SECONDS)
+            if trio.current_time() - self._told >= HEARTBEAT_SECONDS:
+                await self.send(Reply(step=self._last))
+
+    async def send(self, reply: Reply) -> None:
+        async with self._lock:
+            self._told = trio.current_time()
+            await _send(self._stream, reply)
+
+
 async def _work(stream: trio.SocketStream, request: Request, work: Work) -> None:
     """Until it is done, or the client has left."""
-    told = 0.0
-
-    async def tell(done: int, total: int) -> None:
-        nonlocal told
-        if trio.current_time() - told >= STEP_INTERVAL:
-            told = trio.current_time()
-            await _send(stream, Reply(step=Step(done, total)))
-
+    teller = _Teller(stream)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_cancel_when_gone, stream, nursery.cancel_scope)
+        nursery.start_soon(teller.repeat_forever)
         try:
-            reply = await work(request, tell)
+            reply = await work(request, teller.tell)
         except SetupError as refused:
             reply = Reply(error=str(refused))
         except Exception:  # what the user asks for must not end the mount
             logger.exception("%s failed in an unexpected way", request.command)
             reply = Reply(error="it failed in an unexpected way; the mount's log says more")
-        await _send(stream, reply)
+        await teller.send(reply)
         nursery.cancel_scope.cancel()
 
 

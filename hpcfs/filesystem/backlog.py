@@ -34,6 +34,8 @@ FULL_PATIENCE = 60.0
 """Seconds without any upload ending, for which a writer waits for room."""
 MOST_FILES = 8192
 """Each has a descriptor open."""
+TELL_SECONDS = 0.25
+"""Who waits hears of progress so often."""
 MIB = 1024 * 1024
 
 
@@ -73,8 +75,6 @@ class Backlog:
         self._ended = trio.Event()
         """Set, and replaced, whenever an upload ends."""
         self.directory_times = DirectoryTimes(self._has_pending, nursery)
-        self.uploaded_bytes = 0
-        """Since the mount began."""
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most_files = max(16, min(MOST_FILES, (soft - 512) // 2))
 
@@ -192,7 +192,6 @@ class Backlog:
                 await self._wake.wait()
 
     async def _upload(self, content: Content) -> None:
-        size = content.dirty_bytes
         try:
             await self._flush(content)
         except m.Conflict:
@@ -202,7 +201,6 @@ class Backlog:
         except OSError as error:
             self._failed(content, m.CacheDiskFull(f"the cache's disk failed: {error.strerror}"))
         else:
-            self.uploaded_bytes += size
             self.schedule.ended(content, trio.current_time())
         self._settled(content)
 
@@ -247,8 +245,8 @@ class Backlog:
     # --- who waits ------------------------------------------------------------------------------
 
     async def wait_for(self, contents: Iterable[Content], tell: Tell | None = None) -> None:
-        """Return once the remote has these. Raises the first failure, also that there is no
-        connection: then they go on waiting."""
+        """Return once the remote has these. Raises the first failure when all was tried, also that
+        there is no connection: then they go on waiting."""
         waiting = {content: content.dirty_bytes for content in contents}
         total_files, total_bytes = len(waiting), sum(waiting.values())
         attempts: dict[Content, int] = {}
@@ -259,19 +257,22 @@ class Backlog:
             attempts[content] = item.attempts if item else 0
             self.schedule.hurry(content, trio.current_time())
         self._wake.set()
-        while left := [content for content in waiting if content in self.schedule]:
+        failures: dict[Content, m.RemoteError] = {}
+        while left := [c for c in waiting if c in self.schedule and c not in failures]:
             for content in left:
                 item = self.schedule.item(content)
                 assert item
                 if item.state == "failed" or item.attempts > attempts[content]:
-                    raise _failure_of(content, item.reason)
+                    failures[content] = _failure_of(content, item.reason)
             if tell is not None:
                 bytes_left = sum(content.bytes_left for content in left)
                 done = max(0, total_bytes - bytes_left)
                 await tell(Progress(total_files - len(left), total_files, done, total_bytes))
             ended = self._ended
-            with trio.move_on_after(0.25):
+            with trio.move_on_after(TELL_SECONDS):
                 await ended.wait()
+        for failure in failures.values():
+            raise failure
 
     async def drain(self) -> None:
         """At the end of the mount: try everything once more, and return when nothing moves."""

@@ -6,11 +6,13 @@ behind it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Literal, Protocol, TypeVar
 
 from hpcfs.cache.link import Link
 from hpcfs.filesystem.errors import ReadOnly
+from hpcfs.filesystem.meter import Meter
 from hpcfs.transfer import messages as m
 
 T = TypeVar("T")
@@ -62,6 +64,7 @@ class Namespace:
         self.link = link or Link()
         """Shared by all namespaces of the site."""
         self._site = site
+        self.uploaded = Meter(time.monotonic)
         self._abilities: m.Abilities | None = None
         self._next_handle = 0
 
@@ -85,7 +88,15 @@ class Namespace:
     async def upload(
         self, request: m.Upload, timeout: float, on_progress: Callable[[int], None]
     ) -> m.Entry:
-        return await self._site.call(self.name, request, m.Entry, timeout, on_progress)
+        counted = 0
+
+        def progressed(done: int) -> None:
+            nonlocal counted
+            self.uploaded.add(max(0, done - counted))
+            counted = max(counted, done)
+            on_progress(done)
+
+        return await self._site.call(self.name, request, m.Entry, timeout, progressed)
 
     async def abilities(self) -> m.Abilities:
         """Connects on first use. Raises RemoteError."""

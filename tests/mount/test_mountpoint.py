@@ -303,6 +303,34 @@ def test_a_signal_at_start_up_leaves_nothing(home: Home, number: signal.Signals)
     assert not is_mounted(home)
 
 
+EARLY = """
+import os, runpy, signal
+fork = os.fork
+def fork_and_be_terminated():
+    child = fork()
+    if child:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return child
+os.fork = fork_and_be_terminated
+runpy.run_module("tests.support.stub_daemon", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_signal_right_after_the_fork_leaves_nothing(home: Home) -> None:
+    """The child holds stderr: what remains of it would be waited for."""
+    result = subprocess.run(
+        [sys.executable, "-c", EARLY, "mount", "login3:", home.mountpoint],
+        env=home.environment(HPCFS_STUB="hang", HPCFS_STUB_MARK=str(home.path / "mark")),
+        cwd=home.path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (143, b"")
+    assert not is_mounted(home)
+
+
 def test_settings_reach_the_daemon(home: Home) -> None:
     home.config.parent.mkdir(parents=True)
     home.config.write_text(

@@ -84,9 +84,10 @@ def test_a_directory_with_an_equals_sign_is_a_mount_point(home: Home) -> None:
 def test_help_names_all_commands(home: Home) -> None:
     result = home.run("--help")
     assert result.returncode == 0
-    for name in ("mount", "umount", "status", "cache", "check", "init", "demo"):
+    writes = ("sync", "retry", "recover", "discard")
+    for name in ("mount", "umount", "status", *writes, "cache", "check", "init", "demo"):
         assert f"\n  {name} " in result.stdout
-    for name in ("mount", "umount", "unmount", "status", "cache", "check", "init"):
+    for name in ("mount", "umount", "unmount", "status", *writes, "cache", "check", "init"):
         assert "Usage: hpcfs" in home.run(name, "--help").stdout
     assert home.run("--version").stdout.startswith("hpcfs ")
 
@@ -99,7 +100,12 @@ def test_help_names_all_commands(home: Home) -> None:
         ["mount", "a", "b"],
         ["mount", "--cache-size", "lots", "h:", "mnt"],
         ["mount", "--cache-size", "1 MiB", "h:", "mnt"],
+        ["mount", "--write", "bakc", "h:", "mnt"],
         ["umount"],
+        ["umount", "--timeout", "-1", "mnt"],
+        ["umount", "--timeout", "soon", "mnt"],
+        ["discard"],
+        ["recover", "mnt"],
         ["cache", "nonsense"],
         ["cache", "warm"],
     ],
@@ -122,6 +128,10 @@ def test_wrong_usage_is_exit_code_2_and_one_sentence(home: Home, given: list[str
         (["mount", "--cache-dir", "mnt/cache", "login3:", "mnt"], "can't be inside"),
         (["umount", "mnt"], "nothing is mounted"),
         (["status", "mnt"], "no hpcfs mount at"),
+        (["sync", "mnt/a"], "is in no mount"),
+        (["retry", "mnt/a"], "is in no mount"),
+        (["discard", "mnt/a", "--yes"], "is in no mount"),
+        (["recover", "mnt/a", "--to", "out"], "is in no mount"),
         (["cache", "clear", "mnt"], "is in no mount"),
         (["cache", "warm", "mnt/a"], "is in no mount"),
     ],
@@ -203,7 +213,8 @@ def _seconds(command: list[str], home: Home) -> float:
 def test_small_commands_import_nothing_heavy(home: Home) -> None:
     program = (
         "import sys, hpcfs.cli.main, hpcfs.cli.status, hpcfs.cli.umount, hpcfs.cli.mount,"
-        " hpcfs.cli.cache;"
+        " hpcfs.cli.cache, hpcfs.cli.sync, hpcfs.cli.retry, hpcfs.cli.discard, hpcfs.cli.recover,"
+        " hpcfs.cli.watch;"
         "print(*sys.modules)"
     )
     shown = subprocess.run(

@@ -23,6 +23,7 @@ mountpoint = "~/cluster"
 cache_dir = "$CACHE/hpcfs"
 cache_size = "20 GiB"
 cache_min_free = "2.5 %"
+journal_size = "1 GiB"
 log_level = "debug"
 
 [namespaces.home]
@@ -33,6 +34,8 @@ port = 2222
 identity_file = "~/.ssh/id"
 ssh_config = "~/.ssh/config"
 connect_timeout = 5
+write = "back"
+verify = true
 
 [namespaces."data.2"]
 type = "s3"
@@ -42,6 +45,7 @@ endpoint_url = "https://storage.example.org"
 region = "eu-north1"
 profile = "default"
 read_only = true
+verify = true
 """
 HEAD = '[namespaces.home]\ntype = "sftp"\nhost = "login3"\n'
 S3_HEAD = '[namespaces.data]\ntype = "s3"\nbucket = "b"\n'
@@ -65,6 +69,7 @@ def test_all_keys(tmp_path: Path) -> None:
     assert found.cache_dir == Path("/fast/hpcfs")
     assert found.cache_size == 20 * 1024**3
     assert found.cache_min_free == MinFree(percent=2.5)
+    assert found.journal_size == 1024**3
     assert found.log_level == "DEBUG"
     assert found.root_namespace is None
     home, data = found.namespaces["home"], found.namespaces["data.2"]
@@ -76,11 +81,12 @@ def test_all_keys(tmp_path: Path) -> None:
         ssh_config=str(tmp_path / ".ssh/config"),
         connect_timeout=5.0,
     )
-    assert home.root == SftpRoot("work")
+    assert home.root == SftpRoot("work", verify=True)
+    assert (home.write, data.write) == ("back", "through")
     assert home.url == "sftp://me@login3:2222/~/work"
     assert not home.read_only
     assert data.site == S3Site("https://storage.example.org", "eu-north1", "default")
-    assert data.root == S3Root("training-data", "a/b", read_only=True)
+    assert data.root == S3Root("training-data", "a/b", read_only=True, verify=True)
     assert data.read_only
 
 
@@ -88,6 +94,8 @@ def test_defaults() -> None:
     found = parse(HEAD)
     assert found == Config(namespaces=found.namespaces)
     assert found.namespaces["home"].root == SftpRoot("~")
+    assert found.namespaces["home"].write == "through"
+    assert found.journal_size == 10 * 1024**3
 
 
 @pytest.mark.parametrize(
@@ -109,6 +117,12 @@ def test_defaults() -> None:
         (HEAD + "connect_timeout = -1\n", 4, "above 0"),
         (HEAD + "connect_timeout = inf\n", 4, "above 0"),
         (HEAD + 'transport = "openshh"\n', 4, "did you mean openssh"),
+        (HEAD + 'write = "bakc"\n', 4, '"through" or "back", not "bakc": did you mean back'),
+        (HEAD + "write = true\n", 4, 'must be "through" or "back", not true'),
+        (HEAD + 'writes = "back"\n', 4, "did you mean write"),
+        (S3_HEAD + 'verify = "yes"\n', 4, "true or false"),
+        ('journal_size = "1 MiB"\n' + HEAD, 1, "journal_size must be at least 16 MiB"),
+        ('journalsize = "1 GiB"\n' + HEAD, 1, "did you mean journal_size"),
         (HEAD + "transport = 3\n", 4, 'must be "asyncssh" or "openssh", not 3'),
         (HEAD + 'path = "~root/x"\n', 4, "another user's home"),
         (HEAD + 'identity_file = "id"\n', 4, "absolute"),
@@ -313,14 +327,22 @@ def test_aliases_of_ssh_config_win_over_rclone(tmp_path: Path) -> None:
 def test_read_only_covers_every_namespace() -> None:
     found = config.read_only(parse(FULL))
     assert all(namespace.read_only for namespace in found.namespaces.values())
-    assert found.namespaces["home"].root == SftpRoot("work", read_only=True)
+    assert found.namespaces["home"].root == SftpRoot("work", read_only=True, verify=True)
+
+
+def test_a_way_of_writing_covers_every_namespace() -> None:
+    for mode in ("back", "through"):
+        found = config.writing(parse(FULL), config_values.write_mode(mode))
+        assert {namespace.write for namespace in found.namespaces.values()} == {mode}
+        assert found.namespaces["data.2"].root == parse(FULL).namespaces["data.2"].root
 
 
 def test_settings_of_two_mounts_share_no_file(tmp_path: Path) -> None:
-    chosen = replace(parse(HEAD), log_level="DEBUG")
+    chosen = replace(parse(HEAD), log_level="DEBUG", journal_size=7)
     first = config.settings(chosen, Path("/m/a"), tmp_path / "a")
     second = config.settings(chosen, Path("/m/b"), tmp_path / "b")
     assert first.log_level == "DEBUG"
+    assert first.journal_size == 7
     for name in ("log_file", "socket", "cache_dir", "mountpoint"):
         assert getattr(first, name) != getattr(second, name)
         assert getattr(first, name).is_absolute()

@@ -20,10 +20,11 @@ import trio
 
 from hpcfs.control import control, server as control_server
 from hpcfs.control.control import (
-    KeptFile,
     MountStatus,
     NamespaceStatus,
     Outcome,
+    PendingFile,
+    PendingList,
     Reply,
     Request,
     Step,
@@ -41,9 +42,15 @@ STATUS = MountStatus(
     cache_size=2,
     open_files=3,
     dirty_files=4,
-    namespaces=[NamespaceStatus("home", "sftp", "sftp://h/~", "failed", "no route", True)],
-    kept=[KeptFile("home", "a/b", 5, "quota", "/c/x", 2.5)],
+    namespaces=[NamespaceStatus("home", "sftp", "sftp://h/~", "failed", "no route", True, "back")],
+    pending=[PendingFile("home", "a/b", 5, 4, "kept", 2.5, "x", "quota", "/c/x")],
+    pending_files=7,
+    pending_bytes=8,
+    pending_states={"kept": 1, "waiting": 6},
+    uploaded_bytes=9,
+    upload_rate=1.5,
     memory=6,
+    root_namespace="home",
 )
 
 
@@ -228,7 +235,7 @@ def test_work_that_cannot_be_done_is_told(path: Path, caplog: pytest.LogCaptureF
             control.work(path, Request("clear"), print)
         assert control.query_status(path) == STATUS
     assert "ZeroDivisionError" in caplog.text
-    with serving(path), pytest.raises(control.Refused, match="no cache"):
+    with serving(path), pytest.raises(control.Refused, match="only tell its status"):
         control.query_cache(path)
 
 
@@ -249,6 +256,60 @@ def test_work_ends_when_its_client_leaves(path: Path) -> None:
             assert control.query_status(path) == STATUS
             assert not ended.is_set()
         assert ended.wait(10)
+
+
+def test_the_longest_paths_fit_into_a_request(path: Path) -> None:
+    odd = b"\xff" * 4095
+    seen: list[Request] = []
+
+    async def note(request: Request, tell: control_server.Tell) -> Reply:
+        seen.append(request)
+        return Reply(pending=PendingList(time=1.0))
+
+    asked = Request("recover", odd, to=odd, before=2.5)
+    with serving(path, work=note):
+        with pytest.raises(control.Refused):
+            control.work(path, asked, print)
+        assert control.query_pending(path, odd) == PendingList(time=1.0)
+    assert seen == [asked, Request("pending", odd)]
+
+
+def test_work_counts_files_and_repeats_itself_while_nothing_happens(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a client would take a slow upload for a daemon that hangs."""
+    monkeypatch.setattr(control_server, "HEARTBEAT_SECONDS", 0.01)
+    steps: list[Step] = []
+    enough = threading.Event()
+
+    async def slow(request: Request, tell: control_server.Tell) -> Reply:
+        await tell(1, 2, 3, 4)
+        await trio.to_thread.run_sync(enough.wait, 10)
+        return Reply(outcome=Outcome(4, 2))
+
+    def note(step: Step) -> None:
+        steps.append(step)
+        if len(steps) == 3:
+            enough.set()
+
+    with serving(path, work=slow):
+        assert control.work(path, Request("sync"), note) == Outcome(4, 2)
+    assert set(steps) == {Step(1, 2, 3, 4)}
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1])
+def test_a_client_waits_no_longer_than_it_was_told_to(path: Path, seconds: float) -> None:
+    """Even while the daemon tells of steps all the time."""
+
+    async def endless(request: Request, tell: control_server.Tell) -> Reply:
+        while True:
+            await tell(1, 2)
+            await trio.sleep(0.01)
+
+    with serving(path, work=endless):
+        with pytest.raises(control.OutOfTime):
+            control.work(path, Request("sync"), lambda _: None, seconds)
+        assert control.query_status(path) == STATUS
 
 
 DAEMON = """

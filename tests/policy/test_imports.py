@@ -36,16 +36,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "writeback": {"cache", "transfer.messages", "transfer.client"},
     "filesystem": {"cache", "writeback", "transfer.messages", "transfer.client"},
     "cacheservice": SET_UP | {"filesystem", "cache", "writeback", "transfer.messages"},
+    "writeservice": SET_UP | {"cacheservice", "filesystem", "writeback", "transfer.messages"},
     "kernel": {"filesystem", "transfer.messages"},
     "daemon": SET_UP
-    | {"cacheservice", "kernel", "filesystem", "cache", "writeback"}
+    | {"cacheservice", "writeservice", "kernel", "filesystem", "cache", "writeback"}
     | {"transfer.client", "transfer.messages"},
     "demo": {"errors"},
-    "cli": SET_UP | {"daemon", "cacheservice", "demo", "cache", "transfer.messages"},
+    "cli": SET_UP
+    | {"daemon", "cacheservice", "writeservice", "demo", "cache", "transfer.messages"},
 }
 MAY_USE: dict[str, set[str]] = {
     **dict.fromkeys(["cache", "writeback", "filesystem", "transfer.child"], TRIO),
-    **dict.fromkeys(["transfer.client", "daemon", "cacheservice"], TRIO),
+    **dict.fromkeys(["transfer.client", "daemon", "cacheservice", "writeservice"], TRIO),
     **dict.fromkeys(["remotes", "transfer.process", "demo"], ASYNCIO),
     "control": TRIO,
     "kernel": TRIO | {"pyfuse3"},

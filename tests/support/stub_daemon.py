@@ -2,18 +2,24 @@
 
 It mounts for real and answers on the real control socket, but reaches no remote. What it does at
 start-up is set by HPCFS_STUB: fine, failed (one namespace), refused (MountFailed), crash, ask,
-hang (until a signal ends it). Run as a program it stands in for `hpcfs` with this daemon.
+hang (until a signal ends it). What is not uploaded is set by HPCFS_STUB_PENDING, a JSON list of the
+arguments of tests.support.backlog.row, and HPCFS_STUB_RATE, bytes uploaded a second, which with
+HPCFS_STUB_WAITS begins when somebody syncs; files named in HPCFS_STUB_REFUSES, a JSON object of
+reasons by id, fail. It ends when nothing is on its way any more. Run as a program it stands in for
+`hpcfs` with this daemon.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import stat
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +30,9 @@ import hpcfs
 from hpcfs.config.config import Settings
 from hpcfs.control import server as control_server
 from hpcfs.control.control import MountStatus, NamespaceStatus
+from hpcfs.transfer.messages import RemoteError
+from hpcfs.writeservice import Progress, WriteService, summary
+from tests.support.backlog import FakeBacklog, row
 
 FILE_INODE = pyfuse3.InodeT(pyfuse3.ROOT_INODE + 1)
 
@@ -90,18 +99,35 @@ def serve(
         Path(os.environ["HPCFS_STUB_MARK"]).write_text(str(os.getpid()))
         signal.pause()
     answer = ask("Password:\x1b[2J", False) if plan == "ask" else ""
+    backlog = _backlog()
     mount(
-        settings, partial(report, settings, failed=plan == "failed", reason=repr(answer)), on_ready
+        settings,
+        partial(
+            report, settings, backlog, time.time(), failed=plan == "failed", reason=repr(answer)
+        ),
+        on_ready,
+        backlog,
     )
 
 
-def report(settings: Settings, *, failed: bool, reason: str) -> MountStatus:
+def _backlog() -> FakeBacklog:
+    rows = [row(**fields) for fields in json.loads(os.environ.get("HPCFS_STUB_PENDING", "[]"))]
+    made = FakeBacklog(rows, float(os.environ.get("HPCFS_STUB_RATE", "0")))
+    made.waits = "HPCFS_STUB_WAITS" in os.environ
+    made.refuses = json.loads(os.environ.get("HPCFS_STUB_REFUSES", "{}"))
+    return made
+
+
+def report(
+    settings: Settings, backlog: FakeBacklog, started: float, *, failed: bool, reason: str
+) -> MountStatus:
     names = settings.namespaces
+    pending = summary(backlog.pending())
     return MountStatus(
         mountpoint=str(settings.mountpoint),
         pid=os.getpid(),
         version=hpcfs.__version__,
-        started=time.time(),
+        started=started,
         log_file=str(settings.log_file),
         cache_dir=str(settings.cache_dir),
         cache_used=2048,
@@ -116,10 +142,17 @@ def report(settings: Settings, *, failed: bool, reason: str) -> MountStatus:
                 "failed" if failed and number == 0 else "connected",
                 "no route\x1b[2J to host" if failed and number == 0 else reason,
                 found.read_only,
+                found.write,
             )
             for number, (name, found) in enumerate(names.items())
         ],
-        kept=[],
+        pending=pending.files,
+        pending_files=pending.count,
+        pending_bytes=pending.left,
+        pending_states=pending.states,
+        uploaded_bytes=backlog.uploaded,
+        upload_rate=backlog.rate,
+        root_namespace=settings.root_namespace,
     )
 
 
@@ -127,23 +160,29 @@ def mount(
     settings: Settings,
     status: Callable[[], MountStatus],
     on_ready: Callable[[MountStatus], None],
+    backlog: FakeBacklog,
 ) -> None:
     options = {*pyfuse3.default_options, "fsname=hpcfs", "subtype=hpcfs"}
     options.discard("default_permissions")
     pyfuse3.init(OneFile(), str(settings.mountpoint), options)
     try:
-        trio.run(_run, settings.socket, status, on_ready)
+        trio.run(_run, settings, status, on_ready, backlog)
     finally:
         pyfuse3.close(unmount=True)
 
 
 async def _run(
-    socket: Path, status: Callable[[], MountStatus], on_ready: Callable[[MountStatus], None]
+    settings: Settings,
+    status: Callable[[], MountStatus],
+    on_ready: Callable[[MountStatus], None],
+    backlog: FakeBacklog,
 ) -> None:
+    service = WriteService(settings, backlog)
     async with trio.open_nursery() as nursery:
-        await nursery.start(control_server.serve, socket, status)
+        await nursery.start(control_server.serve, settings.socket, status, service.answer)
+        nursery.start_soon(backlog.upload_forever)
         nursery.start_soon(_stop_on_signal)
-        nursery.start_soon(_serve_until_unmounted, nursery.cancel_scope)
+        nursery.start_soon(_serve_until_unmounted, nursery.cancel_scope, backlog)
         on_ready(status())
 
 
@@ -153,8 +192,13 @@ async def _stop_on_signal() -> None:
             pyfuse3.terminate()
 
 
-async def _serve_until_unmounted(scope: trio.CancelScope) -> None:
+async def _serve_until_unmounted(scope: trio.CancelScope, backlog: FakeBacklog) -> None:
+    async def ignore(progress: Progress) -> None:
+        pass
+
     await pyfuse3.main()
+    with suppress(RemoteError):
+        await backlog.sync(None, b"", ignore)
     scope.cancel()
 
 

@@ -1,0 +1,54 @@
+"""`hpcfs sync`: waits until the remotes have everything, or all of one path.
+
+Exit code 1: something could not be uploaded. Ctrl-C ends the waiting, not the uploads.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import click
+
+from hpcfs.cli import cache_places, pending
+from hpcfs.cli.cache_places import Place
+from hpcfs.cli.output import complain, printable
+from hpcfs.cli.progress import Bar
+from hpcfs.control import control
+from hpcfs.control.control import Request
+from hpcfs.errors import SetupError
+
+
+@click.command(short_help="Wait until all is uploaded.")
+@click.argument("where", metavar="[PATH]", required=False)
+def sync(where: str | None) -> int:
+    """Wait until the remotes have all that was written: below PATH, or in all of your mounts."""
+    places = [cache_places.find_mounted(where)] if where else cache_places.find_all_mounted()
+    if not places:
+        raise SetupError("no hpcfs mount")
+    return max([_sync(place) for place in places])
+
+
+def _sync(place: Place) -> int:
+    assert place.socket
+    try:
+        pending.query(place)
+        with Bar("uploading") as bar:
+            outcome = control.work(place.socket, Request("sync", place.path), bar.show)
+    except KeyboardInterrupt:
+        _tell_rest(place)
+        raise
+    except SetupError as error:
+        complain(f"{place.name}: {error}")
+        return 1
+    done = "nothing was pending"
+    if outcome.files:
+        done = f"uploaded {pending.amount(outcome.files, outcome.bytes)}"
+    print(printable(f"{place.name}: {done}"))
+    return 0
+
+
+def _tell_rest(place: Place) -> None:
+    with suppress(SetupError):  # it was asked to stop, not to tell why it can't say more
+        found = pending.query(place, control.ANSWER_SECONDS)
+        left = pending.amount(found.count, found.left)
+        complain(f"{place.name}: {left} still to be uploaded; the mount goes on with that")
