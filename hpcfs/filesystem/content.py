@@ -95,6 +95,11 @@ class Content(RemoteContent):
         return bool(in_motion or self.file.dirty or waits)
 
     @property
+    def is_only_here(self) -> bool:
+        """The remote has nothing of this name."""
+        return self.new and not self.replace
+
+    @property
     def is_being_sent(self) -> bool:
         """Under the name that it has."""
         return self._sending.handle != m.NO_HANDLE
@@ -383,8 +388,8 @@ class Content(RemoteContent):
             sent,
             sent_under if sent else self.write_handle,
         )
-        if sent_under != snapshot.handle:
-            self._stop_sending()
+        if sent_under not in (m.NO_HANDLE, snapshot.handle):
+            self._abandon(sent_under)
         self._sending.reset()
         self.write_handle = m.NO_HANDLE
         self.file.dirty = RangeSet()

@@ -287,8 +287,13 @@ class Filesystem:
         if len(name) > MAX_NAME_BYTES:
             raise NameLong("names have at most 255 bytes")
         namespace = self._writable(parent)
-        self.tree.note_made(parent, name)  # whatever comes of it: older listings don't tell
         self.files.backlog.directory_times.forget(parent)
+        return parent, namespace
+
+    def _about_to_change(self, ino: int, name: bytes) -> tuple[Node, Namespace]:
+        """The same; whatever comes of it, older listings don't tell of this name any more."""
+        parent, namespace = self._parent(ino, name)
+        self.tree.note_made(parent, name)
         return parent, namespace
 
     def _made(self, parent: Node, name: bytes, entry: m.Entry, asked: float) -> Node:
@@ -305,7 +310,7 @@ class Filesystem:
             raise Exists("the name is taken")
 
     async def mkdir(self, parent_ino: int, name: bytes, mode: int) -> Node:
-        parent, namespace = self._parent(parent_ino, name)
+        parent, namespace = self._about_to_change(parent_ino, name)
         asked = self.tree.now()
         self._refuse_pending(parent, name)
         request = m.MakeDirectory(join(parent, name), stat.S_IMODE(mode))
@@ -314,14 +319,14 @@ class Filesystem:
         return node
 
     async def symlink(self, parent_ino: int, name: bytes, target: bytes) -> Node:
-        parent, namespace = self._parent(parent_ino, name)
+        parent, namespace = self._about_to_change(parent_ino, name)
         self._refuse_pending(parent, name)
         asked = self.tree.now()
         request = m.MakeSymlink(join(parent, name), target)
         return self._made(parent, name, await namespace.entry(request), asked)
 
     async def link(self, ino: int, parent_ino: int, name: bytes) -> Node:
-        parent, namespace = self._parent(parent_ino, name)
+        parent, namespace = self._about_to_change(parent_ino, name)
         node = self.tree.get(ino)
         if node.namespace is not namespace:
             raise CrossNamespace("a hard link can't lead to another namespace")
@@ -333,7 +338,7 @@ class Filesystem:
 
     async def create(self, parent_ino: int, name: bytes, mode: int, flags: int) -> tuple[int, Node]:
         """-> (handle, node). Without O_EXCL, a file that has just come into being is opened."""
-        parent, _ = self._parent(parent_ino, name)
+        parent, _ = self._about_to_change(parent_ino, name)
         if known := self.tree.child(parent, name):
             if flags & os.O_EXCL:
                 raise Exists("the file exists")
@@ -347,7 +352,10 @@ class Filesystem:
                 raise
             node = await self.lookup(parent_ino, name)
             return (await self.files.open(node, flags))[0], node
-        self.tree.expire(parent)
+        if node.content and node.content.new:
+            self.tree.touch(parent)
+        else:
+            self.tree.expire(parent)
         return handle, node
 
     async def mknod(self, parent_ino: int, name: bytes, mode: int) -> Node:
@@ -364,14 +372,14 @@ class Filesystem:
         return node
 
     async def unlink(self, parent_ino: int, name: bytes) -> None:
-        parent, namespace = self._parent(parent_ino, name)
+        parent, namespace = self._about_to_change(parent_ino, name)
         node = self.tree.child(parent, name)
         if node:
             await self.files.keep_readable(node)
         async with AsyncExitStack() as locks:
             if node and node.content:
                 await locks.enter_async_context(node.content.upload_lock)
-            if not (node and node.content and node.content.new):
+            if not (node and node.content and node.content.is_only_here):
                 await namespace.do(m.Remove(join(parent, name)))
             if node:
                 self.files.orphan(node)
@@ -382,7 +390,7 @@ class Filesystem:
         await self._store.remove(namespace.origin, join(parent, name))
 
     async def rmdir(self, parent_ino: int, name: bytes) -> None:
-        parent, namespace = self._parent(parent_ino, name)
+        parent, namespace = self._about_to_change(parent_ino, name)
         node = self.tree.child(parent, name)
         if node and any(child.content and child.content.new for child in node.below()):
             raise m.DirectoryNotEmpty("a file in it is being written")
@@ -403,6 +411,8 @@ class Filesystem:
             return
         node = await self.lookup(parent_ino, name)
         target = await self._target_of(new_parent, new_name, node)
+        self.tree.note_made(parent, name)
+        self.tree.note_made(new_parent, new_name)
         await self._renaming.rename(namespace, node, new_parent, new_name, target, replace=replace)
 
     async def _target_of(self, parent: Node, name: bytes, node: Node) -> Node | None:

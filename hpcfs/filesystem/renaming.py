@@ -49,7 +49,8 @@ class Renaming:
         await self._rename_there(namespace, node, parent, name, target, replace=replace)
 
     def _is_only_here(self, content: Content) -> bool:
-        return content.new and content.namespace.writes_back and not content.is_being_sent
+        only_here = content.is_only_here and not content.is_being_sent
+        return only_here and content.namespace.writes_back
 
     # --- what only this mount has -----------------------------------------------------------------
 
@@ -70,7 +71,11 @@ class Renaming:
             doomed = target.content if target else None
             if target is not None:
                 self._files.orphan(target)
+            old_parent = node.parent
             self._tree.move(node, parent, name)
+            for directory in {old_parent, parent} - {None}:
+                assert directory
+                self._tree.touch(directory)
             row = doomed.file.name if doomed and doomed.journaled else None
             content.secured = True
             await self._files.secure(content, instead_of=row)

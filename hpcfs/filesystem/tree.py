@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 
+from msgspec import structs
+
 from hpcfs.filesystem.content import Content
 from hpcfs.filesystem.errors import Stale
 from hpcfs.filesystem.namespace import Namespace
@@ -185,6 +187,10 @@ class Tree:
         node.entry = entry
         node.observed = self.now()
         self._note_change(node)
+
+    def touch(self, directory: Node) -> None:
+        """An entry of it came, went or was renamed here; the remote has not heard of it yet."""
+        self.set_local(directory, structs.replace(directory.entry, mtime_ns=time.time_ns()))
 
     def expire(self, node: Node) -> None:
         """Ask the remote before believing the attributes again; answers under way don't count."""

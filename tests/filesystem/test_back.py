@@ -118,6 +118,36 @@ async def test_a_file_renamed_over_one_that_waits_replaces_it(w: World) -> None:
 
 
 @back()
+async def test_what_replaces_another_file_is_more_than_a_new_one(w: World) -> None:
+    """Removed or renamed again before it went up: the other one must not come back."""
+    for name in ("f", "g"):
+        w.remote.put(name.encode(), OLD)
+        await w.kernel.write_file("ns/tmp", NEW)
+        await w.kernel.rename("ns/tmp", f"ns/{name}")
+    await w.kernel.unlink("ns/f")
+    await w.kernel.rename("ns/g", "ns/h")
+    await synced(w)
+    assert {path: w.remote.get(path) for path in w.remote.paths()} == {b"h": NEW}
+
+
+@back()
+async def test_a_directory_that_is_filled_here_costs_no_questions(w: World) -> None:
+    """What rsync asks for each file: is it there, a temporary name, mode and times, the name."""
+    await w.kernel.mkdir("ns/d")
+    for number in range(20):
+        if number == 5:
+            w.cues.calls.clear()
+        await w.kernel.exists(f"ns/d/{number}")
+        await w.kernel.write_file(f"ns/d/.{number}.tmp", NEW)
+        await w.kernel.setattr(f"ns/d/.{number}.tmp", m.Attributes(mode=0o600, mtime_ns=10**18))
+        await w.kernel.rename(f"ns/d/.{number}.tmp", f"ns/d/{number}")
+    asked = [call for call in w.cues.calls if not isinstance(call, m.List | m.Upload)]
+    assert asked == []
+    await synced(w)
+    assert len(w.remote.paths()) == 21
+
+
+@back()
 async def test_a_temporary_file_never_goes_up(w: World) -> None:
     await w.kernel.write_file("ns/tmp", NEW)
     await w.kernel.unlink("ns/tmp")
