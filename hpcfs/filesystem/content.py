@@ -198,7 +198,7 @@ class Content(RemoteContent):
         self.base_size = min(self.base_size, size)
         self.resized = True
         self.secured = False
-        self._stop_sending()
+        self.stop_sending()
         return True
 
     # --- sending while it is written --------------------------------------------------------------
@@ -223,7 +223,7 @@ class Content(RemoteContent):
         with self.pinned():
             await self.namespace.call(request, type(None), PIECE_TIMEOUT)
 
-    def _stop_sending(self) -> None:
+    def stop_sending(self) -> None:
         """What was sent is of no use any more."""
         handle = self._sending.reset() or self.write_handle
         self.write_handle = m.NO_HANDLE
@@ -348,7 +348,7 @@ class Content(RemoteContent):
 
     def give_up(self) -> None:
         """Nothing of it will be uploaded any more; who has it open reads on."""
-        self._stop_sending()
+        self.stop_sending()
         self.file.dirty = RangeSet()
         self.pending = m.Attributes()
         self.new = self.made = self.resized = False

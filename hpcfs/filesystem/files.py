@@ -471,6 +471,7 @@ class Files:
         if content.retired:
             return
         content.retired = True
+        content.stop_sending()
         node = self._node(content)
         if node.content is content:
             node.content = None
@@ -505,6 +506,7 @@ class Files:
         """The node's file was removed: what is written to it from now on goes nowhere."""
         if node.content:
             node.content.orphan = True
+            node.content.stop_sending()
 
     async def forget_orphan(self, node: Node) -> None:
         """Call it after `orphan`, once that is certain."""
