@@ -34,6 +34,8 @@ from hpcfs.transfer.messages import ProtocolError, SshSite, Start, Unreachable, 
 log = logging.getLogger(__name__)
 
 UPLOAD_BYTES_UNDER_WAY = 16 * 1024 * 1024
+MAX_UPLOADS = 64
+"""At once: each has a file open on the server, which grants a few hundred."""
 
 
 class Channel(asyncssh.SSHClientSession[bytes]):
@@ -79,6 +81,9 @@ class SftpSession:
     ended: asyncio.Event
     reading: Flow = field(default_factory=Flow)
     writing: Flow = field(default_factory=lambda: Flow(UPLOAD_BYTES_UNDER_WAY))
+    sets_without_following: bool = True
+    """Whether lsetstat@openssh.com is there and works: before glibc 2.32 it could set no modes."""
+    uploading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_UPLOADS))
 
     @property
     def meta(self) -> Requests:
