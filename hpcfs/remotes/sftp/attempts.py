@@ -14,7 +14,8 @@ recognised by itself, which also works after this process was killed:
 What is taken for ours is written again, all of it. The limits: content that was changed between
 two attempts of which a killed process made the first, and an overwriting of old content that a
 killed process left half done, are taken for somebody else's, which costs a Conflict and no data. A
-file of somebody else's is taken for ours if it has the same size and second, or the same samples.
+file of somebody else's is taken for ours if it has the same size and second, or is a beginning of
+ours. An upload that replaces leaves nothing half done, so only its end is recognised.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Attempt:
             _size_of(request.base_version) if request.base_size else 0,
             request.size,
             None if wanted is None else wanted // NANOSECONDS,
-            tuple(_samples(request.ranges, source)),
+            () if request.replace else tuple(_samples(request.ranges, source)),
         )
 
     @classmethod

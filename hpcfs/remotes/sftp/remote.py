@@ -92,7 +92,7 @@ class SftpRemote:
         self._root = root
         self._rooted: tuple[SftpSession, bytes] | None = None
         self._files = read.OpenFiles()
-        self._uploads = Uploads()
+        self._uploads = Uploads(root.verify)
 
     # --- where ----------------------------------------------------------------------------------
 

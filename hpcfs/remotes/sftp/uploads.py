@@ -34,6 +34,7 @@ from hpcfs.remotes.sftp.write import (
     close_quietly,
     is_small,
     send,
+    touch,
     wait_quietly,
     write_ranges,
 )
@@ -62,7 +63,8 @@ NOTED = 1024
 
 
 class Uploads:
-    def __init__(self) -> None:
+    def __init__(self, verify: bool = False) -> None:
+        self._verify = verify
         self._held = HeldFiles()
         self._attempts = Attempts()
         self._begin_anew: OrderedDict[bytes, bool] = OrderedDict()
@@ -197,7 +199,26 @@ class Uploads:
         else:
             attempt = Attempt.of(request, source)
             target = await open_target(place, attempt, request.mode, self._attempts)
-        return await _bring_all(target, request, source, report, keep)
+        return await self._bring_all(target, request, source, report, keep)
+
+    async def _bring_all(
+        self, target: Target, request: Upload, source: Source, report: ReportProgress, keep: int
+    ) -> SFTPAttrs:
+        place = target.place
+        if not _covered(target.size, min(keep, request.size), request.ranges):
+            await close_quietly(place, target.handle)
+            raise Changed(
+                f"{place} was cut to {target.size} bytes meanwhile, and what it had is not here"
+            )
+        attrs = await bring(target, request, source, report, keep=keep)
+        if attrs.size != request.size:
+            raise RemoteFailure(
+                f"{place} has {attrs.size} bytes after the upload instead of {request.size}: "
+                "something else writes to it"
+            )
+        if self._verify and request.size:
+            await _compare(place, request, source, report)
+        return attrs
 
     async def _replace(
         self, place: Place, request: Upload, source: Source, report: ReportProgress, *, ours: bool
@@ -220,7 +241,7 @@ class Uploads:
             await self._remove_temporary(temporary)
             raise
         try:
-            attrs = await _bring_all(target, request, source, report, 0)
+            attrs = await self._bring_all(target, request, source, report, 0)
             if not is_small(request.ranges):
                 looking = send(place.attrs())
                 await asyncio.wait([looking])
@@ -280,22 +301,19 @@ async def _send_ahead(file: HeldFile, request: UploadAhead, source: Source) -> N
     file.ahead.append(piece)
 
 
-async def _bring_all(
-    target: Target, request: Upload, source: Source, report: ReportProgress, keep: int
-) -> SFTPAttrs:
-    place = target.place
-    if not _covered(target.size, min(keep, request.size), request.ranges):
-        await close_quietly(place, target.handle)
-        raise Changed(
-            f"{place} was cut to {target.size} bytes meanwhile, and what it had is not here"
+async def _compare(place: Place, request: Upload, source: Source, report: ReportProgress) -> None:
+    """Where nothing of the old content counts, all of the file is here."""
+    ranges = request.ranges if request.base_size else [(0, request.size)]
+    same = await place.session.hasher.is_same(place.full, ranges, source, report)
+    if same is None and place.session.lost:
+        raise Unreachable(f"the connection to {place.session.shown} was lost")
+    if same is False:
+        failure = RemoteFailure(
+            f"{place} has other bytes after the upload than were sent (their SHA-256 differs): "
+            "the local copy is kept; have the server's disk checked, or see who else writes there"
         )
-    attrs = await bring(target, request, source, report, keep=keep)
-    if attrs.size != request.size:
-        raise RemoteFailure(
-            f"{place} has {attrs.size} bytes after the upload instead of {request.size}: "
-            "something else writes to it"
-        )
-    return attrs
+        await touch(place, failure)
+        raise failure
 
 
 async def _take_place(temporary: Place, place: Place, attempt: Attempt, *, exists: bool) -> None:

@@ -84,7 +84,7 @@ async def bring(
             await close_quietly(target.place, target.handle)
         if isinstance(error, RemoteError):
             if tail_sent:
-                await _touch(target.place, error)
+                await touch(target.place, error)
             raise await explain_full(target.place, error) from error
         raise
 
@@ -215,7 +215,7 @@ async def _quietly(place: Place, request: Coroutine[Any, Any, Any]) -> None:
         log.debug("after a failure of %s, another one: %s", place, error.message)
 
 
-async def _touch(place: Place, failure: RemoteError) -> None:
+async def touch(place: Place, failure: RemoteError) -> None:
     """What failed may have the size and time it was meant to have, and not the bytes: it must not
     be taken for that version."""
     if isinstance(failure, Unreachable):
