@@ -30,9 +30,12 @@ from hpcfs.transfer.messages import (
     NoSpace,
     RemoteError,
     RemoteFailure,
+    SftpRoot,
+    Start,
     Unreachable,
+    Upload,
 )
-from tests.remotes.contract import put, put_ahead
+from tests.remotes.contract import MemorySource, get, put, put_ahead
 from tests.remotes.test_sftp import EXTENSIONS, on, on_evil
 from tests.support import evil_sftp
 from tests.support.evil_sftp import EvilSite, Plain
@@ -633,3 +636,106 @@ def test_creating_what_is_there_is_refused(sshd: SshServer) -> None:
         assert await held_open(remote) == 0
 
     on_folder(sshd, story)
+
+
+# --- verify -------------------------------------------------------------------------------------
+
+
+class Corrupting(MemorySource):
+    """Its bytes are damaged on their way, and as they should be once the server has them."""
+
+    def __init__(self, body: bytes, damaged: int) -> None:
+        super().__init__(body)
+        self._damaged = damaged
+        self._arrived = False
+
+    def read(self, offset: int, length: int) -> bytes:
+        piece = bytearray(super().read(offset, length))
+        if offset <= self._damaged < offset + length and not self._arrived:
+            piece[self._damaged - offset] ^= 1
+        return bytes(piece)
+
+    def report(self, done: int) -> None:
+        self._arrived = True
+
+
+async def fail_to_verify(remote: SftpRemote, request: Upload, body: bytes, damaged: int) -> None:
+    source = Corrupting(body, damaged)
+    with pytest.raises(RemoteFailure, match=r"SHA-256 differs.*the local copy is kept"):
+        await remote.upload(request, source, source.report)
+
+
+def verifying(start: Start) -> Start:
+    (root,) = start.roots.values()
+    assert isinstance(root, SftpRoot)
+    return msgspec.structs.replace(start, roots={"ns": SftpRoot(root.path, verify=True)})
+
+
+def request_for(path: bytes, body: bytes, **more: Any) -> Upload:
+    fields = {"base_size": 0, "ranges": [(0, len(body))], "attributes": TIMES, "mode": 0o644}
+    return Upload(path=path, cache_file="", size=len(body), **(fields | more))
+
+
+async def verify_uploads(remote: SftpRemote, folder: Path) -> None:
+    """Good ones pass and bad ones do not, whatever their names and sizes."""
+    for name in (b"plain", b"it's", b"new\nline", b"-rf", b'$(touch x) `y` "z" \\', b"caf\xe9"):
+        for size in (1, 70_000, 3_000_000):
+            body = content(size)
+            await put(remote, name, body, replace=size == 70_000)
+            assert await get(remote, name) == body
+            for replace in (False, True):
+                bad = request_for(name, body, replace=replace)
+                await fail_to_verify(remote, bad, body, size - 1)
+            assert (await remote.stat(name)).mtime_ns > 10**18, "no version that it was to be"
+    body = content(5000)
+    ranges = [(number * 10, 3) for number in range(450)]
+    await put(remote, b"parts", body)
+    parts = request_for(b"parts", body, base_size=5000, ranges=ranges)
+    await remote.upload(parts, MemorySource(body), lambda done: None)
+    await fail_to_verify(remote, parts, body, 4491)
+    await put(remote, b"empty", b"")
+    assert sorted(os.listdir(os.fsencode(folder)))[:2] == [b'$(touch x) `y` "z" \\', b"-rf"]
+    assert not [name for name in os.listdir(folder) if ".hpcfs-" in name]
+
+
+def test_uploads_are_verified(sshd: SshServer) -> None:
+    folder = sshd.root / "verified"
+    folder.mkdir()
+    start = verifying(sshd.start_message(str(folder)))
+    on(start, lambda remote: verify_uploads(remote, folder))
+
+
+def test_many_uploads_are_verified_at_once(sshd: SshServer) -> None:
+    async def story(remote: SftpRemote) -> None:
+        bodies = [content(50_000, number) for number in range(40)]
+        await asyncio.gather(
+            *(put(remote, b"%d" % number, body) for number, body in enumerate(bodies))
+        )
+        await fail_to_verify(remote, request_for(b"bad", bodies[0]), bodies[0], 77)
+
+    (sshd.root / "verified-at-once").mkdir()
+    on(verifying(sshd.start_message(str(sshd.root / "verified-at-once"))), story)
+
+
+@pytest.mark.parametrize("options", [("ForceCommand internal-sftp",), ("MaxSessions 2",)])
+def test_a_server_that_can_not_verify_says_so_once(
+    tmp_path: Path, options: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(remote: SftpRemote) -> None:
+        for number in range(3):
+            await put(remote, b"%d" % number, b"content")
+
+    with ssh_server(tmp_path / "s", *options) as server, caplog.at_level("WARNING", "hpcfs"):
+        on(verifying(server.start_message()), story)
+        assert len(os.listdir(server.root)) == 3
+    assert len([r for r in caplog.records if "computes no hashes" in r.message]) == 1
+
+
+def test_without_a_master_connection_ssh_can_not_verify(
+    sshd: SshServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    (sshd.root / "no-master").mkdir()
+    start = sshd.start_message(str(sshd.root / "no-master"), sshd.site(transport="openssh"))
+    with caplog.at_level("WARNING", "hpcfs"):
+        on(verifying(start), lambda remote: put(remote, b"file", b"content"))
+    assert [r.message for r in caplog.records if "computes no hashes" in r.message]

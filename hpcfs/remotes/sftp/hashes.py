@@ -28,7 +28,7 @@ LEAST_BYTES_PER_SECOND = 10_000_000
 REPORT_SECONDS = 5.0
 RANGES_AT_ONCE = 200
 """In one script: what a shell reads of a line is bounded."""
-CHUNK_BYTES = 4 * 1024 * 1024
+CHUNK_BYTES = 16 * 1024 * 1024
 SMALL_BYTES = 1024 * 1024
 """Hashed at once: a thread would take longer."""
 
@@ -65,7 +65,7 @@ class Hasher:
             there = await self._there(path, some, source.size, report)
             if len(there) != HASH_DIGITS:
                 return None
-            if there != await _here(some, source):
+            if there != await _here(some, source, report):
                 return False
         return True
 
@@ -159,21 +159,29 @@ def _script(number: int, path: bytes, ranges: Ranges, size: int) -> bytes:
         parts = [b"tail -c +%d <%s | head -c %d" % (at + 1, name, length) for at, length in ranges]
         work = b"{ %s; } | h" % b"; ".join(parts)
     answer = b'"$(test -f %s && %s)"' % (name, work)
-    return b"printf 'hpcfs-%d %%s\\n' %s 2>/dev/null\n" % (number, answer)
+    return b"printf 'hpcfs-%d %%s\\n' %s\n" % (number, answer)
 
 
-async def _here(ranges: Ranges, source: Source) -> bytes:
+async def _here(ranges: Ranges, source: Source, report: ReportProgress) -> bytes:
     """The hash of the ranges, one after another."""
-    if sum(length for _, length in ranges) <= SMALL_BYTES:
-        return _hash(ranges, source)
-    return await asyncio.to_thread(_hash, ranges, source)
-
-
-def _hash(ranges: Ranges, source: Source) -> bytes:
     digest = hashlib.sha256()
+    total = sum(length for _, length in ranges)
     for offset, length in _chunks(ranges):
-        digest.update(source.read(offset, length))
+        if total <= SMALL_BYTES:
+            digest.update(source.read(offset, length))
+            continue
+        hashing = asyncio.create_task(asyncio.to_thread(_add, digest, source, offset, length))
+        try:
+            await asyncio.shield(hashing)
+        except asyncio.CancelledError:
+            await asyncio.wait([hashing])  # the source is closed once this has ended
+            raise
+        report(total)
     return digest.hexdigest().encode()
+
+
+def _add(digest: hashlib._Hash, source: Source, offset: int, length: int) -> None:
+    digest.update(source.read(offset, length))
 
 
 def _chunks(ranges: Ranges) -> Iterator[tuple[int, int]]:

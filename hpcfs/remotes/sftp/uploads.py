@@ -159,11 +159,18 @@ class Uploads:
         except Conflict:
             raise
         except BaseException:
-            self._attempts.begin(place.path, Attempt.of(request, source))
+            self._remember(place, request, source)
             raise
         self._attempts.end(place.path)
         self._held.note_complete(request.handle)
         return place.entry_of(attrs)
+
+    def _remember(self, place: Place, request: Upload, source: Source) -> None:
+        """After a failure that is being reported already."""
+        try:
+            self._attempts.begin(place.path, Attempt.of(request, source))
+        except (OSError, RemoteError) as error:
+            log.warning("what is uploaded to %s can't be read here: %s", place, error)
 
     def _taken(self, place: Place, request: Upload) -> HeldFile | None:
         """The file that is held for this upload. Raises AheadLost when bytes of it may be lost."""
