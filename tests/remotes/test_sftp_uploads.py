@@ -19,7 +19,9 @@ from asyncssh import SFTPAttrs
 from asyncssh.constants import FXP_CLOSE, FXP_OPEN
 
 from hpcfs.remotes.sftp.held import MAX_HELD
+from hpcfs.remotes.sftp.opening import NEW
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
+from hpcfs.remotes.sftp.write import Target, write_ranges
 from hpcfs.transfer.messages import (
     AHEAD_BYTES,
     AheadLost,
@@ -59,7 +61,7 @@ def on_folder(sshd: SshServer, story: Story, transport: str = "asyncssh") -> Non
     on(start, lambda remote: story(remote, folder))
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - between two turns of the loop there is no event
             await asyncio.sleep(0)
@@ -131,14 +133,52 @@ def test_many_small_files_wait_for_nobody(sshd: SshServer) -> None:
     on_folder(sshd, story)
 
 
-def test_a_small_file_overtakes_a_large_one(sshd: SshServer) -> None:
+def test_a_small_file_overtakes_large_ones(sshd: SshServer) -> None:
+    """It is sent while the server has not answered to any of what is under way."""
+
     async def story(remote: SftpRemote, folder: Path) -> None:
-        large = asyncio.ensure_future(put(remote, b"large", content(48 * 1024 * 1024)))
+        await remote.create(b"small", 0o644, 1)
         session = (await remote._place(b"")).session
-        await until(lambda: bool(session.writing._waiting))
-        await put(remote, b"small", b"x")
+        unheard: list[bytes] = []
+        bulk = session.bulk
+        target = Target(await remote._place(b"large"), await opened(folder, remote))
+        with mock.patch.object(bulk, "message", unheard.append):
+            source = MemorySource(content(48 * 1024 * 1024))
+            ranges = [(0, source.size)]
+            large = asyncio.ensure_future(
+                write_ranges(target.place, target.handle, ranges, source, lambda done: None)
+            )
+            await until(lambda: bool(session.writing._waiting))
+            small = asyncio.ensure_future(put(remote, b"small", b"x", handle=1))
+            await until((folder / "small").read_bytes)
+        for answer in unheard:
+            bulk.message(answer)
+        await small
         assert not large.done()
         await large
+
+    on_folder(sshd, story)
+
+
+async def opened(folder: Path, remote: SftpRemote) -> bytes:
+    """A remote handle of a new file "large"."""
+    session = (await remote._place(b"")).session
+    return await session.bulk.open(os.fsencode(folder / "large"), NEW, SFTPAttrs())
+
+
+def test_large_files_take_turns(sshd: SshServer) -> None:
+    """The second has not to wait until the first is done."""
+
+    async def story(remote: SftpRemote, folder: Path) -> None:
+        body = content(64 * 1024 * 1024)
+        first = asyncio.ensure_future(put(remote, b"first", body))
+        session = (await remote._place(b"")).session
+        await until(lambda: bool(session.writing._waiting))
+        progress: list[int] = []
+        second = asyncio.ensure_future(put(remote, b"second", body, progress=progress))
+        await until(lambda: bool(progress))
+        assert not first.done()
+        await asyncio.gather(first, second)
 
     on_folder(sshd, story)
 
@@ -288,6 +328,29 @@ def test_what_is_no_file_is_not_uploaded_to(sshd: SshServer) -> None:
     on_folder(sshd, story)
 
 
+def test_a_half_done_overwriting_is_recognised_by_who_began_it(sshd: SshServer) -> None:
+    old, new = content(1_000_000), content(1_000_000, 2)
+
+    async def story(remote: SftpRemote, folder: Path) -> None:
+        (folder / "db").write_bytes(old)
+        os.utime(folder / "db", (5, 5))
+        version = (await remote.stat(b"db")).version
+
+        def overwrite(to: SftpRemote) -> Awaitable[object]:
+            return put(to, b"db", new, base_size=len(new), base_version=version, attributes=TIMES)
+
+        await lose(remote, FXP_CLOSE, overwrite(remote))
+        (folder / "db").write_bytes(new[:500_000] + old[500_000:])  # had it been cut short there
+        stranger = SshSiteConnection(sshd.start_message(str(folder)), ScriptedPrompter())
+        with pytest.raises(Conflict):
+            await overwrite(stranger.remote("ns"))
+        await stranger.close()
+        await overwrite(remote)
+        assert (folder / "db").read_bytes() == new
+
+    on_folder(sshd, story)
+
+
 # --- files held open ----------------------------------------------------------------------------
 
 
@@ -387,6 +450,25 @@ def test_an_upload_given_up_closes_its_file(tmp_path: Path, size: int) -> None:
     on_evil(tmp_path, evil_sftp.Counting, story)
 
 
+def test_an_upload_given_up_ends_when_nothing_is_written_any_more(sshd: SshServer) -> None:
+    async def story(remote: SftpRemote, folder: Path) -> None:
+        await remote.create(b"file", 0o644, 1)
+        bulk = (await remote._place(b"")).session.bulk
+        unheard: list[bytes] = []
+        with mock.patch.object(bulk, "message", unheard.append):
+            upload = asyncio.ensure_future(put(remote, b"file", b"x", handle=1))
+            await until((folder / "file").read_bytes)
+            upload.cancel()
+            done, _ = await asyncio.wait([upload], timeout=0.1)
+            assert not done
+        for answer in unheard:
+            bulk.message(answer)
+        with pytest.raises(asyncio.CancelledError):
+            await upload
+
+    on_folder(sshd, story)
+
+
 # --- sent ahead ---------------------------------------------------------------------------------
 
 
@@ -448,6 +530,10 @@ def test_what_was_sent_ahead_is_lost_with_its_connection(sshd: SshServer) -> Non
             await put(remote, b"file", body, ranges=rest, base_version=b"", handle=1)
         await put(remote, b"file", body, base_version=b"", handle=1)
         assert (folder / "file").read_bytes() == body
+        await put_ahead(remote, b"file", body, 1, 3)
+        await (await remote._place(b"")).session.close()
+        with pytest.raises(AheadLost):
+            await put_ahead(remote, b"file", body, 0, 3)
 
     on_folder(sshd, story)
 
@@ -604,6 +690,26 @@ def test_a_full_disk_that_is_noticed_at_the_close(tmp_path: Path) -> None:
             await put(remote, b"file", b"x" * 100)
 
     on_evil(tmp_path, LateFull, story)
+
+
+class NoInodes(evil_sftp.FullDisk):
+    """There is room for bytes, and none for files."""
+
+    def open(self, path: bytes, pflags: int, attrs: SFTPAttrs) -> Any:
+        raise asyncssh.SFTPFailure("Failure")
+
+    def statvfs(self, path: bytes) -> Any:
+        full = super().statvfs(path)
+        full.f_bavail, full.f_favail = 10**6, 0
+        return full
+
+
+def test_a_disk_that_holds_no_more_files(tmp_path: Path) -> None:
+    async def story(remote: SftpRemote, evil: EvilSite) -> None:
+        with pytest.raises(NoSpace, match="more files"):
+            await remote.create(b"file", 0o644, 1)
+
+    on_evil(tmp_path, NoInodes, story)
 
 
 def test_a_connection_lost_anywhere_in_an_upload(tmp_path: Path) -> None:
