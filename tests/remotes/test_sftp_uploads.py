@@ -573,6 +573,37 @@ def test_what_was_sent_ahead_by_a_killed_process_is_lost(sshd: SshServer) -> Non
     on_folder(sshd, story)
 
 
+def test_an_upload_that_failed_takes_what_was_sent_ahead_with_it(tmp_path: Path) -> None:
+    """Its file is closed: under the same handle nothing counts as sent any more."""
+    body = content(AHEAD_BYTES + 10)
+
+    async def story(remote: SftpRemote, evil: EvilSite) -> None:
+        await remote.create(b"file", 0o644, 1)
+        await put_ahead(remote, b"file", body, 0, 1)
+        tail = [(AHEAD_BYTES, 10)]
+        with pytest.raises(RemoteFailure):
+            await put(remote, b"file", body, ranges=tail, attributes=TIMES, handle=1)
+        Broken.times = False
+        with pytest.raises(AheadLost):
+            await put(remote, b"file", body, ranges=tail, attributes=TIMES, handle=1)
+        await put(remote, b"file", body, attributes=TIMES, handle=1)
+        assert (evil.directory / "file").read_bytes() == body
+
+    Broken.times = True
+    on_evil(tmp_path, Broken, story)
+
+
+class Broken(Plain):
+    """No times can be set for a while."""
+
+    times = True
+
+    def fsetstat(self, file_obj: Any, attrs: SFTPAttrs) -> Any:
+        if Broken.times and attrs.mtime is not None:
+            raise asyncssh.SFTPFailure("Failure")
+        return super().fsetstat(file_obj, attrs)
+
+
 # --- replacing ----------------------------------------------------------------------------------
 
 

@@ -121,5 +121,8 @@ class HeldFiles:
         while len(self._completed) > NOTED:
             self._completed.popitem(last=False)
 
+    def note_ahead(self, handle: int) -> None:
+        self._completed.pop(handle, None)
+
     def is_complete(self, handle: int) -> bool:
         return handle in self._completed

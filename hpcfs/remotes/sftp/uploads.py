@@ -106,6 +106,7 @@ class Uploads:
     # --- ahead ----------------------------------------------------------------------------------
 
     async def upload_ahead(self, place: Place, request: UploadAhead, source: Source) -> None:
+        self._held.note_ahead(request.handle)
         file = self._held.get(request.handle)
         if file is not None and not file.is_usable:
             self._held.release(request.handle)
