@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from hpcfs.remotes.base import Remote, Site
-from hpcfs.transfer.messages import Attributes, Entry, Upload
+from hpcfs.transfer.messages import (
+    AHEAD_BYTES,
+    NO_HANDLE,
+    Attributes,
+    Entry,
+    Upload,
+    UploadAhead,
+)
 
 T = TypeVar("T")
 FILE_MODE = 0o644
@@ -83,6 +90,9 @@ async def put(
     mode: int = FILE_MODE,
     sync: bool = False,
     progress: list[int] | None = None,
+    base_version: bytes | None = None,
+    replace: bool = False,
+    handle: int = NO_HANDLE,
 ) -> Entry:
     """Bring `content` to the remote; by default all of it is dirty."""
     dirty = [(0, len(content))] if ranges is None and content else list(ranges or [])
@@ -95,9 +105,28 @@ async def put(
         attributes=attributes or Attributes(),
         mode=mode,
         sync=sync,
+        base_version=base_version,
+        replace=replace,
+        handle=handle,
     )
     seen = [] if progress is None else progress
     return await remote.upload(request, MemorySource(content), seen.append)
+
+
+async def put_ahead(
+    remote: Remote,
+    path: bytes,
+    content: bytes,
+    number: int,
+    handle: int,
+    *,
+    base_version: bytes | None = None,
+    mode: int = FILE_MODE,
+) -> None:
+    """Send the piece `number` of AHEAD_BYTES of a file whose content so far is `content`."""
+    offset = number * AHEAD_BYTES
+    request = UploadAhead(path, "", offset, AHEAD_BYTES, mode, handle, base_version)
+    await remote.upload_ahead(request, MemorySource(content[: offset + AHEAD_BYTES]))
 
 
 async def get(remote: Remote, path: bytes, handle: int = READER) -> bytes:

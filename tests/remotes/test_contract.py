@@ -16,6 +16,7 @@ from hpcfs.transfer.messages import (
     AlreadyExists,
     Attributes,
     Changed,
+    Conflict,
     DirectoryNotEmpty,
     InvalidName,
     InvalidRequest,
@@ -494,3 +495,71 @@ async def test_times_of_a_link_are_its_own(remote: Remote, subject: Subject) -> 
     assert stat.S_ISLNK(entry.mode)
     assert entry.mtime_ns == 9 * SECOND
     assert (await remote.stat(b"file")).mtime_ns == 7 * SECOND
+
+
+# --- what an upload stands on -------------------------------------------------------------------
+
+
+@contract
+async def test_an_upload_changes_only_the_version_it_was_made_on(
+    remote: Remote, subject: Subject
+) -> None:
+    old = await put(remote, b"file", b"mine", attributes=Attributes(mtime_ns=10**18))
+    new = await put(remote, b"file", b"MINE!", base_version=old.version)
+    theirs = Attributes(mtime_ns=2 * 10**18)
+    await put(remote, b"file", b"theirs", attributes=theirs, base_version=new.version)
+    if subject.is_sftp:  # S3 servers differ in that: test_s3.py
+        with pytest.raises(Conflict):
+            await put(remote, b"file", b"mine again", base_version=new.version)
+        with pytest.raises(Conflict):
+            await put(remote, b"file", b"", base_version=new.version)
+    assert await get(remote, b"file") == b"theirs"
+    assert (await remote.stat(b"file")).mtime_ns == 2 * 10**18
+    await put(remote, b"file", b"whatever is there", base_version=None)
+    assert await get(remote, b"file") == b"whatever is there"
+
+
+@contract
+async def test_an_upload_of_a_new_file_meets_none(remote: Remote, subject: Subject) -> None:
+    await put(remote, b"new", b"mine", base_version=b"")
+    assert await get(remote, b"new") == b"mine"
+    await put(remote, b"other", b"theirs", attributes=Attributes(mtime_ns=10**18))
+    if subject.is_sftp:
+        with pytest.raises(Conflict):
+            await put(remote, b"other", b"mine", base_version=b"")
+    assert await get(remote, b"other") == b"theirs"
+
+
+@contract
+async def test_an_upload_that_replaces(remote: Remote, subject: Subject) -> None:
+    old = await put(remote, b"file", b"old content", attributes=Attributes(mtime_ns=10**18))
+    wanted = Attributes(mtime_ns=2 * 10**18, mode=0o640)
+    new = await put(
+        remote, b"file", b"new", attributes=wanted, base_version=old.version, replace=True
+    )
+    assert await get(remote, b"file") == b"new"
+    assert (new.size, new.mtime_ns, stat.S_IMODE(new.mode)) == (3, 2 * 10**18, 0o640)
+    assert new.version == (await remote.stat(b"file")).version
+    if subject.is_sftp:
+        with pytest.raises(Conflict):
+            await put(remote, b"file", b"newer", base_version=old.version, replace=True)
+    assert await get(remote, b"file") == b"new"
+    await put(remote, b"first", b"1", base_version=b"", replace=True)
+    await put(remote, b"large", content(3 * 1024 * 1024), replace=True)
+    assert await get(remote, b"large") == content(3 * 1024 * 1024)
+    assert set(await listed(remote, b"")) == {b"file", b"first", b"large"}, "and nothing beside"
+
+
+@contract
+async def test_a_created_file_is_completed_by_its_upload(remote: Remote, subject: Subject) -> None:
+    entry = await remote.create(b"file", 0o640, 5)
+    assert (entry.name, entry.size, entry.mode) == (b"file", 0, stat.S_IFREG | 0o640)
+    assert (entry.uid, entry.gid) == (LOCAL_UID, LOCAL_GID)
+    assert entry.version == b""
+    done = await put(remote, b"file", b"content", base_version=b"", handle=5, mode=0o640)
+    assert await get(remote, b"file") == b"content"
+    assert stat.S_IMODE(done.mode) == 0o640
+    assert done.version == (await remote.stat(b"file")).version
+    await remote.release(5)
+    await put(remote, b"file", b"CONTENT", base_version=done.version)
+    assert await get(remote, b"file") == b"CONTENT"

@@ -23,12 +23,14 @@ from hpcfs.transfer.messages import (
     HostKeyRefused,
     ProtocolError,
     RemoteError,
+    SftpRoot,
     SshSite,
     Start,
     Unreachable,
     WrongSettings,
 )
 from tests.remotes.contract import get, put
+from tests.remotes.test_sftp_uploads import verify_uploads, verifying
 from tests.support.evil_sftp import EvilSite, Login, Plain, evil_site
 from tests.support.sshd import (
     ALIAS,
@@ -417,6 +419,12 @@ def test_a_control_master_needs_no_login_and_gives_two_channels(master: Start) -
         assert await get(remote, b"file") == b"content", "the master is still there"
 
     run(master, story)
+
+
+def test_a_control_master_verifies_uploads(master: Start) -> None:
+    (root,) = master.roots.values()
+    assert isinstance(root, SftpRoot)
+    run(verifying(master), lambda remote: verify_uploads(remote, Path(root.path)))
 
 
 # --- how it ends --------------------------------------------------------------------------------

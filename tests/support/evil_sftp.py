@@ -74,8 +74,9 @@ class Counting(Plain):
     held = 0
 
     def open(self, path: bytes, pflags: int, attrs: asyncssh.SFTPAttrs) -> Any:
+        opened = super().open(path, pflags, attrs)
         Counting.held += 1
-        return super().open(path, pflags, attrs)
+        return opened
 
     def close(self, file_obj: Any) -> None:
         Counting.held -= 1

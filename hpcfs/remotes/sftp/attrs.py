@@ -85,6 +85,12 @@ def listed_entry(name: bytes, attrs: SFTPAttrs, owners: Owners) -> tuple[Entry, 
         return entry(name, name, attrs, owners), False
 
 
+def needs_present(wanted: Attributes) -> bool:
+    """Whether what is there must be known to say what to set."""
+    only_one_time = (wanted.atime_ns is None) != (wanted.mtime_ns is None)
+    return only_one_time or wanted.uid is not None or wanted.gid is not None
+
+
 def owner_to_set(wanted: Attributes, now: SFTPAttrs, owners: Owners) -> SFTPAttrs | None:
     """The new ids where they differ from what is there. Apart from the other attributes and before
     them, because changing the owner clears the set-user-ID bit."""

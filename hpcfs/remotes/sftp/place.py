@@ -17,6 +17,7 @@ from asyncssh import SFTPAttrs
 from hpcfs.remotes.base import last_name
 from hpcfs.remotes.sftp import attrs as sftp_attrs
 from hpcfs.remotes.sftp.errors import shown, translated
+from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.session import SftpSession
 from hpcfs.transfer.messages import (
     AlreadyExists,
@@ -57,12 +58,13 @@ class Place:
         """Another name in the same directory."""
         return Place(self.session, *(_sibling(path, name) for path in (self.path, self.full)))
 
-    async def attrs(self) -> SFTPAttrs:
+    async def attrs(self, channel: Requests | None = None) -> SFTPAttrs:
         """Of the entry itself; the namespace's root may be a link to a directory."""
+        channel = channel or self.session.meta
         with self.asking():
             if self.path:
-                return await self.session.meta.lstat(self.full, 0)
-            return await self.session.meta.stat(self.full, 0)
+                return await channel.lstat(self.full, 0)
+            return await channel.stat(self.full, 0)
 
     async def kind(self) -> int | None:
         """The type bits of its mode, None when nothing is there."""
@@ -107,7 +109,8 @@ async def explain_new(place: Place, error: RemoteError) -> RemoteError:
 
 
 async def explain_full(place: Place, error: RemoteError) -> RemoteError:
-    """Whether a write failed for want of space. A used-up quota can't be told from the outside."""
+    """Whether a write, or making a file, failed for want of space. A used-up quota can't be told
+    from the outside."""
     if not isinstance(error, RemoteFailure):
         return error
     try:
@@ -117,6 +120,8 @@ async def explain_full(place: Place, error: RemoteError) -> RemoteError:
         return error
     if usage.bavail * usage.frsize < ALMOST_NOTHING_BYTES:
         return NoSpace(f"{place} does not fit: the remote file system is full")
+    if usage.files and not usage.favail:
+        return NoSpace(f"{place} does not fit: the remote file system can't hold more files")
     return RemoteFailure(f"{error.message}; the disk or your quota there may be full")
 
 

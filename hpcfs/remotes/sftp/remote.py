@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import logging
 import stat
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
+from typing import Any
 
 from asyncssh import SFTPAttrs
 
 from hpcfs.remotes.base import Prompter, ReportProgress, Source
-from hpcfs.remotes.sftp import listing, read, rename as renaming, write
-from hpcfs.remotes.sftp.attrs import full_mode, owner_to_set, rest_to_set
+from hpcfs.remotes.sftp import listing, read, rename as renaming
+from hpcfs.remotes.sftp.attrs import full_mode, needs_present, owner_to_set, rest_to_set
 from hpcfs.remotes.sftp.errors import MAX_PATH_BYTES, shown
 from hpcfs.remotes.sftp.place import (
     Place,
@@ -29,6 +30,7 @@ from hpcfs.remotes.sftp.place import (
     explain_rmdir,
 )
 from hpcfs.remotes.sftp.session import SftpSession, open_session, together
+from hpcfs.remotes.sftp.uploads import Uploads
 from hpcfs.remotes.ssh.connection import Kept
 from hpcfs.transfer.messages import (
     NO_HANDLE,
@@ -43,6 +45,7 @@ from hpcfs.transfer.messages import (
     PermissionDenied,
     ProtocolError,
     RemoteError,
+    RemoteFailure,
     SftpRoot,
     Start,
     Upload,
@@ -89,6 +92,7 @@ class SftpRemote:
         self._root = root
         self._rooted: tuple[SftpSession, bytes] | None = None
         self._files = read.OpenFiles()
+        self._uploads = Uploads(root.verify)
 
     # --- where ----------------------------------------------------------------------------------
 
@@ -124,6 +128,7 @@ class SftpRemote:
 
     async def stat(self, path: bytes) -> Entry:
         place = await self._place(path)
+        await self._uploads.settled(path)
         return place.entry_of(await place.attrs())
 
     async def stat_open(self, handle: int) -> Entry | None:
@@ -201,18 +206,20 @@ class SftpRemote:
 
     async def release(self, handle: int) -> None:
         self._files.release(handle)
+        self._uploads.release(handle)
 
     async def upload(self, request: Upload, source: Source, report: ReportProgress) -> Entry:
         place = await self._place(request.path)
-        return await write.upload(place, request, source, report)
+        return await self._uploads.upload(place, request, source, report)
 
     async def upload_ahead(self, request: UploadAhead, source: Source) -> None:
-        raise NotSupported("nothing is sent ahead yet")
+        await self._uploads.upload_ahead(await self._place(request.path), request, source)
 
     async def truncate(self, path: bytes, size: int) -> Entry:
         if size < 0:
             raise InvalidRequest("a size can't be negative")
         place = await self._place(path)
+        await self._uploads.settled(path)
         await self._refuse_link(place)
         try:
             return await self._changed(place, SFTPAttrs(size=size))
@@ -222,45 +229,51 @@ class SftpRemote:
     # --- names ----------------------------------------------------------------------------------
 
     async def create(self, path: bytes, mode: int, handle: int = NO_HANDLE) -> Entry:
-        return await write.create(await self._place(path), mode)
+        return await self._uploads.create(await self._place(path), mode, handle)
 
     async def make_directory(self, path: bytes, mode: int) -> Entry:
+        """Where the remote umask changed nothing, one round trip. A set-group-ID bit that the
+        server gave it, as to all in a group's shared folder, stays."""
         place = await self._place(path)
-        meta = place.session.meta
         wanted = SFTPAttrs(permissions=mode & 0o7777)
+        attrs = await self._made(place, place.session.meta.mkdir(place.full, wanted))
+        given = stat.S_IMODE(full_mode(attrs))
+        wanted.permissions = mode & 0o7777 | given & stat.S_ISGID
+        if given == wanted.permissions:
+            return place.entry_of(attrs)
+        return await self._changed(place, wanted)
+
+    async def _made(self, place: Place, making: Coroutine[Any, Any, None]) -> SFTPAttrs:
+        """What something new is like, looked at in the flight that makes it."""
         try:
             with place.asking():
-                await meta.mkdir(place.full, wanted)
+                _, attrs = await together(making, place.attrs())
         except RemoteError as error:
             raise await explain_new(place, error) from error
-        return await self._changed(place, wanted)
+        assert isinstance(attrs, SFTPAttrs)
+        return attrs
 
     async def make_symlink(self, path: bytes, target: bytes) -> Entry:
         if not target or b"\0" in target:
             raise InvalidRequest("a link needs a target without NUL bytes")
         place = await self._place(path)
-        try:
-            with place.asking():
-                await place.session.meta.symlink(target, place.full)
-        except RemoteError as error:
-            raise await explain_new(place, error) from error
-        return place.entry_of(await place.attrs())
+        making = place.session.meta.symlink(target, place.full)
+        return place.entry_of(await self._made(place, making))
 
     async def make_link(self, existing: bytes, path: bytes) -> Entry:
         old, place = await self._place(existing), await self._place(path)
         try:
-            with place.asking():
-                await place.session.meta.link(old.full, place.full)
-        except NotFound as error:
+            attrs = await self._made(place, place.session.meta.link(old.full, place.full))
+        except NotFound:
             if await old.kind() is None:
                 raise NotFound(f"{old} does not exist") from None
-            raise await explain_new(place, error) from error
-        except RemoteError as error:
-            raise await explain_new(place, error) from error
-        return place.entry_of(await place.attrs())
+            raise
+        return place.entry_of(attrs)
 
     async def rename(self, path: bytes, target: bytes, *, replace: bool) -> None:
-        await renaming.rename(await self._place(path), await self._place(target), replace=replace)
+        place = await self._place(path)
+        await self._uploads.settled(path)
+        await renaming.rename(place, await self._place(target), replace=replace)
 
     async def remove(self, path: bytes) -> None:
         place = await self._place(path)
@@ -284,6 +297,21 @@ class SftpRemote:
 
     async def set_attributes(self, path: bytes, attributes: Attributes) -> Entry:
         place = await self._place(path)
+        await self._uploads.settled(path)
+        session = place.session
+        if not path or not session.sets_without_following or needs_present(attributes):
+            return await self._look_and_set(place, attributes)
+        wanted = rest_to_set(attributes, SFTPAttrs())
+        try:
+            return await self._changed(place, *[wanted] if wanted else [], follow=False)
+        except (NotSupported, RemoteFailure):
+            entry = await self._look_and_set(place, attributes)
+        if not stat.S_ISLNK(entry.mode):
+            log.debug("%s can't set attributes without following links", session.shown)
+            session.sets_without_following = False
+        return entry
+
+    async def _look_and_set(self, place: Place, attributes: Attributes) -> Entry:
         now = await place.attrs()
         is_link = stat.S_ISLNK(full_mode(now))
         if is_link and attributes.mode is not None:

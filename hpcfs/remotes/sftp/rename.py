@@ -47,6 +47,11 @@ async def rename(source: Place, target: Place, *, replace: bool) -> None:
 async def _rename_to_new(source: Place, target: Place) -> None:
     if await target.kind() is not None:
         raise AlreadyExists(f"{target} exists already")
+    await rename_regular_to_new(source, target)
+
+
+async def rename_regular_to_new(source: Place, target: Place) -> None:
+    """Raises AlreadyExists. For links and directories OpenSSH looks where the target leads."""
     try:
         await _plain_rename(source, target)
     except RemoteError:
@@ -84,7 +89,7 @@ async def _rename_without_extension(source: Place, target: Place) -> None:
     if target_kind is None:
         await _plain_rename(source, target)
         return
-    aside = target.beside(_aside_name(last_name(target.full)))
+    aside = target.beside(name_beside(last_name(target.full)))
     await _plain_rename(target, aside)
     try:
         await _plain_rename(source, target)
@@ -94,7 +99,8 @@ async def _rename_without_extension(source: Place, target: Place) -> None:
     await _remove_aside(aside, target_kind)
 
 
-def _aside_name(name: bytes) -> bytes:
+def name_beside(name: bytes) -> bytes:
+    """Of a file that is only there for a moment."""
     suffix = b".hpcfs-" + secrets.token_hex(6).encode()
     return b"." + name[: MAX_NAME_BYTES - 1 - len(suffix)] + suffix
 

@@ -23,17 +23,21 @@ from hpcfs.remotes.sftp.attrs import Owners
 from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.sftp.flow import Flow
 from hpcfs.remotes.sftp.greeting import greet
+from hpcfs.remotes.sftp.hashes import Hasher
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.stdio import log_in_by_ssh
 from hpcfs.remotes.ssh.login import Login, log_in
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES
+from hpcfs.remotes.ssh.shell import Shell
 from hpcfs.transfer.messages import ProtocolError, SshSite, Start, Unreachable, WrongSettings
 
 log = logging.getLogger(__name__)
 
 UPLOAD_BYTES_UNDER_WAY = 16 * 1024 * 1024
+MAX_UPLOADS = 64
+"""At once: each has a file open on the server, which grants a few hundred."""
 
 
 class Channel(asyncssh.SSHClientSession[bytes]):
@@ -65,6 +69,10 @@ class AnyLogin(Protocol):
     @property
     def shown(self) -> str: ...
 
+    async def open_shell(self) -> Shell | None:
+        """None where that would be a login of its own. Raises asyncssh's errors and OSError."""
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -79,6 +87,12 @@ class SftpSession:
     ended: asyncio.Event
     reading: Flow = field(default_factory=Flow)
     writing: Flow = field(default_factory=lambda: Flow(UPLOAD_BYTES_UNDER_WAY))
+    sets_without_following: bool = True
+    """Whether lsetstat@openssh.com is there and works: before glibc 2.32 it could set no modes."""
+    uploading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_UPLOADS))
+
+    def __post_init__(self) -> None:
+        self.hasher = Hasher(self.login.shown, self.login.open_shell)
 
     @property
     def meta(self) -> Requests:

@@ -21,7 +21,15 @@ from hpcfs.remotes.sftp.greeting import greet
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.ssh.asking import asking
 from hpcfs.remotes.ssh.clock import Clock
-from hpcfs.remotes.ssh.openssh import Program, Target, command, has_master, read_target
+from hpcfs.remotes.ssh.openssh import (
+    Program,
+    Target,
+    command,
+    has_master,
+    read_target,
+    shell_command,
+)
+from hpcfs.remotes.ssh.shell import Shell, StreamShell
 from hpcfs.remotes.ssh.words import ending
 from hpcfs.transfer.messages import RemoteError, SshSite, Unreachable
 
@@ -97,6 +105,13 @@ class SshLogin:
             except (asyncssh.SFTPError, OSError, RemoteError) as error:
                 log.info("%s grants one SFTP channel only: %s", self.shown, error)
         return self.channels
+
+    async def open_shell(self) -> Shell | None:
+        if not await has_master(self.target):
+            return None
+        program = await self.start(shell_command(self.target.site))
+        reader, writer = await asyncio.open_connection(sock=program.socket)
+        return StreamShell(reader, writer)
 
     async def start(self, line: list[str], environ: Mapping[str, str] | None = None) -> Program:
         program = await Program.start(line, environ)

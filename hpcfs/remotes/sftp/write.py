@@ -1,185 +1,252 @@
-"""Bringing a file's dirty ranges to the server, and making new files.
+"""Bringing bytes and attributes to a file that is open on the server, in few round trips.
 
-The order is what makes an upload safe to repeat: cut to what is still meant to be there, write the
-ranges, set the size, the attributes, fsync, look, close. Each step is idempotent, and what the
-server says at the end (fstat, close) decides whether the upload counts.
+SFTP servers treat the requests about one file in the order in which they come, so nothing has to
+wait for the answer to what goes before it: what is small travels with everything that completes
+the file (its size, attributes, fsync, a look, the close) in one flight. What is large is bounded by
+what may be under way, and completed once its last byte is there: only a small file can for a moment
+have its final size and time without all of its bytes, and is touched again when that happens.
+
+Each step can be repeated, and what the server says at the end (fstat, close) decides whether the
+upload counts. Whatever happens, the handle is closed, and nothing is written after this ended.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import stat
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from asyncssh import SFTPAttrs, SFTPOpUnsupported, SFTPPermissionDenied
-from asyncssh.constants import FXF_CREAT, FXF_EXCL, FXF_WRITE
 
-from hpcfs.remotes.base import ReportProgress, Source, checked_size
-from hpcfs.remotes.sftp.attrs import full_mode, owner_to_set, rest_to_set
-from hpcfs.remotes.sftp.place import Place, explain_file, explain_full, explain_new
-from hpcfs.remotes.sftp.session import SftpSession, together
-from hpcfs.transfer.messages import (
-    Attributes,
-    Changed,
-    Entry,
-    InvalidRequest,
-    NotFound,
-    PermissionDenied,
-    RemoteError,
-    RemoteFailure,
-    Upload,
-)
+from hpcfs.remotes.base import ReportProgress, Source
+from hpcfs.remotes.sftp.attrs import needs_present, owner_to_set, rest_to_set
+from hpcfs.remotes.sftp.place import Place, explain_full
+from hpcfs.remotes.sftp.session import SftpSession
+from hpcfs.transfer.messages import RemoteError, Unreachable, Upload
 
 log = logging.getLogger(__name__)
 
-Ranges = list[tuple[int, int]]
+SMALL_BYTES = 1024 * 1024
+"""Up to this, all of it goes in one flight: at 20 ms that is faster up to 400 Mbit/s."""
+
+Ranges = Sequence[tuple[int, int]]
+Sent = asyncio.Task[Any]
 
 
-async def create(place: Place, mode: int) -> Entry:
-    """A new empty file with exactly these permissions, whatever the remote umask."""
-    handle = await _open(place, FXF_WRITE | FXF_CREAT | FXF_EXCL, mode)
-    async with _closing(place, handle):
-        attrs = await _set_mode(place, handle, mode)
-    return place.entry_of(attrs)
+@dataclass
+class Target:
+    """A file that is open for writing at `place`, with `size` bytes; where it was there before,
+    `now` is what it was like. `earlier` was sent on the handle and is not answered yet."""
+
+    place: Place
+    handle: bytes
+    size: int = 0
+    now: SFTPAttrs | None = None
+    earlier: list[Sent] = field(default_factory=list)
+
+    @property
+    def session(self) -> SftpSession:
+        return self.place.session
 
 
-async def upload(place: Place, request: Upload, source: Source, report: ReportProgress) -> Entry:
-    """Raises Changed when the remote lost bytes that are still meant to be there."""
-    if request.size < 0 or request.base_size < 0:
-        raise InvalidRequest("a size can't be negative")
-    handle = await _open_for_upload(place, request.mode)
-    async with _closing(place, handle):
-        await _write_content(place, handle, request, source, report)
-        attrs = await _finish(place, handle, request)
-    entry = place.entry_of(attrs)
-    if entry.size != request.size:
-        raise RemoteFailure(
-            f"{place} has {entry.size} bytes after the upload instead of {request.size}: "
-            "something else writes to it"
-        )
-    return entry
+async def bring(
+    target: Target, request: Upload, source: Source, report: ReportProgress, *, keep: int
+) -> SFTPAttrs:
+    """Cut the file to `keep` bytes, write the ranges, complete and close it -> what it is like.
 
-
-# --- handles ------------------------------------------------------------------------------------
-
-
-async def _open(place: Place, flags: int, mode: int | None = None) -> bytes:
-    attrs = SFTPAttrs() if mode is None else SFTPAttrs(permissions=mode & 0o7777)
-    bulk = place.session.bulk
-    try:
-        with place.asking():
-            return await bulk.kept(bulk.open(place.full, flags, attrs))
-    except RemoteError as error:
-        explain = explain_new if flags & FXF_EXCL else explain_file
-        raise await explain(place, error) from error
-
-
-async def _close_quietly(place: Place, handle: bytes) -> None:
-    """After a failure that is being reported already."""
-    try:
-        with place.asking():
-            await place.session.bulk.close(handle)
-    except RemoteError as error:
-        log.debug("closing %s after a failure failed too: %s", place, error.message)
-
-
-@asynccontextmanager
-async def _closing(place: Place, handle: bytes) -> AsyncIterator[None]:
-    """Closes in any case; a failing close counts where all else went well (that is when network
-    file systems report what they could not write)."""
-    try:
-        yield
-    except BaseException:
-        await _close_quietly(place, handle)
-        raise
-    with place.asking():
-        await place.session.bulk.close(handle)
-
-
-async def _open_for_upload(place: Place, mode: int) -> bytes:
-    """The file, made if need be; one that its owner made read-only is opened all the same."""
-    try:
-        return await _open(place, FXF_WRITE)
-    except NotFound:
-        handle = await _open(place, FXF_WRITE | FXF_CREAT | FXF_EXCL, mode)
-    except PermissionDenied as error:
-        return await _open_read_only(place, error)
-    try:
-        await _set_mode(place, handle, mode)
-    except BaseException:
-        await _close_quietly(place, handle)
-        raise
-    return handle
-
-
-async def _open_read_only(place: Place, refusal: PermissionDenied) -> bytes:
-    """`cp -a` of a read-only file and git's objects write through a descriptor that is older than
-    the mode. Here the descriptor is younger, so the owner may write for as long as opening takes.
+    `request.size` counts, `request.base_size` does not.
     """
-    attrs = await place.attrs()
-    mode = full_mode(attrs)
-    if not stat.S_ISREG(mode) or mode & stat.S_IWUSR:
-        raise refusal
-    read_only = SFTPAttrs(permissions=stat.S_IMODE(mode))
-    writable = SFTPAttrs(permissions=stat.S_IMODE(mode) | stat.S_IWUSR)
-    with place.asking():
-        try:
-            await place.session.bulk.setstat(place.full, writable)
-        except SFTPPermissionDenied:
-            raise refusal from None
-        try:
-            return await _open(place, FXF_WRITE)
-        finally:
-            await asyncio.shield(place.session.bulk.setstat(place.full, read_only))
+    tail_sent = False
+    try:
+        with target.place.asking():
+            if target.now is None and needs_present(request.attributes):
+                target.now = await target.session.bulk.fstat(target.handle, 0)
+            if is_small(request.ranges):
+                pieces = _read_all(target.session, request.ranges, source)
+                async with _Room(target.session, sum(len(data) for _, data in pieces)):
+                    tail_sent = True
+                    writes = _sent([*_cut(target, keep), *_writes(target, pieces)])
+                    attrs = await _completed(target, request, keep, writes)
+                report(_length(request.ranges))
+                return attrs
+            cut = _sent(_cut(target, keep))
+            await write_ranges(target.place, target.handle, request.ranges, source, report)
+            tail_sent = True
+            return await _completed(target, request, keep, cut)
+    except BaseException as error:
+        if not tail_sent:
+            await close_quietly(target.place, target.handle)
+        if isinstance(error, RemoteError):
+            if tail_sent:
+                await touch(target.place, error)
+            raise await explain_full(target.place, error) from error
+        raise
 
 
-async def _set_mode(place: Place, handle: bytes, mode: int) -> SFTPAttrs:
-    bulk = place.session.bulk
-    wanted = SFTPAttrs(permissions=mode & 0o7777)
-    with place.asking():
-        attrs: SFTPAttrs
-        _, attrs = await together(bulk.fsetstat(handle, wanted), bulk.fstat(handle, 0))
+async def _completed(target: Target, request: Upload, keep: int, before: list[Sent]) -> SFTPAttrs:
+    results = await answers([*target.earlier, *before, *_sent(_tail(target, request, keep))])
+    attrs = results[-2]
+    assert isinstance(attrs, SFTPAttrs)
     return attrs
 
 
-# --- content ------------------------------------------------------------------------------------
+def _sent(requests: Iterable[Coroutine[Any, Any, Any]]) -> list[Sent]:
+    """They leave in this order, once the event loop comes to it."""
+    sent = [asyncio.ensure_future(request) for request in requests]
+    for task in sent:
+        task.add_done_callback(_observe)
+    return sent
 
 
-async def _write_content(
-    place: Place, handle: bytes, request: Upload, source: Source, report: ReportProgress
-) -> None:
-    bulk = place.session.bulk
-    with place.asking():
-        attrs = await bulk.fstat(handle, 0)
-    size = checked_size(attrs.size, place.full)
-    if not _covered(size, min(request.base_size, request.size), request.ranges):
-        raise Changed(f"{place} was cut to {size} bytes meanwhile, and what it had is not here")
+def send(request: Coroutine[Any, Any, Any]) -> Sent:
+    """Its failure is known to whoever waits for it, if anybody does."""
+    return _sent([request])[0]
+
+
+def _observe(task: Sent) -> None:
+    if not task.cancelled():
+        task.exception()
+
+
+async def answers(sent: Sequence[Sent]) -> list[Any]:
+    """All results, or the failure of the first that failed; in any case once all are answered, as
+    the server goes on with what it was sent, whatever becomes of who sent it."""
+    if not sent:
+        return []
     try:
-        if size > request.base_size:
-            size = request.base_size
-            with place.asking():
-                await bulk.fsetstat(handle, SFTPAttrs(size=size))
-        await _write_ranges(place, handle, request.ranges, source, report)
-        size = max([size, *(start + length for start, length in request.ranges)])
-        if size != request.size:
-            with place.asking():
-                await bulk.fsetstat(handle, SFTPAttrs(size=request.size))
+        await asyncio.wait(sent)
+    except asyncio.CancelledError:
+        await asyncio.wait(sent)
+        raise
+    return [task.result() for task in sent]
+
+
+class _Room:
+    """For a small file: it need not wait for large ones."""
+
+    def __init__(self, session: SftpSession, size: int) -> None:
+        self._flow = session.writing
+        self._size = size
+
+    async def __aenter__(self) -> None:
+        if self._size:
+            await self._flow.enter(self._size, self._flow.turn(), urgent=True)
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._size:
+            self._flow.leave(self._size)
+
+
+# --- single requests ------------------------------------------------------------------------------
+
+
+def _cut(target: Target, size: int) -> list[Coroutine[Any, Any, None]]:
+    if target.size <= size:
+        return []
+    return [target.session.bulk.fsetstat(target.handle, SFTPAttrs(size=size))]
+
+
+def _writes(target: Target, pieces: list[tuple[int, bytes]]) -> list[Coroutine[Any, Any, int]]:
+    bulk = target.session.bulk
+    return [bulk.write(target.handle, offset, data) for offset, data in pieces]
+
+
+def _tail(target: Target, request: Upload, keep: int) -> list[Coroutine[Any, Any, Any]]:
+    """What completes the file: its owner first, since that clears mode bits; then its size, mode
+    and times in one request, so that none is there without the others."""
+    bulk, handle = target.session.bulk, target.handle
+    now = target.now or SFTPAttrs()
+    tail: list[Coroutine[Any, Any, Any]] = []
+    owner = owner_to_set(request.attributes, now, target.session.owners)
+    if owner is not None:
+        tail.append(bulk.fsetstat(handle, owner))
+    rest = rest_to_set(request.attributes, now)
+    size = max([min(target.size, keep), *(start + length for start, length in request.ranges)])
+    if size != request.size:
+        rest = rest or SFTPAttrs()
+        rest.size = request.size
+    if rest is not None:
+        tail.append(_set_rest(target, rest))
+    if request.sync:
+        tail.append(_sync(target))
+    return [*tail, bulk.fstat(handle, 0), bulk.close(handle)]
+
+
+async def _set_rest(target: Target, attrs: SFTPAttrs) -> None:
+    """Who may write to a file of somebody else's may not say when it was written: then the server
+    does."""
+    try:
+        await target.session.bulk.fsetstat(target.handle, attrs)
+    except SFTPPermissionDenied:
+        if attrs.permissions is not None or attrs.size is not None:
+            raise
+        log.debug("the times of %s are the server's: it is somebody else's file", target.place)
+
+
+async def _sync(target: Target) -> None:
+    try:
+        await target.session.bulk.fsync(target.handle)
+    except SFTPOpUnsupported:
+        log.debug("%s has no fsync: the bytes are with the server", target.place.session.shown)
+
+
+async def close_quietly(place: Place, handle: bytes) -> None:
+    """After a failure that is being reported already; returns once the server is through with all
+    that was sent on the handle."""
+    await _quietly(place, place.session.bulk.close(handle))
+
+
+async def wait_quietly(target: Target) -> None:
+    """The same, and the file stays open."""
+    await _quietly(target.place, target.session.bulk.fstat(target.handle, 0))
+
+
+async def _quietly(place: Place, request: Coroutine[Any, Any, Any]) -> None:
+    try:
+        with place.asking():
+            await answers([send(request)])
     except RemoteError as error:
-        raise await explain_full(place, error) from error
+        log.debug("after a failure of %s, another one: %s", place, error.message)
 
 
-def _covered(start: int, end: int, ranges: Ranges) -> bool:
-    """Whether the ranges bring every byte from `start` to `end`."""
-    for offset, length in sorted(ranges):
-        if offset <= start:
-            start = max(start, offset + length)
-    return start >= end
+async def touch(place: Place, failure: RemoteError) -> None:
+    """What failed may have the size and time it was meant to have, and not the bytes: it must not
+    be taken for that version."""
+    if isinstance(failure, Unreachable):
+        return
+    now = int(time.time())
+    touched = SFTPAttrs(atime=now, mtime=now)
+    try:
+        with place.asking():
+            try:
+                await place.session.meta.setstat(place.full, touched, follow_symlinks=False)
+            except SFTPOpUnsupported:
+                await place.session.meta.setstat(place.full, touched)
+    except RemoteError as error:
+        log.debug("%s could not be touched: %s", place, error.message)
 
 
-async def _write_ranges(
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+def is_small(ranges: Ranges) -> bool:
+    return _length(ranges) <= SMALL_BYTES
+
+
+def _length(ranges: Ranges) -> int:
+    return sum(length for _, length in ranges)
+
+
+def _read_all(session: SftpSession, ranges: Ranges, source: Source) -> list[tuple[int, bytes]]:
+    pieces = _pieces(ranges, session.write_bytes)
+    return [(offset, source.read(offset, length)) for offset, length in pieces]
+
+
+async def write_ranges(
     place: Place, handle: bytes, ranges: Ranges, source: Source, report: ReportProgress
 ) -> None:
     """All pieces pipelined. They are read inline: the cache file was written a moment ago, so its
@@ -194,16 +261,15 @@ async def _write_ranges(
         done += len(data)
         report(done)
 
-    with place.asking():
-        try:
-            async with asyncio.TaskGroup() as group:
-                for offset, length in _pieces(ranges, session.write_bytes):
-                    data = source.read(offset, length)
-                    await session.writing.enter(len(data), turn)
-                    task = group.create_task(write(offset, data))
-                    task.add_done_callback(partial(_leave, session, len(data)))
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+    try:
+        async with asyncio.TaskGroup() as group:
+            for offset, length in _pieces(ranges, session.write_bytes):
+                data = source.read(offset, length)
+                await session.writing.enter(length, turn)
+                task = group.create_task(write(offset, data))
+                task.add_done_callback(partial(_leave, session, length))
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 def _leave(session: SftpSession, size: int, _: asyncio.Task[None]) -> None:
@@ -214,30 +280,3 @@ def _pieces(ranges: Ranges, limit: int) -> Iterator[tuple[int, int]]:
     for offset, length in ranges:
         for start in range(offset, offset + length, limit):
             yield start, min(limit, offset + length - start)
-
-
-async def _finish(place: Place, handle: bytes, request: Upload) -> SFTPAttrs:
-    """Attributes, fsync, and what the file is like then."""
-    bulk = place.session.bulk
-    await _set_by_handle(place, handle, request.attributes)
-    with place.asking():
-        if request.sync:
-            try:
-                await bulk.fsync(handle)
-            except SFTPOpUnsupported:
-                log.debug("%s has no fsync: the bytes are with the server", place.session.shown)
-        return await bulk.fstat(handle, 0)
-
-
-async def _set_by_handle(place: Place, handle: bytes, wanted: Attributes) -> None:
-    if not wanted:
-        return
-    bulk = place.session.bulk
-    with place.asking():
-        now = await bulk.fstat(handle, 0)
-        owner = owner_to_set(wanted, now, place.session.owners)
-        if owner is not None:
-            await bulk.fsetstat(handle, owner)
-        rest = rest_to_set(wanted, now)
-        if rest is not None:
-            await bulk.fsetstat(handle, rest)

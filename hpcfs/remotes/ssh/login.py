@@ -24,6 +24,7 @@ from hpcfs.remotes.ssh.clock import Clock
 from hpcfs.remotes.ssh.errors import login_error
 from hpcfs.remotes.ssh.hostkeys import PresentedKey
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES, Hop, jump_site, read_hop
+from hpcfs.remotes.ssh.shell import ChannelShell, Shell
 from hpcfs.transfer.messages import SshSite, Unreachable, WrongSettings
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ class Login:
     jumps: tuple[asyncssh.SSHClientConnection, ...]
     user: str
     shown: str
+
+    async def open_shell(self) -> Shell:
+        return await ChannelShell.start(self.connection)
 
     async def close(self) -> None:
         connections = (self.connection, *reversed(self.jumps))

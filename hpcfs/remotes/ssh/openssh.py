@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcfs.remotes.ssh.settings import KEEPALIVE_SECONDS, KEEPALIVES_MISSED
+from hpcfs.remotes.ssh.shell import COMMAND
 from hpcfs.transfer.messages import SshSite, Unreachable, WrongSettings
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,15 @@ class Target:
 
 def command(site: SshSite, *more: str, options: tuple[str, ...] = ()) -> list[str]:
     """`ssh ... HOST sftp`, with `more` before the host; the first of several options counts."""
+    return [*_beginning(site, options), *more, "-s", "--", site.host, "sftp"]
+
+
+def shell_command(site: SshSite) -> list[str]:
+    """A shell that reads a script, over an existing connection that needs no questions."""
+    return [*_beginning(site, ("BatchMode=yes",)), "--", site.host, COMMAND]
+
+
+def _beginning(site: SshSite, options: tuple[str, ...]) -> list[str]:
     line = ["ssh", "-T", "-x", "-a"]
     if site.ssh_config is not None:
         line += ["-F", str(Path(site.ssh_config).expanduser())]
@@ -73,7 +83,7 @@ def command(site: SshSite, *more: str, options: tuple[str, ...] = ()) -> list[st
         line += ["-i", str(_existing(site.identity_file, site.host))]
     for option in (*options, *_OPTIONS, f"ConnectTimeout={math.ceil(site.connect_timeout)}"):
         line += ["-o", option]
-    return [*line, *more, "-s", "--", site.host, "sftp"]
+    return line
 
 
 def _existing(identity_file: str, host: str) -> Path:

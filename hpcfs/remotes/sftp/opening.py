@@ -1,0 +1,155 @@
+"""Opening a file for an upload, which may only change the version that it was made on.
+
+What has the name is looked at in the same flight in which it is opened, so that the version costs
+no round trip of its own. Nothing is cut or written here. Between the look and the first byte there
+is one round trip in which somebody else may write too: SFTP has no way to exclude that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import stat
+
+import asyncssh
+from asyncssh import SFTPAttrs
+from asyncssh.constants import FXF_CREAT, FXF_EXCL, FXF_WRITE
+
+from hpcfs.remotes.base import checked_size
+from hpcfs.remotes.sftp.attempts import Attempt, Attempts
+from hpcfs.remotes.sftp.attrs import full_mode, version_of
+from hpcfs.remotes.sftp.place import Place, explain_file, explain_new
+from hpcfs.remotes.sftp.write import Sent, Target, answers, close_quietly, send
+from hpcfs.transfer.messages import (
+    AlreadyExists,
+    Conflict,
+    InvalidRequest,
+    IsADirectory,
+    NotFound,
+    PermissionDenied,
+    RemoteError,
+)
+
+log = logging.getLogger(__name__)
+
+NEW = FXF_WRITE | FXF_CREAT | FXF_EXCL
+
+
+async def open_new(place: Place, mode: int) -> Target:
+    """An empty file that did not exist, with exactly these permissions whatever the remote umask:
+    that is sent, and whoever completes the file hears whether it was done.
+
+    Raises AlreadyExists.
+    """
+    handle = await _open(place, NEW, mode)
+    target = Target(place, handle)
+    wanted = SFTPAttrs(permissions=mode & 0o7777)
+    target.earlier.append(send(place.session.bulk.fsetstat(handle, wanted)))
+    return target
+
+
+async def open_target(place: Place, attempt: Attempt, mode: int, attempts: Attempts) -> Target:
+    """The file that the attempt is to write to, made if it has to be.
+
+    Raises Conflict when the server has another version than the attempt's, which none of our own
+    earlier attempts left.
+    """
+    if attempt.base_version == b"":
+        try:
+            return await open_new(place, mode)
+        except AlreadyExists:
+            return await _open_existing(place, attempt, attempts)
+    try:
+        return await _open_existing(place, attempt, attempts)
+    except NotFound:
+        if attempt.base_version is not None:
+            raise Conflict(f"{place} was removed meanwhile") from None
+    return await open_new(place, mode)
+
+
+async def _open_existing(place: Place, attempt: Attempt, attempts: Attempts) -> Target:
+    """Refusals to open it count only once it is known to be the right file."""
+    handle: bytes | None = None
+    refusal: RemoteError | None = None
+    looking = send(place.attrs(place.session.bulk))
+    try:
+        handle = await _open(place, FXF_WRITE)
+    except RemoteError as error:
+        refusal = error
+    finally:
+        await asyncio.wait([looking])  # sent before the open, on the same channel
+    earlier = []
+    try:
+        attrs = looking.result()
+        await check_version(place, attrs, attempt, attempts)
+        if handle is None:
+            assert refusal is not None
+            handle, restored = await _open_read_only(place, attrs, refusal)
+            earlier.append(restored)
+        return Target(place, handle, checked_size(attrs.size, place.full), attrs, earlier)
+    except BaseException:
+        if handle is not None:
+            await close_quietly(place, handle)
+        raise
+
+
+async def check_version(
+    place: Place, attrs: SFTPAttrs, attempt: Attempt, attempts: Attempts
+) -> None:
+    """Raises Conflict, or an error for what is no regular file."""
+    kind = stat.S_IFMT(full_mode(attrs))
+    if kind == stat.S_IFDIR:
+        raise IsADirectory(f"{place} is a directory")
+    if kind != stat.S_IFREG:
+        if attempt.base_version is None:
+            raise InvalidRequest(f"{place} is no regular file")
+        raise Conflict(f"{place} was replaced by something that is no regular file")
+    if attempt.base_version is None or version_of(attrs, place.full) == attempt.base_version:
+        return
+    if not await attempts.has_left(place, attrs, attempt):
+        what = "made" if attempt.base_version == b"" else "changed"
+        raise Conflict(f"{place} was {what} by somebody else meanwhile")
+
+
+async def _open(place: Place, flags: int, mode: int | None = None) -> bytes:
+    attrs = SFTPAttrs() if mode is None else SFTPAttrs(permissions=mode & 0o7777)
+    bulk = place.session.bulk
+    try:
+        with place.asking():
+            return await bulk.kept(bulk.open(place.full, flags, attrs))
+    except RemoteError as error:
+        explain = explain_new if flags & FXF_EXCL else explain_file
+        raise await explain(place, error) from error
+
+
+async def _open_read_only(
+    place: Place, attrs: SFTPAttrs, refusal: RemoteError
+) -> tuple[bytes, Sent]:
+    """`cp -a` of a read-only file and git's objects write through a descriptor that is older than
+    the mode. Here the descriptor is younger, so the owner may write for as long as opening takes.
+
+    -> the handle, and the request that makes the file read-only again.
+    """
+    mode = full_mode(attrs)
+    if mode & stat.S_IWUSR or not isinstance(refusal, PermissionDenied):
+        raise refusal
+    bulk = place.session.bulk
+    read_only = SFTPAttrs(permissions=stat.S_IMODE(mode))
+    writable = SFTPAttrs(permissions=stat.S_IMODE(mode) | stat.S_IWUSR)
+    send(bulk.setstat(place.full, writable))  # where that is refused, so is the open
+    try:
+        handle = await _open(place, FXF_WRITE)
+    except BaseException as error:
+        await _restore_quietly(place, read_only)
+        if isinstance(error, PermissionDenied):
+            raise refusal from None
+        raise
+    return handle, send(bulk.setstat(place.full, read_only))
+
+
+async def _restore_quietly(place: Place, mode: SFTPAttrs) -> None:
+    """After a failure that is being reported already."""
+    try:
+        await answers([send(place.session.bulk.setstat(place.full, mode))])
+    except (asyncssh.Error, OSError) as error:
+        log.debug("the mode of %s was not changed: %s", place, error)

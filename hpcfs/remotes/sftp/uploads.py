@@ -1,0 +1,379 @@
+"""Making files and bringing them to the server: what `Create`, `UploadAhead` and `Upload` mean.
+
+One object per namespace, which knows the files that are held open (held.py) and the attempts that
+were not seen to end (attempts.py). All of that may be lost with this process: an upload then opens
+its file again, and what was sent ahead is sent again (AheadLost).
+
+Round trips of a small file: Create 1 and Upload 1 where its file is held; otherwise Upload 2 (the
+open, then everything else). With `replace` 3: the temporary file, its content, the rename.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import stat
+import time
+from collections import OrderedDict
+
+from asyncssh import SFTPAttrs
+
+from hpcfs.remotes.base import ReportProgress, Source, last_name
+from hpcfs.remotes.sftp import rename as renaming
+from hpcfs.remotes.sftp.attempts import Attempt, Attempts
+from hpcfs.remotes.sftp.attrs import NANOSECONDS, version_of
+from hpcfs.remotes.sftp.held import HeldFile, HeldFiles
+from hpcfs.remotes.sftp.opening import check_version, open_new, open_target
+from hpcfs.remotes.sftp.place import Place, explain_full
+from hpcfs.remotes.sftp.write import (
+    Ranges,
+    Sent,
+    Target,
+    answers,
+    bring,
+    close_quietly,
+    is_small,
+    send,
+    touch,
+    wait_quietly,
+    write_ranges,
+)
+from hpcfs.transfer.messages import (
+    NO_HANDLE,
+    AheadLost,
+    AlreadyExists,
+    Attributes,
+    Changed,
+    Conflict,
+    Entry,
+    InvalidRequest,
+    NotFound,
+    NotSupported,
+    RemoteError,
+    RemoteFailure,
+    Unreachable,
+    Upload,
+    UploadAhead,
+)
+
+log = logging.getLogger(__name__)
+
+LEFTOVERS = 256
+NOTED = 1024
+
+
+class Uploads:
+    def __init__(self, verify: bool = False) -> None:
+        self._verify = verify
+        self._held = HeldFiles()
+        self._attempts = Attempts()
+        self._begin_anew: OrderedDict[bytes, bool] = OrderedDict()
+        """Paths of which all will be sent once more."""
+        self._leftovers: list[Place] = []
+        """Temporary files that could not be removed, as the connection was lost."""
+
+    def release(self, handle: int) -> None:
+        self._held.release(handle)
+
+    async def settled(self, path: bytes) -> None:
+        await self._held.settled(path)
+
+    # --- making ---------------------------------------------------------------------------------
+
+    async def create(self, place: Place, mode: int, handle: int) -> Entry:
+        """A new empty file with exactly these permissions, whatever the remote umask."""
+        target = await open_new(place, mode)
+        if handle == NO_HANDLE:
+            request = _nothing(place.path, mode)
+            return place.entry_of(await bring(target, request, _Empty(), _ignore, keep=0))
+        try:
+            self._held.hold(handle, place, _already(target))
+        except NotSupported:
+            place.session.bulk.close_soon(target.handle)
+        self._held.note_complete(handle)
+        now = int(time.time()) * NANOSECONDS
+        owners = place.session.owners
+        return Entry(
+            name=last_name(place.path),
+            mode=stat.S_IFREG | mode & 0o7777,
+            size=0,
+            mtime_ns=now,
+            atime_ns=now,
+            uid=owners.local_uid,
+            gid=owners.local_gid,
+        )
+
+    # --- ahead ----------------------------------------------------------------------------------
+
+    async def upload_ahead(self, place: Place, request: UploadAhead, source: Source) -> None:
+        self._held.note_ahead(request.handle)
+        file = self._held.get(request.handle)
+        if file is not None and not file.is_usable:
+            self._held.release(request.handle)
+            if file.ahead or file.writers:
+                raise self._ahead_lost(place)
+            file = None
+        if file is None:
+            opening = self._open_ahead(place, request, source)
+            file = self._held.hold(request.handle, place, opening)
+        file.writers += 1
+        try:
+            await _send_ahead(file, request, source)
+        finally:
+            file.leave()
+            if not file.opening.done() or file.opening.cancelled() or file.opening.exception():
+                self._held.forget(request.handle, file)
+
+    async def _open_ahead(self, place: Place, request: UploadAhead, source: Source) -> Target:
+        """Of an unknown handle, another process may have sent something ahead. Then the file has
+        another version than its base: bytes of ours, which would count as sent."""
+        anew = self._begin_anew.pop(place.path, None)
+        attempt = Attempt.ahead(request, source, checked=not anew)
+        target = await open_target(place, attempt, request.mode, self._attempts)
+        if target.size:
+            if not anew and not _is_base(target, request):
+                await close_quietly(place, target.handle)
+                raise self._ahead_lost(place)
+            cut = place.session.bulk.fsetstat(target.handle, SFTPAttrs(size=0))
+            target.earlier.append(send(cut))
+            target.size = 0
+        return target
+
+    def _ahead_lost(self, place: Place) -> AheadLost:
+        self._begin_anew[place.path] = True
+        while len(self._begin_anew) > NOTED:
+            self._begin_anew.popitem(last=False)
+        return AheadLost(f"the connection was lost while {place} was sent: it is sent again")
+
+    # --- uploads --------------------------------------------------------------------------------
+
+    async def upload(
+        self, place: Place, request: Upload, source: Source, report: ReportProgress
+    ) -> Entry:
+        """Raises Changed when the remote lost bytes that are still meant to be there."""
+        if request.size < 0 or request.base_size < 0:
+            raise InvalidRequest("a size can't be negative")
+        file = self._taken(place, request)
+        try:
+            async with place.session.uploading:
+                attrs = await self._bring(place, request, source, report, file)
+        except Conflict:
+            raise
+        except BaseException:
+            self._remember(place, request, source)
+            raise
+        self._attempts.end(place.path)
+        self._held.note_complete(request.handle)
+        return place.entry_of(attrs)
+
+    def _remember(self, place: Place, request: Upload, source: Source) -> None:
+        """After a failure that is being reported already."""
+        try:
+            self._attempts.begin(place.path, Attempt.of(request, source))
+        except (OSError, RemoteError) as error:
+            log.warning("what is uploaded to %s can't be read here: %s", place, error)
+
+    def _taken(self, place: Place, request: Upload) -> HeldFile | None:
+        """The file that is held for this upload. Raises AheadLost when bytes of it may be lost."""
+        file = self._held.take(request.handle)
+        if file is not None and file.is_usable:
+            return file
+        if file is not None:
+            lost = bool(file.ahead)
+        else:
+            lost = not self._held.is_complete(request.handle) and not _is_whole(request)
+        if lost:
+            self._held.note_complete(request.handle)  # what comes next is all of it
+            raise self._ahead_lost(place)
+        return None
+
+    async def _bring(
+        self,
+        place: Place,
+        request: Upload,
+        source: Source,
+        report: ReportProgress,
+        file: HeldFile | None,
+    ) -> SFTPAttrs:
+        if request.replace and not (file and file.ahead):
+            if file is not None:
+                file.drop()
+            return await self._replace(place, request, source, report, ours=file is not None)
+        keep = request.base_size
+        if file is not None:
+            target = await asyncio.shield(file.opening)
+            target.size = file.end
+            keep = max(keep, file.end)
+        else:
+            attempt = Attempt.of(request, source)
+            target = await open_target(place, attempt, request.mode, self._attempts)
+        return await self._bring_all(target, request, source, report, keep)
+
+    async def _bring_all(
+        self, target: Target, request: Upload, source: Source, report: ReportProgress, keep: int
+    ) -> SFTPAttrs:
+        place = target.place
+        if not _covered(target.size, min(keep, request.size), request.ranges):
+            await close_quietly(place, target.handle)
+            raise Changed(
+                f"{place} was cut to {target.size} bytes meanwhile, and what it had is not here"
+            )
+        attrs = await bring(target, request, source, report, keep=keep)
+        if attrs.size != request.size:
+            raise RemoteFailure(
+                f"{place} has {attrs.size} bytes after the upload instead of {request.size}: "
+                "something else writes to it"
+            )
+        if self._verify and request.size:
+            await _compare(place, request, source, report)
+        return attrs
+
+    async def _replace(
+        self, place: Place, request: Upload, source: Source, report: ReportProgress, *, ours: bool
+    ) -> SFTPAttrs:
+        """`ours`: whatever has the name, it is a file that we made."""
+        if request.base_size:
+            raise InvalidRequest("a file is only replaced by a whole one")
+        await self._remove_leftovers(place)
+        attempt = Attempt.of(request, source, checked=not ours)
+        temporary = place.beside(renaming.name_beside(last_name(place.path)))
+        looking = send(place.attrs(place.session.bulk))
+        try:
+            target = await open_new(temporary, request.mode)
+        finally:
+            await asyncio.wait([looking])
+        try:
+            exists = await self._may_replace(place, attempt, looking)
+        except BaseException:
+            await close_quietly(temporary, target.handle)
+            await self._remove_temporary(temporary)
+            raise
+        try:
+            attrs = await self._bring_all(target, request, source, report, 0)
+            if not is_small(request.ranges):
+                looking = send(place.attrs())
+                await asyncio.wait([looking])
+                exists = await self._may_replace(place, attempt, looking)
+            await _take_place(temporary, place, attempt, exists=exists)
+        except BaseException:
+            await self._remove_temporary(temporary)
+            raise
+        return attrs
+
+    async def _may_replace(self, place: Place, attempt: Attempt, looking: Sent) -> bool:
+        """Whether there is something to be replaced. Raises Conflict when it is the wrong thing."""
+        try:
+            attrs = looking.result()
+        except NotFound:
+            if attempt.base_version:
+                raise Conflict(f"{place} was removed by somebody else meanwhile") from None
+            return False
+        await check_version(place, attrs, attempt, self._attempts)
+        return True
+
+    async def _remove_temporary(self, temporary: Place) -> None:
+        """After a failure that is being reported already."""
+        try:
+            with temporary.asking():
+                await answers([send(temporary.session.meta.remove(temporary.full))])
+        except Unreachable:
+            self._leftovers = [*self._leftovers, temporary][-LEFTOVERS:]
+        except RemoteError as error:
+            log.warning("the temporary file %s could not be removed: %s", temporary, error.message)
+
+    async def _remove_leftovers(self, place: Place) -> None:
+        """What an earlier connection could not remove."""
+        leftovers, self._leftovers = self._leftovers, []
+        for leftover in leftovers:
+            here = Place(place.session, leftover.path, leftover.full)
+            try:
+                with here.asking():
+                    await here.session.meta.remove(here.full)
+            except NotFound:
+                pass
+            except RemoteError as error:
+                log.warning("the temporary file %s is still there: %s", here, error.message)
+
+
+async def _send_ahead(file: HeldFile, request: UploadAhead, source: Source) -> None:
+    target = await asyncio.shield(file.opening)
+    piece = request.offset, request.length
+    try:
+        with target.place.asking():
+            await write_ranges(target.place, target.handle, [piece], source, _ignore)
+    except BaseException as error:
+        await wait_quietly(target)
+        if isinstance(error, RemoteError):
+            raise await explain_full(target.place, error) from error
+        raise
+    file.ahead.append(piece)
+
+
+async def _compare(place: Place, request: Upload, source: Source, report: ReportProgress) -> None:
+    """Where nothing of the old content counts, all of the file is here."""
+    ranges = request.ranges if request.base_size else [(0, request.size)]
+    same = await place.session.hasher.is_same(place.full, ranges, source, report)
+    if same is None and place.session.lost:
+        raise Unreachable(f"the connection to {place.session.shown} was lost")
+    if same is False:
+        failure = RemoteFailure(
+            f"{place} has other bytes after the upload than were sent (their SHA-256 differs): "
+            "the local copy is kept; have the server's disk checked, or see who else writes there"
+        )
+        await touch(place, failure)
+        raise failure
+
+
+async def _take_place(temporary: Place, place: Place, attempt: Attempt, *, exists: bool) -> None:
+    if not exists:
+        try:
+            await renaming.rename_regular_to_new(temporary, place)
+        except AlreadyExists:
+            if attempt.base_version is not None:
+                raise Conflict(f"{place} was made by somebody else meanwhile") from None
+        else:
+            return
+    await renaming.rename(temporary, place, replace=True)
+
+
+def _is_base(target: Target, request: UploadAhead) -> bool:
+    if request.base_version is None or target.now is None:
+        return request.offset == 0
+    return version_of(target.now, target.place.full) == request.base_version
+
+
+def _is_whole(request: Upload) -> bool:
+    """Whether nothing of the file can have been sent ahead."""
+    return request.handle == NO_HANDLE or _covered(request.base_size, request.size, request.ranges)
+
+
+def _covered(start: int, end: int, ranges: Ranges) -> bool:
+    """Whether the ranges bring every byte from `start` to `end`."""
+    for offset, length in sorted(ranges):
+        if offset <= start:
+            start = max(start, offset + length)
+    return start >= end
+
+
+# --- an empty file --------------------------------------------------------------------------------
+
+
+class _Empty:
+    """A Source of nothing."""
+
+    size = 0
+
+    def read(self, offset: int, length: int) -> bytes:
+        raise InvalidRequest("an empty file has no bytes")
+
+
+def _nothing(path: bytes, mode: int) -> Upload:
+    return Upload(path, "", size=0, base_size=0, ranges=[], attributes=Attributes(), mode=mode)
+
+
+def _ignore(done: int) -> None:
+    """Nobody asked how far it is."""
+
+
+async def _already(target: Target) -> Target:
+    return target
