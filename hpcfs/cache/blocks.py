@@ -5,8 +5,9 @@ for each 64 MiB. What an earlier mount left stays packed (8 bytes a block) until
 looked at, so that opening a huge file takes no time. Nothing here awaits or does I/O.
 
 A block is *present* when its bytes are in the cache file, *trusted* when they were put there or
-verified by this process, and *summed* when its checksum is known. What survives a restart is
-present and summed but not trusted until its checksum was compared (invariant 2).
+verified by this process (trust.py remembers it while the file is closed), and *summed* when its
+checksum is known. What survives a restart is present and summed but not trusted until its checksum
+was compared (invariant 2).
 """
 
 from __future__ import annotations
@@ -26,13 +27,24 @@ _RUN = re.compile(rb"[^\0]+")
 class BlockMap:
     """Block numbers count from 0; checksums are xxh3_64 values, 0 meaning "not known"."""
 
-    __slots__ = ("_changed", "_flags", "_packed", "_sums", "_unsummed", "count", "summed")
+    __slots__ = (
+        "_changed",
+        "_flags",
+        "_packed",
+        "_packed_trust",
+        "_sums",
+        "_unsummed",
+        "count",
+        "summed",
+    )
 
     def __init__(self) -> None:
         self._flags: dict[int, bytearray] = {}
         self._sums: dict[int, array[int]] = {}
         self._packed: dict[int, bytes] = {}
-        """Chunks of an earlier mount that nobody looked at yet."""
+        """Chunks as they were loaded, that nobody looked at yet."""
+        self._packed_trust: frozenset[int] = frozenset()
+        """Those that were trusted when they were loaded."""
         self._changed: set[int] = set()
         self._unsummed: set[int] = set()
         """Chunks that may have present blocks without a checksum."""
@@ -50,7 +62,10 @@ class BlockMap:
 
     def _unpack(self, number: int) -> bytearray:
         sums = self._sums[number] = unpack_sums(self._packed.pop(number))
-        flags = self._flags[number] = bytearray(map(bool, sums))
+        flags = bytearray(map(bool, sums))
+        if number in self._packed_trust:
+            flags = flags.replace(bytes([_PRESENT]), bytes([_PRESENT | _TRUSTED]))
+        self._flags[number] = flags
         return flags
 
     def _chunk(self, number: int) -> tuple[bytearray, array[int]]:
@@ -176,11 +191,17 @@ class BlockMap:
         self._changed.clear()
         return taken
 
-    def load(self, chunks: Mapping[int, bytes], count: int) -> None:
-        """What `take_changed` once gave, with `count` checksums: present, not trusted. For a map
-        that is empty."""
+    def load(self, chunks: Mapping[int, bytes], count: int, trusted: Iterable[int] = ()) -> None:
+        """What `take_changed` once gave, with `count` checksums: present, and trusted in the chunks
+        that `trusted` names. For a map that is empty."""
         self._packed.update(chunks)
+        self._packed_trust = frozenset(trusted)
         self.count = self.summed = count
+
+    def trusted_chunks(self) -> tuple[int, ...]:
+        """Chunks of which all that is present is trusted."""
+        looked_at = (number for number, flags in self._flags.items() if _PRESENT not in flags)
+        return *looked_at, *(self._packed_trust & self._packed.keys())
 
     def touch(self, numbers: Iterable[int]) -> None:
         """These chunks count as changed: what was taken of them was not saved."""

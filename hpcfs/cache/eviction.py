@@ -148,6 +148,7 @@ class Eviction:
                 victims = [record for record in oldest if shelf.is_idle(record.name)]
                 for record in victims:
                     shelf.foresight.spoil(record.origin, record.key)
+                    shelf.trust.forget(record.name)  # the index may fail to hear what went
                 last, some = await shelf.change(self._evict_records, victims, wanted - freed)
                 last = last or oldest[-1]
                 after = (last.last_used, last.row)

@@ -23,6 +23,7 @@ import trio
 from hpcfs.cache.file import CacheFile
 from hpcfs.cache.foresight import Foresight
 from hpcfs.cache.index import Index, Record
+from hpcfs.cache.trust import Trust
 
 T = TypeVar("T")
 
@@ -57,6 +58,7 @@ class Shelf:
         """As the index had it last, open files included."""
         self.lookup = trio.Lock()
         self.foresight = Foresight()
+        self.trust = Trust()
         self.is_saving = False
         """While the index is told of open files: none may be closed meanwhile."""
         self.leaving: set[str] = set()
@@ -98,6 +100,8 @@ class Shelf:
 
     def close(self, file: CacheFile) -> None:
         """What the index has of it is all that is known from now on."""
+        if file.indexed and not file.in_memory:
+            self.trust.remember(file)
         del self.files[file.name]
         self.rows.pop(file.name, None)
         file.close()

@@ -111,7 +111,7 @@ class Store:
     # --- files in use ---------------------------------------------------------------------------
 
     async def acquire(self, origin: str, key: bytes, version: bytes, size: int) -> CacheFile:
-        """The cache file of this version, with what an earlier mount left in it.
+        """The cache file of this version, with what is left in it from earlier.
 
         It has one user at a time: bytes that one fetches must not meet what another writes. Where
         it is in use (a folder that two namespaces show, two that open a file at once), the newer
@@ -172,13 +172,15 @@ class Store:
         if not self.shelf.is_idle(record.name):
             return None
         try:
-            if os.stat(self.shelf.path(record.name)).st_nlink != 1:
-                return None  # a kill left it with a second name, in kept/: that one is not ours
+            found = os.stat(self.shelf.path(record.name))
         except FileNotFoundError:
             return None
+        if found.st_nlink != 1:
+            return None  # a kill left it with a second name, in kept/: that one is not ours
         file = self._open_file(record.name, record.origin, record.key, record.version, record.size)
         file.last_used = record.last_used
-        file.blocks.load(record.chunks, record.blocks)
+        trusted = self.shelf.trust.take(record.name, found)
+        file.blocks.load(record.chunks, record.blocks, trusted)
         self.shelf.rows[file.name] = Row.of(record)
         return file
 

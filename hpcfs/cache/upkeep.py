@@ -107,6 +107,7 @@ async def _clear_page(store: Store, page: list[Record], *, pinned: bool) -> list
         ]
         for record in gone:
             store.shelf.foresight.spoil(record.origin, record.key)
+            store.shelf.trust.forget(record.name)
         await store.shelf.change(store.shelf.index.delete, [record.name for record in gone])
     for record in gone:  # killed here, they are strays, which the next mount removes
         await trio.to_thread.run_sync(store.shelf.unlink, record.name)
@@ -190,6 +191,7 @@ async def _drop(store: Store, record: Record, blocks: list[int]) -> int:
         file = store.shelf.files.get(record.name)
         if file is None:
             store.shelf.foresight.spoil(record.origin, record.key)
+            store.shelf.trust.forget(record.name)
             return await store.shelf.change(_drop_idle, store, record, blocks)
     dropped = 0
     for block in blocks:

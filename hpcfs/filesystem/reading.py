@@ -175,7 +175,7 @@ class RemoteContent(ABC):
         memory = self._store.memory
         if self.file.in_memory:
             memory.arrived(self.file, offset, fetched.length)
-        elif memory.pace.stored(fetched.fetch_seconds, fetched.store_seconds):
+        elif memory.pace.stored(fetched.length, fetched.fetch_seconds, fetched.store_seconds):
             log.info(
                 "the disk with the cache is slower than %s: it is not used for now",
                 self.namespace.name,

@@ -249,14 +249,15 @@ class Mount:
         return self.usage.look()
 
     def wait(self) -> None:
-        """Until it is mounted, and its first answer is there."""
+        """Until it is mounted, and has listed the top: who mounts first and logs in then has logged
+        in. `stat` of the top is no proof, hpcfs answers that without the server."""
         deadline = time.monotonic() + MOUNT_SECONDS
         while not self._is_mounted():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise MountFailed(self.log)
             time.sleep(0.02)
         try:
-            measure.Programs(deadline, self.kill).run("stat", self.files)
+            measure.Programs(deadline, self.kill).run("ls", self.files)
         except (measure.TimedOut, measure.WrongResult) as error:
             raise MountFailed(f"{error} {self.log}") from error
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import xxhash
 from hypothesis import given, settings, strategies as st
 
 from hpcfs.transfer import messages as m
-from hpcfs.transfer.cachefile import CacheDisk
+from hpcfs.transfer.cachefile import CacheDisk, waiting_clock
 from hpcfs.transfer.messages import BLOCK_BYTES
 
 repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=40)
@@ -72,15 +75,45 @@ def test_small_fetches_leave_the_page_cache_alone(file_on_disk: Path) -> None:
 
 
 def test_a_slow_disk_is_left_alone_for_a_while(file_on_disk: Path) -> None:
-    seconds = iter([0.0, 0.9, 1.0, 2.0, 3.0, 3.0, 3.001, 20.0, 20.0, 20.0, 20.001])
-    disk = CacheDisk(lambda: next(seconds))
+    waited = iter([0.0, 0.9, 1.0, *(3.0,) * 6])
+    now = 1.0
+    disk = CacheDisk(lambda: now, lambda: next(waited))
     _store(disk, file_on_disk, 0, MIB)  # takes a second (the clock is looked at three times)
     assert not disk.is_quick(10)
     _store(disk, file_on_disk, CacheDisk.DISTANCE, 4 * MIB)
     assert _resident(file_on_disk, 0, mmap.PAGESIZE)
+    now += CacheDisk.PAUSE_SECONDS
     assert disk.is_quick(10)
     _store(disk, file_on_disk, CacheDisk.DISTANCE, 4 * MIB)
     assert not _resident(file_on_disk, 0, mmap.PAGESIZE)
+
+
+def test_the_clock_of_waiting_stands_still_on_a_busy_machine() -> None:
+    """More threads than processors, in processes of their own, as a lock of Python's would be
+    waited for."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(6)]
+    try:
+        began, waited, until = time.monotonic(), waiting_clock(), time.thread_time() + 0.3
+        while time.thread_time() < until:
+            sum(range(1000))
+        took, waited = time.monotonic() - began, waiting_clock() - waited
+    finally:
+        for one in busy:
+            one.kill()
+            one.wait()
+    assert waited < took / 4
+
+
+def test_the_clock_of_waiting_counts_what_is_waited_for() -> None:
+    reading, writing = os.pipe()
+    child = subprocess.Popen(["sleep", "0.3"], stdout=writing)
+    os.close(writing)
+    began, waited = time.monotonic(), waiting_clock()
+    assert os.read(reading, 1) == b""
+    took, waited = time.monotonic() - began, waiting_clock() - waited
+    os.close(reading)
+    child.wait()
+    assert took / 2 < waited <= took
 
 
 def test_a_file_in_memory_is_told_from_another_with_its_number(tmp_path: Path) -> None:

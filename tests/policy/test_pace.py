@@ -6,7 +6,7 @@ import heapq
 
 from hypothesis import given, settings, strategies as st
 
-from hpcfs.cache.pace import BUSY_SECONDS, MAX_PAUSE_SECONDS, PAUSE_SECONDS, Pace
+from hpcfs.cache.pace import BUSY_SECONDS, FAST_RATE, MAX_PAUSE_SECONDS, PAUSE_SECONDS, Pace
 
 repeatable = settings(deadline=None, derandomize=True, database=None)
 MIB = 1024 * 1024
@@ -34,7 +34,7 @@ class Emulated:
             disk_free = max(disk_free, came) + piece / self.disk
             heapq.heappush(ends, disk_free)
             self.seconds = disk_free
-            if self.pace.stored(came - sent, disk_free - came):
+            if self.pace.stored(piece, came - sent, disk_free - came):
                 return self.seconds - began
         return None
 
@@ -43,7 +43,7 @@ rates = st.floats(2e6, 400e6)
 
 
 @repeatable
-@given(rates, st.floats(3.0, 100.0), st.floats(0.0, 0.05))
+@given(st.floats(2e6, 0.9 * FAST_RATE), st.floats(3.0, 100.0), st.floats(0.0, 0.05))
 def test_a_slow_disk_is_noticed_soon(disk: float, times: float, delay: float) -> None:
     site = Emulated(disk * times, disk, delay)
     found = site.read(int(disk * 30) + 64 * MIB)
@@ -61,12 +61,21 @@ def test_a_disk_that_keeps_up_is_used(link: float, times: float, delay: float) -
 
 
 @repeatable
+@given(st.floats(1.1 * FAST_RATE, 1e9), st.floats(1.0, 20.0), st.floats(0.0, 0.02))
+def test_a_fast_disk_is_used_where_the_server_is_faster_still(
+    disk: float, times: float, delay: float
+) -> None:
+    site = Emulated(disk * times, disk, delay)
+    assert site.read(int(disk * 10) + 64 * MIB) is None
+
+
+@repeatable
 @given(st.lists(st.tuples(st.floats(1.0, 100.0), st.floats(0.0, 0.4)), max_size=50))
 def test_a_stall_now_and_then_is_no_slow_disk(stalls: list[tuple[float, float]]) -> None:
     site = Emulated(1, 1)
     for idle, stall in stalls:
         site.seconds += idle + stall
-        assert not site.pace.stored(0.01, stall)
+        assert not site.pace.stored(MIB, 0.01, stall)
 
 
 def test_a_slow_disk_is_tried_again_and_left_alone_longer_each_time() -> None:
@@ -75,7 +84,7 @@ def test_a_slow_disk_is_tried_again_and_left_alone_longer_each_time() -> None:
     for _ in range(6):
         assert site.read(64 * MIB) is not None
         began = site.seconds
-        assert not site.pace.stored(0.0, 100.0), "what was under way tells nothing new"
+        assert not site.pace.stored(MIB, 0.0, 100.0), "what was under way tells nothing new"
         while site.pace.is_slow:
             site.seconds += 1
         pauses.append(round(site.seconds - began))

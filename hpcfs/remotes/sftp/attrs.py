@@ -21,6 +21,22 @@ DEFAULT_FILE_MODE = stat.S_IFREG | 0o644
 DEFAULT_DIRECTORY_MODE = stat.S_IFDIR | 0o755
 
 
+@dataclass(slots=True)
+class Told:
+    """Attributes as names.py reads them: an SFTPAttrs has room for those of all versions, and takes
+    five times as long to make."""
+
+    size: int | None
+    uid: int | None
+    gid: int | None
+    permissions: int | None
+    atime: int | None
+    mtime: int | None
+
+
+AnyAttrs = SFTPAttrs | Told
+
+
 @dataclass(frozen=True)
 class Owners:
     """The remote user is the local user. The two ids change places, so that another remote user
@@ -47,19 +63,19 @@ def _swapped(given: int | None, remote: int | None, local: int) -> int:
     return {remote: local, local: remote}.get(given, given)
 
 
-def full_mode(attrs: SFTPAttrs, default: int = DEFAULT_FILE_MODE) -> int:
+def full_mode(attrs: AnyAttrs, default: int = DEFAULT_FILE_MODE) -> int:
     mode = attrs.permissions
     if mode is None:
         return default
     return mode if stat.S_IFMT(mode) else mode | stat.S_IFMT(default)
 
 
-def version_of(attrs: SFTPAttrs, path: bytes) -> bytes:
+def version_of(attrs: AnyAttrs, path: bytes) -> bytes:
     """Raises ProtocolError when the server gives an impossible size."""
     return b"%d:%d" % (checked_size(attrs.size, path), attrs.mtime or 0)
 
 
-def entry(path: bytes, name: bytes, attrs: SFTPAttrs, owners: Owners) -> Entry:
+def entry(path: bytes, name: bytes, attrs: AnyAttrs, owners: Owners) -> Entry:
     """Raises ProtocolError when a regular file's size is impossible."""
     mode = full_mode(attrs, DEFAULT_FILE_MODE if path else DEFAULT_DIRECTORY_MODE)
     regular = stat.S_ISREG(mode)
@@ -76,7 +92,7 @@ def entry(path: bytes, name: bytes, attrs: SFTPAttrs, owners: Owners) -> Entry:
     )
 
 
-def listed_entry(name: bytes, attrs: SFTPAttrs, owners: Owners) -> tuple[Entry, bool]:
+def listed_entry(name: bytes, attrs: AnyAttrs, owners: Owners) -> tuple[Entry, bool]:
     """An entry of a listing, and whether its size made sense. It is shown in any case."""
     try:
         return entry(name, name, attrs, owners), True

@@ -18,11 +18,11 @@ from contextlib import aclosing
 from typing import Any
 
 import asyncssh
-from asyncssh import SFTPAttrs, SFTPName
 
 from hpcfs.remotes.base import is_valid_name
-from hpcfs.remotes.sftp.attrs import listed_entry
+from hpcfs.remotes.sftp.attrs import AnyAttrs, listed_entry
 from hpcfs.remotes.sftp.errors import translated
+from hpcfs.remotes.sftp.names import Listed
 from hpcfs.remotes.sftp.place import Place
 from hpcfs.remotes.sftp.session import all_of, give_up
 from hpcfs.transfer.messages import LIST_PAGE_ENTRIES, Entry, NotFound, RemoteError
@@ -58,12 +58,12 @@ async def pages(place: Place, handle: bytes) -> AsyncGenerator[list[Entry], None
         log.warning("%s lists %d files with impossible sizes, shown as 0", place, impossible)
 
 
-def _usable(names: list[SFTPName], seen: set[bytes]) -> tuple[list[SFTPName], int]:
+def _usable(names: list[Listed], seen: set[bytes]) -> tuple[list[Listed], int]:
     """The names that can be shown and are new, which are noted as seen, and how many are not."""
     usable = []
     refused = 0
     for name in names:
-        filename = _filename(name)
+        filename, _ = name
         if filename in (b".", b".."):
             continue
         if not is_valid_name(filename) or filename in seen:
@@ -74,13 +74,7 @@ def _usable(names: list[SFTPName], seen: set[bytes]) -> tuple[list[SFTPName], in
     return usable, refused
 
 
-def _filename(name: SFTPName) -> bytes:
-    """As it came: at this layer of asyncssh names are bytes, whatever its types allow."""
-    assert isinstance(name.filename, bytes)
-    return name.filename
-
-
-async def _replies(place: Place, handle: bytes) -> AsyncGenerator[list[SFTPName], None]:
+async def _replies(place: Place, handle: bytes) -> AsyncGenerator[list[Listed], None]:
     """What READDIR returns, in order, until the end; an empty reply ends the listing too."""
     meta = place.session.meta
     ahead: deque[asyncio.Task[Any]] = deque()
@@ -90,10 +84,10 @@ async def _replies(place: Place, handle: bytes) -> AsyncGenerator[list[SFTPName]
             if len(ahead) <= flight // 2:
                 flight = min(max(FIRST_REQUESTS, 2 * flight), REQUESTS_AHEAD)
                 missing = range(flight - len(ahead))
-                ahead.extend(asyncio.ensure_future(meta.readdir(handle)) for _ in missing)
+                ahead.extend(asyncio.ensure_future(meta.names(handle)) for _ in missing)
             with translated(place.full, place.session.shown):
                 try:
-                    names, _ = await ahead.popleft()
+                    names = await ahead.popleft()
                 except asyncssh.SFTPEOFError:
                     return
             if not names:
@@ -103,9 +97,9 @@ async def _replies(place: Place, handle: bytes) -> AsyncGenerator[list[SFTPName]
         await give_up(ahead)
 
 
-async def _with_attributes(place: Place, names: list[SFTPName]) -> list[tuple[bytes, SFTPAttrs]]:
+async def _with_attributes(place: Place, names: list[Listed]) -> list[Listed]:
     """Names with their attributes; entries that the server told no mode of are looked at."""
-    known = [(_filename(name), name.attrs) for name in names]
+    known = list(names)
     bare = [number for number, (_, attrs) in enumerate(known) if attrs.permissions is None]
     for start in range(0, len(bare), STATS_AT_ONCE):
         some = bare[start : start + STATS_AT_ONCE]
@@ -115,7 +109,7 @@ async def _with_attributes(place: Place, names: list[SFTPName]) -> list[tuple[by
     return known
 
 
-async def _look(place: Place, name: bytes, listed: SFTPAttrs) -> SFTPAttrs:
+async def _look(place: Place, name: bytes, listed: AnyAttrs) -> AnyAttrs:
     full = place.full.rstrip(b"/") + b"/" + name
     try:
         with translated(full, place.session.shown):

@@ -15,12 +15,13 @@ from collections.abc import Coroutine
 from typing import Any, Protocol, cast
 
 from asyncssh import SFTPBadMessage, SFTPConnectionLost, SFTPError
-from asyncssh.constants import FXP_CLOSE, FXP_READ, FXP_STATUS
+from asyncssh.constants import FXP_CLOSE, FXP_NAME, FXP_READ, FXP_READDIR, FXP_STATUS
 from asyncssh.logging import SSHLogger
 from asyncssh.packet import PacketDecodeError, SSHPacket
 from asyncssh.sftp import SFTPClientHandler
 
 from hpcfs.remotes.sftp.inbox import Bytes, Inbox, Malformed
+from hpcfs.remotes.sftp.names import Listed, usual_names
 
 SFTP_VERSION = 3
 SHOWN_ERRORS = "replace"
@@ -87,6 +88,19 @@ class Requests(SFTPClientHandler):
         place = _READ.pack(offset, length)
         self._send_request(FXP_READ, (_string(handle), place), cast(Any, future))
         return future
+
+    async def names(self, handle: bytes) -> list[Listed]:
+        """Some names of an open directory. SFTPEOFError where there are no more."""
+        waiter: asyncio.Future[tuple[int, SSHPacket]] = self._loop.create_future()
+        self._send_request(FXP_READDIR, (_string(handle),), cast(Any, waiter))
+        kind, packet = await waiter
+        if kind != FXP_NAME:
+            raise _refusal(kind, packet)
+        usual = usual_names(packet.get_remaining_payload())
+        if usual is not None:
+            return usual
+        found, _ = self._process_name(packet)
+        return [(cast(bytes, name.filename), name.attrs) for name in found]
 
     async def kept(self, opening: Coroutine[Any, Any, bytes]) -> bytes:
         """The handle that an open brings. Where the caller is cancelled, it is closed once it is
@@ -195,7 +209,7 @@ def _string(content: bytes) -> bytes:
 
 
 def _refusal(kind: int, packet: SSHPacket) -> Exception:
-    """Why a read has no bytes."""
+    """Why there is nothing."""
     if kind != FXP_STATUS:
         return SFTPBadMessage(f"Unexpected response type: {kind}")
     error = SFTPError.construct(packet, SHOWN_ERRORS)
