@@ -60,7 +60,7 @@ class Run:
         return (
             self._arguments.contenders(contender.name)
             and not {*contender.remotes}.isdisjoint(self._arguments.remotes)
-            and any(one.kind in contender.kinds for one in self._workloads())
+            and any(one.is_for(contender) for one in self._workloads())
         )
 
     def _workloads(self) -> list[workloads.Workload]:
@@ -77,7 +77,7 @@ class Run:
     def _round(self, place: Place, rtt: float) -> None:
         for workload in self._workloads():
             for contender in self._contenders:
-                if place.remote in contender.remotes and workload.kind in contender.kinds:
+                if place.remote in contender.remotes and workload.is_for(contender):
                     self._measure(contender, workload, place, rtt)
 
     def _measure(

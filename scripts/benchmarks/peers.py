@@ -18,7 +18,8 @@ Why which option:
   `--transfers` for many files at a time; over S3 larger parts, more of them at a time, and no
   questions whether the bucket and the object are there.
 - s3fs(1): more parallel requests, a larger cache of attributes, remembered absence, a disk
-  cache.
+  cache. It has no part in writing trees: for a directory it makes an object with a slash at its
+  end, of which `rclone serve s3` makes a file, and then nothing can be created in there.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ class Contender:
     kinds: tuple[str, ...] = (READ, WRITE)
     needs: str = ""
     """An option that `hpcfs mount` may not have."""
+    makes_directories: bool = True
+    """On the servers here."""
 
     def why_not(self) -> str:
         """It can't take part, or nothing."""
@@ -278,8 +281,14 @@ CONTENDERS = (
     Contender("rclone writes", "rclone", SFTP_AND_S3, RCLONE_WRITES_COMMAND, kinds=WRITES),
     Contender("rclone at once", "rclone", SFTP_AND_S3, _rclone_writing(0), kinds=WRITES),
     Contender("rclone after 5 s", "rclone", SFTP_AND_S3, _rclone_writing(5), kinds=WRITES),
-    Contender("s3fs", "s3fs", ("s3",), _s3fs()),
-    Contender("s3fs tuned", "s3fs", ("s3",), _s3fs(*S3FS_TUNED, disk_cache=True)),
+    Contender("s3fs", "s3fs", ("s3",), _s3fs(), makes_directories=False),
+    Contender(
+        "s3fs tuned",
+        "s3fs",
+        ("s3",),
+        _s3fs(*S3FS_TUNED, disk_cache=True),
+        makes_directories=False,
+    ),
 )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.benchmarks import reads, writes
+from scripts.benchmarks.peers import Contender
 from scripts.benchmarks.results import READ, WRITE
 from scripts.benchmarks.steps import Step
 
@@ -24,6 +25,11 @@ class Workload:
 
     steps: dict[str, Step]
     kind: str = READ
+    makes_directories: bool = False
+
+    def is_for(self, contender: Contender) -> bool:
+        able = contender.makes_directories or not self.makes_directories
+        return able and self.kind in contender.kinds
 
 
 WORKLOADS = (
@@ -35,10 +41,10 @@ WORKLOADS = (
     Workload({"two-readers": reads.two_readers}),
     Workload({"eight-readers": reads.eight_readers}),
     Workload({"write": writes.write}, WRITE),
-    Workload({"copy-in": writes.copy_in}, WRITE),
-    Workload({"rsync-in": writes.rsync_in}, WRITE),
+    Workload({"copy-in": writes.copy_in}, WRITE, makes_directories=True),
+    Workload({"rsync-in": writes.rsync_in}, WRITE, makes_directories=True),
     Workload({"append": writes.append}, WRITE),
-    Workload({"git-clone": writes.git_clone}, WRITE),
+    Workload({"git-clone": writes.git_clone}, WRITE, makes_directories=True),
 )
 NAMES = [name for workload in WORKLOADS for name in workload.steps]
 KINDS = {
