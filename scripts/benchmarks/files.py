@@ -69,7 +69,7 @@ class Files:
             _write(self.root / name, self.size // 16)
         _make_tree(self.root / self.small, SMALL_FILES, SMALL_DIRECTORIES)
         self._make_many()
-        self._make_repository()
+        self.make_repository()
 
     def _make_many(self) -> None:
         for outer in range(MANY_DIRECTORIES):
@@ -78,7 +78,7 @@ class Files:
             for inner in range(MANY_IN_EACH):
                 (directory / f"entry{inner:03}.dat").write_bytes(b"x" * (1 + (outer * inner) % 97))
 
-    def _make_repository(self) -> None:
+    def make_repository(self) -> None:
         top = self.repository
         _make_tree(top, REPOSITORY_FILES, REPOSITORY_DIRECTORIES)
         for command in ("init -q -b main", "add .", "commit -q -m all", "repack -adq"):

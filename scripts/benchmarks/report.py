@@ -35,9 +35,13 @@ def _heading(results: Results) -> str:
 
 
 def _table(results: Results, remote: str, rtt: float, kind: str) -> str:
-    columns = results.contenders(remote, kind)
-    ours = [one for one in (HPCFS, HPCFS_BACK) if one in columns]
-    rows = [["", *columns, *[f"best peer / {one}" for one in ours]]]
+    found = results.contenders(remote, kind)
+    ours = [one for one in (HPCFS, HPCFS_BACK) if one in found]
+    columns = [*ours, *(one for one in found if one not in ours)]
+    ratios = [f"/ {one}" for one in ours]
+    if ours:
+        ratios[0] = f"best peer {ratios[0]}"
+    rows = [["", *columns, *ratios]]
     names = {one.workload for one in results.cells if one.kind == kind}
     for name, title in titles(results.size).items():
         if name not in names:
