@@ -1,4 +1,5 @@
-"""The run as a picture: an SVG of bars that reads on a light and on a dark page.
+"""The run as two pictures, one of reads and one of writes: bars in an SVG that looks well on a
+light and on a dark page.
 
 One panel for each workload and remote, with hpcfs and each peer at its best options. The lengths
 compare within a panel only, since milliseconds and minutes have no common scale.
@@ -10,18 +11,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 
-from scripts.benchmarks.goals import best_peer
-from scripts.benchmarks.results import HPCFS, TCP, Results
+from scripts.benchmarks.goals import best_peer, is_ours
+from scripts.benchmarks.results import HPCFS, HPCFS_BACK, READ, TCP, WRITE, Results
 from scripts.benchmarks.workloads import titles
 
 RTT_MS = 20.0
-SHOWN = ("sequential", "cached", "first", "random", "copy", "walk", "eight-readers")
-PROGRAMS = {"sftp": (HPCFS, "sshfs", "rclone"), "s3": (HPCFS, "s3fs", "rclone")}
+SHOWN = {
+    READ: ("sequential", "cached", "first", "random", "copy", "walk", "eight-readers"),
+    WRITE: ("write", "copy-in", "rsync-in", "append", "git-clone"),
+}
+HEADINGS = {READ: "Reading, in seconds", WRITE: "Writing, in seconds until the remote has all"}
+OURS = {READ: (HPCFS,), WRITE: (HPCFS, HPCFS_BACK)}
+PEERS = {"sftp": ("sshfs", "rclone"), "s3": ("s3fs", "rclone")}
 TITLES = {"sftp": "SSH (SFTP)", "s3": "S3"}
 
 WIDTH, COLUMN, MARGIN = 860, 430, 16
 TOP, LABEL, BAR, GAP = 66, 22, 15, 16
-NAME_WIDTH, BAR_WIDTH = 58, 250
+NAME_WIDTH, BAR_WIDTH = 76, 240
 STYLE = """
 text { font: 13px -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; fill: #57606a }
 .title { font-weight: 600; font-size: 16px; fill: #24292f }
@@ -41,21 +47,23 @@ class Bar:
     text: str
 
 
-def svg(results: Results, rtt_ms: float = RTT_MS) -> str:
+def svg(results: Results, kind: str = READ, rtt_ms: float = RTT_MS) -> str:
     if rtt_ms not in results.delays:
         rtt_ms = max(results.delays)
     body, bottom = [], 0
     for column, remote in enumerate(results.remotes):
         x, y = MARGIN + column * COLUMN, TOP
         body.append(_text(x, y, TITLES[remote], "head"))
-        for workload in SHOWN:
-            if bars := _bars(results, remote, rtt_ms, workload):
+        for workload in SHOWN[kind]:
+            programs = (*OURS[kind], *PEERS[remote])
+            if bars := _bars(results, remote, rtt_ms, workload, programs):
                 y += GAP
                 tcp = results.seconds(remote, rtt_ms, TCP, workload)
                 body += _panel(x, y, titles(results.size)[workload], bars, tcp)
                 y += LABEL + BAR * len(bars)
         bottom = max(bottom, y)
-    title = f"Seconds, at {rtt_ms:g} ms and {results.rate_mbits:g} Mbit/s: shorter is better"
+    link = f"at {rtt_ms:g} ms and {results.rate_mbits:g} Mbit/s"
+    title = f"{HEADINGS[kind]}, {link}: shorter is better"
     note = "Peers at their best options. Dashed: one plain TCP stream over the same link."
     head = [_text(MARGIN, 24, title, "title"), _text(MARGIN, 44, note)]
     height = bottom + MARGIN
@@ -64,11 +72,13 @@ def svg(results: Results, rtt_ms: float = RTT_MS) -> str:
     return "\n".join([opening, f"<style>{STYLE}</style>", *head, *body, "</svg>"]) + "\n"
 
 
-def _bars(results: Results, remote: str, rtt_ms: float, workload: str) -> list[Bar]:
+def _bars(
+    results: Results, remote: str, rtt_ms: float, workload: str, programs: tuple[str, ...]
+) -> list[Bar]:
     bars = []
-    for program in PROGRAMS[remote]:
-        if program == HPCFS:
-            seconds = results.seconds(remote, rtt_ms, HPCFS, workload)
+    for program in programs:
+        if is_ours(program):
+            seconds = results.seconds(remote, rtt_ms, program, workload)
         else:
             seconds = best_peer(results, remote, rtt_ms, workload, program)
         if seconds is not None:
@@ -84,7 +94,7 @@ def _panel(x: int, y: int, title: str, bars: list[Bar], tcp: float | None) -> It
     for number, bar in enumerate(bars):
         at = top + BAR * number
         width = max(1.0, BAR_WIDTH * bar.seconds / longest)
-        kind = "ours" if bar.program == HPCFS else "peer"
+        kind = "ours" if is_ours(bar.program) else "peer"
         yield _text(x, at + 11, bar.program)
         yield f'<rect class="{kind}" x="{left}" y="{at}" width="{width:.1f}" height="{BAR - 3}"/>'
         yield _text(left + round(width) + 6, at + 11, bar.text)

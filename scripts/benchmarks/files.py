@@ -5,6 +5,9 @@
     small/                 500 files in 25 directories, with sizes as in a source repository
     many/                  100 directories of 50 files, 5,000 in all
 
+Beside them, and not served, is what is brought onto the mounts with git: a repository of 1,000
+files, in one pack as repositories usually come.
+
 Sizes and names are always the same; contents are random, and what readers saw is compared with
 what is here.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +30,14 @@ SMALL_FILES, SMALL_DIRECTORIES = 500, 25
 SMALL_MEDIAN, SMALL_SPREAD, SMALL_MAX = 5000, 1.3, 256 * 1024
 """Bytes, sigma of the logarithm, bytes: 6 MiB in all, much as in repositories of that size."""
 MANY_DIRECTORIES, MANY_IN_EACH = 100, 50
+REPOSITORY_FILES, REPOSITORY_DIRECTORIES = 1000, 60
+LONG_AGO = 10**9
+"""Seconds since 1970: the mtime of the first small file. The others follow, a minute apart."""
+GIT = (
+    *("env", "GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_NOSYSTEM=1"),
+    *("git", "-c", "user.name=Benchmark", "-c", "user.email=benchmark@localhost"),
+)
+"""Nobody's settings have a part in it."""
 EXTENSIONS = (".py", ".c", ".h", ".md", ".json", ".txt", ".yaml", "")
 
 
@@ -34,6 +46,7 @@ class Files:
     root: Path
     size: int
     """Of the big file."""
+    repository: Path
 
     @property
     def big(self) -> list[str]:
@@ -54,21 +67,9 @@ class Files:
             os.link(self.root / self.big[0], self.root / name)
         for name in self.eight:
             _write(self.root / name, self.size // 16)
-        self._make_small()
+        _make_tree(self.root / self.small, SMALL_FILES, SMALL_DIRECTORIES)
         self._make_many()
-
-    def _make_small(self) -> None:
-        dice = random.Random(1)
-        directories = [self.root / self.small]
-        while len(directories) < SMALL_DIRECTORIES:
-            parent = dice.choice(directories[:8])
-            directories.append(parent / f"{dice.choice('abcdefgh')}{len(directories)}")
-        for directory in directories:
-            directory.mkdir(parents=True, exist_ok=True)
-        for number in range(SMALL_FILES):
-            size = int(dice.lognormvariate(0, SMALL_SPREAD) * SMALL_MEDIAN)
-            name = f"file{number}{dice.choice(EXTENSIONS)}"
-            _write(directories[number % SMALL_DIRECTORIES] / name, min(size, SMALL_MAX))
+        self.make_repository()
 
     def _make_many(self) -> None:
         for outer in range(MANY_DIRECTORIES):
@@ -76,6 +77,12 @@ class Files:
             directory.mkdir(parents=True)
             for inner in range(MANY_IN_EACH):
                 (directory / f"entry{inner:03}.dat").write_bytes(b"x" * (1 + (outer * inner) % 97))
+
+    def make_repository(self) -> None:
+        top = self.repository
+        _make_tree(top, REPOSITORY_FILES, REPOSITORY_DIRECTORIES)
+        for command in ("init -q -b main", "add .", "commit -q -m all", "repack -adq"):
+            subprocess.run([*GIT, "-C", str(top), *command.split()], check=True)
 
     # --- what is there ----------------------------------------------------------------------------
 
@@ -110,6 +117,22 @@ class Files:
         yield from (self.root / name for name in (self.big[0], *self.eight))
         for top in (self.small, self.many):
             yield from (file for file in (self.root / top).rglob("*") if file.is_file())
+
+
+def _make_tree(top: Path, files: int, count: int) -> None:
+    """Files with sizes as in a source repository, in `count` directories."""
+    dice = random.Random(1)
+    directories = [top]
+    while len(directories) < count:
+        parent = dice.choice(directories[:8])
+        directories.append(parent / f"{dice.choice('abcdefgh')}{len(directories)}")
+    for directory in directories:
+        directory.mkdir(parents=True, exist_ok=True)
+    for number in range(files):
+        size = int(dice.lognormvariate(0, SMALL_SPREAD) * SMALL_MEDIAN)
+        file = directories[number % count] / f"file{number}{dice.choice(EXTENSIONS)}"
+        _write(file, min(size, SMALL_MAX))
+        os.utime(file, (LONG_AGO, LONG_AGO + 60 * number))
 
 
 def _write(path: Path, size: int) -> None:

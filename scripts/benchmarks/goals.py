@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from scripts.benchmarks.results import HPCFS, TCP, Results
-from scripts.benchmarks.workloads import PIECES
+from scripts.benchmarks.reads import PIECES
+from scripts.benchmarks.results import HPCFS, HPCFS_BACK, TCP, Results
 
 MEMORY_MIB = 300
 MIB = 2**20
@@ -25,6 +25,7 @@ class Goal:
     remote: str
     times: float
     against: str
+    ours: str = HPCFS
 
     @property
     def wish(self) -> str:
@@ -60,6 +61,15 @@ GOALS = [
     Goal("walk", 0, "sftp", 1, SSHFS),
     Goal("walk", 20, "sftp", 5, SSHFS),
     Goal("walk", 20, "s3", 10, S3FS),
+    *_both("write", 20, 0.9, TCP),
+    *_both("write", 20, 1, BEST),
+    *_both("write", 0, 1.2, BEST),
+    Goal("copy-in", 20, "sftp", 2, SSHFS),
+    Goal("copy-in", 20, "sftp", 20, SSHFS, HPCFS_BACK),
+    Goal("rsync-in", 20, "sftp", 3, SSHFS),
+    Goal("rsync-in", 20, "sftp", 20, SSHFS, HPCFS_BACK),
+    *_both("append", 20, 2, BEST),
+    Goal("git-clone", 20, "sftp", 5, SSHFS, HPCFS_BACK),
 ]
 
 
@@ -76,21 +86,26 @@ def outcomes(results: Results) -> Iterator[Outcome]:
     """Of the goals for which the run has the measurements."""
     for goal in GOALS:
         place = f"{goal.remote} {goal.rtt_ms:g} ms"
-        ours = results.seconds(goal.remote, goal.rtt_ms, HPCFS, goal.workload)
+        name = goal.workload if goal.ours == HPCFS else f"{goal.workload}, {goal.ours}"
+        ours = results.seconds(goal.remote, goal.rtt_ms, goal.ours, goal.workload)
         theirs = _seconds_of(results, goal)
         if ours is not None and theirs is not None:
             ratio = theirs / ours
             reached = ratio >= goal.times * 0.9995  # what is shown as the goal has reached it
-            yield Outcome(goal.wish, place, goal.workload, goal.shown(ratio), reached)
-        elif cells := results.of(goal.remote, goal.rtt_ms, HPCFS, goal.workload):
+            yield Outcome(goal.wish, place, name, goal.shown(ratio), reached)
+        elif cells := results.of(goal.remote, goal.rtt_ms, goal.ours, goal.workload):
             late = f"> {results.timeout:g} s" if cells[0].timed_out else "failed"
             seen = late if ours is None else "nothing to compare with"
-            yield Outcome(goal.wish, place, goal.workload, seen, reached=False)
-    peak = max((one.peak_memory for one in results.cells if one.contender == HPCFS), default=0)
+            yield Outcome(goal.wish, place, name, seen, reached=False)
+    peak = max((one.peak_memory for one in results.cells if is_ours(one.contender)), default=0)
     if peak:
         wish = f"at most {MEMORY_MIB} MiB of memory"
         seen = f"{peak / MIB:.0f} MiB"
         yield Outcome(wish, "everywhere", "all", seen, peak <= MEMORY_MIB * MIB)
+
+
+def is_ours(contender: str) -> bool:
+    return contender in (HPCFS, HPCFS_BACK)
 
 
 def _seconds_of(results: Results, goal: Goal) -> float | None:
@@ -107,8 +122,8 @@ def best_peer(
 ) -> float | None:
     """The shortest time of all peers, or of one program with any options."""
     times = []
-    for contender in results.contenders(remote):
-        if contender == HPCFS or not contender.startswith(program):
+    for contender in dict.fromkeys(cell.contender for cell in results.cells):
+        if contender == TCP or is_ours(contender) or not contender.startswith(program):
             continue
         seconds = results.seconds(remote, rtt_ms, contender, workload)
         if seconds is not None:

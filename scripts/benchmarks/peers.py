@@ -12,7 +12,14 @@ Why which option:
   OpenSSH servers, no checksums by shell commands; over S3 `--use-server-modtime`, else every
   attribute is a request of its own. "Streams" is its advice for fast object stores: 16 chunks of
   4 MiB in parallel. Over SFTP that was measured four times as slow, with 5 GB of memory.
-- s3fs(1): more parallel requests, a larger cache of attributes, remembered absence, a disk cache.
+- rclone's page of `mount` on writing: `--vfs-cache-mode` at least `writes`, without which most
+  programs can't write; it uploads after close, five seconds later unless `--vfs-write-back` says
+  otherwise. Which is better depends: a file that is renamed at once goes up once where it waits.
+  `--transfers` for many files at a time; over S3 larger parts, more of them at a time, and no
+  questions whether the bucket and the object are there.
+- s3fs(1): more parallel requests, a larger cache of attributes, remembered absence, a disk
+  cache. It has no part in writing trees: for a directory it makes an object with a slash at its
+  end, of which `rclone serve s3` makes a file, and then nothing can be created in there.
 """
 
 from __future__ import annotations
@@ -31,6 +38,7 @@ from pathlib import Path
 import hpcfs
 from hpcfs.system import mountinfo
 from scripts.benchmarks import measure
+from scripts.benchmarks.results import HPCFS, HPCFS_BACK, READ, WRITE
 from scripts.benchmarks.servers import REPOSITORY, Place
 from tests.support.s3 import ACCESS_KEY, BUCKET, REGION, SECRET_KEY, rclone_binary
 from tests.support.sshd import ALIAS, LOOPBACK
@@ -65,17 +73,29 @@ Command = Callable[[Place, Private], list[str]]
 
 @dataclass(frozen=True)
 class Contender:
-    """`command` mounts, and stays; the files appear in `inside` of the mount point."""
+    """`command` mounts, and stays; the files appear in `inside` of the mount point.
+
+    `kinds`: of workloads, for which it is meant.
+    """
 
     name: str
     program: str
     remotes: tuple[str, ...]
     command: Command
     inside: str = "."
+    kinds: tuple[str, ...] = (READ, WRITE)
+    needs: str = ""
+    """An option that `hpcfs mount` may not have."""
+    makes_directories: bool = True
+    """On the servers here."""
 
-    @property
-    def is_installed(self) -> bool:
-        return self.program in ("hpcfs", "rclone") or shutil.which(self.program) is not None
+    def why_not(self) -> str:
+        """It can't take part, or nothing."""
+        if self.needs and self.needs not in _help_of_hpcfs_mount():
+            return f"not available: this hpcfs mount has no {self.needs}"
+        if self.program not in ("hpcfs", "rclone") and shutil.which(self.program) is None:
+            return "not installed"
+        return ""
 
     def version(self) -> str:
         if self.program == "hpcfs":
@@ -94,7 +114,23 @@ THIS_HPCFS = (sys.executable, "-c", "from hpcfs.cli.main import main; main()")
 # --- hpcfs ----------------------------------------------------------------------------------------
 
 
-def _hpcfs(place: Place, private: Private) -> list[str]:
+def _help_of_hpcfs_mount() -> str:
+    command = [*THIS_HPCFS, "mount", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return told.stdout
+
+
+def _hpcfs(*options: str) -> Command:
+    def command(place: Place, private: Private) -> list[str]:
+        config = _hpcfs_config(place, private)
+        mount = ("mount", "--foreground", "--config", str(config), *options)
+        return [*THIS_HPCFS, *mount, str(private.mountpoint)]
+
+    return command
+
+
+def _hpcfs_config(place: Place, private: Private) -> Path:
     if place.remote == "sftp":
         keys = {"type": "sftp", "host": ALIAS, "path": place.files, "ssh_config": place.ssh_config}
     else:
@@ -103,8 +139,7 @@ def _hpcfs(place: Place, private: Private) -> list[str]:
     lines = [f'{key} = "{value}"' for key, value in keys.items()]
     config = private.home / "config.toml"
     config.write_text("\n".join([f'cache_dir = "{private.cache}"', "[namespaces.files]", *lines]))
-    mount = ("mount", "--foreground", "--config", str(config), str(private.mountpoint))
-    return [*THIS_HPCFS, *mount]
+    return config
 
 
 # --- sshfs ----------------------------------------------------------------------------------------
@@ -179,6 +214,21 @@ RCLONE_TUNED = {
 RCLONE_TUNED_FLAGS = {"sftp": RCLONE_FLAGS, "s3": (*RCLONE_FLAGS, "--use-server-modtime")}
 STREAMS = ("--vfs-read-chunk-streams", "16", "--vfs-read-chunk-size", "4M")
 RCLONE_STREAMS_FLAGS = {"s3": (*RCLONE_TUNED_FLAGS["s3"], *STREAMS)}
+RCLONE_WRITES_FLAGS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("sftp", "s3"), ("--vfs-cache-mode", "writes")
+)
+RCLONE_S3_WRITES = (
+    *("--s3-upload-concurrency", "16", "--s3-chunk-size", "16M"),
+    *("--s3-no-check-bucket", "--s3-no-head"),
+)
+
+
+def _rclone_writing(seconds: int) -> Command:
+    """At its best options for writing, with uploads so long after close."""
+    more = ("--transfers", "32", "--vfs-write-back", f"{seconds}s")
+    s3 = (*RCLONE_TUNED_FLAGS["s3"], *more, *RCLONE_S3_WRITES)
+    return _rclone(RCLONE_TUNED, {"sftp": (*RCLONE_FLAGS, *more), "s3": s3})
+
 
 # --- s3fs -----------------------------------------------------------------------------------------
 
@@ -205,16 +255,41 @@ S3FS_TUNED = (
     "kernel_cache",
 )
 
+SFTP_AND_S3 = ("sftp", "s3")
+READS, WRITES = (READ,), (WRITE,)
+RCLONE_PLAIN_COMMAND = _rclone(RCLONE_PLAIN, RCLONE_PLAIN_FLAGS)
+RCLONE_WRITES_COMMAND = _rclone(RCLONE_PLAIN, RCLONE_WRITES_FLAGS)
+RCLONE_TUNED_COMMAND = _rclone(RCLONE_TUNED, RCLONE_TUNED_FLAGS)
+RCLONE_STREAMS_COMMAND = _rclone(RCLONE_TUNED, RCLONE_STREAMS_FLAGS)
+
 CONTENDERS = (
-    Contender("hpcfs", "hpcfs", ("sftp", "s3"), _hpcfs, inside="files"),
+    Contender(HPCFS, "hpcfs", SFTP_AND_S3, _hpcfs(), inside="files"),
+    Contender(
+        HPCFS_BACK,
+        "hpcfs",
+        SFTP_AND_S3,
+        _hpcfs("--write", "back"),
+        inside="files",
+        kinds=WRITES,
+        needs="--write",
+    ),
     Contender("sshfs", "sshfs", ("sftp",), _sshfs()),
     Contender("sshfs tuned", "sshfs", ("sftp",), _sshfs(*SSHFS_TUNED)),
-    Contender("rclone", "rclone", ("sftp", "s3"), _rclone(RCLONE_PLAIN, RCLONE_PLAIN_FLAGS)),
-    Contender("rclone tuned", "rclone", ("sftp", "s3"), _rclone(RCLONE_TUNED, RCLONE_TUNED_FLAGS)),
-    Contender("rclone streams", "rclone", ("s3",), _rclone(RCLONE_TUNED, RCLONE_STREAMS_FLAGS)),
-    Contender("s3fs", "s3fs", ("s3",), _s3fs()),
-    Contender("s3fs tuned", "s3fs", ("s3",), _s3fs(*S3FS_TUNED, disk_cache=True)),
-)  # fmt: skip
+    Contender("rclone", "rclone", SFTP_AND_S3, RCLONE_PLAIN_COMMAND, kinds=READS),
+    Contender("rclone tuned", "rclone", SFTP_AND_S3, RCLONE_TUNED_COMMAND, kinds=READS),
+    Contender("rclone streams", "rclone", ("s3",), RCLONE_STREAMS_COMMAND, kinds=READS),
+    Contender("rclone writes", "rclone", SFTP_AND_S3, RCLONE_WRITES_COMMAND, kinds=WRITES),
+    Contender("rclone at once", "rclone", SFTP_AND_S3, _rclone_writing(0), kinds=WRITES),
+    Contender("rclone after 5 s", "rclone", SFTP_AND_S3, _rclone_writing(5), kinds=WRITES),
+    Contender("s3fs", "s3fs", ("s3",), _s3fs(), makes_directories=False),
+    Contender(
+        "s3fs tuned",
+        "s3fs",
+        ("s3",),
+        _s3fs(*S3FS_TUNED, disk_cache=True),
+        makes_directories=False,
+    ),
+)
 
 
 # --- mounts ---------------------------------------------------------------------------------------

@@ -1,19 +1,28 @@
-"""The tables that a run prints: seconds and ratios for each remote and delay, and the goals."""
+"""The tables that a run prints: seconds and ratios for each remote and delay, and the goals.
+
+Reads and writes have tables of their own: who takes part differs.
+"""
 
 from __future__ import annotations
 
 from scripts.benchmarks import goals
-from scripts.benchmarks.results import HPCFS, TCP, Cell, Results
+from scripts.benchmarks.results import HPCFS, HPCFS_BACK, READ, TCP, WRITE, Cell, Results
 from scripts.benchmarks.workloads import titles
 
 MIB = 2**20
+UNITS = {
+    READ: "reads, in seconds",
+    WRITE: "writes, in seconds until the remote had all (until the program had ended)",
+}
+APART = 1.1
+"""So much later than the end of the program is worth a mention."""
 
 
 def text(results: Results) -> str:
     parts = [_heading(results)]
     for remote in results.remotes:
         for rtt in results.delays:
-            parts.append(_table(results, remote, rtt))
+            parts += [_table(results, remote, rtt, kind) for kind in (READ, WRITE)]
     parts += [_failures(results), _goals(results)]
     return "\n\n".join(part for part in parts if part)
 
@@ -21,53 +30,73 @@ def text(results: Results) -> str:
 def _heading(results: Results) -> str:
     lines = [f"{results.date}, {results.machine}, link of {results.rate_mbits:g} Mbit/s"]
     lines += [f"  {name}: {version}" for name, version in results.versions.items()]
-    lines += [f"  {name}: not installed" for name in results.missing]
+    lines += [f"  {reason}" for reason in results.missing]
     return "\n".join(lines)
 
 
-def _table(results: Results, remote: str, rtt: float) -> str:
-    columns = results.contenders(remote)
-    rows = [["", *columns, "best peer / hpcfs"]]
+def _table(results: Results, remote: str, rtt: float, kind: str) -> str:
+    found = results.contenders(remote, kind)
+    ours = [one for one in (HPCFS, HPCFS_BACK) if one in found]
+    columns = [*ours, *(one for one in found if one not in ours)]
+    ratios = [f"/ {one}" for one in ours]
+    if ours:
+        ratios[0] = f"best peer {ratios[0]}"
+    rows = [["", *columns, *ratios]]
+    names = {one.workload for one in results.cells if one.kind == kind}
     for name, title in titles(results.size).items():
+        if name not in names:
+            continue
         cells = [_cell(results, remote, rtt, contender, name) for contender in columns]
         if any(cells):
-            rows.append([title, *cells, _ratio(results, remote, rtt, name)])
+            ratios = [_ratio(results, remote, rtt, one, name) for one in ours]
+            rows.append([title, *cells, *ratios])
         if reference := results.seconds(remote, rtt, TCP, name):
             note = f"(one plain TCP stream: {reference:.2f} s)"
-            rows.append([note, *[""] * (len(columns) + 1)])
-    rows.append(["peak memory, MiB", *[_memory(results, remote, rtt, one) for one in columns], ""])
-    rows.append(["CPU seconds", *[_cpu(results, remote, rtt, one) for one in columns], ""])
-    return f"{remote}, {rtt:g} ms (seconds)\n{_aligned(rows)}"
+            rows.append([note, *[""] * (len(rows[0]) - 1)])
+    if len(rows) == 1:
+        return ""
+    used = {one: _cells(results, remote, rtt, one, kind) for one in columns}
+    empty = [""] * len(ours)
+    rows.append(["peak memory, MiB", *[_memory(used[one]) for one in columns], *empty])
+    rows.append(["CPU seconds", *[_cpu(used[one]) for one in columns], *empty])
+    return f"{remote}, {rtt:g} ms: {UNITS[kind]}\n{_aligned(rows)}"
 
 
-def _ratio(results: Results, remote: str, rtt: float, workload: str) -> str:
-    ours = results.seconds(remote, rtt, HPCFS, workload)
+def _ratio(results: Results, remote: str, rtt: float, ours: str, workload: str) -> str:
+    seconds = results.seconds(remote, rtt, ours, workload)
     best = goals.best_peer(results, remote, rtt, workload)
-    return f"{best / ours:.2f}" if ours and best else ""
+    return f"{best / seconds:.2f}" if seconds and best else ""
 
 
 def _cell(results: Results, remote: str, rtt: float, contender: str, workload: str) -> str:
     seconds = results.seconds(remote, rtt, contender, workload)
     if seconds is not None:
-        return f"{seconds:.3f}" if seconds < 10 else f"{seconds:.1f}"
+        ended = results.ended(remote, rtt, contender, workload)
+        told = f" ({_seconds(ended)})" if ended and seconds > ended * APART else ""
+        return _seconds(seconds) + told
     found = results.of(remote, rtt, contender, workload)
     if not found:
         return ""
     return found[0].failure if found[0].timed_out else "failed"
 
 
-def _memory(results: Results, remote: str, rtt: float, contender: str) -> str:
-    peak = max((cell.peak_memory for cell in _cells(results, remote, rtt, contender)), default=0)
-    return f"{peak / MIB:.0f}"
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f}" if seconds < 10 else f"{seconds:.1f}"
 
 
-def _cpu(results: Results, remote: str, rtt: float, contender: str) -> str:
-    return f"{sum(cell.cpu_seconds for cell in _cells(results, remote, rtt, contender)):.1f}"
+def _memory(cells: list[Cell]) -> str:
+    return f"{max((cell.peak_memory for cell in cells), default=0) / MIB:.0f}"
 
 
-def _cells(results: Results, remote: str, rtt: float, contender: str) -> list[Cell]:
-    wanted = (remote, rtt, contender)
-    return [one for one in results.cells if (one.remote, one.rtt_ms, one.contender) == wanted]
+def _cpu(cells: list[Cell]) -> str:
+    return f"{sum(cell.cpu_seconds for cell in cells):.1f}"
+
+
+def _cells(results: Results, remote: str, rtt: float, contender: str, kind: str) -> list[Cell]:
+    wanted = (remote, rtt, contender, kind)
+    return [
+        one for one in results.cells if (one.remote, one.rtt_ms, one.contender, one.kind) == wanted
+    ]
 
 
 def _failures(results: Results) -> str:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 TCP = "plain TCP"
 HPCFS = "hpcfs"
+HPCFS_BACK = "hpcfs-back"
+"""The same with write = "back"."""
+READ, WRITE = "read", "write"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,10 @@ class Cell:
     peak_memory: int = 0
     cpu_seconds: float = 0.0
     timed_out: bool = False
+    kind: str = READ
+    """Of the workload: READ or WRITE."""
+    ended: float | None = None
+    """Of writes: seconds until the program had ended; `seconds` is until the remote had all."""
 
 
 @dataclass
@@ -37,7 +44,7 @@ class Results:
     versions: dict[str, str] = field(default_factory=dict)
     """Of the contenders that took part."""
     missing: list[str] = field(default_factory=list)
-    """Contenders that are not installed."""
+    """Contenders that could not take part, each with the reason."""
     cells: list[Cell] = field(default_factory=list)
 
     def of(self, remote: str, rtt_ms: float, contender: str, workload: str) -> list[Cell]:
@@ -50,9 +57,10 @@ class Results:
 
     def seconds(self, remote: str, rtt_ms: float, contender: str, workload: str) -> float | None:
         """The median of the repeats that succeeded."""
-        found = [cell.seconds for cell in self.of(remote, rtt_ms, contender, workload)]
-        times = [seconds for seconds in found if seconds is not None]
-        return statistics.median(times) if times else None
+        return _median(cell.seconds for cell in self.of(remote, rtt_ms, contender, workload))
+
+    def ended(self, remote: str, rtt_ms: float, contender: str, workload: str) -> float | None:
+        return _median(cell.ended for cell in self.of(remote, rtt_ms, contender, workload))
 
     @property
     def remotes(self) -> list[str]:
@@ -62,9 +70,10 @@ class Results:
     def delays(self) -> list[float]:
         return sorted({cell.rtt_ms for cell in self.cells})
 
-    def contenders(self, remote: str) -> list[str]:
+    def contenders(self, remote: str, kind: str) -> list[str]:
         """Without the reference."""
-        found = (cell.contender for cell in self.cells if cell.remote == remote)
+        cells = (cell for cell in self.cells if (cell.remote, cell.kind) == (remote, kind))
+        found = (cell.contender for cell in cells)
         return [name for name in _in_order(found) if name != TCP]
 
     def write(self, path: Path) -> None:
@@ -75,6 +84,11 @@ def read(path: Path) -> Results:
     values = json.loads(path.read_text())
     values["cells"] = [Cell(**cell) for cell in values["cells"]]
     return Results(**values)
+
+
+def _median(found: Iterable[float | None]) -> float | None:
+    times = [seconds for seconds in found if seconds is not None]
+    return statistics.median(times) if times else None
 
 
 def _in_order(names: Iterable[str]) -> list[str]:

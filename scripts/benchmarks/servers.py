@@ -1,4 +1,4 @@
-"""What is measured against: an SSH server, an S3 server, a plain TCP sender, and the link to them.
+"""What is measured against: an SSH server, an S3 server, a plain TCP peer, and the link to them.
 
 The SSH server and the way to start it are the tests'. All servers serve the same files. Without a
 delay clients connect to them directly, else over a link (wan.py) in a process of its own.
@@ -7,6 +7,7 @@ delay clients connect to them directly, else over a link (wan.py) in a process o
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.support.s3 import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server, rclone_binary
 from tests.support.sshd import LOOPBACK, free_port, ssh_server
@@ -52,9 +54,20 @@ class Servers:
         # No session may wait for another's login: eight readers connect at once.
         options = ("MaxStartups 100", "MaxSessions 100")
         self._sshd = stack.enter_context(ssh_server(directory / "sshd", *options))
-        self._ports = {"sftp": self._sshd.port, "tcp": stack.enter_context(_tcp_sender())}
+        self._ports = {"sftp": self._sshd.port, "tcp": stack.enter_context(_tcp_peer())}
         if "s3" in remotes:
             self._ports["s3"] = stack.enter_context(_s3_server(files.parent))
+
+    def remove(self, remote: str, name: str) -> None:
+        """What was written, or a part of it, and uploads that nobody ended."""
+        if remote == "s3":
+            # Not on its disk behind its back: it remembers what is in directories.
+            with S3Server(f"http://{LOOPBACK}:{self._ports[remote]}").client() as client:
+                _remove_objects(client, name)
+        written = self._files / name
+        if written.is_dir():
+            shutil.rmtree(written)
+        written.unlink(missing_ok=True)
 
     @contextmanager
     def at(self, remote: str, rtt_ms: float, rate_mbits: float) -> Iterator[Place]:
@@ -81,7 +94,7 @@ class Servers:
 
 @contextmanager
 def serving(directory: Path, files: Path, remotes: list[str]) -> Iterator[Servers]:
-    """`files` is named as the bucket; what is in it must not change any more."""
+    """`files` is named as the bucket; what is in it now must not change any more."""
     with ExitStack() as stack:
         yield Servers(directory, files, stack, remotes)
 
@@ -134,7 +147,7 @@ def _s3_server(directory: Path) -> Iterator[int]:
         [
             *(str(rclone_binary()), "serve", "s3", "--addr", f"{LOOPBACK}:{port}"),
             *("--config", os.devnull, "--vfs-cache-mode", "off"),
-            # Nobody changes the files: neither directories nor checksums are read again.
+            # Nobody else changes the files: neither directories nor checksums are read again.
             *("--dir-cache-time", "720h", "--poll-interval", "0", str(directory)),
         ],
         stdin=subprocess.DEVNULL,
@@ -169,12 +182,21 @@ def _ask_for_everything(port: int) -> None:
                 client.head_object(Bucket=BUCKET, Key=found["Key"])
 
 
+def _remove_objects(client: Any, name: str) -> None:
+    for upload in client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", ()):
+        client.abort_multipart_upload(Bucket=BUCKET, Key=upload["Key"], UploadId=upload["UploadId"])
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=name):
+        for found in page.get("Contents", ()):
+            client.delete_object(Bucket=BUCKET, Key=found["Key"])
+
+
 # --- the reference --------------------------------------------------------------------------------
 
 
 @contextmanager
-def _tcp_sender() -> Iterator[int]:
-    """Sends as many bytes as a line asks for, on each connection: in a process of its own."""
+def _tcp_peer() -> Iterator[int]:
+    """On each connection a line asks for so many bytes, or, with a minus, announces them: in a
+    process of its own."""
     process = _start("scripts.benchmarks.servers")
     try:
         yield _port_of(process)
@@ -182,43 +204,55 @@ def _tcp_sender() -> Iterator[int]:
         _end(process)
 
 
-def plain_tcp_seconds(port: int, size: int, timeout: float) -> float:
-    """From the request to the last byte, on a connection that is there already."""
-    buffer = bytearray(len(CHUNK))
+def plain_tcp_seconds(port: int, size: int, timeout: float, *, upload: bool = False) -> float:
+    """Down from the request to the last byte, up from the first byte to the peer's word that it
+    has the last one; on a connection that is there already."""
     with socket.create_connection((LOOPBACK, port), timeout) as connection:
         connection.sendall(b"0\n")
         connection.recv(1)
         started = time.monotonic()
-        connection.sendall(b"%d\n" % size)
-        left = size
-        while left:
-            count = connection.recv_into(buffer, min(left, len(buffer)))
-            if not count:
-                raise ConnectionError("the plain TCP sender ended early")
-            left -= count
+        connection.sendall(b"%d\n" % (-size if upload else size))
+        if upload:
+            _send(connection, size)
+            _receive(connection, 1)
+        else:
+            _receive(connection, size)
         return time.monotonic() - started
 
 
-def _send_what_is_asked_for(connection: socket.socket) -> None:
+def _send(connection: socket.socket, size: int) -> None:
+    for start in range(0, size, len(CHUNK)):
+        connection.sendall(CHUNK[: size - start])
+
+
+def _receive(connection: socket.socket, size: int) -> None:
+    buffer = bytearray(len(CHUNK))
+    while size:
+        count = connection.recv_into(buffer, min(size, len(buffer)))
+        if not count:
+            raise ConnectionError("the plain TCP peer ended early")
+        size -= count
+
+
+def _do_what_is_asked_for(connection: socket.socket) -> None:
     # The link resets what it still has when it is taken down.
-    with suppress(ConnectionError), connection, connection.makefile("rb") as requests:
+    with suppress(ConnectionError), connection, connection.makefile("rb", buffering=0) as requests:
         for line in requests:
-            if not int(line):
+            if (size := int(line)) > 0:
+                _send(connection, size)
+            else:
+                _receive(connection, -size)
                 connection.sendall(b"0")
-            for start in range(0, int(line), len(CHUNK)):
-                connection.sendall(CHUNK[: int(line) - start])
 
 
 def main() -> None:
-    """The plain TCP sender, until stdin ends."""
+    """The plain TCP peer, until stdin ends."""
     listener = socket.create_server((LOOPBACK, 0))
 
     def serve() -> None:
         while True:
             connection, _ = listener.accept()
-            threading.Thread(
-                target=_send_what_is_asked_for, args=(connection,), daemon=True
-            ).start()
+            threading.Thread(target=_do_what_is_asked_for, args=(connection,), daemon=True).start()
 
     threading.Thread(target=serve, daemon=True).start()
     print(listener.getsockname()[1], flush=True)

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import threading
+import time
 import xml.etree.ElementTree
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from scripts.benchmarks import chart, goals, measure, report, results
-from scripts.benchmarks.results import Cell, Results
+from scripts.benchmarks import (
+    chart,
+    goals,
+    measure,
+    peers,
+    report,
+    results,
+    servers,
+    writer,
+    writes,
+)
+from scripts.benchmarks.files import Files
+from scripts.benchmarks.measure import WrongResult
+from scripts.benchmarks.peers import Mount
+from scripts.benchmarks.results import WRITE, Cell, Results
+from scripts.benchmarks.steps import Bench, Step
 
 MIB = 2**20
 CELLS = [
@@ -24,6 +45,12 @@ CELLS = [
     Cell("sftp", 20.0, "rclone", "copy", None, "> 300 s", timed_out=True),
     Cell("sftp", 20.0, "hpcfs", "random", 4.2),
     Cell("sftp", 20.0, "rclone", "random", None, "what was read is not what is there"),
+    Cell("sftp", 20.0, "plain TCP", "write", 8.8, kind="write"),
+    Cell("sftp", 20.0, "hpcfs", "write", 9.0, kind="write", ended=9.0, peak_memory=50 * MIB),
+    Cell("sftp", 20.0, "sshfs", "write", 45.0, kind="write", ended=45.0),
+    Cell("sftp", 20.0, "hpcfs", "copy-in", 20.0, kind="write", ended=20.0),
+    Cell("sftp", 20.0, "hpcfs-back", "copy-in", 2.0, kind="write", ended=0.5, cpu_seconds=1.5),
+    Cell("sftp", 20.0, "sshfs", "copy-in", 50.0, kind="write", ended=50.0),
 ]
 
 
@@ -36,7 +63,7 @@ def measured() -> Results:
         machine="2 cores",
         date="2026-01-02",
         versions={"hpcfs": "0.1.0", "sshfs": "3.7.3", "rclone": "1.75.2"},
-        missing=["s3fs"],
+        missing=["s3fs: not installed"],
         cells=list(CELLS),
     )
 
@@ -52,7 +79,7 @@ EXPECTED = """\
   rclone: 1.75.2
   s3fs: not installed
 
-sftp, 20 ms (seconds)
+sftp, 20 ms: reads, in seconds
                                 hpcfs  sshfs   rclone  best peer / hpcfs
 1 GiB, one after another        9.000  100.0     20.0               2.22
 (one plain TCP stream: 8.80 s)
@@ -61,16 +88,28 @@ copy out 500 small files        3.000   24.0  > 300 s               8.00
 peak memory, MiB                  200      8       90
 CPU seconds                       5.2    4.0      9.0
 
+sftp, 20 ms: writes, in seconds until the remote had all (until the program had ended)
+                                hpcfs     hpcfs-back  sshfs  best peer / hpcfs  / hpcfs-back
+write 1 GiB                     9.000                  45.0               5.00
+(one plain TCP stream: 8.80 s)
+copy in 500 small files          20.0  2.000 (0.500)   50.0               2.50         25.00
+peak memory, MiB                   50              0      0
+CPU seconds                       0.0            1.5    0.0
+
 failed
   sftp 20 ms, rclone, random: what was read is not what is there
 
 goals
-sequential  sftp 20 ms  at least 95% of one plain TCP stream      98%      reached
-sequential  sftp 20 ms             at least 2x the best peer    2.22x      reached
-random      sftp 20 ms      at most 1.1x one round trip each    1.05x      reached
-copy        sftp 20 ms                    at least 10x sshfs    8.00x  NOT reached
-copy        sftp 20 ms             at least 3x the best peer    8.00x      reached
-all         everywhere             at most 300 MiB of memory  200 MiB      reached"""
+sequential           sftp 20 ms  at least 95% of one plain TCP stream      98%      reached
+sequential           sftp 20 ms             at least 2x the best peer    2.22x      reached
+random               sftp 20 ms      at most 1.1x one round trip each    1.05x      reached
+copy                 sftp 20 ms                    at least 10x sshfs    8.00x  NOT reached
+copy                 sftp 20 ms             at least 3x the best peer    8.00x      reached
+write                sftp 20 ms  at least 90% of one plain TCP stream      98%      reached
+write                sftp 20 ms          no slower than the best peer    5.00x      reached
+copy-in              sftp 20 ms                     at least 2x sshfs    2.50x      reached
+copy-in, hpcfs-back  sftp 20 ms                    at least 20x sshfs   25.00x      reached
+all                  everywhere             at most 300 MiB of memory  200 MiB      reached"""
 
 
 def test_json_brings_everything_back(measured: Results, tmp_path: Path) -> None:
@@ -101,6 +140,152 @@ def test_the_chart_is_xml_and_names_what_it_shows(measured: Results) -> None:
     texts = [one.text for one in xml.etree.ElementTree.fromstring(picture).iter() if one.text]
     assert "1 GiB, one after another" in texts
     assert {"hpcfs", "sshfs", "rclone", "> 300"} <= set(texts)
+
+
+def test_the_chart_of_writes_has_both_modes_and_no_reads(measured: Results) -> None:
+    picture = chart.svg(measured, WRITE)
+    texts = [one.text for one in xml.etree.ElementTree.fromstring(picture).iter() if one.text]
+    assert {"write 1 GiB", "copy in 500 small files", "hpcfs-back"} <= set(texts)
+    assert "1 GiB, one after another" not in texts
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """The steps' view of a mount that is a local directory: what serves it is up to the test."""
+    files = Files(tmp_path / "served", MIB, tmp_path / "repository")
+    (files.root / "small" / "inner").mkdir(parents=True)
+    (files.root / "small" / "a").write_bytes(b"first")
+    (files.root / "small" / "inner" / "b").write_bytes(b"second")
+    (tmp_path / "mount").mkdir()
+    mount = cast(Mount, SimpleNamespace(files=tmp_path / "mount"))
+    programs = measure.Programs(time.monotonic() + 20, lambda: None)
+    return Bench(files, mount, programs, tmp_path, "sftp", "new")
+
+
+@contextmanager
+def bringing(bench: Bench, tamper: Callable[[Path], None] = lambda _: None) -> Iterator[None]:
+    """A remote that gets what was written late, all at once, perhaps not as it was."""
+
+    def bring() -> None:
+        source = bench.mount.files / bench.new
+        while not ended.wait(0.01):
+            if list(bench.mount.files.rglob("b")) or source.is_file():
+                break
+        ended.wait(LATE_SECONDS)
+        copy = shutil.copytree if source.is_dir() else shutil.copy2
+        copy(source, bench.served)
+        tamper(bench.served)
+
+    ended = threading.Event()
+    thread = threading.Thread(target=bring)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+LATE_SECONDS = 0.7
+
+
+@pytest.mark.parametrize("step", [writes.copy_in, writes.rsync_in, writes.write])
+def test_a_write_counts_until_the_remote_has_it(bench: Bench, step: Step) -> None:
+    with bringing(bench):
+        took = step(bench)
+    assert took.ended is not None
+    assert took.ended + LATE_SECONDS / 2 < took.seconds
+
+
+def test_a_write_counts_to_the_arrival_not_to_when_it_was_seen(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writes, "LOOK_SECONDS", 3.0)
+    with bringing(bench):
+        assert writes.copy_in(bench).seconds < 2.5
+
+
+@pytest.mark.parametrize(
+    ("step", "file", "content"),
+    [
+        (writes.copy_in, "inner/b", b"SECOND"),
+        (writes.append, ".", b"x" * writes.APPENDS * writer.APPEND_BYTES),
+    ],
+)
+def test_other_bytes_on_the_server_are_a_failure(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, step: Step, file: str, content: bytes
+) -> None:
+    monkeypatch.setattr(writes, "PATIENCE_SECONDS", 0.5)
+
+    def tamper(served: Path) -> None:
+        (served / file).write_bytes(content)
+
+    with bringing(bench, tamper), pytest.raises(WrongResult, match="not what was written"):
+        step(bench)
+
+
+@pytest.mark.parametrize("leave", ["missing", "temporary"])
+def test_what_never_arrives_takes_too_long(bench: Bench, leave: str) -> None:
+    bench.programs.deadline = time.monotonic() + 2
+
+    def tamper(served: Path) -> None:
+        if leave == "missing":
+            (served / "a").unlink()
+        else:
+            (served / "inner" / ".b.part").touch()
+
+    with bringing(bench, tamper), pytest.raises(measure.TimedOut):
+        writes.copy_in(bench)
+
+
+def test_times_that_rsync_brought_are_compared(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writes, "PATIENCE_SECONDS", 0.5)
+    with (
+        bringing(bench, lambda served: os.utime(served / "a", (1, 1))),
+        pytest.raises(WrongResult, match="a has another time"),
+    ):
+        writes.rsync_in(bench)
+
+
+def test_a_clone_is_compared_with_one_made_here(bench: Bench) -> None:
+    bench.files.make_repository()
+    bench.mount.files.rmdir()
+    bench.mount.files.symlink_to(bench.files.root)
+    took = writes.git_clone(bench)
+    assert took.ended is not None
+    assert took.seconds == pytest.approx(took.ended, abs=0.1)
+    assert (bench.served / ".git" / "HEAD").is_file()
+
+
+def test_no_two_pieces_of_what_is_written_are_the_same() -> None:
+    pieces = [bytes(piece) for piece in writer.pieces(100 * 1000 + 7, 1000)]
+    assert len(pieces) == len(set(pieces)) == 101
+    assert sum(map(len, pieces)) == 100 * 1000 + 7
+
+
+def test_hpcfs_back_has_no_part_where_mount_has_no_such_option(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (back,) = (one for one in peers.CONTENDERS if one.name == "hpcfs-back")
+    assert back.kinds == (WRITE,)
+    monkeypatch.setattr(peers, "_help_of_hpcfs_mount", lambda: "--foreground")
+    assert back.why_not() == "not available: this hpcfs mount has no --write"
+    monkeypatch.setattr(peers, "_help_of_hpcfs_mount", lambda: "--foreground --write [back]")
+    assert back.why_not() == ""
+
+
+def test_plain_tcp_carries_both_ways() -> None:
+    with servers._tcp_peer() as port:
+        assert servers.plain_tcp_seconds(port, 3 * MIB + 1, 20) > 0
+        assert servers.plain_tcp_seconds(port, 3 * MIB + 1, 20, upload=True) > 0
+
+
+# --- what measuring stands on ---------------------------------------------------------------------
 
 
 def test_what_is_dropped_is_not_cached_any_more(tmp_path: Path) -> None:
