@@ -118,6 +118,7 @@ class _Daemon:
         self._fs: Filesystem
         self._cache: CacheService
         self._writes: WriteService
+        self._resumed_files = 0
         self._restoring: Restoring
         self._pending: Pending
 
@@ -166,7 +167,7 @@ class _Daemon:
     async def _take_up(self) -> None:
         """What an earlier mount had not uploaded."""
         try:
-            count = await self._restoring.restore(self._journal.rows)
+            count = self._resumed_files = await self._restoring.restore(self._journal.rows)
         except (OSError, sqlite3.Error) as error:
             raise MountFailed(
                 f"what an earlier mount left in {self._settings.cache_dir} can't be read: {error}"
@@ -324,6 +325,7 @@ class _Daemon:
             uploaded_bytes=sum(namespace.uploaded.total for namespace in self._namespaces),
             upload_rate=sum(namespace.uploaded.rate() for namespace in self._namespaces),
             memory=self._memory(),
+            resumed_files=self._resumed_files,
             root_namespace=settings.root_namespace,
         )
 

@@ -136,8 +136,8 @@ def _tell(status: MountStatus, settings: Settings) -> None:
 def _tell_pending(status: MountStatus) -> None:
     """What an earlier mount left."""
     stuck = pending.stuck(status)
-    if on_its_way := status.pending_files - stuck:
-        complain(f"{count(on_its_way, 'file')} of an earlier mount: the upload goes on")
+    if resumed := status.resumed_files:
+        complain(f"{count(resumed, 'file')} of an earlier mount: the upload goes on")
     if stuck:
         complain(f"{count(stuck, 'file')} could not be uploaded earlier: 'hpcfs status' says why")
 

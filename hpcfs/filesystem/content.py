@@ -254,7 +254,7 @@ class Content(RemoteContent):
                 return
             await self._verify(untrusted)
 
-    def unconfirmed(self, reason: str = "") -> Unconfirmed:
+    def unconfirmed(self, reason: str = "", *, writing: bool = False) -> Unconfirmed:
         return Unconfirmed(
             self.file.name,
             self.namespace.name,
@@ -272,6 +272,7 @@ class Content(RemoteContent):
             replace=self.replace,
             resized=self.resized,
             attempted=self.attempted or self.made,
+            writing=writing,
             reason=reason,
         )
 

@@ -304,6 +304,8 @@ class Files:
     async def _cut(self, node: Node, content: Content, size: int) -> None:
         async with self._uploader.writing(content):
             changed = await content.truncate(size)
+            if changed:
+                await self._uploader.note_writing(content)
         if changed:  # truncate(2): "if the size changed", the times do
             self._stamp(node)
 
@@ -376,7 +378,7 @@ class Files:
         nobody was told that it is safe."""
         for content in self.dirty():
             if not content.secured and content.journaled and not content.upload_lock.locked():
-                await self._uploader.note_progress(content)
+                await self._uploader.note_writing(content)
 
     async def secure(self, content: Content, *, instead_of: str | None = None) -> None:
         """The journal has all of it; `instead_of` is the row of a file that it replaced."""

@@ -6,13 +6,16 @@ the remote. What belongs to no namespace of this mount is kept where the user fi
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import os
 import stat
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from hpcfs.cache.ranges import RangeSet
 from hpcfs.cache.store import Store
 from hpcfs.filesystem.directories import directory_entry
 from hpcfs.filesystem.files import Files
@@ -80,6 +83,8 @@ class Restoring:
         if parent is None or self._tree.child(parent, name) is not None:
             await self._keep(row, "another file that was not uploaded has its name")
             return False
+        if row.writing and not row.base_size:
+            row = _as_far_as_written(row)
         file = await self._store.take_up(
             row.name, row.origin, row.path, row.version, row.size, row.ranges
         )
@@ -99,3 +104,29 @@ class Restoring:
                 return None
             node = child
         return node
+
+
+def _as_far_as_written(row: Unconfirmed) -> Unconfirmed:
+    """Of a file that was still being written and of whose old content nothing counts: all that is
+    in its cache file was written by a program. lseek(2) tells data from holes."""
+    fd = os.open(row.data, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = max(row.size, os.fstat(fd).st_size)
+        written = RangeSet(row.ranges)
+        end = 0
+        while (start := _seek(fd, end, os.SEEK_DATA)) is not None:
+            end = _seek(fd, start, os.SEEK_HOLE) or size
+            written.add(start, end)
+    finally:
+        os.close(fd)
+    entry = msgspec.structs.replace(row.entry, size=size)
+    return msgspec.structs.replace(row, size=size, ranges=list(written), entry=entry)
+
+
+def _seek(fd: int, offset: int, whence: int) -> int | None:
+    try:
+        return os.lseek(fd, offset, whence)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # nothing but a hole from here on
+            return None
+        raise

@@ -51,7 +51,8 @@ class Unconfirmed(msgspec.Struct, frozen=True, omit_defaults=True):
     across mounts. `ranges` are the dirty (start, end) pairs in bytes, extended to whole blocks:
     outside of them, and below `base_size`, the bytes of the remote's `version` count. `entry` is
     what the mount shows, `pending` what is to be set besides times. The flags are Content's: the
-    remote has no such file yet (`new`), what has the name there is to be replaced in one step
+    remote has no such file yet (`new`), it was open and
+    more was to come (`writing`), what has the name there is to be replaced in one step
     (`replace`), an upload may have begun to write (`attempted`), the size changed (`resized`).
     `reason` is empty while nothing was refused.
     """
@@ -72,6 +73,7 @@ class Unconfirmed(msgspec.Struct, frozen=True, omit_defaults=True):
     replace: bool = False
     resized: bool = False
     attempted: bool = False
+    writing: bool = False
     reason: str = ""
     since: float = 0.0
 

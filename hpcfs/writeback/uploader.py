@@ -27,6 +27,11 @@ class Uploadable(Protocol):
     journaled: bool
     writers: int
     """Writes that are under way: each may make the file dirty at any moment."""
+    secured: bool
+    """The journal has all that is dirty."""
+    base_size: int
+    """How many bytes of the remote's content still count: where that is none, all bytes in the
+    cache file are this mount's, and the journal need not tell which."""
     attempted: bool
     """An earlier upload may have begun to write: the remote's version is no longer the base's."""
 
@@ -56,8 +61,8 @@ class Uploadable(Protocol):
         """`entry` is the file on the remote now; None: it failed, all is dirty as before."""
         ...
 
-    def unconfirmed(self, reason: str = "") -> Unconfirmed:
-        """The journal's row for it."""
+    def unconfirmed(self, reason: str = "", *, writing: bool = False) -> Unconfirmed:
+        """The journal's row for it; `writing` says that more will be written."""
         ...
 
 
@@ -74,9 +79,13 @@ class Uploader:
         file.writers += 1
         try:
             file.use_disk()
-            if not file.journaled:
-                await self._note(file)
+            is_first = not file.journaled or file.secured
+            if is_first:
+                file.secured = False
+                await self._note(file, file.unconfirmed(writing=True))
             yield
+            if is_first and file.base_size:
+                await self._note(file, file.unconfirmed(writing=True))
         finally:
             file.writers -= 1
 
@@ -137,6 +146,10 @@ class Uploader:
             file.end_upload(snapshot, entry)
         file.attempted = False
         return entry
+
+    async def note_writing(self, file: Uploadable) -> None:
+        """It is open and dirty: what is known of it so far. Raises CacheDiskFull."""
+        await self._note(file, file.unconfirmed(writing=True))
 
     async def note_progress(self, file: Uploadable, reason: str = "") -> None:
         """A journal that can't be written is no reason not to bring the bytes to the remote."""

@@ -13,6 +13,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from hpcfs.filesystem.errors import Exists, JournalFull
+from hpcfs.filesystem.namespace import WriteMode
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.messages import BLOCK_BYTES
 from tests.filesystem.world import KINDS, RW, Story, World, live, until, world
@@ -431,12 +432,13 @@ def killed_and_mounted_again(
     left: Left,
     then: Story,
     others: dict[str, MemoryRemote] | None = None,
+    write: WriteMode = "back",
 ) -> None:
     """`left` happens on a mount that is killed; `then` on the one that follows it, whose remote and
     cache directory are the same as they were at that moment. `others` are mounted instead."""
 
     async def first() -> dict[str, MemoryRemote]:
-        async with world(tmp_path / "cache", kind, write="back") as w:
+        async with world(tmp_path / "cache", kind, write=write) as w:
             w.cues.fail(m.Upload, m.NotConnected("the link is down"), times=1000)
             await left(w)
             await trio.run_process(["cp", "-a", str(tmp_path / "cache"), str(tmp_path / "crash")])
@@ -448,7 +450,7 @@ def killed_and_mounted_again(
             return found
 
     async def second(remotes: dict[str, MemoryRemote]) -> None:
-        async with world(tmp_path / "crash", remotes, write="back") as w:
+        async with world(tmp_path / "crash", remotes, write=write) as w:
             with trio.fail_after(20):
                 await then(w)
 
@@ -497,6 +499,40 @@ def test_the_next_mount_knows_what_is_under_the_changed_ranges(kind: str, tmp_pa
         assert w.remote.get(b"f") == expected
 
     killed_and_mounted_again(tmp_path, kind, left, then)
+
+
+@pytest.mark.parametrize("write", ["through", "back"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_being_written_is_not_lost_either(
+    kind: str, write: WriteMode, tmp_path: Path
+) -> None:
+    """Nobody was told that it is safe; but a killed daemon is no reason to throw it away."""
+
+    async def left(w: World) -> None:
+        w.remote.put(b"old", OLD * 3)
+        new = await w.kernel.open("ns/new", RW | os.O_CREAT)
+        for block in range(3):
+            await w.kernel.pwrite(new, 2 * block * BLOCK_BYTES, NEW)
+        old = await w.kernel.open("ns/old")
+        await w.kernel.pwrite(old, BLOCK_BYTES, b"changed")
+        cut = await w.kernel.open("ns/cut", RW | os.O_CREAT)
+        await w.kernel.pwrite(cut, 0, NEW)
+        await w.kernel.ftruncate(cut, 7)
+
+    async def then(w: World) -> None:
+        hole = bytes(BLOCK_BYTES)
+        expected = {
+            "new": NEW + hole + NEW + hole + NEW,
+            "old": OLD + b"changed" + OLD[7:] + OLD,
+            "cut": NEW[:7],
+        }
+        for name, content in expected.items():
+            assert await w.kernel.read_file(f"ns/{name}") == content, name
+        await synced(w)
+        for name, content in expected.items():
+            assert w.remote.get(name.encode()) == content
+
+    killed_and_mounted_again(tmp_path, kind, left, then, write=write)
 
 
 @pytest.mark.parametrize("kind", KINDS)

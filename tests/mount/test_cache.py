@@ -193,7 +193,8 @@ def test_caches_of_mounts_that_are_gone(servers: Servers, real_home: RealHome) -
 def test_clearing_after_a_kill_keeps_what_was_not_uploaded(
     servers: Servers, real_home: RealHome
 ) -> None:
-    with mounted(real_home, {"ns": servers.serve("sftp")}) as mount:
+    served = servers.serve("sftp")
+    with mounted(real_home, {"ns": served}) as mount:
         fill(mount)
         assert (mount.path / "ns" / "other").read_bytes() == CONTENTS["other"]
         file = os.open(mount.path / "ns" / "other", os.O_RDWR)
@@ -204,8 +205,11 @@ def test_clearing_after_a_kill_keeps_what_was_not_uploaded(
         real_home.run("umount", mount.path)
         cache(mount, "clear", "--pinned", mount.path)
         mount.mount()
-        (kept,) = mount.kept
-        assert Path(kept.data).read_bytes()[MIB : MIB + 7] == b"written"
+        expected = CONTENTS["other"][:MIB] + b"written" + CONTENTS["other"][MIB + 7 :]
+        assert (mount.path / "ns" / "other").read_bytes() == expected
+        real_home.run("sync", mount.path)
+        assert mount.status.pending == []
+        assert served.inside.read("other") == expected
 
 
 def test_a_place_without_a_cache_is_told(real_home: RealHome) -> None:

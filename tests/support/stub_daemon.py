@@ -148,6 +148,7 @@ def report(
         ],
         pending=pending.files,
         pending_files=pending.count,
+        resumed_files=pending.count - pending.stuck,
         pending_bytes=pending.left,
         pending_states=pending.states,
         uploaded_bytes=backlog.uploaded,
