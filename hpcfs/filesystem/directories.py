@@ -145,7 +145,9 @@ class Directories:
 
     def made(self, node: Node) -> None:
         """The directory was just made here: nothing is in it but what is made here too."""
-        self._known.put(node, self._new_listing(), self._tree.now())
+        listing = self._new_listing()
+        listing.is_guess = True
+        self._known.put(node, listing, self._tree.now())
 
     def _is_complete(self, node: Node, listing: Listing) -> None:
         now = self._tree.now()
@@ -187,6 +189,8 @@ class Directories:
             found = self._known.find(parent, name, now)
         self._note_use(parent)
         are_many = self._uses.are_many(now)
+        if self._known.is_guess(parent):
+            are_many = self._uses.are_some_in(parent)
         return None if found is not None and found[1] is None and not are_many else found
 
     def _take_ahead(self, node: Node) -> bool:

@@ -73,10 +73,15 @@ class Known:
             self._make_room(listing.count)
         return listing.asked, listing.find(name)
 
+    def is_guess(self, node: Node) -> bool:
+        """Whether what is known is only that the directory was just made here."""
+        listing = self._listings.get(node)
+        return listing is not None and listing.is_guess
+
     def unshown(self, node: Node, now: float) -> Listing | None:
         """A listing that no program has read yet, if it still says how the directory is."""
         listing = self._listings.get(node)
-        if listing is None or listing.shown or listing.changed:
+        if listing is None or listing.shown or listing.changed or listing.is_guess:
             return None
         return listing if now - listing.asked <= ATTRIBUTE_SECONDS else None
 
@@ -149,6 +154,10 @@ class Uses:
         just have heard that others made it, and can wait for the remote's word."""
         self._asked.count(now)
         return self._asked.score > MANY_USES
+
+    def are_some_in(self, node: Node) -> bool:
+        """After a name in this directory was asked for: whether others were, a moment ago."""
+        return self._of(node).score > FEW_USES
 
     def begin(self, node: Node, now: float) -> bool:
         """Whether nobody listed it for a while."""

@@ -38,6 +38,8 @@ class Listing:
         """Entries listed so far."""
         self.changed: set[bytes] = set()
         """Names that were changed here since it was asked for: it does not speak for these."""
+        self.is_guess = False
+        """The remote was not asked: the directory was just made here."""
         self.shown = False
         """A program has read it; the next one wants a newer one."""
         self._subdirectories: list[bytes] = []

@@ -490,3 +490,16 @@ async def test_a_listing_made_for_names_is_not_shown_once_they_changed(w: World)
     await w.kernel.write_file("ns/00/new", b"content")
     found = await w.kernel.listdir("ns/00")
     assert found[b"new"].size == 7
+
+
+@live()
+async def test_what_others_put_into_a_directory_made_here_is_found(w: World) -> None:
+    """Also while programs ask for many names elsewhere."""
+    for number in range(10):
+        assert not await w.kernel.exists(f"ns/{number}")
+    await w.kernel.mkdir("ns/d")
+    w.remote.put(b"d/x", b"theirs")
+    assert await w.kernel.read_file("ns/d/x") == b"theirs"
+    await w.kernel.mkdir("ns/e")
+    w.remote.put(b"e/x", b"theirs")
+    assert b"x" in await w.kernel.listdir("ns/e")
