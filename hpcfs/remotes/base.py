@@ -51,7 +51,11 @@ class Source(Protocol):
 
 
 ReportProgress = Callable[[int], None]
-"""Called with the bytes done so far. Calling it renews the request's deadline."""
+"""Called with the bytes done so far (renames: objects). It renews the request's deadline."""
+
+
+def no_report(done: int) -> None:
+    """For those whom nobody waits for."""
 
 
 class Remote(Protocol):
@@ -103,7 +107,11 @@ class Remote(Protocol):
 
     async def make_link(self, existing: bytes, path: bytes) -> Entry: ...
 
-    async def rename(self, path: bytes, target: bytes, *, replace: bool) -> None: ...
+    async def rename(
+        self, path: bytes, target: bytes, *, replace: bool, report: ReportProgress = no_report
+    ) -> None:
+        """A rename that was cut off may be asked for again, and is then finished."""
+        ...
 
     async def remove(self, path: bytes) -> None: ...
 

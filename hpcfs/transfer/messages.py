@@ -84,6 +84,9 @@ class Abilities(msgspec.Struct, frozen=True):
     handles: bool
     """An open file keeps its identity through renames, and its growth can be followed (SFTP)."""
     mtime_resolution_ns: int
+    part_copies: bool = False
+    """Of an object of at least PART_COPY_BYTES, an `Upload` with its version as `base_version` may
+    be given the dirty ranges only, and says so (`whole` false): the server copies the rest."""
 
 
 class DiskUsage(msgspec.Struct, frozen=True):
@@ -226,6 +229,8 @@ class ReadLink(msgspec.Struct, frozen=True, tag=True):
 NO_HANDLE = 0
 AHEAD_BYTES = 16 * 1024 * 1024
 """What is sent of a file at once while it is still being written."""
+PART_COPY_BYTES = 16 * 1024 * 1024
+"""Smaller objects are sent whole: that takes less time than the requests that would spare it."""
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):
@@ -269,7 +274,15 @@ class Upload(msgspec.Struct, frozen=True, tag=True):
     written (S3: by a conditional request, where the server knows those). With `replace` the content
     arrives whole under another name and then takes the place of what has this one, so that nobody
     sees a part of it (S3: always so). `handle` is that of `Create`, or of `UploadAhead`, whose
-    bytes count as sent and are not in `ranges`.
+    bytes count as sent and are not in `ranges`; AheadLost is raised where they are not there any
+    more. Until the answer the cache file must hold them too.
+
+    With `whole` false the cache file may hold nothing but the ranges. What is neither in them nor
+    below `base_size` is zeros, and the rest is on the server, as `base_version` (see part_copies
+    of Abilities). NotSupported then asks for the same upload with the whole file; nothing was
+    changed. `times_set` tells that a program set the `mtime_ns` among the attributes; otherwise it
+    is that of the last write, and where keeping it would cost a copy of the object, the server's
+    counts.
     """
 
     path: bytes
@@ -283,6 +296,8 @@ class Upload(msgspec.Struct, frozen=True, tag=True):
     base_version: bytes | None = None
     replace: bool = False
     handle: int = NO_HANDLE
+    whole: bool = True
+    times_set: bool = True
 
 
 class UploadAhead(msgspec.Struct, frozen=True, tag=True):

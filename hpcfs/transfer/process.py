@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 import uvloop
 
-from hpcfs.remotes.base import Remote, Site
+from hpcfs.remotes.base import MAX_FILE_BYTES, Remote, ReportProgress, Site, no_report
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.cachefile import CacheDisk, CacheSource
 
@@ -141,7 +141,7 @@ class Worker:
                 await upload_ahead(remote, call.request)
                 result = None
             case _:
-                result = await perform(remote, call.request)
+                result = await perform(remote, call.request, self._reporter(call.id))
         return m.Reply(call.id, m.pack(result))
 
     async def _send_pages(self, call_id: int, pages: AsyncIterator[Sequence[m.Entry]]) -> None:
@@ -153,17 +153,17 @@ class Worker:
     async def _upload(self, remote: Remote, call_id: int, request: m.Upload) -> m.Entry:
         source = CacheSource(request.cache_file, request.size)
         try:
-            return await remote.upload(
-                request,
-                source,
-                lambda done: self._connection.send_soon(m.Advance(call_id, m.Progress(done))),
-            )
+            return await remote.upload(request, source, self._reporter(call_id))
         finally:
             source.close()
 
+    def _reporter(self, call_id: int) -> ReportProgress:
+        return lambda done: self._connection.send_soon(m.Advance(call_id, m.Progress(done)))
+
 
 async def upload_ahead(remote: Remote, request: m.UploadAhead) -> None:
-    source = CacheSource(request.cache_file, request.offset + request.length)
+    """Of the whole cache file: several pieces may make one part of the remote's."""
+    source = CacheSource(request.cache_file, MAX_FILE_BYTES)
     try:
         await remote.upload_ahead(request, source)
     finally:
@@ -201,7 +201,9 @@ async def fetch(remote: Remote, request: m.Fetch, disk: CacheDisk) -> m.Fetched:
     return m.Fetched(request.length, stored.checksums, fetch_seconds, stored.seconds)
 
 
-def perform(remote: Remote, request: m.Request) -> Coroutine[object, object, object]:
+def perform(
+    remote: Remote, request: m.Request, report: ReportProgress = no_report
+) -> Coroutine[object, object, object]:
     """The requests that are one call of the remote each."""
     match request:
         case m.Connect():
@@ -223,7 +225,7 @@ def perform(remote: Remote, request: m.Request) -> Coroutine[object, object, obj
         case m.MakeLink(existing, path):
             return remote.make_link(existing, path)
         case m.Rename(path, target, replace):
-            return remote.rename(path, target, replace=replace)
+            return remote.rename(path, target, replace=replace, report=report)
         case m.Remove(path):
             return remote.remove(path)
         case m.RemoveDirectory(path):

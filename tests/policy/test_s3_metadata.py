@@ -9,11 +9,11 @@ import pytest
 from botocore import exceptions as boto
 from hypothesis import given, strategies as st
 
-from hpcfs.remotes.s3.bucket import Info, Summary
 from hpcfs.remotes.s3.errors import LONGEST_DELAY, Health, translate
 from hpcfs.remotes.s3.known import Known, MetadataCache
 from hpcfs.remotes.s3.metadata import MAX_TIME_NS, Metadata, decode, encode, format_time, parse_time
-from hpcfs.remotes.s3.transfer import Limits
+from hpcfs.remotes.s3.objects import Info, Summary
+from hpcfs.remotes.s3.parts import Limits
 from hpcfs.transfer.messages import (
     AccessRefused,
     Attributes,

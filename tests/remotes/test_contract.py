@@ -302,6 +302,18 @@ async def test_truncate_cuts_and_extends(remote: Remote, subject: Subject) -> No
 
 
 @contract
+async def test_a_rename_tells_that_it_moves_on(remote: Remote, subject: Subject) -> None:
+    await remote.make_directory(b"a", 0o755)
+    for number in range(5):
+        await put(remote, b"a/%d" % number, b"x")
+    told: list[int] = []
+    await remote.rename(b"a", b"b", replace=True, report=told.append)
+    assert told == sorted(told)
+    assert subject.is_sftp or told
+    assert len(await listed(remote, b"b")) == 5
+
+
+@contract
 async def test_many_requests_at_once(remote: Remote, subject: Subject) -> None:
     data = {b"f%d" % number: content(200_000, number) for number in range(12)}
     await asyncio.gather(*(put(remote, name, body) for name, body in data.items()))

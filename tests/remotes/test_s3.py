@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 
+from hpcfs.remotes.s3.multipart import SourceWindow
 from hpcfs.remotes.s3.names import MARKER, shown
+from hpcfs.remotes.s3.parts import MIB, Limits
 from hpcfs.remotes.s3.remote import S3Remote
 from hpcfs.remotes.s3.site import S3SiteConnection
-from hpcfs.remotes.s3.transfer import MIB, Limits, SourceWindow
 from hpcfs.transfer.messages import (
     AccessRefused,
     AlreadyExists,

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import hashlib
 import ipaddress
+import os
 import stat
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,11 +27,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings, strategies as st
 
 from hpcfs.remotes.s3.direct import STRANGE_IN_A_ROW
-from hpcfs.remotes.s3.http import Answer, Lost, Question, Unusual
+from hpcfs.remotes.s3.http import PIECE_BYTES, Answer, Lost, Question, Unusual
 from hpcfs.remotes.s3.login import Login
+from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.remotes.s3.pool import MIB, Bounds, Gate, Host, Pool
 from hpcfs.remotes.s3.remote import S3Remote
-from hpcfs.remotes.s3.signing import Keys, Signer
+from hpcfs.remotes.s3.signing import UNSIGNED, Keys, Signer
 from hpcfs.remotes.s3.site import S3SiteConnection
 from hpcfs.transfer.messages import (
     Changed,
@@ -88,7 +91,8 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 
 
 @given(
-    method=st.sampled_from(["GET", "HEAD"]),
+    method=st.sampled_from(["GET", "HEAD", "PUT"]),
+    body=st.binary(max_size=20),
     key=texts,
     query=st.dictionaries(st.sampled_from(["prefix", "delimiter", "list-type", "max-keys"]), texts),
     headers=st.dictionaries(
@@ -100,18 +104,22 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 @settings(deadline=None)
 def test_a_signature_is_botocores(
     method: str, key: str, query: dict[str, str], headers: dict[str, str], token: str | None,
-    tls: bool,
+    tls: bool, body: bytes,
 ) -> None:  # fmt: skip
     path = "/bucket/" + quote(key, safe="/~")
     parts = "&".join(f"{name}={quote(query[name], safe='-_.~')}" for name in sorted(query))
     scheme = "https" if tls else "http"
+    if method == "PUT":
+        headers = {**headers, "content-md5": "as+it/is=="}
     theirs = AWSRequest(method, f"{scheme}://host.example:81{path}?{parts}", headers=headers)
+    theirs.data = body if method == "PUT" else b""
+    theirs.context["has_streaming_input"] = bool(theirs.data)  # as put_object and upload_part have
     S3SigV4Auth(ReadOnlyCredentials("KEY", "secret", token), "s3", "eu-x").add_auth(theirs)
     time = datetime.datetime.strptime(theirs.headers["X-Amz-Date"], "%Y%m%dT%H%M%SZ")
     signer = Signer("eu-x", "s3")
     ours = signer.sign(
         method, path, parts, {**headers, "host": "host.example:81"}, Keys("KEY", "secret", token),
-        time,
+        time, UNSIGNED if tls and theirs.data else hashlib.sha256(theirs.data).hexdigest(),
     )  # fmt: skip
     expected = {name.lower(): value for name, value in theirs.headers.items()}
     assert ours == {**expected, "host": "host.example:81"}
@@ -155,6 +163,43 @@ def test_both_ways_say_the_same(server: S3Server, prefix: str) -> None:
             remote._bucket._access.direct._routes[server.bucket] = None
             assert await look(remote) == direct
             assert len(asked) > len(keys)
+
+    asyncio.run(test())
+
+
+def test_both_ways_write_the_same(server: S3Server, prefix: str) -> None:
+    headers = {"ContentType": "text/x-model", "CacheControl": "no-cache", "ContentLanguage": "de"}
+    metadata = Metadata(mode=33188, mtime_ns=5 * 10**9, foreign=(("team", "ice"),))
+    odd = Metadata(foreign=(("team", "Bär"),))
+    bodies = (b"", b"small", os.urandom(3 * MIB))
+
+    async def write(remote: S3Remote, base: str) -> list[Any]:
+        bucket = remote._bucket
+        found: list[Any] = []
+        for number, body in enumerate(bodies):
+            for key in ODD_KEYS:
+                name = f"{base}/{number}{key}"
+                found.append(await bucket.put(name, body, metadata, headers))
+                info = await bucket.head(name)
+                assert info is not None
+                found.append((info.etag, info.size, info.metadata, info.headers))
+                found.append(await bucket.copy(info, f"{base}/{number}copy/{key}"))
+                found.append(await bucket.copy(info, name, odd, headers))
+                copied = await bucket.head(f"{base}/{number}copy/{key}")
+                assert copied is not None
+                found.append((copied.etag, copied.metadata, copied.headers))
+        upload = await bucket.create_upload(f"{base}/parts", metadata, headers)
+        found.append(await bucket.upload_part(f"{base}/parts", upload, 1, bodies[2]))
+        await bucket.abort_upload(f"{base}/parts", upload)
+        return found
+
+    async def test() -> None:
+        async with remote_of(server, prefix) as remote:
+            asked = count(remote)
+            direct = await write(remote, f"{prefix}/one")
+            assert asked == ["create_multipart_upload", "abort_multipart_upload"]
+            remote._bucket._access.direct._routes[server.bucket] = None
+            assert await write(remote, f"{prefix}/two") == direct
 
     asyncio.run(test())
 
@@ -219,6 +264,9 @@ def test_tls_trusts_whom_botocore_trusts(
                 entry = await remote.stat(b"f")
                 pieces = await remote.fetch(b"f", entry.version, 0, entry.size, 1)
                 assert b"".join(pieces) == b"over TLS"
+                body = os.urandom(5 * MIB)
+                etag = await remote._bucket.put("g", body, Metadata(), {})
+                assert bytes(await remote._bucket.get("g", etag.encode(), 0, len(body))) == body
                 return asked
 
         (tmp_path / "buckets" / server.bucket / "f").write_bytes(b"over TLS")
@@ -652,5 +700,73 @@ def test_a_server_that_is_never_understood_is_left_to_botocore(
                 assert await remote._bucket.head(f"{prefix}/f") is not None
             assert len(asked) == STRANGE_IN_A_ROW + 5
             assert len(tried) == STRANGE_IN_A_ROW
+
+    asyncio.run(test())
+
+
+# --- bodies that are sent -------------------------------------------------------------------------
+
+
+def asking(body: bytes, sent: Callable[[], None] | None = None) -> Question:
+    head = f"PUT / HTTP/1.1\r\ncontent-length: {len(body)}\r\n\r\n"
+    return Question(head.encode(), limit=1000, body=body, sent=sent)
+
+
+@pytest.mark.parametrize("size", [1, 5000, PIECE_BYTES, 9 * MIB + 1])
+def test_a_body_arrives_whole(size: int) -> None:
+    body = os.urandom(size)
+    pieces = 0
+
+    def sent() -> None:
+        nonlocal pieces
+        pieces += 1
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await reader.readuntil(b"\r\n\r\n")
+            digest = hashlib.sha256(await reader.readexactly(size)).hexdigest()
+            writer.write(OK + f"content-length: 64\r\n\r\n{digest}".encode())
+
+    async def test() -> None:
+        async with pool_to(serve) as pool:
+            for _ in range(2):
+                answer = await pool.ask(asking(body, sent))
+                assert answer.body == hashlib.sha256(body).hexdigest().encode()
+            assert len(pool._all) == 1, "the connection can be used again"
+
+    asyncio.run(test())
+    if size >= PIECE_BYTES:
+        assert pieces == 2 * -(-size // PIECE_BYTES)
+
+
+def test_a_refusal_that_comes_before_the_body_was_sent_is_heard() -> None:
+    """And the connection, on which the rest of the body is still expected, is not used again."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 403 Forbidden\r\ncontent-length: 2\r\n\r\nno")
+        await writer.drain()
+        await asyncio.Event().wait()
+
+    async def test() -> None:
+        async with pool_to(serve) as pool:
+            for _ in range(2):
+                answer = await pool.ask(asking(bytes(64 * MIB)))
+                assert (answer.status, answer.body) == (403, b"no")
+                assert pool._idle == []
+
+    asyncio.run(test())
+
+
+def test_a_server_that_takes_no_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpcfs.remotes.s3.pool.TICK_SECONDS", 0.05)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.Event().wait()
+
+    async def test() -> None:
+        async with pool_to(serve, read_timeout=0.3) as pool:
+            with pytest.raises(TimeoutError):
+                await pool.ask(asking(bytes(64 * MIB)))
 
     asyncio.run(test())

@@ -18,7 +18,7 @@ from typing import TypeVar
 import msgspec
 import trio
 
-from hpcfs.remotes.base import Source
+from hpcfs.remotes.base import ReportProgress, Source, no_report
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.cachefile import CacheDisk, CacheSource
 from hpcfs.transfer.process import perform
@@ -322,7 +322,9 @@ class MemoryRemote:
         parent.children[name] = self._file(existing)
         return self._entry(path, parent.children[name])
 
-    async def rename(self, path: bytes, target: bytes, *, replace: bool) -> None:
+    async def rename(
+        self, path: bytes, target: bytes, *, replace: bool, report: ReportProgress = no_report
+    ) -> None:
         item = self._find(path)
         if target.startswith(path + b"/"):
             raise m.InvalidRequest("a directory can't be moved into itself")

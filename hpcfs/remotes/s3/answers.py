@@ -85,16 +85,26 @@ def _xml_time(text: str) -> datetime:
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
-def of_listing(body: bytes | bytearray) -> dict[str, Any]:
-    """What ListObjectsV2 says. Keys come quoted: XML can't hold every character."""
+def of_copy(body: bytes | bytearray) -> dict[str, Any]:
+    """What CopyObject says. A failure may come with status 200, once the copying has begun."""
+    return {"CopyObjectResult": dict(_texts(_root(body, "CopyObjectResult")))}
+
+
+def _root(body: bytes | bytearray, tag: str) -> ElementTree.Element:
     if b"<!DOCTYPE" in body:
-        raise ValueError("a listing that defines entities")
+        raise ValueError("an answer that defines entities")
     try:
         root = ElementTree.fromstring(bytes(body))  # noqa: S314 - without entities it is safe
     except ElementTree.ParseError as error:
         raise ValueError(str(error)) from None
-    if _local(root.tag) != "ListBucketResult":
-        raise ValueError("not a listing")
+    if _local(root.tag) != tag:
+        raise ValueError(f"an answer without {tag}")
+    return root
+
+
+def of_listing(body: bytes | bytearray) -> dict[str, Any]:
+    """What ListObjectsV2 says. Keys come quoted: XML can't hold every character."""
+    root = _root(body, "ListBucketResult")
     answer: dict[str, Any] = {}
     contents: list[dict[str, Any]] = []
     prefixes: list[dict[str, Any]] = []

@@ -6,78 +6,48 @@ Nothing above this module sees a botocore response. It knows keys, not paths; wh
 
 from __future__ import annotations
 
-import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, contextmanager
+import asyncio
+import base64
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from functools import lru_cache
 from typing import Any, BinaryIO
 
+from botocore.exceptions import ClientError
+
 from hpcfs.remotes.base import checked_size
-from hpcfs.remotes.s3.direct import Direct
-from hpcfs.remotes.s3.errors import Health, translating
-from hpcfs.remotes.s3.metadata import NANOSECONDS, Metadata, decode, encode
-from hpcfs.remotes.s3.names import MARKER, checked_key
+from hpcfs.remotes.s3.direct import THREAD_BYTES, Direct
+from hpcfs.remotes.s3.errors import Health, s3_code, translate, translating
+from hpcfs.remotes.s3.metadata import Metadata, encode
+from hpcfs.remotes.s3.names import checked_key
+from hpcfs.remotes.s3.objects import (
+    Info,
+    Page,
+    Summary,
+    check_range,
+    if_match,
+    info_of,
+    is_md5,
+    plain_etag,
+    settable,
+    summary_of,
+)
 from hpcfs.remotes.s3.pool import Gate
+from hpcfs.remotes.s3.server import Server
 from hpcfs.transfer.messages import (
     Changed,
+    Conflict,
     NotFound,
+    NotSupported,
     ProtocolError,
     RemoteError,
     RemoteFailure,
     WrongSettings,
 )
 
-KEPT_HEADERS = (
-    *("CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType"),
-    *("Expires", "WebsiteRedirectLocation", "StorageClass", "ServerSideEncryption"),
-    *("SSEKMSKeyId", "BucketKeyEnabled"),
-)
-"""What belongs to an object beside its metadata, by the names that requests and answers share."""
-
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/")
-_MD5 = re.compile(r"[0-9a-f]{32}\Z")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a listing says of an object. `etag` is without quotes, "" where there is none."""
-
-    key: str
-    size: int
-    etag: str
-    modified_ns: int
-    storage_class: str = field(default="", compare=False)
-
-    @property
-    def version(self) -> bytes:
-        """The content's identity. Whole seconds: listings and headers differ in the rest."""
-        if self.etag:
-            return self.etag.encode()
-        return f"{self.size}:{self.modified_ns // NANOSECONDS}".encode()
-
-
-@dataclass(frozen=True)
-class Info(Summary):
-    """What an object's headers say of it."""
-
-    metadata: Metadata = field(default_factory=Metadata)
-    headers: Mapping[str, Any] = field(default_factory=dict)
-    server_time_ns: int | None = None
-
-    def has_version(self, version: bytes) -> bool:
-        sized = f"{self.size}:{self.modified_ns // NANOSECONDS}".encode()
-        return version in (self.version, sized)
-
-
-@dataclass(frozen=True)
-class Page:
-    """A piece of a listing; `prefixes` end in the delimiter."""
-
-    objects: list[Summary]
-    prefixes: list[str]
+DELETED_AT_ONCE = 1000
+"""What S3 takes in one request."""
 
 
 @dataclass(frozen=True)
@@ -87,16 +57,27 @@ class Access:
     client: Callable[[], Awaitable[Any]]
     direct: Direct
     gate: Gate
+    sending: Gate
+    """For bodies that are sent: `gate` is for what is asked and received."""
     health: Health
+    server: Server = field(default_factory=Server)
+
+
+@dataclass(frozen=True)
+class PartSent:
+    etag: str
+    md5: bytes | None = None
+    """Of what was sent, where it is known."""
 
 
 class Bucket:
-    """Reads go the direct way where there is one, and only as many at once as the gate lets
-    through; the rest goes by way of botocore's client."""
+    """Requests go the direct way where there is one, and those that move bytes only as many at once
+    as the gates let through; the rest goes by way of botocore's client."""
 
     def __init__(self, name: str, access: Access) -> None:
         self.name = name
         self._access = access
+        self.server = access.server
         self._lasting: RemoteError | None = None
 
     async def call(self, operation: str, subject: str, **parameters: Any) -> dict[str, Any]:
@@ -104,12 +85,17 @@ class Bucket:
         with self._watching(subject):
             return await self._by_client(operation, parameters)
 
-    async def _read(
-        self, operation: str, subject: str, parameters: dict[str, Any], limit: int = 0
+    async def _directly(
+        self,
+        operation: str,
+        subject: str,
+        parameters: dict[str, Any],
+        limit: int = 0,
+        sent: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
         """The same for the operations that there is a direct way for."""
         with self._watching(subject):
-            answer = await self._access.direct.answer(operation, self.name, parameters, limit)
+            answer = await self._access.direct.answer(operation, self.name, parameters, limit, sent)
             if answer is None:
                 answer = await self._by_client(operation, parameters)
             return answer
@@ -142,10 +128,10 @@ class Bucket:
         """None where there is no such object. `urgent` requests overtake those that are not."""
         try:
             async with self._access.gate.turn(0, urgent=urgent):
-                answer = await self._read("head_object", key, {"Key": key})
+                answer = await self._directly("head_object", key, {"Key": key})
         except NotFound:
             return None
-        return _info(key, answer)
+        return info_of(key, answer)
 
     async def get(
         self, key: str, version: bytes, offset: int, length: int, *, urgent: bool = True
@@ -156,7 +142,7 @@ class Bucket:
             parameters["IfMatch"] = f'"{version.decode()}"'
         try:
             async with self._access.gate.turn(length, urgent=urgent):
-                answer = await self._read("get_object", key, parameters, length)
+                answer = await self._directly("get_object", key, parameters, length)
                 return await self._range_of(answer, key, version, offset, length)
         except NotFound:
             raise Changed(f"{key} was removed on the server: it can't be read on") from None
@@ -170,8 +156,8 @@ class Bucket:
         async with AsyncExitStack() as stack:
             if body is not None and not isinstance(body, bytearray):
                 await stack.enter_async_context(body)
-            total = _check_range(key, answer, offset, length)
-            info = _info(key, {**answer, "ContentLength": total})
+            total = check_range(key, answer, offset, length)
+            info = info_of(key, {**answer, "ContentLength": total})
             if not info.has_version(version):
                 raise Changed(f"{key} has changed on the server: open it again")
             if isinstance(body, bytearray):
@@ -182,28 +168,42 @@ class Bucket:
             raise Changed(f"{key} ended after {len(data)} of {length} bytes: open it again")
         return data
 
+    @asynccontextmanager
+    async def sending(self, size: int) -> AsyncIterator[None]:
+        """Around what reads a body of `size` bytes and sends it: bounds the memory for them."""
+        async with self._access.sending.turn(size, urgent=False):
+            yield
+
     async def put(
         self,
         key: str,
         body: bytes,
         metadata: Metadata,
         headers: Mapping[str, Any],
-        md5: str | None = None,
+        *,
+        base: bytes | None = None,
+        sent: Callable[[], None] | None = None,
     ) -> str:
-        """The new object's ETag; `md5` is compared with it where the ETag is an MD5."""
-        answer = await self.call(
-            "put_object",
-            key,
-            Key=checked_key(key),
-            Body=body,
-            Metadata=encode(metadata),
-            **_settable(headers),
-        )
-        etag = plain_etag(answer.get("ETag"))
-        encrypted = str(answer.get("ServerSideEncryption", "")).startswith("aws:kms")
-        if md5 and _MD5.match(etag) and not encrypted and etag != md5:
-            raise RemoteFailure(f"{key}: what S3 stored is not what was sent: write it again")
-        return etag
+        """The new object's ETag. `base` is the version that is replaced (see messages.Upload).
+
+        Raises Conflict where the server has another one.
+        """
+        md5 = await md5_of(body)
+        with self._conditional(key, base):
+            answer = await self._directly(
+                "put_object",
+                key,
+                {
+                    "Key": checked_key(key),
+                    "Body": body,
+                    "ContentMD5": base64.b64encode(md5).decode(),
+                    "Metadata": encode(metadata),
+                    **settable(headers),
+                    **condition(base),
+                },
+                sent=sent,
+            )
+        return _checked_etag(key, answer, md5)
 
     async def copy(
         self,
@@ -219,22 +219,43 @@ class Bucket:
         parameters: dict[str, Any] = {"MetadataDirective": "COPY"}
         if metadata is not None:
             parameters = {"MetadataDirective": "REPLACE", "Metadata": encode(metadata)}
-            parameters |= _settable(headers or {})
+            parameters |= settable(headers or {})
         elif source.storage_class:  # COPY does not copy this one
             parameters["StorageClass"] = source.storage_class
-        answer = await self.call(
-            "copy_object",
-            key,
-            Key=checked_key(key),
-            CopySource={"Bucket": self.name, "Key": source.key},
+        asked = {
+            "Key": checked_key(key),
+            "CopySource": {"Bucket": self.name, "Key": source.key},
             **if_match(source),
             **parameters,
-        )
+        }
+        answer = await self._directly("copy_object", key, asked)
         return plain_etag(answer.get("CopyObjectResult", {}).get("ETag"))
+
+    @contextmanager
+    def _conditional(self, key: str, base: bytes | None) -> Iterator[None]:
+        """What a server says to a condition that does not hold: 412, 409 to one of two that come
+        at once, 404 where there is nothing to match."""
+        try:
+            yield
+        except (Changed, NotFound) as error:
+            if base is None or s3_code(error) in ("NoSuchUpload", "NoSuchBucket"):
+                raise
+            raise Conflict(
+                f"{key} is not what it was when it was opened: the server has another version"
+            ) from None
 
     async def delete(self, key: str) -> None:
         """S3 does not say whether the object was there."""
         await self.call("delete_object", key, Key=key)
+
+    async def delete_many(self, keys: Sequence[str]) -> None:
+        """At most DELETED_AT_ONCE."""
+        listed = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+        answer = await self.call("delete_objects", keys[0], Delete=listed)
+        for failure in answer.get("Errors", []):
+            key, code = str(failure.get("Key", "")), str(failure.get("Code", ""))
+            refusal: Any = {"Error": {"Code": code, "Message": str(failure.get("Message", ""))}}
+            raise translate(ClientError(refusal, "DeleteObjects"), key)
 
     async def first(self, prefix: str, count: int, *, delimiter: str = "") -> Page:
         """The beginning of a listing."""
@@ -261,8 +282,10 @@ class Bucket:
             parameters = {**parameters, "Delimiter": delimiter}
         subject = prefix or f"bucket {self.name}"
         async with self._access.gate.turn(0, urgent=True):
-            answer = await self._read("list_objects_v2", subject, {"Prefix": prefix, **parameters})
-        objects = [_summary(found) for found in answer.get("Contents", [])]
+            answer = await self._directly(
+                "list_objects_v2", subject, {"Prefix": prefix, **parameters}
+            )
+        objects = [summary_of(found) for found in answer.get("Contents", [])]
         prefixes = [str(found.get("Prefix", "")) for found in answer.get("CommonPrefixes", [])]
         page = Page(
             [found for found in objects if found.key.startswith(prefix)],
@@ -281,21 +304,32 @@ class Bucket:
             key,
             Key=checked_key(key),
             Metadata=encode(metadata),
-            **_settable(headers),
+            **settable(headers),
         )
         return str(answer["UploadId"])
 
     async def upload_part(
-        self, key: str, upload: str, number: int, body: bytes | BinaryIO
-    ) -> dict[str, Any]:
-        answer = await self.call(
-            "upload_part", key, Key=key, UploadId=upload, PartNumber=number, Body=body
-        )
-        return {"PartNumber": number, "ETag": answer["ETag"]}
+        self,
+        key: str,
+        upload: str,
+        number: int,
+        body: bytes | BinaryIO,
+        sent: Callable[[], None] | None = None,
+    ) -> PartSent:
+        """A body that is no bytes is streamed, and its MD5 is not known."""
+        asked = {"Key": key, "UploadId": upload, "PartNumber": number, "Body": body}
+        if not isinstance(body, bytes):
+            answer = await self.call("upload_part", key, **asked)
+            return PartSent(plain_etag(answer.get("ETag")))
+        md5 = await md5_of(body)
+        asked["ContentMD5"] = base64.b64encode(md5).decode()
+        answer = await self._directly("upload_part", key, asked, sent=sent)
+        return PartSent(_checked_etag(key, answer, md5), md5)
 
     async def copy_part(
         self, key: str, upload: str, number: int, source: Summary, offset: int, length: int
-    ) -> dict[str, Any]:
+    ) -> PartSent:
+        """Raises NotSupported where the server does not copy: some take it for an empty part."""
         answer = await self.call(
             "upload_part_copy",
             key,
@@ -306,85 +340,68 @@ class Bucket:
             CopySourceRange=f"bytes={offset}-{offset + length - 1}",
             **if_match(source),
         )
-        return {"PartNumber": number, "ETag": answer["CopyPartResult"]["ETag"]}
+        etag = plain_etag(answer.get("CopyPartResult", {}).get("ETag"))
+        if not etag:
+            raise NotSupported(f"{key}: this S3 server can't copy parts of an object")
+        return PartSent(etag)
 
-    async def complete_upload(self, key: str, upload: str, parts: list[dict[str, Any]]) -> None:
-        listed = {"Parts": parts}
-        await self.call(
-            "complete_multipart_upload", key, Key=key, UploadId=upload, MultipartUpload=listed
-        )
+    async def parts(self, key: str, upload: str) -> dict[int, int]:
+        """The sizes of an upload's parts as the server has them, by number."""
+        found: dict[int, int] = {}
+        more: dict[str, Any] = {}
+        while True:
+            answer = await self.call("list_parts", key, Key=key, UploadId=upload, **more)
+            for part in answer.get("Parts", []):
+                found[int(part["PartNumber"])] = checked_size(part.get("Size"), key.encode())
+            marker = answer.get("NextPartNumberMarker")
+            if (
+                not answer.get("IsTruncated")
+                or not marker
+                or more.get("PartNumberMarker") == marker
+            ):
+                return found
+            more = {"PartNumberMarker": marker}
+
+    async def complete_upload(
+        self, key: str, upload: str, etags: Sequence[str], base: bytes | None = None
+    ) -> str:
+        """`etags` are the parts', in order; returns the object's. Raises Conflict as `put` does."""
+        parts = [
+            {"PartNumber": number, "ETag": f'"{etag}"'} for number, etag in enumerate(etags, 1)
+        ]
+        with self._conditional(key, base):
+            answer = await self.call(
+                "complete_multipart_upload",
+                key,
+                Key=key,
+                UploadId=upload,
+                MultipartUpload={"Parts": parts},
+                **condition(base),
+            )
+        return plain_etag(answer.get("ETag"))
 
     async def abort_upload(self, key: str, upload: str) -> None:
         await self.call("abort_multipart_upload", key, Key=key, UploadId=upload)
 
 
-def if_match(source: Summary) -> dict[str, str]:
-    return {"CopySourceIfMatch": f'"{source.etag}"'} if source.etag else {}
+async def md5_of(body: bytes) -> bytes:
+    if len(body) <= THREAD_BYTES:
+        return hashlib.md5(body, usedforsecurity=False).digest()
+    digest = await asyncio.to_thread(hashlib.md5, body, usedforsecurity=False)
+    return digest.digest()
 
 
-def plain_etag(value: object) -> str:
-    """Some servers quote it in headers and not in listings."""
-    return str(value or "").strip('"')
+def condition(base: bytes | None) -> dict[str, str]:
+    """A version that is no ETag can't be asked for."""
+    if base is None or b":" in base:
+        return {}
+    return {"IfMatch": f'"{base.decode()}"'} if base else {"IfNoneMatch": "*"}
 
 
-def _settable(headers: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: headers[name] for name in KEPT_HEADERS if name in headers}
-
-
-def _nanoseconds(moment: object) -> int:
-    """To the microsecond, without a float's rounding."""
-    if not isinstance(moment, datetime):
-        return 0
-    since = moment.astimezone(UTC) - datetime(1970, 1, 1, tzinfo=UTC)
-    return ((since.days * 86400 + since.seconds) * 1_000_000 + since.microseconds) * 1000
-
-
-def _storage_class(found: Mapping[str, Any]) -> str:
-    """ "" for the default one, which listings name and headers don't."""
-    name = str(found.get("StorageClass") or "")
-    return "" if name == "STANDARD" else name
-
-
-def _summary(found: Mapping[str, Any]) -> Summary:
-    key = str(found.get("Key", ""))
-    size = checked_size(found.get("Size"), key.encode())
-    return Summary(
-        key, size, plain_etag(found.get("ETag")), _nanoseconds(found.get("LastModified"))
-    )
-
-
-def _info(key: str, answer: Mapping[str, Any]) -> Info:
-    http_headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    return Info(
-        key=key,
-        size=checked_size(answer.get("ContentLength"), key.encode()),
-        etag=plain_etag(answer.get("ETag")),
-        modified_ns=_nanoseconds(answer.get("LastModified")),
-        storage_class=_storage_class(answer),
-        metadata=decode(answer.get("Metadata", {}), directory=key.endswith(("/", MARKER))),
-        headers={name: answer[name] for name in KEPT_HEADERS if answer.get(name)},
-        server_time_ns=_date(http_headers.get("date")),
-    )
-
-
-@lru_cache(maxsize=1024)
-def _date(text: str | None) -> int | None:
-    try:
-        return _nanoseconds(parsedate_to_datetime(text)) if text else None
-    except ValueError:
-        return None
-
-
-def _check_range(key: str, answer: Mapping[str, Any], offset: int, length: int) -> int:
-    """The whole object's size. Raises Changed when the answer is shorter than what was asked."""
-    sent = checked_size(answer.get("ContentLength"), key.encode())
-    given = str(answer.get("ContentRange") or "")
-    found = _CONTENT_RANGE.match(given)
-    begins = int(found[1]) if found else 0
-    total = given.rpartition("/")[2]
-    whole = int(total) if found and total.isdigit() else begins + sent
-    if begins == offset and sent < length:
-        raise Changed(f"{key} has become shorter on the server: open it again")
-    if begins != offset or sent != length:
-        raise ProtocolError(f"{key}: the S3 server sent other bytes than the range asked for")
-    return whole
+def _checked_etag(key: str, answer: Mapping[str, Any], md5: bytes) -> str:
+    """Compared with the MD5 of what was sent, where it is one."""
+    etag = plain_etag(answer.get("ETag"))
+    encrypted = str(answer.get("ServerSideEncryption", "")).startswith("aws:kms")
+    if is_md5(etag) and not encrypted and etag != md5.hex():
+        raise RemoteFailure(f"{key}: what S3 stored is not what was sent: write it again")
+    return etag

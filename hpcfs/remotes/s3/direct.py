@@ -1,4 +1,4 @@
-"""Reading objects without botocore's machinery, but as botocore would: where, and as whom.
+"""Objects without botocore's machinery, but as botocore would: where, and as whom.
 
 botocore prepares one request for each bucket, which is not sent: it says which host, path, region
 and kind of signature this bucket has, so nothing of AWS's rules is repeated here. Credentials come
@@ -10,10 +10,11 @@ botocore: `answer` returns None, and the caller asks again by way of the client.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
@@ -23,10 +24,10 @@ from botocore.httpsession import create_urllib3_context, get_cert_path
 from botocore.parsers import create_parser
 from botocore.utils import get_environ_proxies
 
-from hpcfs.remotes.s3.answers import of_listing, of_object
-from hpcfs.remotes.s3.http import Answer, Question, Unusual
-from hpcfs.remotes.s3.pool import Gate, Host, Pool
-from hpcfs.remotes.s3.signing import ALGORITHM, Keys, Signer
+from hpcfs.remotes.s3.answers import of_copy, of_listing, of_object
+from hpcfs.remotes.s3.http import ERROR_BYTES, Answer, Question, Unusual
+from hpcfs.remotes.s3.pool import Host, Pool
+from hpcfs.remotes.s3.signing import ALGORITHM, EMPTY_SHA256, UNSIGNED, Keys, Signer
 
 log = logging.getLogger(__name__)
 PREPARED = "HeadBucket"
@@ -37,12 +38,40 @@ _SCOPE = re.compile(
 LISTING_BYTES = 16 * 1024 * 1024
 """A page has 1000 keys of at most 1 KiB, thrice that when quoted."""
 STRANGE_IN_A_ROW = 10
+THREAD_BYTES = 256 * 1024
+"""Hashing more than this is left to a thread."""
+_METHODS = {
+    "head_object": "HEAD",
+    "get_object": "GET",
+    "list_objects_v2": "GET",
+    "put_object": "PUT",
+    "upload_part": "PUT",
+    "copy_object": "PUT",
+}
 _QUERY = {
     "Prefix": "prefix",
     "Delimiter": "delimiter",
     "MaxKeys": "max-keys",
     "ContinuationToken": "continuation-token",
+    "PartNumber": "partNumber",
+    "UploadId": "uploadId",
 }
+_HEADERS = {
+    "Range": "range",
+    "IfMatch": "if-match",
+    "IfNoneMatch": "if-none-match",
+    "CacheControl": "cache-control",
+    "ContentDisposition": "content-disposition",
+    "ContentEncoding": "content-encoding",
+    "ContentLanguage": "content-language",
+    "ContentMD5": "content-md5",
+    "ContentType": "content-type",
+    "CopySourceIfMatch": "x-amz-copy-source-if-match",
+    "MetadataDirective": "x-amz-metadata-directive",
+    "StorageClass": "x-amz-storage-class",
+}
+_ELSEWHERE = frozenset({"Key", "Body", "Metadata", "CopySource", *_QUERY})
+"""Parameters that have a place of their own in a request."""
 _FINAL = frozenset({401, 403, 404, 412, 416})
 """Refusals that asking again does not change: a refused credential must not be tried twice."""
 
@@ -77,13 +106,17 @@ class Route:
 
 
 class Direct:
-    """Timeouts are in seconds: for a connection, and without a byte. The gate hears how far away
-    the server is."""
+    """Timeouts are in seconds: for a connection, and without a byte. `answered_in` hears how far
+    away the server is."""
 
     def __init__(
-        self, login: Login, gate: Gate, connect_timeout: float, read_timeout: float
+        self,
+        login: Login,
+        answered_in: Callable[[float], None],
+        connect_timeout: float,
+        read_timeout: float,
     ) -> None:
-        self._login, self._gate = login, gate
+        self._login, self._answered_in = login, answered_in
         self._timeouts = connect_timeout, read_timeout
         self._routes: dict[str, Route | None] = {}
         self._pools: dict[tuple[str, str, int], Pool] = {}
@@ -93,23 +126,32 @@ class Direct:
         self._parser: Any = create_parser("rest-xml")
 
     async def answer(
-        self, operation: str, bucket: str, parameters: Mapping[str, Any], limit: int
+        self,
+        operation: str,
+        bucket: str,
+        parameters: Mapping[str, Any],
+        limit: int,
+        sent: Callable[[], None] | None = None,
     ) -> dict[str, Any] | None:
         """What the client's method of this name answers, or None where it must be asked.
 
-        One of head_object, get_object and list_objects_v2. `limit` is how many bytes of an object
-        may come; more are not read, and then there is no "Body". Raises ClientError for refusals,
-        TimeoutError, and what finding the credentials raises.
+        One of _METHODS: asking all of them twice does what asking once does. `limit` is how many
+        bytes of an object may come; more are not read, and then there is no "Body". `sent` is
+        called as a large body is on its way. Raises ClientError for refusals, TimeoutError, and
+        what finding the credentials raises.
         """
         route = await self._route(bucket)
-        if route is None:
+        if route is None or not parameters.keys() <= _HEADERS.keys() | _ELSEWHERE:
             return None
-        if operation == "list_objects_v2":
-            limit = LISTING_BYTES
+        if operation != "get_object":
+            limit = LISTING_BYTES if operation == "list_objects_v2" else ERROR_BYTES
+        body = parameters.get("Body", b"")
+        payload = await _payload(body, route)
         keys = await self._login.keys()
         try:
-            question = _question(route, operation, parameters, limit, keys)
-            found = await route.pool.ask(question)
+            head = _head(route, operation, bucket, parameters, keys, payload)
+            bodiless = _METHODS[operation] == "HEAD"
+            found = await route.pool.ask(Question(head, bodiless, limit, body, sent))
             if found.status < 300:
                 parsed = _parsed(operation, found)
                 self._strange.pop(bucket, None)
@@ -199,7 +241,7 @@ class Direct:
             tls = None
             if scheme == "https":
                 tls = await asyncio.to_thread(_tls_context, self._login.trusted())
-            pool = Pool(Host(name, port, tls), *self._timeouts, self._gate.answered_in)
+            pool = Pool(Host(name, port, tls), *self._timeouts, self._answered_in)
             self._pools[scheme, name, port] = pool
         return pool
 
@@ -212,32 +254,63 @@ def _tls_context(trusted: Any) -> ssl.SSLContext:
     return context
 
 
-def _question(
-    route: Route, operation: str, parameters: Mapping[str, Any], limit: int, keys: Keys
-) -> Question:
-    method = "HEAD" if operation == "head_object" else "GET"
+async def _payload(body: bytes, route: Route) -> str:
+    """What is signed of a body. As botocore does it: over TLS, nothing."""
+    if not body:
+        return EMPTY_SHA256
+    if route.pool.secure:
+        return UNSIGNED
+    if len(body) <= THREAD_BYTES:
+        return hashlib.sha256(body).hexdigest()
+    digest = await asyncio.to_thread(hashlib.sha256, body)
+    return digest.hexdigest()
+
+
+def _head(
+    route: Route,
+    operation: str,
+    bucket: str,
+    parameters: Mapping[str, Any],
+    keys: Keys,
+    payload: str,
+) -> bytes:
+    """All of a request but its body. Raises ValueError for what can't be sent."""
+    method = _METHODS[operation]
     path = route.path + quote(parameters["Key"], safe="/~") if "Key" in parameters else route.path
-    query = _query(parameters) if operation == "list_objects_v2" else ""
+    query = _query(operation, parameters)
     headers = {"host": route.host}
-    for parameter, name in (("Range", "range"), ("IfMatch", "if-match")):
-        if parameter in parameters:
-            headers[name] = parameters[parameter]
-            if not headers[name].isprintable():
-                raise ValueError("an ETag that can't be sent")
-    signed = route.signer.sign(method, path, query, headers, keys)
+    for name, value in parameters.items():
+        if name in _HEADERS:
+            headers[_HEADERS[name]] = value
+    for name, value in parameters.get("Metadata", {}).items():
+        headers[f"x-amz-meta-{name}"] = value
+    if "CopySource" in parameters:
+        source = quote(parameters["CopySource"]["Key"], safe="/~")
+        headers["x-amz-copy-source"] = f"{bucket}/{source}"
+    for name, value in headers.items():
+        if not _is_sendable(name) or not _is_sendable(value):
+            raise ValueError("a header that can't be sent")
+    signed = route.signer.sign(method, path, query, headers, keys, payload=payload)
     lines = [
         f"{method} {path}{'?' if query else ''}{query} HTTP/1.1",
         *(f"{name}: {value}" for name, value in signed.items()),
         f"user-agent: {route.user_agent}",
-        "accept-encoding: identity\r\n\r\n",
+        "accept-encoding: identity",
     ]
-    return Question("\r\n".join(lines).encode(), method == "HEAD", limit)
+    if method == "PUT":
+        lines.append(f"content-length: {len(parameters.get('Body', b''))}")
+    return "\r\n".join([*lines, "\r\n"]).encode()
 
 
-def _query(parameters: Mapping[str, Any]) -> str:
+def _is_sendable(text: str) -> bool:
+    return text.isascii() and text.isprintable() and text == text.strip()
+
+
+def _query(operation: str, parameters: Mapping[str, Any]) -> str:
     """In the order that the signature needs."""
-    given = {_QUERY[name]: str(value) for name, value in parameters.items()}
-    given |= {"list-type": "2", "encoding-type": "url"}
+    given = {_QUERY[name]: str(value) for name, value in parameters.items() if name in _QUERY}
+    if operation == "list_objects_v2":
+        given |= {"list-type": "2", "encoding-type": "url"}
     return "&".join(f"{name}={quote(given[name], safe='-_.~')}" for name in sorted(given))
 
 
@@ -247,6 +320,8 @@ def _parsed(operation: str, answer: Answer) -> dict[str, Any]:
         if answer.body is None:
             raise ValueError("the listing is too long")
         return of_listing(answer.body)
+    if operation == "copy_object":
+        return of_copy(answer.body or b"")
     found = of_object(answer.headers)
     if operation == "get_object" and answer.body is not None:
         found |= {"Body": answer.body, "ContentLength": len(answer.body)}

@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import struct
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import chain
-from typing import IO
 from weakref import WeakValueDictionary
 
-from hpcfs.remotes.s3.bucket import Bucket, Info, Page, Summary
+from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.entries import Entries
 from hpcfs.remotes.s3.known import Known, MetadataCache
 from hpcfs.remotes.s3.listing import Collator, Listed, in_order, is_marker
 from hpcfs.remotes.s3.markers import Markers
 from hpcfs.remotes.s3.metadata import DIRECTORY_MODE, Metadata
-from hpcfs.remotes.s3.names import checked_key, shown
+from hpcfs.remotes.s3.multipart import each
+from hpcfs.remotes.s3.names import shown
+from hpcfs.remotes.s3.objects import Info, Page, Summary
 from hpcfs.remotes.s3.paths import Place, text
-from hpcfs.remotes.s3.transfer import Transfer, each
 from hpcfs.transfer.messages import (
     LIST_PAGE_ENTRIES,
     Entry,
     NotADirectory,
     NotFound,
     PermissionDenied,
-    RemoteError,
 )
 
-log = logging.getLogger(__name__)
 HEADS_IN_FLIGHT = 96
 """Of one listing; the site's gate bounds those of all, and gives fewer to what is near."""
-COPIES_IN_FLIGHT = 16
 SIBLINGS_LOOKED_AT = 5
 """Two kinds of marker, the victim as object and as directory, and one that stays."""
-KEY_LENGTH = struct.Struct(">H")
 
 
 class Lister:
@@ -180,54 +173,3 @@ class Parents:
             return
         await self._markers.write(parent, Metadata(mode=DIRECTORY_MODE, mtime_ns=time.time_ns()))
         self.made(parent)
-
-
-class Mover:
-    """Renames everything below a prefix: all copies first, then the removals.
-
-    Whatever interrupts it, every object is still there under one of its names. What was copied is
-    noted in a file: a directory may hold more keys than memory, and only what was copied may be
-    removed, not what others added meanwhile.
-    """
-
-    def __init__(self, bucket: Bucket, transfer: Transfer, spool_dir: str) -> None:
-        self._bucket, self._transfer, self._spool_dir = bucket, transfer, spool_dir
-
-    async def move(self, source: str, target: str) -> None:
-        with tempfile.TemporaryFile(dir=self._spool_dir) as spool:
-            try:
-                await self._copy_all(source, target, spool)
-            except BaseException:
-                await asyncio.shield(self._take_back(target, spool))
-                raise
-            await self._delete_all(source, spool)
-
-    async def _copy_all(self, source: str, target: str, spool: IO[bytes]) -> None:
-        async def copy(item: Summary) -> None:
-            rest = item.key[len(source) :]
-            await self._transfer.copy_listed(item, checked_key(target + rest))
-            raw = rest.encode()
-            spool.write(KEY_LENGTH.pack(len(raw)) + raw)
-
-        async for page in self._bucket.pages(source):
-            await each(page.objects, copy, COPIES_IN_FLIGHT)
-
-    async def _take_back(self, target: str, spool: IO[bytes]) -> None:
-        """Remove the copies of a rename that failed; the directory was there and empty, or not."""
-        try:
-            await self._delete_all(target, spool, markers=False)
-        except RemoteError as error:  # the failure that led here is the one to report
-            log.warning("copies of a rename that failed stay below %s: %s", target, error.message)
-
-    async def _delete_all(self, directory: str, spool: IO[bytes], *, markers: bool = True) -> None:
-        async def delete(rest: str) -> None:
-            if markers or not is_marker(rest, 0):
-                await self._bucket.delete(directory + rest)
-
-        spool.seek(0)
-        await each(_keys_in(spool), delete, COPIES_IN_FLIGHT)
-
-
-def _keys_in(spool: IO[bytes]) -> Iterator[str]:
-    while header := spool.read(KEY_LENGTH.size):
-        yield spool.read(KEY_LENGTH.unpack(header)[0]).decode()

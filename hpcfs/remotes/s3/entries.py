@@ -6,13 +6,13 @@ import stat
 import time
 from dataclasses import dataclass
 
-from hpcfs.remotes.s3.bucket import Info, Summary
 from hpcfs.remotes.s3.metadata import (
     DIRECTORY_MODE,
     FILE_MODE,
     NANOSECONDS,
     Metadata,
 )
+from hpcfs.remotes.s3.objects import Info, Summary
 from hpcfs.transfer.messages import Entry
 
 

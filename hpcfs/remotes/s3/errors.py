@@ -90,7 +90,8 @@ _SAME = {
     "403": "AccessDenied",
     "404": "NoSuchKey",
     "NotFound": "NoSuchKey",
-    "409": "NoSuchUpload",
+    "409": "PreconditionFailed",
+    "ConditionalRequestConflict": "PreconditionFailed",
     "412": "PreconditionFailed",
     "416": "InvalidRange",
     "XMinioInvalidObjectName": "InvalidObjectName",
@@ -186,6 +187,13 @@ def _from_answer(error: boto.ClientError, subject: str) -> RemoteError:
     if "quota" in code.lower():
         return NoSpace(f"{subject}: {_CODES['QuotaExceeded'][1]}")
     return RemoteFailure(f"{subject}: the S3 server reported {code or status} ({text})")
+
+
+def s3_code(error: RemoteError) -> str:
+    """What the server called a failure that `translate` made of its answer."""
+    answer = getattr(error.__cause__, "response", {})
+    code = str(answer.get("Error", {}).get("Code", ""))
+    return _SAME.get(code, code)
 
 
 class Health:

@@ -7,13 +7,14 @@ report a time which writers choose. Neither kind is kept (see `is_settled`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from hpcfs.remotes.s3.bucket import Info, Summary
 from hpcfs.remotes.s3.metadata import NANOSECONDS
+from hpcfs.remotes.s3.objects import Info, Summary
 
 V = TypeVar("V")
 SETTLED_NS = 2 * NANOSECONDS
@@ -28,16 +29,18 @@ class Known(Generic[V]):
     ) -> None:
         self._seconds, self._size, self._clock = seconds, size, clock
         self._values: OrderedDict[str, tuple[float, V]] = OrderedDict()
+        """Each with the time at which it came."""
 
-    def get(self, key: str) -> V | None:
+    def get(self, key: str, seconds: float | None = None) -> V | None:
+        """`seconds` is how old it may be, where that is less than for others."""
         found = self._values.get(key)
-        if found is None or self._clock() > found[0]:
+        if found is None or self._clock() - found[0] > min(seconds or math.inf, self._seconds):
             return None
         return found[1]
 
     def put(self, key: str, value: V) -> None:
         self._values.pop(key, None)
-        self._values[key] = (self._clock() + self._seconds, value)
+        self._values[key] = (self._clock(), value)
         while len(self._values) > self._size:
             self._values.popitem(last=False)
 

@@ -22,8 +22,8 @@ from hpcfs.transfer.messages import S3Site, Unreachable
 READ_TIMEOUT = 60.0
 """Without a byte. Completing a large object takes longer, but S3 sends blanks meanwhile."""
 ATTEMPTS = 3
-CONNECTIONS = 32
-"""Of botocore's: for writing, and for reading where there is no direct way."""
+CONNECTIONS = 96
+"""Of botocore's, at most: for the rarer requests, and for all where there is no direct way."""
 DEFAULT_REGION = "us-east-1"
 """What S3-compatible servers expect where nothing is configured."""
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from hpcfs.remotes.s3.bucket import Bucket, Info, Page
+from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.known import Known
 from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.remotes.s3.names import MARKER
+from hpcfs.remotes.s3.objects import Info, Page
 
 HEADERS = {"ContentType": "application/x-directory"}
 REMEMBERED_SECONDS = 2.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from hpcfs.remotes.s3.bucket import Bucket, Info, Page
+from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.known import Known
 from hpcfs.remotes.s3.listing import is_marker
 from hpcfs.remotes.s3.names import (
@@ -20,6 +20,7 @@ from hpcfs.remotes.s3.names import (
     search_prefix,
     stands_for,
 )
+from hpcfs.remotes.s3.objects import Info, Page
 from hpcfs.transfer.messages import (
     AlreadyExists,
     DirectoryNotEmpty,
@@ -151,10 +152,10 @@ class Paths:
                     return component
         raise NotFound(f"{text(name)}: there is no such name")
 
-    async def recall(self, place: Place) -> Look:
-        """What a look found a moment ago, or a new look: a program that writes a file makes
+    async def recall(self, place: Place, seconds: float = SEEN_SECONDS) -> Look:
+        """What a look found at most so long ago, or a new look: a program that writes a file makes
         several requests in a row, and each would ask the same."""
-        return self._seen.get(text(place.path)) or await self.look(place)
+        return self._seen.get(text(place.path), seconds) or await self.look(place)
 
     def saw_file(self, place: Place, info: Info) -> None:
         """The object was written here."""

@@ -165,6 +165,11 @@ class Pool:
         self._ticker: asyncio.TimerHandle | None = None
         self._closed = False
 
+    @property
+    def secure(self) -> bool:
+        """Whether it is TLS that is spoken."""
+        return self._host.tls is not None
+
     async def ask(self, question: Question) -> Answer:
         """Raises Unusual, Lost, and what connecting raises: OSError, TimeoutError."""
         while self._idle:

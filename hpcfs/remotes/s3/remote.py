@@ -3,14 +3,13 @@
 S3 has neither directories nor renames nor partial writes: a directory is a marker object or any
 key below it, a rename is a copy and a removal, an upload is the whole file, new attributes are a
 copy of an object onto itself. Two requests are not one transaction: another client that writes to
-the same names at the same time can come between a check and what follows it. S3's conditional
-requests would close some of these gaps, but too few of the compatible servers know them.
+the same names at the same time can come between a check and what follows it. Uploads are closed to
+that where the server minds conditions (transfer.py finds out).
 """
 
 from __future__ import annotations
 
 import asyncio
-import mimetypes
 import stat
 import tempfile
 import time
@@ -20,9 +19,9 @@ from typing import IO, Any
 
 import msgspec
 
-from hpcfs.remotes.base import ReportProgress, Source, last_name
-from hpcfs.remotes.s3.bucket import Bucket, Info, Summary
-from hpcfs.remotes.s3.directory import Lister, Mover, Parents
+from hpcfs.remotes.base import ReportProgress, Source, last_name, no_report
+from hpcfs.remotes.s3.bucket import Bucket
+from hpcfs.remotes.s3.directory import Lister, Parents
 from hpcfs.remotes.s3.entries import Entries
 from hpcfs.remotes.s3.markers import Markers
 from hpcfs.remotes.s3.metadata import (
@@ -32,6 +31,10 @@ from hpcfs.remotes.s3.metadata import (
     SYMLINK_MODE,
     Metadata,
 )
+from hpcfs.remotes.s3.mover import Mover
+from hpcfs.remotes.s3.multipart import Target, stands_on
+from hpcfs.remotes.s3.objects import Info, Summary
+from hpcfs.remotes.s3.parts import Limits
 from hpcfs.remotes.s3.paths import (
     Look,
     Paths,
@@ -41,7 +44,8 @@ from hpcfs.remotes.s3.paths import (
     refuse_existing,
     text,
 )
-from hpcfs.remotes.s3.transfer import FileSource, Limits, Transfer
+from hpcfs.remotes.s3.transfer import FileSource, Transfer
+from hpcfs.remotes.s3.uploads import Uploads, info_of_stored
 from hpcfs.transfer.messages import (
     NO_HANDLE,
     Abilities,
@@ -70,6 +74,9 @@ ABILITIES = Abilities(
     partial_writes=False, creates_on_upload=True, handles=False, mtime_resolution_ns=1
 )
 MAX_LINK_BYTES = 4095
+FRESH_SECONDS = 0.2
+"""A version that was seen so short a time ago need not be asked for before it is replaced: the
+request that replaces it takes as long."""
 DOWNLOAD_BYTES = 8 * 1024 * 1024
 
 
@@ -86,8 +93,10 @@ class S3Remote:
         self._markers = Markers(bucket, self._base)
         self._lister = Lister(bucket, self._markers, self._entries)
         self._parents = Parents(bucket, self._markers, self._base)
-        self._transfer = Transfer(bucket, limits)
-        self._mover = Mover(bucket, self._transfer, start.cache_dir)
+        self._transfer = Transfer(bucket, limits, verify=root.verify)
+        self._uploads = Uploads(bucket, self._transfer, self._entries, limits)
+        endpoint = getattr(start.site, "endpoint_url", None) or ""
+        self._mover = Mover(bucket, self._transfer, start.cache_dir, f"{endpoint}/{bucket.name}")
         self._root_metadata = Metadata()
 
     # --- looking ----------------------------------------------------------------------------
@@ -100,7 +109,8 @@ class S3Remote:
             raise self._bucket.remember(refused) from error
         except NotFound as error:
             raise self._bucket.remember(WrongSettings(error.message)) from error
-        return ABILITIES
+        can_copy_parts = self._bucket.server.copies_parts is not False
+        return msgspec.structs.replace(ABILITIES, part_copies=can_copy_parts)
 
     async def stat(self, path: bytes) -> Entry:
         look = await self._paths.look(await self._paths.place(path))
@@ -155,7 +165,11 @@ class S3Remote:
         return []
 
     async def release(self, handle: int) -> None:
-        return None
+        await self._uploads.streams.give_up(handle)
+
+    async def close(self) -> None:
+        """What was sent of files that nobody completes any more is removed."""
+        await self._uploads.streams.close()
 
     async def disk_usage(self) -> DiskUsage | None:
         return None
@@ -164,22 +178,35 @@ class S3Remote:
 
     async def upload(self, request: Upload, source: Source, report: ReportProgress) -> Entry:
         look = await self._look_for_new(request.path)
+        base = request.base_version
+        if base is not None and not self._bucket.server.minds(base):
+            look = await self._paths.recall(look.place, FRESH_SECONDS)
+        if base is not None and not stands_on(look.file, base):
+            look = await self._paths.look(look.place)
         if look.is_directory:
             raise IsADirectory(f"{text(request.path)} is a directory")
         self._check_owner(request.attributes)
-        old, headers = self._entries.fresh(), _guessed_headers(request.path)
-        if look.file is not None:
-            old, headers = look.file.metadata, dict(look.file.headers) or headers
-        mode = stat.S_IFREG | (request.mode & PERMISSIONS)
-        metadata = with_changes(old, mtime_ns=time.time_ns()).changed(request.attributes, mode)
-        return await self._store(look.place, source, metadata, headers, report)
+        self._lister.cache.drop(look.place.key)
+        self._paths.changed(look.place)
+        stored, info = await self._uploads.upload(request, look, source, report)
+        self._paths.saw_file(look.place, info)
+        return self._entries.file(last_name(request.path), stored, info.metadata)
 
     async def upload_ahead(self, request: UploadAhead, source: Source) -> None:
-        raise NotSupported("nothing is sent ahead yet")
+        async def look() -> Look:
+            found = await self._look_for_new(request.path)
+            if found.is_directory:
+                raise IsADirectory(f"{text(request.path)} is a directory")
+            return found
+
+        self._check_writable()
+        await self._uploads.ahead(request, look, source)
 
     async def create(self, path: bytes, mode: int, handle: int = NO_HANDLE) -> Entry:
         look = await self._look_for_new(path)
         refuse_existing(look)
+        if handle != NO_HANDLE:
+            self._uploads.streams.expect(handle, path)
         metadata = self._entries.fresh(stat.S_IFREG | (mode & PERMISSIONS))
         entry = self._entries.file(last_name(path), Summary(look.place.key, 0, "", 0), metadata)
         return msgspec.structs.replace(entry, version=b"")
@@ -236,9 +263,11 @@ class S3Remote:
             await self._download(found, file, min(size, found.size))
             await asyncio.to_thread(file.truncate, size)
             source = FileSource(file, size)
-            return await self._store(look.place, source, metadata, found.headers, _ignore)
+            return await self._store(look.place, source, metadata, found.headers)
 
-    async def rename(self, path: bytes, target: bytes, *, replace: bool) -> None:
+    async def rename(
+        self, path: bytes, target: bytes, *, replace: bool, report: ReportProgress = no_report
+    ) -> None:
         self._check_writable()
         if not path or not target or target.startswith(path + b"/"):
             raise InvalidRequest(f"{text(path)} can't be moved to {text(target)}")
@@ -247,15 +276,20 @@ class S3Remote:
         )
         if goal.is_directory:  # whether it is empty decides: no memory is good enough
             goal = await self._paths.look(goal.place)
+        is_begun = self._mover.is_begun(source.place.directory, goal.place.directory)
+        if is_begun and goal.is_directory and not source.exists:
+            self._mover.forget(source.place.directory, goal.place.directory)
+            return
         if not source.exists:
             raise NotFound(f"{text(path)}: there is no such file or directory")
-        if goal.exists and not replace:
-            raise AlreadyExists(f"{text(target)} is there already")
         if path == target:
             return
-        check_replaceable(source, goal)
+        if not (is_begun and source.is_directory and goal.is_directory):
+            if goal.exists and not replace:
+                raise AlreadyExists(f"{text(target)} is there already")
+            check_replaceable(source, goal)
         if source.is_directory:
-            await self._rename_directory(source.place, goal.place)
+            await self._rename_directory(source.place, goal.place, report)
         else:
             await self._rename_file(source.place, file_of(source), goal.place)
 
@@ -301,17 +335,13 @@ class S3Remote:
         return look
 
     async def _store(
-        self,
-        place: Place,
-        source: Source,
-        metadata: Metadata,
-        headers: Mapping[str, Any],
-        report: ReportProgress,
+        self, place: Place, source: Source, metadata: Metadata, headers: Mapping[str, Any]
     ) -> Entry:
         self._lister.cache.drop(place.key)
         self._paths.changed(place)
-        stored = await self._transfer.upload(place.key, source, metadata, headers, report)
-        self._paths.saw_file(place, _info(stored, metadata, headers))
+        target = Target(place.key, metadata, headers)
+        stored = await self._transfer.upload(target, source, no_report)
+        self._paths.saw_file(place, info_of_stored(stored, metadata, headers))
         return self._entries.file(last_name(place.path), stored, metadata)
 
     async def _rewrite(self, place: Place, found: Info, attributes: Attributes) -> Entry:
@@ -324,7 +354,7 @@ class S3Remote:
         self._lister.cache.drop(place.key)
         self._paths.changed(place)
         stored = await self._transfer.copy(found, place.key, metadata)
-        self._paths.saw_file(place, _info(stored, metadata, found.headers))
+        self._paths.saw_file(place, info_of_stored(stored, metadata, found.headers))
         return self._entries.file(last_name(place.path), stored, metadata)
 
     async def _directory_metadata(
@@ -365,14 +395,14 @@ class S3Remote:
     async def _rename_file(self, source: Place, found: Info, target: Place) -> None:
         self._lister.cache.drop(target.key)
         self._paths.changed(target)
-        await self._transfer.copy(found, target.key)
-        self._paths.changed(target)
+        stored = await self._transfer.copy(found, target.key)
+        self._paths.saw_file(target, with_changes(found, key=target.key, etag=stored.etag))
         await self._delete_file(source, found)
 
-    async def _rename_directory(self, source: Place, target: Place) -> None:
+    async def _rename_directory(self, source: Place, target: Place, report: ReportProgress) -> None:
         try:
             async with self._parents.kept(source):
-                await self._mover.move(source.directory, target.directory)
+                await self._mover.move(source.directory, target.directory, report)
         finally:
             self._parents.forget()
             self._paths.forget()
@@ -380,30 +410,8 @@ class S3Remote:
             self._lister.cache.clear()
 
 
-def _ignore(done: int) -> None:
-    """The progress of an upload that nobody follows."""
-
-
-def _info(stored: Summary, metadata: Metadata, headers: Mapping[str, Any]) -> Info:
-    """What a HEAD of the object just stored would say."""
-    return Info(
-        stored.key,
-        stored.size,
-        stored.etag,
-        stored.modified_ns,
-        metadata=metadata,
-        headers=headers,
-    )
-
-
 def _is_link(found: Info) -> bool:
     return found.metadata.mode is not None and stat.S_ISLNK(found.metadata.mode)
-
-
-def _guessed_headers(path: bytes) -> dict[str, str]:
-    """As the AWS CLI does, so that browsers show what they can."""
-    guess, _ = mimetypes.guess_type(last_name(path).decode(errors="replace"))
-    return {"ContentType": guess} if guess else {}
 
 
 def _is_worth_a_copy(attributes: Attributes) -> bool:

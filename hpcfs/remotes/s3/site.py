@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from dataclasses import replace
+
 from hpcfs.remotes.s3.bucket import Access, Bucket
 from hpcfs.remotes.s3.direct import Direct
 from hpcfs.remotes.s3.errors import Health
 from hpcfs.remotes.s3.login import READ_TIMEOUT, Login
-from hpcfs.remotes.s3.pool import Bounds, Gate
+from hpcfs.remotes.s3.parts import Limits
+from hpcfs.remotes.s3.pool import MIB, Bounds, Gate
 from hpcfs.remotes.s3.remote import S3Remote
-from hpcfs.remotes.s3.transfer import Limits
 from hpcfs.transfer.messages import S3Root, S3Site, Start
+
+SENT_BYTES = 64 * MIB
+"""Bodies that are in memory at once: four parts, more than any link needs under way."""
+
+FAREWELL_SECONDS = 5.0
+"""For what is given up at the end."""
 
 
 class S3SiteConnection:
@@ -21,10 +31,15 @@ class S3SiteConnection:
         assert isinstance(start.site, S3Site)
         bounds = bounds or Bounds()
         self._login = Login(start.site)
-        gate = Gate(bounds)
-        self._direct = Direct(self._login, gate, start.site.connect_timeout, READ_TIMEOUT)
+        gate, sending = Gate(bounds), Gate(replace(bounds, bulk_bytes=SENT_BYTES))
+
+        def answered_in(seconds: float) -> None:
+            gate.answered_in(seconds)
+            sending.answered_in(seconds)
+
+        self._direct = Direct(self._login, answered_in, start.site.connect_timeout, READ_TIMEOUT)
         self.health = Health()
-        access = Access(self._login.client, self._direct, gate, self.health)
+        access = Access(self._login.client, self._direct, gate, sending, self.health)
         self._remotes = {
             namespace: S3Remote(Bucket(root.bucket, access), root, start, limits or Limits())
             for namespace, root in start.roots.items()
@@ -35,5 +50,8 @@ class S3SiteConnection:
         return self._remotes[namespace]
 
     async def close(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_SECONDS):
+                await asyncio.gather(*(remote.close() for remote in self._remotes.values()))
         self._direct.close()
         await self._login.close()

@@ -1,79 +1,36 @@
-"""Objects too large for one request: uploads and server-side copies by parts.
-
-Parts run side by side, in bounded memory: small ones are read whole, larger ones are streamed from
-the file. A multipart upload that fails or is cancelled is aborted, because S3 keeps, and charges
-for, the parts of those that are not.
-"""
+"""Uploads of whole files, and copies on the server: in one request or by parts, side by side."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import IO, Any, BinaryIO, TypeVar, cast
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import IO
 
-from hpcfs.remotes.base import ReportProgress, Source
-from hpcfs.remotes.s3.bucket import Bucket, Info, Summary
-from hpcfs.remotes.s3.metadata import Metadata
-from hpcfs.transfer.messages import Changed, NotSupported, RemoteError, RemoteFailure, TooLarge
+from hpcfs.remotes.base import ReportProgress, Source, no_report
+from hpcfs.remotes.s3.bucket import Bucket
+from hpcfs.remotes.s3.metadata import Metadata, encode
+from hpcfs.remotes.s3.multipart import Multipart, Progress, Target, checked, each, read
+from hpcfs.remotes.s3.objects import Info, Summary, is_md5
+from hpcfs.remotes.s3.parts import MIB, Growing, Limits, Part, even
+from hpcfs.transfer.messages import (
+    NO_HANDLE,
+    Changed,
+    Conflict,
+    NotSupported,
+    RemoteError,
+    RemoteFailure,
+    TooLarge,
+    Upload,
+)
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-MIB = 1024 * 1024
-GIB = 1024 * MIB
-
-
-@dataclass(frozen=True)
-class Limits:
-    """S3's limits, and what is used of them. Sizes in bytes."""
-
-    largest_object: int = 5 * 1024 * GIB
-    most_parts: int = 10_000
-    single_put: int = 16 * MIB
-    """Larger files go by parts: side by side they are faster, and a failure costs one part."""
-    upload_part: int = 8 * MIB
-    single_copy: int = 5 * GIB
-    copy_part: int = 512 * MIB
-    buffered_part: int = 64 * MIB
-    """Larger parts are streamed from the file instead of being read first."""
-    parts_in_flight: int = 4
-
-    def part_size(self, size: int, smallest: int) -> int:
-        """The smallest that suffices, a multiple of `smallest` up to 8 MiB, then of 1 MiB."""
-        needed = -(-size // self.most_parts)
-        unit = min(smallest, MIB)
-        return max(smallest, -(-needed // unit) * unit)
-
-
-class SourceWindow(io.RawIOBase):
-    """A part of a `Source` as a file: what botocore can send without holding it in memory."""
-
-    def __init__(self, source: Source, offset: int, length: int) -> None:
-        self._source, self._offset, self._length, self._position = source, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        length = min(len(buffer), max(0, self._length - self._position))
-        buffer[:length] = self._source.read(self._offset + self._position, length)
-        self._position += length
-        return length
+TRIED_BYTES = 64 * 1024
+COMPARED_BYTES = 8 * MIB
+NO_VERSION = b"0" * 32
+"""An ETag that nothing has."""
 
 
 class FileSource:
@@ -91,150 +48,223 @@ class FileSource:
         return data
 
 
-async def each(items: Iterable[T], work: Callable[[T], Awaitable[None]], limit: int) -> None:
-    """Run `work` for every item, `limit` at a time; the first failure ends all and is raised."""
-    remaining = iter(items)
-
-    async def worker() -> None:
-        for item in remaining:  # shared: an item is taken without an await in between
-            await work(item)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(limit):
-                group.create_task(worker())
-    except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from None
-
-
 class Transfer:
-    """Uploads and copies of one bucket."""
+    """Uploads and copies of one bucket. With `verify` the server is asked for what it stored."""
 
-    def __init__(self, bucket: Bucket, limits: Limits) -> None:
-        self._bucket = bucket
-        self._limits = limits
+    def __init__(self, bucket: Bucket, limits: Limits, *, verify: bool = False) -> None:
+        self._bucket, self._limits, self._verify = bucket, limits, verify
 
-    async def upload(
-        self,
-        key: str,
-        source: Source,
-        metadata: Metadata,
-        headers: Mapping[str, Any],
-        report: ReportProgress,
-    ) -> Summary:
-        """The object as it is then."""
+    async def upload(self, target: Target, source: Source, report: ReportProgress) -> Summary:
+        """The object as it is then. Raises Conflict where the server minds conditions; where it
+        does not, the caller has compared the version."""
         size = source.size
         if size > self._limits.largest_object:
-            raise TooLarge(f"{key} has {size} bytes, and S3 holds at most 5 TiB in one object")
+            raise TooLarge(
+                f"{target.key} has {size} bytes, and S3 holds at most 5 TiB in one object"
+            )
+        progress = Progress(report)
         if size > self._limits.single_put:
-            return await self._upload_parts(key, source, metadata, headers, report)
-        body = await asyncio.to_thread(source.read, 0, size)
-        md5 = hashlib.md5(body, usedforsecurity=False).hexdigest()
-        etag = await self._bucket.put(key, body, metadata, headers, md5)
-        report(size)
-        if not etag:
-            return await self._checked(key, size)
-        return Summary(key, size, etag, 0)
+            made = await self._upload_parts(target, source, progress)
+            if self._verify:
+                await self._check_stored(made, source)
+            return made
+        async with self._bucket.sending(size):
+            body = await read(source, 0, size)
+            etag = await self._put(target, body, progress)
+        progress.add(size)
+        if etag and not self._verify:
+            return Summary(target.key, size, etag, 0)
+        made = await checked(self._bucket, target.key, size)
+        if self._verify:
+            await self._check_stored(made, source)
+        return made
 
-    async def _upload_parts(
-        self,
-        key: str,
-        source: Source,
-        metadata: Metadata,
-        headers: Mapping[str, Any],
-        report: ReportProgress,
-    ) -> Summary:
-        done = 0
+    async def _check_stored(self, made: Info, source: Source) -> None:
+        """Raises RemoteFailure. Of an object in parts the ETag tells on servers that are known to
+        make it of theirs."""
+        told = await self._told_by_etag(made, source)
+        joined = self._bucket.server.joins_md5s and not _is_kms(made)
+        if told is None and "-" in made.etag and joined:
+            told = False
+        if told is False:
+            raise RemoteFailure(f"{made.key}: S3 holds something else: write it again")
 
-        async def send(upload: str, number: int, offset: int, length: int) -> dict[str, Any]:
-            nonlocal done
-            body: bytes | BinaryIO
-            if length > self._limits.buffered_part:
-                body = cast(BinaryIO, io.BufferedReader(SourceWindow(source, offset, length), MIB))
+    async def _put(self, target: Target, body: bytes, progress: Progress) -> str:
+        key, base, server = target.key, target.base, self._bucket.server
+        metadata, headers = target.metadata, target.headers
+        minds = False if base is None or b":" in base else server.minds(base)
+        if minds is not False:
+            try:
+                etag = await self._bucket.put(
+                    key, body, metadata, headers, base=base, sent=progress.renew
+                )
+            except NotSupported:
+                assert base is not None
+                server.note(base, minds=False)
             else:
-                body = await asyncio.to_thread(source.read, offset, length)
-            part = await self._bucket.upload_part(key, upload, number, body)
-            done += length
-            report(done)
-            return part
+                if minds is None and len(body) <= TRIED_BYTES:
+                    await self._try_condition(target, body)
+                return etag
+        return await self._bucket.put(key, body, metadata, headers, sent=progress.renew)
 
-        part_size = self._limits.part_size(source.size, self._limits.upload_part)
-        await self._by_parts(key, metadata, headers, source.size, part_size, send)
-        return await self._checked(key, source.size)
+    async def _try_condition(self, target: Target, body: bytes) -> None:
+        """Whether the server minds conditions or ignores them: what was just written is written
+        again, on a condition that does not hold. Once for each kind and process."""
+        assert target.base is not None
+        server, kind = self._bucket.server, NO_VERSION if target.base else b""
+        if server.being_tried:
+            return
+        server.being_tried = True
+        try:
+            await self._bucket.put(target.key, body, target.metadata, target.headers, base=kind)
+        except Conflict:
+            server.note(kind, minds=True)
+        except RemoteError as error:
+            log.debug("whether the server minds conditions is not known: %s", error.message)
+        else:
+            server.note(kind, minds=False)
+            log.info("this S3 server ignores conditions: versions are compared before writing")
+        finally:
+            server.being_tried = False
 
-    async def copy(self, source: Info, key: str, metadata: Metadata | None = None) -> Summary:
-        """Copy on the server, or rewrite the metadata where `key` is the source's own.
+    async def _upload_parts(self, target: Target, source: Source, progress: Progress) -> Info:
+        async def send(upload: Multipart, part: Part) -> None:
+            await upload.send_from(part, source, self._limits.buffered_part, progress)
+            progress.add(part.length)
 
-        Returns once the copy was seen to be there, whole.
-        """
+        return await self._by_parts(target, source.size, self._whole(source.size), send, progress)
+
+    def _whole(self, size: int) -> list[Part]:
+        return even(size, self._limits.part_size(size, self._limits.upload_part))
+
+    async def copy(
+        self,
+        source: Info,
+        key: str,
+        metadata: Metadata | None = None,
+        report: ReportProgress = no_report,
+    ) -> Summary:
+        """Copy on the server, or rewrite the metadata where `key` is the source's own. What the
+        server says of the copy tells that it is whole; where it does not, it is asked again."""
         if source.size <= self._limits.single_copy:
             etag = await self._bucket.copy(source, key, metadata, source.headers)
-            if key == source.key and etag:
+            if etag and (key == source.key or etag == source.etag):
                 return Summary(key, source.size, etag, 0)
-        else:
-            await self._copy_parts(source, key, metadata or source.metadata)
-        return await self._checked(key, source.size)
+            return await checked(self._bucket, key, source.size)
+        return await self._copy_parts(source, key, metadata or source.metadata, report)
 
-    async def copy_listed(self, source: Summary, key: str) -> None:
-        """Copy what a listing showed, without asking for its headers where that can be spared."""
+    async def copy_listed(self, source: Summary, key: str, report: ReportProgress) -> str:
+        """Copy what a listing showed, without asking for its headers where that can be spared.
+        Returns the copy's ETag."""
         if source.size <= self._limits.single_copy:
-            if not await self._bucket.copy(source, key):
-                await self._checked(key, source.size)
-            return
+            etag = await self._bucket.copy(source, key)
+            return etag or (await checked(self._bucket, key, source.size)).etag
         info = await self._bucket.head(source.key)
         if info is None:
             raise Changed(f"{source.key} was removed on the server while it was renamed")
-        await self.copy(info, key)
+        return (await self.copy(info, key, report=report)).etag
 
-    async def _copy_parts(self, source: Info, key: str, metadata: Metadata) -> None:
-        async def send(upload: str, number: int, offset: int, length: int) -> dict[str, Any]:
+    async def _copy_parts(
+        self, source: Info, key: str, metadata: Metadata, report: ReportProgress
+    ) -> Info:
+        progress = Progress(report)
+
+        async def send(upload: Multipart, part: Part) -> None:
             try:
-                return await self._bucket.copy_part(key, upload, number, source, offset, length)
+                await upload.copy(part, source)
             except NotSupported:
                 raise NotSupported(
                     f"{source.key} is too large to be renamed or changed on this S3 server, "
                     "which can't copy by parts: copy it to a new name instead"
                 ) from None
+            progress.add(part.length)
 
-        part_size = self._limits.part_size(source.size, self._limits.copy_part)
-        await self._by_parts(key, metadata, source.headers, source.size, part_size, send)
+        parts = even(source.size, self._limits.part_size(source.size, self._limits.copy_part))
+        target = Target(key, metadata, source.headers)
+        return await self._by_parts(target, source.size, parts, send, progress)
 
     async def _by_parts(
         self,
-        key: str,
-        metadata: Metadata,
-        headers: Mapping[str, Any],
+        target: Target,
         size: int,
-        part_size: int,
-        send: Callable[[str, int, int, int], Awaitable[dict[str, Any]]],
-    ) -> None:
-        upload = await self._bucket.create_upload(key, metadata, headers)
-        parts: dict[int, dict[str, Any]] = {}
+        parts: Sequence[Part],
+        send: Callable[[Multipart, Part], Awaitable[None]],
+        progress: Progress,
+    ) -> Info:
+        upload = await Multipart.begin(self._bucket, target)
 
-        async def part(number: int) -> None:
-            offset = (number - 1) * part_size
-            parts[number] = await send(upload, number, offset, min(part_size, size - offset))
+        async def one(part: Part) -> None:
+            await send(upload, part)
 
         try:
-            numbers = range(1, -(-size // part_size) + 1)
-            await each(numbers, part, self._limits.parts_in_flight)
-            in_order = [parts[number] for number in numbers]
-            await self._bucket.complete_upload(key, upload, in_order)
+            await each(parts, one, self._limits.parts_in_flight)
+            return await upload.complete(size, len(parts), progress)
         except BaseException:
-            await asyncio.shield(self._abort(key, upload))
+            await asyncio.shield(upload.abort())
             raise
 
-    async def _abort(self, key: str, upload: str) -> None:
-        try:
-            await self._bucket.abort_upload(key, upload)
-        except RemoteError as error:  # the failure that led here is the one to report
-            log.warning("the parts of an unfinished upload may stay on S3: %s", error.message)
+    async def holds(self, found: Info, source: Source, metadata: Metadata, request: Upload) -> bool:
+        """Whether an object is what an upload would make of `source`: that one was made already,
+        and its answer was lost. Where the ETag does not tell, our metadata does, whose time has
+        nanoseconds, and the bytes that were written."""
+        if found.size != source.size:
+            return False
+        told = await self._told_by_etag(found, source) if request.whole else None
+        if told is not None:
+            return told
+        if encode(found.metadata) != encode(metadata):
+            return False
+        ranges = [(0, source.size)] if request.handle != NO_HANDLE else request.ranges
+        return await self._has_bytes(found, source, ranges)
 
-    async def _checked(self, key: str, size: int) -> Summary:
-        """What is there now: ETags in answers to uploads and copies are not always the object's."""
-        found = await self._bucket.head(key)
-        if found is None:
-            raise Changed(f"{key} was removed on the server while it was written")
-        if found.size != size:
-            raise RemoteFailure(f"{key}: S3 holds {found.size} bytes of {size}: write it again")
-        return found
+    async def _told_by_etag(self, found: Info, source: Source) -> bool | None:
+        """Whether an object of the same size is this file. None where the ETag does not tell: an
+        encrypted object's, or one of parts that were cut in another way."""
+        if is_md5(found.etag):
+            if _is_kms(found):
+                return None
+            return await asyncio.to_thread(_md5, source) == found.etag
+        growing = Growing(self._limits.upload_part, self._limits.parts_per_step)
+        for parts in (self._whole(source.size), list(growing.parts(source.size))):
+            if found.etag.endswith(f"-{len(parts)}"):
+                joined = await asyncio.to_thread(_joined_md5s, source, parts)
+                if joined == found.etag:
+                    return True
+        return None
+
+    async def _has_bytes(
+        self, found: Info, source: Source, ranges: Sequence[tuple[int, int]]
+    ) -> bool:
+        for start, length in ranges:
+            for offset in range(start, start + length, COMPARED_BYTES):
+                count = min(COMPARED_BYTES, start + length - offset)
+                try:
+                    theirs = await self._bucket.get(
+                        found.key, found.version, offset, count, urgent=False
+                    )
+                except Changed:
+                    return False
+                if theirs != await read(source, offset, count):
+                    return False
+        return True
+
+
+def _is_kms(found: Info) -> bool:
+    return str(found.headers.get("ServerSideEncryption", "")).startswith("aws:kms")
+
+
+def _md5(source: Source) -> str:
+    return next(_md5s(source, [Part(1, 0, source.size)])).hex()
+
+
+def _joined_md5s(source: Source, parts: Sequence[Part]) -> str:
+    joined = b"".join(_md5s(source, parts))
+    return f"{hashlib.md5(joined, usedforsecurity=False).hexdigest()}-{len(parts)}"
+
+
+def _md5s(source: Source, parts: Sequence[Part]) -> Iterator[bytes]:
+    for part in parts:
+        digest = hashlib.md5(usedforsecurity=False)
+        for offset in range(part.offset, part.end, MIB):
+            digest.update(source.read(offset, min(MIB, part.end - offset)))
+        yield digest.digest()

@@ -18,7 +18,7 @@ from typing import Any
 
 from asyncssh import SFTPAttrs
 
-from hpcfs.remotes.base import Prompter, ReportProgress, Source
+from hpcfs.remotes.base import Prompter, ReportProgress, Source, no_report
 from hpcfs.remotes.sftp import listing, read, rename as renaming
 from hpcfs.remotes.sftp.attrs import full_mode, needs_present, owner_to_set, rest_to_set
 from hpcfs.remotes.sftp.errors import MAX_PATH_BYTES, shown
@@ -270,7 +270,9 @@ class SftpRemote:
             raise
         return place.entry_of(attrs)
 
-    async def rename(self, path: bytes, target: bytes, *, replace: bool) -> None:
+    async def rename(
+        self, path: bytes, target: bytes, *, replace: bool, report: ReportProgress = no_report
+    ) -> None:
         place = await self._place(path)
         await self._uploads.settled(path)
         await renaming.rename(place, await self._place(target), replace=replace)

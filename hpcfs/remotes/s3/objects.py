@@ -1,0 +1,142 @@
+"""What a server says of objects, checked: sizes, keys, times, ranges."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from typing import Any
+
+from hpcfs.remotes.base import checked_size
+from hpcfs.remotes.s3.metadata import NANOSECONDS, Metadata, decode
+from hpcfs.remotes.s3.names import MARKER
+from hpcfs.transfer.messages import Changed, ProtocolError
+
+KEPT_HEADERS = (
+    *("CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType"),
+    *("Expires", "WebsiteRedirectLocation", "StorageClass", "ServerSideEncryption"),
+    *("SSEKMSKeyId", "BucketKeyEnabled"),
+)
+"""What belongs to an object beside its metadata, by the names that requests and answers share."""
+
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/")
+_MD5 = re.compile(r"[0-9a-f]{32}\Z")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a listing says of an object. `etag` is without quotes, "" where there is none."""
+
+    key: str
+    size: int
+    etag: str
+    modified_ns: int
+    storage_class: str = field(default="", compare=False)
+
+    @property
+    def version(self) -> bytes:
+        """The content's identity. Whole seconds: listings and headers differ in the rest."""
+        if self.etag:
+            return self.etag.encode()
+        return f"{self.size}:{self.modified_ns // NANOSECONDS}".encode()
+
+
+@dataclass(frozen=True)
+class Info(Summary):
+    """What an object's headers say of it."""
+
+    metadata: Metadata = field(default_factory=Metadata)
+    headers: Mapping[str, Any] = field(default_factory=dict)
+    server_time_ns: int | None = None
+
+    def has_version(self, version: bytes) -> bool:
+        sized = f"{self.size}:{self.modified_ns // NANOSECONDS}".encode()
+        return version in (self.version, sized)
+
+
+@dataclass(frozen=True)
+class Page:
+    """A piece of a listing; `prefixes` end in the delimiter."""
+
+    objects: list[Summary]
+    prefixes: list[str]
+
+
+def if_match(source: Summary) -> dict[str, str]:
+    return {"CopySourceIfMatch": f'"{source.etag}"'} if source.etag else {}
+
+
+def plain_etag(value: object) -> str:
+    """Some servers quote it in headers and not in listings."""
+    return str(value or "").strip('"')
+
+
+def is_md5(etag: str) -> bool:
+    """Whether it may be the content's MD5: that of one sent in parts ends in their number."""
+    return bool(_MD5.match(etag))
+
+
+def settable(headers: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: headers[name] for name in KEPT_HEADERS if name in headers}
+
+
+def _nanoseconds(moment: object) -> int:
+    """To the microsecond, without a float's rounding."""
+    if not isinstance(moment, datetime):
+        return 0
+    since = moment.astimezone(UTC) - datetime(1970, 1, 1, tzinfo=UTC)
+    return ((since.days * 86400 + since.seconds) * 1_000_000 + since.microseconds) * 1000
+
+
+def _storage_class(found: Mapping[str, Any]) -> str:
+    """ "" for the default one, which listings name and headers don't."""
+    name = str(found.get("StorageClass") or "")
+    return "" if name == "STANDARD" else name
+
+
+def summary_of(found: Mapping[str, Any]) -> Summary:
+    key = str(found.get("Key", ""))
+    size = checked_size(found.get("Size"), key.encode())
+    return Summary(
+        key, size, plain_etag(found.get("ETag")), _nanoseconds(found.get("LastModified"))
+    )
+
+
+def info_of(key: str, answer: Mapping[str, Any]) -> Info:
+    http_headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return Info(
+        key=key,
+        size=checked_size(answer.get("ContentLength"), key.encode()),
+        etag=plain_etag(answer.get("ETag")),
+        modified_ns=_nanoseconds(answer.get("LastModified")),
+        storage_class=_storage_class(answer),
+        metadata=decode(answer.get("Metadata", {}), directory=key.endswith(("/", MARKER))),
+        headers={name: answer[name] for name in KEPT_HEADERS if answer.get(name)},
+        server_time_ns=_date(http_headers.get("date")),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _date(text: str | None) -> int | None:
+    try:
+        return _nanoseconds(parsedate_to_datetime(text)) if text else None
+    except ValueError:
+        return None
+
+
+def check_range(key: str, answer: Mapping[str, Any], offset: int, length: int) -> int:
+    """The whole object's size. Raises Changed when the answer is shorter than what was asked."""
+    sent = checked_size(answer.get("ContentLength"), key.encode())
+    given = str(answer.get("ContentRange") or "")
+    found = _CONTENT_RANGE.match(given)
+    begins = int(found[1]) if found else 0
+    total = given.rpartition("/")[2]
+    whole = int(total) if found and total.isdigit() else begins + sent
+    if begins == offset and sent < length:
+        raise Changed(f"{key} has become shorter on the server: open it again")
+    if begins != offset or sent != length:
+        raise ProtocolError(f"{key}: the S3 server sent other bytes than the range asked for")
+    return whole

@@ -1,0 +1,33 @@
+"""What a server turned out to know. The kinds of S3 differ, and none says what it can."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Server:
+    """Of one site; None where it is not known yet."""
+
+    matches: bool | None = None
+    """Writes with If-Match are refused where another version is there,"""
+    none_matches: bool | None = None
+    """and those with If-None-Match where anything is."""
+    being_tried: bool = False
+    """Somebody is finding out one of these two."""
+    copies_parts: bool | None = None
+    deletes_many: bool | None = None
+    joins_md5s: bool | None = None
+    """The ETag of an object sent in parts is made of theirs."""
+
+    def minds(self, base: bytes) -> bool | None:
+        """Whether it minds the condition that stands for this version (see messages.Upload)."""
+        if b":" in base:  # no ETag: nothing to send
+            return False
+        return self.matches if base else self.none_matches
+
+    def note(self, base: bytes, *, minds: bool) -> None:
+        if base:
+            self.matches = minds
+        else:
+            self.none_matches = minds

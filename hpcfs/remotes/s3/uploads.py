@@ -1,0 +1,150 @@
+"""An upload in the cheapest of the ways that there are: completing what was sent ahead, changing a
+large object on the server, or sending the whole file."""
+
+from __future__ import annotations
+
+import mimetypes
+import stat
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace as with_changes
+from typing import Any
+
+from hpcfs.remotes.base import ReportProgress, Source, last_name
+from hpcfs.remotes.s3.ahead import Ahead
+from hpcfs.remotes.s3.bucket import Bucket
+from hpcfs.remotes.s3.entries import Entries
+from hpcfs.remotes.s3.metadata import PERMISSIONS, Metadata, encode
+from hpcfs.remotes.s3.multipart import Target, check_base
+from hpcfs.remotes.s3.objects import Info, Summary
+from hpcfs.remotes.s3.parts import Limits
+from hpcfs.remotes.s3.patch import Patcher
+from hpcfs.remotes.s3.paths import Look
+from hpcfs.remotes.s3.transfer import Transfer
+from hpcfs.transfer.messages import (
+    NO_HANDLE,
+    Attributes,
+    Conflict,
+    NotSupported,
+    Upload,
+    UploadAhead,
+)
+
+
+class Uploads:
+    """Of one namespace. `streams` are the files that are sent ahead."""
+
+    def __init__(
+        self, bucket: Bucket, transfer: Transfer, entries: Entries, limits: Limits
+    ) -> None:
+        self._bucket, self._transfer, self._entries = bucket, transfer, entries
+        self._patcher = Patcher(bucket, limits)
+        self.streams = Ahead(bucket, limits)
+
+    async def upload(
+        self, request: Upload, look: Look, source: Source, report: ReportProgress
+    ) -> tuple[Summary, Info]:
+        """What the server says of the object as it is then, and what it carries. Raises Conflict
+        only where what is there is not what this upload makes: one whose answer was lost is asked
+        for again."""
+        old, headers = self._kept_of(look)
+        mode = stat.S_IFREG | (request.mode & PERMISSIONS)
+        metadata = with_changes(old, mtime_ns=time.time_ns()).changed(request.attributes, mode)
+        target = Target(look.place.key, metadata, headers, request.base_version)
+        try:
+            stored, metadata = await self._send(request, target, look, source, report)
+        except Conflict:
+            found = await self._bucket.head(target.key)
+            if found is None or not await self._transfer.holds(found, source, metadata, request):
+                raise
+            stored, metadata = await self._with_metadata(found, target, request)
+        return stored, info_of_stored(stored, metadata, headers)
+
+    async def ahead(
+        self, request: UploadAhead, look: Callable[[], Awaitable[Look]], source: Source
+    ) -> None:
+        async def target() -> Target:
+            """Without times, which are known at the end."""
+            found = await look()
+            old, headers = self._kept_of(found)
+            mode = stat.S_IFREG | (request.mode & PERMISSIONS)
+            metadata = with_changes(old, mtime_ns=None, atime_ns=None).changed(Attributes(), mode)
+            return Target(found.place.key, metadata, headers, request.base_version)
+
+        await self.streams.send(
+            request.handle, request.path, request.offset, request.length, source, target
+        )
+
+    async def _send(
+        self,
+        request: Upload,
+        target: Target,
+        look: Look,
+        source: Source,
+        report: ReportProgress,
+    ) -> tuple[Summary, Metadata]:
+        """What the object is then, and carries."""
+        if request.handle != NO_HANDLE:
+            sent = await self.streams.finish(
+                request.handle, target, request.path, request.ranges, source, report
+            )
+            if sent is not None:
+                return await self._with_metadata(sent, target, request)
+        check_base(target.key, look.file, target.base)
+        parts = None
+        if target.base and look.file is not None:
+            parts = self._patcher.plan(look.file, request)
+        if parts is not None and look.file is not None:
+            try:
+                stored: Summary = await self._patcher.upload(
+                    target, look.file, request, parts, source, report
+                )
+            except NotSupported:
+                if not request.whole:
+                    raise
+            else:
+                return stored, target.metadata
+        if not request.whole:
+            raise NotSupported("this change can't be made on the server: send the whole file")
+        whole = await self._transfer.upload(target, source, report)
+        self.streams.forget(request.handle)
+        return whole, target.metadata
+
+    async def _with_metadata(
+        self, found: Info, target: Target, request: Upload
+    ) -> tuple[Summary, Metadata]:
+        """Of an object whose metadata was made before the file was complete. A time that is only
+        that of the last write is not worth a copy: then the one of the server's counts."""
+        wanted = target.metadata
+        if not request.times_set:
+            wanted = with_changes(
+                wanted, mtime_ns=found.metadata.mtime_ns, atime_ns=found.metadata.atime_ns
+            )
+        if encode(wanted) == encode(found.metadata):
+            return found, found.metadata
+        return await self._transfer.copy(found, target.key, target.metadata), target.metadata
+
+    def _kept_of(self, look: Look) -> tuple[Metadata, Mapping[str, Any]]:
+        """What the object that is replaced hands on."""
+        headers = _guessed_headers(look.place.path)
+        if look.file is None:
+            return self._entries.fresh(), headers
+        return look.file.metadata, dict(look.file.headers) or headers
+
+
+def info_of_stored(stored: Summary, metadata: Metadata, headers: Mapping[str, Any]) -> Info:
+    """What a HEAD of the object just stored would say."""
+    return Info(
+        stored.key,
+        stored.size,
+        stored.etag,
+        stored.modified_ns,
+        metadata=metadata,
+        headers=headers,
+    )
+
+
+def _guessed_headers(path: bytes) -> dict[str, str]:
+    """As the AWS CLI does, so that browsers show what they can."""
+    guess, _ = mimetypes.guess_type(last_name(path).decode(errors="replace"))
+    return {"ContentType": guess} if guess else {}
