@@ -81,6 +81,8 @@ class Content(RemoteContent):
         self.writers = 0
         self.upload_lock = trio.Lock()
         self._in_upload = RangeSet()
+        self._copies_parts = False
+        """The upload brings what is dirty, and the server copies the rest."""
         self._base_sizes: list[int] = []
         """Of the upload under way, until the remote confirmed it."""
         self.write_handle = m.NO_HANDLE
@@ -246,6 +248,9 @@ class Content(RemoteContent):
         undamaged."""
         if self.abilities.partial_writes and not whole:
             return
+        self._copies_parts = not whole and self._may_copy_parts()
+        if self._copies_parts:
+            return
         blocks = self._blocks(0, self.base_size)
         while True:
             await self.fetch_all()
@@ -253,6 +258,18 @@ class Content(RemoteContent):
             if not untrusted:
                 return
             await self._verify(untrusted)
+
+    def _may_copy_parts(self) -> bool:
+        """Whether the server can make the new object of the old one and what is dirty."""
+        is_large = self.base_size >= m.PART_COPY_BYTES
+        return self.abilities.part_copies and is_large and not (self.new or self.replace)
+
+    def falls_back(self) -> bool:
+        """The remote could not do it that way: whether there is another."""
+        if self._copies_parts:
+            self.abilities = msgspec.structs.replace(self.abilities, part_copies=False)
+            self.namespace.knows_better(self.abilities)
+        return self._copies_parts
 
     def unconfirmed(self, reason: str = "", *, writing: bool = False) -> Unconfirmed:
         return Unconfirmed(
@@ -287,7 +304,7 @@ class Content(RemoteContent):
 
     def _base_version(self) -> bytes | None:
         """What an upload may change (messages.Upload)."""
-        if self.made or self.replace or self.attempted:
+        if self.made or self.replace or (self.attempted and not self._copies_parts):
             return None
         return b"" if self.new else self.version
 
@@ -321,12 +338,15 @@ class Content(RemoteContent):
             self._base_version(),
             self.replace,
             snapshot.handle,
+            whole=not self._copies_parts,
+            times_set=snapshot.attributes.mtime_ns is not None,
         )
 
     def _progressed(self, done: int) -> None:
-        """The first bytes are on their way: from now on the remote's version may be any."""
+        """Bytes are on their way: where they are written in place, the remote's version may be any
+        from now on."""
         self.uploaded_bytes = done
-        self.attempted = True
+        self.attempted = self.attempted or self.abilities.partial_writes
 
     async def send_aside(self, path: bytes) -> m.Entry:
         """The whole file as it is here, as a new one beside the one that others changed."""
@@ -409,8 +429,9 @@ class Content(RemoteContent):
         if entry is None:
             for start, end in snapshot.ranges:
                 self.file.dirty.add(start, min(end, self.size))
-            if not self.abilities.partial_writes:  # perhaps it replaced the old version: all of
-                self.file.dirty.add(0, min(snapshot.size, self.size))  # this one is here only
+            if not self.abilities.partial_writes and not self._copies_parts:
+                # Perhaps it replaced the old version: all of this one is here only.
+                self.file.dirty.add(0, min(snapshot.size, self.size))
             self.pending = merge_attributes(snapshot.attributes, self.pending)
             self.resized = self.resized or snapshot.resized
             self.base_size = min(self.base_size, snapshot.base_size)

@@ -85,6 +85,10 @@ class Namespace:
         """As an earlier mount found them, for as long as the remote was not asked."""
         self._abilities = self._abilities or abilities
 
+    def knows_better(self, abilities: m.Abilities) -> None:
+        """One of them turned out to be missing."""
+        self._abilities = abilities
+
     async def upload(
         self, request: m.Upload, timeout: float, on_progress: Callable[[int], None]
     ) -> m.Entry:

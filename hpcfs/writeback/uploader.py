@@ -14,7 +14,14 @@ from typing import Any, Protocol
 
 import trio
 
-from hpcfs.transfer.messages import CacheDiskFull, Conflict, Entry, NotConnected, RemoteError
+from hpcfs.transfer.messages import (
+    CacheDiskFull,
+    Conflict,
+    Entry,
+    NotConnected,
+    NotSupported,
+    RemoteError,
+)
 from hpcfs.writeback.journal import Journal, Unconfirmed
 
 log = logging.getLogger(__name__)
@@ -47,6 +54,10 @@ class Uploadable(Protocol):
 
     async def complete(self) -> None:
         """Bring into the cache what the remote must be sent besides the dirty ranges."""
+        ...
+
+    def falls_back(self) -> bool:
+        """The remote does not support how it was sent: whether to try another way."""
         ...
 
     async def begin_upload(self) -> Any:
@@ -122,11 +133,19 @@ class Uploader:
                 return None
             file.use_disk()
             with file.pinned():
-                await file.complete()
-                entry = await self._send(file, sync=sync)
+                entry = await self._send_somehow(file, sync=sync)
             if not file.is_dirty() and not file.writers:
                 await self.forget(file)
             return entry
+
+    async def _send_somehow(self, file: Uploadable, *, sync: bool) -> Entry:
+        while True:
+            await file.complete()
+            try:
+                return await self._send(file, sync=sync)
+            except NotSupported:
+                if not file.falls_back():
+                    raise
 
     async def _send(self, file: Uploadable, *, sync: bool) -> Entry:
         snapshot = await file.begin_upload()
@@ -137,7 +156,7 @@ class Uploader:
             file.attempted = attempted  # what the remote is told; a killed daemon can't know
             entry = await file.send(snapshot, sync=sync)
         except RemoteError as error:
-            if not isinstance(error, Conflict | NotConnected):
+            if not isinstance(error, Conflict | NotConnected | NotSupported):
                 file.attempted = True
             elif not file.attempted:
                 await self.note_progress(file)

@@ -380,3 +380,52 @@ async def test_times_of_a_written_file_are_the_same_after_close_as_before(w: Wor
     await w.kernel.close(handle)
     w.clock.expire_attributes()
     assert (await w.kernel.stat("ns/f")).mtime_ns == open_times
+
+
+LARGE = OLD * (m.PART_COPY_BYTES // BLOCK_BYTES + 1)
+CHANGED_AT = 5 * BLOCK_BYTES + 7
+CHANGED = LARGE[:CHANGED_AT] + b"changed" + LARGE[CHANGED_AT + 7 :] + b"more"
+
+
+async def change_in_the_middle(w: World) -> int:
+    """A large object, of which a little is changed; returns the open file."""
+    w.remote.copies_parts = True
+    w.remote.put(b"f", LARGE)
+    handle = await w.kernel.open("ns/f")
+    await w.kernel.pwrite(handle, CHANGED_AT, b"changed")
+    await w.kernel.pwrite(handle, len(LARGE), b"more")
+    return handle
+
+
+@live("s3", max_blocks=1000)
+async def test_of_a_large_object_only_what_changed_is_sent(w: World) -> None:
+    """And only the blocks that it is in were fetched."""
+    await w.kernel.close(await change_in_the_middle(w))
+    assert w.remote.get(b"f") == CHANGED
+    (upload,) = [call for call in w.cues.calls if isinstance(call, m.Upload)]
+    assert not upload.whole
+    assert sum(length for _, length in upload.ranges) == 11
+    fetched = sum(call.length for call in w.cues.calls if isinstance(call, m.Fetch))
+    assert fetched <= 2 * BLOCK_BYTES
+    assert await w.kernel.read_file("ns/f") == CHANGED
+
+
+@live("s3", max_blocks=1000)
+async def test_where_the_server_can_not_copy_parts_all_is_sent(w: World) -> None:
+    w.cues.fail(m.Upload, m.NotSupported("this server can't copy by parts"))
+    await w.kernel.close(await change_in_the_middle(w))
+    assert w.remote.get(b"f") == CHANGED
+    uploads = [call for call in w.cues.calls if isinstance(call, m.Upload)]
+    assert [upload.whole for upload in uploads] == [False, True]
+    assert uploads[0].base_version == uploads[1].base_version
+
+
+@live("s3", max_blocks=1000)
+async def test_an_upload_of_parts_that_failed_is_repeated_as_it_was(w: World) -> None:
+    """What is not in the cache must not be sent from there."""
+    handle = await change_in_the_middle(w)
+    w.cues.fail(m.Upload, m.Unreachable("the link is down"))
+    with pytest.raises(m.Unreachable):
+        await w.kernel.fsync(handle)
+    await w.kernel.close(handle)
+    assert w.remote.get(b"f") == CHANGED

@@ -57,6 +57,8 @@ class MemoryRemote:
         self.distinct = distinct
         self._clock_ns = 1_700_000_000 * SECOND
         self.root = Item(stat.S_IFDIR | 0o755, self._clock_ns)
+        self.copies_parts = False
+        """S3: whether an upload may bring nothing but what changed."""
         self.handles: dict[int, Item] = {}
         self.ahead: dict[int, dict[int, bytes]] = {}
         """What was sent ahead of uploads: pieces by handle and offset."""
@@ -168,6 +170,7 @@ class MemoryRemote:
             creates_on_upload=not self.is_sftp,
             handles=self.is_sftp,
             mtime_resolution_ns=SECOND if self.is_sftp else 1,
+            part_copies=self.copies_parts,
         )
 
     async def stat(self, path: bytes) -> m.Entry:
@@ -234,7 +237,7 @@ class MemoryRemote:
         if self.is_sftp:
             item = self._written_in_place(item, request, source, ahead)
         else:
-            content = bytearray(source.read(0, request.size))
+            content = self._content_of(item, request, source)
             for offset, piece in ahead.items():
                 if not any(start <= offset < start + length for start, length in request.ranges):
                     content[offset : offset + len(piece)] = piece
@@ -255,6 +258,17 @@ class MemoryRemote:
             begun = len(item.content) == request.size and self._is_same(item, request)
         if request.base_version is not None and request.base_version != version and not begun:
             raise m.Conflict(f"{request.path!r} was changed by others")
+
+    def _content_of(self, item: Item | None, request: m.Upload, source: Source) -> bytearray:
+        if request.whole:
+            return bytearray(source.read(0, request.size))
+        assert item is not None
+        assert request.base_version is not None
+        content = bytearray(item.content[: request.base_size])
+        content.extend(bytes(max(0, request.size - len(content))))
+        for start, length in request.ranges:
+            content[start : start + length] = source.read(start, length)
+        return content[: request.size]
 
     def _is_same(self, item: Item, request: m.Upload) -> bool:
         """Whether an earlier attempt of this upload did its work, though its answer was lost."""

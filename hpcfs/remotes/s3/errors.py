@@ -9,6 +9,7 @@ for a dead server.
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from hpcfs.transfer.messages import (
     InvalidRequest,
     NameTooLong,
     NoSpace,
+    NotConnected,
     NotFound,
     NotSupported,
     PermissionDenied,
@@ -133,6 +135,13 @@ _UNREACHABLE = (
     aiohttp.ClientError,
     OSError,
 )
+_NOT_CONNECTED = (
+    boto.EndpointConnectionError,
+    boto.ProxyConnectionError,
+    aiohttp.ClientConnectorError,
+    ConnectionRefusedError,
+    socket.gaierror,
+)
 _TIMEOUTS = (boto.ConnectTimeoutError, boto.ReadTimeoutError, TimeoutError, asyncio.TimeoutError)
 
 
@@ -152,8 +161,15 @@ def translate(error: Exception, subject: str) -> RemoteError:
     if isinstance(error, _TIMEOUTS):
         return TimedOut(f"the S3 endpoint{_endpoint(error)} did not answer in time")
     if isinstance(error, _UNREACHABLE):
-        return Unreachable(f"the S3 endpoint{_endpoint(error)} can't be reached ({_cause(error)})")
+        kind = NotConnected if _is_of_connecting(error) else Unreachable
+        return kind(f"the S3 endpoint{_endpoint(error)} can't be reached ({_cause(error)})")
     return RemoteFailure(f"{subject}: the S3 request failed: {error}")
+
+
+def _is_of_connecting(error: Exception) -> bool:
+    """Whether nothing was sent."""
+    inner = getattr(error, "kwargs", {}).get("error")
+    return any(isinstance(one, _NOT_CONNECTED) for one in (error, inner))
 
 
 def _endpoint(error: Exception) -> str:
@@ -211,7 +227,8 @@ class Health:
         if self._lasting is not None:
             raise _again(self._lasting)
         if self._down is not None and self._clock() < self._until:
-            raise _again(self._down)
+            kind = NotConnected if type(self._down) is Unreachable else type(self._down)
+            raise kind(*self._down.args)
 
     def failed(self, error: RemoteError) -> RemoteError:
         """Remember what concerns the whole site; returns the error."""
