@@ -34,6 +34,7 @@ from hpcfs.transfer.errors import (
     NotADirectory as NotADirectory,
     NotConnected as NotConnected,
     NotFound as NotFound,
+    NotOwner as NotOwner,
     NotSupported as NotSupported,
     PermissionDenied as PermissionDenied,
     ProtocolError as ProtocolError,
@@ -84,6 +85,10 @@ class Abilities(msgspec.Struct, frozen=True):
     handles: bool
     """An open file keeps its identity through renames, and its growth can be followed (SFTP)."""
     mtime_resolution_ns: int
+    privileged: bool = False
+    """The remote user is root: the modes of its files don't bind it."""
+    checks_directories: bool = True
+    """The remote refuses what the modes of directories forbid."""
 
 
 class DiskUsage(msgspec.Struct, frozen=True):

@@ -162,7 +162,7 @@ async def _refuse_everything(w: World) -> None:
     asked = {type(call) for call in w.cues.calls[before:]}
     assert asked <= {m.Stat, m.Connect, m.Fetch, m.StatOpen}, "the remote was asked to change"
     with pytest.raises(ReadOnly):
-        w.fs.access(node.ino, os.W_OK)
+        await w.fs.access(node.ino, os.W_OK)
     await kernel.close(handle)
 
 

@@ -114,6 +114,10 @@ class Transfer:
         self._bucket = bucket
         self._limits = limits
 
+    def check_size(self, key: str, size: int) -> None:
+        if size > self._limits.largest_object:
+            raise TooLarge(f"{key} has {size} bytes, and S3 holds at most 5 TiB in one object")
+
     async def upload(
         self,
         key: str,
@@ -124,8 +128,7 @@ class Transfer:
     ) -> Summary:
         """The object as it is then."""
         size = source.size
-        if size > self._limits.largest_object:
-            raise TooLarge(f"{key} has {size} bytes, and S3 holds at most 5 TiB in one object")
+        self.check_size(key, size)
         if size > self._limits.single_put:
             return await self._upload_parts(key, source, metadata, headers, report)
         body = await asyncio.to_thread(source.read, 0, size)
