@@ -33,6 +33,8 @@ class AttributeChanges:
         if node.content and (node.content.is_dirty() or node.content.orphan):
             self._set_later(node, attributes)
             await self._files.changed(node.content)
+        elif node.content is None and not node.is_attached:
+            self._show(node, attributes, 1)  # a removed directory that is open
         else:
             await self._set_now(namespace, node, attributes)
 
@@ -51,7 +53,10 @@ class AttributeChanges:
         assert content
         content.pending = merge_attributes(content.pending, attributes)
         content.secured = False
-        resolution = content.abilities.mtime_resolution_ns
+        self._show(node, attributes, content.abilities.mtime_resolution_ns)
+
+    def _show(self, node: Node, attributes: m.Attributes, resolution: int) -> None:
+        """With times of this resolution in nanoseconds."""
         entry = node.entry
         changed = {
             field: value

@@ -231,8 +231,8 @@ class Filesystem:
             if entry is not None:
                 self.tree.update(node, entry, asked)
                 return
-        if node.content and not node.is_attached:
-            return
+        if not node.is_attached:
+            return  # removed, and known by an open handle or as a working directory
         try:
             entry = await node.namespace.stat(node.path)
         except m.NotFound as error:

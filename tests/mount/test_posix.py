@@ -93,6 +93,20 @@ def test_a_removed_file_has_no_links(tree: WorkTree) -> None:
         assert os.fstat(file.fileno()).st_nlink == 0
 
 
+def test_a_removed_directory_that_is_open_has_attributes(tree: WorkTree) -> None:
+    (tree.path / "d").mkdir()
+    descriptor = os.open(tree.path / "d", os.O_DIRECTORY)
+    try:
+        os.rmdir(tree.path / "d")
+        os.mkdir(tree.path / "d", 0o711)
+        os.fchmod(descriptor, 0o700)
+        assert stat.S_IMODE(os.fstat(descriptor).st_mode) == 0o700
+        assert stat.S_IMODE((tree.path / "d").stat().st_mode) == 0o711
+        assert errno_of(os.listdir, descriptor) == errno.ENOENT
+    finally:
+        os.close(descriptor)
+
+
 # --- times ----------------------------------------------------------------------------------------
 
 

@@ -168,6 +168,7 @@ class MemoryRemote:
             creates_on_upload=not self.is_sftp,
             handles=self.is_sftp,
             mtime_resolution_ns=SECOND if self.is_sftp else 1,
+            checks_directories=self.is_sftp,
         )
 
     async def stat(self, path: bytes) -> m.Entry:

@@ -33,7 +33,7 @@ from tests.support.sshd import ALIAS, SshServer
 T = TypeVar("T")
 
 KINDS = ("sftp", "s3-rclone", "s3-moto")
-WRITE_MODES = ("through",)
+WRITE_MODES = ("through", "back")
 """The `write` modes of namespaces that tests run in."""
 _PROBLEM = re.compile(
     r"^Traceback|^\S+ \S+ \w+\[\d+\] (?:WARNING|ERROR|CRITICAL) .*$", re.MULTILINE
