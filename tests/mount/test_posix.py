@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.mount.conftest import WorkTree
-from tests.support.mounts import errno_of, until
+from tests.support.mounts import RealHome, errno_of, mounted, served_by_ssh, until
+from tests.support.sshd import SshServer, ssh_server
 
 # --- sizes ----------------------------------------------------------------------------------------
 
@@ -102,7 +106,7 @@ def test_a_removed_directory_that_is_open_has_attributes(tree: WorkTree) -> None
         os.fchmod(descriptor, 0o700)
         assert stat.S_IMODE(os.fstat(descriptor).st_mode) == 0o700
         assert stat.S_IMODE((tree.path / "d").stat().st_mode) == 0o711
-        assert errno_of(os.listdir, descriptor) == errno.ENOENT
+        assert os.listdir(descriptor) == []
     finally:
         os.close(descriptor)
 
@@ -160,3 +164,53 @@ def test_a_new_owner_takes_the_set_user_id_bit(tree: WorkTree) -> None:
     path.chmod(0o6755)
     os.chown(path, os.getuid(), os.getgid())
     assert stat.S_IMODE(path.stat().st_mode) == 0o755
+
+
+@contextmanager
+def ordinary_user(directory: Path) -> Iterator[SshServer]:
+    """A server whose remote user is not root, also where the tests are run by root."""
+    if os.getuid():
+        with ssh_server(directory) as server:
+            yield server
+        return
+    keys = directory / "authorized_keys"  # only root gets there
+    options = (f"AuthorizedKeysCommand /bin/cat {keys}", "AuthorizedKeysCommandUser root")
+    server = SshServer(directory, options=options)
+    server.user = "nobody"
+    server.ssh_config.write_text(server.config_text())
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+def test_what_only_the_owner_may_do(real_home: RealHome, tmp_path: Path) -> None:
+    """SFTP has one code for EACCES and EPERM."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ordinary_user(tmp_path / "server") as server,
+        mounted(
+            real_home,
+            {"ns": served_by_ssh(server, Path(folder))},
+            expected=["may not be accessed|may not be"],
+        ) as mount,
+    ):
+        os.chmod(folder, 0o1777)
+        own = mount.path / "ns" / "own"
+        until(lambda: errno_of(own.write_bytes, b"content") is None, 5)
+        assert errno_of(os.chown, own, 12345, -1) == errno.EPERM
+        own.chmod(0o600)
+        if os.getuid():
+            return
+        (Path(folder) / "roots").write_bytes(b"content")
+        roots = mount.path / "ns" / "roots"
+        until(roots.exists, 5)
+        assert errno_of(roots.chmod, 0o600) == errno.EPERM
+        assert errno_of(os.utime, roots, (1, 1)) == errno.EPERM
+        assert errno_of(roots.unlink) == errno.EPERM
+        assert errno_of(roots.rename, mount.path / "ns" / "new") == errno.EPERM
+        assert errno_of(own.rename, roots) == errno.EPERM
+        os.chmod(folder, 0o755)
+        until(lambda: errno_of((mount.path / "ns" / "new").touch) == errno.EACCES, 5)
+        assert errno_of(own.unlink) == errno.EACCES

@@ -309,6 +309,8 @@ class SftpRemote:
         wanted = rest_to_set(attributes, SFTPAttrs())
         try:
             return await self._changed(place, *[wanted] if wanted else [], follow=False)
+        except PermissionDenied:  # the entry, or the way to it? looking tells
+            return await self._look_and_set(place, attributes)
         except (NotSupported, RemoteFailure):
             entry = await self._look_and_set(place, attributes)
         if not stat.S_ISLNK(entry.mode):
