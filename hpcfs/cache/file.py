@@ -23,6 +23,10 @@ _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2  # linux/falloc.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+_ALWAYS_POSSIBLE_BYTES = 1 << 40
+"""Every file system has files of 1 TiB."""
+
+
 class CacheFile:
     """`origin` and `key` say which remote file this is, `version` which content of it.
 
@@ -144,7 +148,12 @@ class CacheFile:
             self.blocks.put(block)
 
     def resize(self, size: int) -> None:
-        """The file's length changes; what is cut off is forgotten, what is added reads as zeros."""
+        """The file's length changes; what is cut off is forgotten, what is added reads as zeros.
+
+        Raises OSError (EFBIG) when the cache's file system has no files that large.
+        """
+        if size > max(self.size, _ALWAYS_POSSIBLE_BYTES):
+            os.ftruncate(self.fd, size)
         old, self.size = self.size, size
         if size < old:
             os.ftruncate(self.fd, size)
@@ -193,8 +202,8 @@ class CacheFile:
         failed = _libc.fallocate(
             self.fd, mode, ctypes.c_longlong(offset), ctypes.c_longlong(length)
         )
-        if failed and ctypes.get_errno() != errno.EOPNOTSUPP:  # no holes here: the bytes just stay
-            code = ctypes.get_errno()
+        code = ctypes.get_errno() if failed else 0
+        if code and code != errno.EOPNOTSUPP:  # no holes here: the bytes just stay
             raise OSError(code, os.strerror(code), self.path)
 
 

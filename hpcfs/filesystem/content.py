@@ -160,7 +160,7 @@ class Content(RemoteContent):
         end = offset + len(data)
         old_size = self.size
         if end > old_size:
-            self.file.resize(end)
+            self._resize(end)
         try:
             self.file.write(offset, data)
         except OSError as error:
@@ -173,6 +173,14 @@ class Content(RemoteContent):
         self._sending.wrote(offset, end)
         if not self.base_size and not self.replace and self._in_motion is None and not self.orphan:
             self._sending.advance(self.file.dirty, end)
+
+    def _resize(self, size: int) -> None:
+        try:
+            self.file.resize(size)
+        except OSError as error:
+            if error.errno == errno.EFBIG:
+                raise m.TooLarge("the disk with the cache can't hold a file that large") from None
+            raise
 
     def _undo_write(self, offset: int, end: int, old_size: int) -> None:
         """A part may be in the file. In a clean block it goes, and the remote's bytes are fetched
@@ -196,7 +204,7 @@ class Content(RemoteContent):
         self._check_not_replaced()
         if size == self.size:
             return False
-        self.file.resize(size)
+        self._resize(size)
         self.base_size = min(self.base_size, size)
         self.resized = True
         self.secured = False

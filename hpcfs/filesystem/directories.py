@@ -270,6 +270,8 @@ class Directories:
             if self._was_removed(opened, entry.name):
                 continue
             child = self._adopt(node, entry.name, entry, listing.asked)
+            if child.content and child.content.new:  # it is just being uploaded
+                opened.shown.add(child)
             yield last + 1, entry.name, child, True
         yield from self._local(opened, max(start, listing.count + _DOTS))
         self._on_read(node)
@@ -285,7 +287,11 @@ class Directories:
         first = listing.count + _DOTS
         if opened.local is None:
             children = (opened.node.children or {}).values()
-            opened.local = [child for child in children if child.content and child.content.new]
+            opened.local = [
+                child
+                for child in children
+                if child.content and child.content.new and child not in opened.shown
+            ]
         for number, child in enumerate(opened.local, first):
             if number >= start and child.is_attached and child.parent is opened.node:
                 yield number + 1, child.name, child, True

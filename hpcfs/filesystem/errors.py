@@ -36,7 +36,11 @@ class CrossNamespace(FilesystemError):
 
 
 class Unsupported(FilesystemError):
-    """hpcfs has no such operation (devices, sockets, exchanging two names)."""
+    """hpcfs has no such operation."""
+
+
+class NoSuchKind(FilesystemError):
+    """The remote has no devices, sockets and FIFOs; or no hard links."""
 
 
 class Invalid(FilesystemError):

@@ -27,15 +27,16 @@ from hpcfs.filesystem.errors import (
     CacheFull,
     Exists,
     IsDirectory,
-    NotPermitted,
     Stale,
     Unsupported,
 )
 from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.openfile import OpenFile
+from hpcfs.filesystem.permissions import Permissions
 from hpcfs.filesystem.reading import Place
+from hpcfs.filesystem.snapshot import merge_attributes, mode_without_ids
 from hpcfs.filesystem.sweeper import Sweeper
-from hpcfs.filesystem.tree import Node, Tree
+from hpcfs.filesystem.tree import Node, Tree, join
 from hpcfs.transfer import messages as m
 from hpcfs.writeback.journal import Unconfirmed
 from hpcfs.writeback.uploader import Uploader
@@ -58,14 +59,14 @@ class Files:
         store: Store,
         uploader: Uploader,
         nursery: trio.Nursery,
-        uid: int,
+        permissions: Permissions,
         gid: int,
     ) -> None:
         self._tree = tree
         self._store = store
         self._uploader = uploader
         self._nursery = nursery
-        self._uid = uid
+        self._permissions = permissions
         self._gid = gid
         self.backlog = Backlog(uploader, self.flush, self._retire_if_done, nursery)
         self.notices: deque[str] = deque(maxlen=MOST_NOTICES)
@@ -93,7 +94,7 @@ class Files:
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         if writing or flags & os.O_TRUNC:
             namespace.check_writable()
-            self._check_owner_may_write(node)
+        await self._permissions.check_open(node, flags)
         await self.settled(node)
         if not writing:
             self.sweeper.opened(node)
@@ -103,7 +104,7 @@ class Files:
         handle = self._add(OpenFile(node, content, flags))
         try:
             if flags & os.O_TRUNC:
-                await self._cut(node, content, 0)
+                await self._cut(node, content, 0, stamp=True)
         except BaseException:
             await self.release(handle)
             raise
@@ -119,12 +120,6 @@ class Files:
             raise Unsupported("only regular files can be opened")
         return node.namespace
 
-    def _check_owner_may_write(self, node: Node) -> None:
-        """The remote decides in the end; but for the user's own file its mode bits tell early."""
-        entry = node.entry
-        if self._uid and entry.uid == self._uid and not entry.mode & stat.S_IWUSR:
-            raise NotPermitted("the file's mode does not let you write to it")
-
     async def _revalidate(self, node: Node, namespace: Namespace) -> None:
         """The node's entry is as the remote has it now. Raises Stale if that is another file."""
         if self._tree.is_fresh(node, OPEN_FRESH_SECONDS) or (
@@ -133,6 +128,7 @@ class Files:
             return
         if await self.sweeper.is_current(node):
             return
+        await self._check_names(node, namespace)
         asked = self._tree.now()
         entry = await namespace.stat(node.path)
         content = node.content
@@ -146,6 +142,19 @@ class Files:
         elif not content.is_dirty():
             self.lose(node)  # the kernel looks the name up again and opens the new file
             raise Stale("the file was replaced on the remote")
+
+    async def _check_names(self, node: Node, namespace: Namespace) -> None:
+        """open(2) does not say which of the file's names was meant: all must lead to it still. A
+        name that does not is looked up again by the kernel, upon Stale."""
+        for parent, name in list(node.others):
+            try:
+                entry = await namespace.stat(join(parent, name))
+            except m.NotFound:
+                self._tree.note_gone(parent, name)
+            else:
+                if entry.version != node.entry.version and (parent, name) in node.others:
+                    self._tree.note_gone(parent, name)
+                    raise Stale("the file was replaced on the remote")
 
     def lose(self, node: Node) -> None:
         """Others removed or replaced the node's file: the name is another file's from now on."""
@@ -237,13 +246,11 @@ class Files:
     def _entry_made_here(
         self, parent: Node, name: bytes, mode: int, abilities: m.Abilities
     ) -> m.Entry:
-        directory = parent.entry
-        if self._uid and directory.uid == self._uid and not directory.mode & stat.S_IWUSR:
-            raise NotPermitted("the directory's mode does not let you make files in it")
+        self._permissions.check_made_here(parent)
         now = time.time_ns()
         now -= now % abilities.mtime_resolution_ns
         shown = stat.S_IFREG | stat.S_IMODE(mode)
-        return m.Entry(name, shown, 0, now, now, self._uid, self._gid)
+        return m.Entry(name, shown, 0, now, now, self._permissions.uid, self._gid)
 
     def _add(self, opened: OpenFile) -> int:
         self._next += 1
@@ -267,47 +274,59 @@ class Files:
             await self.backlog.make_room(opened.content, len(data))
         async with self._uploader.writing(opened.content):
             await opened.content.write(offset, data)
-        self._stamp(opened.node)
+        self._stamp(opened.node, opened.content)
         return len(data)
 
-    def _stamp(self, node: Node) -> None:
-        """The file was written to now: its size and mtime as the mount shows them."""
-        content = node.content
-        assert content
+    def _stamp(self, node: Node, content: Content) -> None:
+        """The file was written to now: its size and mtime as the mount shows them, and its mode:
+        for all but root, writing clears the set-ID bits."""
         now = time.time_ns()
         now -= now % content.abilities.mtime_resolution_ns
+        mode = mode_without_ids(node.entry) if self._permissions.uid else None
+        if content.pending:  # a time that was set before is not to come back with the upload
+            content.pending = msgspec.structs.replace(content.pending, mtime_ns=None)
+        if mode is not None:
+            content.pending = merge_attributes(content.pending, m.Attributes(mode=mode))
+        full = node.entry.mode if mode is None else stat.S_IFREG | mode
         self._tree.set_local(
-            node, msgspec.structs.replace(node.entry, size=content.size, mtime_ns=now)
+            node, msgspec.structs.replace(node.entry, size=content.size, mtime_ns=now, mode=full)
         )
 
-    async def truncate(self, node: Node, size: int, handle: int | None) -> None:
-        """Without a handle nobody will close the file: the remote is told before this returns."""
+    async def truncate(self, node: Node, size: int, handle: int | None) -> bool:
+        """Without a handle nobody will close the file: the remote is told before this returns.
+        Whether ftruncate(2) changed no size: it sets the time nevertheless."""
         namespace = self._regular(node)
         namespace.check_writable()
         if handle is not None:
-            await self._cut(node, self.get(handle).content, size)
-            return
+            return not await self._cut(node, self.get(handle).content, size)
+        await self._permissions.check_open(node, os.O_WRONLY)
         await self.settled(node)
         content = node.content
         if content is None:
             entry = await namespace.entry(m.Truncate(node.path, size))
             self._tree.set_local(node, entry)
             node.pages_version = None
-            return
+            return False
         content.users += 1
         try:
             await self._cut(node, content, size)
             await self.closed(content)
         finally:
             await self._leave(content)
+        return False
 
-    async def _cut(self, node: Node, content: Content, size: int) -> None:
+    async def _cut(self, node: Node, content: Content, size: int, *, stamp: bool = False) -> bool:
+        """Whether the size changed. truncate(2): "if the size changed", the times do; O_TRUNC sets
+        them in any case."""
         async with self._uploader.writing(content):
             changed = await content.truncate(size)
-            if changed:
+            if stamp and not changed:
+                content.resized, content.secured = True, False
+            if changed or stamp:
                 await self._uploader.note_writing(content)
-        if changed:  # truncate(2): "if the size changed", the times do
-            self._stamp(node)
+        if changed or stamp:
+            self._stamp(node, content)
+        return changed
 
     # --- flush and close ------------------------------------------------------------------------
 

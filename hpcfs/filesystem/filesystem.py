@@ -19,6 +19,7 @@ import msgspec
 import trio
 
 from hpcfs.cache.store import Store
+from hpcfs.filesystem.attributes import AttributeChanges
 from hpcfs.filesystem.directories import Directories, directory_entry
 from hpcfs.filesystem.errors import (
     CrossNamespace,
@@ -26,17 +27,15 @@ from hpcfs.filesystem.errors import (
     Invalid,
     NameLong,
     NoEntry,
+    NoSuchKind,
     NotDirectory,
-    NotPermitted,
     ReadOnly,
-    Stale,
-    Unsupported,
 )
 from hpcfs.filesystem.files import Files
 from hpcfs.filesystem.namespace import Namespace
-from hpcfs.filesystem.renaming import Renaming, join
-from hpcfs.filesystem.snapshot import merge_attributes
-from hpcfs.filesystem.tree import ROOT_INO, Node, Tree
+from hpcfs.filesystem.permissions import Permissions
+from hpcfs.filesystem.renaming import Renaming
+from hpcfs.filesystem.tree import ROOT_INO, Node, Tree, join
 from hpcfs.transfer import messages as m
 from hpcfs.writeback.uploader import Uploader
 
@@ -77,8 +76,10 @@ class Filesystem:
                 name = namespace.name.encode()
                 entry = directory_entry(name, 0o755, self._uid, self._gid, now)
                 self.tree.add(self.tree.root, name, entry, 0.0, namespace)
-        self.files = Files(self.tree, store, uploader, nursery, self._uid, self._gid)
+        self.permissions = Permissions(self._uid)
+        self.files = Files(self.tree, store, uploader, nursery, self.permissions, self._gid)
         self._renaming = Renaming(self.tree, store, self.files)
+        self._attributes = AttributeChanges(self.tree, store, self.files)
         self.directories = Directories(
             self.tree, self._adopt, self.files.sweeper, str(store.directory), nursery
         )
@@ -94,6 +95,7 @@ class Filesystem:
             return parent
         if name == b"..":
             return parent.parent or parent
+        await self.permissions.check_directory(parent, os.X_OK)
         child = self.tree.child(parent, name)
         if child and (
             child.is_namespace_root or self.tree.is_fresh(child) or self._is_ahead(child)
@@ -118,7 +120,7 @@ class Filesystem:
         if child is not None and (child.content is not None or child.observed > asked):
             return None
         if child is not None:
-            self.files.lose(child)
+            self._lose(parent, name, child)
         raise NoEntry("a listing of a moment ago does not have this name")
 
     async def _look_up(self, parent: Node, name: bytes, child: Node | None) -> Node:
@@ -129,16 +131,23 @@ class Filesystem:
         except m.NotFound as error:
             child = self.tree.child(parent, name)
             if child and not self._is_ahead(child) and child.observed <= asked:
-                self.files.lose(child)
+                self._lose(parent, name, child)
             elif child:
                 return child
             raise NoEntry(error.message) from None
-        if child and child.content and not self._is_ahead(child):
+        if child and child.content and not child.others and not self._is_ahead(child):
             if await self.files.is_same(child.content, entry):
                 self.tree.update(child, entry, asked)
             elif not self._is_ahead(child) and child.observed <= asked:
                 self.files.lose(child)
         return self._adopt(parent, name, entry, asked)
+
+    def _lose(self, parent: Node, name: bytes, child: Node) -> None:
+        """Others removed this name; its file may have more."""
+        if child.others:
+            self.tree.note_gone(parent, name)
+        else:
+            self.files.lose(child)
 
     def _is_ahead(self, node: Node) -> bool:
         """Whether the mount knows better than the remote: the file is being written, or was
@@ -154,6 +163,9 @@ class Filesystem:
             return child
         if stat.S_IFMT(entry.mode) != stat.S_IFMT(child.entry.mode):
             self.files.lose(child)
+            return self.tree.add(parent, name, entry, asked)
+        if child.others and entry.version != child.entry.version:
+            self.tree.note_gone(parent, name)  # its names may be those of several files now
             return self.tree.add(parent, name, entry, asked)
         content = child.content
         if content is None or entry.version == content.version:
@@ -219,13 +231,17 @@ class Filesystem:
             if entry is not None:
                 self.tree.update(node, entry, asked)
                 return
-        if node.content and not node.is_attached:
-            return
+        if not node.is_attached:
+            return  # removed, and known by an open handle or as a working directory
         try:
             entry = await node.namespace.stat(node.path)
         except m.NotFound as error:
             if node.content:
                 return  # it is open: it still is what it was
+            if node.others and node.parent:
+                self.tree.note_gone(node.parent, node.name)
+                await self._refresh(node)
+                return
             self.tree.detach(node)
             raise NoEntry(error.message) from None
         if node.content is None or entry.version == node.content.version:
@@ -237,16 +253,12 @@ class Filesystem:
             raise Invalid("only a symbolic link has a target")
         return await node.namespace.call(m.ReadLink(node.path), bytes)
 
-    def access(self, ino: int, mask: int) -> None:
+    async def access(self, ino: int, mask: int) -> None:
         """Raises ReadOnly or NotPermitted where the mount can tell; else the remote decides."""
         node = self.tree.get(ino)
-        mode, regular = node.entry.mode, node.is_regular
         if mask & os.W_OK:
             self._writable(node)
-            if self._uid and node.entry.uid == self._uid and not mode & stat.S_IWUSR:
-                raise NotPermitted("its mode does not let you write to it")
-        if mask & os.X_OK and regular and not mode & 0o111:
-            raise NotPermitted("it is not executable")
+        await self.permissions.check_access(node, mask)
 
     async def disk_usage(self) -> m.DiskUsage:
         """FUSE's statfs names no file: the roomiest namespace answers for all."""
@@ -281,18 +293,19 @@ class Filesystem:
         node.namespace.check_writable()
         return node.namespace
 
-    def _parent(self, ino: int, name: bytes) -> tuple[Node, Namespace]:
+    async def _parent(self, ino: int, name: bytes) -> tuple[Node, Namespace]:
         """The directory in which `name` is to be made or removed."""
         parent = self._directory(ino)
         if len(name) > MAX_NAME_BYTES:
             raise NameLong("names have at most 255 bytes")
         namespace = self._writable(parent)
+        await self.permissions.check_directory(parent, os.W_OK | os.X_OK)
         self.files.backlog.directory_times.forget(parent)
         return parent, namespace
 
-    def _about_to_change(self, ino: int, name: bytes) -> tuple[Node, Namespace]:
+    async def _about_to_change(self, ino: int, name: bytes) -> tuple[Node, Namespace]:
         """The same; whatever comes of it, older listings don't tell of this name any more."""
-        parent, namespace = self._parent(ino, name)
+        parent, namespace = await self._parent(ino, name)
         self.tree.note_made(parent, name)
         return parent, namespace
 
@@ -310,7 +323,7 @@ class Filesystem:
             raise Exists("the name is taken")
 
     async def mkdir(self, parent_ino: int, name: bytes, mode: int) -> Node:
-        parent, namespace = self._about_to_change(parent_ino, name)
+        parent, namespace = await self._about_to_change(parent_ino, name)
         asked = self.tree.now()
         self._refuse_pending(parent, name)
         request = m.MakeDirectory(join(parent, name), stat.S_IMODE(mode))
@@ -319,26 +332,36 @@ class Filesystem:
         return node
 
     async def symlink(self, parent_ino: int, name: bytes, target: bytes) -> Node:
-        parent, namespace = self._about_to_change(parent_ino, name)
+        parent, namespace = await self._about_to_change(parent_ino, name)
         self._refuse_pending(parent, name)
         asked = self.tree.now()
         request = m.MakeSymlink(join(parent, name), target)
         return self._made(parent, name, await namespace.entry(request), asked)
 
     async def link(self, ino: int, parent_ino: int, name: bytes) -> Node:
-        parent, namespace = self._about_to_change(parent_ino, name)
+        parent, namespace = await self._about_to_change(parent_ino, name)
         node = self.tree.get(ino)
         if node.namespace is not namespace:
             raise CrossNamespace("a hard link can't lead to another namespace")
         self._refuse_pending(parent, name)
         await self._renaming.flush_below(node)
         asked = self.tree.now()
-        request = m.MakeLink(node.path, join(parent, name))
-        return self._made(parent, name, await namespace.entry(request), asked)
+        try:
+            entry = await namespace.entry(m.MakeLink(node.path, join(parent, name)))
+        except m.NotSupported as error:
+            raise NoSuchKind(error.message) from None
+        if not node.is_attached or self._is_ahead(node):
+            return self._made(parent, name, entry, asked)
+        self.tree.note_gone(parent, name)
+        self.tree.expire(parent)
+        self.tree.update(node, entry, asked)
+        self.tree.add_name(node, parent, name)
+        self.tree.note_changed(node)
+        return node
 
     async def create(self, parent_ino: int, name: bytes, mode: int, flags: int) -> tuple[int, Node]:
         """-> (handle, node). Without O_EXCL, a file that has just come into being is opened."""
-        parent, _ = self._about_to_change(parent_ino, name)
+        parent, _ = await self._about_to_change(parent_ino, name)
         if known := self.tree.child(parent, name):
             if flags & os.O_EXCL:
                 raise Exists("the file exists")
@@ -360,7 +383,7 @@ class Filesystem:
 
     async def mknod(self, parent_ino: int, name: bytes, mode: int) -> Node:
         if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
-            raise Unsupported("only files, directories and symbolic links can be made")
+            raise NoSuchKind("only files, directories and symbolic links can be made")
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
         handle, node = await self.create(parent_ino, name, mode, flags)
         self.tree.count_lookup(node)  # the release must not drop the node: the kernel gets it
@@ -372,8 +395,11 @@ class Filesystem:
         return node
 
     async def unlink(self, parent_ino: int, name: bytes) -> None:
-        parent, namespace = self._about_to_change(parent_ino, name)
+        parent, namespace = await self._about_to_change(parent_ino, name)
         node = self.tree.child(parent, name)
+        if node and node.others:
+            await self._renaming.unlink_one(namespace, node, parent, name)
+            return
         if node:
             await self.files.keep_readable(node)
         async with AsyncExitStack() as locks:
@@ -390,7 +416,7 @@ class Filesystem:
         await self._store.remove(namespace.origin, join(parent, name))
 
     async def rmdir(self, parent_ino: int, name: bytes) -> None:
-        parent, namespace = self._about_to_change(parent_ino, name)
+        parent, namespace = await self._about_to_change(parent_ino, name)
         node = self.tree.child(parent, name)
         if node and any(child.content and child.content.new for child in node.below()):
             raise m.DirectoryNotEmpty("a file in it is being written")
@@ -403,17 +429,21 @@ class Filesystem:
     async def rename(
         self, parent_ino: int, name: bytes, new_parent_ino: int, new_name: bytes, *, replace: bool
     ) -> None:
-        parent, namespace = self._parent(parent_ino, name)
-        new_parent, new_namespace = self._parent(new_parent_ino, new_name)
+        parent, namespace = await self._parent(parent_ino, name)
+        new_parent, new_namespace = await self._parent(new_parent_ino, new_name)
         if namespace is not new_namespace:
             raise CrossNamespace("a rename can't lead to another namespace")
         if (parent, name) == (new_parent, new_name):
             return
         node = await self.lookup(parent_ino, name)
         target = await self._target_of(new_parent, new_name, node)
+        if target is node:
+            return  # two links of one file: rename(2) leaves both
         self.tree.note_made(parent, name)
         self.tree.note_made(new_parent, new_name)
-        await self._renaming.rename(namespace, node, new_parent, new_name, target, replace=replace)
+        await self._renaming.rename(
+            namespace, node, (parent, name), new_parent, new_name, target, replace=replace
+        )
 
     async def _target_of(self, parent: Node, name: bytes, node: Node) -> Node | None:
         """What will be replaced. Only where the remote is not asked to rename must it be known."""
@@ -432,63 +462,11 @@ class Filesystem:
     ) -> Node:
         node = self.tree.get(ino)
         namespace = self._writable(node)
-        if size is not None:
-            await self.files.truncate(node, size, handle)
-        attributes = self._without_same_owner(node, attributes)
-        if not attributes:
-            return node
-        await self.files.settled(node)
-        if node.content and (node.content.is_dirty() or node.content.orphan):
-            self._set_later(node, attributes)
-            await self.files.changed(node.content)
-        else:
-            await self._set_now(node, namespace, attributes)
+        if (
+            size is not None
+            and await self.files.truncate(node, size, handle)
+            and attributes.mtime_ns is None
+        ):
+            attributes = msgspec.structs.replace(attributes, mtime_ns=time.time_ns())
+        await self._attributes.change(namespace, node, attributes)
         return node
-
-    def _without_same_owner(self, node: Node, attributes: m.Attributes) -> m.Attributes:
-        """chown to the owner that is shown changes nothing: cp -a and rsync do that."""
-        entry = node.entry
-        return msgspec.structs.replace(
-            attributes,
-            uid=None if attributes.uid == entry.uid else attributes.uid,
-            gid=None if attributes.gid == entry.gid else attributes.gid,
-        )
-
-    def _set_later(self, node: Node, attributes: m.Attributes) -> None:
-        """The next upload of the file brings them along."""
-        content = node.content
-        assert content
-        content.pending = merge_attributes(content.pending, attributes)
-        content.secured = False
-        resolution = content.abilities.mtime_resolution_ns
-        entry = node.entry
-        changed = {
-            field: value
-            for field, value in msgspec.structs.asdict(attributes).items()
-            if value is not None
-        }
-        if attributes.mode is not None:
-            changed["mode"] = stat.S_IFMT(entry.mode) | attributes.mode
-        for field in ("atime_ns", "mtime_ns"):
-            if field in changed:
-                changed[field] -= changed[field] % resolution
-        self.tree.set_local(node, msgspec.structs.replace(entry, **changed))
-
-    async def _set_now(self, node: Node, namespace: Namespace, attributes: m.Attributes) -> None:
-        """A new mtime makes a new version of the same content: what is cached of it is carried
-        over, if the remote was seen to have that version a moment ago."""
-        if node.content and node.content.replaced:
-            raise Stale("the file was replaced on the remote since it was opened")
-        fresh, before = self.tree.is_fresh(node), node.entry.version
-        entry = await namespace.entry(m.SetAttributes(node.path, attributes))
-        self.tree.set_local(node, entry)
-        if node.is_directory and namespace.writes_back and attributes.mtime_ns is not None:
-            self.files.backlog.directory_times.put(node, attributes)
-        if entry.version == before or not fresh:
-            return
-        if node.pages_version == before:
-            node.pages_version = entry.version
-        if node.content and node.content.version == before:
-            node.content.file.version = entry.version
-        elif not node.content:
-            await self._store.renew_version(namespace.origin, node.path, before, entry.version)

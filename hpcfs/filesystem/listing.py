@@ -6,7 +6,7 @@ import logging
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from tempfile import TemporaryFile
 from typing import IO
 
@@ -166,8 +166,12 @@ class OpenDirectory:
     local: list[Node] | None = None
     """Files that the remote lacks, to be shown after what it listed."""
 
+    shown: set[Node] = field(default_factory=set)
+    """Such files that were listed by it: an upload of theirs was under way."""
+
     def release_listing(self) -> None:
         self.local = None
+        self.shown.clear()
         if self.listing:
             self.listing.release()
             self.listing = None

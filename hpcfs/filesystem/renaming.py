@@ -1,4 +1,5 @@
-"""rename(2): what it means for files that the remote does not have yet, or not as they are here.
+"""rename(2), and unlink(2) of one of several links: what they mean for files that the remote does
+not have yet, or not as they are here.
 
 What the remote has is renamed there, once what is dirty in it has been uploaded. A file that the
 remote never had (`back` mode, and new files on S3) is renamed here alone: it goes up once, under
@@ -14,7 +15,7 @@ from hpcfs.filesystem.content import Content
 from hpcfs.filesystem.errors import Exists, IsDirectory
 from hpcfs.filesystem.files import Files
 from hpcfs.filesystem.namespace import Namespace
-from hpcfs.filesystem.tree import Node, Tree
+from hpcfs.filesystem.tree import Node, Tree, join
 from hpcfs.transfer import messages as m
 
 
@@ -28,13 +29,15 @@ class Renaming:
         self,
         namespace: Namespace,
         node: Node,
+        old: tuple[Node, bytes],
         parent: Node,
         name: bytes,
         target: Node | None,
         *,
         replace: bool,
     ) -> None:
-        """Give `node` this name, which is `target`'s now. Raises FilesystemError, RemoteError."""
+        """Give `node`, which is `old` (directory, name), this name, which is `target`'s now. Raises
+        FilesystemError, RemoteError."""
         if target and target.content and target.content.new and not replace:
             raise Exists("the name is taken")
         while content := node.content:
@@ -46,7 +49,7 @@ class Renaming:
                         raise Exists("the name is taken")
                     await self._rename_here(content, node, parent, name, target)
                     return
-        await self._rename_there(namespace, node, parent, name, target, replace=replace)
+        await self._rename_there(namespace, node, old, parent, name, target, replace=replace)
 
     def _is_only_here(self, content: Content) -> bool:
         only_here = content.is_only_here and not content.is_being_sent
@@ -72,7 +75,8 @@ class Renaming:
             if target is not None:
                 self._files.orphan(target)
             old_parent = node.parent
-            self._tree.move(node, parent, name)
+            assert old_parent
+            self._tree.move(node, (old_parent, node.name), parent, name)
             for directory in {old_parent, parent} - {None}:
                 assert directory
                 self._tree.touch(directory)
@@ -92,34 +96,62 @@ class Renaming:
         self,
         namespace: Namespace,
         node: Node,
+        old: tuple[Node, bytes],
         parent: Node,
         name: bytes,
         target: Node | None,
         *,
         replace: bool,
     ) -> None:
-        old_parent, path = node.parent, node.path
-        new_path = join(parent, name)
-        if target:
+        path, new_path = join(*old), join(parent, name)
+        if target and target.others:
+            await self.flush_below(target)
+        elif target:
             await self._files.keep_readable(target)
         await self.flush_below(node)
         async with AsyncExitStack() as locks:
             for content in _open_below(node, target):
                 await locks.enter_async_context(content.upload_lock)
             with ExitStack() as motion:
-                for content in _open_below(node):
+                linked = target if target and target.others else None
+                for content in _open_below(node, linked):
                     motion.enter_context(content.in_motion())
                 await namespace.do(m.Rename(path, new_path, replace))
                 # No await from here to the end of the move: a lookup must not come in between.
-                if target:
+                if target and not target.others:
                     self._files.orphan(target)
-                self._tree.move(node, parent, name)
-        if old_parent:
-            self._tree.expire(old_parent)
+                self._tree.move(node, old, parent, name)
+        self._tree.expire(old[0])
         self._tree.expire(parent)
-        if target:
+        for changed in (node, target):
+            if changed:
+                self._tree.note_changed(changed)
+        if target and not target.is_attached:
             await self._files.forget_orphan(target)
         await self._store.move(namespace.origin, path, new_path)
+
+    async def unlink_one(self, namespace: Namespace, node: Node, parent: Node, name: bytes) -> None:
+        """One of several names of a file goes; what is open or cached of it stays."""
+        path = join(parent, name)
+        await self.flush_below(node)
+        async with AsyncExitStack() as stack:
+            for content in _open_below(node):
+                await stack.enter_async_context(content.upload_lock)
+                stack.enter_context(content.in_motion())
+            await namespace.do(m.Remove(path))
+            # No await from here: a lookup must not come in between.
+            went_by = node.path == path
+            self._tree.note_gone(parent, name)
+            if not node.is_attached:  # the others went meanwhile
+                self._files.orphan(node)
+        self._tree.expire(parent)
+        self._tree.note_changed(node)
+        if node.is_attached and went_by:
+            await self._store.move(namespace.origin, path, node.path)
+            return
+        if not node.is_attached:
+            await self._files.forget_orphan(node)
+        await self._store.remove(namespace.origin, path)
 
     async def flush_below(self, node: Node) -> None:
         """What is renamed or linked on the remote must be there first."""
@@ -146,8 +178,3 @@ def _open_below(*nodes: Node | None) -> list[Content]:
         if below.content
     }
     return sorted(contents.values(), key=lambda content: content.place.ino)
-
-
-def join(parent: Node, name: bytes) -> bytes:
-    path = parent.path
-    return path + b"/" + name if path else name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 
 from hpcfs.cache.ranges import RangeSet
@@ -21,6 +22,15 @@ class Snapshot:
     resized: bool
     sent: RangeSet
     handle: int
+
+
+def mode_without_ids(entry: m.Entry) -> int | None:
+    """The permissions that chown(2) and write(2) leave to a file with set-ID bits; None where they
+    change nothing. The kernel leaves clearing these bits to the file system."""
+    bits = 0
+    if stat.S_ISREG(entry.mode):
+        bits = stat.S_ISUID | (stat.S_ISGID if entry.mode & stat.S_IXGRP else 0)
+    return stat.S_IMODE(entry.mode) & ~bits if entry.mode & bits else None
 
 
 def merge_attributes(older: m.Attributes, newer: m.Attributes) -> m.Attributes:

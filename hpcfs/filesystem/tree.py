@@ -4,6 +4,9 @@ The kernel decides how long a node lives: it holds lookups and forgets them. A n
 from its directory (removed, or replaced by another version of the file) lives on namelessly while
 it is open. Nothing here awaits.
 
+A file whose hard links were made here is one node with several names, as long as the remote shows
+one version under all of them. Links made elsewhere are files of their own: SFTP tells no inodes.
+
 Inode numbers come from the path, so that programs that remember them (git's index) find the same
 ones in the next mount. A file that was replaced on the remote while it is open here becomes
 another node: then two versions never share a node, nor the kernel's pages of one (invariant 1).
@@ -40,6 +43,7 @@ class Node:
     """
 
     __slots__ = (
+        "changed_ns",
         "children",
         "content",
         "entry",
@@ -48,6 +52,7 @@ class Node:
         "name",
         "namespace",
         "observed",
+        "others",
         "pages_version",
         "parent",
         "removals",
@@ -63,6 +68,10 @@ class Node:
         self.entry = entry
         self.observed = 0.0
         self.lookups = 0
+        self.changed_ns = 0
+        """When attributes or names were last changed here (ctime), 0 if they were not."""
+        self.others: list[tuple[Node, bytes]] = []
+        """Further names (directory, name), made by link(2) here."""
         self.children: dict[bytes, Node] | None = None
         self.content: Content | None = None
         self.pages_version: bytes | None = None
@@ -90,8 +99,21 @@ class Node:
         return self.parent.children is not None and self.parent.children.get(self.name) is self
 
     @property
+    def links(self) -> int:
+        """The names that are known here; SFTP tells nothing of others."""
+        if self.parent is None:
+            return 1
+        return 1 + len(self.others) if self.is_attached else 0
+
+    @property
+    def names(self) -> list[tuple[Node, bytes]]:
+        """(directory, name) of all links that are known; of a nameless node, the last one."""
+        return [*([(self.parent, self.name)] if self.parent else []), *self.others]
+
+    @property
     def path(self) -> bytes:
-        """Relative to the namespace's root; of a nameless node, the last one it had."""
+        """Relative to the namespace's root; of a nameless node, the last one it had. One of them,
+        where it has several."""
         parts = []
         node = self
         while not node.is_namespace_root and node.parent is not None:
@@ -109,6 +131,12 @@ class Node:
 def number_of(path: bytes) -> int:
     """The inode number of a path with its namespace before it, unless that is taken."""
     return int.from_bytes(blake2b(path, digest_size=8).digest(), "big") >> 1
+
+
+def join(parent: Node, name: bytes) -> bytes:
+    """The path of a name in this directory."""
+    path = parent.path
+    return path + b"/" + name if path else name
 
 
 class Tree:
@@ -151,11 +179,7 @@ class Tree:
         ino = self._new_ino(parent, name, namespace)
         node = Node(ino, parent, name, namespace or parent.namespace, entry)
         node.observed = asked
-        if parent.children is None:
-            parent.children = {}
-        parent.children[name] = node
-        if parent.removals is not None:
-            parent.removals.pop(name, None)
+        self._give_name(node, parent, name)
         self._nodes[node.ino] = node
         return node
 
@@ -177,8 +201,13 @@ class Tree:
         return self._prefix[1]
 
     def update(self, node: Node, entry: Entry, asked: float) -> None:
-        """What the remote said when asked at `asked`, unless something newer is known."""
+        """What the remote said when asked at `asked`, unless something newer is known. It was asked
+        for the name that the node goes by: another version may be another file than the other
+        names'."""
         if asked >= node.observed:
+            if node.others and entry.version != node.entry.version:
+                for other in list(node.others):
+                    self.note_gone(*other)
             node.entry = entry
             node.observed = asked
 
@@ -199,17 +228,40 @@ class Tree:
 
     def _note_change(self, node: Node) -> None:
         """Older listings of its directory don't tell its attributes any more."""
-        if node.parent is not None:
-            self.on_change(node.parent, node.name, False)
+        for parent, name in node.names:
+            self.on_change(parent, name, False)
+
+    def note_changed(self, node: Node) -> None:
+        """The attributes or the names of what the node stands for changed now (ctime)."""
+        node.changed_ns = time.time_ns()
 
     def detach(self, node: Node) -> None:
-        """The node loses its name; what was below it too."""
-        parent = node.parent
-        if parent is not None and parent.children is not None:
-            if parent.children.get(node.name) is node:
-                del parent.children[node.name]
-            self._note_removal(parent, node.name)
+        """The node loses its names; what was below it too."""
+        for parent, name in node.names:
+            self._take_name(node, parent, name)
+            self._note_removal(parent, name)
         self.drop_if_unused(node)
+
+    def _take_name(self, node: Node, parent: Node, name: bytes) -> None:
+        """Of several names another becomes the one that the node goes by."""
+        if parent.children is not None and parent.children.get(name) is node:
+            del parent.children[name]
+        if (parent, name) in node.others:
+            node.others.remove((parent, name))
+        elif node.others:
+            node.parent, node.name = node.others.pop(0)
+
+    def add_name(self, node: Node, parent: Node, name: bytes) -> None:
+        """A hard link was made here; nothing has that name."""
+        node.others.append((parent, name))
+        self._give_name(node, parent, name)
+
+    def _give_name(self, node: Node, parent: Node, name: bytes) -> None:
+        if parent.children is None:
+            parent.children = {}
+        parent.children[name] = node
+        if parent.removals is not None:
+            parent.removals.pop(name, None)
 
     def _note_removal(self, parent: Node, name: bytes) -> None:
         self.clock += 1
@@ -222,30 +274,28 @@ class Tree:
         self.on_change(parent, name, False)
 
     def note_gone(self, parent: Node, name: bytes) -> None:
-        """The name was removed here; it may have had no node."""
+        """The name was removed here; it may have had no node. A node's other names stay."""
         node = self.child(parent, name)
         if node:
-            self.detach(node)
-        else:
-            self._note_removal(parent, name)
+            self._take_name(node, parent, name)
+        self._note_removal(parent, name)
+        if node:
+            self.drop_if_unused(node)
 
-    def move(self, node: Node, parent: Node, name: bytes) -> None:
-        """Rename; whatever had that name loses it."""
+    def move(self, node: Node, old: tuple[Node, bytes], parent: Node, name: bytes) -> None:
+        """Rename what was `old` (directory, name); whatever had the new name loses it."""
         if node.is_directory:
             self.moves += 1
             self._prefix = (None, b"")
         self.note_gone(parent, name)
-        old = node.parent
-        assert old is not None
-        assert old.children is not None
-        old.children.pop(node.name, None)
-        self._note_removal(old, node.name)
-        node.parent, node.name = parent, name
-        if parent.children is None:
-            parent.children = {}
-        parent.children[name] = node
-        if parent.removals is not None:
-            parent.removals.pop(name, None)
+        self._note_removal(*old)
+        if old in node.others:
+            node.others[node.others.index(old)] = (parent, name)
+        else:
+            node.parent, node.name = parent, name
+        if old[0].children is not None and old[0].children.get(old[1]) is node:
+            del old[0].children[old[1]]
+        self._give_name(node, parent, name)
 
     def count_lookup(self, node: Node) -> None:
         """The kernel was given this node."""
@@ -259,17 +309,19 @@ class Tree:
 
     def drop_if_unused(self, node: Node) -> None:
         """After something that may have been the last use of the node."""
-        while (
-            node.lookups <= 0
-            and node.content is None
-            and not node.children
-            and not node.is_namespace_root
-            and node.ino != ROOT_INO
-        ):
+        todo = [node]
+        while todo:
+            node = todo.pop()
+            if (
+                node.lookups > 0
+                or node.content is not None
+                or node.children
+                or node.is_namespace_root
+                or node.ino == ROOT_INO
+            ):
+                continue
             self._nodes.pop(node.ino, None)
-            parent = node.parent
-            if parent is None or parent.children is None:
-                return
-            if parent.children.get(node.name) is node:
-                del parent.children[node.name]
-            node = parent
+            for parent, name in node.names:
+                if parent.children is not None and parent.children.get(name) is node:
+                    del parent.children[name]
+                    todo.append(parent)

@@ -21,6 +21,7 @@ ERRNO: dict[type[Exception], int] = {
     f.ReadOnly: errno.EROFS,
     f.CrossNamespace: errno.EXDEV,
     f.Unsupported: errno.ENOTSUP,
+    f.NoSuchKind: errno.EPERM,  # mknod(2) and link(2) have this one for it
     f.Invalid: errno.EINVAL,
     f.NameLong: errno.ENAMETOOLONG,
     f.Stale: errno.ESTALE,
@@ -31,6 +32,7 @@ ERRNO: dict[type[Exception], int] = {
     m.NotFound: errno.ENOENT,
     m.AlreadyExists: errno.EEXIST,
     m.PermissionDenied: errno.EACCES,
+    m.NotOwner: errno.EPERM,
     m.NotADirectory: errno.ENOTDIR,
     m.IsADirectory: errno.EISDIR,
     m.DirectoryNotEmpty: errno.ENOTEMPTY,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import wraps
@@ -79,7 +80,7 @@ def _attributes(node: Node, ino: int | None = None) -> pyfuse3.EntryAttributes:
     shown = pyfuse3.EntryAttributes()
     shown.st_ino = node.ino if ino is None else ino
     shown.st_mode = entry.mode
-    shown.st_nlink = 1  # SFTP does not tell; for directories 1 means "unknown" to find(1)
+    shown.st_nlink = node.links  # for directories 1 means "unknown" to find(1)
     shown.st_uid = entry.uid
     shown.st_gid = entry.gid
     shown.st_size = entry.size
@@ -87,7 +88,7 @@ def _attributes(node: Node, ino: int | None = None) -> pyfuse3.EntryAttributes:
     shown.st_blocks = -(-entry.size // 512)
     shown.st_atime_ns = entry.atime_ns
     shown.st_mtime_ns = entry.mtime_ns
-    shown.st_ctime_ns = entry.mtime_ns
+    shown.st_ctime_ns = max(entry.mtime_ns, node.changed_ns)  # no remote tells it
     shown.attr_timeout = ATTRIBUTE_SECONDS
     shown.entry_timeout = ATTRIBUTE_SECONDS
     return shown
@@ -147,7 +148,7 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def access(self, inode: int, mode: int, ctx: Any) -> bool:
-        self._fs.access(inode, mode)
+        await self._fs.access(inode, mode)
         return True
 
     @_answering
@@ -241,7 +242,9 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def opendir(self, inode: int, ctx: Any) -> int:
-        return self._fs.directories.open(self._fs.tree.get(inode))
+        node = self._fs.tree.get(inode)
+        await self._fs.permissions.check_directory(node, os.R_OK)
+        return self._fs.directories.open(node)
 
     @_answering
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:

@@ -35,6 +35,11 @@ class PermissionDenied(RemoteError):
     """The remote user may not do this to this entry."""
 
 
+class NotOwner(PermissionDenied):
+    """Only the owner may do this: change a mode, an owner or times, or, where the directory is
+    sticky, rename or remove."""
+
+
 class NotADirectory(RemoteError):
     """A directory was needed and something else is there."""
 

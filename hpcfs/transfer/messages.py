@@ -34,6 +34,7 @@ from hpcfs.transfer.errors import (
     NotADirectory as NotADirectory,
     NotConnected as NotConnected,
     NotFound as NotFound,
+    NotOwner as NotOwner,
     NotSupported as NotSupported,
     PermissionDenied as PermissionDenied,
     ProtocolError as ProtocolError,
@@ -87,6 +88,10 @@ class Abilities(msgspec.Struct, frozen=True):
     part_copies: bool = False
     """Of an object of at least PART_COPY_BYTES, an `Upload` with its version as `base_version` may
     be given the dirty ranges only, and says so (`whole` false): the server copies the rest."""
+    privileged: bool = False
+    """The remote user is root: the modes of its files don't bind it."""
+    checks_directories: bool = True
+    """The remote refuses what the modes of directories forbid."""
 
 
 class DiskUsage(msgspec.Struct, frozen=True):

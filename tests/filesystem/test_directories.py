@@ -65,6 +65,26 @@ async def test_a_name_removed_during_the_listing_is_not_brought_back(w: World) -
     w.fs.directories.close(handle)
 
 
+def test_a_file_that_is_just_being_uploaded_is_listed_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with world(tmp_path, "s3") as w:
+            handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+            await w.kernel.pwrite(handle, 0, b"content")
+            held = w.cues.hold(m.Upload, stage="after")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(w.kernel.fsync, handle)
+                await held.reached.wait()
+                assert b"f" in w.remote.root.children, "the remote has it, and nobody here knows"
+                listing = w.fs.directories.open(await w.kernel.walk("ns"))
+                found = [name for _, name, _, _ in await w.fs.directories.read(listing, 0)]
+                w.fs.directories.close(listing)
+                held.go.set()
+            await w.kernel.close(handle)
+            assert sorted(found) == [b".", b"..", b"f"]
+
+    trio.run(main)
+
+
 def _pages() -> list[bytes]:
     entry = m.Entry(b"", stat.S_IFREG | 0o644, 1, 10**18, 10**18, UID, GID, b"1:1")
     names = [b"a name of quite an ordinary length %06d" % number for number in range(TOTAL)]
@@ -162,7 +182,7 @@ async def _refuse_everything(w: World) -> None:
     asked = {type(call) for call in w.cues.calls[before:]}
     assert asked <= {m.Stat, m.Connect, m.Fetch, m.StatOpen}, "the remote was asked to change"
     with pytest.raises(ReadOnly):
-        w.fs.access(node.ino, os.W_OK)
+        await w.fs.access(node.ino, os.W_OK)
     await kernel.close(handle)
 
 

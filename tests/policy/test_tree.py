@@ -111,7 +111,7 @@ def test_a_move_changes_the_paths_below_but_no_inode(tree: Tree) -> None:
     target = add(tree, b"t", b"x").parent
     assert target
     replaced = add(tree, b"t", b"n")
-    tree.move(folder, target, b"n")
+    tree.move(folder, (tree.root, b"d"), target, b"n")
     assert (file.path, file.ino) == (b"t/n/f", ino)
     assert tree.child(target, b"n") is folder
     assert tree.child(tree.root, b"d") is None

@@ -171,6 +171,7 @@ class MemoryRemote:
             handles=self.is_sftp,
             mtime_resolution_ns=SECOND if self.is_sftp else 1,
             part_copies=self.copies_parts,
+            checks_directories=self.is_sftp,
         )
 
     async def stat(self, path: bytes) -> m.Entry:

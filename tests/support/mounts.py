@@ -33,6 +33,8 @@ from tests.support.sshd import ALIAS, SshServer
 T = TypeVar("T")
 
 KINDS = ("sftp", "s3-rclone", "s3-moto")
+WRITE_MODES = ("through", "back")
+"""The `write` modes of namespaces that tests run in."""
 _PROBLEM = re.compile(
     r"^Traceback|^\S+ \S+ \w+\[\d+\] (?:WARNING|ERROR|CRITICAL) .*$", re.MULTILINE
 )
@@ -175,6 +177,10 @@ def served_by_s3(kind: str, server: S3Server, endpoint_url: str | None = None) -
         "profile": kind,
     }
     return Served(kind, keys, InBucket(server, prefix), (server.access_key, server.secret_key))
+
+
+def in_write_mode(served: Served, mode: str) -> Served:
+    return served if mode == "through" else served.but(write=mode)
 
 
 # --- mounts ---------------------------------------------------------------------------------------

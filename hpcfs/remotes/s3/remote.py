@@ -60,6 +60,7 @@ from hpcfs.transfer.messages import (
     IsADirectory,
     NotADirectory,
     NotFound,
+    NotOwner,
     NotSupported,
     PermissionDenied,
     ProtocolError,
@@ -71,7 +72,11 @@ from hpcfs.transfer.messages import (
 )
 
 ABILITIES = Abilities(
-    partial_writes=False, creates_on_upload=True, handles=False, mtime_resolution_ns=1
+    partial_writes=False,
+    creates_on_upload=True,
+    handles=False,
+    mtime_resolution_ns=1,
+    checks_directories=False,
 )
 MAX_LINK_BYTES = 4095
 FRESH_SECONDS = 0.2
@@ -252,6 +257,7 @@ class S3Remote:
         self._check_writable()
         if size < 0:
             raise InvalidRequest(f"{text(path)}: a file can't have {size} bytes")
+        self._transfer.check_size(text(path), size)
         look = await self._paths.look(await self._paths.place(path))
         if look.is_directory:
             raise IsADirectory(f"{text(path)} is a directory")
@@ -325,7 +331,7 @@ class S3Remote:
         """Only root sees the owners that objects carry, so only root may change them."""
         uid, gid = self._entries.uid, self._entries.gid
         if uid != 0 and (attributes.uid not in (None, uid) or attributes.gid not in (None, gid)):
-            raise PermissionDenied("only root can give files on S3 to other users or groups")
+            raise NotOwner("only root can give files on S3 to other users or groups")
 
     async def _look_for_new(self, path: bytes) -> Look:
         """What is at a path that may be made, in a directory that is there."""

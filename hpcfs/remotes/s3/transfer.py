@@ -54,14 +54,15 @@ class Transfer:
     def __init__(self, bucket: Bucket, limits: Limits, *, verify: bool = False) -> None:
         self._bucket, self._limits, self._verify = bucket, limits, verify
 
+    def check_size(self, key: str, size: int) -> None:
+        if size > self._limits.largest_object:
+            raise TooLarge(f"{key} has {size} bytes, and S3 holds at most 5 TiB in one object")
+
     async def upload(self, target: Target, source: Source, report: ReportProgress) -> Summary:
         """The object as it is then. Raises Conflict where the server minds conditions; where it
         does not, the caller has compared the version."""
         size = source.size
-        if size > self._limits.largest_object:
-            raise TooLarge(
-                f"{target.key} has {size} bytes, and S3 holds at most 5 TiB in one object"
-            )
+        self.check_size(target.key, size)
         progress = Progress(report)
         if size > self._limits.single_put:
             made = await self._upload_parts(target, source, progress)

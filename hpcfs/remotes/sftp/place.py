@@ -23,14 +23,17 @@ from hpcfs.transfer.messages import (
     AlreadyExists,
     DirectoryNotEmpty,
     Entry,
+    InvalidRequest,
     IsADirectory,
     NoSpace,
     NotADirectory,
     NotFound,
+    NotOwner,
     NotSupported,
     PermissionDenied,
     RemoteError,
     RemoteFailure,
+    TooLarge,
 )
 
 ALMOST_NOTHING_BYTES = 1024 * 1024
@@ -123,6 +126,33 @@ async def explain_full(place: Place, error: RemoteError) -> RemoteError:
     if usage.files and not usage.favail:
         return NoSpace(f"{place} does not fit: the remote file system can't hold more files")
     return RemoteFailure(f"{error.message}; the disk or your quota there may be full")
+
+
+async def explain_size(place: Place, error: RemoteError, size: int) -> RemoteError:
+    """Why a file could not be given `size` bytes: a sparse file may be larger than its file system,
+    so the server's word counts, and this only tells what it most likely meant."""
+    if not isinstance(error, (RemoteFailure, InvalidRequest)):
+        return error
+    try:
+        with place.asking():
+            usage = await place.session.meta.statvfs(place.parent().full or b"/")
+    except (NotSupported, RemoteFailure):
+        return error
+    if size <= usage.blocks * usage.frsize:
+        return error
+    return TooLarge(f"{place} can't have {size} bytes: that is more than its file system")
+
+
+async def explain_sticky(place: Place, error: RemoteError) -> RemoteError:
+    """Whether a name may not be removed only because the directory is sticky (EPERM; SFTP has one
+    code for that and EACCES)."""
+    if not isinstance(error, PermissionDenied):
+        return error
+    try:
+        mode = sftp_attrs.full_mode(await place.parent().attrs())
+    except RemoteError:
+        return error
+    return NotOwner(error.message) if mode & stat.S_ISVTX else error
 
 
 async def explain_file(place: Place, error: RemoteError) -> RemoteError:

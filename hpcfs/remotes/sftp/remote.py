@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 from asyncssh import SFTPAttrs
 
 from hpcfs.remotes.base import Prompter, ReportProgress, Source, no_report
@@ -28,6 +29,8 @@ from hpcfs.remotes.sftp.place import (
     explain_file,
     explain_new,
     explain_rmdir,
+    explain_size,
+    explain_sticky,
 )
 from hpcfs.remotes.sftp.session import SftpSession, open_session, together
 from hpcfs.remotes.sftp.uploads import Uploads
@@ -41,6 +44,7 @@ from hpcfs.transfer.messages import (
     InvalidName,
     InvalidRequest,
     NotFound,
+    NotOwner,
     NotSupported,
     PermissionDenied,
     ProtocolError,
@@ -121,8 +125,9 @@ class SftpRemote:
         return full
 
     async def connect(self) -> Abilities:
-        await self._place(b"")
-        return ABILITIES
+        place = await self._place(b"")
+        is_root = place.session.owners.remote_uid == 0
+        return msgspec.structs.replace(ABILITIES, privileged=is_root)
 
     # --- looking --------------------------------------------------------------------------------
 
@@ -224,7 +229,7 @@ class SftpRemote:
         try:
             return await self._changed(place, SFTPAttrs(size=size))
         except RemoteError as error:
-            raise await explain_file(place, error) from error
+            raise await explain_size(place, await explain_file(place, error), size) from error
 
     # --- names ----------------------------------------------------------------------------------
 
@@ -283,7 +288,7 @@ class SftpRemote:
             with place.asking():
                 await place.session.meta.remove(place.full)
         except RemoteError as error:
-            raise await explain_file(place, error) from error
+            raise await explain_sticky(place, await explain_file(place, error)) from error
 
     async def remove_directory(self, path: bytes) -> None:
         if not path:
@@ -293,7 +298,7 @@ class SftpRemote:
             with place.asking():
                 await place.session.meta.rmdir(place.full)
         except RemoteError as error:
-            raise await explain_rmdir(place, error) from error
+            raise await explain_sticky(place, await explain_rmdir(place, error)) from error
 
     # --- attributes -----------------------------------------------------------------------------
 
@@ -306,6 +311,8 @@ class SftpRemote:
         wanted = rest_to_set(attributes, SFTPAttrs())
         try:
             return await self._changed(place, *[wanted] if wanted else [], follow=False)
+        except PermissionDenied:  # the entry, or the way to it? looking tells
+            return await self._look_and_set(place, attributes)
         except (NotSupported, RemoteFailure):
             entry = await self._look_and_set(place, attributes)
         if not stat.S_ISLNK(entry.mode):
@@ -322,9 +329,12 @@ class SftpRemote:
             owner_to_set(attributes, now, place.session.owners),
             rest_to_set(attributes, now),
         ]
-        return await self._changed(
-            place, *(attrs for attrs in wanted if attrs is not None), follow=not is_link
-        )
+        try:
+            return await self._changed(
+                place, *(attrs for attrs in wanted if attrs is not None), follow=not is_link
+            )
+        except PermissionDenied as error:
+            raise NotOwner(error.message) from error
 
     async def _changed(self, place: Place, *wanted: SFTPAttrs, follow: bool = True) -> Entry:
         """The entry after the changes, asked for in the same flight."""

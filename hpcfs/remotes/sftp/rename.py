@@ -13,7 +13,7 @@ import secrets
 import stat
 
 from hpcfs.remotes.base import MAX_NAME_BYTES, last_name
-from hpcfs.remotes.sftp.place import Place
+from hpcfs.remotes.sftp.place import Place, explain_sticky
 from hpcfs.transfer.messages import (
     AlreadyExists,
     DirectoryNotEmpty,
@@ -41,7 +41,8 @@ async def rename(source: Place, target: Place, *, replace: bool) -> None:
         await _rename_without_extension(source, target)
     except RemoteError as error:
         await _check(source, target)
-        raise error from None
+        error = await explain_sticky(source, error)
+        raise await explain_sticky(target, error) from None
 
 
 async def _rename_to_new(source: Place, target: Place) -> None:

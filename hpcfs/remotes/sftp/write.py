@@ -24,7 +24,7 @@ from asyncssh import SFTPAttrs, SFTPOpUnsupported, SFTPPermissionDenied
 
 from hpcfs.remotes.base import ReportProgress, Source
 from hpcfs.remotes.sftp.attrs import needs_present, owner_to_set, rest_to_set
-from hpcfs.remotes.sftp.place import Place, explain_full
+from hpcfs.remotes.sftp.place import Place, explain_full, explain_size
 from hpcfs.remotes.sftp.session import SftpSession
 from hpcfs.transfer.messages import RemoteError, Unreachable, Upload
 
@@ -83,7 +83,8 @@ async def bring(
         if isinstance(error, RemoteError):
             if tail_sent:
                 await touch(target.place, error)
-            raise await explain_full(target.place, error) from error
+            explained = await explain_full(target.place, error)
+            raise await explain_size(target.place, explained, request.size) from error
         raise
 
 

@@ -1,0 +1,90 @@
+"""chmod(2), chown(2) and utimensat(2): at once on the remote, or with what waits to be uploaded."""
+
+from __future__ import annotations
+
+import stat
+
+import msgspec
+
+from hpcfs.cache.store import Store
+from hpcfs.filesystem.errors import Stale
+from hpcfs.filesystem.files import Files
+from hpcfs.filesystem.namespace import Namespace
+from hpcfs.filesystem.snapshot import merge_attributes, mode_without_ids
+from hpcfs.filesystem.tree import Node, Tree
+from hpcfs.transfer import messages as m
+
+
+class AttributeChanges:
+    def __init__(self, tree: Tree, store: Store, files: Files) -> None:
+        self._tree = tree
+        self._store = store
+        self._files = files
+
+    async def change(self, namespace: Namespace, node: Node, attributes: m.Attributes) -> None:
+        """Raises FilesystemError, RemoteError."""
+        if attributes.mode is None and (attributes.uid, attributes.gid) != (None, None):
+            attributes = msgspec.structs.replace(attributes, mode=mode_without_ids(node.entry))
+        attributes = self._without_same_owner(node, attributes)
+        if not attributes:
+            return
+        self._tree.note_changed(node)
+        await self._files.settled(node)
+        if node.content and (node.content.is_dirty() or node.content.orphan):
+            self._set_later(node, attributes)
+            await self._files.changed(node.content)
+        elif node.content is None and not node.is_attached:
+            self._show(node, attributes, 1)  # a removed directory that is open
+        else:
+            await self._set_now(namespace, node, attributes)
+
+    def _without_same_owner(self, node: Node, attributes: m.Attributes) -> m.Attributes:
+        """chown to the owner that is shown changes nothing: cp -a and rsync do that."""
+        entry = node.entry
+        return msgspec.structs.replace(
+            attributes,
+            uid=None if attributes.uid == entry.uid else attributes.uid,
+            gid=None if attributes.gid == entry.gid else attributes.gid,
+        )
+
+    def _set_later(self, node: Node, attributes: m.Attributes) -> None:
+        """The next upload of the file brings them along."""
+        content = node.content
+        assert content
+        content.pending = merge_attributes(content.pending, attributes)
+        content.secured = False
+        self._show(node, attributes, content.abilities.mtime_resolution_ns)
+
+    def _show(self, node: Node, attributes: m.Attributes, resolution: int) -> None:
+        """With times of this resolution in nanoseconds."""
+        entry = node.entry
+        changed = {
+            field: value
+            for field, value in msgspec.structs.asdict(attributes).items()
+            if value is not None
+        }
+        if attributes.mode is not None:
+            changed["mode"] = stat.S_IFMT(entry.mode) | attributes.mode
+        for field in ("atime_ns", "mtime_ns"):
+            if field in changed:
+                changed[field] -= changed[field] % resolution
+        self._tree.set_local(node, msgspec.structs.replace(entry, **changed))
+
+    async def _set_now(self, namespace: Namespace, node: Node, attributes: m.Attributes) -> None:
+        """A new mtime makes a new version of the same content: what is cached of it is carried
+        over, if the remote was seen to have that version a moment ago."""
+        if node.content and node.content.replaced:
+            raise Stale("the file was replaced on the remote since it was opened")
+        fresh, before = self._tree.is_fresh(node), node.entry.version
+        entry = await namespace.entry(m.SetAttributes(node.path, attributes))
+        self._tree.set_local(node, entry)
+        if node.is_directory and namespace.writes_back and attributes.mtime_ns is not None:
+            self._files.backlog.directory_times.put(node, attributes)
+        if entry.version == before or not fresh:
+            return
+        if node.pages_version == before:
+            node.pages_version = entry.version
+        if node.content and node.content.version == before:
+            node.content.file.version = entry.version
+        elif not node.content:
+            await self._store.renew_version(namespace.origin, node.path, before, entry.version)

@@ -1,0 +1,63 @@
+"""What the mode bits of the user's own files and directories forbid.
+
+The remote decides: groups and access lists of a cluster are unknown here, so other people's entries
+are never judged. But an open file is read from the cache, and S3 checks nothing at all.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from hpcfs.filesystem.errors import NotPermitted
+from hpcfs.filesystem.tree import Node
+
+_FMODE_EXEC = 0x20  # linux/fs.h: opened to be executed, which needs no permission to read
+_BITS = {os.R_OK: stat.S_IRUSR, os.W_OK: stat.S_IWUSR, os.X_OK: stat.S_IXUSR}
+
+
+class Permissions:
+    """`uid` is the user whose mount it is; root may do anything. Raises NotPermitted."""
+
+    def __init__(self, uid: int) -> None:
+        self.uid = uid
+
+    def _lacks(self, node: Node, mask: int) -> bool:
+        """Whether the entry is the user's own, and its mode does not allow all of `mask`
+        (R_OK, W_OK, X_OK)."""
+        if not self.uid or node.entry.uid != self.uid:
+            return False
+        return any(mask & one and not node.entry.mode & bit for one, bit in _BITS.items())
+
+    async def check_access(self, node: Node, mask: int) -> None:
+        """access(2)."""
+        if mask & os.X_OK and node.is_regular and not node.entry.mode & 0o111:
+            raise NotPermitted("it is not executable")
+        await self._check_own(node, mask)
+
+    async def check_open(self, node: Node, flags: int) -> None:
+        """open(2), and with O_WRONLY truncate(2), of a regular file."""
+        mask = os.W_OK if flags & os.O_TRUNC else 0
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            mask |= os.W_OK
+        if flags & os.O_ACCMODE != os.O_WRONLY and not flags & _FMODE_EXEC:
+            mask |= os.R_OK
+        await self._check_own(node, mask)
+
+    async def _check_own(self, node: Node, mask: int) -> None:
+        if self._lacks(node, mask) and not (
+            node.namespace and (await node.namespace.abilities()).privileged
+        ):
+            raise NotPermitted("the mode of this file of yours does not allow it")
+
+    def check_made_here(self, directory: Node) -> None:
+        """A file is made in it of which the remote does not hear yet."""
+        if self._lacks(directory, os.W_OK):
+            raise NotPermitted("the directory's mode does not let you make files in it")
+
+    async def check_directory(self, node: Node, mask: int) -> None:
+        """Where the remote does not do it: X_OK to look a name up in it, and W_OK to change it."""
+        if not self._lacks(node, mask) or node.namespace is None:
+            return
+        if not (await node.namespace.abilities()).checks_directories:
+            raise NotPermitted("the mode of this directory of yours does not allow it")
