@@ -325,6 +325,7 @@ class _Daemon:
             uploaded_bytes=sum(namespace.uploaded.total for namespace in self._namespaces),
             upload_rate=sum(namespace.uploaded.rate() for namespace in self._namespaces),
             memory=self._memory(),
+            notices=list(self._fs.files.notices),
             resumed_files=self._resumed_files,
             root_namespace=settings.root_namespace,
         )

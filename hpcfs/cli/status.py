@@ -22,6 +22,9 @@ from hpcfs.control.control import MountStatus, NamespaceStatus
 from hpcfs.errors import SetupError
 from hpcfs.system import paths
 
+MAX_NOTICES = 10
+"""Conflicts shown, the last ones; --json has more."""
+
 
 @click.command(short_help="Show mounts and their namespaces.")
 @click.argument("place", metavar="[MOUNTPOINT]", required=False)
@@ -90,6 +93,7 @@ def _describe(found: MountStatus | Silent) -> str:
     if found.memory:
         lines.append(f"  memory: {size(found.memory)}")
     lines += [f"  log: {found.log_file}", *pending.lines(found)]
+    lines += [f"  conflict: {notice}" for notice in found.notices[-MAX_NOTICES:]]
     return "\n".join(printable(line) for line in lines)
 
 

@@ -125,6 +125,8 @@ class MountStatus(msgspec.Struct, frozen=True):
     uploaded_bytes: int = 0
     upload_rate: float = 0.0
     memory: int = 0
+    notices: list[str] = []
+    """What happened to files that the user should know of: the last conflicts."""
     resumed_files: int = 0
     """That an earlier mount had not uploaded, and this one took up."""
     root_namespace: str | None = None

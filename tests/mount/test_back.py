@@ -3,7 +3,9 @@ kill the server has what was closed."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import signal
 import stat
@@ -15,7 +17,17 @@ import pytest
 from tests.mount.conftest import Servers
 from tests.mount.test_programs import git
 from tests.mount.test_trees import recipe, rsync_finds_to_do
-from tests.support.mounts import KINDS, Mount, RealHome, Served, kill, mounted, run, until
+from tests.support.mounts import (
+    KINDS,
+    Mount,
+    RealHome,
+    Served,
+    errno_of,
+    kill,
+    mounted,
+    run,
+    until,
+)
 from tests.support.trees import make_tree
 
 BACK = pytest.mark.parametrize("kind", KINDS)
@@ -125,3 +137,19 @@ def test_a_killed_daemon_loses_nothing_that_was_closed(
         for number in range(20):
             assert served.inside.read(f"folder/{number}") == b"%d" % number * 1000
         assert not served.inside.exists("folder/.0.tmp")
+
+
+def test_a_conflict_is_told(servers: Servers, real_home: RealHome) -> None:
+    """Others wrote to the file while it was open here: both versions are on the server."""
+    served = servers.serve("sftp")
+    served.inside.write("file", b"old")
+    with mounted(real_home, {"ns": served}, expected=["was changed"]) as mount:
+        file = os.open(mount.path / "ns" / "file", os.O_RDWR)
+        os.pwrite(file, b"mine", 0)
+        served.inside.write("file", b"somebody else's")
+        assert errno_of(os.close, file) == errno.ESTALE
+        assert served.inside.read("file") == b"somebody else's"
+        shown = real_home.run("status", mount.path).stdout
+        (beside,) = re.findall(r"conflict: ns/file was .* is beside it as (\S+)", shown)
+        assert served.inside.read(beside) == b"mine"
+        assert (mount.path / "ns" / "file").read_bytes() == b"somebody else's"
