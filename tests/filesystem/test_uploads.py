@@ -8,6 +8,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from hpcfs.filesystem.errors import Stale
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.messages import BLOCK_BYTES
 from tests.filesystem.world import RW, World, live
@@ -286,8 +287,13 @@ async def test_what_others_wrote_since_the_open_is_not_overwritten(w: World) -> 
     assert await w.kernel.pread(handle, 0, 2 * BLOCK_BYTES) == OLD * 2
     await w.kernel.pwrite(handle, 0, b"mine")
     w.remote.put(b"f", NEW)
+    node = w.kernel.node_of(handle)
     with pytest.raises(m.Conflict, match=r"is beside it as f\.hpcfs-conflict-"):
-        await w.kernel.close(handle)
+        await w.fs.files.flush_handle(handle)
+    with pytest.raises(Stale):  # the kernel may still believe that the name is this file's
+        await w.fs.files.open(node, os.O_RDONLY)
+    assert await w.kernel.pread(handle, 0, 4) == b"mine"
+    await w.fs.files.release(handle)
     assert w.remote.get(b"f") == NEW
     (beside,) = w.remote.paths().keys() - {b"f"}
     assert w.remote.get(beside) == b"mine" + (OLD * 2)[4:]
