@@ -19,6 +19,10 @@ MAX_BYTES = 16 * 1024 * 1024
 """Of listings as they came: some 200,000 entries."""
 MAX_INDEXED = 40_000
 """Entries of listings that were decoded to find names in them, some 500 bytes each."""
+GUESS_SECONDS = 5.0
+"""For which a directory that was made here counts as empty, to programs that ask for several names
+in it: rsync makes directories some time before it fills them. Who makes a file there that others
+just made hears of it: the remote makes only new files."""
 UNLISTED_NAMES = frozenset({b".snapshot", b".snapshots", b".zfs", b".ckpt"})
 """Directories that file servers have and do not list."""
 
@@ -51,7 +55,7 @@ class Known:
     def expire(self, now: float) -> None:
         while self._listings:
             node, listing = next(iter(self._listings.items()))
-            if now - listing.asked <= ATTRIBUTE_SECONDS:
+            if now - listing.asked <= _lifetime(listing):
                 return
             self._remove(node)
 
@@ -66,7 +70,7 @@ class Known:
         listing = self._listings.get(node)
         if listing is None or name in listing.changed or name in UNLISTED_NAMES:
             return None
-        if now - listing.asked > ATTRIBUTE_SECONDS:
+        if now - listing.asked > _lifetime(listing):
             self._remove(node)
             return None
         if not listing.has_index:
@@ -98,6 +102,10 @@ class Known:
         if listing := self._listings.pop(node, None):
             self._size -= listing.size
             listing.drop_index()
+
+
+def _lifetime(listing: Listing) -> float:
+    return GUESS_SECONDS if listing.is_guess else ATTRIBUTE_SECONDS
 
 
 HALF_LIFE = 1.0

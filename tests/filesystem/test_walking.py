@@ -429,6 +429,12 @@ async def test_in_a_directory_made_here_missing_names_cost_nothing(w: World) -> 
     assert w.cues.count(m.Stat) - stats <= MANY_USES
     await w.kernel.write_file("ns/d/1", b"x")
     assert await w.kernel.exists("ns/d/1")
+    await w.kernel.mkdir("ns/e")
+    w.clock.expire_attributes()
+    w.cues.calls.clear()
+    for number in range(4):
+        assert not await w.kernel.exists(f"ns/e/{number}")
+    assert w.cues.count(m.Stat) <= 2  # of the directory, and of the first name
 
 
 def test_pages_that_come_after_it_was_given_up_do_no_harm(tmp_path: Path) -> None:
