@@ -201,6 +201,7 @@ class Closing(ABC):
             return
         content.retired = True
         content.stop_sending()
+        self.backlog.gone(content)
         node = self._node(content)
         if node.content is content:
             node.content = None

@@ -451,7 +451,6 @@ class Content(RemoteContent):
         self._in_upload = RangeSet()
         self._base_sizes = []
         self.uploaded_bytes = 0
-        self.secured = False
         self._in_motion.set()
         self._in_motion = None
         self._store.check_bound()

@@ -341,6 +341,26 @@ async def test_a_journal_full_of_what_is_refused_lets_write_on(w: World) -> None
     assert w.remote.get(b"g") == NEW
 
 
+@back()
+async def test_what_fsync_brought_does_not_count_as_waiting(w: World) -> None:
+    backlog = w.fs.files.backlog
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await w.kernel.pwrite(handle, 0, NEW)
+    await w.kernel.fsync(handle)
+    await w.kernel.close(handle)
+    assert (backlog._bytes, backlog._counted) == (0, {})
+
+
+@back()
+async def test_a_reason_is_not_forgotten_while_nothing_changes(w: World) -> None:
+    """The daemon brings the journal up to date every two seconds."""
+    await refused(w)
+    await until(lambda: bool(w.journal.rows[0].reason))
+    noted = w.journal.rows
+    await w.fs.files.note_dirty()
+    assert w.journal.rows == noted
+
+
 def test_a_journal_that_stays_full_is_an_error(tmp_path: Path) -> None:
     async def story() -> None:
         async with world(tmp_path, "sftp", write="back") as w:
