@@ -97,6 +97,13 @@ class Content(RemoteContent):
         return bool(in_motion or self.file.dirty or waits)
 
     @property
+    def is_as_made(self) -> bool:
+        """Made on the remote a moment ago, and nothing else: programs close a second descriptor of
+        a file (dup(2), fork(2)) before they write to it."""
+        changed = self.file.dirty or self.resized or self.pending or self._in_motion is not None
+        return self.made and not changed
+
+    @property
     def is_only_here(self) -> bool:
         """The remote has nothing of this name."""
         return self.new and not self.replace

@@ -314,7 +314,7 @@ class Files(Closing):
         opened = self.get(handle)
         if sync:
             await self.flush(opened.content, sync=True)
-        elif opened.is_writable:
+        elif opened.is_writable and not opened.content.is_as_made:
             await self.closed(opened.content)
 
     def dirty(self) -> list[Content]:

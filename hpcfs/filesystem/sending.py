@@ -36,6 +36,7 @@ class Sending:
         self._new_handle = new_handle
         self._nursery = nursery
         self._failed = False
+        self._stopped = False
         self._next = 0
         self._under_way: dict[int, trio.Event] = {}
         self._again: set[int] = set()
@@ -57,7 +58,7 @@ class Sending:
     def advance(self, dirty: RangeSet, end: int) -> None:
         """The writer is at `end`: send what it left behind."""
         while (
-            not self._failed
+            not (self._failed or self._stopped)
             and len(self._under_way) < MOST_PIECES
             and self._next + 2 * AHEAD_BYTES <= end
             and dirty.covers(self._next, self._next + AHEAD_BYTES)
@@ -82,7 +83,7 @@ class Sending:
 
     async def settle(self) -> None:
         """Return once nothing is under way. From then on nothing more is sent until `reset`."""
-        self._failed = True
+        self._stopped = True
         while self._under_way:
             await next(iter(self._under_way.values())).wait()
 
@@ -91,5 +92,5 @@ class Sending:
         handle, self.handle = self.handle, NO_HANDLE
         self.sent = RangeSet()
         self._next = 0
-        self._failed = False
+        self._failed = self._stopped = False
         return handle

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.messages import AHEAD_BYTES
@@ -96,6 +97,20 @@ async def test_what_is_changed_while_it_is_sent_goes_up_again(w: World) -> None:
     held.go.set()
     await w.kernel.close(handle)
     assert w.remote.get(b"f") == piece(0)[:7] + b"header" + piece(0)[13:] + piece(1)
+
+
+@live()
+async def test_what_is_on_its_way_at_the_close_counts(w: World) -> None:
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    held = w.cues.hold(m.UploadAhead, stage="after")
+    await write_pieces(w, handle, 2)
+    await held.reached.wait()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(w.kernel.close, handle)
+        await wait_all_tasks_blocked()
+        held.go.set()
+    assert the_upload(w).ranges == [(AHEAD_BYTES, AHEAD_BYTES)]
+    assert w.remote.get(b"f") == piece(0) + piece(1)
 
 
 @live()

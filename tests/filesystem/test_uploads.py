@@ -435,3 +435,20 @@ async def test_an_upload_of_parts_that_failed_is_repeated_as_it_was(w: World) ->
         await w.kernel.fsync(handle)
     await w.kernel.close(handle)
     assert w.remote.get(b"f") == CHANGED
+
+
+@live("sftp")
+async def test_closing_a_second_descriptor_of_a_new_file_uploads_nothing(w: World) -> None:
+    """As the shell does it for `program > file`."""
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await w.fs.files.flush_handle(handle)
+    assert w.cues.count(m.Upload) == 0
+    await w.kernel.pwrite(handle, 0, b"content")
+    await w.kernel.close(handle)
+    assert w.cues.count(m.Upload) == 1
+    assert w.remote.get(b"f") == b"content"
+    empty = await w.kernel.open("ns/empty", RW | os.O_CREAT)
+    times = (await w.kernel.fstat(empty)).mtime_ns
+    await w.kernel.close(empty)
+    w.clock.expire_attributes()
+    assert (await w.kernel.stat("ns/empty")).mtime_ns == times
