@@ -21,6 +21,8 @@ from asyncssh.constants import FXP_CLOSE, FXP_OPEN
 from hpcfs.remotes.sftp.held import MAX_HELD
 from hpcfs.remotes.sftp.opening import NEW
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
+from hpcfs.remotes.sftp.session import SftpSession
+from hpcfs.remotes.sftp.ways import WIDE_BYTES
 from hpcfs.remotes.sftp.write import Target, write_ranges
 from hpcfs.transfer.messages import (
     AHEAD_BYTES,
@@ -146,7 +148,7 @@ def test_a_small_file_overtakes_large_ones(sshd: SshServer) -> None:
             source = MemorySource(content(48 * 1024 * 1024))
             ranges = [(0, source.size)]
             large = asyncio.ensure_future(
-                write_ranges(target.place, target.handle, ranges, source, lambda done: None)
+                write_ranges(target, ranges, source, lambda done: None, wide=False)
             )
             await until(lambda: bool(session.writing._waiting))
             small = asyncio.ensure_future(put(remote, b"small", b"x", handle=1))
@@ -171,8 +173,9 @@ def test_large_files_take_turns(sshd: SshServer) -> None:
 
     async def story(remote: SftpRemote, folder: Path) -> None:
         body = content(64 * 1024 * 1024)
-        first = asyncio.ensure_future(put(remote, b"first", body))
         session = (await remote._place(b"")).session
+        session.open_channel = None  # over one channel it takes long enough
+        first = asyncio.ensure_future(put(remote, b"first", body))
         await until(lambda: bool(session.writing._waiting))
         progress: list[int] = []
         second = asyncio.ensure_future(put(remote, b"second", body, progress=progress))
@@ -181,6 +184,79 @@ def test_large_files_take_turns(sshd: SshServer) -> None:
         await asyncio.gather(first, second)
 
     on_folder(sshd, story)
+
+
+# --- several ways to one file ---------------------------------------------------------------------
+
+
+async def bytes_by_channel(session: SftpSession, upload: Awaitable[object]) -> list[int]:
+    """How much of it went over which channel, those for small requests first."""
+    channels = [*session.channels, *await session.more_channels()]
+    counts = [0] * len(channels)
+
+    def counted(number: int, write: Callable[..., Any]) -> Callable[..., Any]:
+        def count(handle: bytes, offset: int, data: bytes) -> Any:
+            counts[number] += len(data)
+            return write(handle, offset, data)
+
+        return count
+
+    with contextlib.ExitStack() as stack:
+        for number, channel in enumerate(channels):
+            patch = mock.patch.object(channel, "write", counted(number, channel.write))
+            stack.enter_context(patch)
+        await upload
+    return counts
+
+
+def test_a_large_file_goes_over_several_channels(sshd: SshServer) -> None:
+    async def story(remote: SftpRemote, folder: Path) -> None:
+        body = content(3 * WIDE_BYTES + 7)
+        session = (await remote._place(b"")).session
+        counts = await bytes_by_channel(session, put(remote, b"f", body, attributes=TIMES))
+        assert (folder / "f").read_bytes() == body
+        assert (folder / "f").stat().st_mtime == 10**9
+        assert counts[0] == 0
+        assert sum(counts) == len(body)
+        assert all(counts[1:])
+        over = content(3 * WIDE_BYTES, seed=2)
+        upload = put(remote, b"f", over + body[-7:], ranges=[(0, len(over))], base_size=len(body))
+        counts = await bytes_by_channel(session, upload)
+        assert counts == [0, len(over), 0, 0], "what is written over old content keeps its order"
+        assert (folder / "f").read_bytes() == over + body[-7:]
+
+    on_folder(sshd, story)
+
+
+def test_a_file_that_lost_its_name_is_written_over_one_channel(sshd: SshServer) -> None:
+    """Its name is somebody else's file by the time at which it is opened once more."""
+
+    async def story(remote: SftpRemote, folder: Path) -> None:
+        body = content(2 * WIDE_BYTES)
+        session = (await remote._place(b"")).session
+        channels = await session.more_channels()
+
+        async def swap() -> list[Any]:
+            (folder / "f").rename(folder / "ours")
+            (folder / "f").write_bytes(b"theirs")
+            return channels
+
+        with mock.patch.object(session, "more_channels", swap):
+            await put(remote, b"f", body)
+        assert (folder / "f").read_bytes() == b"theirs"
+        assert (folder / "ours").read_bytes() == body
+
+    on_folder(sshd, story)
+
+
+def test_a_server_that_grants_no_more_channels_is_written_to_all_the_same(tmp_path: Path) -> None:
+    async def story(remote: SftpRemote, folder: Path) -> None:
+        body = content(2 * WIDE_BYTES)
+        await put(remote, b"f", body)
+        assert (folder / "f").read_bytes() == body
+
+    with ssh_server(tmp_path / "server", "MaxSessions 2") as server:
+        on_folder(server, story)
 
 
 # --- what an upload stands on -------------------------------------------------------------------

@@ -55,6 +55,7 @@ class HeldFile:
 def _close(opening: asyncio.Task[Target]) -> None:
     if not opening.cancelled() and opening.exception() is None:
         target = opening.result()
+        target.ways.close_soon()
         target.session.bulk.close_soon(target.handle)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -35,6 +35,8 @@ from hpcfs.transfer.messages import ProtocolError, SshSite, Start, Unreachable, 
 
 log = logging.getLogger(__name__)
 
+MORE_CHANNELS = 2
+"""For large uploads, beside the two: servers grant ten (sshd_config(5), MaxSessions)."""
 UPLOAD_BYTES_UNDER_WAY = 16 * 1024 * 1024
 MAX_UPLOADS = 64
 """At once: each has a file open on the server, which grants a few hundred."""
@@ -90,6 +92,9 @@ class SftpSession:
     sets_without_following: bool = True
     """Whether lsetstat@openssh.com is there and works: before glibc 2.32 it could set no modes."""
     uploading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_UPLOADS))
+    open_channel: Callable[[], Awaitable[Requests]] | None = None
+    """One more; None where that would be a login of its own."""
+    _more: asyncio.Task[list[Requests]] | None = None
 
     def __post_init__(self) -> None:
         self.hasher = Hasher(self.login.shown, self.login.open_shell)
@@ -101,6 +106,15 @@ class SftpSession:
     @property
     def bulk(self) -> Requests:
         return self.channels[-1]
+
+    async def more_channels(self) -> list[Requests]:
+        """For large uploads; opened when the first asks for them, and as many as the server grants
+        then."""
+        if self.open_channel is None or len(self.channels) < 2:
+            return []
+        if self._more is None:
+            self._more = asyncio.create_task(_open_more(self.open_channel))
+        return [channel for channel in await asyncio.shield(self._more) if not channel.ended]
 
     @property
     def shown(self) -> str:
@@ -135,7 +149,9 @@ async def open_session(start: Start, prompter: Prompter) -> SftpSession:
     for connection in (*connected.jumps, connected.connection):
         shorten(connection)
         shorten_sending(connection)
-    return await _begin(connected, start, ended, _open_channels(connected))
+    session = await _begin(connected, start, ended, _open_channels(connected))
+    session.open_channel = lambda: _open_channel(connected)
+    return session
 
 
 async def _begin(
@@ -169,6 +185,16 @@ async def _open_channels(login: Login) -> list[Requests]:
             raise _opening_error(error, login) from error
         log.info("%s grants one SFTP channel only: %s", login.shown, error.reason)
     return granted
+
+
+async def _open_more(open_channel: Callable[[], Awaitable[Requests]]) -> list[Requests]:
+    opened = await asyncio.gather(
+        *(open_channel() for _ in range(MORE_CHANNELS)), return_exceptions=True
+    )
+    for result in opened:
+        if isinstance(result, BaseException):
+            log.info("the server grants no further SFTP channel for large uploads: %s", result)
+    return [result for result in opened if isinstance(result, Requests)]
 
 
 def _opening_error(error: BaseException, login: Login) -> BaseException:

@@ -300,8 +300,9 @@ async def _send_ahead(file: HeldFile, request: UploadAhead, source: Source) -> N
     piece = request.offset, request.length
     try:
         with target.place.asking():
-            await write_ranges(target.place, target.handle, [piece], source, _ignore)
+            await write_ranges(target, [piece], source, _ignore, wide=True)
     except BaseException as error:
+        await target.ways.give_up()
         await wait_quietly(target)
         if isinstance(error, RemoteError):
             raise await explain_full(target.place, error) from error

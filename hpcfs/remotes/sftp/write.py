@@ -26,6 +26,7 @@ from hpcfs.remotes.base import ReportProgress, Source
 from hpcfs.remotes.sftp.attrs import needs_present, owner_to_set, rest_to_set
 from hpcfs.remotes.sftp.place import Place, explain_full, explain_size
 from hpcfs.remotes.sftp.session import SftpSession
+from hpcfs.remotes.sftp.ways import Way, Ways
 from hpcfs.transfer.messages import RemoteError, Unreachable, Upload
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,10 @@ class Target:
     size: int = 0
     now: SFTPAttrs | None = None
     earlier: list[Sent] = field(default_factory=list)
+    ways: Ways = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ways = Ways(self.place, self.handle)
 
     @property
     def session(self) -> SftpSession:
@@ -74,10 +79,13 @@ async def bring(
                 report(_length(request.ranges))
                 return attrs
             cut = _sent(_cut(target, keep))
-            await write_ranges(target.place, target.handle, request.ranges, source, report)
+            is_new = request.base_size == 0
+            await write_ranges(target, request.ranges, source, report, wide=is_new)
+            await target.ways.close_others()
             tail_sent = True
             return await _completed(target, request, keep, cut)
     except BaseException as error:
+        await target.ways.give_up()
         if not tail_sent:
             await close_quietly(target.place, target.handle)
         if isinstance(error, RemoteError):
@@ -248,17 +256,18 @@ def _read_all(session: SftpSession, ranges: Ranges, source: Source) -> list[tupl
 
 
 async def write_ranges(
-    place: Place, handle: bytes, ranges: Ranges, source: Source, report: ReportProgress
+    target: Target, ranges: Ranges, source: Source, report: ReportProgress, *, wide: bool
 ) -> None:
     """All pieces pipelined. They are read inline: the cache file was written a moment ago, so its
     bytes are in the page cache, and a thread per piece would cost more than the copy."""
-    session = place.session
+    session = target.session
+    ways = await target.ways.for_writing(_length(ranges) if wide else 0)
     turn = session.writing.turn()
     done = 0
 
-    async def write(offset: int, data: bytes) -> None:
+    async def write(way: Way, offset: int, data: bytes) -> None:
         nonlocal done
-        await session.bulk.write(handle, offset, data)
+        await way.write(offset, data)
         done += len(data)
         report(done)
 
@@ -267,7 +276,8 @@ async def write_ranges(
             for offset, length in _pieces(ranges, session.write_bytes):
                 data = source.read(offset, length)
                 await session.writing.enter(length, turn)
-                task = group.create_task(write(offset, data))
+                way = min(ways, key=lambda way: way.under_way)
+                task = group.create_task(write(way, offset, data))
                 task.add_done_callback(partial(_leave, session, length))
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
