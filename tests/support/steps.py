@@ -1,0 +1,64 @@
+"""Kills a daemon, or its transfer process, right before a chosen one of its steps.
+
+A step is a call of the process that changes something outside of it: the cache, the journal, what
+is synced, names in the cache, what its other half, the network or the kernel is told. A preloaded
+library (steps.c) counts them by kind, over all threads, so that the n-th of a kind is about the
+same in every run of a story; killing before each of them leaves no state between two steps untried.
+Unlike a tracer it needs no privileges and costs nothing while nobody is watched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import subprocess
+from pathlib import Path
+
+KINDS = ("cache", "journal", "sync", "names", "tell", "net", "answer")
+"""In the order of steps.c. tell: the other process, over their socket; answer: the kernel."""
+
+
+class _Page(ctypes.Structure):
+    _fields_ = (
+        ("victim", ctypes.c_int),
+        ("also", ctypes.c_int),
+        ("kind", ctypes.c_int),
+        ("left", ctypes.c_int),
+        ("fired", ctypes.c_int),
+        ("counts", ctypes.c_int * len(KINDS)),
+    )
+
+
+class Steps:
+    """`environ` is for what starts the daemon."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        library, page = directory / "steps.so", directory / "page"
+        source = Path(__file__).with_suffix(".c")
+        command = ["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", library, source]
+        subprocess.run([*command, "-ldl"], check=True)
+        page.write_bytes(bytes(mmap.PAGESIZE))
+        with page.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+        self._page = _Page.from_buffer(self._map)
+        self.environ = {"LD_PRELOAD": str(library), "HPCFS_STEPS": str(page)}
+
+    def watch(self, pid: int, kind: str | None = None, nth: int = 0, also: int = 0) -> None:
+        """Count this process's steps from now on; kill it before the `nth` (from 1) of a kind."""
+        self._page.victim = 0
+        self._page.counts = (ctypes.c_int * len(KINDS))()
+        self._page.fired = 0
+        self._page.also = also
+        self._page.left = nth
+        self._page.kind = -1 if kind is None else KINDS.index(kind)
+        self._page.victim = pid
+
+    def stop(self) -> dict[str, int]:
+        """How many steps of each kind there were."""
+        self._page.victim = 0
+        return dict(zip(KINDS, self._page.counts, strict=True))
+
+    @property
+    def has_killed(self) -> bool:
+        return bool(self._page.fired)
