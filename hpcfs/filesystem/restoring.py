@@ -88,7 +88,9 @@ class Restoring:
         file = await self._store.take_up(
             row.name, row.origin, row.path, row.version, row.size, row.ranges
         )
-        node = self._tree.add(parent, name, row.entry, self._tree.now())
+        # A row that was noted in the middle of a write has the size before it in its entry.
+        entry = msgspec.structs.replace(row.entry, size=row.size)
+        node = self._tree.add(parent, name, entry, self._tree.now())
         self._files.take_up(node, namespace, row, file)
         return True
 
@@ -119,8 +121,7 @@ def _as_far_as_written(row: Unconfirmed) -> Unconfirmed:
             written.add(start, end)
     finally:
         os.close(fd)
-    entry = msgspec.structs.replace(row.entry, size=size)
-    return msgspec.structs.replace(row, size=size, ranges=list(written), entry=entry)
+    return msgspec.structs.replace(row, size=size, ranges=list(written))
 
 
 def _seek(fd: int, offset: int, whence: int) -> int | None:
