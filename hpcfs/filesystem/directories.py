@@ -104,6 +104,11 @@ class Directories:
         else:
             opened.listing = await self._list_remote(node, node.namespace)
             opened.listing.shown = True
+        opened.local = [
+            child
+            for child in (node.children or {}).values()
+            if (child.content and child.content.new) or child.name in opened.listing.changed
+        ]
 
     def _top(self, node: Node) -> Listing:
         """The mount's top: the namespaces."""
@@ -270,7 +275,7 @@ class Directories:
             if self._was_removed(opened, entry.name):
                 continue
             child = self._adopt(node, entry.name, entry, listing.asked)
-            if child.content and child.content.new:  # it is just being uploaded
+            if child in opened.local:  # it is just being uploaded
                 opened.shown.add(child)
             yield last + 1, entry.name, child, True
         yield from self._local(opened, max(start, listing.count + _DOTS))
@@ -281,19 +286,11 @@ class Directories:
         return bool(removals) and removals is not None and removals.get(name, 0) > opened.clock
 
     def _local(self, opened: OpenDirectory, start: int) -> Iterator[tuple[int, bytes, Node, bool]]:
-        """Files that the remote does not have yet, numbered after what it listed."""
-        listing = opened.listing
-        assert listing
-        first = listing.count + _DOTS
-        if opened.local is None:
-            children = (opened.node.children or {}).values()
-            opened.local = [
-                child
-                for child in children
-                if child.content and child.content.new and child not in opened.shown
-            ]
-        for number, child in enumerate(opened.local, first):
-            if number >= start and child.is_attached and child.parent is opened.node:
+        """What the remote did not have yet when it was asked, numbered after what it listed."""
+        assert opened.listing
+        for number, child in enumerate(opened.local, opened.listing.count + _DOTS):
+            is_there = child.is_attached and child.parent is opened.node
+            if number >= start and is_there and child not in opened.shown:
                 yield number + 1, child.name, child, True
 
 

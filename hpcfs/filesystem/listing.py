@@ -163,14 +163,15 @@ class OpenDirectory:
     clock: int = 0
     """Tree.clock when the listing was taken: later removals are not shown."""
 
-    local: list[Node] | None = None
-    """Files that the remote lacks, to be shown after what it listed."""
+    local: list[Node] = field(default_factory=list)
+    """When the listing was taken: files that the remote lacked, and what was changed here since it
+    was asked, as it may have come too late for that. Shown after what was listed, once."""
 
     shown: set[Node] = field(default_factory=set)
-    """Such files that were listed by it: an upload of theirs was under way."""
+    """Those of them that were listed."""
 
     def release_listing(self) -> None:
-        self.local = None
+        self.local = []
         self.shown.clear()
         if self.listing:
             self.listing.release()

@@ -69,6 +69,25 @@ async def test_close_returns_before_the_remote_heard_of_the_file(w: World) -> No
 
 
 @back()
+async def test_a_file_that_goes_up_while_its_directory_is_listed_is_listed(w: World) -> None:
+    """By the remote, or, where the file came too late for that, from here."""
+    for stage in ("before", "after"):
+        await w.kernel.write_file(f"ns/{stage}", NEW)
+        held = w.cues.hold(m.List, stage=stage)
+        listed: set[bytes] = set()
+
+        async def read() -> None:
+            listed.update(await w.kernel.listdir("ns"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await held.reached.wait()
+            await synced(w)
+            held.go.set()
+        assert stage.encode() in listed
+
+
+@back()
 async def test_fsync_returns_when_the_remote_has_it(w: World) -> None:
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
     await w.kernel.pwrite(handle, 0, NEW)
@@ -498,6 +517,29 @@ def test_the_next_mount_shows_and_uploads_what_was_closed(kind: str, tmp_path: P
         item = w.remote.paths()[b"d/f"]
         assert (stat.S_IMODE(item.mode), item.mtime_ns) == (0o600, 10**18)
         assert w.journal.rows == []
+
+    killed_and_mounted_again(tmp_path, kind, left, then)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_next_mount_shows_as_much_of_a_file_as_it_will_upload(
+    kind: str, tmp_path: Path
+) -> None:
+    """The first write to an old file is noted before the file's new size is the mount's."""
+    original = OLD + b"more"
+
+    async def left(w: World) -> None:
+        w.remote.put(b"f", original)
+        handle = await w.kernel.open("ns/f")
+        await w.kernel.pwrite(handle, len(original), b"appended")
+
+    async def then(w: World) -> None:
+        held = w.cues.hold(m.Upload)
+        assert (await w.kernel.stat("ns/f")).size == len(original) + 8
+        assert await w.kernel.read_file("ns/f") == original + b"appended"
+        held.go.set()
+        await synced(w)
+        assert w.remote.get(b"f") == original + b"appended"
 
     killed_and_mounted_again(tmp_path, kind, left, then)
 
