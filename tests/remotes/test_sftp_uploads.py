@@ -22,6 +22,7 @@ from hpcfs.remotes.sftp.held import MAX_HELD
 from hpcfs.remotes.sftp.opening import NEW
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
 from hpcfs.remotes.sftp.session import SftpSession
+from hpcfs.remotes.sftp.uploads import Uploads
 from hpcfs.remotes.sftp.ways import WIDE_BYTES
 from hpcfs.remotes.sftp.write import Target, write_ranges
 from hpcfs.transfer.messages import (
@@ -737,6 +738,18 @@ def test_a_temporary_file_of_a_lost_connection_goes_with_the_next_upload(sshd: S
         await lose(remote, FXP_CLOSE, put(remote, b"file", b"new", replace=True))
         (left,) = os.listdir(folder)
         assert left.startswith(".file.hpcfs-")
+        await put(remote, b"file", b"new", replace=True)
+        assert os.listdir(folder) == ["file"]
+
+    on_folder(sshd, story)
+
+
+def test_a_temporary_file_of_a_killed_process_goes_with_the_next_attempt(sshd: SshServer) -> None:
+    async def story(remote: SftpRemote, folder: Path) -> None:
+        await lose(remote, FXP_CLOSE, put(remote, b"file", b"new", replace=True))
+        (left,) = os.listdir(folder)
+        assert left.startswith(".file.hpcfs-")
+        remote._uploads = Uploads()  # knows what a new process knows
         await put(remote, b"file", b"new", replace=True)
         assert os.listdir(folder) == ["file"]
 

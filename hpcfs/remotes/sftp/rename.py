@@ -8,6 +8,7 @@ nothing has the target's name, but at no moment are its bytes gone.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 import stat
@@ -100,9 +101,13 @@ async def _rename_without_extension(source: Place, target: Place) -> None:
     await _remove_aside(aside, target_kind)
 
 
-def name_beside(name: bytes) -> bytes:
-    """Of a file that is only there for a moment."""
-    suffix = b".hpcfs-" + secrets.token_hex(6).encode()
+def name_beside(name: bytes, origin: str | None = None) -> bytes:
+    """Of a file that is only there for a moment. From the same `origin` it is the same name, so
+    that who comes after a killed process finds what that one left."""
+    token = secrets.token_bytes(6)
+    if origin is not None:
+        token = hashlib.blake2b(origin.encode(), digest_size=6).digest()
+    suffix = b".hpcfs-" + token.hex().encode()
     return b"." + name[: MAX_NAME_BYTES - 1 - len(suffix)] + suffix
 
 

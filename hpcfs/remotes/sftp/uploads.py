@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import stat
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from asyncssh import SFTPAttrs
 
@@ -71,6 +74,8 @@ class Uploads:
         """Paths of which all will be sent once more."""
         self._leftovers: list[Place] = []
         """Temporary files that could not be removed, as the connection was lost."""
+        self._temporaries: set[bytes] = set()
+        """Those that are there now."""
 
     def release(self, handle: int) -> None:
         self._held.release(handle)
@@ -236,10 +241,35 @@ class Uploads:
             raise InvalidRequest("a file is only replaced by a whole one")
         await self._remove_leftovers(place)
         attempt = Attempt.of(request, source, checked=not ours)
-        temporary = place.beside(renaming.name_beside(last_name(place.path)))
+        with self._temporary_for(place, request) as temporary:
+            return await self._replace_by(temporary, place, request, source, report, attempt)
+
+    @contextmanager
+    def _temporary_for(self, place: Place, request: Upload) -> Iterator[Place]:
+        """Cache files have names that no other mount's has, and an upload that is repeated has the
+        same one. Only one that is still being given up here makes another name necessary."""
+        name = renaming.name_beside(last_name(place.path), os.path.basename(request.cache_file))
+        temporary = place.beside(name)
+        if temporary.path in self._temporaries:
+            temporary = place.beside(renaming.name_beside(last_name(place.path)))
+        self._temporaries.add(temporary.path)
+        try:
+            yield temporary
+        finally:
+            self._temporaries.discard(temporary.path)
+
+    async def _replace_by(
+        self,
+        temporary: Place,
+        place: Place,
+        request: Upload,
+        source: Source,
+        report: ReportProgress,
+        attempt: Attempt,
+    ) -> SFTPAttrs:
         looking = send(place.attrs(place.session.bulk))
         try:
-            target = await open_new(temporary, request.mode)
+            target = await _open_temporary(temporary, request.mode)
         finally:
             await asyncio.wait([looking])
         try:
@@ -293,6 +323,16 @@ class Uploads:
                 pass
             except RemoteError as error:
                 log.warning("the temporary file %s is still there: %s", here, error.message)
+
+
+async def _open_temporary(temporary: Place, mode: int) -> Target:
+    """A process that was killed may have left it."""
+    try:
+        return await open_new(temporary, mode)
+    except AlreadyExists:
+        with temporary.asking():
+            await answers([send(temporary.session.meta.remove(temporary.full))])
+    return await open_new(temporary, mode)
 
 
 async def _send_ahead(file: HeldFile, request: UploadAhead, source: Source) -> None:
