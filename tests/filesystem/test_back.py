@@ -71,14 +71,15 @@ async def test_close_returns_before_the_remote_heard_of_the_file(w: World) -> No
 @back()
 async def test_a_file_that_goes_up_while_its_directory_is_listed_is_listed(w: World) -> None:
     """By the remote, or, where the file came too late for that, from here."""
+    listed: set[bytes] = set()
+
+    async def read() -> None:
+        listed.update(await w.kernel.listdir("ns"))
+
     for stage in ("before", "after"):
         await w.kernel.write_file(f"ns/{stage}", NEW)
         held = w.cues.hold(m.List, stage=stage)
-        listed: set[bytes] = set()
-
-        async def read() -> None:
-            listed.update(await w.kernel.listdir("ns"))
-
+        listed.clear()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read)
             await held.reached.wait()

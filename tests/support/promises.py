@@ -1,8 +1,9 @@
 """A program that works on a mount and keeps account of what it was promised.
 
-What a call returned for is acknowledged. The one call that was under way when something was killed
-may have done its work or not; of a file that was being written any beginning may be there, or, in
-old content, any of the blocks. Nothing else may differ: no zeros, no mix, no name lost or come back.
+What a call returned for is acknowledged. The one call that was under way when something was
+killed may have done its work or not; of a file that was being written any beginning may be there,
+or, in old content, any of the blocks. Nothing else may differ: no zeros, no mix, no name lost or
+come back.
 """
 
 from __future__ import annotations
@@ -220,9 +221,8 @@ class Program:
         """Of what the mount shows now."""
         account = self.account
         lines = account.problems_of(seen)
-        for path in sorted(account.directories - account.doubtful):
-            if not (self.top / path).is_dir():
-                lines.append(f"the directory {path} is missing")
+        missing = [path for path in account.directories if not (self.top / path).is_dir()]
+        lines += [f"the directory {path} is missing" for path in {*missing} - account.doubtful]
         for place in self.top.rglob("*"):
             path = str(place.relative_to(self.top))
             if place.is_dir() and path not in account.directories | account.doubtful:
@@ -236,7 +236,7 @@ class Program:
 
 
 def _read(place: Path) -> bytes:
-    """What was just uploaded is another version, as an open that asked a moment before can't know."""
+    """An open that asked a moment before may not know of the version that was just uploaded."""
     deadline = time.monotonic() + STALE_SECONDS
     while True:
         try:
@@ -264,7 +264,7 @@ def _one_of(*states: Seen) -> Callable[[Seen], str]:
     def problem(seen: Seen) -> str:
         if any(seen == state for state in states):
             return ""
-        return f"there is {({path: describe(data) for path, data in seen.items()})}"
+        return f"there is { ({path: describe(data) for path, data in seen.items()}) }"
 
     return problem
 
