@@ -83,6 +83,8 @@ class Content(RemoteContent):
         self._in_upload = RangeSet()
         self._copies_parts = False
         """The upload brings what is dirty, and the server copies the rest."""
+        self._is_whole = False
+        """For the upload under way all of the old content was brought here."""
         self._base_sizes: list[int] = []
         """Of the upload under way, until the remote confirmed it."""
         self.write_handle = m.NO_HANDLE
@@ -271,8 +273,15 @@ class Content(RemoteContent):
             await self.fetch_all()
             untrusted = [block for block in blocks if self._is_untrusted(block)]
             if not untrusted:
+                self._is_whole = not whole
                 return
             await self._verify(untrusted)
+
+    @property
+    def holds_base(self) -> bool:
+        """The upload under way replaces the remote's old content, which from then on may be here
+        only."""
+        return self._is_whole and self.base_size > 0
 
     def _may_copy_parts(self) -> bool:
         """Whether the server can make the new object of the old one and what is dirty."""
@@ -285,6 +294,20 @@ class Content(RemoteContent):
             self.abilities = msgspec.structs.replace(self.abilities, part_copies=False)
             self.namespace.knows_better(self.abilities)
         return self._copies_parts
+
+    def cut_to(self, size: int) -> Unconfirmed | None:
+        """The journal's row for it once it is cut. None where the row that it has stays true if
+        the bytes beyond are gone."""
+        row = self.unconfirmed(writing=True)
+        if all(end <= size for _, end in row.ranges):
+            return None
+        return msgspec.structs.replace(
+            row,
+            size=size,
+            base_size=min(row.base_size, size),
+            ranges=[(start, min(end, size)) for start, end in row.ranges if start < size],
+            resized=True,
+        )
 
     def unconfirmed(self, reason: str = "", *, writing: bool = False) -> Unconfirmed:
         return Unconfirmed(
@@ -312,6 +335,8 @@ class Content(RemoteContent):
         """The dirty ranges, extended to their blocks: all of a block is in the cache file once a
         part of it was written, and what is not in the journal counts as not there."""
         whole = RangeSet()
+        if self._is_whole:
+            whole.add(0, self.size)
         for start, end in [*self.file.dirty, *self._in_upload]:
             first, last = start // BLOCK_BYTES, -(-end // BLOCK_BYTES)
             whole.add(first * BLOCK_BYTES, min(last * BLOCK_BYTES, self.size))
@@ -456,6 +481,7 @@ class Content(RemoteContent):
             self.new = self.made = self.replace = self.growing = False
             self.failure = None
         self._in_upload = RangeSet()
+        self._is_whole = False
         self._base_sizes = []
         self.uploaded_bytes = 0
         self._in_motion.set()

@@ -103,12 +103,24 @@ class Directories:
             opened.listing = self._top(node)
         else:
             opened.listing = await self._list_remote(node, node.namespace)
+            if self._has_missed(opened):
+                opened.listing.release()
+                opened.clock = self._tree.clock
+                opened.listing = await self._list_remote(node, node.namespace)
             opened.listing.shown = True
         opened.local = [
             child
             for child in (node.children or {}).values()
             if (child.content and child.content.new) or child.name in opened.listing.changed
         ]
+
+    def _has_missed(self, opened: OpenDirectory) -> bool:
+        """Whether something came to the remote while it was listed, of which nothing is known here
+        any more: the upload of what an earlier mount left, that nobody had asked for."""
+        children = opened.node.children or {}
+        assert opened.listing
+        changed = opened.listing.changed
+        return any(name not in children and not self._was_removed(opened, name) for name in changed)
 
     def _top(self, node: Node) -> Listing:
         """The mount's top: the namespaces."""

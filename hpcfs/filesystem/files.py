@@ -298,6 +298,8 @@ class Files(Closing):
         """Whether the size changed. truncate(2): "if the size changed", the times do; O_TRUNC sets
         them in any case."""
         async with self._uploader.writing(content):
+            if size < content.size:
+                await self._uploader.note_cut(content, size)
             changed = await content.truncate(size)
             if stamp and not changed:
                 content.resized, content.secured = True, False

@@ -85,6 +85,8 @@ class Restoring:
             return False
         if row.writing and not row.base_size:
             row = _as_far_as_written(row)
+        elif os.stat(row.data).st_size > row.size:  # what is beyond must not come back
+            os.truncate(row.data, row.size)
         file = await self._store.take_up(
             row.name, row.origin, row.path, row.version, row.size, row.ranges
         )

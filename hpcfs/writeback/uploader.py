@@ -72,6 +72,15 @@ class Uploadable(Protocol):
         """`entry` is the file on the remote now; None: it failed, all is dirty as before."""
         ...
 
+    @property
+    def holds_base(self) -> bool:
+        """Old content that counts is here, and may soon be here only."""
+        ...
+
+    def cut_to(self, size: int) -> Unconfirmed | None:
+        """The journal's row for it once it is cut; None where the one that it has will do."""
+        ...
+
     def unconfirmed(self, reason: str = "", *, writing: bool = False) -> Unconfirmed:
         """The journal's row for it; `writing` says that more will be written."""
         ...
@@ -152,7 +161,7 @@ class Uploader:
         entry = None
         attempted, file.attempted = file.attempted, True
         try:
-            await self.note_progress(file)
+            await self.note_progress(file, durable=file.holds_base)
             file.attempted = attempted  # what the remote is told; a killed daemon can't know
             entry = await file.send(snapshot, sync=sync)
         except RemoteError as error:
@@ -170,10 +179,21 @@ class Uploader:
         """It is open and dirty: what is known of it so far. Raises CacheDiskFull."""
         await self._note(file, file.unconfirmed(writing=True))
 
-    async def note_progress(self, file: Uploadable, reason: str = "") -> None:
+    async def note_cut(self, file: Uploadable, size: int) -> None:
+        """Before the file is cut: a row that claims bytes which are gone would make zeros of them.
+
+        Raises CacheDiskFull when the journal can't be written.
+        """
+        row = file.cut_to(size)
+        if row is not None:
+            await self._note(file, row, durable=True)
+
+    async def note_progress(
+        self, file: Uploadable, reason: str = "", *, durable: bool = False
+    ) -> None:
         """A journal that can't be written is no reason not to bring the bytes to the remote."""
         try:
-            await self._note(file, file.unconfirmed(reason))
+            await self._note(file, file.unconfirmed(reason), durable=durable)
         except CacheDiskFull as error:
             log.error("%s", error.message)  # noqa: TRY400 - no bug: the message says it all
 

@@ -12,6 +12,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from hpcfs.cache.file import CacheFile
 from hpcfs.filesystem.errors import Exists, JournalFull
 from hpcfs.filesystem.namespace import WriteMode
 from hpcfs.transfer import messages as m
@@ -543,6 +544,78 @@ def test_the_next_mount_shows_as_much_of_a_file_as_it_will_upload(
         assert w.remote.get(b"f") == original + b"appended"
 
     killed_and_mounted_again(tmp_path, kind, left, then)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_goes_up_while_the_next_mount_lists_its_directory_is_listed(
+    kind: str, tmp_path: Path
+) -> None:
+    """Nobody had asked for the file, so that nothing is known of it once it is uploaded."""
+
+    async def left(w: World) -> None:
+        w.remote.put(b"log", OLD)
+        await w.kernel.write_file("ns/f", NEW)
+        handle = await w.kernel.open("ns/log")
+        await w.kernel.pwrite(handle, len(OLD), b"appended")
+        await w.kernel.close(handle)
+
+    async def then(w: World) -> None:
+        listed: dict[bytes, m.Entry] = {}
+        held = w.cues.hold(m.List, stage="after")
+
+        async def read() -> None:
+            listed.update(await w.kernel.listdir("ns"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await held.reached.wait()
+            await synced(w)
+            held.go.set()
+        sizes = {name: entry.size for name, entry in listed.items()}
+        assert (sizes.get(b"f"), sizes.get(b"log")) == (len(NEW), len(OLD) + 8)
+
+    killed_and_mounted_again(tmp_path, kind, left, then)
+
+
+def test_the_journal_claims_no_bytes_that_are_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed right after it was cut, the file must not come back with zeros in their place."""
+    claimed: list[list[tuple[int, int]]] = []
+
+    async def story() -> None:
+        async with world(tmp_path, "sftp", write="back") as w:
+            await w.kernel.write_file("ns/f", NEW * 2)
+            resize = CacheFile.resize
+
+            def noting(file: CacheFile, size: int) -> None:
+                claimed.extend(row.ranges for row in w.journal.rows)
+                resize(file, size)
+
+            with monkeypatch.context() as patches:
+                patches.setattr(CacheFile, "resize", noting)
+                await w.kernel.truncate("ns/f", 100)
+            await synced(w)
+            assert w.remote.get(b"f") == NEW[:100]
+
+    trio.run(story)
+    assert claimed == [[(0, 100)]]
+
+
+@back("s3")
+async def test_what_an_upload_replaces_is_in_the_journal_with_it(w: World) -> None:
+    """Killed before the answer is heard, nobody else has the old content's other blocks."""
+    w.remote.put(b"f", OLD * 3)
+    handle = await w.kernel.open("ns/f")
+    await w.kernel.pwrite(handle, BLOCK_BYTES, NEW)
+    await w.kernel.close(handle)
+    held = w.cues.hold(m.Upload, stage="after")
+    w.fs.files.backlog.retry(*w.fs.files.dirty())
+    await held.reached.wait()
+    (row,) = w.journal.rows
+    assert (row.attempted, row.ranges) == (True, [(0, 3 * BLOCK_BYTES)])
+    held.go.set()
+    await synced(w)
 
 
 @pytest.mark.parametrize("kind", KINDS)
