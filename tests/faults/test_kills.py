@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,8 +42,6 @@ FULL = os.environ.get("HPCFS_FULL") == "1"
 MIB = 1 << 20
 TRANSIENT = "the transfer process of this site ended"
 """Is tried again a second later."""
-TEMPORARY = re.compile(r"\.hpcfs-[0-9a-f]{12}$")
-"""What replaces a file on SFTP; the next attempt removes what a killed one left."""
 _folders = itertools.count()
 
 
@@ -240,7 +237,7 @@ class Place:
         stuck = [one for one in stuck if one.path not in retried]
         assert not stuck, _report("stuck", program, [f"{o.path}: {o.reason}" for o in stuck])
         if not retried:  # before it went up, the mount shows what it will be
-            seen = {p: data for p, data in program.look().items() if not TEMPORARY.search(p)}
+            seen = program.look()
             lines = program.problems(seen)
             assert not lines, _report("as the mount shows it", program, lines)
         self.sync()

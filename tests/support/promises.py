@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CHUNK = 4096
+TEMPORARY = re.compile(r"\.hpcfs-[0-9a-f]{12}$")
+"""What replaces a file on SFTP; the next attempt removes what a killed one left."""
 STALE_SECONDS = 5.0
 Seen = Mapping[str, bytes]
 """Contents by path."""
@@ -214,7 +217,7 @@ class Program:
         return {
             str(place.relative_to(self.top)): _read(place)
             for place in self.top.rglob("*")
-            if place.is_file()
+            if not TEMPORARY.search(place.name) and place.is_file()
         }
 
     def problems(self, seen: Seen) -> list[str]:
