@@ -55,7 +55,8 @@ class Connection:
         await self._writer.drain()
 
     def send_soon(self, message: msgspec.Struct) -> None:
-        self._writer.write(m.frame(message))
+        if not self._writer.is_closing():  # the daemon may have been killed
+            self._writer.write(m.frame(message))
 
     async def ask(self, text: str, *, echo: bool = False) -> str | None:
         """Prompter (remotes/base.py): the daemon asks whoever is at its terminal."""

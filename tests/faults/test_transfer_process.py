@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -14,8 +15,9 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+import uvloop
 
-from hpcfs.transfer import client as client_module
+from hpcfs.transfer import client as client_module, messages as m
 from hpcfs.transfer.child import Child
 from hpcfs.transfer.client import SiteClient
 from hpcfs.transfer.messages import (
@@ -31,6 +33,7 @@ from hpcfs.transfer.messages import (
     TimedOut,
     Unreachable,
 )
+from hpcfs.transfer.process import Connection
 
 SECONDS = 30.0
 NOBODY = "http://127.0.0.1:1"
@@ -156,3 +159,16 @@ def test_nonsense_ends_the_process_alone(
     with caplog.at_level(logging.ERROR):
         trio.run(story)
     assert "can't be understood" in caplog.text
+
+
+def test_what_ends_after_the_daemon_was_killed_tells_nobody() -> None:
+    async def story() -> None:
+        ours, theirs = socket.socketpair()
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        connection = Connection(reader, writer)
+        theirs.close()
+        writer.transport.abort()
+        await asyncio.sleep(0)
+        connection.send_soon(m.Reply(1))
+
+    uvloop.run(story())
