@@ -281,7 +281,7 @@ class Content(RemoteContent):
     def holds_base(self) -> bool:
         """The upload under way replaces the remote's old content, which from then on may be here
         only."""
-        return self._is_whole and self.base_size > 0
+        return self._is_whole and min(self._base_sizes, default=0) > 0
 
     def _may_copy_parts(self) -> bool:
         """Whether the server can make the new object of the old one and what is dirty."""
