@@ -160,6 +160,10 @@ class Directories:
             self._is_complete(node, listing)
         return listing
 
+    def filled(self, node: Node) -> None:
+        """A name was made in this directory."""
+        self._uses.filled(node, self._tree.now())
+
     def made(self, node: Node) -> None:
         """The directory was just made here: nothing is in it but what is made here too."""
         listing = self._new_listing()
@@ -207,7 +211,7 @@ class Directories:
         self._note_use(parent)
         are_many = self._uses.are_many(now)
         if self._known.is_guess(parent):
-            are_many = self._uses.are_some_in(parent)
+            are_many = self._uses.is_filled(parent, now)
         return None if found is not None and found[1] is None and not are_many else found
 
     def _take_ahead(self, node: Node) -> bool:

@@ -110,7 +110,7 @@ class Files(Closing):
     async def _revalidate(self, node: Node, namespace: Namespace) -> None:
         """The node's entry is as the remote has it now. Raises Stale if that is another file: the
         kernel then looks the name up again, and opens that one."""
-        if node.content and node.content.replaced:
+        if node.content.replaced if node.content else not node.is_attached:
             raise Stale("another file has this name now")
         if self._tree.is_fresh(node, OPEN_FRESH_SECONDS) or (
             node.content and node.content.is_dirty()

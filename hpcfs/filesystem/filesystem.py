@@ -313,6 +313,7 @@ class Filesystem:
         if known := self.tree.child(parent, name):
             self.tree.detach(known)
         self.tree.note_made(parent, name)
+        self.directories.filled(parent)
         self.tree.expire(parent)
         return self.tree.add(parent, name, entry, asked)
 
@@ -375,6 +376,7 @@ class Filesystem:
                 raise
             node = await self.lookup(parent_ino, name)
             return (await self.files.open(node, flags))[0], node
+        self.directories.filled(parent)
         if node.content and node.content.new:
             self.tree.touch(parent)
         else:

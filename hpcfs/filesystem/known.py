@@ -20,9 +20,9 @@ MAX_BYTES = 16 * 1024 * 1024
 MAX_INDEXED = 40_000
 """Entries of listings that were decoded to find names in them, some 500 bytes each."""
 GUESS_SECONDS = 5.0
-"""For which a directory that was made here counts as empty, to programs that ask for several names
-in it: rsync makes directories some time before it fills them. Who makes a file there that others
-just made hears of it: the remote makes only new files."""
+"""For which a directory that was made here counts as empty while a program fills it: rsync makes
+directories some time before. Who makes a file there that others just made hears of it: the remote
+makes only new files."""
 UNLISTED_NAMES = frozenset({b".snapshot", b".snapshots", b".zfs", b".ckpt"})
 """Directories that file servers have and do not list."""
 
@@ -133,6 +133,8 @@ class _Use:
     entries: int = 0
     not_before: float = -math.inf
     under_way: bool = False
+    fills: float = 0.0
+    filled: float = -math.inf
 
     def count(self, now: float) -> None:
         self.score = self.score * 2 ** ((self.last - now) / HALF_LIFE) + 1
@@ -163,9 +165,16 @@ class Uses:
         self._asked.count(now)
         return self._asked.score > MANY_USES
 
-    def are_some_in(self, node: Node) -> bool:
-        """After a name in this directory was asked for: whether others were, a moment ago."""
-        return self._of(node).score > FEW_USES
+    def filled(self, node: Node, now: float) -> None:
+        """A name was made in it here."""
+        use = self._of(node)
+        use.fills = use.fills * 2 ** ((use.filled - now) / HALF_LIFE) + 1
+        use.filled = now
+
+    def is_filled(self, node: Node, now: float) -> bool:
+        """Whether a program is filling it: several names were made in it, a moment ago."""
+        use = self._of(node)
+        return use.fills * 2 ** ((use.filled - now) / HALF_LIFE) > FEW_USES
 
     def begin(self, node: Node, now: float) -> bool:
         """Whether nobody listed it for a while."""
