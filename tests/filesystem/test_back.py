@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,24 +25,7 @@ OLD, NEW = b"o" * BLOCK_BYTES, b"n" * BLOCK_BYTES
 NOTHING_UPLOADED = (m.Upload, m.Create, m.UploadAhead)
 
 
-def back(*kinds: str) -> Callable[[Story], Callable[[str, Path], None]]:
-    """Turns a story about a world in `back` mode into a test for each kind of remote."""
-
-    def decorate(story: Story) -> Callable[[str, Path], None]:
-        async def run(kind: str, directory: Path) -> None:
-            async with world(directory, kind, write="back") as w:
-                with trio.fail_after(20):
-                    await story(w)
-
-        @pytest.mark.parametrize("kind", kinds or KINDS)
-        def test(kind: str, tmp_path: Path) -> None:
-            trio.run(run, kind, tmp_path)
-
-        test.__name__ = story.__name__
-        test.__doc__ = story.__doc__
-        return test
-
-    return decorate
+back = partial(live, write="back")
 
 
 async def synced(w: World) -> None:

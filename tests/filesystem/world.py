@@ -140,12 +140,15 @@ async def world(
 Story = Callable[["World"], Awaitable[None]]
 
 
-def live(*kinds: str, max_blocks: int = 64) -> Callable[[Story], Callable[[str, Path], None]]:
+def live(
+    *kinds: str, max_blocks: int = 64, write: WriteMode = "through"
+) -> Callable[[Story], Callable[[str, Path], None]]:
     """Turns a story about a world into a test, once for each kind of remote."""
 
     def decorate(story: Story) -> Callable[[str, Path], None]:
         async def run(kind: str, directory: Path) -> None:
-            async with world(directory, kind, max_bytes=max_blocks * BLOCK_BYTES) as w:
+            size = max_blocks * BLOCK_BYTES
+            async with world(directory, kind, max_bytes=size, write=write) as w:
                 with trio.fail_after(20):
                     await story(w)
 
