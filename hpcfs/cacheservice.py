@@ -52,7 +52,7 @@ class CacheService:
                 return Reply(cache=await self._status())
             return Reply(outcome=await self._work(request, tell))
         except (RemoteError, FilesystemError) as error:
-            raise SetupError(str(error.args[0]) if error.args else type(error).__name__) from None
+            raise SetupError(error.message) from None
         except (OSError, sqlite3.Error) as error:
             raise SetupError(f"the cache's disk failed: {error}") from None
 

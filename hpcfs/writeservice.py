@@ -34,7 +34,8 @@ from hpcfs.control.control import (
 )
 from hpcfs.control.server import Tell
 from hpcfs.errors import SetupError
-from hpcfs.filesystem.pending import PendingRow, Progress
+from hpcfs.filesystem.backlog import Progress
+from hpcfs.filesystem.pending import PendingRow, is_below
 from hpcfs.transfer.messages import RemoteError
 from hpcfs.writeback.journal import Journal, Unconfirmed
 
@@ -203,7 +204,7 @@ class WriteService:
 
     def _below(self, path: bytes) -> list[PendingRow]:
         """The file or all below the directory at this path of the mount."""
-        return [row for row in self._backlog.pending() if _is_below(self._shown(row), path)]
+        return [row for row in self._backlog.pending() if is_below(self._shown(row), path)]
 
     def _shown(self, row: PendingRow) -> bytes:
         """Its path in the mount. What an earlier mount left may be of a namespace that this one
@@ -222,10 +223,6 @@ class WriteService:
         if namespace not in self._settings.namespaces:
             raise SetupError(f"the mount has no namespace {_text(name)}")
         return namespace, key
-
-
-def _is_below(path: bytes, top: bytes) -> bool:
-    return not top or path == top or path.startswith(top + b"/")
 
 
 def _outcome(rows: Sequence[PendingRow]) -> Outcome:
@@ -344,9 +341,7 @@ async def _journal_rows(directory: Path) -> list[Unconfirmed]:
 
 def _may_be_below(row: Unconfirmed, path: bytes) -> bool:
     """The journal does not say whether its namespace was the root of the mount itself."""
-    return _is_below(row.path, path) or _is_below(
-        os.fsencode(row.namespace) + b"/" + row.path, path
-    )
+    return is_below(row.path, path) or is_below(os.fsencode(row.namespace) + b"/" + row.path, path)
 
 
 def _is_whole(row: Unconfirmed) -> bool:

@@ -88,14 +88,15 @@ class Backlog:
         if failure is not None:
             raise type(failure)(failure.message)
 
-    async def secure(self, content: Content) -> None:
-        """The journal has it, and it will be uploaded. Raises CacheDiskFull."""
+    async def secure(self, content: Content, *, instead_of: str | None = None) -> None:
+        """The journal has it, and it will be uploaded; `instead_of` is the row of a file that it
+        replaces in the same step. Raises CacheDiskFull."""
         if not content.is_dirty():
             return
         if not content.secured:
             content.secured = True  # what is written meanwhile takes it back
             try:
-                await self._uploader.secure(content)
+                await self._uploader.secure(content, instead_of=instead_of)
             except BaseException:
                 content.secured = False
                 raise
@@ -119,14 +120,13 @@ class Backlog:
     def retry(self, content: Content) -> None:
         """The user, or who waits, wants another attempt now."""
         content.failure = None
+        self._hasten(content)
+
+    def _hasten(self, content: Content) -> None:
         if content not in self.schedule:
             self._schedule(content)
         self.schedule.hurry(content, trio.current_time())
         self._wake.set()
-
-    def moved(self, content: Content) -> None:
-        """It has another name now, which the journal knows."""
-        self._schedule(content)
 
     def gone(self, content: Content) -> None:
         """It need not be uploaded any more."""
@@ -205,14 +205,13 @@ class Backlog:
         self._settled(content)
 
     def _failed(self, content: Content, error: m.RemoteError | FilesystemError) -> None:
-        message = str(error.args[0]) if error.args else type(error).__name__
         again = isinstance(error, m.Unreachable)
         if not again:
-            log.error("%r was not uploaded: %s", content.place.path, message)
+            log.error("%r was not uploaded: %s", content.place.path, error.message)
             content.failure = error if isinstance(error, m.RemoteError) else None
-        self.schedule.failed(content, trio.current_time(), message, again=again)
+        self.schedule.failed(content, trio.current_time(), error.message, again=again)
         if not again and content.is_dirty():
-            self._nursery.start_soon(self._note_failure, content, message)
+            self._nursery.start_soon(self._note_failure, content, error.message)
 
     async def _note_failure(self, content: Content, reason: str) -> None:
         """The next mount does not try by itself what was refused."""
@@ -251,12 +250,9 @@ class Backlog:
         total_files, total_bytes = len(waiting), sum(waiting.values())
         attempts: dict[Content, int] = {}
         for content in waiting:
-            if content not in self.schedule:
-                self._schedule(content)
+            self._hasten(content)
             item = self.schedule.item(content)
             attempts[content] = item.attempts if item else 0
-            self.schedule.hurry(content, trio.current_time())
-        self._wake.set()
         failures: dict[Content, m.RemoteError] = {}
         while left := [c for c in waiting if c in self.schedule and c not in failures]:
             for content in left:

@@ -114,10 +114,6 @@ class Closing(ABC):
             if not content.secured and content.journaled and not content.upload_lock.locked():
                 await self._uploader.note_writing(content)
 
-    async def secure(self, content: Content, *, instead_of: str | None = None) -> None:
-        """The journal has all of it; `instead_of` is the row of a file that it replaced."""
-        await self._uploader.secure(content, instead_of=instead_of)
-
     async def flush_all(self) -> None:
         """Everything that is open, one after the other; errors are the close's to report."""
         for content in self.dirty():

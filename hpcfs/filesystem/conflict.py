@@ -40,8 +40,7 @@ async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
     except m.Unreachable:
         raise
     except (m.RemoteError, FilesystemError) as error:
-        why = str(error.args[0]) if error.args else type(error).__name__
-        await uploader.keep(content, f"{reason}; it can't be saved beside it: {why}")
+        await uploader.keep(content, f"{reason}; it can't be saved beside it: {error.message}")
         return f"{shown} was changed by others: what was written here is kept, see 'hpcfs status'"
     await uploader.forget(content)
     name = beside.rpartition(b"/")[2].decode(errors="replace")

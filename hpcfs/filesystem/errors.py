@@ -6,6 +6,10 @@ from __future__ import annotations
 class FilesystemError(Exception):
     """An operation that the mount refuses; kernel/errno.py says with which errno."""
 
+    @property
+    def message(self) -> str:
+        return str(self.args[0]) if self.args else type(self).__name__
+
 
 class NoEntry(FilesystemError):
     """No entry has this name."""

@@ -16,7 +16,7 @@ import msgspec
 import trio
 
 from hpcfs.cache.store import Store
-from hpcfs.filesystem.backlog import Progress, Tell
+from hpcfs.filesystem.backlog import Tell
 from hpcfs.filesystem.content import Content
 from hpcfs.filesystem.files import Files
 from hpcfs.filesystem.restoring import Restoring
@@ -90,7 +90,7 @@ class Pending:
             content
             for content in self._files.dirty()
             if namespace is None
-            or (content.namespace.name == namespace and _is_below(content.place.path, path))
+            or (content.namespace.name == namespace and is_below(content.place.path, path))
         ]
         await self._files.backlog.wait_for(wanted, tell)
 
@@ -186,12 +186,10 @@ def _kept(row: Unconfirmed) -> PendingRow:
     )
 
 
-def _is_below(path: bytes, top: bytes) -> bool:
+def is_below(path: bytes, top: bytes) -> bool:
+    """Whether it is `top`, or in it; everything is in b""."""
     return not top or path == top or path.startswith(top + b"/")
 
 
 def _text(path: bytes) -> str:
     return path.decode(errors="replace")
-
-
-__all__ = ["Pending", "PendingRow", "Progress"]

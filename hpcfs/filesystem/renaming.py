@@ -77,17 +77,15 @@ class Renaming:
             old_parent = node.parent
             assert old_parent
             self._tree.move(node, (old_parent, node.name), parent, name)
-            for directory in {old_parent, parent} - {None}:
-                assert directory
+            for directory in {old_parent, parent}:
                 self._tree.touch(directory)
             row = doomed.file.name if doomed and doomed.journaled else None
-            content.secured = True
-            await self._files.secure(content, instead_of=row)
+            content.secured = False  # the row has the old name
+            await self._files.backlog.secure(content, instead_of=row)
             if doomed:
                 doomed.journaled = False
         if target is not None:
             await self._files.forget_orphan(target)
-        self._files.backlog.moved(content)
         await self._store.move(content.namespace.origin, old_path, node.path)
 
     # --- what the remote has ----------------------------------------------------------------------

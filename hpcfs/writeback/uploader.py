@@ -102,10 +102,10 @@ class Uploader:
             is_first = not file.journaled or file.secured
             if is_first:
                 file.secured = False
-                await self._note(file, file.unconfirmed(writing=True))
+                await self.note_writing(file)
             yield
             if is_first and file.base_size:
-                await self._note(file, file.unconfirmed(writing=True))
+                await self.note_writing(file)
         finally:
             file.writers -= 1
 

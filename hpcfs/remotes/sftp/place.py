@@ -111,15 +111,20 @@ async def explain_new(place: Place, error: RemoteError) -> RemoteError:
     return await explain_full(place, error)
 
 
+async def _usage(place: Place) -> asyncssh.SFTPVFSAttrs | None:
+    """Of the file system that it is in; None where the server does not tell."""
+    try:
+        with place.asking():
+            return await place.session.meta.statvfs(place.parent().full or b"/")
+    except (NotSupported, RemoteFailure):
+        return None
+
+
 async def explain_full(place: Place, error: RemoteError) -> RemoteError:
     """Whether a write, or making a file, failed for want of space. A used-up quota can't be told
     from the outside."""
-    if not isinstance(error, RemoteFailure):
-        return error
-    try:
-        with place.asking():
-            usage = await place.session.meta.statvfs(place.parent().full or b"/")
-    except (NotSupported, RemoteFailure):
+    usage = await _usage(place) if isinstance(error, RemoteFailure) else None
+    if usage is None:
         return error
     if usage.bavail * usage.frsize < ALMOST_NOTHING_BYTES:
         return NoSpace(f"{place} does not fit: the remote file system is full")
@@ -131,12 +136,9 @@ async def explain_full(place: Place, error: RemoteError) -> RemoteError:
 async def explain_size(place: Place, error: RemoteError, size: int) -> RemoteError:
     """Why a file could not be given `size` bytes: a sparse file may be larger than its file system,
     so the server's word counts, and this only tells what it most likely meant."""
-    if not isinstance(error, (RemoteFailure, InvalidRequest)):
-        return error
-    try:
-        with place.asking():
-            usage = await place.session.meta.statvfs(place.parent().full or b"/")
-    except (NotSupported, RemoteFailure):
+    is_vague = isinstance(error, (RemoteFailure, InvalidRequest))
+    usage = await _usage(place) if is_vague else None
+    if usage is None:
         return error
     if size <= usage.blocks * usage.frsize:
         return error
