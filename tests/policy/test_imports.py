@@ -27,7 +27,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "system": {"errors"},
     "control": {"errors", "system"},
     "config": {"errors", "system", "transfer.messages"},
-    "remotes": {"transfer.messages"},
+    "rendezvous": {"transfer.messages"},
+    "remotes": {"transfer.messages", "rendezvous"},
+    "tunnel": SET_UP | {"rendezvous", "remotes", "transfer.messages"},
     "transfer.cachefile": {"transfer.messages"},
     "transfer.process": {"remotes", "transfer.messages", "transfer.cachefile"},
     "transfer.child": {"transfer.messages"},
@@ -43,12 +45,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"transfer.client", "transfer.messages"},
     "demo": {"errors"},
     "cli": SET_UP
-    | {"daemon", "cacheservice", "writeservice", "demo", "cache", "transfer.messages"},
+    | {"daemon", "cacheservice", "writeservice", "demo", "cache", "tunnel", "transfer.messages"},
 }
 MAY_USE: dict[str, set[str]] = {
     **dict.fromkeys(["cache", "writeback", "filesystem", "transfer.child"], TRIO),
     **dict.fromkeys(["transfer.client", "daemon", "cacheservice", "writeservice"], TRIO),
-    **dict.fromkeys(["remotes", "transfer.process", "demo"], ASYNCIO),
+    **dict.fromkeys(["remotes", "rendezvous", "tunnel", "transfer.process", "demo"], ASYNCIO),
     "control": TRIO,
     "kernel": TRIO | {"pyfuse3"},
 }
