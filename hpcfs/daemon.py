@@ -35,12 +35,15 @@ from hpcfs.kernel import operations as kernel
 from hpcfs.system import mountinfo
 from hpcfs.transfer.client import Ask, SiteClient
 from hpcfs.transfer.messages import (
+    AnyRoot,
+    AnySite,
     RemoteError,
     S3Root,
     S3Site,
     SftpRoot,
     SshSite,
     Start,
+    TunnelSite,
 )
 from hpcfs.writeback.journal import Journal
 from hpcfs.writeback.uploader import Uploader
@@ -54,6 +57,7 @@ SAVE_SECONDS = 2.0
 """How far the cache's index may lag behind; a killed daemon's last blocks are fetched again."""
 MAX_KERNEL_REQUESTS = 512
 """A dead namespace can't use these up before its requests fail."""
+_KINDS = {SshSite: "sftp", S3Site: "s3", TunnelSite: "tunnel"}
 UNMOUNT_CHECK_SECONDS = 1.0
 UNMOUNT_PATIENCE = 3.0
 """What the kernel's last requests may take after an unmount, before they are cancelled."""
@@ -111,7 +115,7 @@ class _Daemon:
         self._ask = ask
         self._on_ready = on_ready
         self._started = time.time()
-        self._sites: dict[SshSite | S3Site, SiteClient] = {}
+        self._sites: dict[AnySite, SiteClient] = {}
         self._namespaces: list[Namespace] = []
         self._store: Store
         self._journal: Journal
@@ -184,7 +188,7 @@ class _Daemon:
 
     def _build(self, services: trio.Nursery) -> None:
         settings = self._settings
-        links: dict[SshSite | S3Site, Link] = {}
+        links: dict[AnySite, Link] = {}
         for start in _site_starts(settings):
             self._sites[start.site] = SiteClient(start, settings.log_file, services)
             links[start.site] = Link()
@@ -333,7 +337,7 @@ class _Daemon:
     def _namespace_status(self, name: str) -> control.NamespaceStatus:
         chosen = self._settings.namespaces[name]
         site = self._sites[chosen.site]
-        kind = "sftp" if isinstance(chosen.site, SshSite) else "s3"
+        kind = _KINDS[type(chosen.site)]
         state, reason = site.namespace_state(name)
         return control.NamespaceStatus(
             name, kind, chosen.url, state, reason, chosen.read_only, chosen.write
@@ -356,7 +360,7 @@ def _resident_bytes(pid: int) -> int:
 
 def _site_starts(settings: Settings) -> list[Start]:
     """One for each login; namespaces of one site share its connection."""
-    roots: dict[SshSite | S3Site, dict[str, SftpRoot | S3Root]] = {}
+    roots: dict[AnySite, dict[str, AnyRoot]] = {}
     for namespace in settings.namespaces.values():
         roots.setdefault(namespace.site, {})[namespace.name] = namespace.root
     make = partial(
@@ -369,10 +373,12 @@ def _site_starts(settings: Settings) -> list[Start]:
     return [make(site=site, roots=its_roots) for site, its_roots in roots.items()]
 
 
-def _origin(site: SshSite | S3Site, root: SftpRoot | S3Root) -> str:
+def _origin(site: AnySite, root: AnyRoot) -> str:
     """Names a remote folder across mounts, whatever the namespace is called."""
     if isinstance(site, SshSite) and isinstance(root, SftpRoot):
         return f"ssh:{site.user or ''}@{site.host}:{site.port or ''}:{root.path}"
+    if isinstance(site, TunnelSite) and isinstance(root, SftpRoot):
+        return f"tunnel:{site.name}:{root.path}"
     assert isinstance(site, S3Site)
     assert isinstance(root, S3Root)
     return f"s3:{site.endpoint_url or 'aws'}:{root.bucket}/{root.prefix}"

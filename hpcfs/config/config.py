@@ -23,7 +23,15 @@ from hpcfs.config.values import WriteMode
 from hpcfs.errors import SetupError
 from hpcfs.system import paths
 from hpcfs.system.disk import DEFAULT_MIN_FREE, MinFree
-from hpcfs.transfer.messages import S3Root, S3Site, SftpRoot, SshSite
+from hpcfs.transfer.messages import (
+    AnyRoot,
+    AnySite,
+    S3Root,
+    S3Site,
+    SftpRoot,
+    SshSite,
+    TunnelSite,
+)
 
 DEFAULT_CACHE_SIZE = 20 * 1024**3
 DEFAULT_JOURNAL_SIZE = 10 * 1024**3
@@ -38,6 +46,7 @@ COMMON_KEYS = ("type", "read_only", "write", "verify", "connect_timeout")
 SFTP_KEYS = (
     *COMMON_KEYS, "host", "path", "user", "port", "identity_file", "ssh_config", "transport",
 )  # fmt: skip
+TUNNEL_KEYS = (*COMMON_KEYS, "tunnel", "path")
 S3_KEYS = (*COMMON_KEYS, "bucket", "prefix", "endpoint_url", "region", "profile")
 CREDENTIAL_KEYS = re.compile(
     r"pass(word|phrase|wd)?|pwd|(.*_)?secret(_.*)?|(.*_)?access_key(_.*)?|(.*_)?token|credentials?|key",
@@ -53,8 +62,8 @@ class Namespace:
     what close(2) waits for: the remote, or the local journal."""
 
     name: str
-    site: SshSite | S3Site
-    root: SftpRoot | S3Root
+    site: AnySite
+    root: AnyRoot
     url: str
     write: WriteMode = DEFAULT_WRITE
 
@@ -282,18 +291,20 @@ class _Table:
 
 def _namespace(table: _Table) -> Namespace:
     kind = table.require("type", values.kind, '"sftp"')
-    table.refuse_unknown(SFTP_KEYS if kind == "sftp" else S3_KEYS)
-    is_read_only = table.get("read_only", values.boolean, False)
-    verify = table.get("verify", values.boolean, False)
+    keys, read = _KINDS[kind]
+    table.refuse_unknown(keys)
+    site, root = read(table)
+    root = msgspec.structs.replace(
+        root,
+        read_only=table.get("read_only", values.boolean, False),
+        verify=table.get("verify", values.boolean, False),
+    )
     write = table.get("write", values.write_mode, DEFAULT_WRITE)
-    site: SshSite | S3Site = _ssh_site(table) if kind == "sftp" else _s3_site(table)
-    root: SftpRoot | S3Root
-    if kind == "sftp":
-        root = SftpRoot(table.get("path", values.sftp_path, "~"), is_read_only, verify)
-    else:
-        bucket = table.require("bucket", values.bucket, '"training-data"')
-        root = S3Root(bucket, table.get("prefix", values.prefix, ""), is_read_only, verify)
     return Namespace(str(table.path[-1]), site, root, urls.show(site, root), write)
+
+
+def _sftp(table: _Table) -> tuple[AnySite, AnyRoot]:
+    return _ssh_site(table), SftpRoot(table.get("path", values.sftp_path, "~"))
 
 
 def _ssh_site(table: _Table) -> SshSite:
@@ -313,17 +324,35 @@ def _ssh_site(table: _Table) -> SshSite:
     )
 
 
-def _s3_site(table: _Table) -> S3Site:
-    return S3Site(
+def _s3(table: _Table) -> tuple[AnySite, AnyRoot]:
+    bucket = table.require("bucket", values.bucket, '"training-data"')
+    site = S3Site(
         endpoint_url=table.get("endpoint_url", values.endpoint, None),
         region=table.get("region", values.text, None),
         profile=table.get("profile", values.text, None),
         connect_timeout=table.get("connect_timeout", values.seconds, DEFAULT_CONNECT_TIMEOUT),
     )
+    return site, S3Root(bucket, table.get("prefix", values.prefix, ""))
 
 
-def _name_of(site: SshSite | S3Site, root: SftpRoot | S3Root) -> str:
+def _tunnel(table: _Table) -> tuple[AnySite, AnyRoot]:
+    """By default the tunnel has the namespace's own name, and all it shares is shown."""
+    name = table.get("tunnel", values.tunnel, str(table.path[-1]))
+    seconds = table.get("connect_timeout", values.seconds, DEFAULT_CONNECT_TIMEOUT)
+    return urls.tunnel_site(name, seconds), SftpRoot(table.get("path", values.share_path, "/"))
+
+
+_KINDS: dict[str, tuple[Collection[str], Callable[[_Table], tuple[AnySite, AnyRoot]]]] = {
+    "sftp": (SFTP_KEYS, _sftp),
+    "s3": (S3_KEYS, _s3),
+    "tunnel": (TUNNEL_KEYS, _tunnel),
+}
+
+
+def _name_of(site: AnySite, root: AnyRoot) -> str:
     """A name for a remote that the user gave none: it only shows in the status."""
+    if isinstance(site, TunnelSite):
+        return site.name
     text = site.host if isinstance(site, SshSite) else getattr(root, "bucket", "")
     return re.sub(r"[^A-Za-z0-9._-]", "_", text) or "remote"
 

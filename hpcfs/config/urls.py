@@ -3,6 +3,7 @@
     [user@]host:path            scp's form; a relative path, or none, starts at the remote home
     sftp://[user@]host[:port]/path   as curl and rclone: /path is absolute, /~/path below the home
     s3://bucket/prefix?endpoint_url=...&region=...&profile=...
+    tunnel:NAME/path            the laptop at the other end of that tunnel
     REMOTE:path                 a remote of rclone.conf
 
 A URL with a password is refused, and never repeated in the refusal: it would end up in the shell's
@@ -19,10 +20,22 @@ from urllib.parse import parse_qsl, quote, unquote
 
 from hpcfs.config.rclone_conf import RcloneRemote
 from hpcfs.errors import SetupError
-from hpcfs.transfer.messages import S3Root, S3Site, SftpRoot, SshSite
+from hpcfs.rendezvous import file as rendezvous
+from hpcfs.system import paths
+from hpcfs.transfer.messages import (
+    AnyRoot,
+    AnySite,
+    S3Root,
+    S3Site,
+    SftpRoot,
+    SshSite,
+    TunnelSite,
+)
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,255}")
-FORMS = "[user@]host:path, sftp://host/path, s3://bucket/prefix or an rclone REMOTE:path"
+FORMS = (
+    "[user@]host:path, sftp://host/path, s3://bucket/prefix, tunnel:NAME or an rclone REMOTE:path"
+)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _SCP = re.compile(
     r"(?:(?P<user>[^@:/\s]+)@)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^@:/\s\[\]]+):(?P<path>.*)",
@@ -39,8 +52,8 @@ _SECRET_WORD = re.compile(r"passw|secret|access_?key|token|credential", re.IGNOR
 class Target:
     """What a URL names. `notes` are for the user."""
 
-    site: SshSite | S3Site
-    root: SftpRoot | S3Root
+    site: AnySite
+    root: AnyRoot
     notes: list[str] = field(default_factory=list)
 
 
@@ -74,6 +87,8 @@ def parse(text: str, around: Surroundings, *, read_only: bool = False) -> Target
         if scheme == "s3":
             return _parse_s3(rest, around, read_only=read_only)
         raise SetupError(f"hpcfs can't mount {scheme}:// URLs: use {FORMS}")
+    if text.startswith("tunnel:"):
+        return _parse_tunnel(text.removeprefix("tunnel:"), around, read_only=read_only)
     return _parse_scp(text, around, read_only=read_only)
 
 
@@ -90,7 +105,7 @@ def home_path(path: str) -> str:
     return path
 
 
-def show(site: SshSite | S3Site, root: SftpRoot | S3Root) -> str:
+def show(site: AnySite, root: AnyRoot) -> str:
     """The namespace as a URL without secrets, which `parse` reads back."""
     if isinstance(site, SshSite):
         assert isinstance(root, SftpRoot)
@@ -98,6 +113,9 @@ def show(site: SshSite | S3Site, root: SftpRoot | S3Root) -> str:
         user = f"{quote(site.user)}@" if site.user else ""
         port = f":{site.port}" if site.port else ""
         return f"sftp://{user}{host}{port}{_show_path(root.path)}"
+    if isinstance(site, TunnelSite):
+        assert isinstance(root, SftpRoot)
+        return f"tunnel:{site.name}{root.path}".rstrip("/")
     assert isinstance(root, S3Root)
     options = {"endpoint_url": site.endpoint_url, "region": site.region, "profile": site.profile}
     query = "&".join(f"{key}={quote(v, safe=':/')}" for key, v in options.items() if v)
@@ -178,6 +196,22 @@ def _parse_s3(rest: str, around: Surroundings, *, read_only: bool) -> Target:
     )
     is_read_only = read_only or options.get("read_only", "").lower() in ("1", "true", "yes")
     return Target(site, S3Root(bucket, prefix.strip("/"), is_read_only))
+
+
+def _parse_tunnel(rest: str, around: Surroundings, *, read_only: bool) -> Target:
+    name, _, path = rest.partition("/")
+    if not rendezvous.is_valid_name(name):
+        raise SetupError(
+            f"tunnel:{_without_secrets(rest)} names no tunnel: the form is tunnel:NAME/SHARE, "
+            "with the name that 'hpcfs tunnel' was given"
+        )
+    site = tunnel_site(name, around.connect_timeout)
+    return Target(site, SftpRoot("/" + path.strip("/"), read_only))
+
+
+def tunnel_site(name: str, connect_timeout: float) -> TunnelSite:
+    """The file is in the home directory, which all nodes of a cluster share, whatever XDG says."""
+    return TunnelSite(name, str(paths.home() / rendezvous.DIRECTORY), connect_timeout)
 
 
 def check_endpoint(url: str) -> None:

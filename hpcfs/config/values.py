@@ -15,6 +15,7 @@ from typing import Literal
 
 from hpcfs.config import urls
 from hpcfs.errors import SetupError
+from hpcfs.rendezvous import file as rendezvous
 from hpcfs.system.disk import MinFree
 
 MIN_DISK_SIZE = 16 * 1024**2
@@ -117,9 +118,20 @@ def log_level(value: object) -> str:
     return value.upper()
 
 
+def tunnel(value: object) -> str:
+    if not isinstance(value, str) or not rendezvous.is_valid_name(value):
+        raise BadValue(f"must be the name that 'hpcfs tunnel' was given, not {_shown(value)}")
+    return value
+
+
+def share_path(value: object) -> str:
+    """Where in what a tunnel shares: a share, or a folder in one."""
+    return "/" + text(value).strip("/")
+
+
 def kind(value: object) -> str:
-    if value not in ("sftp", "s3"):
-        raise BadValue(f'must be "sftp" or "s3", not {_shown(value)}')
+    if value not in ("sftp", "s3", "tunnel"):
+        raise BadValue(f'must be "sftp", "s3" or "tunnel", not {_shown(value)}')
     return str(value)
 
 

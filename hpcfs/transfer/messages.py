@@ -170,6 +170,18 @@ class S3Site(msgspec.Struct, frozen=True, tag="s3"):
     connect_timeout: float = 10.0
 
 
+class TunnelSite(msgspec.Struct, frozen=True, tag="tunnel"):
+    """The laptop at the other end of the tunnel of that name. `directory` is where the tunnel left
+    its rendezvous file (rendezvous/file.py), an absolute path."""
+
+    name: str
+    directory: str
+    connect_timeout: float = 10.0
+
+
+AnySite = SshSite | S3Site | TunnelSite
+
+
 class SftpRoot(msgspec.Struct, frozen=True, tag="sftp"):
     """The folder that a namespace shows; "~" and relative paths start at the remote home."""
 
@@ -188,12 +200,15 @@ class S3Root(msgspec.Struct, frozen=True, tag="bucket"):
     verify: bool = False
 
 
+AnyRoot = SftpRoot | S3Root
+
+
 class Start(msgspec.Struct, frozen=True):
     """The first frame. `roots` are the site's namespaces by name; `cache_dir` holds the cache
     files; `uid` and `gid` are the local user's, shown as owner of what the remote user owns."""
 
-    site: SshSite | S3Site
-    roots: dict[str, SftpRoot | S3Root]
+    site: AnySite
+    roots: dict[str, AnyRoot]
     cache_dir: str
     uid: int
     gid: int

@@ -246,6 +246,10 @@ def open_site(start: m.Start, connection: Connection) -> Site:
         from hpcfs.remotes.sftp.remote import SshSiteConnection
 
         return SshSiteConnection(start, connection)
+    if isinstance(start.site, m.TunnelSite):
+        from hpcfs.remotes.tunnel.site import TunnelSiteConnection
+
+        return TunnelSiteConnection(start)
     from hpcfs.remotes.s3.site import S3SiteConnection
 
     return S3SiteConnection(start)

@@ -128,7 +128,7 @@ def test_defaults() -> None:
         (HEAD + 'identity_file = "id"\n', 4, "absolute"),
         (HEAD + 'identity_file = "$UNSET_X/id"\n', 4, r"\$UNSET_X, which is not set"),
         (HEAD + 'user = "x"\n[namespaces.b]\n', 5, "type is missing"),
-        ('[namespaces.a]\ntype = "ssh"\n', 2, '"sftp" or "s3"'),
+        ('[namespaces.a]\ntype = "ssh"\n', 2, '"sftp", "s3" or "tunnel"'),
         ('[namespaces.a]\ntype = "sftp"\n', 1, "host is missing"),
         ('[namespaces.a]\ntype = "s3"\n', 1, "bucket is missing"),
         ('[namespaces.a]\ntype = "sftp"\nhost = "a@b"\nuser = "c"\n', 4, "given twice"),

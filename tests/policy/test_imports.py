@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "transfer.messages": {"transfer.errors"},
     "system": {"errors"},
     "control": {"errors", "system"},
-    "config": {"errors", "system", "transfer.messages"},
+    "config": {"errors", "system", "rendezvous", "transfer.messages"},
     "rendezvous": {"transfer.messages"},
     "remotes": {"transfer.messages", "rendezvous"},
     "tunnel": SET_UP | {"rendezvous", "remotes", "transfer.messages"},

@@ -144,20 +144,20 @@ async def open_session(start: Start, prompter: Prompter) -> SftpSession:
     ended = asyncio.Event()
     if site.transport == "openssh":
         login = await log_in_by_ssh(site, prompter, ended.set)
-        return await _begin(login, start, ended, login.open_channels())
+        return await begin(login, start, ended, login.open_channels())
     connected = await log_in(site, prompter, ended.set)
     for connection in (*connected.jumps, connected.connection):
         shorten(connection)
         shorten_sending(connection)
-    session = await _begin(connected, start, ended, _open_channels(connected))
+    session = await begin(connected, start, ended, open_channels(connected))
     session.open_channel = lambda: _open_channel(connected)
     return session
 
 
-async def _begin(
+async def begin(
     login: AnyLogin, start: Start, ended: asyncio.Event, opening: Awaitable[list[Requests]]
 ) -> SftpSession:
-    """A login without a session is closed."""
+    """The session of that login; without one, the login is closed. Raises RemoteErrors only."""
     try:
         async with asyncio.timeout(start.site.connect_timeout):
             with translated(b"", login.shown):
@@ -175,7 +175,7 @@ async def _begin(
     return SftpSession(login, channels, home, owners, ended)
 
 
-async def _open_channels(login: Login) -> list[Requests]:
+async def open_channels(login: Login) -> list[Requests]:
     """One or two, asked for at once: each takes four round trips."""
     both = await asyncio.gather(_open_channel(login), _open_channel(login), return_exceptions=True)
     failures = [result for result in both if isinstance(result, BaseException)]

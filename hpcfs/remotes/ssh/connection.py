@@ -28,6 +28,11 @@ class Session(Protocol):
     @property
     def lost(self) -> bool: ...
 
+    @property
+    def ended(self) -> asyncio.Event:
+        """Set when it is lost."""
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -48,6 +53,7 @@ class Kept(Generic[S]):
         self._pause = FIRST_PAUSE_SECONDS
         self._retry_at = 0.0
         self._closed = False
+        self._tended = False
 
     async def get(self) -> S:
         """The session; connects if there is none.
@@ -56,14 +62,31 @@ class Kept(Generic[S]):
         """
         if self._session is not None and not self._session.lost:
             return self._session
-        if self._attempt is None:
+        if self._attempt is None or self._tended:
             self._raise_remembered()
-            self._attempt = asyncio.create_task(self._connect())
-            self._attempt.add_done_callback(_observe)
         try:
-            return await asyncio.shield(self._attempt)
+            return await asyncio.shield(self._attempting())
         except RemoteError as error:
             raise _again(error) from error
+
+    async def tend(self, worth_trying: Callable[[RemoteError], Awaitable[None]]) -> None:
+        """Until cancelled, connect whenever there is no connection, so that no request has to wait
+        for an attempt after one has failed. `worth_trying` returns when there may be another one;
+        it decides that for lasting failures too."""
+        self._tended = True
+        while True:
+            try:
+                session = await asyncio.shield(self._attempting())
+            except RemoteError as error:
+                await worth_trying(error)
+            else:
+                await session.ended.wait()
+
+    def _attempting(self) -> asyncio.Task[S]:
+        if self._attempt is None:
+            self._attempt = asyncio.create_task(self._connect())
+            self._attempt.add_done_callback(_observe)
+        return self._attempt
 
     async def close(self) -> None:
         self._closed = True
@@ -78,7 +101,7 @@ class Kept(Generic[S]):
             raise Unreachable("the connection to this site is being closed")
         if self._failure is None:
             return
-        if self._failure.lasting or self._now() < self._retry_at:
+        if self._failure.lasting or self._tended or self._now() < self._retry_at:
             raise _again(self._failure)
 
     async def _connect(self) -> S:
@@ -101,7 +124,8 @@ class Kept(Generic[S]):
         return self._session
 
     def _remember(self, error: RemoteError) -> None:
-        log.warning("%s", error.message)
+        is_news = self._failure is None or self._failure.message != error.message
+        log.log(logging.WARNING if is_news else logging.DEBUG, "%s", error.message)
         self._failure = error
         self._retry_at = self._now() + self._pause
         self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)

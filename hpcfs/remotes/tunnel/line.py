@@ -1,0 +1,216 @@
+"""A stream to the laptop that finds its own way back: connect, notice a break, connect again.
+
+What breaks is noticed in three ways: the connection ends; nothing is heard though the laptop was
+asked (it sleeps, or its network is gone); or the rendezvous file changed, which the tunnel writes
+anew when it is back. For a while requests then wait and nothing above notices; after that the
+stream is given up, and they fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hpcfs.remotes.tunnel.pipe import NoAnswer, PipeEnd, Silent, connect, go_on
+from hpcfs.rendezvous import file
+from hpcfs.rendezvous.file import Place, Rendezvous, UnixPlace
+from hpcfs.rendezvous.stream import NEW_STREAM, Garbled, Stream
+from hpcfs.transfer.messages import RemoteError, Unreachable
+
+log = logging.getLogger(__name__)
+
+ASK_SECONDS = 2.0
+SILENT_SECONDS = 6.0
+GRACE_SECONDS = 10.0
+"""How long requests wait for the laptop after a break: a tunnel whose ssh connection was cut is
+back after two or three, and a user who waits longer for a sleeping laptop would rather be told."""
+LOOK_SECONDS = 0.25
+"""Between looks at the rendezvous file, one stat each, while there is no connection."""
+CHECK_SECONDS = 1.0
+"""The same while there is one."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where a tunnel's rendezvous file is."""
+
+    directory: Path
+    name: str
+
+    def read(self) -> Rendezvous:
+        """Raises Unreachable or WrongSettings."""
+        return file.read(self.directory, self.name)
+
+    async def changed(self, every: float = LOOK_SECONDS) -> None:
+        """Returns when the file is another one than now."""
+        known = file.stamp(self.directory, self.name)
+        while file.stamp(self.directory, self.name) == known:
+            await asyncio.sleep(every)
+
+
+class _Over(Exception):
+    """The laptop has no such stream any more."""
+
+
+class Line:
+    """A stream and the pipe that carries it at the moment."""
+
+    def __init__(self, meeting: Meeting, rendezvous: Rendezvous, place: Place) -> None:
+        self.rendezvous = rendezvous
+        self.is_private = isinstance(place, UnixPlace)
+        """Nobody but the user can reach the place: see rendezvous/proof.py."""
+        self._meeting = meeting
+        self._loop = asyncio.get_running_loop()
+
+    @classmethod
+    async def open(cls, meeting: Meeting) -> Line:
+        """Raises Unreachable or WrongSettings."""
+        rendezvous = meeting.read()
+        return await _unless_moved(meeting, cls._open(meeting, rendezvous))
+
+    @classmethod
+    async def _open(cls, meeting: Meeting, rendezvous: Rendezvous) -> Line:
+        reasons: list[NoAnswer] = []
+        for place in rendezvous.places:
+            line = cls(meeting, rendezvous, place)
+            try:
+                pipe = await connect(place, rendezvous.id)
+                stream_id, seen = await go_on(pipe, NEW_STREAM, 0)
+            except NoAnswer as error:
+                reasons.append(error)
+                continue
+            if stream_id == NEW_STREAM:
+                pipe.close()
+                reasons.append(NoAnswer("the tunnel takes no more connections now"))
+                continue
+            line.stream = Stream(stream_id)
+            pipe.carry(line.stream, seen)
+            line._tending = asyncio.create_task(line._tend(pipe))
+            return line
+        raise unreachable(rendezvous, reasons)
+
+    stream: Stream
+    _tending: asyncio.Task[None]
+
+    async def close(self) -> None:
+        self.stream.close()
+        self._tending.cancel()
+        await asyncio.wait([self._tending])
+
+    async def _tend(self, pipe: PipeEnd) -> None:
+        """Until the stream is over."""
+        while not await self._until_broken(pipe):
+            self.stream.detach(pipe)
+            pipe.close()
+            log.info("the connection to %s broke: trying to go on", self.shown)
+            try:
+                async with asyncio.timeout(GRACE_SECONDS):
+                    pipe = await self._again()
+            except TimeoutError:
+                self.stream.end(f"{self.shown} did not come back within {GRACE_SECONDS:g} s")
+            except (_Over, RemoteError) as error:
+                self.stream.end(str(error))
+            else:
+                log.info("the connection to %s goes on", self.shown)
+
+    @property
+    def shown(self) -> str:
+        return f"the laptop {self.rendezvous.name}"
+
+    async def _until_broken(self, pipe: PipeEnd) -> bool:
+        """Whether the stream is over."""
+        stamp = file.stamp(self._meeting.directory, self._meeting.name)
+        pipe.heard_at = asked_at = self._loop.time()
+        while not self.stream.ended:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CHECK_SECONDS):
+                    await pipe.broken.wait()
+            now = self._loop.time()
+            silence = now - pipe.heard_at
+            moved = file.stamp(self._meeting.directory, self._meeting.name) != stamp
+            if pipe.broken.is_set() or moved or silence > SILENT_SECONDS:
+                break
+            if silence >= ASK_SECONDS and now - asked_at >= ASK_SECONDS:
+                asked_at = now
+                self.stream.ask()
+        return self.stream.ended
+
+    async def _again(self) -> PipeEnd:
+        """A new pipe that carries the stream. Raises _Over where that can't be."""
+        while True:
+            try:
+                rendezvous = self._meeting.read()
+                if rendezvous.id != self.rendezvous.id:
+                    raise _Over(f"'hpcfs tunnel' was started anew on {self.shown}")
+                self.rendezvous = rendezvous
+                return await _unless_moved(self._meeting, self._resume(rendezvous))
+            except Unreachable as error:
+                log.debug("%s", error.message)
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _resume(self, rendezvous: Rendezvous) -> PipeEnd:
+        reasons: list[NoAnswer] = []
+        for place in rendezvous.places:
+            if isinstance(place, UnixPlace) != self.is_private:
+                continue
+            try:
+                pipe = await connect(place, rendezvous.id)
+                found, seen = await go_on(pipe, self.stream.id, self.stream.received)
+            except NoAnswer as error:
+                reasons.append(error)
+                continue
+            if found != self.stream.id:
+                pipe.close()
+                raise _Over(f"{self.shown} has given the connection up")
+            try:
+                pipe.carry(self.stream, seen)
+            except Garbled as error:
+                pipe.close()
+                raise _Over(f"{self.shown} can't go on: {error}") from None
+            return pipe
+        raise unreachable(rendezvous, reasons)
+
+
+async def _unless_moved(meeting: Meeting, attempt: Coroutine[Any, Any, T]) -> T:
+    """What the attempt brings. Raises Unreachable when the tunnel is meanwhile somewhere else."""
+    trying = asyncio.ensure_future(attempt)
+    moved = asyncio.ensure_future(meeting.changed())
+    try:
+        await asyncio.wait([trying, moved], return_when=asyncio.FIRST_COMPLETED)
+        if not trying.done():
+            raise Unreachable(f"the tunnel {meeting.name} is moving")
+        return trying.result()
+    finally:
+        for task in (trying, moved):
+            task.cancel()
+        await asyncio.gather(trying, moved, return_exceptions=True)
+
+
+def unreachable(rendezvous: Rendezvous, reasons: list[NoAnswer]) -> Unreachable:
+    """The sentence that helps: the laptop sleeps, the tunnel ended, or it listens elsewhere."""
+    name = rendezvous.name
+    if any(isinstance(reason, Silent) for reason in reasons):
+        return Unreachable(
+            f"the laptop {name} does not answer: it sleeps or has no network; "
+            "the mount goes on by itself when it is back"
+        )
+    here = socket.gethostname()
+    if rendezvous.login_host and here.split(".")[0] != rendezvous.login_host.split(".")[0]:
+        return Unreachable(
+            f"the tunnel {name} can't be reached from {here}: it is on {rendezvous.login_host}. "
+            "If it is up, start it on the laptop with --bind and an address of "
+            f"{rendezvous.login_host} that {here} reaches"
+        )
+    why = "; ".join(dict.fromkeys(str(reason) for reason in reasons)) or "it names no place"
+    return Unreachable(
+        f"the tunnel {name} of {rendezvous.since} is not up any more ({why}): "
+        "run 'hpcfs tunnel' on the laptop again"
+    )

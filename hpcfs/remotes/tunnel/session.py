@@ -1,0 +1,175 @@
+"""An SFTP session with the laptop at the other end of a tunnel.
+
+Over a Unix socket each of the two channels is a stream of its own, and SFTP's packets travel on it
+as they are; over TCP there is one stream with an SSH connection on it. In both cases the keys in
+the rendezvous file decide who is who.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import asyncssh
+from asyncssh.logging import SSHLogger, logger as asyncssh_logger
+
+from hpcfs.remotes.sftp.greeting import greet
+from hpcfs.remotes.sftp.requests import Requests
+from hpcfs.remotes.sftp.session import SftpSession, begin, open_channels
+from hpcfs.remotes.ssh.login import Login
+from hpcfs.remotes.ssh.receiver import shorten
+from hpcfs.remotes.ssh.sender import shorten_sending
+from hpcfs.remotes.ssh.settings import FAST_CIPHER
+from hpcfs.remotes.ssh.shell import Shell
+from hpcfs.remotes.tunnel.line import Line, Meeting
+from hpcfs.rendezvous.file import Rendezvous
+from hpcfs.rendezvous.proof import NotProved, prove_as_client
+from hpcfs.rendezvous.pump import socket_of
+from hpcfs.rendezvous.stream import Stream
+from hpcfs.transfer.messages import AccessRefused, Start, Unreachable
+
+PROVE_SECONDS = 10.0
+
+
+class StreamCarrier:
+    """An SFTP channel on a stream: what Requests travels on."""
+
+    def __init__(self, stream: Stream, on_lost: Callable[[], None]) -> None:
+        self._stream = stream
+        self._on_lost = on_lost
+        self.requests = Requests(self)
+        stream.on_data = self.requests.received
+        stream.on_end = self._ended
+
+    @property
+    def logger(self) -> SSHLogger:
+        return asyncssh_logger
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """The order of a symlink request's paths is OpenSSH's, as everywhere."""
+        return "OpenSSH" if name == "server_version" else default
+
+    def write(self, data: bytes) -> None:
+        self._stream.write(data)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def is_closing(self) -> bool:
+        return self._stream.ended
+
+    def _ended(self, reason: str) -> None:
+        self.requests.lost(ConnectionError(reason) if reason else None)
+        self._on_lost()
+
+
+@dataclass
+class TunnelLogin:
+    """The streams of one session: an AnyLogin."""
+
+    user: str
+    shown: str
+    lines: list[Line]
+    ssh: Login | None = None
+    channels: list[Requests] = field(default_factory=list)
+
+    async def open_shell(self) -> Shell | None:
+        """There is none: the laptop serves files only."""
+        return None
+
+    async def close(self) -> None:
+        if self.ssh is not None:
+            await self.ssh.close()
+        for line in self.lines:
+            await line.close()
+
+
+async def open_session(start: Start, meeting: Meeting) -> SftpSession:
+    """Raises RemoteErrors only."""
+    line = await Line.open(meeting)
+    login = TunnelLogin(line.rendezvous.user, line.shown, [line])
+    ended = asyncio.Event()
+    if line.is_private:
+        return await begin(login, start, ended, _private_channels(login, meeting, ended.set))
+    return await begin(login, start, ended, _ssh_channels(login, ended.set))
+
+
+async def _private_channels(
+    login: TunnelLogin, meeting: Meeting, on_lost: Callable[[], None]
+) -> list[Requests]:
+    """One for small requests and one for bytes."""
+    login.lines.append(await Line.open(meeting))
+    if any(not line.is_private for line in login.lines):
+        raise Unreachable(f"the tunnel {meeting.name} is moving")
+    return list(await asyncio.gather(*(_channel(line, on_lost) for line in login.lines)))
+
+
+async def _channel(line: Line, on_lost: Callable[[], None]) -> Requests:
+    keys = _Keys(line.rendezvous)
+    here = socket.gethostname()
+    try:
+        async with asyncio.timeout(PROVE_SECONDS):
+            proof = prove_as_client(line.stream, keys.tunnel, keys.client, keys.host, here)
+            rest = await proof
+    except TimeoutError:
+        raise Unreachable(f"{line.shown} does not answer") from None
+    except NotProved as error:
+        raise AccessRefused(f"{line.shown} is not opened by the keys of its tunnel: {error}") from (
+            None
+        )
+    carrier = StreamCarrier(line.stream, on_lost)
+    if rest:
+        carrier.requests.received(rest)
+    await greet(carrier.requests, line.shown)
+    return carrier.requests
+
+
+async def _ssh_channels(login: TunnelLogin, on_lost: Callable[[], None]) -> list[Requests]:
+    line = login.lines[0]
+    keys = _Keys(line.rendezvous)
+    pair = await socket_of(line.stream)
+    try:
+        connection = await asyncssh.connect(
+            sock=pair,
+            config=None,
+            username="hpcfs",
+            known_hosts=([keys.host], [], []),
+            client_keys=[keys.client],
+            agent_path=None,
+            server_host_key_algs=["ssh-ed25519"],
+            encryption_algs=[FAST_CIPHER],
+            compression_algs=None,
+            client_factory=lambda: _Client(on_lost),
+        )
+    except asyncssh.HostKeyNotVerifiable as error:
+        raise AccessRefused(f"{line.shown} is not the one whose tunnel this is") from error
+    except asyncssh.PermissionDenied as error:
+        raise AccessRefused(f"{line.shown} refuses the key of its tunnel") from error
+    shorten(connection)
+    shorten_sending(connection)
+    login.ssh = Login(connection, (), "hpcfs", line.shown)
+    return await open_channels(login.ssh)
+
+
+class _Client(asyncssh.SSHClient):
+    def __init__(self, on_lost: Callable[[], None]) -> None:
+        self._on_lost = on_lost
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._on_lost()
+
+
+class _Keys:
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        self.tunnel = bytes.fromhex(rendezvous.id)
+        try:
+            self.host = asyncssh.import_public_key(rendezvous.host_key)
+            self.client = asyncssh.import_private_key(rendezvous.client_key)
+        except asyncssh.KeyImportError as error:
+            raise Unreachable(
+                f"the rendezvous file of the tunnel {rendezvous.name} has a damaged key ({error}): "
+                "run 'hpcfs tunnel' on the laptop again"
+            ) from None

@@ -1,0 +1,54 @@
+"""The laptop as a site: a connection that is there whenever the laptop is."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from hpcfs.remotes.sftp.remote import SftpRemote
+from hpcfs.remotes.sftp.session import SftpSession
+from hpcfs.remotes.ssh.connection import Kept
+from hpcfs.remotes.tunnel.line import Meeting
+from hpcfs.remotes.tunnel.session import open_session
+from hpcfs.transfer.messages import RemoteError, SftpRoot, Start, TunnelSite, WrongSettings
+
+PAUSE_SECONDS = 1.0
+"""Between attempts, each of which is a look at a file and a connection on this machine or its
+network: nobody bans for that."""
+
+
+class TunnelSiteConnection:
+    """All namespaces of one tunnel: a base.Site."""
+
+    def __init__(self, start: Start):
+        assert isinstance(start.site, TunnelSite)
+        self._meeting = Meeting(Path(start.site.directory), start.site.name)
+        self._kept: Kept[SftpSession] = Kept(lambda: open_session(start, self._meeting))
+        self._tending = asyncio.create_task(self._kept.tend(self._worth_trying))
+        self._remotes = {
+            name: SftpRemote(self._kept, root)
+            for name, root in start.roots.items()
+            if isinstance(root, SftpRoot)
+        }
+
+    async def _worth_trying(self, failure: RemoteError) -> None:
+        """What the file's keys or its owner forbid is not tried again before it is another file."""
+        if failure.lasting:
+            await self._meeting.changed(PAUSE_SECONDS)
+            return
+        try:
+            async with asyncio.timeout(PAUSE_SECONDS):
+                await self._meeting.changed()
+        except TimeoutError:
+            return
+
+    def remote(self, namespace: str) -> SftpRemote:
+        try:
+            return self._remotes[namespace]
+        except KeyError:
+            raise WrongSettings(f"no namespace {namespace!r} lives at this tunnel") from None
+
+    async def close(self) -> None:
+        self._tending.cancel()
+        await asyncio.wait([self._tending])
+        await self._kept.close()
