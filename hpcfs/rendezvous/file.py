@@ -41,6 +41,8 @@ class TcpPlace(msgspec.Struct, frozen=True, tag="tcp"):
 
 
 Place = UnixPlace | TcpPlace
+Stamp = tuple[int, int, int]
+"""Changes with the file: inode number, mtime in nanoseconds, size in bytes."""
 
 
 class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,7 +148,7 @@ def names(directory: Path) -> list[str]:
     return [name for name in found if is_valid_name(name)]
 
 
-def stamp(directory: Path, name: str) -> tuple[int, int, int] | None:
+def stamp(directory: Path, name: str) -> Stamp | None:
     """Changes when the file does; None where there is none."""
     try:
         status = os.stat(directory / file_name(name), follow_symlinks=False)

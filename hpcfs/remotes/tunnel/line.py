@@ -49,11 +49,15 @@ class Meeting:
         """Raises Unreachable or WrongSettings."""
         return file.read(self.directory, self.name)
 
+    def stamp(self) -> file.Stamp | None:
+        return file.stamp(self.directory, self.name)
+
     async def changed(self, every: float = LOOK_SECONDS) -> None:
         """Returns when the file is another one than now."""
-        known = file.stamp(self.directory, self.name)
-        while file.stamp(self.directory, self.name) == known:
+        known = now = self.stamp()
+        while now == known:
             await asyncio.sleep(every)
+            now = self.stamp()
 
 
 class _Over(Exception):
@@ -127,7 +131,7 @@ class Line:
 
     async def _until_broken(self, pipe: PipeEnd) -> bool:
         """Whether the stream is over."""
-        stamp = file.stamp(self._meeting.directory, self._meeting.name)
+        stamp = self._meeting.stamp()
         pipe.heard_at = asked_at = self._loop.time()
         while not self.stream.ended:
             with suppress(TimeoutError):
@@ -135,7 +139,7 @@ class Line:
                     await pipe.broken.wait()
             now = self._loop.time()
             silence = now - pipe.heard_at
-            moved = file.stamp(self._meeting.directory, self._meeting.name) != stamp
+            moved = self._meeting.stamp() != stamp
             if pipe.broken.is_set() or moved or silence > SILENT_SECONDS:
                 break
             if silence >= ASK_SECONDS and now - asked_at >= ASK_SECONDS:
