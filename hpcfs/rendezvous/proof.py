@@ -47,19 +47,18 @@ class ServerProof(msgspec.Struct, frozen=True):
 
 
 class Letters:
-    """Short messages at the beginning of a stream; `rest` is what came after the last one."""
+    """Short messages at the beginning of a stream."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._came = bytearray()
         self._more = asyncio.Event()
         self._over = False
-        stream.on_data = self._arrived
-        stream.on_end = self._ended
+        stream.listen(self._arrived, self._ended)
 
-    @property
-    def rest(self) -> bytes:
-        return bytes(self._came)
+    def finish(self) -> None:
+        """What came after them is the next listener's."""
+        self._stream.listen_no_more(bytes(self._came))
 
     def send(self, letter: msgspec.Struct) -> None:
         body = msgspec.msgpack.encode(letter)
@@ -94,8 +93,8 @@ class Letters:
 
 async def prove_as_client(
     stream: Stream, tunnel: bytes, key: asyncssh.SSHKey, server: asyncssh.SSHKey, host: str
-) -> bytes:
-    """What came after the proof. Raises NotProved."""
+) -> None:
+    """Raises NotProved."""
     letters = Letters(stream)
     challenge = await letters.receive(Challenge)
     nonce = secrets.token_bytes(NONCE_BYTES)
@@ -104,13 +103,13 @@ async def prove_as_client(
     proof = await letters.receive(ServerProof)
     if not server.verify(b"server" + said, proof.signature):
         raise NotProved("it has not the key of the tunnel's server")
-    return letters.rest
+    letters.finish()
 
 
 async def prove_as_server(
     stream: Stream, tunnel: bytes, key: asyncssh.SSHKey, client: asyncssh.SSHKey
-) -> tuple[str, bytes]:
-    """What the client calls itself, and what came after the proof. Raises NotProved."""
+) -> str:
+    """What the client calls itself. Raises NotProved."""
     letters = Letters(stream)
     nonce = secrets.token_bytes(NONCE_BYTES)
     letters.send(Challenge(nonce))
@@ -119,7 +118,8 @@ async def prove_as_server(
     if not client.verify(b"client" + said, proof.signature):
         raise NotProved("it has not the key that was made for this tunnel")
     letters.send(ServerProof(key.sign(b"server" + said, _ALGORITHM)))
-    return proof.host[:MAX_NAME_LETTERS], letters.rest
+    letters.finish()
+    return proof.host[:MAX_NAME_LETTERS]
 
 
 def _said(tunnel: bytes, server_nonce: bytes, client_nonce: bytes) -> bytes:

@@ -20,12 +20,11 @@ class Pump(asyncio.Protocol):
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._paused = False
-        stream.on_data = self._to_socket
-        stream.on_end = self._ended
         stream.on_seen = self._seen
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._stream.listen(self._to_socket, self._ended)
 
     def data_received(self, data: bytes) -> None:
         self._stream.write(data)

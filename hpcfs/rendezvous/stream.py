@@ -39,6 +39,8 @@ MOST_UNSEEN_BYTES = 128 * 1024 * 1024
 """More than the requests of a mount and their answers can come to (sftp/flow.py): an end that
 gathers more without the other one taking it gives the stream up."""
 
+MOST_EARLY_BYTES = 1024 * 1024
+
 
 class Garbled(Exception):
     """The other end said something that makes no sense."""
@@ -51,13 +53,14 @@ class Pipe(Protocol):
 
 
 class Stream:
-    """One end. `on_data` gets what comes, in pieces as they came; `on_end` is called once when the
-    stream is over, with the reason, empty where the other end closed it."""
+    """One end. What comes before anybody listens is kept."""
 
     def __init__(self, stream_id: bytes) -> None:
         self.id = stream_id
-        self.on_data: Callable[[memoryview], None] = _ignore
-        self.on_end: Callable[[str], None] = _ignore
+        self._early = bytearray()
+        self._on_data: Callable[[memoryview], None] = self._keep
+        self._on_end: Callable[[str], None] = _ignore
+        self._reason = ""
         self.on_seen: Callable[[], None] = _nothing
         """The other end took some of what was written: `unseen` is less now."""
         self.received = 0
@@ -73,6 +76,28 @@ class Stream:
         self._head = bytearray()
         self._wanted = HEAD.size
         self._data_left = 0
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def listen(self, on_data: Callable[[memoryview], None], on_end: Callable[[str], None]) -> None:
+        """`on_data` gets what comes, in pieces as they came, `on_end` why the stream is over, empty
+        where the other end closed it."""
+        self._on_data, self._on_end = on_data, on_end
+        early, self._early = self._early, bytearray()
+        if early:
+            on_data(memoryview(early))
+        if self.ended:
+            on_end(self._reason)
+
+    def listen_no_more(self, rest: bytes) -> None:
+        """The next listener gets `rest` first."""
+        self._on_data, self._on_end = self._keep, _ignore
+        self._keep(rest)
+
+    def _keep(self, data: bytes | memoryview) -> None:
+        self._early += data
+        if len(self._early) > MOST_EARLY_BYTES:
+            raise Garbled("too much came before anybody listened")
 
     # --- writing --------------------------------------------------------------------------------
 
@@ -106,7 +131,8 @@ class Stream:
         if self._pipe is not None:
             self._pipe.close()
             self._pipe = None
-        self.on_end(reason)
+        self._reason = reason
+        self._on_end(reason)
 
     # --- pipes ----------------------------------------------------------------------------------
 
@@ -143,7 +169,7 @@ class Stream:
                 self._data_left -= len(part)
                 self.received += len(part)
                 view = view[len(part) :]
-                self.on_data(part)
+                self._on_data(part)
             else:
                 taken = min(len(view), self._wanted - len(self._head))
                 self._head += view[:taken]

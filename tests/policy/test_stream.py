@@ -46,8 +46,7 @@ class End:
         self.written = bytearray()
         self.came = bytearray()
         self.endings: list[str] = []
-        self.stream.on_data = self.came.extend
-        self.stream.on_end = self.endings.append
+        self.stream.listen(self.came.extend, self.endings.append)
         self._next = 0
 
     def write(self, size: int) -> None:
@@ -106,6 +105,19 @@ def test_what_is_written_without_a_pipe_goes_with_the_next() -> None:
     join(*ends)
     settle(*ends)
     assert ends[1].came == ends[0].written
+
+
+def test_what_comes_early_waits_for_a_listener() -> None:
+    ends = End(), End()
+    join(*ends)
+    ends[1].stream.listen_no_more(b"put back,")
+    ends[0].stream.write(b" early,")
+    ends[0].stream.close()
+    deliver(ends[0], ends[1], 100)
+    heard, endings = bytearray(), list[str]()
+    ends[1].stream.listen(heard.extend, endings.append)
+    assert heard == b"put back, early,"
+    assert endings == [""]
 
 
 def test_a_newer_pipe_closes_the_older() -> None:

@@ -41,8 +41,7 @@ class StreamCarrier:
         self._stream = stream
         self._on_lost = on_lost
         self.requests = Requests(self)
-        stream.on_data = self.requests.received
-        stream.on_end = self._ended
+        stream.listen(self.requests.received, self._ended)
 
     @property
     def logger(self) -> SSHLogger:
@@ -112,8 +111,7 @@ async def _channel(line: Line, on_lost: Callable[[], None]) -> Requests:
     here = socket.gethostname()
     try:
         async with asyncio.timeout(PROVE_SECONDS):
-            proof = prove_as_client(line.stream, keys.tunnel, keys.client, keys.host, here)
-            rest = await proof
+            await prove_as_client(line.stream, keys.tunnel, keys.client, keys.host, here)
     except TimeoutError:
         raise Unreachable(f"{line.shown} does not answer") from None
     except NotProved as error:
@@ -121,8 +119,6 @@ async def _channel(line: Line, on_lost: Callable[[], None]) -> Requests:
             None
         )
     carrier = StreamCarrier(line.stream, on_lost)
-    if rest:
-        carrier.requests.received(rest)
     await greet(carrier.requests, line.shown)
     return carrier.requests
 
