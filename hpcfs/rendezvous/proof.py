@@ -19,7 +19,7 @@ import msgspec
 from hpcfs.rendezvous.stream import Stream
 
 NONCE_BYTES = 32
-MAX_NAME_LETTERS = 100
+SESSION_BYTES = 16
 _ALGORITHM = b"ssh-ed25519"
 _LENGTH = struct.Struct(">H")
 
@@ -35,9 +35,11 @@ class Challenge(msgspec.Struct, frozen=True):
 
 
 class ClientProof(msgspec.Struct, frozen=True):
-    """`host` is what the client calls itself, for the laptop's status."""
+    """`host` is what the client calls itself, for the laptop's status. Streams of one `session`
+    share their open files."""
 
     nonce: bytes
+    session: bytes
     host: str
     signature: bytes
 
@@ -92,14 +94,20 @@ class Letters:
 
 
 async def prove_as_client(
-    stream: Stream, tunnel: bytes, key: asyncssh.SSHKey, server: asyncssh.SSHKey, host: str
+    stream: Stream,
+    tunnel: bytes,
+    key: asyncssh.SSHKey,
+    server: asyncssh.SSHKey,
+    *,
+    session: bytes,
+    host: str,
 ) -> None:
     """Raises NotProved."""
     letters = Letters(stream)
     challenge = await letters.receive(Challenge)
     nonce = secrets.token_bytes(NONCE_BYTES)
-    said = _said(tunnel, challenge.nonce, nonce)
-    letters.send(ClientProof(nonce, host, key.sign(b"client" + said, _ALGORITHM)))
+    said = _said(tunnel, challenge.nonce, nonce, session)
+    letters.send(ClientProof(nonce, session, host, key.sign(b"client" + said, _ALGORITHM)))
     proof = await letters.receive(ServerProof)
     if not server.verify(b"server" + said, proof.signature):
         raise NotProved("it has not the key of the tunnel's server")
@@ -108,23 +116,24 @@ async def prove_as_client(
 
 async def prove_as_server(
     stream: Stream, tunnel: bytes, key: asyncssh.SSHKey, client: asyncssh.SSHKey
-) -> str:
-    """What the client calls itself. Raises NotProved."""
+) -> ClientProof:
+    """What the client said. Raises NotProved."""
     letters = Letters(stream)
     nonce = secrets.token_bytes(NONCE_BYTES)
     letters.send(Challenge(nonce))
     proof = await letters.receive(ClientProof)
-    said = _said(tunnel, nonce, proof.nonce)
+    said = _said(tunnel, nonce, proof.nonce, proof.session)
     if not client.verify(b"client" + said, proof.signature):
         raise NotProved("it has not the key that was made for this tunnel")
     letters.send(ServerProof(key.sign(b"server" + said, _ALGORITHM)))
     letters.finish()
-    return proof.host[:MAX_NAME_LETTERS]
+    return proof
 
 
-def _said(tunnel: bytes, server_nonce: bytes, client_nonce: bytes) -> bytes:
-    """What both sign. Raises NotProved for nonces of another length: with one that may be anything,
-    two sessions could come to the same bytes."""
-    if len(server_nonce) != NONCE_BYTES or len(client_nonce) != NONCE_BYTES:
+def _said(tunnel: bytes, server_nonce: bytes, client_nonce: bytes, session: bytes) -> bytes:
+    """What both sign. Raises NotProved for parts of another length: with those that may be
+    anything, two conversations could come to the same bytes."""
+    lengths = len(server_nonce), len(client_nonce), len(session)
+    if lengths != (NONCE_BYTES, NONCE_BYTES, SESSION_BYTES):
         raise NotProved("its nonce has not the length of one")
-    return b" of hpcfs tunnel " + tunnel + server_nonce + client_nonce
+    return b" of hpcfs tunnel " + tunnel + server_nonce + client_nonce + session

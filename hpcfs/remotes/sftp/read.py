@@ -143,46 +143,84 @@ async def read_range(
     """
     with place.asking():
         try:
-            *got, attrs = await _pieces(place.session, handle, offset, length, urgent=urgent)
-            data, continued = await _completed(place, handle, offset, length, got)
+            reading = _Reading(place, handle, offset, length)
+            got, looks = await reading.pieces(urgent=urgent)
+            data, continued = await reading.completed(got)
             if continued:
-                attrs = await place.session.bulk.fstat(handle, 0)
+                looks = [await place.session.bulk.fstat(handle, 0)]
         except asyncssh.SFTPEOFError:
             raise Changed(f"{place} is shorter than it was") from None
-    if version_of(attrs, place.full) != version and not (growing and has_grown(attrs, version)):
-        raise Changed(f"{place} was changed meanwhile")
+    for attrs in looks:
+        if version_of(attrs, place.full) != version and not (growing and has_grown(attrs, version)):
+            raise Changed(f"{place} was changed meanwhile")
     return data
 
 
-async def _pieces(
-    session: SftpSession, handle: bytes, offset: int, length: int, *, urgent: bool
-) -> list[Any]:
-    """What the pieces of the range brought, and the file's attributes after them."""
-    flow, size, end = session.reading, session.read_bytes, offset + length
-    turn = flow.turn()
-    asked: list[asyncio.Future[Any]] = []
-    try:
-        for start in range(offset, end, size):
-            wanted = min(size, end - start)
-            await flow.enter(wanted, turn, urgent=urgent)
-            asked.append(_piece(session, handle, start, wanted))
-        asked.append(asyncio.ensure_future(session.bulk.fstat(handle, 0)))
-    except BaseException:
-        await give_up(asked)
-        raise
-    return await all_of(asked)
+@dataclass(frozen=True)
+class _Reading:
+    """One range of a file."""
 
+    place: Place
+    handle: bytes
+    offset: int
+    length: int
 
-def _piece(session: SftpSession, handle: bytes, start: int, wanted: int) -> asyncio.Future[Chunks]:
-    """A piece that was let in: it leaves when it is here, or when nobody wants it any more."""
-    flow = session.reading
-    try:
-        piece = session.bulk.read_piece(handle, start, wanted)
-    except BaseException:
-        flow.leave(wanted)
-        raise
-    piece.add_done_callback(partial(_landed, flow, wanted, _now(), flow.under_way))
-    return piece
+    async def pieces(self, *, urgent: bool) -> tuple[list[Chunks], list[SFTPAttrs]]:
+        """What the pieces of the range brought, and the file's attributes after them, as seen on
+        each channel that brought some: only there do they follow the reads."""
+        session = self.place.session
+        flow, size, end = session.reading, session.read_bytes, self.offset + self.length
+        turn = flow.turn()
+        asked: list[asyncio.Future[Any]] = []
+        channels: dict[Requests, None] = {}
+        try:
+            for start in range(self.offset, end, size):
+                wanted = min(size, end - start)
+                await flow.enter(wanted, turn, urgent=urgent)
+                channel = session.reader()
+                channels[channel] = None
+                asked.append(self._piece(channel, flow, start, wanted))
+            pieces = len(asked)
+            asked += [asyncio.ensure_future(channel.fstat(self.handle, 0)) for channel in channels]
+        except BaseException:
+            await give_up(asked)
+            raise
+        got = await all_of(asked)
+        return got[:pieces], got[pieces:]
+
+    def _piece(
+        self, channel: Requests, flow: Flow, start: int, wanted: int
+    ) -> asyncio.Future[Chunks]:
+        """A piece that was let in: it leaves when it is here, or when nobody wants it any more."""
+        try:
+            piece = channel.read_piece(self.handle, start, wanted)
+        except BaseException:
+            flow.leave(wanted)
+            raise
+        piece.add_done_callback(partial(_landed, flow, wanted, _now(), flow.under_way))
+        return piece
+
+    async def completed(self, pieces: list[Chunks]) -> tuple[list[bytes], bool]:
+        """The pieces in order, and whether some had to be asked for again because they came
+        short."""
+        chunks: list[bytes] = []
+        continued = False
+        start, end = self.offset, self.offset + self.length
+        for piece in pieces:
+            wanted = min(self.place.session.read_bytes, end - start)
+            got = sum(map(len, piece))
+            chunks += piece
+            while got < wanted:
+                continued = True
+                more = await self.place.session.bulk.read_piece(
+                    self.handle, start + got, wanted - got
+                )
+                if not more:
+                    raise Changed(f"{self.place} is shorter than it was")
+                chunks += more
+                got += sum(map(len, more))
+            start += wanted
+        return chunks, continued
 
 
 def _landed(
@@ -195,29 +233,6 @@ def _landed(
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-async def _completed(
-    place: Place, handle: bytes, offset: int, length: int, pieces: list[Chunks]
-) -> tuple[list[bytes], bool]:
-    """The pieces in order, and whether some had to be asked for again because they came short."""
-    session = place.session
-    chunks: list[bytes] = []
-    continued = False
-    start = offset
-    for piece in pieces:
-        wanted = min(session.read_bytes, offset + length - start)
-        got = sum(map(len, piece))
-        chunks += piece
-        while got < wanted:
-            continued = True
-            more = await session.bulk.read_piece(handle, start + got, wanted - got)
-            if not more:
-                raise Changed(f"{place} is shorter than it was")
-            chunks += more
-            got += sum(map(len, more))
-        start += wanted
-    return chunks, continued
 
 
 def has_grown(attrs: SFTPAttrs, version: bytes) -> bool:

@@ -74,6 +74,8 @@ class Requests(SFTPClientHandler):
         super().__init__(loop, SHOWN_ERRORS, end, end, SFTP_VERSION)
         self._inbox = Inbox(self)
         self._pieces: dict[int, _Piece] = {}
+        self.bytes_asked_for = 0
+        """Of files, and not here yet."""
         self._greeting: asyncio.Future[SSHPacket] = loop.create_future()
         self._greeting.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._to_send: list[bytes] = []
@@ -85,6 +87,7 @@ class Requests(SFTPClientHandler):
         """At most `length` bytes. SFTPEOFError where the file ends before `offset`."""
         future: asyncio.Future[Chunks] = self._loop.create_future()
         self._pieces[self._next_pktid] = _Piece(length, future)
+        self.bytes_asked_for += length
         place = _READ.pack(offset, length)
         self._send_request(FXP_READ, (_string(handle), place), cast(Any, future))
         return future
@@ -164,7 +167,7 @@ class Requests(SFTPClientHandler):
             return
         kind, number = packet.get_byte(), packet.get_uint32()
         waiter: asyncio.Future[Any] | None = self._requests.pop(number, None)
-        piece = self._pieces.pop(number, None)
+        piece = self._answered(number)
         if waiter is None:
             self.lost(SFTPBadMessage("Invalid response id"))
         elif waiter.done():
@@ -175,7 +178,7 @@ class Requests(SFTPClientHandler):
             waiter.set_exception(_refusal(kind, packet))
 
     def data(self, request: int, length: int) -> Bytes | None:
-        piece = self._pieces.pop(request, None)
+        piece = self._answered(request)
         waiter = self._requests.pop(request, None)
         if piece is None or waiter is None:
             raise Malformed("bytes that nobody asked for")
@@ -184,6 +187,12 @@ class Requests(SFTPClientHandler):
         if length > piece.wanted:
             piece.future.set_exception(SFTPBadMessage("more bytes than asked for"))
             return None
+        return piece
+
+    def _answered(self, request: int) -> _Piece | None:
+        piece = self._pieces.pop(request, None)
+        if piece is not None:
+            self.bytes_asked_for -= piece.wanted
         return piece
 
     def lost(self, error: Exception | None) -> None:

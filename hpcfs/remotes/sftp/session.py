@@ -92,6 +92,8 @@ class SftpSession:
     sets_without_following: bool = True
     """Whether lsetstat@openssh.com is there and works: before glibc 2.32 it could set no modes."""
     uploading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_UPLOADS))
+    shared_handles: bool = False
+    """A handle counts on all channels, so that a file can be read over several."""
     open_channel: Callable[[], Awaitable[Requests]] | None = None
     """One more; None where that would be a login of its own."""
     _more: asyncio.Task[list[Requests]] | None = None
@@ -106,6 +108,12 @@ class SftpSession:
     @property
     def bulk(self) -> Requests:
         return self.channels[-1]
+
+    def reader(self) -> Requests:
+        """The channel for one more piece of a file: that with the fewest bytes to come."""
+        if not self.shared_handles:
+            return self.bulk
+        return min(self.channels[1:], key=lambda channel: channel.bytes_asked_for)
 
     async def more_channels(self) -> list[Requests]:
         """For large uploads; opened when the first asks for them, and as many as the server grants
@@ -155,7 +163,12 @@ async def open_session(start: Start, prompter: Prompter) -> SftpSession:
 
 
 async def begin(
-    login: AnyLogin, start: Start, ended: asyncio.Event, opening: Awaitable[list[Requests]]
+    login: AnyLogin,
+    start: Start,
+    ended: asyncio.Event,
+    opening: Awaitable[list[Requests]],
+    *,
+    shared_handles: bool = False,
 ) -> SftpSession:
     """The session of that login; without one, the login is closed. Raises RemoteErrors only."""
     try:
@@ -172,7 +185,7 @@ async def begin(
     except BaseException:
         await login.close()
         raise
-    return SftpSession(login, channels, home, owners, ended)
+    return SftpSession(login, channels, home, owners, ended, shared_handles=shared_handles)
 
 
 async def open_channels(login: Login) -> list[Requests]:

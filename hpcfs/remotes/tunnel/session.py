@@ -1,13 +1,18 @@
 """An SFTP session with the laptop at the other end of a tunnel.
 
-Over a Unix socket each of the two channels is a stream of its own, and SFTP's packets travel on it
-as they are; over TCP there is one stream with an SSH connection on it. In both cases the keys in
-the rendezvous file decide who is who.
+Over a Unix socket each channel is a stream of its own, and SFTP's packets travel on it as they are;
+over TCP there is one stream with an SSH connection on it. In both cases the keys in the rendezvous
+file decide who is who.
+
+Several channels carry what is read: OpenSSH lets the laptop have 2 MiB under way in a forwarded
+connection (CHAN_TCP_WINDOW_DEFAULT in its channels.h), 94 MB/s at 20 ms as measured and 20 at 100.
+A file is opened once: streams of one session share their handles.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +23,7 @@ from asyncssh.logging import SSHLogger, logger as asyncssh_logger
 
 from hpcfs.remotes.sftp.greeting import greet
 from hpcfs.remotes.sftp.requests import Requests
-from hpcfs.remotes.sftp.session import SftpSession, begin, open_channels
+from hpcfs.remotes.sftp.session import SftpSession, begin, open_channels, together
 from hpcfs.remotes.ssh.login import Login
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
@@ -26,12 +31,13 @@ from hpcfs.remotes.ssh.settings import FAST_CIPHER
 from hpcfs.remotes.ssh.shell import Shell
 from hpcfs.remotes.tunnel.line import Line, Meeting
 from hpcfs.rendezvous.file import Rendezvous
-from hpcfs.rendezvous.proof import NotProved, prove_as_client
+from hpcfs.rendezvous.proof import SESSION_BYTES, NotProved, prove_as_client
 from hpcfs.rendezvous.pump import socket_of
 from hpcfs.rendezvous.stream import Stream
 from hpcfs.transfer.messages import AccessRefused, Start, Unreachable
 
 PROVE_SECONDS = 10.0
+READERS = 6
 
 
 class StreamCarrier:
@@ -92,26 +98,36 @@ async def open_session(start: Start, meeting: Meeting) -> SftpSession:
     login = TunnelLogin(line.rendezvous.user, line.shown, [line])
     ended = asyncio.Event()
     if line.is_private:
-        return await begin(login, start, ended, _private_channels(login, meeting, ended.set))
+        channels = _private_channels(login, meeting, ended.set)
+        return await begin(login, start, ended, channels, shared_handles=True)
     return await begin(login, start, ended, _ssh_channels(login, ended.set))
 
 
 async def _private_channels(
     login: TunnelLogin, meeting: Meeting, on_lost: Callable[[], None]
 ) -> list[Requests]:
-    """One for small requests and one for bytes."""
-    login.lines.append(await Line.open(meeting))
+    """One for small requests and some for bytes."""
+    opened = await asyncio.gather(
+        *(Line.open(meeting) for _ in range(READERS)), return_exceptions=True
+    )
+    login.lines += [line for line in opened if isinstance(line, Line)]
+    for failure in opened:
+        if isinstance(failure, BaseException):
+            raise failure
     if any(not line.is_private for line in login.lines):
         raise Unreachable(f"the tunnel {meeting.name} is moving")
-    return list(await asyncio.gather(*(_channel(line, on_lost) for line in login.lines)))
+    session = secrets.token_bytes(SESSION_BYTES)
+    return await together(*(_channel(line, session, on_lost) for line in login.lines))
 
 
-async def _channel(line: Line, on_lost: Callable[[], None]) -> Requests:
+async def _channel(line: Line, session: bytes, on_lost: Callable[[], None]) -> Requests:
     keys = _Keys(line.rendezvous)
     here = socket.gethostname()
     try:
         async with asyncio.timeout(PROVE_SECONDS):
-            await prove_as_client(line.stream, keys.tunnel, keys.client, keys.host, here)
+            await prove_as_client(
+                line.stream, keys.tunnel, keys.client, keys.host, session=session, host=here
+            )
     except TimeoutError:
         raise Unreachable(f"{line.shown} does not answer") from None
     except NotProved as error:
