@@ -102,7 +102,7 @@ async def prove_as_client(
     session: bytes,
     host: str,
 ) -> None:
-    """Raises NotProved."""
+    """`key` is the client's private key, `server` the server's public one. Raises NotProved."""
     letters = Letters(stream)
     challenge = await letters.receive(Challenge)
     nonce = secrets.token_bytes(NONCE_BYTES)
@@ -117,7 +117,8 @@ async def prove_as_client(
 async def prove_as_server(
     stream: Stream, tunnel: bytes, key: asyncssh.SSHKey, client: asyncssh.SSHKey
 ) -> ClientProof:
-    """What the client said. Raises NotProved."""
+    """What the client said. `key` is the server's private key, `client` the client's public one.
+    Raises NotProved."""
     letters = Letters(stream)
     nonce = secrets.token_bytes(NONCE_BYTES)
     letters.send(Challenge(nonce))
