@@ -11,12 +11,16 @@ import pytest
 
 from hpcfs.remotes.s3.site import S3SiteConnection
 from hpcfs.remotes.sftp.remote import SshSiteConnection
+from hpcfs.remotes.tunnel.site import TunnelSiteConnection
 from hpcfs.transfer.messages import S3Root, S3Site, Secret, Start
+from hpcfs.tunnel.acceptor import Kind
+from hpcfs.tunnel.shares import Share
 from tests.remotes.contract import Subject
+from tests.support.laptop import Laptop, laptop
 from tests.support.s3 import S3Server, moto_s3, rclone_s3
 from tests.support.sshd import LOCAL_GID, LOCAL_UID, ScriptedPrompter, SshServer, ssh_server
 
-KINDS = ("sftp", "openssh", "s3-rclone", "s3-moto")
+KINDS = ("sftp", "openssh", "tunnel", "tunnel-tcp", "s3-rclone", "s3-moto")
 _numbers = itertools.count()
 
 
@@ -44,6 +48,20 @@ def s3_rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def s3_moto() -> Iterator[S3Server]:
     with moto_s3() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def laptop_unix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
+    place = tmp_path_factory.mktemp("lap")
+    with laptop(place, Share("data", tmp_path_factory.mktemp("data"))) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def laptop_tcp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
+    place = tmp_path_factory.mktemp("lap")
+    with laptop(place, Share("data", tmp_path_factory.mktemp("data")), kind="tcp") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +94,8 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     makers: dict[str, Callable[[], Subject]] = {
         "sftp": lambda: _sftp("sftp", request.getfixturevalue("sshd"), "asyncssh"),
         "openssh": lambda: _sftp("openssh", request.getfixturevalue("sshd"), "openssh"),
+        "tunnel": lambda: _tunnel("tunnel", request, "unix"),
+        "tunnel-tcp": lambda: _tunnel("tunnel-tcp", request, "tcp"),
         "s3-rclone": lambda: _s3(
             "s3-rclone", request.getfixturevalue("s3_rclone"), request.getfixturevalue("tmp_path")
         ),
@@ -91,6 +111,15 @@ def _sftp(kind: str, server: SshServer, transport: str) -> Subject:
     root.mkdir()
     start = server.start_message(os.fspath(root), server.site(transport=transport))
     return Subject(kind, lambda: SshSiteConnection(start, ScriptedPrompter()), root)
+
+
+def _tunnel(kind: str, request: pytest.FixtureRequest, way: Kind) -> Subject:
+    running: Laptop = request.getfixturevalue(f"laptop_{way}")
+    (share,) = running.shares
+    root = share.directory / f"root-{next(_numbers)}"
+    root.mkdir()
+    start = running.start_message(f"/{share.name}/{root.name}", share.directory)
+    return Subject(kind, lambda: TunnelSiteConnection(start), root)
 
 
 def _s3(kind: str, server: S3Server, cache: Path) -> Subject:

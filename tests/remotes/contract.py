@@ -52,7 +52,7 @@ class Subject:
 
     @property
     def is_sftp(self) -> bool:
-        return self.kind in ("sftp", "openssh")
+        return not self.kind.startswith("s3")
 
     def run(self, story: Callable[[Remote], Awaitable[T]]) -> T:
         async def main() -> T:

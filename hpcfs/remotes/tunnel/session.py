@@ -145,9 +145,10 @@ async def _ssh_channels(login: TunnelLogin, on_lost: Callable[[], None]) -> list
     pair = await socket_of(line.stream)
     try:
         connection = await asyncssh.connect(
+            line.rendezvous.name,
             sock=pair,
             config=None,
-            username="hpcfs",
+            username=socket.gethostname(),
             known_hosts=([keys.host], [], []),
             client_keys=[keys.client],
             agent_path=None,

@@ -1,0 +1,195 @@
+"""The mounts that are let in: who has proved to hold the tunnel's client key is served.
+
+Over a Unix socket each stream is an SFTP channel once its client has proved itself; over TCP it has
+an SSH connection on it, which lets in that one key and opens SFTP channels only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import asyncssh
+
+from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES, FAST_CIPHER
+from hpcfs.rendezvous.proof import NotProved, prove_as_server
+from hpcfs.rendezvous.pump import socket_of
+from hpcfs.rendezvous.stream import Stream
+from hpcfs.tunnel.acceptor import Acceptor, Kind
+from hpcfs.tunnel.channel import OpenFiles, ServedChannel
+from hpcfs.tunnel.identity import Identity
+from hpcfs.tunnel.served import Shares, ShareServer
+
+log = logging.getLogger(__name__)
+
+MAX_NAME_LETTERS = 100
+SERVER_VERSION = "hpcfs_as_OpenSSH"
+"""Clients look for the second name, and then give a symlink's paths in the order of channel.py."""
+
+
+@dataclass(eq=False)
+class Guest:
+    """A mount: `host` is what it calls the machine it runs on."""
+
+    host: str
+    since: float = field(default_factory=time.time)
+    files: OpenFiles = field(default_factory=OpenFiles)
+    channels: int = 0
+
+
+class Guests:
+    """Give `acceptor` the pipes. `on_change` hears that a mount came or went."""
+
+    def __init__(self, shares: Shares, identity: Identity, on_change: Callable[[], None]) -> None:
+        self.acceptor = Acceptor(identity.id, self._arrived)
+        self._shares = shares
+        self._identity = identity
+        self._on_change = on_change
+        self._by_session: dict[bytes, Guest] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def all(self) -> list[Guest]:
+        return list(self._by_session.values())
+
+    def _arrived(self, stream: Stream, kind: Kind) -> None:
+        self._run(self._serve_private(stream) if kind == "unix" else self._serve_ssh(stream))
+
+    def _run(self, serving: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(serving)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def enter(self, session: bytes, host: str) -> Guest:
+        shown = "".join(letter for letter in host[:MAX_NAME_LETTERS] if letter.isprintable())
+        guest = self._by_session.setdefault(session, Guest(shown))
+        guest.channels += 1
+        if guest.channels == 1:
+            log.info("a mount on %s is connected", guest.host)
+            self._on_change()
+        return guest
+
+    def leave(self, session: bytes, guest: Guest) -> None:
+        guest.channels -= 1
+        if not guest.channels:
+            guest.files.close(ShareServer(self._shares))
+            del self._by_session[session]
+            log.info("a mount on %s has left", guest.host)
+            self._on_change()
+
+    # --- over a Unix socket -----------------------------------------------------------------------
+
+    async def _serve_private(self, stream: Stream) -> None:
+        tunnel, client = bytes.fromhex(self._identity.id), self._identity.client_public
+        try:
+            proof = await prove_as_server(stream, tunnel, self._identity.host_key, client)
+        except NotProved as error:
+            log.warning("somebody who knocked at the tunnel was not let in: %s", error)
+            stream.close()
+            return
+        self.acceptor.keep(stream)
+        guest = self.enter(proof.session, proof.host)
+        channel = ServedChannel(self._shares, guest.files, stream.write)
+        stream.listen(channel.received, lambda reason: channel.ended())
+        try:
+            await channel.run()
+        finally:
+            stream.close()
+            self.leave(proof.session, guest)
+
+    # --- over TCP ---------------------------------------------------------------------------------
+
+    async def _serve_ssh(self, stream: Stream) -> None:
+        try:
+            connection = await asyncssh.run_server(
+                await socket_of(stream),
+                server_factory=lambda: _SshServer(self, stream),
+                server_version=SERVER_VERSION,
+                server_host_keys=[self._identity.host_key],
+                encryption_algs=[FAST_CIPHER],
+                compression_algs=None,
+                allow_pty=False,
+                agent_forwarding=False,
+                login_timeout=0,  # the acceptor ends who proves nothing in time
+                encoding=None,
+                window=CHANNEL_WINDOW_BYTES,
+            )
+        except (asyncssh.Error, OSError) as error:
+            log.warning("somebody who knocked at the tunnel was not let in: %s", error)
+            stream.close()
+            return
+        await connection.wait_closed()
+
+    def is_known(self, key: asyncssh.SSHKey) -> bool:
+        return key == self._identity.client_public
+
+    def proved(self, stream: Stream) -> None:
+        self.acceptor.keep(stream)
+
+    def open_channel(self, guest: Guest, write: Callable[[bytes], None]) -> ServedChannel:
+        channel = ServedChannel(self._shares, guest.files, write)
+        self._run(channel.run())
+        return channel
+
+
+class _SshServer(asyncssh.SSHServer):
+    """An SSH connection on a stream: one mount."""
+
+    def __init__(self, guests: Guests, stream: Stream) -> None:
+        self._guests = guests
+        self._stream = stream
+        self._host = ""
+        self._guest: Guest | None = None
+
+    def begin_auth(self, username: str) -> bool:
+        """The client gives the machine that it is on for a user's name."""
+        self._host = username
+        return True
+
+    def public_key_auth_supported(self) -> bool:
+        return True
+
+    def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+        return self._guests.is_known(key)
+
+    def auth_completed(self) -> None:
+        self._guests.proved(self._stream)
+        self._guest = self._guests.enter(self._stream.id, self._host)
+
+    def session_requested(self) -> Any:
+        assert self._guest is not None
+        return _SshChannel(self._guests, self._guest)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._guest is not None:
+            self._guests.leave(self._stream.id, self._guest)
+
+
+class _SshChannel(asyncssh.SSHServerSession[bytes]):
+    """Only SFTP: no shell, no command."""
+
+    def __init__(self, guests: Guests, guest: Guest) -> None:
+        self._guests = guests
+        self._guest = guest
+        self._channel: ServedChannel | None = None
+
+    def connection_made(self, chan: asyncssh.SSHServerChannel[bytes]) -> None:
+        self._chan = chan
+
+    def subsystem_requested(self, subsystem: str) -> bool:
+        return subsystem == "sftp"
+
+    def session_started(self) -> None:
+        self._channel = self._guests.open_channel(self._guest, self._chan.write)
+
+    def data_received(self, data: bytes, datatype: int | None) -> None:
+        if self._channel is not None:
+            self._channel.received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._channel is not None:
+            self._channel.ended()

@@ -1,0 +1,179 @@
+"""The laptop's end of a tunnel without an ssh between: what mounts would reach through a forward
+listens here itself, and can be cut, or fall silent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import getpass
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from hpcfs.rendezvous import file
+from hpcfs.rendezvous.file import Place, Rendezvous, TcpPlace, UnixPlace
+from hpcfs.transfer.messages import SftpRoot, Start, TunnelSite
+from hpcfs.tunnel.acceptor import Incoming, Kind
+from hpcfs.tunnel.guests import Guests
+from hpcfs.tunnel.identity import Identity
+from hpcfs.tunnel.served import Shares
+from hpcfs.tunnel.shares import Share
+from tests.support.sshd import LOCAL_GID, LOCAL_UID
+
+T = TypeVar("T")
+NAME = "lap"
+WAIT_SECONDS = 20.0
+
+
+class Forwarded(asyncio.Protocol):
+    """A connection that came through the forward."""
+
+    def __init__(self, laptop: Laptop) -> None:
+        self._laptop = laptop
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self._laptop.connections.add(self)
+        self._incoming: Incoming | None = None
+        if not self._laptop.silent:
+            self._incoming = self._laptop.acceptor.pipe(self.transport, self._laptop.kind)
+
+    def data_received(self, data: bytes) -> None:
+        if self._incoming is not None and not self._laptop.silent:
+            self._incoming.received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._laptop.connections.discard(self)
+        if self._incoming is not None:
+            self._incoming.lost()
+
+
+class Laptop:
+    """Runs in a thread, on a loop of its own. `home` is the cluster's home directory."""
+
+    def __init__(self, home: Path, shares: Sequence[Share], kind: Kind = "unix") -> None:
+        self.kind = kind
+        self.directory = home / file.DIRECTORY
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for place in (self.directory, self.directory.parent):
+            place.chmod(0o700)
+        self.identity = Identity()
+        self.connections: set[Forwarded] = set()
+        self.silent = False
+        self.shares = shares
+        self._server: asyncio.AbstractServer | None = None
+        self._place: Place | None = None
+        self._number = 0
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever)
+
+    def start(self) -> None:
+        self._thread.start()
+        self.call(self._begin)
+        self.listen()
+
+    def stop(self) -> None:
+        self.deafen()
+        self.call(self.acceptor.close)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(WAIT_SECONDS)
+        self.loop.close()
+        self.served.close()
+
+    def _begin(self) -> None:
+        self.served = Shares(self.shares)
+        self.guests = Guests(self.served, self.identity, lambda: None)
+        self.acceptor = self.guests.acceptor
+
+    def call(self, function: Callable[[], T]) -> T:
+        """In the laptop's thread."""
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(function())
+            except BaseException as error:
+                done.set_exception(error)
+
+        self.loop.call_soon_threadsafe(run)
+        return done.result(WAIT_SECONDS)
+
+    def listen(self, *, publish: bool = True) -> None:
+        """Somewhere else each time, as a forward after a reconnection is."""
+        self._number += 1
+        future = asyncio.run_coroutine_threadsafe(self._listen(), self.loop)
+        self._place = future.result(WAIT_SECONDS)
+        if publish:
+            self.publish()
+
+    async def _listen(self) -> Place:
+        loop = asyncio.get_running_loop()
+        if self.kind == "unix":
+            path = str(self.directory / f"{NAME}-{self._number}.sock")
+            self._server = await loop.create_unix_server(lambda: Forwarded(self), path)
+            return UnixPlace(path)
+        server = await loop.create_server(lambda: Forwarded(self), "127.0.0.1", 0)
+        self._server = server
+        return TcpPlace("127.0.0.1", server.sockets[0].getsockname()[1])
+
+    def deafen(self) -> None:
+        """The forward is gone with all its connections."""
+
+        def close() -> None:
+            if self._server is not None:
+                self._server.close()
+            self._cut()
+
+        self.call(close)
+
+    def cut(self) -> None:
+        """All connections break; the forward stays."""
+        self.call(self._cut)
+
+    def _cut(self) -> None:
+        for connection in list(self.connections):
+            connection.transport.abort()
+
+    def publish(self, **changes: Any) -> None:
+        assert self._place is not None
+        values: dict[str, Any] = {
+            "id": self.identity.id,
+            "name": NAME,
+            "laptop": "laptop.example",
+            "user": getpass.getuser(),
+            "login_host": socket.gethostname(),
+            "since": "2026-11-25 10:00 UTC",
+            "places": [self._place],
+            "host_key": self.identity.host_key_line,
+            "client_key": self.identity.client_key_text,
+        }
+        written = self.directory / ".new"
+        written.touch(mode=0o600)
+        written.write_bytes(file.encode(Rendezvous(**(values | changes))))
+        os.replace(written, self.directory / file.file_name(NAME))
+
+    def withdraw(self) -> None:
+        (self.directory / file.file_name(NAME)).unlink()
+
+    def start_message(self, path: str, cache: Path) -> Start:
+        return Start(
+            site=TunnelSite(NAME, str(self.directory)),
+            roots={"ns": SftpRoot(path)},
+            cache_dir=str(cache),
+            uid=LOCAL_UID,
+            gid=LOCAL_GID,
+        )
+
+
+@contextlib.contextmanager
+def laptop(home: Path, *shares: Share, kind: Kind = "unix") -> Iterator[Laptop]:
+    running = Laptop(home, shares, kind)
+    running.start()
+    try:
+        yield running
+    finally:
+        running.stop()
