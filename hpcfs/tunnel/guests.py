@@ -27,6 +27,7 @@ from hpcfs.tunnel.served import Shares, ShareServer
 log = logging.getLogger(__name__)
 
 MAX_NAME_LETTERS = 100
+CLOSE_SECONDS = 3.0
 SERVER_VERSION = "hpcfs_as_OpenSSH"
 """Clients look for the second name, and then give a symlink's paths in the order of channel.py."""
 
@@ -58,6 +59,15 @@ class Guests:
 
     def _arrived(self, stream: Stream, kind: Kind) -> None:
         self._run(self._serve_private(stream) if kind == "unix" else self._serve_ssh(stream))
+
+    async def close(self) -> None:
+        """Every mount is told that the tunnel ends."""
+        self.acceptor.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE_SECONDS)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _run(self, serving: Coroutine[object, object, None]) -> None:
         task = asyncio.create_task(serving)

@@ -65,7 +65,7 @@ class Laptop:
         self.connections: set[Forwarded] = set()
         self.silent = False
         self.shares = shares
-        self._server: asyncio.AbstractServer | None = None
+        self._servers: list[asyncio.AbstractServer] = []
         self._place: Place | None = None
         self._number = 0
         self.loop = asyncio.new_event_loop()
@@ -78,7 +78,8 @@ class Laptop:
 
     def stop(self) -> None:
         self.deafen()
-        self.call(self.acceptor.close)
+        closing = asyncio.run_coroutine_threadsafe(self.guests.close(), self.loop)
+        closing.result(WAIT_SECONDS)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(WAIT_SECONDS)
         self.loop.close()
@@ -114,18 +115,18 @@ class Laptop:
         loop = asyncio.get_running_loop()
         if self.kind == "unix":
             path = str(self.directory / f"{NAME}-{self._number}.sock")
-            self._server = await loop.create_unix_server(lambda: Forwarded(self), path)
+            self._servers.append(await loop.create_unix_server(lambda: Forwarded(self), path))
             return UnixPlace(path)
         server = await loop.create_server(lambda: Forwarded(self), "127.0.0.1", 0)
-        self._server = server
+        self._servers.append(server)
         return TcpPlace("127.0.0.1", server.sockets[0].getsockname()[1])
 
     def deafen(self) -> None:
         """The forward is gone with all its connections."""
 
         def close() -> None:
-            if self._server is not None:
-                self._server.close()
+            while self._servers:
+                self._servers.pop().close()
             self._cut()
 
         self.call(close)

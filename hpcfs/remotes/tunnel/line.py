@@ -52,9 +52,9 @@ class Meeting:
     def stamp(self) -> file.Stamp | None:
         return file.stamp(self.directory, self.name)
 
-    async def changed(self, every: float = LOOK_SECONDS) -> None:
-        """Returns when the file is another one than now."""
-        known = now = self.stamp()
+    async def changed(self, known: file.Stamp | None, every: float = LOOK_SECONDS) -> None:
+        """Returns when the file is another one than when it had that stamp."""
+        now = self.stamp()
         while now == known:
             await asyncio.sleep(every)
             now = self.stamp()
@@ -67,8 +67,12 @@ class _Over(Exception):
 class Line:
     """A stream and the pipe that carries it at the moment."""
 
-    def __init__(self, meeting: Meeting, rendezvous: Rendezvous, place: Place) -> None:
+    def __init__(
+        self, meeting: Meeting, stamp: file.Stamp | None, rendezvous: Rendezvous, place: Place
+    ) -> None:
         self.rendezvous = rendezvous
+        self._stamp = stamp
+        """Of the file, before it was read: what changes afterwards is another one."""
         self.is_private = isinstance(place, UnixPlace)
         """Nobody but the user can reach the place: see rendezvous/proof.py."""
         self._meeting = meeting
@@ -77,14 +81,17 @@ class Line:
     @classmethod
     async def open(cls, meeting: Meeting) -> Line:
         """Raises Unreachable or WrongSettings."""
-        rendezvous = meeting.read()
-        return await _unless_moved(meeting, cls._open(meeting, rendezvous))
+        stamp = meeting.stamp()
+        opening = cls._open(meeting, stamp, meeting.read())
+        return await _unless_moved(meeting, stamp, opening)
 
     @classmethod
-    async def _open(cls, meeting: Meeting, rendezvous: Rendezvous) -> Line:
+    async def _open(
+        cls, meeting: Meeting, stamp: file.Stamp | None, rendezvous: Rendezvous
+    ) -> Line:
         reasons: list[NoAnswer] = []
         for place in rendezvous.places:
-            line = cls(meeting, rendezvous, place)
+            line = cls(meeting, stamp, rendezvous, place)
             try:
                 pipe = await connect(place, rendezvous.id)
                 stream_id, seen = await go_on(pipe, NEW_STREAM, 0)
@@ -131,7 +138,6 @@ class Line:
 
     async def _until_broken(self, pipe: PipeEnd) -> bool:
         """Whether the stream is over."""
-        stamp = self._meeting.stamp()
         pipe.heard_at = asked_at = self._loop.time()
         while not self.stream.ended:
             with suppress(TimeoutError):
@@ -139,7 +145,7 @@ class Line:
                     await pipe.broken.wait()
             now = self._loop.time()
             silence = now - pipe.heard_at
-            moved = self._meeting.stamp() != stamp
+            moved = self._meeting.stamp() != self._stamp
             if pipe.broken.is_set() or moved or silence > SILENT_SECONDS:
                 break
             if silence >= ASK_SECONDS and now - asked_at >= ASK_SECONDS:
@@ -150,12 +156,14 @@ class Line:
     async def _again(self) -> PipeEnd:
         """A new pipe that carries the stream. Raises _Over where that can't be."""
         while True:
+            self._stamp = self._meeting.stamp()
             try:
                 rendezvous = self._meeting.read()
                 if rendezvous.id != self.rendezvous.id:
                     raise _Over(f"'hpcfs tunnel' was started anew on {self.shown}")
                 self.rendezvous = rendezvous
-                return await _unless_moved(self._meeting, self._resume(rendezvous))
+                resuming = self._resume(rendezvous)
+                return await _unless_moved(self._meeting, self._stamp, resuming)
             except Unreachable as error:
                 log.debug("%s", error.message)
             await asyncio.sleep(LOOK_SECONDS)
@@ -183,10 +191,12 @@ class Line:
         raise unreachable(rendezvous, reasons)
 
 
-async def _unless_moved(meeting: Meeting, attempt: Coroutine[Any, Any, T]) -> T:
+async def _unless_moved(
+    meeting: Meeting, stamp: file.Stamp | None, attempt: Coroutine[Any, Any, T]
+) -> T:
     """What the attempt brings. Raises Unreachable when the tunnel is meanwhile somewhere else."""
     trying = asyncio.ensure_future(attempt)
-    moved = asyncio.ensure_future(meeting.changed())
+    moved = asyncio.ensure_future(meeting.changed(stamp))
     try:
         await asyncio.wait([trying, moved], return_when=asyncio.FIRST_COMPLETED)
         if not trying.done():

@@ -10,6 +10,7 @@ from hpcfs.remotes.sftp.session import SftpSession
 from hpcfs.remotes.ssh.connection import Kept
 from hpcfs.remotes.tunnel.line import Meeting
 from hpcfs.remotes.tunnel.session import open_session
+from hpcfs.rendezvous.file import Stamp
 from hpcfs.transfer.messages import RemoteError, SftpRoot, Start, TunnelSite, WrongSettings
 
 PAUSE_SECONDS = 1.0
@@ -23,7 +24,9 @@ class TunnelSiteConnection:
     def __init__(self, start: Start):
         assert isinstance(start.site, TunnelSite)
         self._meeting = Meeting(Path(start.site.directory), start.site.name)
-        self._kept: Kept[SftpSession] = Kept(lambda: open_session(start, self._meeting))
+        self._start = start
+        self._tried: Stamp | None = None
+        self._kept: Kept[SftpSession] = Kept(self._open)
         self._tending = asyncio.create_task(self._kept.tend(self._worth_trying))
         self._remotes = {
             name: SftpRemote(self._kept, root)
@@ -31,14 +34,18 @@ class TunnelSiteConnection:
             if isinstance(root, SftpRoot)
         }
 
+    async def _open(self) -> SftpSession:
+        self._tried = self._meeting.stamp()
+        return await open_session(self._start, self._meeting)
+
     async def _worth_trying(self, failure: RemoteError) -> None:
         """What the file's keys or its owner forbid is not tried again before it is another file."""
         if failure.lasting:
-            await self._meeting.changed(PAUSE_SECONDS)
+            await self._meeting.changed(self._tried, PAUSE_SECONDS)
             return
         try:
             async with asyncio.timeout(PAUSE_SECONDS):
-                await self._meeting.changed()
+                await self._meeting.changed(self._tried)
         except TimeoutError:
             return
 
