@@ -112,7 +112,7 @@ def test_cuts_in_the_middle_of_requests_are_not_noticed(
     async def cut_again_and_again() -> None:
         nonlocal cuts
         while True:
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.03)
             await in_thread(running.cut)
             cuts += 1
 
