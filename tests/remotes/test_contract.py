@@ -563,6 +563,19 @@ async def test_an_upload_that_replaces(remote: Remote, subject: Subject) -> None
 
 
 @contract
+async def test_an_upload_that_replaces_takes_a_links_place(
+    remote: Remote, subject: Subject
+) -> None:
+    await put(remote, b"other", b"other")
+    await remote.make_symlink(b"link", b"other")
+    entry = await put(remote, b"link", b"a file now", replace=True)
+    assert stat.S_ISREG(entry.mode)
+    assert stat.S_ISREG((await remote.stat(b"link")).mode)
+    assert await get(remote, b"link") == b"a file now"
+    assert await get(remote, b"other") == b"other"
+
+
+@contract
 async def test_a_created_file_is_completed_by_its_upload(remote: Remote, subject: Subject) -> None:
     entry = await remote.create(b"file", 0o640, 5)
     assert (entry.name, entry.size, entry.mode) == (b"file", 0, stat.S_IFREG | 0o640)

@@ -24,7 +24,7 @@ from asyncssh import SFTPAttrs
 from hpcfs.remotes.base import ReportProgress, Source, last_name
 from hpcfs.remotes.sftp import rename as renaming
 from hpcfs.remotes.sftp.attempts import Attempt, Attempts
-from hpcfs.remotes.sftp.attrs import NANOSECONDS, version_of
+from hpcfs.remotes.sftp.attrs import NANOSECONDS, full_mode, version_of
 from hpcfs.remotes.sftp.held import HeldFile, HeldFiles
 from hpcfs.remotes.sftp.opening import check_version, open_new, open_target
 from hpcfs.remotes.sftp.place import Place, explain_full
@@ -298,7 +298,9 @@ class Uploads:
             if attempt.base_version:
                 raise Conflict(f"{place} was removed by somebody else meanwhile") from None
             return False
-        await check_version(place, attrs, attempt, self._attempts)
+        is_special = stat.S_IFMT(full_mode(attrs)) not in (stat.S_IFREG, stat.S_IFDIR)
+        if not (is_special and attempt.base_version is None):  # rename(2) replaces a link, too
+            await check_version(place, attrs, attempt, self._attempts)
         return True
 
     async def _remove_temporary(self, temporary: Place) -> None:
