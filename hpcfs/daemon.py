@@ -203,6 +203,7 @@ class _Daemon:
                     links[chosen.site],
                     read_only=chosen.read_only,
                     write=chosen.write,
+                    keeps_xattrs=chosen.keeps_xattrs,
                 )
             )
         self._fs = Filesystem(

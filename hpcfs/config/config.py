@@ -47,7 +47,7 @@ SFTP_KEYS = (
     *COMMON_KEYS, "host", "path", "user", "port", "identity_file", "ssh_config", "transport",
 )  # fmt: skip
 TUNNEL_KEYS = (*COMMON_KEYS, "tunnel", "path")
-S3_KEYS = (*COMMON_KEYS, "bucket", "prefix", "endpoint_url", "region", "profile")
+S3_KEYS = (*COMMON_KEYS, "bucket", "prefix", "endpoint_url", "region", "profile", "xattrs")
 CREDENTIAL_KEYS = re.compile(
     r"pass(word|phrase|wd)?|pwd|(.*_)?secret(_.*)?|(.*_)?access_key(_.*)?|(.*_)?token|credentials?|key",
     re.IGNORECASE,
@@ -59,17 +59,24 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class Namespace:
     """One top-level directory of the mount. `url` is for display and holds no secret. `write` is
-    what close(2) waits for: the remote, or the local journal."""
+    what close(2) waits for: the remote, or the local journal. `xattrs` is whether extended
+    attributes are wanted."""
 
     name: str
     site: AnySite
     root: AnyRoot
     url: str
     write: WriteMode = DEFAULT_WRITE
+    xattrs: bool = True
 
     @property
     def read_only(self) -> bool:
         return self.root.read_only
+
+    @property
+    def keeps_xattrs(self) -> bool:
+        """SFTP has none, and what is read-only is shown as listings tell it."""
+        return isinstance(self.site, S3Site) and self.xattrs and not self.read_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +307,8 @@ def _namespace(table: _Table) -> Namespace:
         verify=table.get("verify", values.boolean, False),
     )
     write = table.get("write", values.write_mode, DEFAULT_WRITE)
-    return Namespace(str(table.path[-1]), site, root, urls.show(site, root), write)
+    xattrs = kind == "s3" and table.get("xattrs", values.boolean, True)
+    return Namespace(str(table.path[-1]), site, root, urls.show(site, root), write, xattrs)
 
 
 def _sftp(table: _Table) -> tuple[AnySite, AnyRoot]:

@@ -1,4 +1,4 @@
-"""chmod(2), chown(2) and utimensat(2): at once on the remote, or with what waits to be uploaded."""
+"""chmod(2), chown(2), utimensat(2), setxattr(2): at once on the remote, or with the next upload."""
 
 from __future__ import annotations
 
@@ -68,6 +68,8 @@ class AttributeChanges:
         for field in ("atime_ns", "mtime_ns"):
             if field in changed:
                 changed[field] -= changed[field] % resolution
+        if attributes.xattrs is not None:
+            changed["xattrs"] = m.changed_xattrs(entry.xattrs, attributes.xattrs)
         self._tree.set_local(node, msgspec.structs.replace(entry, **changed))
 
     async def _set_now(self, namespace: Namespace, node: Node, attributes: m.Attributes) -> None:

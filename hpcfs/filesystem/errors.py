@@ -67,5 +67,13 @@ class JournalFull(FilesystemError):
     """So much waits to be uploaded that no more may be written."""
 
 
+class NoAttribute(FilesystemError):
+    """There is no extended attribute of this name."""
+
+
+class AttributesFull(FilesystemError):
+    """There is no room for another extended attribute, or for so large a one."""
+
+
 class BadHandle(FilesystemError):
     """The file was not opened for this."""

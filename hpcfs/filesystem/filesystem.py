@@ -36,6 +36,7 @@ from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.permissions import Permissions
 from hpcfs.filesystem.renaming import Renaming
 from hpcfs.filesystem.tree import ROOT_INO, Node, Tree, join
+from hpcfs.filesystem.xattrs import ExtendedAttributes
 from hpcfs.transfer import messages as m
 from hpcfs.writeback.uploader import Uploader
 
@@ -80,6 +81,10 @@ class Filesystem:
         self.files = Files(self.tree, store, uploader, nursery, self.permissions, self._gid)
         self._renaming = Renaming(self.tree, store, self.files)
         self._attributes = AttributeChanges(self.tree, store, self.files)
+        keeping = any(namespace.keeps_xattrs for namespace in self._namespaces)
+        self.xattrs = ExtendedAttributes(
+            self.getattr, self._attributes, self.permissions, any_keeps=keeping
+        )
         self.directories = Directories(
             self.tree, self._adopt, self.files.sweeper, str(store.directory), nursery
         )

@@ -56,11 +56,14 @@ class Namespace:
         *,
         read_only: bool,
         write: WriteMode = "through",
+        keeps_xattrs: bool = False,
     ) -> None:
         self.name = name
         self.origin = origin
         self.read_only = read_only
         self.writes_back = write == "back"
+        self.keeps_xattrs = keeps_xattrs
+        """Known without asking the remote: the kernel wants to know with the first write."""
         self.link = link or Link()
         """Shared by all namespaces of the site."""
         self._site = site

@@ -5,6 +5,8 @@ from __future__ import annotations
 import stat
 from dataclasses import dataclass
 
+import msgspec
+
 from hpcfs.cache.ranges import RangeSet
 from hpcfs.transfer import messages as m
 
@@ -35,10 +37,13 @@ def mode_without_ids(entry: m.Entry) -> int | None:
 
 def merge_attributes(older: m.Attributes, newer: m.Attributes) -> m.Attributes:
     """The newer values where both have one."""
-    return m.Attributes(
+    merged = m.Attributes(
         **{
             field: getattr(older, field) if value is None else value
             for field in m.Attributes.__struct_fields__
             for value in [getattr(newer, field)]
         }
     )
+    if older.xattrs and newer.xattrs:
+        merged = msgspec.structs.replace(merged, xattrs={**older.xattrs, **newer.xattrs})
+    return merged

@@ -28,6 +28,8 @@ ERRNO: dict[type[Exception], int] = {
     f.CacheFull: errno.ENOSPC,
     f.JournalFull: errno.ENOSPC,
     f.BadHandle: errno.EBADF,
+    f.NoAttribute: errno.ENODATA,
+    f.AttributesFull: errno.ENOSPC,
     m.RemoteError: errno.EIO,
     m.NotFound: errno.ENOENT,
     m.AlreadyExists: errno.EEXIST,

@@ -45,6 +45,13 @@ from hpcfs.transfer.errors import (
     Unreachable as Unreachable,
     WrongSettings as WrongSettings,
 )
+from hpcfs.transfer.xattrs import (
+    XATTRS_TEXT_BYTES as XATTRS_TEXT_BYTES,
+    Xattrs as Xattrs,
+    changed_xattrs as changed_xattrs,
+    xattrs_of as xattrs_of,
+    xattrs_text as xattrs_text,
+)
 
 FRAME_HEADER = struct.Struct(">I")
 MAX_FRAME_BYTES = 16 * 1024 * 1024
@@ -62,7 +69,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
 
     `mode` is a full st_mode, type included. `uid` and `gid` are local ids: the remote user has
     already become the local one. `version` identifies a regular file's content on the remote and
-    is b"" for everything else.
+    is b"" for everything else. `xattrs` are those of the namespace "user.".
     """
 
     name: bytes
@@ -73,6 +80,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     uid: int
     gid: int
     version: bytes = b""
+    xattrs: Xattrs = ()
 
 
 class Abilities(msgspec.Struct, frozen=True):
@@ -105,13 +113,15 @@ class DiskUsage(msgspec.Struct, frozen=True):
 
 
 class Attributes(msgspec.Struct, frozen=True):
-    """Attributes to set; None leaves one as it is. `mode` holds permission bits only (0o7777)."""
+    """Attributes to set; None leaves one as it is. `mode` holds permission bits only (0o7777).
+    `xattrs` names those to set, and with None those to remove; the others stay."""
 
     mode: int | None = None
     uid: int | None = None
     gid: int | None = None
     atime_ns: int | None = None
     mtime_ns: int | None = None
+    xattrs: dict[bytes, bytes | None] | None = None
 
     def __bool__(self) -> bool:
         return any(getattr(self, field) is not None for field in self.__struct_fields__)

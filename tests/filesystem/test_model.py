@@ -50,6 +50,7 @@ class Ref:
     remote to another version."""
     lost: bool = False
     removed: bool = False
+    xattrs: dict[bytes, bytes] = field(default_factory=dict)
 
 
 positions = st.builds(
@@ -277,6 +278,21 @@ class Walk:
         entry = await self.k.stat(path)
         assert (stat.S_IMODE(entry.mode), entry.mtime_ns) == (mode, seconds * 10**9)
 
+    async def set_xattr(self) -> None:
+        if (path := self.pick_file()) is None:
+            return None
+        name, value = b"user." + self.draw(st.sampled_from([b"a", b"b"])), self.bytes(3)
+        node, xattrs = await self.k.walk(path), self.ref(path).xattrs
+        if not self.w.fs.xattrs.any_keeps:
+            return await self.refused(self.w.fs.xattrs.set(node.ino, name, value))
+        if name in xattrs and self.draw(st.booleans()):
+            await self.w.fs.xattrs.remove(node.ino, name)
+            del xattrs[name]
+        else:
+            await self.w.fs.xattrs.set(node.ino, name, value)
+            xattrs[name] = value
+        return None
+
     # --- others, time, the cache ------------------------------------------------------------------
 
     async def replace_on_remote(self) -> None:
@@ -379,8 +395,11 @@ class Walk:
             if isinstance(ref, Ref):
                 entry = await self.k.stat(path)
                 assert entry.size == len(ref.content), path
+                assert dict(entry.xattrs) == ref.xattrs, path
                 if not self.is_open(ref) and not self.is_behind(path):
-                    assert self.w.remote.get(path.removeprefix("ns/").encode()) == ref.content
+                    there = self.w.remote.paths()[path.removeprefix("ns/").encode()]
+                    assert there.content == ref.content
+                    assert dict(there.xattrs) == ref.xattrs
         assert not self.w.journal.kept
         assert not self.w.fs.files.notices
         await self.check_bound()
@@ -416,7 +435,13 @@ OPERATIONS: list[Callable[[Walk], Awaitable[None]]] = [
     *[Walk.truncate, Walk.flush, Walk.close] * 2,
     Walk.sync,
     *[Walk.failing_flush, Walk.unlink, Walk.mkdir, Walk.rmdir, Walk.symlink, Walk.rename],
-    *[Walk.rename_directory, Walk.set_attributes, Walk.replace_on_remote, Walk.append_on_remote],
+    *[
+        Walk.rename_directory,
+        Walk.set_attributes,
+        Walk.set_xattr,
+        Walk.replace_on_remote,
+        Walk.append_on_remote,
+    ],
     *[Walk.wait, Walk.disk_changes, Walk.save, Walk.evict, Walk.list, Walk.forget],
     *[Walk.walk, Walk.walk_on, Walk.ask_for_names] * 2,
 ]

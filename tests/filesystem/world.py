@@ -117,7 +117,14 @@ async def world(
     clock = Clock()
     async with trio.open_nursery() as nursery:
         namespaces = [
-            Namespace(name, f"memory:{name}", sites[name], read_only=read_only, write=write)
+            Namespace(
+                name,
+                f"memory:{name}",
+                sites[name],
+                read_only=read_only,
+                write=write,
+                keeps_xattrs=not remotes[name].is_sftp,
+            )
             for name in remotes
         ]
         fs = Filesystem(namespaces, store, Uploader(journal), nursery, uid=UID, gid=GID)

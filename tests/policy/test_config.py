@@ -46,6 +46,7 @@ region = "eu-north1"
 profile = "default"
 read_only = true
 verify = true
+xattrs = false
 """
 HEAD = '[namespaces.home]\ntype = "sftp"\nhost = "login3"\n'
 S3_HEAD = '[namespaces.data]\ntype = "s3"\nbucket = "b"\n'
@@ -88,6 +89,14 @@ def test_all_keys(tmp_path: Path) -> None:
     assert data.site == S3Site("https://storage.example.org", "eu-north1", "default")
     assert data.root == S3Root("training-data", "a/b", read_only=True, verify=True)
     assert data.read_only
+    assert not data.xattrs
+
+
+def test_extended_attributes_are_s3s() -> None:
+    found = parse(f"{HEAD}{S3_HEAD}").namespaces
+    assert (found["home"].keeps_xattrs, found["data"].keeps_xattrs) == (False, True)
+    for key in ("xattrs = false", "read_only = true"):
+        assert not parse(f"{S3_HEAD}{key}\n").namespaces["data"].keeps_xattrs
 
 
 def test_defaults() -> None:
@@ -121,6 +130,7 @@ def test_defaults() -> None:
         (HEAD + "write = true\n", 4, 'must be "through" or "back", not true'),
         (HEAD + 'writes = "back"\n', 4, "did you mean write"),
         (S3_HEAD + 'verify = "yes"\n', 4, "true or false"),
+        (HEAD + "xattrs = true\n", 4, "unknown key 'xattrs'"),
         ('journal_size = "1 MiB"\n' + HEAD, 1, "journal_size must be at least 16 MiB"),
         ('journalsize = "1 GiB"\n' + HEAD, 1, "did you mean journal_size"),
         (HEAD + "transport = 3\n", 4, 'must be "asyncssh" or "openssh", not 3'),

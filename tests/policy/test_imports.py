@@ -23,7 +23,8 @@ SET_UP = {"errors", "system", "control", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "transfer.errors": set(),
-    "transfer.messages": {"transfer.errors"},
+    "transfer.xattrs": set(),
+    "transfer.messages": {"transfer.errors", "transfer.xattrs"},
     "system": {"errors"},
     "control": {"errors", "system"},
     "config": {"errors", "system", "rendezvous", "transfer.messages"},

@@ -7,7 +7,7 @@ import pytest
 
 from hpcfs.transfer import messages as m
 
-ATTRIBUTES = m.Attributes(mode=0o640, mtime_ns=-1)
+ATTRIBUTES = m.Attributes(mode=0o640, mtime_ns=-1, xattrs={b"user.\xff": b"\0", b"user.b": None})
 NAME = b"h\xe4user/\xff"
 REQUESTS: list[m.Request] = [
     m.Connect(),

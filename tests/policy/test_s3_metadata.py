@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from botocore import exceptions as boto
@@ -18,6 +20,7 @@ from hpcfs.transfer.messages import (
     AccessRefused,
     Attributes,
     Changed,
+    NoSpace,
     NotConnected,
     NotFound,
     PermissionDenied,
@@ -104,6 +107,59 @@ def test_metadata_of_others_is_kept_whatever_the_case_of_its_keys() -> None:
     assert again["mode"] == str(0o100600)
     assert again["note"].isascii()
     assert again["note"].isprintable()
+
+
+# --- extended attributes --------------------------------------------------------------------------
+
+names = st.binary(min_size=1, max_size=250).filter(lambda name: b"\0" not in name)
+xattrs = st.dictionaries(st.builds(b"user.".__add__, names), st.binary(max_size=300), max_size=5)
+
+
+@given(xattrs)
+def test_extended_attributes_survive_whatever_their_bytes(found: dict[bytes, bytes]) -> None:
+    metadata = Metadata(xattrs=tuple(found.items()))
+    text = encode(metadata).get("xattr", "")
+    assert re.fullmatch(r"[\w.~%-]*", text, re.ASCII)
+    assert decode(encode(metadata)) == metadata
+
+
+@given(st.text(max_size=50) | st.builds(quote, st.text(max_size=50)))
+def test_no_text_of_others_makes_extended_attributes_fail(text: str) -> None:
+    """What is not understood is kept as it is."""
+    found = decode({"xattr": text})
+    assert found.xattrs == () or "xattr" in encode(found)
+    assert found.xattrs or not found.foreign or dict(found.foreign) == {"xattr": text}
+
+
+S3FS_WROTE = (
+    "%7B%22system.posix_acl_access%22%3A%22AgA%3D%22%2C"
+    "%22user.a%22%3A%22AAH%2FIHg%3D%22%2C%22user.empty%22%3A%22%22%7D"
+)
+
+
+def test_the_form_that_s3fs_reads_and_writes() -> None:
+    found = decode({"Xattr": S3FS_WROTE})
+    assert found.xattrs == (
+        (b"system.posix_acl_access", b"\2\0"),
+        (b"user.a", b"\0\1\xff x"),
+        (b"user.empty", b""),
+    )
+    assert encode(found) == {"xattr": S3FS_WROTE}
+
+
+def test_extended_attributes_change_one_by_one() -> None:
+    old = Metadata(xattrs=((b"user.a", b"1"), (b"user.b", b"2")))
+    changes = Attributes(xattrs={b"user.a": None, b"user.b": b"3", b"user.c": b"", b"user.d": None})
+    changed = old.changed(changes, 0o100644)
+    assert changed.xattrs == ((b"user.b", b"3"), (b"user.c", b""))
+    assert changed.changed(Attributes(mode=0o600), 0o100644).xattrs == changed.xattrs
+
+
+def test_no_more_than_an_object_can_carry() -> None:
+    room = Attributes(xattrs={b"user.a": bytes(1200)})
+    assert Metadata().changed(room, 0o100644).xattrs
+    with pytest.raises(NoSpace):
+        Metadata(foreign=(("note", "x" * 1000),)).changed(room, 0o100644)
 
 
 # --- what may be remembered -----------------------------------------------------------------------

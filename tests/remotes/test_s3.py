@@ -31,6 +31,7 @@ from hpcfs.transfer.messages import (
     Entry,
     InvalidName,
     IsADirectory,
+    NoSpace,
     NotADirectory,
     NotFound,
     NotSupported,
@@ -235,6 +236,85 @@ def test_what_others_attached_to_an_object_survives_every_change(
             assert await content(remote, b"f") == b"ot" + bytes(6 * MIB - 2)
 
     run(test())
+
+
+def test_extended_attributes_survive_every_change(
+    server: S3Server, prefix: str, tmp_path: Path
+) -> None:
+    value = bytes(range(256))
+    kept = ((b'user.\xff\xe4 "', value), (b"user.empty", b""))
+    xattrs: dict[bytes, bytes | None] = {**dict(kept), b"user.gone": b"x"}
+
+    async def test() -> None:
+        async with remote_of(server, prefix, tmp_path, limits=SMALL) as remote:
+            await put(remote, b"f", b"abc", Attributes(xattrs=xattrs, mtime_ns=TIME_NS))
+            changed = await remote.set_attributes(b"f", Attributes(xattrs={b"user.gone": None}))
+            assert (changed.xattrs, changed.mtime_ns) == (kept, TIME_NS)
+            for change in (
+                lambda: remote.set_attributes(b"f", Attributes(mode=0o600)),
+                lambda: put(remote, b"f", b"other"),
+                lambda: put(remote, b"f", bytes(6 * MIB)),
+                lambda: remote.truncate(b"f", 2),
+                lambda: remote.set_attributes(b"f", Attributes(mtime_ns=TIME_NS)),
+                lambda: remote.rename(b"f", b"g", replace=True),
+                lambda: remote.rename(b"g", b"f", replace=True),
+            ):
+                await change()
+                ((name, entry),) = (await names(remote)).items()
+                assert entry.xattrs == (await remote.stat(name)).xattrs == kept
+            assert entry.mtime_ns == TIME_NS
+
+    run(test())
+
+
+def test_a_directorys_extended_attributes(server: S3Server, prefix: str, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with remote_of(server, prefix, tmp_path) as remote:
+            await remote.make_directory(b"d", 0o750)
+            await remote.set_attributes(b"d", Attributes(xattrs={b"user.a": b"1"}))
+            await put(remote, b"d/f", b"x")
+            await remote.rename(b"d", b"e", replace=True)
+            found = (await names(remote))[b"e"]
+            assert (found.xattrs, stat.S_IMODE(found.mode)) == (((b"user.a", b"1"),), 0o750)
+
+    run(test())
+
+
+def test_a_file_that_replaces_another_does_not_inherit_its_extended_attributes(
+    server: S3Server, prefix: str, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        async with remote_of(server, prefix, tmp_path) as remote:
+            await put(remote, b"f", b"old", Attributes(xattrs={b"user.old": b"1"}))
+            new = Attributes(xattrs={b"user.new": b"2"})
+            request = Upload(b"f", "", 3, 0, [(0, 3)], new, 0o644, replace=True)
+            entry = await remote.upload(request, Bytes(b"new"), lambda done: None)
+            assert entry.xattrs == ((b"user.new", b"2"),)
+
+    run(test())
+
+
+def test_what_other_programs_keep_as_extended_attributes(
+    moto: S3Server, prefix: str, tmp_path: Path
+) -> None:
+    """s3fs stores access lists among them: they stay, and are not shown."""
+    wrote = {
+        "xattr": "%7B%22system.posix_acl_access%22%3A%22AgA%3D%22%2C%22user.a%22%3A%22AAE%3D%22%7D"
+    }
+    put_directly(moto, f"{prefix}/f", b"abc", Metadata=wrote)
+    put_directly(moto, f"{prefix}/odd", b"abc", Metadata={"xattr": "%7Bnonsense"})
+
+    async def test() -> None:
+        async with remote_of(moto, prefix, tmp_path) as remote:
+            assert (await remote.stat(b"f")).xattrs == ((b"user.a", b"\0\1"),)
+            await remote.set_attributes(b"f", Attributes(mode=0o600))
+            await remote.set_attributes(b"odd", Attributes(mode=0o600))
+            with pytest.raises(NoSpace):
+                await remote.set_attributes(b"f", Attributes(xattrs={b"user.b": bytes(1600)}))
+
+    run(test())
+    assert head_directly(moto, f"{prefix}/f")["Metadata"]["xattr"] == wrote["xattr"]
+    assert head_directly(moto, f"{prefix}/odd")["Metadata"]["xattr"] == "%7Bnonsense"
 
 
 def test_a_new_mode_does_not_change_the_time_of_an_object_without_one(

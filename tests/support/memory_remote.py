@@ -38,6 +38,7 @@ class Item:
     children: dict[bytes, Item] = field(default_factory=dict)
     atime_ns: int = 0
     changes: int = 0
+    xattrs: m.Xattrs = ()
 
     @property
     def is_directory(self) -> bool:
@@ -151,7 +152,8 @@ class MemoryRemote:
         name = path.rpartition(b"/")[2]
         size = 0 if item.is_directory else len(item.content)
         times = (item.mtime_ns, item.atime_ns)
-        return m.Entry(name, item.mode, size, *times, UID, GID, self._version(item))
+        rest = UID, GID, self._version(item), item.xattrs
+        return m.Entry(name, item.mode, size, *times, *rest)
 
     def _set(self, item: Item, attributes: m.Attributes) -> None:
         resolution = SECOND if self.is_sftp else 1
@@ -161,6 +163,9 @@ class MemoryRemote:
             item.mtime_ns = attributes.mtime_ns - attributes.mtime_ns % resolution
         if attributes.atime_ns is not None:
             item.atime_ns = attributes.atime_ns - attributes.atime_ns % resolution
+        if attributes.xattrs is not None:
+            assert not self.is_sftp, "SFTP has no extended attributes"
+            item.xattrs = m.changed_xattrs(item.xattrs, attributes.xattrs)
 
     # --- Remote (remotes/base.py) ---------------------------------------------------------------
 
@@ -229,7 +234,7 @@ class MemoryRemote:
     ) -> m.Entry:
         parent, name = self._parent(request.path)
         item = parent.children.get(name)
-        if item is not None and not item.is_file:
+        if item is not None and not (item.is_file or (request.replace and not item.is_directory)):
             raise m.IsADirectory(f"{request.path!r} is no file")
         ahead = self.ahead.pop(request.handle, {})
         self._check_base(item, request, ahead)
@@ -242,7 +247,8 @@ class MemoryRemote:
             for offset, piece in ahead.items():
                 if not any(start <= offset < start + length for start, length in request.ranges):
                     content[offset : offset + len(piece)] = piece
-            item = Item(stat.S_IFREG | request.mode, 0, content)
+            xattrs = item.xattrs if item is not None else ()
+            item = Item(stat.S_IFREG | request.mode, 0, content, xattrs=xattrs)
         parent.children[name] = item
         self._touch(item)
         item.mode = stat.S_IFREG | request.mode

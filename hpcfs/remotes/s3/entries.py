@@ -47,7 +47,10 @@ class Entries:
             uid = metadata.uid if metadata.uid is not None else uid
             gid = metadata.gid if metadata.gid is not None else gid
         atime_ns = metadata.atime_ns if metadata.atime_ns is not None else mtime_ns
-        return Entry(name, mode, size, mtime_ns, atime_ns, uid, gid, version)
+        xattrs = metadata.xattrs and tuple(
+            xattr for xattr in metadata.xattrs if xattr[0].startswith(b"user.")
+        )
+        return Entry(name, mode, size, mtime_ns, atime_ns, uid, gid, version, xattrs)
 
     def fresh(self, mode: int | None = None) -> Metadata:
         """What a new object carries. `mode` is a full st_mode."""

@@ -66,6 +66,10 @@ _CODES: dict[str, tuple[type[RemoteError], str]] = {
     "KeyTooLongError": (NameTooLong, "the path is longer than S3 accepts"),
     "InvalidObjectName": (InvalidName, "the server can't hold this name: choose another"),
     "EntityTooLarge": (TooLarge, "the file is larger than S3 accepts"),
+    "MetadataTooLarge": (
+        NoSpace,
+        "the object's attributes are more than S3 accepts: remove some with setfattr -x",
+    ),
     "QuotaExceeded": (NoSpace, "the S3 storage quota is used up: remove something"),
     "NotImplemented": (NotSupported, "this S3 server can't do that"),
     "InvalidObjectState": (

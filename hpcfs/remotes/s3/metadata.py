@@ -3,7 +3,8 @@
 `mtime` is decimal seconds, with nine digits of fraction where there is one (s3fs takes the digits
 after the point as nanoseconds); `mode` (a full st_mode), `uid` and `gid` are decimal. Reading is
 liberal: octal modes as `rclone --metadata` writes them are understood, what makes no sense counts
-as missing. Metadata that is not ours is kept.
+as missing. Metadata that is not ours is kept. Extended attributes are in `xattr`, as s3fs has them
+(transfer/xattrs.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hpcfs.transfer.messages import Attributes
+from hpcfs.transfer.messages import (
+    Attributes,
+    NoSpace,
+    Xattrs,
+    changed_xattrs,
+    xattrs_of,
+    xattrs_text,
+)
 
 NANOSECONDS = 1_000_000_000
 MAX_TIME_NS = 2**63 - 1
@@ -23,6 +31,10 @@ FILE_MODE = stat.S_IFREG | 0o644
 DIRECTORY_MODE = stat.S_IFDIR | 0o755
 SYMLINK_MODE = stat.S_IFLNK | 0o777
 OURS = frozenset({"mtime", "mode", "uid", "gid", "atime"})
+XATTRS = "xattr"
+MOST_BYTES = 2048
+"""Of names and values together (docs.aws.amazon.com/AmazonS3/latest/userguide/UsingMetadata.html).
+"""
 
 
 @dataclass(frozen=True)
@@ -34,32 +46,44 @@ class Metadata:
     gid: int | None = None
     mtime_ns: int | None = None
     atime_ns: int | None = None
+    xattrs: Xattrs = ()
+    """Of every namespace that some program wrote."""
     foreign: tuple[tuple[str, str], ...] = ()
 
     def changed(self, attributes: Attributes, mode: int) -> Metadata:
-        """With these attributes; `mode` is the full st_mode to keep where they have none."""
+        """With these attributes; `mode` is the full st_mode to keep where they have none.
+
+        Raises NoSpace where extended attributes make it more than an object can carry.
+        """
         if attributes.mode is not None:
             mode = stat.S_IFMT(mode) | (attributes.mode & PERMISSIONS)
-        return Metadata(
+        changed = Metadata(
             mode=mode,
             uid=self.uid if attributes.uid is None else attributes.uid,
             gid=self.gid if attributes.gid is None else attributes.gid,
             mtime_ns=self.mtime_ns if attributes.mtime_ns is None else attributes.mtime_ns,
             atime_ns=self.atime_ns if attributes.atime_ns is None else attributes.atime_ns,
+            xattrs=changed_xattrs(self.xattrs, attributes.xattrs or {}),
             foreign=self.foreign,
         )
+        if attributes.xattrs and _bytes_of(changed) > MOST_BYTES:
+            raise NoSpace("an object on S3 carries at most 2 KiB of attributes, as text")
+        return changed
 
 
 def decode(user_metadata: Mapping[str, str], *, directory: bool = False) -> Metadata:
     """Some servers change the keys' case, so it does not count."""
     values = {key.lower(): value for key, value in user_metadata.items()}
+    xattrs = xattrs_of(values[XATTRS]) if XATTRS in values else None
+    ours = OURS if xattrs is None else OURS | {XATTRS}
     return Metadata(
         mode=_parse_mode(values.get("mode"), directory=directory),
         uid=_parse_id(values.get("uid")),
         gid=_parse_id(values.get("gid")),
         mtime_ns=parse_time(values.get("mtime")),
         atime_ns=parse_time(values.get("atime")),
-        foreign=tuple((key, value) for key, value in values.items() if key not in OURS),
+        xattrs=xattrs or (),
+        foreign=tuple((key, value) for key, value in values.items() if key not in ours),
     )
 
 
@@ -71,7 +95,13 @@ def encode(metadata: Metadata) -> dict[str, str]:
     for key, time_ns in (("mtime", metadata.mtime_ns), ("atime", metadata.atime_ns)):
         if time_ns is not None:
             values[key] = format_time(time_ns)
+    if metadata.xattrs:
+        values[XATTRS] = xattrs_text(metadata.xattrs)
     return values
+
+
+def _bytes_of(metadata: Metadata) -> int:
+    return sum(len(key) + len(value) for key, value in encode(metadata).items())
 
 
 def format_time(time_ns: int) -> str:

@@ -424,5 +424,8 @@ def _is_worth_a_copy(attributes: Attributes) -> bool:
     """A new access time alone is not worth a copy of the object, and is not kept."""
     return any(
         value is not None
-        for value in (attributes.mode, attributes.uid, attributes.gid, attributes.mtime_ns)
+        for value in (
+            *(attributes.mode, attributes.uid, attributes.gid, attributes.mtime_ns),
+            attributes.xattrs,
+        )
     )

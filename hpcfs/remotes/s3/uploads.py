@@ -48,6 +48,8 @@ class Uploads:
         only where what is there is not what this upload makes: one whose answer was lost is asked
         for again."""
         old, headers = self._kept_of(look)
+        if request.replace:  # another file: the old one's went with it
+            old = with_changes(old, xattrs=())
         mode = stat.S_IFREG | (request.mode & PERMISSIONS)
         metadata = with_changes(old, mtime_ns=time.time_ns()).changed(request.attributes, mode)
         target = Target(look.place.key, metadata, headers, request.base_version)

@@ -1,0 +1,87 @@
+"""Extended attributes: getxattr(2), setxattr(2), listxattr(2) and removexattr(2).
+
+Only the namespace "user.", and only where the remote keeps them. They come and go with the other
+attributes: in every entry, and with the upload of a file that is not on the remote yet.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+
+from hpcfs.filesystem.attributes import AttributeChanges
+from hpcfs.filesystem.errors import AttributesFull, Invalid, NoAttribute, ReadOnly, Unsupported
+from hpcfs.filesystem.namespace import Namespace
+from hpcfs.filesystem.permissions import Permissions
+from hpcfs.filesystem.tree import Node
+from hpcfs.transfer import messages as m
+
+PREFIX = b"user."
+
+
+class ExtendedAttributes:
+    """`get_node` is getattr(2): the node with its attributes as they are now. `any_keeps` tells
+    whether any namespace of the mount keeps them. Raises FilesystemError and RemoteError."""
+
+    def __init__(
+        self,
+        get_node: Callable[[int], Awaitable[Node]],
+        changes: AttributeChanges,
+        permissions: Permissions,
+        *,
+        any_keeps: bool,
+    ) -> None:
+        self._get_node = get_node
+        self._changes = changes
+        self._permissions = permissions
+        self.any_keeps = any_keeps
+
+    async def get(self, ino: int, name: bytes) -> bytes:
+        _check_name(name)
+        node = await self._get_node(ino)
+        _keeper(node)
+        await self._permissions.check_access(node, os.R_OK)
+        value = dict(node.entry.xattrs).get(name)
+        if value is None:
+            raise NoAttribute("there is no such attribute")
+        return value
+
+    async def list(self, ino: int) -> list[bytes]:
+        """Of a symbolic link, none: the kernel gives nobody its values."""
+        node = await self._get_node(ino)
+        _keeper(node)
+        if not (node.is_regular or node.is_directory):
+            return []
+        return [name for name, _ in node.entry.xattrs]
+
+    async def set(self, ino: int, name: bytes, value: bytes) -> None:
+        _check_name(name)
+        node = await self._get_node(ino)
+        after = m.changed_xattrs(node.entry.xattrs, {name: value})
+        if len(m.xattrs_text(after)) > m.XATTRS_TEXT_BYTES:
+            raise AttributesFull("the extended attributes of a file on S3 have some 1 KiB in all")
+        await self._change(node, {name: value})
+
+    async def remove(self, ino: int, name: bytes) -> None:
+        await self.get(ino, name)
+        await self._change(await self._get_node(ino), {name: None})
+
+    async def _change(self, node: Node, changes: dict[bytes, bytes | None]) -> None:
+        if node.namespace is None or node.namespace.read_only:
+            raise ReadOnly("attributes can't be changed here")
+        namespace = _keeper(node)
+        await self._permissions.check_access(node, os.W_OK)
+        await self._changes.change(namespace, node, m.Attributes(xattrs=changes))
+
+
+def _check_name(name: bytes) -> None:
+    if not name.startswith(PREFIX):
+        raise Unsupported("extended attributes have names that begin with user.")
+    if name == PREFIX:
+        raise Invalid("the attribute has no name")
+
+
+def _keeper(node: Node) -> Namespace:
+    if node.namespace is None or not node.namespace.keeps_xattrs:
+        raise Unsupported("there are no extended attributes here")
+    return node.namespace
