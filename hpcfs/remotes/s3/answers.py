@@ -23,6 +23,7 @@ _TEXTS = {
     "content-range": "ContentRange",
     "content-type": "ContentType",
     "etag": "ETag",
+    "x-amz-checksum-crc32": "ChecksumCRC32",
     "x-amz-server-side-encryption": "ServerSideEncryption",
     "x-amz-server-side-encryption-aws-kms-key-id": "SSEKMSKeyId",
     "x-amz-storage-class": "StorageClass",

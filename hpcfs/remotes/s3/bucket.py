@@ -6,9 +6,6 @@ Nothing above this module sees a botocore response. It knows keys, not paths; wh
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +14,8 @@ from typing import Any, BinaryIO
 from botocore.exceptions import ClientError
 
 from hpcfs.remotes.base import checked_size
-from hpcfs.remotes.s3.direct import THREAD_BYTES, Direct
+from hpcfs.remotes.s3.checksums import CRC32, Checks, PartSent, proof_of
+from hpcfs.remotes.s3.direct import Direct
 from hpcfs.remotes.s3.errors import Health, s3_code, translate, translating
 from hpcfs.remotes.s3.metadata import Metadata, encode
 from hpcfs.remotes.s3.names import checked_key
@@ -28,7 +26,6 @@ from hpcfs.remotes.s3.objects import (
     check_range,
     if_match,
     info_of,
-    is_md5,
     plain_etag,
     settable,
     summary_of,
@@ -42,7 +39,6 @@ from hpcfs.transfer.messages import (
     NotSupported,
     ProtocolError,
     RemoteError,
-    RemoteFailure,
     WrongSettings,
 )
 
@@ -64,10 +60,11 @@ class Access:
 
 
 @dataclass(frozen=True)
-class PartSent:
-    etag: str
-    md5: bytes | None = None
-    """Of what was sent, where it is known."""
+class Begun:
+    """An upload in parts. `with_crc`: the server wants to have a CRC-32 with each of them."""
+
+    id: str
+    with_crc: bool = False
 
 
 class Bucket:
@@ -78,6 +75,7 @@ class Bucket:
         self.name = name
         self._access = access
         self.server = access.server
+        self._checks = Checks(access.server)
         self._lasting: RemoteError | None = None
 
     async def call(self, operation: str, subject: str, **parameters: Any) -> dict[str, Any]:
@@ -188,22 +186,36 @@ class Bucket:
 
         Raises Conflict where the server has another one.
         """
-        md5 = await md5_of(body)
+        asked = {
+            "Key": checked_key(key),
+            "Body": body,
+            "Metadata": encode(metadata),
+            **settable(headers),
+            **condition(base),
+        }
+        with_crc = self._checks.want_crc(headers)
         with self._conditional(key, base):
-            answer = await self._directly(
-                "put_object",
-                key,
-                {
-                    "Key": checked_key(key),
-                    "Body": body,
-                    "ContentMD5": base64.b64encode(md5).decode(),
-                    "Metadata": encode(metadata),
-                    **settable(headers),
-                    **condition(base),
-                },
-                sent=sent,
-            )
-        return _checked_etag(key, answer, md5)
+            try:
+                stored = await self._send("put_object", asked, sent, with_crc=with_crc)
+            except RemoteError as error:
+                if not with_crc or not self._checks.refused_crc(error):
+                    raise
+                stored = await self._send("put_object", asked, sent, with_crc=False)
+        return stored.etag
+
+    async def _send(
+        self,
+        operation: str,
+        asked: dict[str, Any],
+        sent: Callable[[], None] | None,
+        *,
+        with_crc: bool,
+    ) -> PartSent:
+        """A body, and what tells that it arrived."""
+        proof = await proof_of(asked["Body"], with_crc=with_crc)
+        key = asked["Key"]
+        answer = await self._directly(operation, key, {**asked, **proof.parameters()}, sent=sent)
+        return self._checks.compare(key, answer, proof)
 
     async def copy(
         self,
@@ -298,59 +310,65 @@ class Bucket:
             raise ProtocolError(f"the S3 server's listing of {prefix!r} breaks off")
         return page, str(token)
 
-    async def create_upload(self, key: str, metadata: Metadata, headers: Mapping[str, Any]) -> str:
-        answer = await self.call(
-            "create_multipart_upload",
-            key,
-            Key=checked_key(key),
-            Metadata=encode(metadata),
-            **settable(headers),
-        )
-        return str(answer["UploadId"])
+    async def create_upload(
+        self, key: str, metadata: Metadata, headers: Mapping[str, Any]
+    ) -> Begun:
+        asked = {"Key": checked_key(key), "Metadata": encode(metadata), **settable(headers)}
+        operation = "create_multipart_upload"
+        if self._checks.want_crc(headers):
+            try:
+                answer = await self.call(operation, key, **asked, ChecksumAlgorithm=CRC32)
+            except RemoteError as error:
+                if not self._checks.refused_crc(error):
+                    raise
+            else:
+                return Begun(str(answer["UploadId"]), answer.get("ChecksumAlgorithm") == CRC32)
+        answer = await self.call(operation, key, **asked)
+        return Begun(str(answer["UploadId"]))
 
     async def upload_part(
         self,
         key: str,
-        upload: str,
+        upload: Begun,
         number: int,
         body: bytes | BinaryIO,
         sent: Callable[[], None] | None = None,
     ) -> PartSent:
         """A body that is no bytes is streamed, and its MD5 is not known."""
-        asked = {"Key": key, "UploadId": upload, "PartNumber": number, "Body": body}
-        if not isinstance(body, bytes):
-            answer = await self.call("upload_part", key, **asked)
-            return PartSent(plain_etag(answer.get("ETag")))
-        md5 = await md5_of(body)
-        asked["ContentMD5"] = base64.b64encode(md5).decode()
-        answer = await self._directly("upload_part", key, asked, sent=sent)
-        return PartSent(_checked_etag(key, answer, md5), md5)
+        asked = {"Key": key, "UploadId": upload.id, "PartNumber": number, "Body": body}
+        if isinstance(body, bytes):
+            return await self._send("upload_part", asked, sent, with_crc=upload.with_crc)
+        if upload.with_crc:
+            asked["ChecksumAlgorithm"] = CRC32
+        answer = await self.call("upload_part", key, **asked)
+        return PartSent(plain_etag(answer.get("ETag")), crc=answer.get("ChecksumCRC32"))
 
     async def copy_part(
-        self, key: str, upload: str, number: int, source: Summary, offset: int, length: int
+        self, key: str, upload: Begun, number: int, source: Summary, offset: int, length: int
     ) -> PartSent:
         """Raises NotSupported where the server does not copy: some take it for an empty part."""
         answer = await self.call(
             "upload_part_copy",
             key,
             Key=key,
-            UploadId=upload,
+            UploadId=upload.id,
             PartNumber=number,
             CopySource={"Bucket": self.name, "Key": source.key},
             CopySourceRange=f"bytes={offset}-{offset + length - 1}",
             **if_match(source),
         )
-        etag = plain_etag(answer.get("CopyPartResult", {}).get("ETag"))
+        copied = answer.get("CopyPartResult", {})
+        etag = plain_etag(copied.get("ETag"))
         if not etag:
             raise NotSupported(f"{key}: this S3 server can't copy parts of an object")
-        return PartSent(etag)
+        return PartSent(etag, crc=copied.get("ChecksumCRC32"))
 
-    async def parts(self, key: str, upload: str) -> dict[int, int]:
+    async def parts(self, key: str, upload: Begun) -> dict[int, int]:
         """The sizes of an upload's parts as the server has them, by number."""
         found: dict[int, int] = {}
         more: dict[str, Any] = {}
         while True:
-            answer = await self.call("list_parts", key, Key=key, UploadId=upload, **more)
+            answer = await self.call("list_parts", key, Key=key, UploadId=upload.id, **more)
             for part in answer.get("Parts", []):
                 found[int(part["PartNumber"])] = checked_size(part.get("Size"), key.encode())
             marker = answer.get("NextPartNumberMarker")
@@ -363,32 +381,28 @@ class Bucket:
             more = {"PartNumberMarker": marker}
 
     async def complete_upload(
-        self, key: str, upload: str, etags: Sequence[str], base: bytes | None = None
+        self, key: str, upload: Begun, parts: Sequence[PartSent], base: bytes | None = None
     ) -> str:
-        """`etags` are the parts', in order; returns the object's. Raises Conflict as `put` does."""
-        parts = [
-            {"PartNumber": number, "ETag": f'"{etag}"'} for number, etag in enumerate(etags, 1)
+        """`parts` in order; returns the object's ETag. Raises Conflict as `put` does."""
+        listed = [
+            {"PartNumber": number, "ETag": f'"{part.etag}"'}
+            | ({"ChecksumCRC32": part.crc} if upload.with_crc and part.crc else {})
+            for number, part in enumerate(parts, 1)
         ]
         with self._conditional(key, base):
             answer = await self.call(
                 "complete_multipart_upload",
                 key,
                 Key=key,
-                UploadId=upload,
-                MultipartUpload={"Parts": parts},
+                UploadId=upload.id,
+                MultipartUpload={"Parts": listed},
                 **condition(base),
             )
+        self._checks.compare_joined(key, answer, parts)
         return plain_etag(answer.get("ETag"))
 
-    async def abort_upload(self, key: str, upload: str) -> None:
-        await self.call("abort_multipart_upload", key, Key=key, UploadId=upload)
-
-
-async def md5_of(body: bytes) -> bytes:
-    if len(body) <= THREAD_BYTES:
-        return hashlib.md5(body, usedforsecurity=False).digest()
-    digest = await asyncio.to_thread(hashlib.md5, body, usedforsecurity=False)
-    return digest.digest()
+    async def abort_upload(self, key: str, upload: Begun) -> None:
+        await self.call("abort_multipart_upload", key, Key=key, UploadId=upload.id)
 
 
 def condition(base: bytes | None) -> dict[str, str]:
@@ -396,12 +410,3 @@ def condition(base: bytes | None) -> dict[str, str]:
     if base is None or b":" in base:
         return {}
     return {"IfMatch": f'"{base.decode()}"'} if base else {"IfNoneMatch": "*"}
-
-
-def _checked_etag(key: str, answer: Mapping[str, Any], md5: bytes) -> str:
-    """Compared with the MD5 of what was sent, where it is one."""
-    etag = plain_etag(answer.get("ETag"))
-    encrypted = str(answer.get("ServerSideEncryption", "")).startswith("aws:kms")
-    if is_md5(etag) and not encrypted and etag != md5.hex():
-        raise RemoteFailure(f"{key}: what S3 stored is not what was sent: write it again")
-    return etag

@@ -66,6 +66,7 @@ _HEADERS = {
     "ContentLanguage": "content-language",
     "ContentMD5": "content-md5",
     "ContentType": "content-type",
+    "ChecksumCRC32": "x-amz-checksum-crc32",
     "CopySourceIfMatch": "x-amz-copy-source-if-match",
     "MetadataDirective": "x-amz-metadata-directive",
     "StorageClass": "x-amz-storage-class",

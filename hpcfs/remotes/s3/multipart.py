@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar, cast
 
 from hpcfs.remotes.base import ReportProgress, Source
-from hpcfs.remotes.s3.bucket import Bucket, PartSent
+from hpcfs.remotes.s3.bucket import Begun, Bucket
+from hpcfs.remotes.s3.checksums import PartSent
 from hpcfs.remotes.s3.errors import s3_code
 from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.remotes.s3.objects import Info, Summary, is_md5
@@ -154,7 +155,7 @@ async def checked(bucket: Bucket, key: str, size: int) -> Info:
 class Multipart:
     """One upload. Parts come in any order, and may be sent again."""
 
-    def __init__(self, bucket: Bucket, target: Target, upload: str) -> None:
+    def __init__(self, bucket: Bucket, target: Target, upload: Begun) -> None:
         self.target = target
         self._bucket, self._upload = bucket, upload
         self._parts: dict[int, tuple[int, PartSent]] = {}
@@ -209,23 +210,23 @@ class Multipart:
         target, bucket = self.target, self._bucket
         if target.base is not None:
             check_base(target.key, await bucket.head(target.key), target.base)
-        etags = [self._parts[number][1].etag for number in range(1, count + 1)]
+        parts = [self._parts[number][1] for number in range(1, count + 1)]
         try:
             async with renewed(progress):
-                etag = await self._complete(etags)
+                etag = await self._complete(parts)
         except (Conflict, Changed) as error:
             return await self._completed_before(error, size, count)
         self._check_etag(etag, count)
         return await checked(bucket, target.key, size)
 
-    async def _complete(self, etags: Sequence[str]) -> str:
+    async def _complete(self, parts: Sequence[PartSent]) -> str:
         key, base, server = self.target.key, self.target.base, self._bucket.server
         if base is not None and server.minds(base) is not False:
             try:
-                return await self._bucket.complete_upload(key, self._upload, etags, base)
+                return await self._bucket.complete_upload(key, self._upload, parts, base)
             except NotSupported:
                 server.note(base, minds=False)
-        return await self._bucket.complete_upload(key, self._upload, etags)
+        return await self._bucket.complete_upload(key, self._upload, parts)
 
     async def _completed_before(self, error: RemoteError, size: int, count: int) -> Info:
         """A request whose answer was lost is repeated, and then refused."""

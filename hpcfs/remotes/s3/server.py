@@ -17,6 +17,8 @@ class Server:
     """Somebody is finding out one of these two."""
     copies_parts: bool | None = None
     deletes_many: bool | None = None
+    answers_crcs: bool | None = None
+    """A CRC-32 that goes with a body is compared, and answered."""
     joins_md5s: bool | None = None
     """The ETag of an object sent in parts is made of theirs."""
 

@@ -11,6 +11,7 @@ from typing import IO
 
 from hpcfs.remotes.base import ReportProgress, Source, no_report
 from hpcfs.remotes.s3.bucket import Bucket
+from hpcfs.remotes.s3.checksums import is_kms
 from hpcfs.remotes.s3.metadata import Metadata, encode
 from hpcfs.remotes.s3.multipart import Multipart, Progress, Target, checked, each, read
 from hpcfs.remotes.s3.objects import Info, Summary, is_md5
@@ -84,7 +85,7 @@ class Transfer:
         """Raises RemoteFailure. Of an object in parts the ETag tells on servers that are known to
         make it of theirs."""
         told = await self._told_by_etag(made, source)
-        joined = self._bucket.server.joins_md5s and not _is_kms(made)
+        joined = self._bucket.server.joins_md5s and not is_kms(made.headers)
         if told is None and "-" in made.etag and joined:
             told = False
         if told is False:
@@ -222,7 +223,7 @@ class Transfer:
         """Whether an object of the same size is this file. None where the ETag does not tell: an
         encrypted object's, or one of parts that were cut in another way."""
         if is_md5(found.etag):
-            if _is_kms(found):
+            if is_kms(found.headers):
                 return None
             return await asyncio.to_thread(_md5, source) == found.etag
         growing = Growing(self._limits.upload_part, self._limits.parts_per_step)
@@ -248,10 +249,6 @@ class Transfer:
                 if theirs != await read(source, offset, count):
                     return False
         return True
-
-
-def _is_kms(found: Info) -> bool:
-    return str(found.headers.get("ServerSideEncryption", "")).startswith("aws:kms")
 
 
 def _md5(source: Source) -> str:
