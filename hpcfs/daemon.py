@@ -18,6 +18,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import trio
 
 from hpcfs import __version__
@@ -43,6 +44,7 @@ from hpcfs.transfer.messages import (
     SftpRoot,
     SshSite,
     Start,
+    Traffic,
     TunnelSite,
 )
 from hpcfs.writeback.journal import Journal
@@ -139,7 +141,7 @@ class _Daemon:
             )
             self._writes = WriteService(self._settings, self._pending)
             await services.start(
-                control_server.serve, self._settings.socket, self.status, self._answer
+                control_server.serve, self._settings.socket, self._live_status, self._answer
             )
             await self._take_up()
             services.start_soon(self._store.evict_forever)
@@ -335,13 +337,39 @@ class _Daemon:
             root_namespace=settings.root_namespace,
         )
 
+    async def _live_status(self) -> control.MountStatus:
+        """With what only the transfer processes know."""
+        found: dict[AnySite, Traffic] = {}
+
+        async def ask(key: AnySite, site: SiteClient) -> None:
+            traffic = await site.traffic()
+            if traffic is not None:
+                found[key] = traffic
+
+        async with trio.open_nursery() as nursery:
+            for key, site in self._sites.items():
+                nursery.start_soon(ask, key, site)
+        sites = [self._site_status(key, found[key]) for key in self._sites if key in found]
+        return msgspec.structs.replace(self.status(), sites=sites)
+
+    def _site_status(self, key: AnySite, now: Traffic) -> control.SiteStatus:
+        names = [name for name, chosen in self._settings.namespaces.items() if chosen.site == key]
+        return control.SiteStatus(
+            names, _KINDS[type(key)], now.connections, now.channels, now.requests
+        )
+
     def _namespace_status(self, name: str) -> control.NamespaceStatus:
         chosen = self._settings.namespaces[name]
         site = self._sites[chosen.site]
-        kind = _KINDS[type(chosen.site)]
         state, reason = site.namespace_state(name)
         return control.NamespaceStatus(
-            name, kind, chosen.url, state, reason, chosen.read_only, chosen.write
+            name,
+            _KINDS[type(chosen.site)],
+            chosen.url,
+            state,
+            reason,
+            chosen.read_only,
+            chosen.write,
         )
 
     def _memory(self) -> int:

@@ -22,7 +22,7 @@ import click
 from hpcfs.cli import pending
 from hpcfs.cli.output import ago, count, printable, size
 from hpcfs.cli.pending import Silent
-from hpcfs.control.control import MountStatus, NamespaceStatus, PendingFile
+from hpcfs.control.control import MountStatus, NamespaceStatus, PendingFile, SiteStatus
 
 SECONDS = 1.0
 _BAR = 10
@@ -114,6 +114,7 @@ def _mount_lines(one: MountStatus | Silent) -> list[str]:
     return [
         click.style(head, bold=True),
         *_namespace_lines(one.namespaces),
+        *_site_lines(one.sites),
         f"  cache: {cache}{memory}, {count(one.open_files, 'open file')}",
         f"  uploads: {uploads}",
         f"  uploaded: {size(one.uploaded_bytes)} since the mount{_pace(one)}",
@@ -135,6 +136,18 @@ def _namespace_lines(found: list[NamespaceStatus]) -> Iterator[str]:
         reason = f": {one.reason}" if one.reason else ""
         line = printable(f"  {one.name:<{width}}  {one.state:<10}  {mode:<13}  {one.url}{reason}")
         yield click.style(line, fg="red") if one.state == "failed" else line
+
+
+def _site_lines(sites: list[SiteStatus]) -> Iterator[str]:
+    """Of those that there is a connection to."""
+    for site in sites:
+        if site.connections or site.requests:
+            kind = {"sftp": "SSH", "s3": "S3"}.get(site.kind, site.kind)
+            what = count(site.connections, f"{kind} connection")
+            channels = f", {count(site.channels, 'channel')}" if site.kind != "s3" else ""
+            under_way = count(site.requests, "request")
+            names = ", ".join(site.namespaces)
+            yield printable(f"  {what}{channels}, {under_way} under way: {names}")
 
 
 def _file_lines(one: MountStatus, rates: Rates, room: int) -> list[str]:

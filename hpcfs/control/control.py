@@ -56,6 +56,17 @@ class NamespaceStatus(msgspec.Struct, frozen=True):
     write: str = "through"
 
 
+class SiteStatus(msgspec.Struct, frozen=True):
+    """What is open now to what one login reaches, for the `namespaces` that are there: connections
+    (SSH: jump hosts' too), SFTP channels on them, and requests under way."""
+
+    namespaces: list[str]
+    kind: str
+    connections: int
+    channels: int
+    requests: int
+
+
 PendingState = Literal["writing", "waiting", "uploading", "failed", "kept"]
 """writing: open, and dirty; waiting: for its turn; failed: is tried again; kept: is tried again
 only when the user says so, and safe in a local file."""
@@ -105,7 +116,8 @@ class MountStatus(msgspec.Struct, frozen=True):
     """Sizes are bytes, times are seconds since the epoch. `memory` is the daemon's resident set.
     `pending` are the first of `pending_files`, as in PendingList, and `pending_bytes` what is left
     to send of all; `uploaded_bytes` were sent since the mount began, now `upload_rate` a second.
-    With `root_namespace` that one is the root of the mount itself."""
+    With `root_namespace` that one is the root of the mount itself. Of `sites` one that is too busy
+    to tell is left out."""
 
     mountpoint: str
     pid: int
@@ -130,6 +142,7 @@ class MountStatus(msgspec.Struct, frozen=True):
     resumed_files: int = 0
     """That an earlier mount had not uploaded, and this one took up."""
     root_namespace: str | None = None
+    sites: list[SiteStatus] = []
 
 
 class CacheFolder(msgspec.Struct, frozen=True):

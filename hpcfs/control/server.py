@@ -59,7 +59,7 @@ Work = Callable[[Request, Tell], Awaitable[Reply]]
 
 async def serve(
     path: Path,
-    status: Callable[[], MountStatus],
+    status: Callable[[], Awaitable[MountStatus]],
     work: Work | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -111,7 +111,7 @@ def _remove_stale(path: Path) -> None:
 
 
 async def _answer(
-    status: Callable[[], MountStatus], work: Work | None, stream: trio.SocketStream
+    status: Callable[[], Awaitable[MountStatus]], work: Work | None, stream: trio.SocketStream
 ) -> None:
     async with stream:
         if _peer_uid(stream) not in (0, os.getuid()):
@@ -124,7 +124,7 @@ async def _answer(
                 return
             request = _parse(line)
             if request is None or request.command in ("status", "wait"):
-                await _send(stream, _reply(request, status))
+                await _send(stream, await _reply(request, status))
         if request is None or request.command == "status":
             return
         if request.command == "wait":
@@ -199,13 +199,13 @@ def _parse(line: bytes) -> Request | None:
         return None
 
 
-def _reply(request: Request | None, status: Callable[[], MountStatus]) -> Reply:
+async def _reply(request: Request | None, status: Callable[[], Awaitable[MountStatus]]) -> Reply:
     if request is None:
         return Reply(error='a request is one line of JSON, such as {"command": "status"}')
     if request.command == "wait":
         return Reply()
     try:
-        return Reply(status=status())
+        return Reply(status=await status())
     except Exception:  # a status that can't be told must not end the mount
         logger.exception("could not put the status together")
         return Reply(error="it could not put its status together; its log says why")

@@ -21,6 +21,7 @@ from hpcfs.transfer.messages import (
     DiskUsage,
     Entry,
     ProtocolError,
+    Traffic,
     Upload,
     UploadAhead,
 )
@@ -128,6 +129,8 @@ class Site(Protocol):
     """What one login reaches: owns the connections of all its remotes."""
 
     def remote(self, namespace: str) -> Remote: ...
+
+    def traffic(self) -> Traffic: ...
 
     async def close(self) -> None: ...
 

@@ -31,10 +31,12 @@ CALL_TIMEOUT = 30.0
 """Seconds without an answer or progress. A login that waits for the user does not count."""
 _SILENT_TIMEOUT = 5.0
 """The same, once the site has left a call without an answer and said nothing since."""
-_ANSWERED_HERE = (m.Release, m.StatOpen, m.GetDiskUsage)
+_ANSWERED_HERE = (m.Release, m.StatOpen, m.GetDiskUsage, m.GetTraffic)
 """The transfer process may answer these without the site: they don't tell that it is there."""
 _RESTART_PAUSE = 1.0
 _CONFIRM_SECONDS = 5.0
+_TRAFFIC_SECONDS = 0.5
+"""For an answer that takes a process less than a millisecond, unless it is busy."""
 
 
 @dataclass(eq=False)
@@ -174,6 +176,18 @@ class SiteClient:
         if reason := self._namespace_reasons.get(namespace):
             return "failed", reason
         return self._state, self._reason
+
+    async def traffic(self) -> m.Traffic | None:
+        """For the status: nothing is connected or started for it. None where the process is too
+        busy to tell."""
+        if self._child is None:
+            return m.Traffic()
+        with trio.move_on_after(_TRAFFIC_SECONDS):
+            try:
+                return await self.call("", m.GetTraffic(), m.Traffic)
+            except m.RemoteError:  # it ended just now
+                return m.Traffic()
+        return None
 
     # --- the process ---------------------------------------------------------------------------
 

@@ -45,6 +45,7 @@ from hpcfs.transfer.errors import (
     Unreachable as Unreachable,
     WrongSettings as WrongSettings,
 )
+from hpcfs.transfer.measures import DiskUsage as DiskUsage, Traffic as Traffic
 from hpcfs.transfer.xattrs import (
     XATTRS_TEXT_BYTES as XATTRS_TEXT_BYTES,
     Xattrs as Xattrs,
@@ -100,16 +101,6 @@ class Abilities(msgspec.Struct, frozen=True):
     """The remote user is root: the modes of its files don't bind it."""
     checks_directories: bool = True
     """The remote refuses what the modes of directories forbid."""
-
-
-class DiskUsage(msgspec.Struct, frozen=True):
-    """Sizes in bytes and counts, as statvfs(3) means them: `available` is what a user may use."""
-
-    total: int
-    free: int
-    available: int
-    files: int
-    files_free: int
 
 
 class Attributes(msgspec.Struct, frozen=True):
@@ -417,10 +408,14 @@ class GetDiskUsage(msgspec.Struct, frozen=True, tag=True):
     """-> DiskUsage | None (None: this remote knows no limit)."""
 
 
+class GetTraffic(msgspec.Struct, frozen=True, tag=True):
+    """-> Traffic of the site, which is not asked; the namespace does not count."""
+
+
 Request = (
     Connect | Stat | StatOpen | List | ReadLink | Fetch | Release | Upload | UploadAhead | Create
     | MakeDirectory | MakeSymlink | MakeLink | Rename | Remove | RemoveDirectory | SetAttributes
-    | Truncate | GetDiskUsage
+    | Truncate | GetDiskUsage | GetTraffic
 )  # fmt: skip
 
 

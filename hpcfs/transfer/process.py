@@ -129,6 +129,8 @@ class Worker:
             await self._connection.send(reply)
 
     async def _reply(self, call: m.Call) -> m.Reply:
+        if isinstance(call.request, m.GetTraffic):
+            return m.Reply(call.id, m.pack(self._site.traffic()))
         remote = self._site.remote(call.namespace)
         match call.request:
             case m.List(path):

@@ -103,6 +103,31 @@ def test_namespaces_of_one_site_share_a_connection(sshd: SshServer, real_home: R
             assert len(mount.transfer_processes()) == 1
 
 
+def test_the_status_tells_what_is_open_to_each_site(servers: Servers, real_home: RealHome) -> None:
+    cluster = servers.serve("sftp")
+    served = {"a": cluster, "b": cluster.but(path="/"), "bucket": servers.serve("s3-rclone")}
+    with mounted(real_home, served) as mount:
+        for name in served:
+            os.listdir(mount.path / name)
+        told = json.loads(real_home.run("status", "--json", mount.path).stdout)[0]["sites"]
+        ssh, s3 = sorted(told, key=lambda site: len(site["namespaces"]), reverse=True)
+        assert (ssh["namespaces"], ssh["kind"]) == (["a", "b"], "sftp")
+        assert (ssh["connections"], ssh["channels"]) == (1, 2)
+        assert (s3["namespaces"], s3["kind"], s3["channels"]) == (["bucket"], "s3", 0)
+        assert s3["connections"] >= 1
+        stopped = mount.transfer_processes()
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            assert seconds_of(lambda: mount.status) < PROMPT
+            assert mount.status.sites == [], "a process that is too busy to tell is left out"
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+        until(lambda: len(mount.status.sites) == 2)
+        assert [site.requests for site in mount.status.sites] == [0, 0]
+
+
 def test_a_namespace_through_the_users_own_ssh(sshd: SshServer, real_home: RealHome) -> None:
     """Its `ssh` ends with the transfer process, however that ends."""
     served = served_by_ssh(sshd).but(transport="openssh")

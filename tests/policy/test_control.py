@@ -64,9 +64,12 @@ def serving(
     ready = threading.Event()
     stop: list[Callable[[], None]] = []
 
+    async def told() -> MountStatus:
+        return status()
+
     async def run() -> None:
         async with trio.open_nursery() as nursery:
-            await nursery.start(control_server.serve, path, status, work)
+            await nursery.start(control_server.serve, path, told, work)
             token = trio.lowlevel.current_trio_token()
             stop.append(lambda: token.run_sync_soon(nursery.cancel_scope.cancel))
             ready.set()

@@ -23,8 +23,9 @@ SET_UP = {"errors", "system", "control", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "transfer.errors": set(),
+    "transfer.measures": set(),
     "transfer.xattrs": set(),
-    "transfer.messages": {"transfer.errors", "transfer.xattrs"},
+    "transfer.messages": {"transfer.errors", "transfer.measures", "transfer.xattrs"},
     "system": {"errors"},
     "control": {"errors", "system"},
     "config": {"errors", "system", "rendezvous", "transfer.messages"},

@@ -29,6 +29,7 @@ REQUESTS: list[m.Request] = [
     m.SetAttributes(NAME, ATTRIBUTES),
     m.Truncate(NAME, 2**62),
     m.GetDiskUsage(),
+    m.GetTraffic(),
 ]
 
 

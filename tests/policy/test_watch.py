@@ -8,7 +8,7 @@ import pytest
 
 from hpcfs.cli import watch
 from hpcfs.cli.pending import Silent
-from hpcfs.control.control import MountStatus, NamespaceStatus, PendingFile
+from hpcfs.control.control import MountStatus, NamespaceStatus, PendingFile, SiteStatus
 
 MIB = 1024**2
 BAD = PendingFile("home", "bad", 7, 7, "failed", 1.0, "x", "no\x1b[2J route\nhome")
@@ -65,6 +65,18 @@ def test_a_frame_has_mounts_namespaces_and_files() -> None:
     ):
         assert text in shown, shown
     assert "no hpcfs mount" in drawn()
+
+
+def test_a_frame_has_the_connections_of_each_site() -> None:
+    sites = [
+        SiteStatus(["home", "work\x1b"], "sftp", 1, 4, 32),
+        SiteStatus(["s"], "s3", 18, 0, 1),
+        SiteStatus(["idle"], "s3", 0, 0, 0),
+    ]
+    shown = drawn(msgspec.structs.replace(status(), sites=sites))
+    assert "  1 SSH connection, 4 channels, 32 requests under way: home, work�\n" in shown
+    assert "  18 S3 connections, 1 request under way: s\n" in shown
+    assert "idle" not in shown
 
 
 @pytest.mark.parametrize("height", [5, 12, 24, 60])

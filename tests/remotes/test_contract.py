@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from hpcfs.remotes.base import Remote
+from hpcfs.remotes.base import Remote, Site
 from hpcfs.transfer.messages import (
     BLOCK_BYTES,
     LIST_PAGE_ENTRIES,
@@ -25,6 +26,7 @@ from hpcfs.transfer.messages import (
     NotADirectory,
     NotFound,
     NotSupported,
+    Traffic,
 )
 from tests.remotes.contract import FILE_MODE, READER, Subject, contract, get, listed, put
 from tests.support.sshd import LOCAL_GID, LOCAL_UID
@@ -41,6 +43,43 @@ def fill(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     for number in range(count):
         (folder / f"{number:05}").touch()
+
+
+# --- connections --------------------------------------------------------------------------------
+
+
+async def become(site: Site, rests: Callable[[Traffic], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not rests(site.traffic()):  # noqa: ASYNC110 - nothing tells when they end
+            await asyncio.sleep(0.01)
+
+
+def test_a_site_tells_what_is_open_to_it(subject: Subject) -> None:
+    async def test() -> None:
+        site = subject.make_site()
+        assert site.traffic() == Traffic()
+        try:
+            remote = site.remote("ns")
+            await remote.connect()
+            await put(remote, b"file", content(100_000))
+            reading = asyncio.gather(*(get(remote, b"file", READER + n) for n in range(10)))
+            seen = [site.traffic()]
+            while not reading.done():
+                await asyncio.sleep(0)
+                seen.append(site.traffic())
+            await reading
+            assert max(now.requests for now in seen) >= 10
+            most = max(now.connections for now in seen)
+            at_least = {"tunnel": 7, "s3-rclone": 10, "s3-moto": 10}
+            assert most >= at_least.get(subject.kind, 1)
+            channels = {"sftp": 2, "openssh": 1, "tunnel": 7, "tunnel-tcp": 2}
+            assert seen[0].channels == channels.get(subject.kind, 0)
+            await become(site, lambda now: not now.requests)
+        finally:
+            await site.close()
+        await become(site, lambda now: now == Traffic())
+
+    asyncio.run(test())
 
 
 # --- looking ------------------------------------------------------------------------------------

@@ -179,8 +179,12 @@ async def _run(
     backlog: FakeBacklog,
 ) -> None:
     service = WriteService(settings, backlog)
+
+    async def told() -> MountStatus:
+        return status()
+
     async with trio.open_nursery() as nursery:
-        await nursery.start(control_server.serve, settings.socket, status, service.answer)
+        await nursery.start(control_server.serve, settings.socket, told, service.answer)
         nursery.start_soon(backlog.upload_forever)
         nursery.start_soon(_stop_on_signal)
         nursery.start_soon(_serve_until_unmounted, nursery.cancel_scope, backlog)

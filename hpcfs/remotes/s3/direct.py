@@ -179,6 +179,11 @@ class Direct:
             log.warning("bucket %s is read by way of botocore from now on: %s", bucket, error)
             self._routes[bucket] = None
 
+    @property
+    def connections(self) -> int:
+        """That are open now."""
+        return sum(map(len, self._pools.values()))
+
     def close(self) -> None:
         for pool in self._pools.values():
             pool.close()

@@ -225,6 +225,8 @@ class Health:
         self._down: RemoteError | None = None
         self._until = 0.0
         self._delay = FIRST_DELAY
+        self.under_way = 0
+        """Requests."""
 
     def check(self) -> None:
         """Raises what is known to be still true, without asking the server."""
@@ -257,8 +259,12 @@ class Health:
     def watching(self, subject: str) -> Iterator[None]:
         """Around every request: refuse at once, translate, remember."""
         self.check()
-        with translating(subject, self.failed):
-            yield
+        self.under_way += 1
+        try:
+            with translating(subject, self.failed):
+                yield
+        finally:
+            self.under_way -= 1
         self.answered()
 
 

@@ -165,6 +165,10 @@ class Pool:
         self._ticker: asyncio.TimerHandle | None = None
         self._closed = False
 
+    def __len__(self) -> int:
+        """Connections that are open."""
+        return len(self._all)
+
     @property
     def secure(self) -> bool:
         """Whether it is TLS that is spoken."""

@@ -13,7 +13,7 @@ from hpcfs.remotes.s3.login import READ_TIMEOUT, Login
 from hpcfs.remotes.s3.parts import Limits
 from hpcfs.remotes.s3.pool import MIB, Bounds, Gate
 from hpcfs.remotes.s3.remote import S3Remote
-from hpcfs.transfer.messages import S3Root, S3Site, Start
+from hpcfs.transfer.messages import S3Root, S3Site, Start, Traffic
 
 SENT_BYTES = 64 * MIB
 """Bodies that are in memory at once: four parts, more than any link needs under way."""
@@ -48,6 +48,9 @@ class S3SiteConnection:
 
     def remote(self, namespace: str) -> S3Remote:
         return self._remotes[namespace]
+
+    def traffic(self) -> Traffic:
+        return Traffic(connections=self._direct.connections, requests=self.health.under_way)
 
     async def close(self) -> None:
         with contextlib.suppress(TimeoutError):

@@ -32,7 +32,7 @@ from hpcfs.remotes.sftp.place import (
     explain_size,
     explain_sticky,
 )
-from hpcfs.remotes.sftp.session import SftpSession, open_session, together
+from hpcfs.remotes.sftp.session import SftpSession, open_session, together, traffic_of
 from hpcfs.remotes.sftp.uploads import Uploads
 from hpcfs.remotes.ssh.connection import Kept
 from hpcfs.transfer.messages import (
@@ -52,6 +52,7 @@ from hpcfs.transfer.messages import (
     RemoteFailure,
     SftpRoot,
     Start,
+    Traffic,
     Upload,
     UploadAhead,
     WrongSettings,
@@ -83,6 +84,9 @@ class SshSiteConnection:
             return self._remotes[namespace]
         except KeyError:
             raise WrongSettings(f"no namespace {namespace!r} lives on this SSH site") from None
+
+    def traffic(self) -> Traffic:
+        return traffic_of(self._kept)
 
     async def close(self) -> None:
         await self._kept.close()

@@ -81,6 +81,10 @@ class Requests(SFTPClientHandler):
         self._to_send: list[bytes] = []
         self.ended = False
 
+    @property
+    def under_way(self) -> int:
+        return len(self._requests)
+
     # --- sending --------------------------------------------------------------------------------
 
     def read_piece(self, handle: bytes, offset: int, length: int) -> asyncio.Future[Chunks]:

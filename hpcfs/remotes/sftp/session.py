@@ -26,12 +26,20 @@ from hpcfs.remotes.sftp.greeting import greet
 from hpcfs.remotes.sftp.hashes import Hasher
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.stdio import log_in_by_ssh
+from hpcfs.remotes.ssh.connection import Kept
 from hpcfs.remotes.ssh.login import Login, log_in
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES
 from hpcfs.remotes.ssh.shell import Shell
-from hpcfs.transfer.messages import ProtocolError, SshSite, Start, Unreachable, WrongSettings
+from hpcfs.transfer.messages import (
+    ProtocolError,
+    SshSite,
+    Start,
+    Traffic,
+    Unreachable,
+    WrongSettings,
+)
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +78,11 @@ class AnyLogin(Protocol):
 
     @property
     def shown(self) -> str: ...
+
+    @property
+    def connections(self) -> int:
+        """How many there are."""
+        ...
 
     async def open_shell(self) -> Shell | None:
         """None where that would be a login of its own. Raises asyncssh's errors and OSError."""
@@ -124,6 +137,13 @@ class SftpSession:
             self._more = asyncio.create_task(_open_more(self.open_channel))
         return [channel for channel in await asyncio.shield(self._more) if not channel.ended]
 
+    def traffic(self) -> Traffic:
+        """Channels for large uploads count once all are there."""
+        more = self._more.result() if self._more is not None and self._more.done() else []
+        channels = [channel for channel in (*self.channels, *more) if not channel.ended]
+        under_way = sum(channel.under_way for channel in channels)
+        return Traffic(self.login.connections, len(channels), under_way)
+
     @property
     def shown(self) -> str:
         return self.login.shown
@@ -142,6 +162,10 @@ class SftpSession:
 
     async def close(self) -> None:
         await self.login.close()
+
+
+def traffic_of(kept: Kept[SftpSession]) -> Traffic:
+    return Traffic() if kept.session is None else kept.session.traffic()
 
 
 async def open_session(start: Start, prompter: Prompter) -> SftpSession:

@@ -96,6 +96,11 @@ class SshLogin:
     def shown(self) -> str:
         return self.target.shown
 
+    @property
+    def connections(self) -> int:
+        """Further children share a ControlMaster's. What jump hosts there are only ssh knows."""
+        return 1
+
     async def open_channels(self) -> list[Requests]:
         """The first is there; a second one only where it is free."""
         if await has_master(self.target):

@@ -60,14 +60,19 @@ class Kept(Generic[S]):
 
         Raises what the last attempt failed with, at once, while it makes no sense to try again.
         """
-        if self._session is not None and not self._session.lost:
-            return self._session
+        if self.session is not None:
+            return self.session
         if self._attempt is None or self._tended:
             self._raise_remembered()
         try:
             return await asyncio.shield(self._attempting())
         except RemoteError as error:
             raise _again(error) from error
+
+    @property
+    def session(self) -> S | None:
+        """The one that is there now."""
+        return None if self._session is None or self._session.lost else self._session
 
     async def tend(self, worth_trying: Callable[[RemoteError], Awaitable[None]]) -> None:
         """Until cancelled, connect whenever there is no connection, so that no request has to wait

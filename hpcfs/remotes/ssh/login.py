@@ -43,6 +43,10 @@ class Login:
     user: str
     shown: str
 
+    @property
+    def connections(self) -> int:
+        return 1 + len(self.jumps)
+
     async def open_shell(self) -> Shell:
         return await ChannelShell.start(self.connection)
 

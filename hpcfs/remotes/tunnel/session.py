@@ -81,6 +81,10 @@ class TunnelLogin:
     ssh: Login | None = None
     channels: list[Requests] = field(default_factory=list)
 
+    @property
+    def connections(self) -> int:
+        return len(self.lines)
+
     async def open_shell(self) -> Shell | None:
         """There is none: the laptop serves files only."""
         return None

@@ -6,12 +6,19 @@ import asyncio
 from pathlib import Path
 
 from hpcfs.remotes.sftp.remote import SftpRemote
-from hpcfs.remotes.sftp.session import SftpSession
+from hpcfs.remotes.sftp.session import SftpSession, traffic_of
 from hpcfs.remotes.ssh.connection import Kept
 from hpcfs.remotes.tunnel.line import Meeting
 from hpcfs.remotes.tunnel.session import open_session
 from hpcfs.rendezvous.file import Stamp
-from hpcfs.transfer.messages import RemoteError, SftpRoot, Start, TunnelSite, WrongSettings
+from hpcfs.transfer.messages import (
+    RemoteError,
+    SftpRoot,
+    Start,
+    Traffic,
+    TunnelSite,
+    WrongSettings,
+)
 
 PAUSE_SECONDS = 1.0
 """Between attempts, each of which is a look at a file and a connection on this machine or its
@@ -54,6 +61,9 @@ class TunnelSiteConnection:
             return self._remotes[namespace]
         except KeyError:
             raise WrongSettings(f"no namespace {namespace!r} lives at this tunnel") from None
+
+    def traffic(self) -> Traffic:
+        return traffic_of(self._kept)
 
     async def close(self) -> None:
         self._tending.cancel()

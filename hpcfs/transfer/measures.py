@@ -1,0 +1,25 @@
+"""What is measured of a remote or of its site, as it crosses the socket; messages.py shows it to
+both sides."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class DiskUsage(msgspec.Struct, frozen=True):
+    """Sizes in bytes and counts, as statvfs(3) means them: `available` is what a user may use."""
+
+    total: int
+    free: int
+    available: int
+    files: int
+    files_free: int
+
+
+class Traffic(msgspec.Struct, frozen=True):
+    """What is open to a site now: `connections` (jump hosts' too; of S3 those that were not left to
+    botocore), SFTP `channels` on them, and `requests` under way."""
+
+    connections: int = 0
+    channels: int = 0
+    requests: int = 0
