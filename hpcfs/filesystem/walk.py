@@ -53,6 +53,7 @@ class _Folder:
 
     def __init__(self, path: bytes, names: Sequence[bytes], number: Number) -> None:
         self.last: bytes | None = None
+        self._read: set[bytes] = set()
         self._path = path
         self._number = number
         self._orders: dict[Order, list[bytes]] = {Order.LISTED: list(names)}
@@ -86,10 +87,16 @@ class _Folder:
     def foresees(self, name: bytes, order: Order) -> bool:
         return self._rank(order)[name] == self._next(order)
 
+    def reads(self, name: bytes) -> None:
+        self.last = name
+        self._read.add(name)
+
     def following(self, order: Order) -> Iterator[bytes]:
+        """Without those that were read while the order seemed to be another one."""
         names = self._names(order)
         for rank in range(self._next(order), len(names)):
-            yield names[rank]
+            if names[rank] not in self._read:
+                yield names[rank]
 
 
 class Walk:
@@ -150,7 +157,7 @@ class Walk:
         orders = [self.order, *Order]
         agreeing = next((order for order in orders if folder.foresees(name, order)), None)
         is_first = folder.last is None
-        folder.last = name
+        folder.reads(name)
         if agreeing is None:
             return 0
         self.order = agreeing
