@@ -19,6 +19,7 @@ from hpcfs.config.tunnel import Wishes
 from hpcfs.errors import SetupError
 from hpcfs.system import paths
 from hpcfs.tunnel import status
+from hpcfs.tunnel.shares import Share, collect
 from hpcfs.tunnel.status import TunnelStatus
 
 name_option = click.option(
@@ -79,22 +80,19 @@ def tunnel(
     if as_json:
         raise click.UsageError("--json goes with --status")
     wishes = tunnel_config.load(config_file, host, name, shares, bind)
-    if not wishes.shares:
-        raise SetupError(
-            "say what to share: 'hpcfs tunnel login3 --share ~/data', or shares = "
-            f'["~/data"] in the [tunnel] table of {config_file or paths.config_file()}'
-        )
+    shared = collect(wishes.shares, Path.cwd(), paths.home())
     if daemon:
-        _start(wishes, debug=invocation.debug)
+        _start(wishes, shared, debug=invocation.debug)
     else:
         line = Line()
         with line.drawn():
-            _serve(wishes, line.ask, line.show, to_stderr=not sys.stderr.isatty())
+            _serve(wishes, shared, line.ask, line.show, to_stderr=not sys.stderr.isatty())
     return 0
 
 
 def _serve(
     wishes: Wishes,
+    shares: tuple[Share, ...],
     ask: Callable[[str, bool], str | None],
     show: Callable[[TunnelStatus], None],
     *,
@@ -103,14 +101,14 @@ def _serve(
     """Imports what the other commands need not wait for."""
     from hpcfs.tunnel import running
 
-    running.run(wishes, ask, show, to_stderr=to_stderr)
+    running.run(wishes, shares, ask, show, to_stderr=to_stderr)
 
 
-def _start(wishes: Wishes, *, debug: bool) -> None:
+def _start(wishes: Wishes, shares: tuple[Share, ...], *, debug: bool) -> None:
     line = Line()
 
     def serve(show: Callable[[TunnelStatus], None]) -> None:
-        _serve(wishes, line.ask, show, to_stderr=False)
+        _serve(wishes, shares, line.ask, show, to_stderr=False)
 
     found = tunnel_background.start(serve, debug=debug)
     for note in found.notes:

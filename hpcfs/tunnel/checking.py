@@ -19,7 +19,7 @@ from hpcfs.rendezvous.file import DIRECTORY
 from hpcfs.transfer.messages import RemoteError
 from hpcfs.tunnel import forwards, listening, publishing
 from hpcfs.tunnel.acceptor import Acceptor
-from hpcfs.tunnel.forwards import Ends, Meter
+from hpcfs.tunnel.forwards import Ends
 from hpcfs.tunnel.publishing import Directory
 from hpcfs.tunnel.running import Ask, Asker
 
@@ -69,7 +69,7 @@ async def _look_around(wishes: Wishes, login: Login, tell: Tell) -> None:
         tunnel_id = secrets.token_hex(16)
         acceptor = Acceptor(tunnel_id, lambda stream, _: stream.end("this is a check"))
         try:
-            await _try_forwards(wishes, Ends(login, sftp, acceptor, Meter(), tunnel_id), path, tell)
+            await _try_forwards(wishes, Ends(login, sftp, acceptor, tunnel_id), path, tell)
         finally:
             await directory.remove_socket(path)
     finally:

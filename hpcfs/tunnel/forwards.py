@@ -43,14 +43,6 @@ NO_WAY = (
 
 
 @dataclass
-class Meter:
-    """Bytes over all forwards since the tunnel began: `up` to the cluster, `down` from it."""
-
-    up: int = 0
-    down: int = 0
-
-
-@dataclass
 class Forwards:
     """`places` in the order in which a mount is to try them; `notes` say what was refused."""
 
@@ -65,7 +57,6 @@ class Ends:
     login: Login
     sftp: asyncssh.SFTPClient
     acceptor: Acceptor
-    meter: Meter
     tunnel_id: str
 
 
@@ -170,13 +161,11 @@ class _ChannelPipe:
     """A pipe of rendezvous/stream.py over a channel. What can't be sent any more is sent again on
     the next pipe."""
 
-    def __init__(self, channel: Any, meter: Meter) -> None:
+    def __init__(self, channel: Any) -> None:
         self._channel = channel
-        self._meter = meter
 
     def write(self, data: bytes) -> None:
         if not self._channel.is_closing():
-            self._meter.up += len(data)
             self._channel.write(data)
 
     def close(self) -> None:
@@ -193,11 +182,9 @@ class _Arrival(asyncssh.SSHTCPSession[bytes], asyncssh.SSHUNIXSession[bytes]):
         self._kind = kind
 
     def connection_made(self, chan: Any) -> None:
-        pipe = _ChannelPipe(chan, self._ends.meter)
-        self._incoming = self._ends.acceptor.pipe(pipe, self._kind)
+        self._incoming = self._ends.acceptor.pipe(_ChannelPipe(chan), self._kind)
 
     def data_received(self, data: bytes | memoryview, datatype: int | None) -> None:
-        self._ends.meter.down += len(data)
         self._incoming.received(data)
 
     def eof_received(self) -> bool:

@@ -18,6 +18,7 @@ from hpcfs.errors import SetupError
 from hpcfs.system import paths
 from hpcfs.transfer.messages import RemoteError
 from hpcfs.tunnel import control
+from hpcfs.tunnel.shares import Share
 from hpcfs.tunnel.status import TunnelStatus
 from hpcfs.tunnel.tunnel import Plan, Tunnel
 
@@ -35,7 +36,9 @@ def log_file(name: str) -> Path:
     return paths.state_dir() / f"tunnel-{name}.log"
 
 
-def run(wishes: Wishes, ask: Ask, show: Show, *, to_stderr: bool) -> None:
+def run(
+    wishes: Wishes, shares: tuple[Share, ...], ask: Ask, show: Show, *, to_stderr: bool
+) -> None:
     """Returns when the tunnel was stopped. `show` gets the status when it changes, and once a
     second.
 
@@ -45,7 +48,7 @@ def run(wishes: Wishes, ask: Ask, show: Show, *, to_stderr: bool) -> None:
         name=wishes.name,
         site=wishes.site,
         shown=wishes.shown,
-        shares=wishes.shares,
+        shares=shares,
         bind=wishes.bind,
         log_file=str(log_file(wishes.name)),
     )

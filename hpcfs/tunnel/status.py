@@ -34,7 +34,8 @@ class MountSeen(msgspec.Struct, frozen=True):
 class TunnelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """`host` is as the user named it. `state`: "lost" waits to try again, in `next_try` seconds,
     for `reason`. `places` is where mounts connect; `notes` say which ways sshd refused. `up` and
-    `down` are bytes to the cluster and from it since the tunnel began, the rates bytes a second.
+    `down` are bytes of files, to the cluster and from it, since the tunnel began, the rates bytes
+    a second.
     Times are seconds since the epoch."""
 
     name: str

@@ -24,16 +24,17 @@ from hpcfs.remotes.ssh.login import Login, log_in
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
 from hpcfs.rendezvous.file import Place, Rendezvous, UnixPlace
-from hpcfs.rendezvous.stream import Stream
 from hpcfs.transfer.messages import RemoteError, SshSite, TimedOut, Unreachable, WrongSettings
 from hpcfs.tunnel import changes, forwards, publishing
-from hpcfs.tunnel.acceptor import Acceptor, Kind
 from hpcfs.tunnel.changes import Change
-from hpcfs.tunnel.forwards import Ends, Forwards, Meter
+from hpcfs.tunnel.forwards import Ends, Forwards
+from hpcfs.tunnel.guests import Guests
 from hpcfs.tunnel.identity import Identity
 from hpcfs.tunnel.pauses import Pauses, is_unreached
 from hpcfs.tunnel.publishing import Directory
 from hpcfs.tunnel.rates import Rate
+from hpcfs.tunnel.served import Shares
+from hpcfs.tunnel.shares import Share
 from hpcfs.tunnel.status import MountSeen, State, TunnelStatus
 
 log = logging.getLogger(__name__)
@@ -53,20 +54,20 @@ FAREWELL_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What the user asked for. `shown` is the host as they named it; `shares` are names."""
+    """What the user asked for. `shown` is the host as they named it."""
 
     name: str
     site: SshSite
     shown: str
-    shares: tuple[str, ...] = ()
+    shares: tuple[Share, ...] = ()
     bind: str | None = None
     log_file: str = ""
 
 
 class Tunnel:
-    """`on_state` is called when the state has changed; `on_stream` gets what mounts open."""
+    """`on_change` is called when the state has changed, or a mount came or went."""
 
-    def __init__(self, plan: Plan, prompter: Prompter, on_state: Callable[[], None]) -> None:
+    def __init__(self, plan: Plan, prompter: Prompter, on_change: Callable[[], None]) -> None:
         if plan.site.transport != "asyncssh":
             raise WrongSettings(
                 f"a tunnel to {plan.shown} needs forwards, which transport = "
@@ -74,13 +75,10 @@ class Tunnel:
             )
         self.plan = plan
         self.identity = Identity()
-        self.meter = Meter()
-        self.mounts: dict[object, MountSeen] = {}
-        """By whatever the server knows them by."""
-        self.acceptor = Acceptor(self.identity.id, self._arrived)
-        self.on_stream: Callable[[Stream, Kind], None] = _refuse
+        self._shares = Shares(plan.shares)
+        self._guests = Guests(self._shares, self.identity, on_change)
         self._prompter = prompter
-        self._on_state = on_state
+        self._on_change = on_change
         self._started = self._since = time.time()
         self._state: State = "connecting"
         self._reason = ""
@@ -92,9 +90,6 @@ class Tunnel:
         self._change: Change | None = None
         self._hurries = False
         """The connection did not survive a change: there is nothing to wait for."""
-
-    def _arrived(self, stream: Stream, kind: Kind) -> None:
-        self.on_stream(stream, kind)
 
     def stop(self) -> None:
         self._stopping.set()
@@ -115,7 +110,8 @@ class Tunnel:
                             return
                         await self._recover(error, pauses)
         finally:
-            self.acceptor.close()
+            self._guests.acceptor.close()
+            self._shares.close()
             sampling.cancel()
             await asyncio.wait([sampling])
 
@@ -197,7 +193,7 @@ class Tunnel:
         sftp = await publishing.start_sftp(login)
         directory = await publishing.open_directory(sftp, login.shown)
         await directory.check_free(login.connection, name, identity.id)
-        ends = Ends(login, sftp, self.acceptor, self.meter, identity.id)
+        ends = Ends(login, sftp, self._guests.acceptor, identity.id)
         path = directory.new_socket(name)
         try:
             self._forwards = await forwards.open_forwards(ends, path, self.plan.bind)
@@ -225,7 +221,7 @@ class Tunnel:
             places=self._forwards.places,
             host_key=self.identity.host_key_line,
             client_key=self.identity.client_key_text,
-            shares=list(self.plan.shares),
+            shares=[share.name for share in self.plan.shares],
         )
 
     async def _hold(self, directory: Directory, lost: _Lost) -> None:
@@ -285,12 +281,12 @@ class Tunnel:
             log.info("the tunnel %s to %s is up", self.plan.name, self.plan.shown)
         else:
             log.warning("the tunnel %s to %s: %s", self.plan.name, self.plan.shown, reason)
-        self._on_state()
+        self._on_change()
 
     async def _sample(self) -> None:
         while True:
-            self._up.note(time.monotonic(), self.meter.up)
-            self._down.note(time.monotonic(), self.meter.down)
+            self._up.note(time.monotonic(), self._shares.traffic.sent)
+            self._down.note(time.monotonic(), self._shares.traffic.received)
             await asyncio.sleep(1.0)
 
     def status(self) -> TunnelStatus:
@@ -306,10 +302,10 @@ class Tunnel:
             next_try=self._next_try and max(0.0, self._next_try - time.time()),
             places=[_shown(place) for place in self._forwards.places],
             notes=self._forwards.notes,
-            shares=list(self.plan.shares),
-            mounts=list(self.mounts.values()),
-            up=self.meter.up,
-            down=self.meter.down,
+            shares=[str(share) for share in self.plan.shares],
+            mounts=[MountSeen(guest.host, guest.since) for guest in self._guests.all],
+            up=self._shares.traffic.sent,
+            down=self._shares.traffic.received,
             up_rate=self._up.now(),
             down_rate=self._down.now(),
             log_file=self.plan.log_file,
@@ -330,7 +326,3 @@ class _Lost:
 
 def _shown(place: Place) -> str:
     return place.path if isinstance(place, UnixPlace) else f"{place.host} port {place.port}"
-
-
-def _refuse(stream: Stream, kind: Kind) -> None:
-    stream.end("nothing is shared")

@@ -156,7 +156,7 @@ def test_a_first_login_that_fails_ends_it(
 
 
 def test_what_makes_no_sense_is_refused(laptop: Laptop) -> None:
-    assert "say what to share" in laptop.run("tunnel", ALIAS).stderr
+    assert "say which folder to share" in laptop.run("tunnel", ALIAS).stderr
     assert "say where the tunnel leads" in laptop.run("tunnel", "--share", "/").stderr
     wrong = laptop.run("tunnel", ALIAS, "--share", "/", "--name", "a/b")
     assert (wrong.returncode, "must be at most 64 letters" in wrong.stderr) == (2, True)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from hpcfs.rendezvous.file import Rendezvous, decode
 from hpcfs.rendezvous.stream import GREETING
+from hpcfs.tunnel.shares import Share
 from hpcfs.tunnel.status import TunnelStatus
 from hpcfs.tunnel.tunnel import Plan, Tunnel
 from tests.support.command import Home
@@ -70,7 +71,8 @@ class Running:
 
     def __init__(self, node: LoginNode, bind: str | None = None, name: str = NAME) -> None:
         self.states: list[str] = []
-        plan = Plan(name=name, site=node.server.site(), shown=ALIAS, bind=bind)
+        shares = (Share("data", node.server.root),)
+        plan = Plan(name=name, site=node.server.site(), shown=ALIAS, shares=shares, bind=bind)
         self.tunnel = Tunnel(plan, ScriptedPrompter(), self._note)
         self.task = asyncio.create_task(self.tunnel.run())
 

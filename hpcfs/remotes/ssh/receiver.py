@@ -23,6 +23,7 @@ import asyncssh
 from asyncssh.channel import SSHChannel
 from asyncssh.constants import MSG_CHANNEL_DATA
 from asyncssh.encryption import GCMEncryption
+from asyncssh.stream import SSHStreamSession
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -184,8 +185,15 @@ class Receiver(asyncio.BufferedProtocol):
         cipher._update_iv()
         connection._recv_seq = (connection._recv_seq + 1) & 0xFFFFFFFF
         self.taken += 1
-        channel._accept_data(plain[DATA_HEAD_BYTES : DATA_HEAD_BYTES + length])
+        data = plain[DATA_HEAD_BYTES : DATA_HEAD_BYTES + length]
+        channel._accept_data(bytes(data) if _keeps_what_comes(channel) else data)
         return True
+
+
+def _keeps_what_comes(channel: Any) -> bool:
+    """Asyncssh's own sessions do, instead of copying it: the next packet would be decrypted to
+    where it lies."""
+    return isinstance(getattr(channel, "_session", None), SSHStreamSession)
 
 
 def _is_open(channel: Any, length: int) -> bool:
