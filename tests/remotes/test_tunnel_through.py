@@ -15,6 +15,7 @@ import uvloop
 from hpcfs.remotes.sftp.remote import SftpRemote
 from hpcfs.remotes.tunnel.site import TunnelSiteConnection
 from hpcfs.transfer.messages import SftpRoot, Start, TunnelSite
+from tests.remotes.contract import put
 from tests.support.sshd import LOCAL_GID, LOCAL_UID
 from tests.support.tunnels import NAME, LoginNode, login_node, running
 
@@ -47,6 +48,12 @@ async def fetched(remote: SftpRemote) -> bytes:
     return b"".join(await remote.fetch(b"file", entry.version, 0, len(CONTENT), 1))
 
 
+async def brought(remote: SftpRemote, node: LoginNode) -> None:
+    await put(remote, b"new", CONTENT)
+    assert (node.server.root / "new").read_bytes() == CONTENT
+    await remote.remove(b"new")
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_what_the_laptop_has_comes_out(tmp_path: Path, way: str) -> None:
     async def main(node: LoginNode) -> None:
@@ -56,6 +63,8 @@ def test_what_the_laptop_has_comes_out(tmp_path: Path, way: str) -> None:
                 (mount,) = found.status.mounts
                 assert mount.host == socket.gethostname()
                 assert found.status.up == len(CONTENT)
+                await brought(remote, node)
+                assert found.status.down == len(CONTENT)
             await found.until(lambda: not found.status.mounts)
 
     with login_node(tmp_path, *filter(None, [WAYS[way]])) as node:
@@ -77,6 +86,7 @@ def test_cut_connections_lose_nothing(tmp_path: Path, way: str) -> None:
             cutting = asyncio.create_task(cut())
             while not cutting.done():
                 assert await fetched(remote) == CONTENT
+                await brought(remote, node)
             await cutting
             await found.until_up(CUTS + 1)
             assert await fetched(remote) == CONTENT
