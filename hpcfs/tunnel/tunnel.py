@@ -24,7 +24,14 @@ from hpcfs.remotes.ssh.login import Login, log_in
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
 from hpcfs.rendezvous.file import Place, Rendezvous, UnixPlace
-from hpcfs.transfer.messages import RemoteError, SshSite, TimedOut, Unreachable, WrongSettings
+from hpcfs.transfer.messages import (
+    RemoteError,
+    RemoteFailure,
+    SshSite,
+    TimedOut,
+    Unreachable,
+    WrongSettings,
+)
 from hpcfs.tunnel import changes, forwards, publishing
 from hpcfs.tunnel.changes import Change
 from hpcfs.tunnel.forwards import Ends, Forwards
@@ -103,17 +110,25 @@ class Tunnel:
         try:
             async with changes.watched(self._changed):
                 while not self._stopping.is_set():
-                    try:
-                        await self._one_login(pauses)
-                    except RemoteError as error:
-                        if self._stopping.is_set():
-                            return
+                    error = await self._fails(pauses)
+                    if error is not None and not self._stopping.is_set():
                         await self._recover(error, pauses)
         finally:
             self._guests.acceptor.close()
             self._shares.close()
             sampling.cancel()
             await asyncio.wait([sampling])
+
+    async def _fails(self, pauses: Pauses) -> RemoteError | None:
+        """Why a connection could not be made or was lost; None where the tunnel was to stop."""
+        try:
+            await self._one_login(pauses)
+        except RemoteError as error:
+            return error
+        except Exception as error:  # it must not end what runs for weeks
+            log.exception("the connection failed in a way that was not foreseen")
+            return RemoteFailure(f"the connection failed: {error}")
+        return None
 
     async def _recover(self, error: RemoteError, pauses: Pauses) -> None:
         """Raises the error where nothing is to be tried again."""

@@ -126,6 +126,22 @@ def test_sessions_of_asyncssh_keep_what_comes(served: SshServer) -> None:
     asyncio.run(main())
 
 
+def test_whatever_comes_is_a_sign_of_life(served: SshServer) -> None:
+    """The answer to a keepalive may wait behind much that is sent."""
+
+    async def main() -> None:
+        login = await log_in(served.site(), ScriptedPrompter(), lambda: None)
+        shorten(login.connection)
+        inside: Any = login.connection
+        sftp = await login.connection.start_sftp_client()
+        inside._keepalive_count = 3
+        await sftp.stat(".")
+        assert inside._keepalive_count == 0
+        await login.close()
+
+    asyncio.run(main())
+
+
 def test_packets_that_come_in_crumbs(served: SshServer, monkeypatch: pytest.MonkeyPatch) -> None:
     def crumbs(receiver: Receiver) -> None:
         whole = receiver.get_buffer
