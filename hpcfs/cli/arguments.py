@@ -7,12 +7,15 @@ before any slash makes an argument a remote, as for scp; `./odd:name` is a direc
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import click
 
-from hpcfs.config import urls
+from hpcfs.config import urls, values
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +58,17 @@ def _checked_name(name: str) -> str:
             f"{name!r} can't name a remote: use letters, digits, '.', '_' and '-'"
         )
     return name
+
+
+def read_by(
+    reader: Callable[[object], T],
+) -> Callable[[click.Context, click.Parameter, str | None], T | None]:
+    """An option whose value is read as the configuration's key of that name is."""
+
+    def read(ctx: click.Context, parameter: click.Parameter, value: str | None) -> T | None:
+        try:
+            return None if value is None else reader(value)
+        except values.BadValue as error:
+            raise click.BadParameter(f"it {error}") from None
+
+    return read

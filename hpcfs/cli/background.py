@@ -51,7 +51,7 @@ def start(settings: Settings, *, debug: bool) -> MountStatus:
         _serve_in_child(settings, writer, debug=debug)
     os.close(writer)
     try:
-        with terminal.restored(), _terminated_raises():
+        with terminal.restored(), terminated_raises():
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             report = _read_report(reader)
     except BaseException:
@@ -78,18 +78,18 @@ def root_failure(settings: Settings, status: MountStatus) -> str | None:
 
 def stop(child: int, settings: Settings, *, patience: float) -> None:
     """Wait for the child's end for so long, then end it; leave nothing mounted."""
-    if not _has_ended(child, patience):
+    if not has_ended(child, patience):
         os.kill(child, signal.SIGTERM)
-        if not _has_ended(child, STOP_SECONDS):
+        if not has_ended(child, STOP_SECONDS):
             os.kill(child, signal.SIGKILL)
-            _has_ended(child, STOP_SECONDS)
+            has_ended(child, STOP_SECONDS)
     found = mountinfo.at(settings.mountpoint, mountpoint.mounts())
     if found is not None and mountpoint.is_dead(settings.mountpoint):
         mountpoint.unmount(settings.mountpoint, lazy=True)
 
 
 @contextmanager
-def _terminated_raises() -> Iterator[None]:
+def terminated_raises() -> Iterator[None]:
     """`timeout 5 hpcfs mount` must not leave a child that mounts later on."""
 
     def give_up(number: int, frame: object) -> None:
@@ -102,7 +102,7 @@ def _terminated_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _has_ended(child: int, seconds: float) -> bool:
+def has_ended(child: int, seconds: float) -> bool:
     """Waits for it and reaps it; true as well when it was reaped before."""
     try:
         process = os.pidfd_open(child)
@@ -118,14 +118,20 @@ def _has_ended(child: int, seconds: float) -> bool:
     return bool(ready)
 
 
-def _read_report(reader: int) -> Report:
+def read_line(reader: int) -> bytes:
+    """Empty when the child ended before it had told anything."""
     received = bytearray()
     while not received.endswith(b"\n"):
         chunk = os.read(reader, 65536)
         if not chunk:
-            return Report()
+            return b""
         received += chunk
-    return msgspec.json.decode(received, type=Report)
+    return bytes(received)
+
+
+def _read_report(reader: int) -> Report:
+    line = read_line(reader)
+    return msgspec.json.decode(line, type=Report) if line else Report()
 
 
 def _sudden_end(settings: Settings) -> str:
@@ -146,7 +152,7 @@ def _serve_in_child(settings: Settings, writer: int, *, debug: bool) -> None:
 
 def _serve(settings: Settings, writer: int, *, debug: bool) -> int:
     def leave_terminal(status: MountStatus) -> None:
-        _send(writer, Report(status=status))
+        send_line(writer, msgspec.json.encode(Report(status=status)))
         detach()
 
     try:
@@ -156,7 +162,7 @@ def _serve(settings: Settings, writer: int, *, debug: bool) -> int:
     except Exception as error:  # reported to the parent, which prints it
         if debug:
             traceback.print_exception(error)
-        _send(writer, Report(failure=sentence_of(error)))
+        send_line(writer, msgspec.json.encode(Report(failure=sentence_of(error))))
         return 1
     return 0
 
@@ -198,9 +204,9 @@ def detach() -> None:
     os.close(null)
 
 
-def _send(writer: int, report: Report) -> None:
+def send_line(writer: int, text: bytes) -> None:
     """Once: the pipe is closed after it, and a parent that is gone needs no report."""
-    data = memoryview(msgspec.json.encode(report) + b"\n")
+    data = memoryview(text + b"\n")
     with suppress(OSError):
         while data:
             data = data[os.write(writer, data) :]

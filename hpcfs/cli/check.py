@@ -8,9 +8,10 @@ from pathlib import Path
 
 import click
 
-from hpcfs.cli import arguments, check_machine, check_s3, check_ssh
+from hpcfs.cli import arguments, check_machine, check_s3, check_ssh, check_tunnel
 from hpcfs.cli.findings import Finding
 from hpcfs.cli.output import count, printable
+from hpcfs.cli.tunnel import bind_option, name_option
 from hpcfs.config import config
 from hpcfs.config.config import Config, Namespace
 from hpcfs.errors import SetupError
@@ -22,11 +23,28 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 @click.command(short_help="Find out what would stop a mount.")
 @click.argument("args", nargs=-1, metavar="[NAME=URL ...]")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE")
-def check(args: tuple[str, ...], config_file: Path | None) -> int:
+@click.option("--tunnel", "tunnel_host", metavar="HOST", help="What 'hpcfs tunnel HOST' needs.")
+@name_option
+@bind_option
+def check(
+    args: tuple[str, ...],
+    config_file: Path | None,
+    tunnel_host: str | None,
+    name: str | None,
+    bind: str | None,
+) -> int:
     """Check this machine, the configuration and each remote. No login is tried over SSH.
 
-    The exit code is 1 if something would stop a mount or a namespace.
+    With --tunnel, on the laptop: log in, and try what a tunnel needs. Nothing stays behind.
+
+    The exit code is 1 if something would stop a mount or a namespace, or the tunnel.
     """
+    if tunnel_host is not None:
+        if args:
+            raise click.UsageError("--tunnel checks the tunnel only, no NAME=URL")
+        return check_tunnel.check(config_file, tunnel_host, name, bind, _show)
+    if name or bind:
+        raise click.UsageError("--name and --bind go with --tunnel")
     levels = [_show(found) for found in _all(args, config_file)]
     return 1 if "fail" in levels else 0
 

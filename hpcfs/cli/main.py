@@ -38,6 +38,7 @@ COMMANDS = {
     "discard": LazyCommand("hpcfs.cli.discard", "discard", "Give up what is not uploaded."),
     "cache": LazyCommand("hpcfs.cli.cache", "cache", "Show, fill, clear and verify caches."),
     "check": LazyCommand("hpcfs.cli.check", "check", "Find out what would stop a mount."),
+    "tunnel": LazyCommand("hpcfs.cli.tunnel", "tunnel", "Share this laptop with a cluster."),
     "init": LazyCommand("hpcfs.cli.init", "init", "Write a commented configuration."),
     "demo": LazyCommand("hpcfs.cli.demo", "demo", "Mount embedded servers, to try it out."),
 }

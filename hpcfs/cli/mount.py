@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import click
 
 from hpcfs.cache import location
 from hpcfs.cli import arguments, background, pending, terminal
+from hpcfs.cli.arguments import read_by
 from hpcfs.cli.main import Invocation
 from hpcfs.cli.output import complain, count, printable
 from hpcfs.config import config, values as config_values
@@ -22,24 +21,6 @@ from hpcfs.control.control import MountStatus
 from hpcfs.errors import SetupError
 from hpcfs.system import paths
 
-T = TypeVar("T")
-
-
-def _read_by(
-    reader: Callable[[object], T],
-) -> Callable[[click.Context, click.Parameter, str | None], T | None]:
-    """An option whose value is read as the configuration's key of that name is."""
-
-    def read(ctx: click.Context, parameter: click.Parameter, value: str | None) -> T | None:
-        if value is None:
-            return None
-        try:
-            return reader(value)
-        except config_values.BadValue as error:
-            raise click.BadParameter(f"it {error}") from None
-
-    return read
-
 
 def _absolute_path(value: object) -> Path:
     """Unlike the configuration's paths, the shell's may be relative."""
@@ -48,7 +29,7 @@ def _absolute_path(value: object) -> Path:
 
 
 cache_dir_option = click.option(
-    "--cache-dir", metavar="DIR", callback=_read_by(_absolute_path), help="Where the caches are."
+    "--cache-dir", metavar="DIR", callback=read_by(_absolute_path), help="Where the caches are."
 )
 
 
@@ -59,11 +40,11 @@ cache_dir_option = click.option(
 @click.option("--verbose", "-v", is_flag=True, help="Log more; show tracebacks.")
 @click.option("--read-only", is_flag=True, help="Refuse to change anything on the remotes.")
 @cache_dir_option
-@click.option("--cache-size", metavar="SIZE", callback=_read_by(config_values.disk_size))
+@click.option("--cache-size", metavar="SIZE", callback=read_by(config_values.disk_size))
 @click.option(
     "--write",
     metavar="through|back",
-    callback=_read_by(config_values.write_mode),
+    callback=read_by(config_values.write_mode),
     help="What closing a file waits for: the remote, or the local disk.",
 )
 @click.pass_obj

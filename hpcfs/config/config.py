@@ -40,7 +40,7 @@ DEFAULT_CONNECT_TIMEOUT = 10.0
 
 TOP_KEYS = (
     "mountpoint", "cache_dir", "cache_size", "cache_min_free", "journal_size", "log_level",
-    "namespaces",
+    "namespaces", "tunnel",
 )  # fmt: skip
 COMMON_KEYS = ("type", "read_only", "write", "verify", "connect_timeout")
 SFTP_KEYS = (
@@ -205,11 +205,7 @@ def writing(config: Config, mode: WriteMode) -> Config:
 
 def parse(text: str, file: Path, *, needs_namespaces: bool = True) -> Config:
     """Raises SetupError with file and line for the first mistake."""
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SetupError(_syntax_error(str(error), text, file)) from None
-    top = _Table(document, (), file, find_lines(text))
+    top = _top_table(text, file)
     top.refuse_unknown(TOP_KEYS)
     namespaces = top.get("namespaces", values.table, None) or {}
     if needs_namespaces and not namespaces:
@@ -294,6 +290,21 @@ class _Table:
         path = self.path if key is None else (*self.path, key)
         where = f"[{'.'.join(str(part) for part in self.path)}] " if self.path else ""
         raise SetupError(f"{self.file}:{self.lines.get(path, 1)}: {where}{text}")
+
+
+def _top_table(text: str, file: Path) -> _Table:
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SetupError(_syntax_error(str(error), text, file)) from None
+    return _Table(document, (), file, find_lines(text))
+
+
+def tunnel_table(text: str, file: Path) -> _Table | None:
+    """For config/tunnel.py, which knows its keys; None where there is none."""
+    top = _top_table(text, file)
+    entries = top.get("tunnel", values.table, None)
+    return None if entries is None else _Table(entries, ("tunnel",), file, top.lines)
 
 
 def _namespace(table: _Table) -> Namespace:

@@ -43,7 +43,7 @@ class Pump(asyncio.Protocol):
 
     def _to_socket(self, data: memoryview) -> None:
         if not self._transport.is_closing():
-            self._transport.write(data)
+            self._transport.write(bytes(data))  # it may wait, and what it lies in is used again
 
     def _ended(self, reason: str) -> None:
         self._transport.abort()

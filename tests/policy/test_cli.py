@@ -85,7 +85,7 @@ def test_help_names_all_commands(home: Home) -> None:
     result = home.run("--help")
     assert result.returncode == 0
     writes = ("sync", "retry", "recover", "discard")
-    for name in ("mount", "umount", "status", *writes, "cache", "check", "init", "demo"):
+    for name in ("mount", "umount", "status", *writes, "cache", "check", "tunnel", "init", "demo"):
         assert f"\n  {name} " in result.stdout
     for name in ("mount", "umount", "unmount", "status", *writes, "cache", "check", "init"):
         assert "Usage: hpcfs" in home.run(name, "--help").stdout

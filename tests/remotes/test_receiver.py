@@ -14,7 +14,8 @@ from hypothesis import given, strategies as st
 
 from hpcfs.remotes.sftp.inbox import Bytes, Inbox, Malformed
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
-from hpcfs.remotes.ssh.receiver import Receiver
+from hpcfs.remotes.ssh.login import log_in
+from hpcfs.remotes.ssh.receiver import Receiver, shorten
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES
 from hpcfs.transfer.messages import SshSite, Start, Unreachable
 from tests.support.sshd import ALIAS, ScriptedPrompter, SshServer, ssh_server
@@ -106,6 +107,39 @@ def test_where_a_cipher_needs_them_empty_packets_are_sent(tmp_path: Path) -> Non
 @pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
 def test_bytes_take_the_shorter_way(served: SshServer, runner: Callable[..., int]) -> None:
     assert taken_by_a_fetch(served.start_message(), runner=runner) >= len(CONTENT) / (32 * 1024)
+
+
+def test_sessions_of_asyncssh_keep_what_comes(served: SshServer) -> None:
+    """A tunnel has its SFTP client beside channels of ours."""
+
+    async def main() -> None:
+        login = await log_in(served.site(), ScriptedPrompter(), lambda: None)
+        receiver = shorten(login.connection)
+        assert receiver is not None
+        sftp = await login.connection.start_sftp_client()
+        for _ in range(4):
+            async with sftp.open(str(served.root / "file"), "rb", encoding=None) as file:
+                assert await file.read() == CONTENT
+        assert receiver.taken
+        await login.close()
+
+    asyncio.run(main())
+
+
+def test_whatever_comes_is_a_sign_of_life(served: SshServer) -> None:
+    """The answer to a keepalive may wait behind much that is sent."""
+
+    async def main() -> None:
+        login = await log_in(served.site(), ScriptedPrompter(), lambda: None)
+        shorten(login.connection)
+        inside: Any = login.connection
+        sftp = await login.connection.start_sftp_client()
+        inside._keepalive_count = 3
+        await sftp.stat(".")
+        assert inside._keepalive_count == 0
+        await login.close()
+
+    asyncio.run(main())
 
 
 def test_packets_that_come_in_crumbs(served: SshServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,10 +165,14 @@ class SshServer:
     def kill(self) -> None:
         self._end(signal.SIGKILL)
 
+    def sessions(self) -> list[int]:
+        """Their processes, without the server itself."""
+        assert self._process is not None
+        return _descendants(self._process.pid)
+
     def kill_sessions(self) -> None:
         """The server goes on."""
-        assert self._process is not None
-        for pid in _descendants(self._process.pid):
+        for pid in self.sessions():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 

@@ -59,15 +59,15 @@ def _refusal(hop: Hop, nobody_to_ask: bool) -> str:
     if nobody_to_ask:
         return (
             f"{login} asks for a password, passphrase or second factor and there is no terminal "
-            "to ask on: mount from a terminal, or use a key that ssh-agent holds"
+            "to ask on: start from a terminal, or use a key that ssh-agent holds"
         )
-    return f"{login} refused the login: check that `ssh {hop.alias}` works, then mount again"
+    return f"{login} refused the login: check that `ssh {hop.alias}` works, then try again"
 
 
 def _no_common_algorithm(error: asyncssh.KeyExchangeFailed, where: str) -> RemoteError:
     if "host key" in error.reason:
         return HostKeyRefused(
             f"{where} no longer offers a host key of the type that known_hosts has: if the site "
-            "confirms its new key, remove the old one with ssh-keygen -R and mount again"
+            "confirms its new key, remove the old one with ssh-keygen -R and try again"
         )
     return WrongSettings(f"{where} and this program have no algorithm in common: {error.reason}")

@@ -91,7 +91,7 @@ class HostKeys:
                     f"the host key of {presented.pattern} is not the one in {path} (it is now "
                     f"{presented.kind} {presented.fingerprint}): someone may be intercepting the "
                     "connection; if the site confirms the new key, run "
-                    f"ssh-keygen -R '{presented.pattern}' -f {path} and mount again"
+                    f"ssh-keygen -R '{presented.pattern}' -f {path} and try again"
                 )
 
     def _remember(self, presented: PresentedKey) -> None:

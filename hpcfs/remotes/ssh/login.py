@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import asyncssh
 from asyncssh.public_key import KeyPairListArg
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 TRIES = 3
 MAX_JUMPS = 8
 CLOSE_SECONDS = 5.0
+MOST_SAID = 100
+_SAID = "hpcfs_said"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ class Login:
     @property
     def connections(self) -> int:
         return 1 + len(self.jumps)
+
+    @property
+    def said(self) -> Sequence[str]:
+        """What the server told for debugging: OpenSSH's gives its reason for refusing a forward
+        nowhere else."""
+        return cast(Sequence[str], self.connection.get_extra_info(_SAID, []))
 
     async def open_shell(self) -> Shell:
         return await ChannelShell.start(self.connection)
@@ -62,16 +71,26 @@ class Login:
             log.warning("the connection to %s does not end; it is left alone", self.shown)
 
 
-async def log_in(site: SshSite, prompter: Prompter, on_lost: Callable[[], None]) -> Login:
+async def log_in(
+    site: SshSite,
+    prompter: Prompter,
+    on_lost: Callable[[], None],
+    reach_seconds: float | None = None,
+) -> Login:
     """Connect to the site. `on_lost` is called once when the connection ends, for any reason.
+
+    The first host must take the TCP connection within `reach_seconds`, where that is given: who
+    tries again anyway waits for no packet that the network lost.
 
     Raises AccessRefused, HostKeyRefused, WrongSettings or Unreachable.
     """
     jumps: list[asyncssh.SSHClientConnection] = []
     try:
         target = await read_hop(site)
-        await _connect_jumps(target, site, prompter, jumps)
-        connection = await _connect_hop(target, site, prompter, _last(jumps), on_lost)
+        await _connect_jumps(target, site, prompter, jumps, reach_seconds)
+        connection = await _connect_hop(
+            target, site, prompter, _last(jumps), on_lost, reach_seconds
+        )
     except BaseException:
         for jump in reversed(jumps):
             jump.abort()
@@ -85,6 +104,7 @@ async def _connect_jumps(
     site: SshSite,
     prompter: Prompter,
     jumps: list[asyncssh.SSHClientConnection],
+    reach_seconds: float | None,
     depth: int = 0,
 ) -> None:
     """Fills `jumps` as it goes, so that the caller can close them whatever happens.
@@ -98,8 +118,10 @@ async def _connect_jumps(
         hop_site = jump_site(jump, site)
         hop = await read_hop(hop_site)
         if number == 0:
-            await _connect_jumps(hop, hop_site, prompter, jumps, depth)
-        jumps.append(await _connect_hop(hop, hop_site, prompter, _last(jumps), _ignore))
+            await _connect_jumps(hop, hop_site, prompter, jumps, reach_seconds, depth)
+        jumps.append(
+            await _connect_hop(hop, hop_site, prompter, _last(jumps), _ignore, reach_seconds)
+        )
 
 
 def _last(jumps: list[asyncssh.SSHClientConnection]) -> asyncssh.SSHClientConnection | None:
@@ -116,9 +138,10 @@ async def _connect_hop(
     prompter: Prompter,
     tunnel: asyncssh.SSHClientConnection | None,
     on_lost: Callable[[], None],
+    reach_seconds: float | None,
 ) -> asyncssh.SSHClientConnection:
     """One login. A host key that the user accepts leads to a second attempt with it known."""
-    clock = Clock(site.connect_timeout, prompter)
+    clock = Clock(site.connect_timeout, prompter, None if tunnel else reach_seconds)
     while True:
         client = _Client(hop, clock, on_lost)
         try:
@@ -136,7 +159,7 @@ async def _connect_hop(
             await hop.host_keys.decide(client.presented, prompter)
         except TimeoutError:
             raise Unreachable(
-                f"{hop.shown} port {hop.port} did not answer within {site.connect_timeout:g} s"
+                f"{hop.shown} port {hop.port} did not answer within {clock.seconds:g} s"
             ) from None
         except (asyncssh.Error, OSError, ValueError) as error:
             raise login_error(
@@ -169,9 +192,17 @@ class _Client(asyncssh.SSHClient):
         self._key_files = list(hop.key_files)
         self._passwords_left = TRIES
         self._dialogues_left = TRIES
+        self._said: deque[str] = deque(maxlen=MOST_SAID)
         self.presented: PresentedKey | None = None
         self.nobody_to_ask = False
         self.authenticating = False
+
+    def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
+        self._clock.reached()
+        conn.set_extra_info(**{_SAID: self._said})
+
+    def debug_msg_received(self, msg: str, lang: str, always_display: bool) -> None:
+        self._said.append(msg)
 
     def begin_auth(self, username: str) -> None:
         self.authenticating = True

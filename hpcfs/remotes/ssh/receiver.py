@@ -7,6 +7,9 @@ which is decrypted where it lies. Each other packet, and each one of which somet
 should be, goes to asyncssh as it came, whole and untouched, so that what SSH is remains in one
 place; such a packet is decrypted twice.
 
+Whatever comes shows that the other end is there, as OpenSSH sees it: asyncssh would count only
+answers to its keepalives, which wait behind megabytes where much is sent over a slow link.
+
 Packets larger than 32 KiB gain nothing: OpenSSH reads its SFTP server in pieces of that size.
 
 This leans on names inside of asyncssh, and on a recent cryptography. `NAMES` lists them, `shorten`
@@ -23,6 +26,7 @@ import asyncssh
 from asyncssh.channel import SSHChannel
 from asyncssh.constants import MSG_CHANNEL_DATA
 from asyncssh.encryption import GCMEncryption
+from asyncssh.stream import SSHStreamSession
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -38,7 +42,8 @@ NAMES = {
     "connection": (
         "_transport", "_inpbuf", "_recv_handler", "_recv_pkthdr", "_recv_packet", "_recv_blocksize",
         "_recv_macsize", "_recv_encryption", "_recv_seq", "_pktlen", "_decompressor", "_channels",
-        "_max_recv_pktlen", "_reset_keepalive_timer", "data_received",
+        "_max_recv_pktlen", "_reset_keepalive_timer", "_keepalive_count",
+        "data_received",
     ),
     "channel class": ("_accept_data",),
     "cipher": ("_key", "_iv", "_update_iv"),
@@ -87,6 +92,7 @@ class Receiver(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         self._filled += nbytes
         self._connection._reset_keepalive_timer()
+        self._connection._keepalive_count = 0
         done = 0
         while step := self._step(self._buffer[done : self._filled]):
             done += step
@@ -184,8 +190,15 @@ class Receiver(asyncio.BufferedProtocol):
         cipher._update_iv()
         connection._recv_seq = (connection._recv_seq + 1) & 0xFFFFFFFF
         self.taken += 1
-        channel._accept_data(plain[DATA_HEAD_BYTES : DATA_HEAD_BYTES + length])
+        data = plain[DATA_HEAD_BYTES : DATA_HEAD_BYTES + length]
+        channel._accept_data(bytes(data) if _keeps_what_comes(channel) else data)
         return True
+
+
+def _keeps_what_comes(channel: Any) -> bool:
+    """Asyncssh's own sessions do, instead of copying it: the next packet would be decrypted to
+    where it lies."""
+    return isinstance(getattr(channel, "_session", None), SSHStreamSession)
 
 
 def _is_open(channel: Any, length: int) -> bool:

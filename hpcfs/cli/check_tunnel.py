@@ -1,0 +1,31 @@
+"""`hpcfs check --tunnel`: what would stop a tunnel, seen from the laptop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from hpcfs.cli import terminal
+from hpcfs.cli.findings import Finding, Level
+from hpcfs.config import tunnel as tunnel_config
+
+
+def check(
+    config_file: Path | None,
+    host: str,
+    name: str | None,
+    bind: str | None,
+    show: Callable[[Finding], str],
+) -> int:
+    """The exit code. Raises SetupError for what makes no sense."""
+    from hpcfs.tunnel import checking  # brings asyncssh along
+
+    wishes = tunnel_config.load(config_file, host, name, (), bind)
+    levels: list[str] = []
+
+    def tell(level: Level, subject: str, text: str) -> None:
+        levels.append(show(Finding(level, subject, text)))
+
+    with terminal.restored():
+        checking.check(wishes, terminal.ask, tell)
+    return 1 if "fail" in levels else 0
