@@ -92,8 +92,8 @@ class Closing(ABC):
         if content.is_dirty():  # written to meanwhile: the local view stays ahead
             entry = msgspec.structs.replace(node.entry, version=entry.version)
         self._tree.set_local(node, entry)
-        if node.parent:
-            self._tree.expire(node.parent)
+        if node.parent:  # has another time now; the one that is known is believed for its second
+            self._tree.note_attributes(node.parent)
 
     async def closed(self, content: Content) -> None:
         """What close(2) promises in the namespace's mode. Raises RemoteError."""

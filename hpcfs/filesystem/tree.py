@@ -215,7 +215,7 @@ class Tree:
         """The entry as it is now through what was done here."""
         node.entry = entry
         node.observed = self.now()
-        self._note_change(node)
+        self.note_attributes(node)
 
     def touch(self, directory: Node) -> None:
         """An entry of it came, went or was renamed here; the remote has not heard of it yet."""
@@ -224,9 +224,9 @@ class Tree:
     def expire(self, node: Node) -> None:
         """Ask the remote before believing the attributes again; answers under way don't count."""
         node.observed = self.now() - ATTRIBUTE_SECONDS
-        self._note_change(node)
+        self.note_attributes(node)
 
-    def _note_change(self, node: Node) -> None:
+    def note_attributes(self, node: Node) -> None:
         """Older listings of its directory don't tell its attributes any more."""
         for parent, name in node.names:
             self.on_change(parent, name, False)

@@ -83,7 +83,8 @@ class Unconfirmed(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Journal:
-    """Opened by `Journal.open`; what changes it runs SQLite in a thread, one call at a time."""
+    """Opened by `Journal.open`. SQLite runs one call at a time: in a thread where the disk must be
+    waited for."""
 
     def __init__(self, directory: Path, db: sqlite3.Connection) -> None:
         self._directory = directory
@@ -154,7 +155,10 @@ class Journal:
         """The file is dirty; called again when more is known. `durable`: it survives a loss of
         power. `instead_of` is a row that this one replaces in the same step."""
         row = msgspec.structs.replace(row, since=row.since or self._since(row.name))
-        await self._run(self._note, row, durable, instead_of)
+        if durable:
+            await self._run(self._note_durably, row, instead_of)
+        else:
+            await self._run_quick(self._write, row, instead_of)
 
     def _since(self, name: str) -> float:
         known = self._rows.get(name)
@@ -162,7 +166,7 @@ class Journal:
 
     async def confirm(self, name: str) -> None:
         """The remote has it all, or nobody wants it any more."""
-        await self._run(self._forget, [name])
+        await self._run_quick(self._forget, [name])
 
     async def keep(self, row: Unconfirmed) -> Unconfirmed:
         """It can't be uploaded or shown: move the bytes to where the user finds them."""
@@ -190,12 +194,17 @@ class Journal:
     async def _run(self, work: Callable[..., T], *args: object) -> T:
         return await trio.to_thread.run_sync(work, *args, limiter=self._limiter)
 
+    async def _run_quick(self, work: Callable[..., T], *args: object) -> T:
+        """What waits for no disk: SQLite takes 0.015 ms for it, and a thread as much six times."""
+        if self._limiter.borrowed_tokens:
+            return await self._run(work, *args)
+        return work(*args)
+
     # --- in a thread ------------------------------------------------------------------------------
 
-    def _note(self, row: Unconfirmed, durable: bool, instead_of: str | None) -> None:
-        if durable:
-            _sync_file(row.data)
-        self._write(row, durable=durable, instead_of=instead_of)
+    def _note_durably(self, row: Unconfirmed, instead_of: str | None) -> None:
+        _sync_file(row.data)
+        self._write(row, instead_of, durable=True)
 
     def _sync(self) -> None:
         self._has_unsynced = False
@@ -203,7 +212,7 @@ class Journal:
         self._db.execute("UPDATE synced SET times = times + 1")
 
     def _write(
-        self, row: Unconfirmed, *, durable: bool = False, instead_of: str | None = None
+        self, row: Unconfirmed, instead_of: str | None = None, *, durable: bool = False
     ) -> None:
         # In WAL mode FULL syncs at each commit, OFF never (sqlite.org/pragma.html).
         self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")

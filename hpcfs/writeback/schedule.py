@@ -13,7 +13,8 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-SETTLE_SECONDS = 0.5
+SETTLE_SECONDS = 0.25
+"""rsync, tar, git and editors are through with a file within some milliseconds."""
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 30.0
 MOST_AT_ONCE = 48
