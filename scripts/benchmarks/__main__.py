@@ -26,7 +26,7 @@ from scripts.benchmarks.servers import Place, Servers, plain_tcp_seconds, servin
 from scripts.benchmarks.steps import Bench, Step
 from tests.support.s3 import BUCKET
 
-REMOTES = ("sftp", "s3")
+REMOTES = ("sftp", "s3", "tunnel")
 QUICK_SIZE = 64 * MIB
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -210,7 +210,7 @@ def _arguments() -> argparse.Namespace:
         description="Measures hpcfs and its peers on the same files, over an emulated link.",
     )
     add = parser.add_argument
-    add("--remotes", type=_remotes, default=list(REMOTES), metavar="sftp,s3")
+    add("--remotes", type=_remotes, default=list(REMOTES), metavar="sftp,s3,tunnel")
     add("--delays", type=_delays, metavar="MS,...", help="round trips (0,20,100)")
     add("--rate", type=float, default=1000, metavar="MBITS", help="of the link (1000)")
     names = _one_of(workloads.NAMES, workloads.KINDS)

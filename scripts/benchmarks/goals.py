@@ -70,6 +70,8 @@ GOALS = [
     Goal("rsync-in", 20, "sftp", 20, SSHFS, HPCFS_BACK),
     *_both("append", 20, 2, BEST),
     Goal("git-clone", 20, "sftp", 5, SSHFS, HPCFS_BACK),
+    Goal("sequential", 20, "tunnel", 0.8, TCP),
+    Goal("sequential", 0, "tunnel", 1.5, SSHFS),
 ]
 
 

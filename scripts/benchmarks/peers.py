@@ -37,7 +37,7 @@ from pathlib import Path
 
 import hpcfs
 from hpcfs.system import mountinfo
-from scripts.benchmarks import measure
+from scripts.benchmarks import measure, tunnels
 from scripts.benchmarks.results import HPCFS, HPCFS_BACK, READ, WRITE
 from scripts.benchmarks.servers import REPOSITORY, Place
 from tests.support.s3 import ACCESS_KEY, BUCKET, REGION, SECRET_KEY, rclone_binary
@@ -133,6 +133,9 @@ def _hpcfs(*options: str) -> Command:
 def _hpcfs_config(place: Place, private: Private) -> Path:
     if place.remote == "sftp":
         keys = {"type": "sftp", "host": ALIAS, "path": place.files, "ssh_config": place.ssh_config}
+    elif place.remote == "tunnel":
+        keys = {"type": "tunnel", "tunnel": tunnels.NAME, "path": f"/{tunnels.SHARE}"}
+        keys["directory"] = str(place.rendezvous)
     else:
         keys = {"type": "s3", "bucket": BUCKET, "region": REGION}
         keys["endpoint_url"] = place.endpoint_url
@@ -256,6 +259,8 @@ S3FS_TUNED = (
 )
 
 SFTP_AND_S3 = ("sftp", "s3")
+EVERYWHERE = ("sftp", "s3", "tunnel")
+SSH = ("sftp", "tunnel")
 READS, WRITES = (READ,), (WRITE,)
 RCLONE_PLAIN_COMMAND = _rclone(RCLONE_PLAIN, RCLONE_PLAIN_FLAGS)
 RCLONE_WRITES_COMMAND = _rclone(RCLONE_PLAIN, RCLONE_WRITES_FLAGS)
@@ -263,18 +268,18 @@ RCLONE_TUNED_COMMAND = _rclone(RCLONE_TUNED, RCLONE_TUNED_FLAGS)
 RCLONE_STREAMS_COMMAND = _rclone(RCLONE_TUNED, RCLONE_STREAMS_FLAGS)
 
 CONTENDERS = (
-    Contender(HPCFS, "hpcfs", SFTP_AND_S3, _hpcfs(), inside="files"),
+    Contender(HPCFS, "hpcfs", EVERYWHERE, _hpcfs(), inside="files"),
     Contender(
         HPCFS_BACK,
         "hpcfs",
-        SFTP_AND_S3,
+        EVERYWHERE,
         _hpcfs("--write", "back"),
         inside="files",
         kinds=WRITES,
         needs="--write",
     ),
-    Contender("sshfs", "sshfs", ("sftp",), _sshfs()),
-    Contender("sshfs tuned", "sshfs", ("sftp",), _sshfs(*SSHFS_TUNED)),
+    Contender("sshfs", "sshfs", SSH, _sshfs()),
+    Contender("sshfs tuned", "sshfs", SSH, _sshfs(*SSHFS_TUNED)),
     Contender("rclone", "rclone", SFTP_AND_S3, RCLONE_PLAIN_COMMAND, kinds=READS),
     Contender("rclone tuned", "rclone", SFTP_AND_S3, RCLONE_TUNED_COMMAND, kinds=READS),
     Contender("rclone streams", "rclone", ("s3",), RCLONE_STREAMS_COMMAND, kinds=READS),

@@ -15,10 +15,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
+from scripts.benchmarks import tunnels
 from tests.support.s3 import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server, rclone_binary
 from tests.support.sshd import LOOPBACK, free_port, ssh_server
 
@@ -39,6 +41,8 @@ class Place:
     known_hosts: Path
     key: Path
     user: str
+    rendezvous: Path | None = None
+    """Where `hpcfs tunnel` left word, for a laptop."""
 
     @property
     def endpoint_url(self) -> str:
@@ -53,8 +57,10 @@ class Servers:
         self._files = files
         # No session may wait for another's login: eight readers connect at once.
         options = ("MaxStartups 100", "MaxSessions 100")
-        self._sshd = stack.enter_context(ssh_server(directory / "sshd", *options))
+        home = f"internal-sftp -d {directory}"
+        self._sshd = stack.enter_context(ssh_server(directory / "sshd", *options, subsystem=home))
         self._ports = {"sftp": self._sshd.port, "tcp": stack.enter_context(_tcp_peer())}
+        self._ports["tunnel"] = self._sshd.port
         if "s3" in remotes:
             self._ports["s3"] = stack.enter_context(_s3_server(files.parent))
 
@@ -73,11 +79,24 @@ class Servers:
     def at(self, remote: str, rtt_ms: float, rate_mbits: float) -> Iterator[Place]:
         """The way there, over a link of that delay; directly where there is none."""
         port = self._ports[remote]
-        if not rtt_ms:
-            yield self._place(remote, port)
-            return
-        with link(port, rtt_ms, rate_mbits) as link_port:
-            yield self._place(remote, link_port)
+        with ExitStack() as stack:
+            if rtt_ms:
+                port = stack.enter_context(link(port, rtt_ms, rate_mbits))
+            place = self._place(remote, port)
+            if remote == "tunnel":
+                place = stack.enter_context(self._laptop(place))
+            yield place
+
+    @contextmanager
+    def _laptop(self, login: Place) -> Iterator[Place]:
+        """Behind the login node at that place, as it is reached from there."""
+        rendezvous = self._directory / ".hpcfs" / "tunnels"
+        home = Path(mkdtemp(prefix="laptop-", dir=self._directory))
+        with (
+            tunnels.hpcfs_tunnel(login.ssh_config, self._files, home, rendezvous, REPOSITORY),
+            tunnels.ssh_tunnel(login.ssh_config, self._sshd.port) as port,
+        ):
+            yield replace(self._place("tunnel", port), rendezvous=rendezvous)
 
     def _place(self, remote: str, port: int) -> Place:
         directory = self._directory / f"{remote}-{port}"

@@ -1,0 +1,84 @@
+"""A laptop behind a login node, reached from there in two ways: by `hpcfs tunnel`, and by what
+people do without it, an SSH server on the laptop and `ssh -R`.
+
+Login node and laptop are this machine: the SSH server is both, and the link lies between. Mounts
+are on the login node, so that what they read crosses the link once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support.sshd import ALIAS, LOOPBACK
+
+NAME = "laptop"
+SHARE = "files"
+START_SECONDS = 30.0
+_ALLOCATED = re.compile(r"Allocated port (\d+) for remote forward")
+
+
+@contextmanager
+def hpcfs_tunnel(
+    ssh_config: Path, files: Path, home: Path, rendezvous: Path, repository: Path
+) -> Iterator[None]:
+    """Shares `files` until the block ends; `rendezvous` is where it leaves word."""
+    (home / ".ssh").mkdir(mode=0o700, parents=True)
+    (home / ".ssh" / "config").write_text(ssh_config.read_text())
+    program = "from hpcfs.cli.main import main; main()"
+    line = [sys.executable, "-c", program, "tunnel", ALIAS, "--name", NAME]
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "XDG_RUNTIME_DIR": str(home),
+        "PYTHONPATH": str(repository),
+    }
+    with (home / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*line, "--share", f"{SHARE}={files}"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not (rendezvous / f"{NAME}.json").exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"hpcfs tunnel is not up: {(home / 'log').read_text()}")
+            time.sleep(0.02)
+        yield
+    finally:
+        process.terminate()
+        process.wait(START_SECONDS)
+
+
+@contextmanager
+def ssh_tunnel(ssh_config: Path, laptop_port: int) -> Iterator[int]:
+    """The port on the login node that leads to the laptop's SSH server."""
+    line = ["ssh", "-N", "-F", str(ssh_config), "-R", f"0:{LOOPBACK}:{laptop_port}"]
+    process = subprocess.Popen(
+        [*line, "-c", "aes128-gcm@openssh.com", ALIAS],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    try:
+        told = process.stderr.readline()
+        allocated = _ALLOCATED.match(told)
+        if allocated is None:
+            raise RuntimeError(f"ssh -R did not get a port: {told}")
+        yield int(allocated[1])
+    finally:
+        process.terminate()
+        process.wait(START_SECONDS)
+        process.stderr.close()
