@@ -60,6 +60,15 @@ async def filesystem(sftp: asyncssh.SFTPClient, path: str) -> str:
     return kind
 
 
+async def host_name(sftp: asyncssh.SFTPClient) -> str:
+    """What the login node calls itself, as gethostname(2) does; empty where that is not told. One
+    name may lead to several login nodes, and the tunnel is on one of them."""
+    try:
+        return (await _read(sftp, "/proc/sys/kernel/hostname")).strip()
+    except asyncssh.SFTPError:
+        return ""
+
+
 def _address(text: str) -> Address:
     """The kernel prints each 32 bits as its processor has them: little-endian, on clusters."""
     raw = bytes.fromhex(text)

@@ -25,7 +25,7 @@ from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.ssh.login import Login
 from hpcfs.rendezvous.file import DIRECTORY, MAX_FILE_BYTES, Rendezvous, decode, encode, file_name
 from hpcfs.transfer.messages import PermissionDenied, RemoteError, WrongSettings
-from hpcfs.tunnel import probing
+from hpcfs.tunnel import listening, probing
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +42,14 @@ class NameTaken(WrongSettings):
 
 @dataclass(frozen=True)
 class Directory:
-    """Of the tunnels, on the cluster. `owner` is the numeric user there, where it tells."""
+    """Of the tunnels, on the cluster. `owner` is the numeric user there, where it tells. `host` is
+    what the login node calls itself, empty where it does not tell, `shown` what the laptop does."""
 
     sftp: asyncssh.SFTPClient
     path: str
     owner: int | None
     shown: str
+    host: str
 
     def file(self, name: str) -> str:
         return f"{self.path}/{file_name(name)}"
@@ -90,7 +92,7 @@ class Directory:
             if answer == "greets":
                 raise NameTaken(
                     f"a tunnel named {name} is up already, from {other.laptop} "
-                    f"(through {other.login_host}, since {other.since}): "
+                    f"(through {other.login_host or self.shown}, since {other.since}): "
                     "stop it there, or give this one another name with --name"
                 )
         log.info("the tunnel %s of %s does not answer: its file is replaced", name, other.laptop)
@@ -224,7 +226,7 @@ async def open_directory(sftp: asyncssh.SFTPClient, shown: str) -> Directory:
             )
         if (found.permissions or 0) & 0o777 != PRIVATE_DIRECTORY:
             await _close_to_others(sftp, path, shown)
-    return Directory(sftp, path, owners[-1], shown)
+    return Directory(sftp, path, owners[-1], shown, await listening.host_name(sftp))
 
 
 async def _make(sftp: asyncssh.SFTPClient, path: str) -> None:

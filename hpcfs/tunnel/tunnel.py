@@ -215,7 +215,7 @@ class Tunnel:
             for place in self._forwards.places:
                 if isinstance(place, UnixPlace):
                     await directory.secure_socket(place.path)
-            await directory.write(self._rendezvous(login.shown))
+            await directory.write(self._rendezvous(directory.host))
         except BaseException:
             await directory.remove_socket(path)
             raise
@@ -257,7 +257,7 @@ class Tunnel:
             async with asyncio.timeout(limit):
                 if not await directory.is_ours(self.plan.name, self.identity.id):
                     log.warning("the tunnel's file on %s is gone: written anew", directory.shown)
-                    await directory.write(self._rendezvous(directory.shown))
+                    await directory.write(self._rendezvous(directory.host))
         except TimeoutError:
             raise TimedOut(f"{directory.shown} did not answer within {limit:g} s") from None
 

@@ -60,6 +60,14 @@ class Meeting:
             now = self.stamp()
 
 
+@dataclass
+class Pulse:
+    """When the laptop was last heard, on any line of a session: one question serves all."""
+
+    heard_at: float = 0.0
+    asked_at: float = 0.0
+
+
 class _Over(Exception):
     """The laptop has no such stream any more."""
 
@@ -68,9 +76,15 @@ class Line:
     """A stream and the pipe that carries it at the moment."""
 
     def __init__(
-        self, meeting: Meeting, stamp: file.Stamp | None, rendezvous: Rendezvous, place: Place
+        self,
+        meeting: Meeting,
+        pulse: Pulse,
+        stamp: file.Stamp | None,
+        rendezvous: Rendezvous,
+        place: Place,
     ) -> None:
         self.rendezvous = rendezvous
+        self._pulse = pulse
         self._stamp = stamp
         """Of the file, before it was read: what changes afterwards is another one."""
         self.is_private = isinstance(place, UnixPlace)
@@ -79,19 +93,19 @@ class Line:
         self._loop = asyncio.get_running_loop()
 
     @classmethod
-    async def open(cls, meeting: Meeting) -> Line:
+    async def open(cls, meeting: Meeting, pulse: Pulse) -> Line:
         """Raises Unreachable or WrongSettings."""
         stamp = meeting.stamp()
-        opening = cls._open(meeting, stamp, meeting.read())
+        opening = cls._open(meeting, pulse, stamp, meeting.read())
         return await _unless_moved(meeting, stamp, opening)
 
     @classmethod
     async def _open(
-        cls, meeting: Meeting, stamp: file.Stamp | None, rendezvous: Rendezvous
+        cls, meeting: Meeting, pulse: Pulse, stamp: file.Stamp | None, rendezvous: Rendezvous
     ) -> Line:
         reasons: list[NoAnswer] = []
         for place in rendezvous.places:
-            line = cls(meeting, stamp, rendezvous, place)
+            line = cls(meeting, pulse, stamp, rendezvous, place)
             try:
                 pipe = await connect(place, rendezvous.id)
                 stream_id, seen = await go_on(pipe, NEW_STREAM, 0)
@@ -138,18 +152,20 @@ class Line:
 
     async def _until_broken(self, pipe: PipeEnd) -> bool:
         """Whether the stream is over."""
-        pipe.heard_at = asked_at = self._loop.time()
+        pulse = self._pulse
+        pipe.heard_at = pulse.heard_at = self._loop.time()
         while not self.stream.ended:
             with suppress(TimeoutError):
                 async with asyncio.timeout(CHECK_SECONDS):
                     await pipe.broken.wait()
             now = self._loop.time()
-            silence = now - pipe.heard_at
+            pulse.heard_at = max(pulse.heard_at, pipe.heard_at)
+            silence = now - pulse.heard_at
             moved = self._meeting.stamp() != self._stamp
             if pipe.broken.is_set() or moved or silence > SILENT_SECONDS:
                 break
-            if silence >= ASK_SECONDS and now - asked_at >= ASK_SECONDS:
-                asked_at = now
+            if silence >= ASK_SECONDS and now - pulse.asked_at >= ASK_SECONDS:
+                pulse.asked_at = now
                 self.stream.ask()
         return self.stream.ended
 

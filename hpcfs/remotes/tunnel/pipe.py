@@ -164,11 +164,16 @@ def _check_peer(sock: socket.socket) -> None:
 
 
 async def go_on(pipe: PipeEnd, stream_id: bytes, received: int) -> tuple[bytes, int]:
-    """Ask for a stream; which one it is, and how many of our bytes came. Raises NoAnswer."""
+    """Ask for a stream; which one it is, and how many of our bytes came. Raises NoAnswer; the pipe
+    is closed then."""
     pipe.write(OPENING.pack(stream_id, received))
     try:
         async with asyncio.timeout(PLACE_SECONDS):
             found, seen = OPENING.unpack(await pipe.read(OPENING.size))
     except TimeoutError:
+        pipe.close()
         raise Silent("the laptop does not answer") from None
+    except BaseException:
+        pipe.close()
+        raise
     return found, seen

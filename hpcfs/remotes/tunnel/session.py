@@ -29,7 +29,7 @@ from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
 from hpcfs.remotes.ssh.settings import FAST_CIPHER
 from hpcfs.remotes.ssh.shell import Shell
-from hpcfs.remotes.tunnel.line import Line, Meeting
+from hpcfs.remotes.tunnel.line import Line, Meeting, Pulse
 from hpcfs.rendezvous.file import Rendezvous
 from hpcfs.rendezvous.proof import SESSION_BYTES, NotProved, prove_as_client
 from hpcfs.rendezvous.pump import socket_of
@@ -98,21 +98,22 @@ class TunnelLogin:
 
 async def open_session(start: Start, meeting: Meeting) -> SftpSession:
     """Raises RemoteErrors only."""
-    line = await Line.open(meeting)
+    pulse = Pulse()
+    line = await Line.open(meeting, pulse)
     login = TunnelLogin(line.rendezvous.user, line.shown, [line])
     ended = asyncio.Event()
     if line.is_private:
-        channels = _private_channels(login, meeting, ended.set)
+        channels = _private_channels(login, meeting, pulse, ended.set)
         return await begin(login, start, ended, channels, shared_handles=True)
     return await begin(login, start, ended, _ssh_channels(login, ended.set))
 
 
 async def _private_channels(
-    login: TunnelLogin, meeting: Meeting, on_lost: Callable[[], None]
+    login: TunnelLogin, meeting: Meeting, pulse: Pulse, on_lost: Callable[[], None]
 ) -> list[Requests]:
     """One for small requests and some for bytes."""
     opened = await asyncio.gather(
-        *(Line.open(meeting) for _ in range(READERS)), return_exceptions=True
+        *(Line.open(meeting, pulse) for _ in range(READERS)), return_exceptions=True
     )
     login.lines += [line for line in opened if isinstance(line, Line)]
     for failure in opened:
