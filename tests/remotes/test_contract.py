@@ -599,6 +599,10 @@ async def test_an_upload_that_replaces(remote: Remote, subject: Subject) -> None
     await put(remote, b"large", content(3 * 1024 * 1024), replace=True)
     assert await get(remote, b"large") == content(3 * 1024 * 1024)
     assert set(await listed(remote, b"")) == {b"file", b"first", b"large"}, "and nothing beside"
+    await remote.make_symlink(b"link", b"file")
+    await put(remote, b"link", b"no link", replace=True)
+    assert await get(remote, b"link") == b"no link"
+    assert await get(remote, b"file") == b"new"
 
 
 @contract
