@@ -273,7 +273,7 @@ class Files(Closing):
 
     async def truncate(self, node: Node, size: int, handle: int | None) -> bool:
         """Without a handle nobody will close the file: the remote is told before this returns.
-        Whether ftruncate(2) changed no size: it sets the time nevertheless."""
+        Whether the size stayed as it was: the time is to be set nevertheless."""
         namespace = self._regular(node)
         namespace.check_writable()
         if handle is not None:
@@ -288,15 +288,14 @@ class Files(Closing):
             return False
         content.users += 1
         try:
-            await self._cut(node, content, size)
+            changed = await self._cut(node, content, size)
             await self.closed(content)
         finally:
             await self._leave(content)
-        return False
+        return not changed
 
     async def _cut(self, node: Node, content: Content, size: int, *, stamp: bool = False) -> bool:
-        """Whether the size changed. truncate(2): "if the size changed", the times do; O_TRUNC sets
-        them in any case."""
+        """Whether the size changed."""
         async with self._uploader.writing(content):
             if size < content.size:
                 await self._uploader.note_cut(content, size)

@@ -139,6 +139,10 @@ def test_truncation_to_the_same_size_sets_the_time(tree: WorkTree, empty: bool) 
         assert path.stat().st_mtime > 1e9
     assert path.stat().st_mtime > 1e9
     os.utime(path, (1e9, 1e9))
+    with path.open("rb"):
+        os.truncate(path, path.stat().st_size)
+        assert path.stat().st_mtime > 1e9
+    os.utime(path, (1e9, 1e9))
     os.close(os.open(path, os.O_WRONLY | os.O_TRUNC))
     assert path.stat().st_mtime > 1e9
     assert path.stat().st_size == 0
