@@ -82,7 +82,8 @@ def _is_count_of_links(step: Step, found: Outcome, wanted: Outcome) -> bool:
 
 
 def _exercise(mount: Mount, kind: str, seed: int, local: Path) -> None:
-    todo = exerciser.steps(seed, RUN_STEPS, links=kind.startswith("sftp"))
+    scratch = local.with_name("scratch")
+    todo = exerciser.steps(seed, RUN_STEPS, scratch, links=kind.startswith("sftp"))
 
     def attempt(steps: list[Step]) -> Difference | None:
         try:

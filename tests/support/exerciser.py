@@ -47,6 +47,9 @@ NOW_SECONDS = 100
 CLOCK_SECONDS = 3
 """By which the clocks of two file systems may differ."""
 
+FAILING = 0.05
+"""Of the steps that fail, so many are taken."""
+
 Step = tuple[str, tuple[Any, ...]]
 Outcome = tuple[str, object]
 
@@ -107,9 +110,10 @@ class Side:
     # --- open files ---
 
     def open_file(self, slot: int, path: str, flags: int, mode: int) -> None:
+        opened = os.open(self.at(path), flags, mode)
         if slot in self.open:
             self.close(slot)
-        self.open[slot] = os.open(self.at(path), flags, mode)
+        self.open[slot] = opened
 
     def close(self, slot: int) -> None:
         os.close(self.open.pop(slot, -1))
@@ -244,9 +248,25 @@ def _same_time(one: float, other: float) -> bool:
 # --- steps ----------------------------------------------------------------------------------------
 
 
-def steps(seed: int, count: int, *, links: bool = True) -> list[Step]:
-    """`links`: also hard ones."""
+def steps(seed: int, count: int, scratch: Path, *, links: bool = True) -> list[Step]:
+    """Most of them do something: of those that fail in the `scratch` directory, where they are
+    tried, few are taken. `links`: also hard ones."""
     rnd = random.Random(seed)
+    side = Side(empty(scratch))
+    chosen: list[Step] = []
+    try:
+        for step in _any_steps(rnd, links=links):
+            outcome, _ = side.do(step)
+            if outcome == "value" or rnd.random() < FAILING:
+                chosen.append(step)
+            if len(chosen) == count:
+                return chosen
+    finally:
+        side.close_all()
+    raise AssertionError("there is no end of steps")
+
+
+def _any_steps(rnd: random.Random, *, links: bool) -> Iterator[Step]:
 
     def path() -> str:
         return rnd.choice(PATHS)
@@ -294,7 +314,8 @@ def steps(seed: int, count: int, *, links: bool = True) -> list[Step]:
         (4, lambda: ("fstat", (slot(),))),
     ]
     weights = [weight for weight, _ in makers]
-    return [rnd.choices(makers, weights)[0][1]() for _ in range(count)]
+    while True:
+        yield rnd.choices(makers, weights)[0][1]()
 
 
 def looks_after(step: Step) -> Iterator[Step]:
