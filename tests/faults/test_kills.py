@@ -187,7 +187,7 @@ class Place:
         name = f"p{next(_folders)}"
         self.folder.fill(name, STORIES[story].seeds)
         top = self.mount.path / "ns" / name
-        until(lambda: top.is_dir() and self.mount.transfer_processes())
+        until(lambda: errno_of(os.stat, top) is None and self.mount.transfer_processes())
         return Program(top, STORIES[story].seeds, back=self.mode == "back", s3=self.kind != "sftp")
 
     def count(self, story: str, victim: str) -> dict[str, int]:
@@ -276,7 +276,8 @@ class Place:
 
 
 def _is_quiet(mount: Mount) -> bool:
-    return mount.namespace("ns").state == "connected" or bool(os.listdir(mount.path / "ns"))
+    """Listing it starts a transfer process, a second after the last one was started."""
+    return mount.namespace("ns").state == "connected" or not errno_of(os.listdir, mount.path / "ns")
 
 
 def _is_zombie(pid: int) -> bool:
