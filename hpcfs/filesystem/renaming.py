@@ -61,19 +61,22 @@ class Renaming:
         self, content: Content, node: Node, parent: Node, name: bytes, target: Node | None
     ) -> None:
         """Under the content's upload lock."""
+        if target is not None and target.is_directory:
+            raise IsDirectory("a file can't replace a directory")
+        lost = None if target is None or target.others else target
         async with AsyncExitStack() as locks:
-            if target is not None:
-                if target.is_directory:
-                    raise IsDirectory("a file can't replace a directory")
-                if target.content:
-                    await locks.enter_async_context(target.content.upload_lock)
-                await self._files.keep_readable(target)
+            if lost is not None:
+                if lost.content:
+                    await locks.enter_async_context(lost.content.upload_lock)
+                await self._files.keep_readable(lost)
+            elif target is not None:  # it goes on under its other names
+                await self.flush_below(target)
             old_path = node.path
             # No await from here to the end of the move.
             content.replace = content.replace or _is_there(target)
-            doomed = target.content if target else None
-            if target is not None:
-                self._files.orphan(target)
+            doomed = lost.content if lost else None
+            if lost is not None:
+                self._files.orphan(lost)
             old_parent = node.parent
             assert old_parent
             self._tree.move(node, (old_parent, node.name), parent, name)
@@ -85,7 +88,9 @@ class Renaming:
             if doomed:
                 doomed.journaled = False
         if target is not None:
-            await self._files.forget_orphan(target)
+            self._tree.note_changed(target)
+        if lost is not None:
+            await self._files.forget_orphan(lost)
         await self._store.move(content.namespace.origin, old_path, node.path)
 
     # --- what the remote has ----------------------------------------------------------------------

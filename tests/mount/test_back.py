@@ -153,3 +153,21 @@ def test_a_conflict_is_told(servers: Servers, real_home: RealHome) -> None:
         (beside,) = re.findall(r"conflict: ns/file was .* is beside it as (\S+)", shown)
         assert served.inside.read(beside) == b"mine"
         assert (mount.path / "ns" / "file").read_bytes() == b"somebody else's"
+
+
+def test_a_link_that_is_renamed_over_goes_on(servers: Servers, real_home: RealHome) -> None:
+    """Under its other name, with what is being written to it."""
+    with mounted(real_home, {"ns": served_back(servers, "sftp")}) as mount:
+        top = mount.path / "ns"
+        (top / "one").write_bytes(b"old")
+        os.link(top / "one", top / "two")
+        with (top / "one").open("r+b", 0) as file:
+            file.write(b"mine")
+            (top / "new").write_bytes(b"new")
+            os.rename(top / "new", top / "one")
+            assert os.fstat(file.fileno()).st_nlink == 1
+            file.write(b" too")
+        assert ((top / "one").read_bytes(), (top / "two").read_bytes()) == (b"new", b"mine too")
+        sync(mount)
+        inside = mount.namespaces["ns"].inside
+        assert (inside.read("one"), inside.read("two")) == (b"new", b"mine too")
