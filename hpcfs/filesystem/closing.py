@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
+from functools import partial
 
 import msgspec
 import trio
@@ -50,11 +51,9 @@ class Closing(ABC):
     async def flush(self, content: Content, *, sync: bool = False) -> None:
         """Return once the remote has what was written. Raises RemoteError."""
         try:
-            entry = await self._uploader.upload(content, sync=sync)
+            await self._uploader.upload(content, partial(self._confirmed, content), sync=sync)
         except (m.Conflict, m.Changed) as error:
             raise m.Conflict(await self._set_aside(content, error.message)) from None
-        if entry is not None:
-            self._confirmed(content, entry)
 
     async def _set_aside(self, content: Content, reason: str) -> str:
         """Others changed the file since it was opened: both versions stay. Returns the user's

@@ -34,7 +34,7 @@ from hpcfs.filesystem.errors import (
 from hpcfs.filesystem.files import Files
 from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.permissions import Permissions
-from hpcfs.filesystem.renaming import Renaming
+from hpcfs.filesystem.renaming import Renaming, check_empty
 from hpcfs.filesystem.tree import ROOT_INO, Node, Tree, join
 from hpcfs.filesystem.xattrs import ExtendedAttributes
 from hpcfs.transfer import messages as m
@@ -425,8 +425,8 @@ class Filesystem:
     async def rmdir(self, parent_ino: int, name: bytes) -> None:
         parent, namespace = await self._about_to_change(parent_ino, name)
         node = self.tree.child(parent, name)
-        if node and any(child.content and child.content.new for child in node.below()):
-            raise m.DirectoryNotEmpty("a file in it is being written")
+        if node:
+            check_empty(node)
         await namespace.do(m.RemoveDirectory(join(parent, name)))
         self.tree.note_gone(parent, name)
         self.tree.expire(parent)

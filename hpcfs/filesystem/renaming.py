@@ -107,6 +107,8 @@ class Renaming:
         replace: bool,
     ) -> None:
         path, new_path = join(*old), join(parent, name)
+        if target:
+            check_empty(target)
         if target and target.others:
             await self.flush_below(target)
         elif target:
@@ -161,6 +163,14 @@ class Renaming:
         for below in list(node.below()):
             if below.content and below.content.is_dirty():
                 await self._files.flush(below.content)
+
+
+def check_empty(directory: Node) -> None:
+    """Before it is removed or replaced: the remote does not know of files that it never had."""
+    if directory.is_directory and any(
+        below.content and below.content.new for below in directory.below()
+    ):
+        raise m.DirectoryNotEmpty("a file in it is not uploaded yet")
 
 
 def _is_there(target: Node | None) -> bool:

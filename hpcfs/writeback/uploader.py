@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any, Protocol
 
@@ -132,20 +132,22 @@ class Uploader:
             raise CacheDiskFull(f"the journal in the cache can't be written: {error}") from None
         file.journaled = True
 
-    async def upload(self, file: Uploadable, *, sync: bool = False) -> Entry | None:
-        """Return once the remote has it, with the entry there, or None if nothing was dirty.
+    async def upload(
+        self, file: Uploadable, confirmed: Callable[[Entry], None], *, sync: bool = False
+    ) -> None:
+        """Return once the remote has it. `confirmed` hears what the entry there is at the moment
+        in which the file is dirty no more: nobody may see it clean and as it was.
 
         Raises RemoteError; the file is then as dirty as before.
         """
         async with file.upload_lock:
             if not file.is_dirty():
-                return None
+                return
             file.use_disk()
             with file.pinned():
-                entry = await self._send_somehow(file, sync=sync)
+                confirmed(await self._send_somehow(file, sync=sync))
             if not file.is_dirty() and not file.writers:
                 await self.forget(file)
-            return entry
 
     async def _send_somehow(self, file: Uploadable, *, sync: bool) -> Entry:
         while True:

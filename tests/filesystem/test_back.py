@@ -74,6 +74,39 @@ async def test_a_file_that_goes_up_while_its_directory_is_listed_is_listed(w: Wo
 
 
 @back()
+async def test_no_older_listing_tells_of_what_was_just_uploaded(w: World) -> None:
+    """It comes when the remote has the file, and the journal does not know it yet."""
+    w.remote.put(b"old", OLD)
+    handle = await w.kernel.open("ns/old", RW)
+    await w.kernel.pwrite(handle, len(OLD), NEW)
+    await w.kernel.close(handle)
+    await w.kernel.write_file("ns/new", NEW)
+    held = w.cues.hold(m.List, stage="after")
+    listed: set[bytes] = set()
+    read = trio.Event()
+    confirm = w.journal.confirm
+
+    async def list_first(name: str) -> None:
+        held.go.set()
+        await read.wait()
+        await confirm(name)
+
+    async def list_all() -> None:
+        listed.update(await w.kernel.listdir("ns"))
+        read.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(w.journal, "confirm", list_first)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(list_all)
+            await held.reached.wait()
+            await synced(w)
+    assert listed == {b"old", b"new"}
+    assert (await w.kernel.stat("ns/old")).size == 2 * BLOCK_BYTES
+    assert await w.kernel.read_file("ns/old") == OLD + NEW
+
+
+@back()
 async def test_fsync_returns_when_the_remote_has_it(w: World) -> None:
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
     await w.kernel.pwrite(handle, 0, NEW)
@@ -178,6 +211,18 @@ async def test_what_waits_has_its_name(w: World) -> None:
     await w.kernel.write_file("ns/g", b"y")
     with pytest.raises(Exists):
         await w.kernel.rename("ns/g", "ns/d/f", replace=False)
+    held.go.set()
+
+
+@back()
+async def test_a_directory_with_what_waits_is_not_replaced(w: World) -> None:
+    held = w.cues.hold(m.Upload)
+    for name in ("d", "e"):
+        await w.kernel.mkdir(f"ns/{name}")
+    await w.kernel.write_file("ns/d/f", NEW)
+    with pytest.raises(m.DirectoryNotEmpty):
+        await w.kernel.rename("ns/e", "ns/d")
+    assert await w.kernel.read_file("ns/d/f") == NEW
     held.go.set()
 
 
