@@ -263,6 +263,16 @@ class Store:
         self.shelf.foresight.spoil_all()
         await self._drop_names(await self.shelf.change(self._index.remove, origin, key))
 
+    async def outdate(self, origin: str, key: bytes) -> None:
+        """The remote changed the content of a file here: a later version may look like the one that
+        is cached, where versions are sizes and seconds."""
+        self._forget_under(origin, key)
+        self.shelf.foresight.spoil(origin, key)
+        record = await self.in_thread(self._index.find, origin, key)
+        if record is not None:
+            await self.shelf.change(self._index.delete, [record.name])
+            await self._drop_names([record.name])
+
     async def renew_version(self, origin: str, key: bytes, old: bytes, new: bytes) -> None:
         """The same content has another version now (its mtime was set)."""
         file = self._active.get((origin, key))

@@ -177,6 +177,18 @@ def test_exclusive_creation(tree: WorkTree) -> None:
     assert tree.on_server("theirs") == b"x"
 
 
+def test_nothing_comes_back_after_a_truncation_by_name(tree: WorkTree) -> None:
+    """Within one second a file over SFTP can have a version that it had before."""
+    path = tree.path / "file"
+    data = random.Random(3).randbytes(200_000)
+    for _ in range(3):
+        path.write_bytes(data)
+        assert path.read_bytes() == data
+        os.truncate(path, 1000)
+        os.truncate(path, 200_000)
+        assert path.read_bytes() == data[:1000] + bytes(199_000)
+
+
 def test_rename_replaces_a_file(tree: WorkTree) -> None:
     (tree.path / "old").write_bytes(b"old")
     (tree.path / "new").write_bytes(b"new")
