@@ -36,7 +36,19 @@ class AttributeChanges:
         elif node.content is None and not node.is_attached:
             self._show(node, attributes, 1)  # a removed directory that is open
         else:
+            if node.is_directory and attributes.mode is not None:
+                await self._bring_before(node, attributes.mode)
             await self._set_now(namespace, node, attributes)
+
+    async def _bring_before(self, directory: Node, mode: int) -> None:
+        """What waits in it could not be made there later: cp -a and tar make directories read-only
+        once they are filled."""
+        if mode & stat.S_IWUSR and mode & stat.S_IXUSR:
+            return
+        for below in list(directory.below()):
+            content = below.content
+            if content and content.namespace.writes_back and content.is_dirty():
+                await self._files.flush(content)
 
     def _without_same_owner(self, node: Node, attributes: m.Attributes) -> m.Attributes:
         """chown to the owner that is shown changes nothing: cp -a and rsync do that."""

@@ -8,7 +8,7 @@ its last name, and if it replaces another one there, in one step.
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, suppress
 
 from hpcfs.cache.store import Store
 from hpcfs.filesystem.content import Content
@@ -121,6 +121,8 @@ class Renaming:
                 linked = target if target and target.others else None
                 for content in _open_below(node, linked):
                     motion.enter_context(content.in_motion())
+                if target and target.content and target.content.replace:
+                    await _make_way(namespace, new_path)
                 await namespace.do(m.Rename(path, new_path, replace))
                 # No await from here to the end of the move: a lookup must not come in between.
                 if target and not target.others:
@@ -163,6 +165,13 @@ class Renaming:
         for below in list(node.below()):
             if below.content and below.content.is_dirty():
                 await self._files.flush(below.content)
+
+
+async def _make_way(namespace: Namespace, path: bytes) -> None:
+    """What the remote still has of this name, and what waits was to replace, may be a link to the
+    file that is renamed over it: rename(2) would leave both. What waits is in the journal."""
+    with suppress(m.NotFound):
+        await namespace.do(m.Remove(path))
 
 
 def check_empty(directory: Node) -> None:

@@ -227,6 +227,17 @@ async def test_a_directory_with_what_waits_is_not_replaced(w: World) -> None:
 
 
 @back()
+async def test_a_directory_is_read_only_once_what_waits_in_it_is_there(w: World) -> None:
+    """As cp -a and tar leave it: afterwards nothing can be made in it."""
+    await w.kernel.mkdir("ns/d")
+    await w.kernel.write_file("ns/d/f", NEW)
+    await w.kernel.setattr("ns/d", m.Attributes(mode=0o555))
+    kinds = [type(call) for call in w.cues.calls]
+    assert kinds.index(m.Upload) < kinds.index(m.SetAttributes)
+    assert w.remote.get(b"d/f") == NEW
+
+
+@back()
 async def test_a_directory_is_renamed_once_what_waits_in_it_is_there(w: World) -> None:
     await w.kernel.mkdir("ns/d")
     await w.kernel.write_file("ns/d/f", NEW)

@@ -171,3 +171,20 @@ def test_a_link_that_is_renamed_over_goes_on(servers: Servers, real_home: RealHo
         sync(mount)
         inside = mount.namespaces["ns"].inside
         assert (inside.read("one"), inside.read("two")) == (b"new", b"mine too")
+
+
+def test_links_of_one_file_are_renamed_over_each_other(
+    servers: Servers, real_home: RealHome
+) -> None:
+    """On the server they still are two, when one of them is to be replaced here."""
+    with mounted(real_home, {"ns": served_back(servers, "sftp")}) as mount:
+        top = mount.path / "ns"
+        (top / "one").write_bytes(b"old")
+        os.link(top / "one", top / "two")
+        (top / "new").write_bytes(b"new")
+        os.rename(top / "new", top / "one")
+        os.rename(top / "two", top / "one")
+        assert os.listdir(top) == ["one"]
+        sync(mount)
+        assert mount.namespaces["ns"].inside.read("one") == b"old"
+        assert not mount.namespaces["ns"].inside.exists("two")
