@@ -14,7 +14,8 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,10 @@ from tests.support.mounts import (
 from tests.support.promises import Program
 from tests.support.s3 import S3Server, moto_s3
 from tests.support.sshd import ssh_server
-from tests.support.steps import Steps
+from tests.support.steps import DAEMON, Steps, is_gone, spread
 
 FULL = os.environ.get("HPCFS_FULL") == "1"
+MOST = int(os.environ.get("HPCFS_KILLS", "60" if FULL else "1"))
 MIB = 1 << 20
 TRANSIENT = "the transfer process of this site ended"
 """Is tried again a second later."""
@@ -173,6 +175,10 @@ class Point:
         return f"{self.story}-{self.victim}-{self.kind}-{self.nth}"
 
 
+Second = tuple[str | None, int]
+"""The step (kind, nth) before which the next daemon is killed too; no kind: it lives."""
+
+
 @dataclass
 class Place:
     mount: Mount
@@ -180,6 +186,8 @@ class Place:
     steps: Steps
     mode: str
     kind: str
+    recovery: dict[str, int] = field(default_factory=dict)
+    """The steps of the last daemon that took up what another one left."""
 
     # --- running a story --------------------------------------------------------------------------
 
@@ -203,7 +211,7 @@ class Place:
     def _pid(self, victim: str) -> int:
         return self.mount.transfer_processes()[0] if victim == "transfer" else self.mount.status.pid
 
-    def kill(self, point: Point) -> bool:
+    def kill(self, point: Point, second: Second | None = None) -> bool:
         """Whether the point was reached; then all is checked."""
         program = self.begin(point.story)
         also = self._pid("transfer") if point.victim == "both" else 0
@@ -221,15 +229,31 @@ class Place:
         if not self.steps.has_killed:
             self.check(program, set())
             return False
-        until(lambda: not Path(f"/proc/{pid}").exists() or _is_zombie(pid))
+        until(lambda: is_gone(pid))
         lines = program.account.problems_on_remote(self.folder.look(program.top.name))
         assert not lines, _report("on the remote, before anything else", program, lines)
-        if point.victim != "transfer":
+        if point.victim != "transfer" and not (second and self._outlives(second)):
             self.mount.mount()
         stuck = self.retry() if point.victim == "transfer" else set()
         assert self.mount.status.pid != daemon or point.victim == "transfer"
         self.check(program, stuck)
         return True
+
+    def _outlives(self, second: Second) -> bool:
+        """Whether a daemon that takes up what the killed one left did so until all was uploaded."""
+        self.steps.watch(DAEMON, *second)
+        done = self.mount.home.run("mount", self.mount.path)
+        try:
+            if not done.returncode:
+                self.sync()
+        except SetupError:
+            assert self.steps.has_killed, "hpcfs sync failed though nothing was killed"
+        self.recovery = self.steps.stop()
+        if not self.steps.has_killed:
+            assert not done.returncode, done.stderr
+            return True
+        until(lambda: is_gone(self.steps.killed))
+        return self.mount.is_mounted and self.is_alive()  # the command that waits for it was killed
 
     def check(self, program: Program, retried: set[str]) -> None:
         """`retried` were kept, so that the mount does not show them before they are brought."""
@@ -280,13 +304,6 @@ def _is_quiet(mount: Mount) -> bool:
     return mount.namespace("ns").state == "connected" or not errno_of(os.listdir, mount.path / "ns")
 
 
-def _is_zombie(pid: int) -> bool:
-    try:
-        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return True
-
-
 def _report(when: str, program: Program, lines: list[str]) -> str:
     doubt = program.account.doubt
     under_way = f"under way: {doubt.what}" if doubt else "nothing was under way"
@@ -314,15 +331,6 @@ def place(directory: Path, kind: str, mode: str) -> Iterator[Place]:
 # --- tests ----------------------------------------------------------------------------------------
 
 
-def _points(story: str, victim: str, counts: dict[str, int], most: int) -> Iterator[Point]:
-    """Of each kind so many at most, evenly over the story."""
-    for kind, count in counts.items():
-        chosen = min(most, count)
-        for number in range(chosen):
-            nth = 1 + (count - 1) * number // (chosen - 1) if chosen > 1 else (count + 1) // 2
-            yield Point(story, victim, kind, nth)
-
-
 CASES = [(story, victim) for story in STORIES for victim in ("daemon", "transfer", "both")]
 SOME_CASES = [("small", "daemon"), ("names", "transfer")]
 
@@ -333,26 +341,55 @@ SOME_CASES = [("small", "daemon"), ("names", "transfer")]
 def test_what_was_acknowledged_outlives_kills(
     story: str, victim: str, kind: str, mode: str, tmp_path: Path
 ) -> None:
-    most = int(os.environ.get("HPCFS_KILLS", "60" if FULL else "1"))
-    failed: list[str] = []
-    passed = missed = 0
     with place(tmp_path, kind, mode) as here:
         counts = here.count(story, victim)
         print(counts)
-        for point in _points(story, victim, counts, most):
-            try:
-                if here.kill(point):
-                    passed += 1
-                else:
-                    missed += 1
-            except (AssertionError, OSError) as error:
-                failed.append(f"{point}: {type(error).__name__}: {str(error)[:3000]}")
-                print("FAILED", failed[-1], here.mount.log[-3000:], flush=True)
-                if len(failed) > 5:
-                    break
-                here.steps.stop()
-                if not here.is_alive():
-                    here.mount.mount()
+        points = [Point(story, victim, kind, nth) for kind, nth in spread(counts, MOST)]
+        _try_all(here, {str(point): partial(here.kill, point) for point in points})
+
+
+@pytest.mark.parametrize("mode", ["through", "back"])
+@pytest.mark.parametrize("kind", ["sftp", "s3-moto"])
+@pytest.mark.parametrize("story", STORIES if FULL else ["small"])
+def test_so_it_does_when_the_next_daemon_is_killed_too(
+    story: str, kind: str, mode: str, tmp_path: Path
+) -> None:
+    with place(tmp_path, kind, mode) as here:
+        steps = {"journal": here.count(story, "daemon")["journal"]}
+        first = next(
+            point
+            for point in (Point(story, "both", *step) for step in spread(steps, 8))
+            if here.kill(point, second=(None, 0)) and here.recovery["journal"]
+        )
+        print(first, here.recovery)
+        kinds = set(here.recovery) - {"tell"} if FULL else {"journal"}
+        counts = {kind: here.recovery[kind] for kind in sorted(kinds)}
+        _try_all(
+            here,
+            {
+                f"{first}, then {second}": partial(here.kill, first, second=second)
+                for second in spread(counts, MOST)
+            },
+        )
+
+
+def _try_all(here: Place, tries: dict[str, Callable[[], bool]]) -> None:
+    failed: list[str] = []
+    passed = missed = 0
+    for name, attempt in tries.items():
+        try:
+            if attempt():
+                passed += 1
+            else:
+                missed += 1
+        except (AssertionError, OSError) as error:
+            failed.append(f"{name}: {type(error).__name__}: {str(error)[:3000]}")
+            print("FAILED", failed[-1], here.mount.log[-3000:], flush=True)
+            if len(failed) > 5:
+                break
+            here.steps.stop()
+            if not here.is_alive():
+                here.mount.mount()
     print(f"{passed} points passed, {missed} were not reached")
     assert passed > missed
     assert not failed, "\n\n".join(failed)

@@ -21,15 +21,28 @@
 enum kind { CACHE, JOURNAL, SYNC, NAMES, TELL, NET, ANSWER, KINDS };
 
 struct page {               /* steps.py has the same */
-    int victim;             /* the process that is watched, 0 for none */
+    int victim;             /* the process that is watched, 0 for none, DAEMON */
     int also;               /* is killed with it */
     int kind;               /* of the step before which it dies; -1 for none */
     int left;               /* steps of that kind until then */
-    int fired;
+    int killed;             /* the process that was */
     int counts[KINDS];
 };
 
+enum { DAEMON = -1 };       /* whichever comes to be one: no transfer process */
+
 static struct page *page;
+static int is_transfer;
+
+static int runs_transfer(void)
+{
+    char line[4096];
+    FILE *file = fopen("/proc/self/cmdline", "r");
+    size_t length = file ? fread(line, 1, sizeof line, file) : 0;
+    if (file)
+        fclose(file);
+    return memmem(line, length, "hpcfs.transfer", 14) != NULL;
+}
 
 __attribute__((constructor)) static void start(void)
 {
@@ -41,6 +54,7 @@ __attribute__((constructor)) static void start(void)
     close(fd);
     if (found != MAP_FAILED)
         page = found;
+    is_transfer = runs_transfer();
 }
 
 static void step(enum kind kind)
@@ -48,7 +62,7 @@ static void step(enum kind kind)
     __atomic_add_fetch(&page->counts[kind], 1, __ATOMIC_SEQ_CST);
     if (page->kind != (int)kind || __atomic_sub_fetch(&page->left, 1, __ATOMIC_SEQ_CST) != 0)
         return;
-    page->fired = 1;
+    page->killed = getpid();
     if (page->also)
         kill(page->also, SIGKILL);
     kill(getpid(), SIGKILL);
@@ -58,7 +72,9 @@ static void step(enum kind kind)
 
 static int watched(void)
 {
-    return page && page->victim && page->victim == getpid();
+    if (!page || !page->victim)
+        return 0;
+    return page->victim == DAEMON ? !is_transfer : page->victim == getpid();
 }
 
 /* Wake-ups of event loops are single bytes, or go to eventfds; logs are files that are write(2)n. */

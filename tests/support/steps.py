@@ -12,10 +12,29 @@ from __future__ import annotations
 import ctypes
 import mmap
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 KINDS = ("cache", "journal", "sync", "names", "tell", "net", "answer")
 """In the order of steps.c. tell: the other process, over their socket; answer: the kernel."""
+DAEMON = -1
+"""A victim: the daemon that is about to be started, whichever its number."""
+
+
+def spread(counts: dict[str, int], most: int) -> Iterator[tuple[str, int]]:
+    """Of each kind of steps so many at most, evenly over all: (kind, its number from 1)."""
+    for kind, count in counts.items():
+        chosen = min(most, count)
+        for number in range(chosen):
+            yield kind, 1 + (count - 1) * number // (chosen - 1) if chosen > 1 else (count + 1) // 2
+
+
+def is_gone(pid: int) -> bool:
+    """Or a zombie."""
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
 
 
 class _Page(ctypes.Structure):
@@ -24,7 +43,7 @@ class _Page(ctypes.Structure):
         ("also", ctypes.c_int),
         ("kind", ctypes.c_int),
         ("left", ctypes.c_int),
-        ("fired", ctypes.c_int),
+        ("killed", ctypes.c_int),
         ("counts", ctypes.c_int * len(KINDS)),
     )
 
@@ -48,7 +67,7 @@ class Steps:
         """Count this process's steps from now on; kill it before the `nth` (from 1) of a kind."""
         self._page.victim = 0
         self._page.counts = (ctypes.c_int * len(KINDS))()
-        self._page.fired = 0
+        self._page.killed = 0
         self._page.also = also
         self._page.left = nth
         self._page.kind = -1 if kind is None else KINDS.index(kind)
@@ -60,5 +79,10 @@ class Steps:
         return dict(zip(KINDS, self._page.counts, strict=True))
 
     @property
+    def killed(self) -> int:
+        """The process that was killed, 0 if none was."""
+        return self._page.killed
+
+    @property
     def has_killed(self) -> bool:
-        return bool(self._page.fired)
+        return bool(self.killed)
