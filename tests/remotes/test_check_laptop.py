@@ -147,6 +147,6 @@ def test_as_a_user_calls_it(home: Home, running: Laptop) -> None:
     assert "ok    laptop: it shares data" in fine.stdout
     assert fine.stderr == ""
     bad = home.run("check", "laptop=tunnel:lop/data")
-    assert bad.returncode == 1
+    assert (bad.returncode, bad.stderr) == (1, "")
     assert "fail  laptop: no tunnel named lop is up" in bad.stdout
     assert "PRIVATE KEY" not in fine.stdout + bad.stdout

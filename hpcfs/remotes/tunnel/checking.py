@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import uvloop
+
 from hpcfs.remotes.sftp.remote import SftpRemote
 from hpcfs.remotes.sftp.session import SftpSession
 from hpcfs.remotes.ssh.connection import Kept
@@ -32,16 +34,21 @@ class Laptop:
 
 def look(site: TunnelSite, root: SftpRoot) -> Laptop:
     """Raises RemoteErrors: what a mount would be told."""
-    return asyncio.run(_look(site, root))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_look(site, root))
 
 
 async def _look(site: TunnelSite, root: SftpRoot) -> Laptop:
     meeting = Meeting(Path(site.directory), site.name)
     start = Start(site, {}, "", os.getuid(), os.getgid())
-    kept: Kept[SftpSession] = Kept(lambda: open_session(start, meeting))
+    session = await open_session(start, meeting)
+
+    async def opened() -> SftpSession:
+        return session
+
+    kept: Kept[SftpSession] = Kept(opened)
     try:
         async with asyncio.timeout(SECONDS):
-            session = await kept.get()
             assert isinstance(session.login, TunnelLogin)
             line = session.login.lines[0]
             shares = await _names(SftpRemote(kept, SftpRoot("/")))
@@ -51,7 +58,7 @@ async def _look(site: TunnelSite, root: SftpRoot) -> Laptop:
             f"the laptop {site.name} let us in, but does not answer within {SECONDS:g} s"
         ) from None
     finally:
-        await kept.close()
+        await session.close()
 
 
 async def _names(remote: SftpRemote) -> list[str]:
