@@ -1,3 +1,3 @@
-"""hpcfs: SSH clusters and S3 buckets as one directory tree."""
+"""hpcfs: SSH clusters, S3 buckets and your laptop as one directory tree."""
 
 __version__ = "0.1.0"

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import click
 
-from hpcfs.cli import arguments, check_machine, check_s3, check_ssh, check_tunnel
+from hpcfs.cli import arguments, check_laptop, check_machine, check_s3, check_ssh, check_tunnel
 from hpcfs.cli.findings import Finding
 from hpcfs.cli.output import count, printable
 from hpcfs.cli.tunnel import bind_option, name_option
 from hpcfs.config import config
 from hpcfs.config.config import Config, Namespace
 from hpcfs.errors import SetupError
-from hpcfs.transfer.messages import S3Root, S3Site, SshSite
+from hpcfs.transfer.messages import S3Root, S3Site, SftpRoot, SshSite, TunnelSite
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -33,7 +33,8 @@ def check(
     name: str | None,
     bind: str | None,
 ) -> int:
-    """Check this machine, the configuration and each remote. No login is tried over SSH.
+    """Check this machine, the configuration and each remote. No login is tried over SSH; laptops
+    behind tunnels are asked.
 
     With --tunnel, on the laptop: log in, and try what a tunnel needs. Nothing stays behind.
 
@@ -74,6 +75,8 @@ def _namespace(found: Namespace) -> Iterator[Finding]:
         yield from check_ssh.ssh_namespace(found.name, found.site)
     elif isinstance(found.site, S3Site) and isinstance(found.root, S3Root):
         yield from check_s3.s3_namespace(found.name, found.site, found.root)
+    elif isinstance(found.site, TunnelSite) and isinstance(found.root, SftpRoot):
+        yield from check_laptop.laptop_namespace(found.name, found.site, found.root)
 
 
 def _show(found: Finding) -> str:

@@ -1,8 +1,8 @@
 """`hpcfs demo`: a complete mount on servers of its own, to try hpcfs out; nothing to configure.
 
-The servers run in a process of their own over a temporary directory, the daemon as `hpcfs mount`
-starts it. Whatever ends the demo (Ctrl-C, SIGTERM, an error, `hpcfs umount` elsewhere), all of it
-is gone afterwards: mount, servers, files.
+The servers and the laptop run in processes of their own over a temporary directory, the daemon as
+`hpcfs mount` starts it. Whatever ends the demo (Ctrl-C, SIGTERM, an error, `hpcfs umount`
+elsewhere), all of it is gone afterwards: mount, servers, laptop, files.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ END_SECONDS = 15.0
 @click.option("--keep", is_flag=True, help="After the tour, stay mounted until Ctrl-C.")
 @click.pass_obj
 def demo(invocation: Invocation, place: str, wants_tour: bool, keep: bool) -> int:
-    """Mount an SSH cluster and an S3 bucket that run on this machine, until Ctrl-C.
+    """Mount a cluster, a bucket and a laptop that this machine plays itself, until Ctrl-C.
 
     MOUNTPOINT is ~/hpcfs-demo if not given; it is made, and removed afterwards, if it is missing.
     """
@@ -73,7 +73,7 @@ def _mount(stack: ExitStack, place: str, *, debug: bool) -> tuple[Settings, Moun
     note = mountpoint.check(target)
     if note:
         complain(note)
-    directory = stack.enter_context(running.servers())
+    directory = stack.enter_context(running.remotes())
     chosen = config.load(directory / "config.toml")
     cache = location.prepare(location.locate(chosen.cache_dir), target)
     paths.make_private(paths.state_dir())
@@ -117,11 +117,13 @@ def _welcome(settings: Settings) -> str:
     on_path = shutil.which("hpcfs")
     command = "hpcfs" if on_path and Path(on_path).resolve() == own else str(own)
     return f"""
-A cluster (SFTP) and a bucket (S3), both served by this machine, are one tree: {place}
+A cluster (SFTP), a bucket (S3) and a laptop behind a reverse tunnel, all of them played by this
+machine, are one tree: {place}
 
 Try in another terminal:
   cd {place}
-  ls -l cluster bucket
+  ls -l cluster bucket laptop
+  cp -r laptop/data/inputs cluster/
   cp cluster/results/model.bin bucket/
   rsync -ai cluster/results bucket/
   {command} status

@@ -16,9 +16,10 @@ from pathlib import Path
 import click
 
 from hpcfs.cli.output import complain, printable
-from hpcfs.config import config, rclone_conf, ssh_config
+from hpcfs.config import config, rclone_conf, ssh_config, urls
 from hpcfs.config.rclone_conf import RcloneRemote
 from hpcfs.errors import SetupError
+from hpcfs.rendezvous import file as rendezvous
 from hpcfs.system import paths
 from hpcfs.transfer.messages import S3Site, SshSite
 
@@ -52,6 +53,12 @@ _EXAMPLES = """
 # endpoint_url = "https://storage.example.org"   # AWS without it
 # region = "eu-north1"
 # profile = "default"
+
+# Your laptop, on which 'hpcfs tunnel HOST --name my-laptop --share ~/data' runs.
+#
+# [namespaces.laptop]
+# type = "tunnel"
+# tunnel = "my-laptop"
 """
 
 
@@ -74,7 +81,8 @@ class Offer:
 @click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE")
 @click.option("--force", is_flag=True, help="Replace a configuration that is there.")
 def init(config_file: Path | None, force: bool) -> None:
-    """Write a commented configuration, offering hosts of ~/.ssh/config and rclone's remotes."""
+    """Write a commented configuration, offering hosts of ~/.ssh/config, tunnels that lead here, and
+    rclone's remotes."""
     file = config_file or paths.config_file()
     if os.path.lexists(file) and not force:
         raise SetupError(f"{file} is already there: edit it, or replace it with --force")
@@ -99,7 +107,13 @@ def _offers() -> list[Offer]:
         for alias in ssh_config.aliases()
         if not re.search(r"[\s/:@]|^-", alias)
     ]
-    return _unique([*offers, *_rclone_offers()])
+    return _unique([*offers, *_tunnel_offers(), *_rclone_offers()])
+
+
+def _tunnel_offers() -> Iterator[Offer]:
+    for name in rendezvous.names(urls.tunnel_directory()):
+        lines = ['type = "tunnel"', f"tunnel = {_quoted(name)}"]
+        yield Offer(_name(name), f"the tunnel {name}", lines)
 
 
 def _rclone_offers() -> Iterator[Offer]:

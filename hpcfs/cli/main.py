@@ -74,7 +74,7 @@ class LazyGroup(click.Group):
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 @click.pass_obj
 def group(invocation: Invocation, debug: bool) -> None:
-    """SSH clusters and S3 buckets as one directory tree.
+    """SSH clusters, S3 buckets and your laptop as one directory tree.
 
     \b
     hpcfs mount login3:data ~/mnt     mount one remote, as with sshfs

@@ -29,8 +29,13 @@ class Step:
 def steps(target: Path) -> list[Step]:
     found = [
         Step(
-            "Two remotes in one tree: a cluster over SSH, a bucket over S3.",
-            ("ls", "-l", ".", "cluster", "bucket", "cluster/results"),
+            "Three remotes in one tree: a cluster over SSH, a bucket over S3, and a laptop that "
+            "shares two folders through its login to the cluster.",
+            ("ls", "-l", ".", "cluster", "bucket", "laptop", "cluster/results"),
+        ),
+        Step(
+            "From the laptop to the cluster: no SSH server and no open port on the laptop.",
+            ("cp", "-rv", "laptop/data/inputs", "cluster/"),
         ),
         Step(
             "From the cluster to the bucket with plain cp: it returns when the bucket has it all.",
@@ -56,7 +61,7 @@ def steps(target: Path) -> list[Step]:
         return found
     complain("rsync is not installed: the tour copies with 'cp -a' instead")
     copying = Step("A directory, with modes and times.", ("cp", "-a", "cluster/results", "bucket/"))
-    return [*found[:2], copying, *found[4:]]
+    return [*found[:3], copying, *found[5:]]
 
 
 def run(target: Path) -> bool:

@@ -46,7 +46,7 @@ COMMON_KEYS = ("type", "read_only", "write", "verify", "connect_timeout")
 SFTP_KEYS = (
     *COMMON_KEYS, "host", "path", "user", "port", "identity_file", "ssh_config", "transport",
 )  # fmt: skip
-TUNNEL_KEYS = (*COMMON_KEYS, "tunnel", "path")
+TUNNEL_KEYS = (*COMMON_KEYS, "tunnel", "path", "directory")
 S3_KEYS = (*COMMON_KEYS, "bucket", "prefix", "endpoint_url", "region", "profile", "xattrs")
 CREDENTIAL_KEYS = re.compile(
     r"pass(word|phrase|wd)?|pwd|(.*_)?secret(_.*)?|(.*_)?access_key(_.*)?|(.*_)?token|credentials?|key",
@@ -358,7 +358,8 @@ def _tunnel(table: _Table) -> tuple[AnySite, AnyRoot]:
     """By default the tunnel has the namespace's own name, and all it shares is shown."""
     name = table.get("tunnel", values.tunnel, str(table.path[-1]))
     seconds = table.get("connect_timeout", values.seconds, DEFAULT_CONNECT_TIMEOUT)
-    return urls.tunnel_site(name, seconds), SftpRoot(table.get("path", values.share_path, "/"))
+    site = urls.tunnel_site(name, seconds, table.get("directory", values.local_path, None))
+    return site, SftpRoot(table.get("path", values.share_path, "/"))
 
 
 _KINDS: dict[str, tuple[Collection[str], Callable[[_Table], tuple[AnySite, AnyRoot]]]] = {

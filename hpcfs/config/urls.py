@@ -16,6 +16,7 @@ import difflib
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote
 
 from hpcfs.config.rclone_conf import RcloneRemote
@@ -209,9 +210,15 @@ def _parse_tunnel(rest: str, around: Surroundings, *, read_only: bool) -> Target
     return Target(site, SftpRoot("/" + path.strip("/"), read_only))
 
 
-def tunnel_site(name: str, connect_timeout: float) -> TunnelSite:
-    """The file is in the home directory, which all nodes of a cluster share, whatever XDG says."""
-    return TunnelSite(name, str(paths.home() / rendezvous.DIRECTORY), connect_timeout)
+def tunnel_site(name: str, connect_timeout: float, directory: Path | None = None) -> TunnelSite:
+    """Without `directory` the file is in the home directory, which most clusters' nodes share,
+    whatever XDG says."""
+    return TunnelSite(name, str(directory or tunnel_directory()), connect_timeout)
+
+
+def tunnel_directory() -> Path:
+    """Where tunnels leave their files."""
+    return paths.home() / rendezvous.DIRECTORY
 
 
 def check_endpoint(url: str) -> None:

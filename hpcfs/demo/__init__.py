@@ -1,1 +1,1 @@
-"""The demo's remotes: an SFTP server and an S3 server on loopback, over sample files."""
+"""The demo's remotes: an SSH and an S3 server on loopback, and a laptop, over sample files."""

@@ -1,4 +1,4 @@
-"""The demo's side of its servers: a private directory, an environment, and the process in it.
+"""The demo's side of its remotes: a private directory, an environment, and the processes in it.
 
 Nothing of the user's takes part: not ~/.ssh, ~/.aws, a running agent, a proxy, nor their
 configuration and cache. Only the runtime directory stays, so that `hpcfs status` finds the mount
@@ -22,15 +22,15 @@ STOP_SECONDS = 10.0
 
 
 @contextmanager
-def servers() -> Iterator[Path]:
-    """Their directory, which holds the mount's config.toml. Raises SetupError.
+def remotes() -> Iterator[Path]:
+    """Servers and laptop. Their directory, which holds the mount's config.toml. Raises SetupError.
 
     Changes this process's environment to one in which the mount finds only the demo's files.
     """
     with tempfile.TemporaryDirectory(prefix="hpcfs-demo-") as name:
         directory = Path(name).resolve()
         seclude(os.environ, directory)
-        with _process(directory):
+        with _process("servers", directory), _process("laptop", directory):
             yield directory
 
 
@@ -47,11 +47,12 @@ def seclude(environ: MutableMapping[str, str], directory: Path) -> None:
 
 
 @contextmanager
-def _process(directory: Path) -> Iterator[None]:
-    log_file = directory / "servers.log"
+def _process(name: str, directory: Path) -> Iterator[None]:
+    """hpcfs/demo/NAME.py, from when it says that it stands."""
+    log_file = directory / f"{name}.log"
     with log_file.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "hpcfs.demo.servers", str(directory)],
+            [sys.executable, "-m", f"hpcfs.demo.{name}", str(directory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -62,7 +63,7 @@ def _process(directory: Path) -> Iterator[None]:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
-            raise SetupError(f"the demo's servers did not start{_last_line(log_file)}")
+            raise SetupError(f"the demo's {name} did not start{_last_line(log_file)}")
         if failure := line.strip():
             raise SetupError(f"{failure}{_last_line(log_file)}")
         yield

@@ -1,4 +1,5 @@
-"""The sample files: the home directory of a small project on a cluster, and a bucket's contents.
+"""The sample files: the home directory of a small project on a cluster, a bucket's contents, and
+folders of a laptop.
 
 The same bytes in every demo, small enough to be written in a moment.
 """
@@ -11,10 +12,21 @@ from pathlib import Path
 MODEL_BYTES = 8 * 1024 * 1024
 RUNS = 3
 EPOCHS = 20
+INPUTS = 3
 
 _README = """\
 This is the demo's cluster: an SFTP server on this machine, over a temporary directory.
 Change what you like; all of it is gone when the demo ends.
+"""
+
+_LAPTOP = """\
+This is the demo's laptop: a folder that a process shares through a reverse tunnel, as
+'hpcfs tunnel' does. It logs in to the demo's cluster over SSH; nothing listens on the laptop.
+"""
+
+_MODEL = """\
+def loss(prediction: float, truth: float) -> float:
+    return (prediction - truth) ** 2
 """
 
 _JOB = """\
@@ -56,6 +68,18 @@ def write_bucket(bucket: Path) -> None:
     images.mkdir(parents=True)
     (images / "labels.csv").write_text(_LABELS)
     (bucket / "README.txt").write_text(_README.replace("cluster: an SFTP", "bucket: an S3"))
+
+
+def write_laptop(home: Path) -> None:
+    """Fill the directory whose folders the tunnel shares."""
+    inputs, source = home / "data" / "inputs", home / "src"
+    inputs.mkdir(parents=True)
+    source.mkdir()
+    (home / "data" / "README.txt").write_text(_LAPTOP)
+    (source / "model.py").write_text(_MODEL)
+    for number in range(1, INPUTS + 1):
+        draws = random.Random(number)  # noqa: S311 - sample data, no secret
+        (inputs / f"sample-{number}.csv").write_text(_metrics(draws))
 
 
 def _metrics(source: random.Random) -> str:

@@ -1,9 +1,9 @@
 """The process that serves the demo's remotes: `python -m hpcfs.demo.servers DIRECTORY`.
 
-Writes keys, credentials, sample files and the configuration of the mount into DIRECTORY, starts
-both servers on loopback ports, and prints one line: nothing once they answer, else why they do
-not. It ends, and the servers with it, when its stdin does: a demo that is killed leaves no server
-behind. Only who holds the generated keys can log in: other users of the machine reach loopback too.
+Writes keys, credentials, sample files and the configuration of the mount into DIRECTORY, and starts
+both servers on loopback ports: a cluster's login node, which grants what a tunnel needs, and a
+bucket. child.py says how it begins and ends. Only who holds the generated keys can log in: other
+users of the machine reach loopback too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -22,12 +21,13 @@ from pathlib import Path
 
 import asyncssh
 
-from hpcfs.demo import sample
+from hpcfs.demo import child, sample
 from hpcfs.errors import SetupError
 
 LOOPBACK = "127.0.0.1"
 HOST_ALIAS = "demo-cluster"
 BUCKET = "demo-bucket"
+TUNNEL = "laptop"
 PROFILE = "hpcfs-demo"
 START_SECONDS = 30.0
 POLL_SECONDS = 0.05
@@ -48,22 +48,24 @@ def find_rclone() -> str:
 
 async def serve(directory: Path) -> None:
     """Until stdin ends or SIGTERM comes. Raises SetupError when a server does not start."""
-    stop = await _stop_reader()
+    stop = await child.stopped()
     async with _sftp_server(directory), _s3_server(directory) as endpoint_url:
         (directory / "config.toml").write_text(_config(directory, endpoint_url))
-        _report("")
+        child.report()
         await stop.read()
 
 
-async def _stop_reader() -> asyncio.StreamReader:
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    loop.add_signal_handler(signal.SIGTERM, reader.feed_eof)
-    return reader
-
-
 # --- SFTP ---------------------------------------------------------------------------------------
+
+
+class _LoginNode(asyncssh.SSHServer):
+    """Grants reverse forwards as sshd does by default: Unix sockets, and ports on loopback."""
+
+    def unix_server_requested(self, listen_path: str) -> bool:
+        return True
+
+    def server_requested(self, listen_host: str, listen_port: int) -> bool:
+        return listen_host == LOOPBACK
 
 
 @contextlib.asynccontextmanager
@@ -77,6 +79,7 @@ async def _sftp_server(directory: Path) -> AsyncIterator[None]:
     acceptor = await asyncssh.listen(
         LOOPBACK,
         0,
+        server_factory=_LoginNode,
         server_host_keys=[str(directory / "host_key")],
         authorized_client_keys=asyncssh.import_authorized_keys(client_key),
         sftp_factory=True,
@@ -191,21 +194,13 @@ type = "s3"
 bucket = "{BUCKET}"
 endpoint_url = "{endpoint_url}"
 profile = "{PROFILE}"
+
+[namespaces.laptop]
+type = "tunnel"
+tunnel = "{TUNNEL}"
+directory = {json.dumps(str(directory / "cluster" / ".hpcfs" / "tunnels"))}
 """
 
 
-def _report(failure: str) -> None:
-    sys.stdout.write(f"{failure}\n")
-    sys.stdout.flush()
-
-
-def main() -> None:
-    try:
-        asyncio.run(serve(Path(sys.argv[1])))
-    except SetupError as error:
-        _report(str(error))
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    child.run(serve)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,11 +27,12 @@ class Demo:
     def __init__(self, home: Home) -> None:
         self.home = home
         self.tree = home.path / "hpcfs-demo"
+        self.temporary = home.path / "tmp"
         self._running: subprocess.Popen[str] | None = None
 
     def environment(self) -> dict[str, str]:
         return self.home.environment(
-            TMPDIR=str(self.home.path / "tmp"),
+            TMPDIR=str(self.temporary),
             AWS_PROFILE="no-such-profile",
             AWS_ENDPOINT_URL="http://127.0.0.1:1",
             http_proxy="http://127.0.0.1:1",
@@ -70,7 +72,7 @@ class Demo:
 
     def assert_gone(self) -> None:
         assert not leftovers.of_finished_run(self.home.path)
-        assert os.listdir(self.home.path / "tmp") == []
+        assert os.listdir(self.temporary) == []
         assert not os.path.lexists(self.tree)
 
     def clean_up(self) -> None:
@@ -98,12 +100,16 @@ def test_the_tour_shows_real_commands_and_leaves_nothing(demo: Demo) -> None:
     result = demo.run("demo", "--tour")
     assert (result.returncode, result.stderr) == (0, "")
     shown = [line for line in result.stdout.splitlines() if line.startswith("$ ")]
-    assert [line.split()[1] for line in shown] == ["ls", "cp", "rsync", "rsync", "diff", "hpcfs"]
+    assert [line.split()[1] for line in shown] == [
+        *("ls", "cp", "cp", "rsync", "rsync", "diff", "hpcfs")
+    ]
+    assert "'laptop/data/inputs/sample-1.csv' -> 'cluster/inputs/sample-1.csv'" in result.stdout
     assert "'cluster/results/model.bin' -> 'bucket/model.bin'" in result.stdout
     assert ">f+++++++++ results/run-1.csv" in result.stdout
     assert "(nothing was transferred)" in result.stdout
     assert "(no difference)" in result.stdout
     assert "sftp://demo-cluster/~  connected" in result.stdout
+    assert "tunnel:laptop  connected" in result.stdout
     demo.assert_gone()
     runtime = demo.home.path / "run" / "hpcfs"
     assert all_below(demo.home.path) - before <= {runtime}
@@ -144,6 +150,25 @@ def test_it_stays_until_it_is_told_to_end(demo: Demo, number: signal.Signals) ->
     _, complaints = running.communicate(timeout=60)
     assert (running.returncode, complaints) == (0, "")
     demo.assert_gone()
+
+
+@pytest.mark.parametrize("way", ["unix", "tcp"])
+def test_the_laptop_is_reached_through_a_reverse_tunnel(demo: Demo, way: str) -> None:
+    """A login node's socket has a short path: where the temporary directory's is long, a port."""
+    with tempfile.TemporaryDirectory(prefix="hpcfs-") as short:
+        demo.temporary = Path(short) / ("t" if way == "unix" else "t" * 100)
+        demo.temporary.mkdir()
+        running = demo.start()
+        (directory,) = demo.temporary.glob("hpcfs-demo-*")
+        left = directory / "cluster" / ".hpcfs" / "tunnels"
+        assert any(path.is_socket() for path in left.iterdir()) == (way == "unix")
+        (demo.tree / "laptop" / "data" / "back.txt").write_text("from the cluster")
+        assert (directory / "laptop" / "data" / "back.txt").read_text() == "from the cluster"
+        with pytest.raises(PermissionError):
+            (demo.tree / "laptop" / "code" / "model.py").write_text("")
+        running.send_signal(signal.SIGINT)
+        assert running.communicate(timeout=60)[1] == ""
+        demo.assert_gone()
 
 
 def test_a_given_directory_stays(demo: Demo) -> None:

@@ -242,6 +242,10 @@ def give_hosts(home: Home) -> None:
         "[bad]\ntype = sftp\n"
         "[drive]\ntype = drive\n"
     )
+    tunnels = home.path / ".hpcfs" / "tunnels"
+    tunnels.mkdir(parents=True)
+    for name in ("my-laptop.json", "my-laptop-12345678.sock", ".half.json", "no name.json"):
+        (tunnels / name).touch()
 
 
 def test_init_without_a_terminal_offers_all_commented_out(home: Home) -> None:
@@ -251,8 +255,9 @@ def test_init_without_a_terminal_offers_all_commented_out(home: Home) -> None:
     text = home.config.read_text()
     assert stat.S_IMODE(home.config.stat().st_mode) == 0o600
     assert config.parse(text, home.config, needs_namespaces=False).namespaces == {}
-    for name in ("login3", '"gpu.box"', "store", "store-2", "far"):
+    for name in ("login3", '"gpu.box"', "store", "my-laptop", "store-2", "far"):
         assert f"# [namespaces.{name}]\n" in text
+    assert text.count("# from the tunnel") == 1
     assert "drive" not in text
     assert "*.org" not in text
     assert "hunter2" not in text
@@ -264,14 +269,15 @@ def test_every_offer_parses_once_it_is_uncommented(home: Home) -> None:
     assert home.run("init").returncode == 0
     head, _, examples = home.config.read_text().partition("# A cluster, by SSH")
     text = head.replace("# [", "[")
-    for key in ("type", "host", "port", "bucket", "endpoint_url"):
+    for key in ("type", "host", "port", "tunnel", "bucket", "endpoint_url"):
         text = text.replace(f"# {key} =", f"{key} =")
     found = config.parse(text, home.config).namespaces
     assert found["gpu.box"].site == SshSite("gpu.box")
     assert found["far"].site == SshSite("far.example.org", port=2222)
+    assert found["my-laptop"].url == "tunnel:my-laptop"
     assert found["store-2"].site == S3Site("https://minio:9000")
     rows = [row.removeprefix("# ") for row in examples.splitlines() if " = " in row or "[" in row]
-    assert set(config.parse("\n".join(rows), home.config).namespaces) == {"home", "data"}
+    assert set(config.parse("\n".join(rows), home.config).namespaces) == {"home", "data", "laptop"}
 
 
 def test_init_does_not_replace_a_configuration_unasked(home: Home) -> None:
@@ -289,12 +295,13 @@ def test_init_does_not_replace_a_configuration_unasked(home: Home) -> None:
 def test_init_asks_on_a_terminal(home: Home) -> None:
     give_hosts(home)
     terminal = Terminal(home, "init")
-    for name, answer in (("login3", ""), ("gpu.box", "n"), ("store", "n"), ("far", "y")):
+    answers = {"login3": "", "gpu.box": "n", "store": "n", "my-laptop": "", "far": "y"}
+    for name, answer in answers.items():
         terminal.wait_for(f"Include {name} " if name != "gpu.box" else 'Include "gpu.box" ')
         terminal.write(f"{answer}\n")
     assert terminal.exit_code() == 0
     found = config.load(home.config).namespaces
-    assert set(found) == {"login3", "far"}
+    assert set(found) == {"login3", "my-laptop", "far"}
 
 
 # --- check --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from hpcfs.config.toml_lines import KeyPath, find_lines
 from hpcfs.errors import SetupError
 from hpcfs.system import paths
 from hpcfs.system.disk import DEFAULT_MIN_FREE, MinFree
-from hpcfs.transfer.messages import S3Root, S3Site, SftpRoot, SshSite
+from hpcfs.transfer.messages import S3Root, S3Site, SftpRoot, SshSite, TunnelSite
 
 FILE = Path("/c/config.toml")
 FULL = """\
@@ -49,6 +49,7 @@ verify = true
 xattrs = false
 """
 HEAD = '[namespaces.home]\ntype = "sftp"\nhost = "login3"\n'
+TUNNEL_HEAD = '[namespaces.lap]\ntype = "tunnel"\n'
 S3_HEAD = '[namespaces.data]\ntype = "s3"\nbucket = "b"\n'
 
 
@@ -90,6 +91,22 @@ def test_all_keys(tmp_path: Path) -> None:
     assert data.root == S3Root("training-data", "a/b", read_only=True, verify=True)
     assert data.read_only
     assert not data.xattrs
+
+
+def test_tunnels(tmp_path: Path) -> None:
+    """A tunnel has its namespace's name, shows all, and left its file in the home directory."""
+    found = parse(
+        '[namespaces.lap]\ntype = "tunnel"\n'
+        '[namespaces.other]\ntype = "tunnel"\ntunnel = "my-laptop"\npath = "data/run7/"\n'
+        'directory = "~/login/.hpcfs/tunnels"\nconnect_timeout = 5\nread_only = true\n'
+    ).namespaces
+    assert found["lap"].site == TunnelSite("lap", str(tmp_path / ".hpcfs/tunnels"))
+    assert found["lap"].root == SftpRoot("/")
+    directory = str(tmp_path / "login/.hpcfs/tunnels")
+    assert found["other"].site == TunnelSite("my-laptop", directory, 5.0)
+    assert found["other"].root == SftpRoot("/data/run7", read_only=True)
+    assert (found["lap"].url, found["other"].url) == ("tunnel:lap", "tunnel:my-laptop/data/run7")
+    assert not found["lap"].keeps_xattrs
 
 
 def test_extended_attributes_are_s3s() -> None:
@@ -139,6 +156,10 @@ def test_defaults() -> None:
         (HEAD + 'identity_file = "$UNSET_X/id"\n', 4, r"\$UNSET_X, which is not set"),
         (HEAD + 'user = "x"\n[namespaces.b]\n', 5, "type is missing"),
         ('[namespaces.a]\ntype = "ssh"\n', 2, '"sftp", "s3" or "tunnel"'),
+        (TUNNEL_HEAD + 'tunnel = "../x"\n', 3, "the name that 'hpcfs tunnel' was given"),
+        (TUNNEL_HEAD + 'directory = "tunnels"\n', 3, "an absolute path"),
+        (TUNNEL_HEAD + 'path = ""\n', 3, "not empty"),
+        (TUNNEL_HEAD + 'host = "x"\n', 3, "the keys are type"),
         ('[namespaces.a]\ntype = "sftp"\n', 1, "host is missing"),
         ('[namespaces.a]\ntype = "s3"\n', 1, "bucket is missing"),
         ('[namespaces.a]\ntype = "sftp"\nhost = "a@b"\nuser = "c"\n', 4, "given twice"),

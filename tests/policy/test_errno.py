@@ -23,8 +23,10 @@ def _all(base: type[Exception]) -> set[type[Exception]]:
 
 
 def _is_ours(kind: type[Exception]) -> bool:
-    """Tests define subclasses too."""
-    return kind.__module__.startswith("hpcfs.")
+    """Tests define subclasses too, and so does `hpcfs tunnel`, which answers no kernel and no
+    daemon."""
+    module = kind.__module__
+    return module.startswith("hpcfs.") and not module.startswith("hpcfs.tunnel.")
 
 
 OURS = {kind for kind in _all(RemoteError) | _all(FilesystemError) if _is_ours(kind)}

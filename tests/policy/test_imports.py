@@ -45,9 +45,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "daemon": SET_UP
     | {"cacheservice", "writeservice", "kernel", "filesystem", "cache", "writeback"}
     | {"transfer.client", "transfer.messages"},
-    "demo": {"errors"},
+    "demo": {"errors", "tunnel", "remotes", "transfer.messages", "rendezvous"},
     "cli": SET_UP
-    | {"daemon", "cacheservice", "writeservice", "demo", "cache", "tunnel", "transfer.messages"},
+    | {"daemon", "cacheservice", "writeservice", "demo", "cache", "tunnel", "transfer.messages"}
+    | {"rendezvous", "remotes"},
 }
 MAY_USE: dict[str, set[str]] = {
     **dict.fromkeys(["cache", "writeback", "filesystem", "transfer.child"], TRIO),

@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 
 from hpcfs.config import rclone_conf, urls
 from hpcfs.errors import SetupError
-from hpcfs.transfer.messages import S3Root, S3Site, Secret, SftpRoot, SshSite
+from hpcfs.transfer.messages import S3Root, S3Site, Secret, SftpRoot, SshSite, TunnelSite
 
 RCLONE = """
 [cluster]
@@ -89,6 +89,25 @@ def test_ssh_urls(text: str, site: SshSite, path: str) -> None:
 )
 def test_s3_urls(text: str, site: S3Site, root: S3Root) -> None:
     assert parse(text) == urls.Target(site, root)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "path"),
+    [
+        ("tunnel:my-laptop", "my-laptop", "/"),
+        ("tunnel:my-laptop/", "my-laptop", "/"),
+        ("tunnel:my-laptop/data", "my-laptop", "/data"),
+        ("tunnel:l.2/da ta/100%25/", "l.2", "/da ta/100%25"),
+    ],
+)
+def test_tunnel_urls(
+    text: str, name: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = parse(text)
+    site = TunnelSite(name, str(tmp_path / ".hpcfs" / "tunnels"))
+    assert found == urls.Target(site, SftpRoot(path))
+    assert parse(urls.show(found.site, found.root)) == found
 
 
 def test_an_rclone_remote_of_type_sftp() -> None:
@@ -197,6 +216,9 @@ def test_a_secret_is_refused_and_not_repeated(text: str) -> None:
         ("-oProxyCommand=x:y", "no host name"),
         ("sftp://-oProxyCommand=x/y", "no host name"),
         (":x", "no URL"),
+        ("tunnel:", "names no tunnel"),
+        ("tunnel:../x", "the form is tunnel:NAME/SHARE"),
+        ("tunnel:me@login3", "names no tunnel"),
     ],
 )
 def test_mistakes_say_what_is_wrong(text: str, said: str) -> None:

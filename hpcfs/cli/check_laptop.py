@@ -1,0 +1,42 @@
+"""What would stop a namespace of a laptop, seen from the cluster. Nobody bans for a connection to a
+tunnel, and nobody is asked: so it is tried as a mount does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from hpcfs.cli.findings import Finding
+from hpcfs.rendezvous import file as rendezvous
+from hpcfs.transfer.messages import RemoteError, SftpRoot, TunnelSite
+
+
+def laptop_namespace(subject: str, site: TunnelSite, root: SftpRoot) -> Iterator[Finding]:
+    from hpcfs.remotes.tunnel import checking  # brings asyncssh along
+
+    try:
+        found = checking.look(site, root)
+    except RemoteError as error:
+        yield Finding("fail", subject, f"{error.message}{_left(site)}")
+        return
+    who = found.rendezvous
+    way = "a socket that only you can open" if found.is_private else "a port, with SSH behind it"
+    yield Finding(
+        "ok",
+        subject,
+        f"{who.user} on {who.laptop} answers, through {who.login_host} since {who.since}: {way}",
+    )
+    shared = ", ".join(found.shares) or "nothing"
+    if found.obstacle:
+        yield Finding("fail", subject, f"{found.obstacle}: correct path, it shares {shared}")
+    else:
+        yield Finding("ok", subject, f"it shares {shared}")
+
+
+def _left(site: TunnelSite) -> str:
+    """Where there is no file of that name, which there are."""
+    directory = Path(site.directory)
+    if rendezvous.stamp(directory, site.name) is not None:
+        return ""
+    names = ", ".join(rendezvous.names(directory)) or "none"
+    return f" (tunnels in {directory}: {names})"

@@ -1,0 +1,58 @@
+"""The process that is the demo's laptop: `python -m hpcfs.demo.laptop DIRECTORY`.
+
+A tunnel as `hpcfs tunnel` makes it, to the cluster that servers.py serves: it logs in over SSH and
+asks for reverse forwards, and no port of its own is open. Only the user's runtime directory is left
+out, where `hpcfs tunnel --status` would find it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from hpcfs.demo import child, sample
+from hpcfs.demo.servers import HOST_ALIAS, TUNNEL
+from hpcfs.errors import SetupError
+from hpcfs.transfer.messages import RemoteError, SshSite
+from hpcfs.tunnel.shares import Share
+from hpcfs.tunnel.tunnel import Plan, Tunnel
+
+
+class _Nobody:
+    """A Prompter (remotes/base.py) without anybody to ask: the demo's keys need no passphrase."""
+
+    async def ask(self, text: str, *, echo: bool = False) -> str | None:
+        return None
+
+
+async def serve(directory: Path) -> None:
+    """Until stdin ends or SIGTERM comes. Raises SetupError when the tunnel does not come about."""
+    stop = await child.stopped()
+    home = directory / "laptop"
+    sample.write_laptop(home)
+    plan = Plan(
+        name=TUNNEL,
+        site=SshSite(HOST_ALIAS, ssh_config=str(directory / "ssh_config")),
+        shown=HOST_ALIAS,
+        shares=(Share("data", home / "data"), Share("code", home / "src", read_only=True)),
+    )
+    stands = asyncio.Event()
+    tunnel = Tunnel(plan, _Nobody(), stands.set)
+    running = asyncio.create_task(tunnel.run())
+    ending = asyncio.create_task(stop.read())
+    standing = asyncio.create_task(stands.wait())
+    await asyncio.wait([running, standing, ending], return_when=asyncio.FIRST_COMPLETED)
+    if standing.done():
+        child.report()
+        await asyncio.wait([running, ending], return_when=asyncio.FIRST_COMPLETED)
+    standing.cancel()
+    ending.cancel()
+    tunnel.stop()
+    try:
+        await running
+    except RemoteError as error:
+        raise SetupError(f"the demo's laptop: {error.message}") from error
+
+
+if __name__ == "__main__":
+    child.run(serve)

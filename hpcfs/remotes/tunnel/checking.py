@@ -1,0 +1,74 @@
+"""`hpcfs check`, on the cluster: connects to a laptop as a mount would, and tells who is there."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvloop
+
+from hpcfs.remotes.sftp.remote import SftpRemote
+from hpcfs.remotes.sftp.session import SftpSession
+from hpcfs.remotes.ssh.connection import Kept
+from hpcfs.remotes.tunnel.line import Meeting
+from hpcfs.remotes.tunnel.session import TunnelLogin, open_session
+from hpcfs.rendezvous.file import Rendezvous
+from hpcfs.transfer.messages import RemoteError, SftpRoot, Start, TimedOut, TunnelSite
+
+SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Laptop:
+    """Who answered. `shares` is what it shows, `obstacle` why the namespace's folder can't be
+    mounted, or empty."""
+
+    rendezvous: Rendezvous
+    is_private: bool
+    """Reached through a socket that only the user can open; else a port, with SSH behind it."""
+    shares: list[str]
+    obstacle: str
+
+
+def look(site: TunnelSite, root: SftpRoot) -> Laptop:
+    """Raises RemoteErrors: what a mount would be told."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_look(site, root))
+
+
+async def _look(site: TunnelSite, root: SftpRoot) -> Laptop:
+    meeting = Meeting(Path(site.directory), site.name)
+    start = Start(site, {}, "", os.getuid(), os.getgid())
+    session = await open_session(start, meeting)
+
+    async def opened() -> SftpSession:
+        return session
+
+    kept: Kept[SftpSession] = Kept(opened)
+    try:
+        async with asyncio.timeout(SECONDS):
+            assert isinstance(session.login, TunnelLogin)
+            line = session.login.lines[0]
+            shares = await _names(SftpRemote(kept, SftpRoot("/")))
+            return Laptop(line.rendezvous, line.is_private, shares, await _obstacle(kept, root))
+    except TimeoutError:
+        raise TimedOut(
+            f"the laptop {site.name} let us in, but does not answer within {SECONDS:g} s"
+        ) from None
+    finally:
+        await session.close()
+
+
+async def _names(remote: SftpRemote) -> list[str]:
+    names = [entry.name async for page in remote.list(b"") for entry in page]
+    return [name.decode(errors="backslashreplace") for name in sorted(names)]
+
+
+async def _obstacle(kept: Kept[SftpSession], root: SftpRoot) -> str:
+    try:
+        await SftpRemote(kept, root).connect()
+    except RemoteError as error:
+        return error.message
+    return ""
