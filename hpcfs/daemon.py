@@ -206,6 +206,7 @@ class _Daemon:
                     read_only=chosen.read_only,
                     write=chosen.write,
                     keeps_xattrs=chosen.keeps_xattrs,
+                    sleeps=isinstance(chosen.site, TunnelSite),
                 )
             )
         self._fs = Filesystem(

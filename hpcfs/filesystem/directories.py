@@ -221,6 +221,11 @@ class Directories:
             self._note_use(parent)
         return found
 
+    def was_missing(self, parent: Node, name: bytes) -> bool:
+        """Whether the last listing of this directory, however old, did not have the name; kept for
+        remotes that sleep only."""
+        return self._known.was_missing(parent, name)
+
     def _is_being_filled(self, made: Node, now: float) -> bool:
         """Whether a program fills this directory, which was made here, or the tree it is in."""
         around = made.parent

@@ -118,6 +118,14 @@ class Files(Closing):
             return
         if await self.sweeper.is_current(node):
             return
+        try:
+            await self._compare(node, namespace)
+        except m.NotConnected:
+            if not namespace.sleeps:
+                raise
+            log.debug("%r is opened as it was when the laptop was there", node.path)
+
+    async def _compare(self, node: Node, namespace: Namespace) -> None:
         await self._check_names(node, namespace)
         asked = self._tree.now()
         entry = await namespace.stat(node.path)

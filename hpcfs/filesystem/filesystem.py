@@ -133,6 +133,12 @@ class Filesystem:
         assert parent.namespace
         try:
             entry = await parent.namespace.stat(join(parent, name))
+        except m.NotConnected:
+            if parent.namespace.sleeps and child:
+                return child
+            if parent.namespace.sleeps and self.directories.was_missing(parent, name):
+                raise NoEntry("this name was not there when the laptop was") from None
+            raise
         except m.NotFound as error:
             child = self.tree.child(parent, name)
             if child and not self._is_ahead(child) and child.observed <= asked:
@@ -206,11 +212,14 @@ class Filesystem:
 
     async def _refresh_or_keep(self, node: Node) -> None:
         """An open file keeps its last attributes while the remote is out of reach: what is cached
-        of it stays readable, and `tail -f` outlives a cut link."""
+        of it stays readable, and `tail -f` outlives a cut link. All that was seen of a laptop does
+        once it is away."""
         try:
             await self._refresh(node)
         except m.Unreachable as error:
-            if node.content is None:
+            assert node.namespace
+            is_away = node.namespace.sleeps and isinstance(error, m.NotConnected)
+            if node.content is None and not is_away:
                 raise
             log.debug("attributes of %r are old: %s", node.path, error.message)
 

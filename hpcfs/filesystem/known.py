@@ -19,6 +19,8 @@ MAX_BYTES = 16 * 1024 * 1024
 """Of listings as they came: some 200,000 entries."""
 MAX_INDEXED = 40_000
 """Entries of listings that were decoded to find names in them, some 500 bytes each."""
+MAX_OLD_BYTES = 4 * 1024 * 1024
+"""The same of those that are not believed any more, but of a laptop that is away."""
 GUESS_SECONDS = 5.0
 """For which a directory that was made here counts as empty while a program fills it: rsync makes
 directories some time before. Who makes a file there that others just made hears of it: the remote
@@ -36,6 +38,8 @@ class Known:
         self._listings: OrderedDict[Node, Listing] = OrderedDict()
         """In the order in which they came."""
         self._size = 0
+        self._old: OrderedDict[Node, Listing] = OrderedDict()
+        self._old_size = 0
 
     def __len__(self) -> int:
         return len(self._listings)
@@ -59,12 +63,37 @@ class Known:
             node, listing = next(iter(self._listings.items()))
             if now - listing.asked <= _lifetime(listing):
                 return
-            self._remove(node)
+            self._grow_old(node)
+
+    def _grow_old(self, node: Node) -> None:
+        listing = self._listings[node]
+        self._remove(node)
+        if node.namespace is None or not node.namespace.sleeps or listing.is_guess:
+            return
+        self._forget_old(node)
+        self._old[node] = listing
+        self._old_size += listing.size
+        while self._old_size > MAX_OLD_BYTES:
+            self._forget_old(next(iter(self._old)))
+
+    def _forget_old(self, node: Node) -> None:
+        if listing := self._old.pop(node, None):
+            self._old_size -= listing.size
+            listing.drop_index()
+
+    def was_missing(self, node: Node, name: bytes) -> bool:
+        """Whether the last listing, however old, says so."""
+        listing = self._listings.get(node) or self._old.get(node)
+        if listing is None or name in listing.changed or listing.is_guess:
+            return False
+        self._make_room(listing.count)
+        return listing.find(name) is None
 
     def changed(self, node: Node, name: bytes) -> None:
         """The listing of this directory does not speak for that name any more."""
-        if listing := self._listings.get(node):
-            listing.changed.add(name)
+        for listing in (self._listings.get(node), self._old.get(node)):
+            if listing is not None:
+                listing.changed.add(name)
 
     def find(self, node: Node, name: bytes, now: float) -> tuple[float, Entry | None] | None:
         """-> (when it was asked, the entry or None if there is no such name); None if no listing
@@ -73,7 +102,7 @@ class Known:
         if listing is None or name in listing.changed or name in UNLISTED_NAMES:
             return None
         if now - listing.asked > _lifetime(listing):
-            self._remove(node)
+            self._grow_old(node)
             return None
         if not listing.has_index:
             self._make_room(listing.count)

@@ -57,11 +57,14 @@ class Namespace:
         read_only: bool,
         write: WriteMode = "through",
         keeps_xattrs: bool = False,
+        sleeps: bool = False,
     ) -> None:
         self.name = name
         self.origin = origin
         self.read_only = read_only
         self.writes_back = write == "back"
+        self.sleeps = sleeps
+        """The remote is a laptop: away at times. What was seen of it is believed meanwhile."""
         self.keeps_xattrs = keeps_xattrs
         """Known without asking the remote: the kernel wants to know with the first write."""
         self.link = link or Link()
