@@ -20,7 +20,7 @@ class Pump(asyncio.Protocol):
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._paused = False
-        stream.on_seen = self._seen
+        stream.on_seen.append(self._seen)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)

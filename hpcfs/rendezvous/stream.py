@@ -61,7 +61,7 @@ class Stream:
         self._on_data: Callable[[memoryview], None] = self._keep
         self._on_end: Callable[[str], None] = _ignore
         self._reason = ""
-        self.on_seen: Callable[[], None] = _nothing
+        self.on_seen: list[Callable[[], None]] = []
         """The other end took some of what was written: `unseen` is less now."""
         self.received = 0
         self.ended = False
@@ -140,6 +140,9 @@ class Stream:
     def attached(self) -> bool:
         return self._pipe is not None
 
+    def is_on(self, pipe: Pipe) -> bool:
+        return self._pipe is pipe
+
     def attach(self, pipe: Pipe, seen: int) -> None:
         """Go on with this pipe, at whose other end `seen` of our bytes have come. Raises Garbled
         for a number that can't be."""
@@ -154,6 +157,7 @@ class Stream:
         self._told = self.received
         for number, data in enumerate(tuple(self._unseen)):
             _send(pipe, data[self._skip :] if number == 0 else data)
+        self._say_seen()
 
     def detach(self, pipe: Pipe) -> None:
         """That pipe broke, or is about to be closed."""
@@ -207,7 +211,11 @@ class Stream:
         if not self._seen <= seen <= self._seen + self.unseen:
             raise Garbled("the other end can't have what it says it has")
         self._forget(seen)
-        self.on_seen()
+        self._say_seen()
+
+    def _say_seen(self) -> None:
+        for hear in self.on_seen:
+            hear()
 
     def _forget(self, seen: int) -> None:
         gone = seen - self._seen
@@ -227,7 +235,3 @@ def _send(pipe: Pipe, data: bytes) -> None:
 
 def _ignore(_: object) -> None:
     """Nobody listens yet."""
-
-
-def _nothing() -> None:
-    """Nobody waits."""

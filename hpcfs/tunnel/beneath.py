@@ -39,14 +39,19 @@ class Entry:
         return os.stat(self.name, dir_fd=self.parent, follow_symlinks=False)
 
     def open(self, flags: int, mode: int = 0o666) -> int:
-        """A regular file; without waiting, whatever it turns out to be. Raises OSError."""
+        """A regular file. Raises OSError.
+
+        To open a device or a FIFO is to do something to it, or to who waits at its other end: we
+        look first, and for what was put there since, opening doesn't wait."""
+        with suppress(FileNotFoundError):
+            _check_regular(self.stat())
         flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
         opened = os.open(self.name, flags, mode, dir_fd=self.parent)
-        kind = stat.S_IFMT(os.fstat(opened).st_mode)
-        if kind != stat.S_IFREG:
+        try:
+            _check_regular(os.fstat(opened))
+        except OSError:
             os.close(opened)
-            code = errno.EISDIR if kind == stat.S_IFDIR else errno.EACCES
-            raise OSError(code, os.strerror(code))
+            raise
         return opened
 
     def chmod(self, mode: int) -> None:
@@ -60,6 +65,14 @@ class Entry:
             os.chmod(_PROC / str(opened), mode)
         finally:
             os.close(opened)
+
+
+def _check_regular(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        code = {stat.S_IFDIR: errno.EISDIR, stat.S_IFLNK: errno.ELOOP}.get(
+            stat.S_IFMT(found.st_mode), errno.EACCES
+        )
+        raise OSError(code, os.strerror(code))
 
 
 class Folder:

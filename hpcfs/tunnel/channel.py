@@ -13,7 +13,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import itertools
+import logging
+import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, cast
 
 from asyncssh import (
@@ -24,15 +27,23 @@ from asyncssh import (
     SFTPOpUnsupported,
     SFTPPermissionDenied,
 )
-from asyncssh.constants import FXP_OPENDIR
+from asyncssh.constants import FXP_BLOCK, FXP_LINK, FXP_OPENDIR, FXP_UNBLOCK
 from asyncssh.logging import SSHLogger, logger as asyncssh_logger
 from asyncssh.packet import SSHPacket
 from asyncssh.sftp import SFTPServerHandler
 
+from hpcfs.rendezvous.stream import MOST_UNSEEN_BYTES
 from hpcfs.tunnel.served import OpenFile, Shares, ShareServer
+
+log = logging.getLogger(__name__)
 
 SFTP_VERSION = 3
 HANDLE_BYTES = 8
+MAX_LISTINGS = 1000
+"""Directories open on one channel."""
+BREATH_SECONDS = 0.02
+_NOT_SERVED = {FXP_LINK, FXP_BLOCK, FXP_UNBLOCK, b"ranges@asyncssh.com", b"copy-data"}
+"""What asyncssh answers and no mount asks for. Its copy of a file to itself never ends."""
 
 _BY_ERRNO: dict[int, Callable[[str], SFTPError]] = {
     errno.ENOENT: SFTPNoSuchFile,
@@ -70,28 +81,75 @@ class OpenFiles(dict[bytes, object]):
 
 
 class ServedChannel:
-    """Feed `received` what comes and call `ended` when nothing more will; `run` answers."""
+    """Feed `received` what comes and call `ended` when nothing more will; `run` answers.
 
-    def __init__(self, shares: Shares, files: OpenFiles, write: Callable[[bytes], None]) -> None:
+    `untaken` says how many bytes of answers the mount has not taken. Where they are more than
+    `most`, no request is begun until a call of `taken` finds half of it.
+    """
+
+    def __init__(
+        self,
+        shares: Shares,
+        files: OpenFiles,
+        write: Callable[[bytes], None],
+        untaken: Callable[[], int],
+        most: int,
+    ) -> None:
+        self._most = most
+        self._write = write
+        self._untaken = untaken
         self._reader = _Reader()
-        self._handler = _Handler(ShareServer(shares), self._reader, _Writer(write), files)
+        self._handler = _Handler(ShareServer(shares), self._reader, _Writer(self._answer), files)
 
     def received(self, data: bytes | memoryview) -> None:
-        self._reader.stream.feed_data(cast(bytes, data))
+        self._reader.feed(data)
 
     def ended(self) -> None:
-        self._reader.stream.feed_eof()
+        """What came and was not begun is left: who asked has given it up, and may be asking anew
+        elsewhere."""
+        self._reader.end()
+
+    def taken(self) -> None:
+        if self._untaken() < self._most // 2:
+            self._reader.may_go.set()
+
+    def _answer(self, data: bytes) -> None:
+        self._write(data)
+        if not self._reader.over and self._untaken() > self._most:
+            self._reader.may_go.clear()
 
     async def run(self) -> None:
         """Until the other end is gone, or makes no sense."""
-        await self._handler.run()
+        with suppress(EOFError):
+            await self._handler.run()
+        self._reader.end()
 
 
 class _Reader:
     """Of a reader, what asyncssh's handler uses."""
 
     def __init__(self) -> None:
-        self.stream = asyncio.StreamReader()
+        self._stream = asyncio.StreamReader()
+        self._waiting = 0
+        self.may_go = asyncio.Event()
+        self.may_go.set()
+        self.over = False
+
+    def feed(self, data: bytes | memoryview) -> None:
+        if self.over:
+            return
+        self._waiting += len(data)
+        if self._waiting > MOST_UNSEEN_BYTES:
+            log.warning("a mount asks for more than it can be answered: its channel is closed")
+            self.end()
+        else:
+            self._stream.feed_data(cast(bytes, data))
+
+    def end(self) -> None:
+        if not self.over:
+            self.over = True
+            self._stream.feed_eof()
+            self.may_go.set()
 
     @property
     def logger(self) -> SSHLogger:
@@ -103,7 +161,13 @@ class _Reader:
         return "OpenSSH" if name == "client_version" else default
 
     async def readexactly(self, count: int) -> bytes:
-        return await self.stream.readexactly(count)
+        """Raises EOFError."""
+        await self.may_go.wait()
+        if self.over:
+            raise EOFError
+        found = await self._stream.readexactly(count)
+        self._waiting -= count
+        return found
 
 
 class _Writer:
@@ -130,11 +194,15 @@ class _Handler(SFTPServerHandler):
     ) -> None:
         super().__init__(server, cast(Any, reader), cast(Any, writer), SFTP_VERSION)
         self._shares = server
+        self._breathed_at = 0.0
         self._file_handles = files
+        self._extensions = [
+            pair for pair in SFTPServerHandler._extensions if pair[0] not in _NOT_SERVED
+        ]
         self._packet_handlers = {
             kind: _as_openssh(handler)
             for kind, handler in SFTPServerHandler._packet_handlers.items()
-            if handler is not None
+            if handler is not None and kind not in _NOT_SERVED
         }
         self._packet_handlers[FXP_OPENDIR] = _as_openssh(_Handler._process_opendir)
 
@@ -146,10 +214,20 @@ class _Handler(SFTPServerHandler):
     async def _process_opendir(self, packet: SSHPacket) -> bytes:
         """asyncssh's looks at the directory when its names are asked for."""
         path = packet.get_string()
+        if len(self._dir_handles) >= MAX_LISTINGS:
+            raise OSError(errno.EMFILE, "too many directories are open through the tunnel")
         self._shares.check_directory(path)
         handle = self._get_next_handle()
         self._dir_handles[handle] = self._shares.scandir(path)
         return handle
+
+    async def _process_packet(self, pkttype: int, pktid: int, packet: SSHPacket) -> None:
+        """Nothing else runs while one request after the other is here already and needs no wait."""
+        now = time.monotonic()
+        if now - self._breathed_at > BREATH_SECONDS:
+            await asyncio.sleep(0)
+            self._breathed_at = time.monotonic()
+        await super()._process_packet(pkttype, pktid, packet)
 
     async def _cleanup(self, exc: Exception | None) -> None:
         """The files are the mount's, not this channel's: who ends the mount closes them."""

@@ -17,7 +17,7 @@ import asyncssh
 
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES, FAST_CIPHER
 from hpcfs.rendezvous.proof import NotProved, prove_as_server
-from hpcfs.rendezvous.pump import socket_of
+from hpcfs.rendezvous.pump import WAITING_BYTES, socket_of
 from hpcfs.rendezvous.stream import Stream
 from hpcfs.tunnel.acceptor import Acceptor, Kind
 from hpcfs.tunnel.channel import OpenFiles, ServedChannel
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 MAX_NAME_LETTERS = 100
 CLOSE_SECONDS = 3.0
+MOST_UNTAKEN_BYTES = 32 * 1024 * 1024
+"""Of answers on a stream. With an SSH connection on it, as many as its pump lets in."""
 SERVER_VERSION = "hpcfs_as_OpenSSH"
 """Clients look for the second name, and then give a symlink's paths in the order of channel.py."""
 
@@ -103,9 +105,12 @@ class Guests:
             return
         self.acceptor.keep(stream)
         guest = self.enter(proof.session, proof.host)
-        channel = ServedChannel(self._shares, guest.files, stream.write)
-        stream.listen(channel.received, lambda reason: channel.ended())
         try:
+            channel = ServedChannel(
+                self._shares, guest.files, stream.write, lambda: stream.unseen, MOST_UNTAKEN_BYTES
+            )
+            stream.on_seen.append(channel.taken)
+            stream.listen(channel.received, lambda reason: channel.ended())
             await channel.run()
         finally:
             stream.close()
@@ -124,6 +129,7 @@ class Guests:
                 compression_algs=None,
                 allow_pty=False,
                 agent_forwarding=False,
+                gss_host=None,  # its default asks DNS for this machine's name, and waits
                 login_timeout=0,  # the acceptor ends who proves nothing in time
                 encoding=None,
                 window=CHANNEL_WINDOW_BYTES,
@@ -140,9 +146,26 @@ class Guests:
     def proved(self, stream: Stream) -> None:
         self.acceptor.keep(stream)
 
-    def open_channel(self, guest: Guest, write: Callable[[bytes], None]) -> ServedChannel:
-        channel = ServedChannel(self._shares, guest.files, write)
-        self._run(channel.run())
+    def open_channel(
+        self, stream: Stream, guest: Guest, chan: asyncssh.SSHServerChannel[bytes]
+    ) -> ServedChannel:
+        channel = ServedChannel(
+            self._shares,
+            guest.files,
+            chan.write,
+            lambda: stream.unseen + chan.get_write_buffer_size(),
+            WAITING_BYTES,
+        )
+
+        async def serve() -> None:
+            stream.on_seen.append(channel.taken)
+            try:
+                await channel.run()
+            finally:
+                stream.on_seen.remove(channel.taken)
+                chan.close()
+
+        self._run(serve())
         return channel
 
 
@@ -172,7 +195,7 @@ class _SshServer(asyncssh.SSHServer):
 
     def session_requested(self) -> Any:
         assert self._guest is not None
-        return _SshChannel(self._guests, self._guest)
+        return _SshChannel(self._guests, self._stream, self._guest)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._guest is not None:
@@ -182,8 +205,9 @@ class _SshServer(asyncssh.SSHServer):
 class _SshChannel(asyncssh.SSHServerSession[bytes]):
     """Only SFTP: no shell, no command."""
 
-    def __init__(self, guests: Guests, guest: Guest) -> None:
+    def __init__(self, guests: Guests, stream: Stream, guest: Guest) -> None:
         self._guests = guests
+        self._stream = stream
         self._guest = guest
         self._channel: ServedChannel | None = None
 
@@ -194,11 +218,15 @@ class _SshChannel(asyncssh.SSHServerSession[bytes]):
         return subsystem == "sftp"
 
     def session_started(self) -> None:
-        self._channel = self._guests.open_channel(self._guest, self._chan.write)
+        self._channel = self._guests.open_channel(self._stream, self._guest, self._chan)
 
     def data_received(self, data: bytes, datatype: int | None) -> None:
         if self._channel is not None:
             self._channel.received(data)
+
+    def resume_writing(self) -> None:
+        if self._channel is not None:
+            self._channel.taken()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._channel is not None:

@@ -12,10 +12,10 @@ import os
 import posixpath
 import stat
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import asyncssh
 from asyncssh import SFTPAttrs, SFTPName, SFTPVFSAttrs
@@ -26,9 +26,14 @@ from hpcfs.tunnel.shares import Share
 
 MAX_READ_BYTES = 1024 * 1024
 MAX_OPEN_FILES = 1000
-"""Of all mounts together: systems grant a process 1024, some of which are connections."""
+"""Of all mounts together, and directories being listed: systems grant a process 1024, some of which
+are connections."""
+MAX_PATH_BYTES = 4096
+"""PATH_MAX of Linux: a packet holds a path with a million components, each to be opened."""
 LISTED_AT_ONCE = 500
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+
+T = TypeVar("T")
 
 
 class OpenFile:
@@ -67,6 +72,15 @@ class Shares:
         for folder in self.folders.values():
             folder.close()
 
+    def take_descriptor(self) -> None:
+        """Raises OSError where there are too many."""
+        if self.open_files >= MAX_OPEN_FILES:
+            raise OSError(errno.EMFILE, "too many files are open through the tunnel")
+        self.open_files += 1
+
+    def give_descriptor_back(self) -> None:
+        self.open_files -= 1
+
     def top(self) -> SFTPAttrs:
         """Of the directory that holds the shares. Its owner is who a mount takes for the laptop's
         user."""
@@ -92,6 +106,8 @@ class ShareServer(asyncssh.SFTPServer):
         """The share, None for the top, and the path in it. Raises OSError where there is none."""
         if b"\0" in path:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        if len(path) >= MAX_PATH_BYTES:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         parts = [part for part in path.split(b"/") if part not in (b"", b".")]
         while parts and parts[0] == b"..":
             parts.pop(0)
@@ -134,24 +150,24 @@ class ShareServer(asyncssh.SFTPServer):
         with self._entry(path, follow=not pflags & FXF_EXCL) as (share, entry):
             if pflags & (FXF_WRITE | FXF_CREAT | FXF_TRUNC | FXF_APPEND):
                 _check_writable(share)
-            if self._shares.open_files >= MAX_OPEN_FILES:
-                raise OSError(errno.EMFILE, "too many files are open through the tunnel")
-            mode = 0o666 if attrs.permissions is None else attrs.permissions & 0o7777
-            file = OpenFile(entry.open(flags, mode), share, append=bool(pflags & FXF_APPEND))
-        self._shares.open_files += 1
-        return file
+            mode = 0o666 if attrs.permissions is None else _file_mode(attrs.permissions)
+            self._shares.take_descriptor()
+            try:
+                opened = entry.open(flags, mode)
+            except BaseException:
+                self._shares.give_descriptor_back()
+                raise
+        return OpenFile(opened, share, append=bool(pflags & FXF_APPEND))
 
     def close(self, file_obj: object) -> None:
-        file = _file(file_obj)
-        if file.descriptor >= 0:
-            self._shares.open_files -= 1
-        file.close()
+        _file(file_obj).close()
+        self._shares.give_descriptor_back()
 
     async def read(self, file_obj: object, offset: int, size: int) -> bytes:
         descriptor, size = _file(file_obj).descriptor, min(size, MAX_READ_BYTES)
         data = _read_now(descriptor, offset, size)
         if data is None:
-            data = await asyncio.to_thread(os.pread, descriptor, size, offset)
+            data = await _apart(descriptor, lambda ours: os.pread(ours, size, offset))
         self._shares.traffic.sent += len(data)
         return data
 
@@ -176,14 +192,14 @@ class ShareServer(asyncssh.SFTPServer):
         if attrs.size is not None:
             os.ftruncate(file.descriptor, attrs.size)
         if attrs.permissions is not None:
-            os.fchmod(file.descriptor, attrs.permissions & 0o7777)
+            os.fchmod(file.descriptor, _file_mode(attrs.permissions))
         if attrs.uid is not None and attrs.gid is not None:
             os.fchown(file.descriptor, attrs.uid, attrs.gid)
         if attrs.atime is not None and attrs.mtime is not None:
             os.utime(file.descriptor, (attrs.atime, attrs.mtime))
 
     async def fsync(self, file_obj: object) -> None:
-        await asyncio.to_thread(os.fsync, _file(file_obj).descriptor)
+        await _apart(_file(file_obj).descriptor, os.fsync)
 
     def fstatvfs(self, file_obj: object) -> SFTPVFSAttrs:
         file = _file(file_obj)
@@ -209,7 +225,9 @@ class ShareServer(asyncssh.SFTPServer):
             return os.readlink(entry.name, dir_fd=entry.parent)
 
     def realpath(self, path: bytes) -> bytes:
-        """Without a look at the disk: nothing here depends on where links lead."""
+        """Without a look at the disk: nothing here depends on where links lead. Raises OSError."""
+        if len(path) >= MAX_PATH_BYTES:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         return posixpath.normpath(b"/" + path.lstrip(b"/"))
 
     def statvfs(self, path: bytes) -> SFTPVFSAttrs:
@@ -238,12 +256,16 @@ class ShareServer(asyncssh.SFTPServer):
             for top_name in self._shares.by_name:
                 yield SFTPName(top_name, b"", self.stat(top_name))
             return
-        with self._shares.folders[share.name].directory(parts) as descriptor:
-            names = await asyncio.to_thread(os.listdir, descriptor)
-            for start in range(0, len(names), LISTED_AT_ONCE):
-                part = names[start : start + LISTED_AT_ONCE]
-                for name in await asyncio.to_thread(_looked_at, descriptor, part):
-                    yield name
+        self._shares.take_descriptor()
+        try:
+            with self._shares.folders[share.name].directory(parts) as descriptor:
+                names = await asyncio.to_thread(os.listdir, descriptor)
+                for start in range(0, len(names), LISTED_AT_ONCE):
+                    part = names[start : start + LISTED_AT_ONCE]
+                    for name in await asyncio.to_thread(_looked_at, descriptor, part):
+                        yield name
+        finally:
+            self._shares.give_descriptor_back()
 
     def format_longname(self, name: SFTPName) -> None:
         """What `ls -l` would show is for people who use sftp(1); names would cost lookups."""
@@ -269,7 +291,9 @@ class ShareServer(asyncssh.SFTPServer):
                 finally:
                     os.close(opened)
             if attrs.permissions is not None:
-                entry.chmod(attrs.permissions & 0o7777)
+                is_directory = stat.S_ISDIR(entry.stat().st_mode)
+                mode = attrs.permissions & 0o7777
+                entry.chmod(mode if is_directory else _file_mode(mode))
             if attrs.uid is not None and attrs.gid is not None:
                 os.chown(entry.name, attrs.uid, attrs.gid, **place)
             if attrs.atime is not None and attrs.mtime is not None:
@@ -341,6 +365,13 @@ def _access(pflags: int) -> int:
     return flags
 
 
+def _file_mode(permissions: int) -> int:
+    """Without the bits that let whoever runs a file be its owner: nobody on the cluster can make a
+    program that others on the laptop run as its user. Linux drops the second one like this for
+    groups that one is not in (chmod(2))."""
+    return permissions & 0o7777 & ~(stat.S_ISUID | stat.S_ISGID)
+
+
 def _check_writable(share: Share) -> None:
     if share.read_only:
         raise PermissionError(errno.EACCES, f"{share.name} is shared read-only")
@@ -351,6 +382,20 @@ def _file(file_obj: object) -> OpenFile:
     if file_obj.descriptor < 0:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     return file_obj
+
+
+async def _apart(descriptor: int, work: Callable[[int], T]) -> T:
+    """In a thread, with a descriptor of its own: another channel may close the file meanwhile, and
+    its number be that of the next one."""
+    ours = os.dup(descriptor)
+
+    def run() -> T:
+        try:
+            return work(ours)
+        finally:
+            os.close(ours)
+
+    return await asyncio.to_thread(run)
 
 
 def _read_now(descriptor: int, offset: int, size: int) -> bytes | None:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from hpcfs.errors import SetupError
 
-_NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,255}")
+_NAME = re.compile(r"[^/\x00-\x1f\x7f]+")
+MAX_NAME_BYTES = 255
 _NAMED = re.compile(r"([^/=:~$]+)=(.*)", re.DOTALL)
 READ_ONLY_SUFFIX = ":ro"
 
@@ -45,11 +46,39 @@ def collect(texts: Sequence[str], here: Path, home: Path) -> tuple[Share, ...]:
                 f"--share other={share.directory}"
             )
         found[share.name] = share
+    _check_nesting(tuple(found.values()))
     return tuple(found.values())
+
+
+def _check_nesting(shares: Sequence[Share]) -> None:
+    """What may not be changed under one name may not be changed under another."""
+    for kept in shares:
+        for share in shares:
+            if kept.read_only and not share.read_only and _is_in(kept.directory, share.directory):
+                raise SetupError(
+                    f"{kept.name} is shared read-only, and could be changed through {share.name}, "
+                    f"which it is in: share {share.directory} read-only too, or leave one out"
+                )
+
+
+def _is_in(inner: Path, outer: Path) -> bool:
+    """By inode numbers: a file system may hold one directory under names that differ in case."""
+    return any(os.path.samefile(place, outer) for place in (inner, *inner.parents))
 
 
 def parse(text: str, here: Path, home: Path) -> Share:
     """Raises SetupError for what can't be shared."""
+    try:
+        return _parse(text, here, home)
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # RuntimeError: Path.resolve's word for a loop of links
+        reason = error.strerror if isinstance(error, OSError) else "its links lead in a circle"
+        raise SetupError(f"--share {text} can't be shared: {reason}") from None
+
+
+def _parse(text: str, here: Path, home: Path) -> Share:
     path, read_only = text, text.endswith(READ_ONLY_SUFFIX)
     if read_only:
         path = text.removesuffix(READ_ONLY_SUFFIX)
@@ -63,7 +92,7 @@ def parse(text: str, here: Path, home: Path) -> Share:
 
 def _only(here: Path, home: Path) -> Share:
     """A whole home directory holds keys and passwords: whoever wants to share it has to say so."""
-    if here.resolve() in (home.resolve(), Path("/")):
+    if home.resolve().is_relative_to(here.resolve()):
         raise SetupError("say which folder to share, as in --share ~/data")
     return _share("", here, read_only=False)
 
@@ -82,6 +111,17 @@ def _share(name: str, directory: Path, *, read_only: bool) -> Share:
         raise SetupError(f"{directory} can't be shared: you may not read it")
     resolved = directory.resolve()
     name = name or directory.name or resolved.name
-    if not _NAME.fullmatch(name) or name in (".", ".."):
+    if not _is_valid(name):
         raise SetupError(f"{directory} needs a name to be shared: --share NAME={directory}")
     return Share(name, resolved, read_only)
+
+
+def _is_valid(name: str) -> bool:
+    """Also for the rendezvous file, which is UTF-8."""
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        return False
+    return (
+        _NAME.fullmatch(name) is not None and length <= MAX_NAME_BYTES and name not in (".", "..")
+    )
