@@ -38,6 +38,7 @@ ERRNO: dict[type[Exception], int] = {
     m.NotADirectory: errno.ENOTDIR,
     m.IsADirectory: errno.EISDIR,
     m.DirectoryNotEmpty: errno.ENOTEMPTY,
+    m.CrossDevice: errno.EXDEV,
     m.InvalidName: errno.EILSEQ,
     m.NameTooLong: errno.ENAMETOOLONG,
     m.InvalidRequest: errno.EINVAL,

@@ -52,6 +52,11 @@ class DirectoryNotEmpty(RemoteError):
     """Only an empty directory can be removed or replaced."""
 
 
+class CrossDevice(RemoteError):
+    """Two names are in different file systems of the remote: what one has can't be renamed or
+    linked to the other, only copied."""
+
+
 class InvalidName(RemoteError):
     """The remote can't hold this name (S3 keys are UTF-8; SFTP names have no NUL)."""
 

@@ -23,6 +23,7 @@ from hpcfs.transfer.errors import (
     CacheFileGone as CacheFileGone,
     Changed as Changed,
     Conflict as Conflict,
+    CrossDevice as CrossDevice,
     DirectoryNotEmpty as DirectoryNotEmpty,
     Failure as Failure,
     HostKeyRefused as HostKeyRefused,

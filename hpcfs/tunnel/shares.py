@@ -68,22 +68,11 @@ def _is_in(inner: Path, outer: Path) -> bool:
 
 def parse(text: str, here: Path, home: Path) -> Share:
     """Raises SetupError for what can't be shared."""
-    try:
-        return _parse(text, here, home)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # RuntimeError: Path.resolve's word for a loop of links
-        reason = error.strerror if isinstance(error, OSError) else "its links lead in a circle"
-        raise SetupError(f"--share {text} can't be shared: {reason}") from None
-
-
-def _parse(text: str, here: Path, home: Path) -> Share:
     path, read_only = text, text.endswith(READ_ONLY_SUFFIX)
     if read_only:
         path = text.removesuffix(READ_ONLY_SUFFIX)
     name = ""
-    if (match := _NAMED.fullmatch(path)) and not _expanded(path, here, home).exists():
+    if (match := _NAMED.fullmatch(path)) and not os.path.exists(_expanded(path, here, home)):
         name, path = match[1], match[2]
     if not path:
         raise SetupError(f"--share {text} names no folder: the form is FOLDER, NAME=FOLDER")
@@ -104,8 +93,8 @@ def _expanded(path: str, here: Path, home: Path) -> Path:
 
 
 def _share(name: str, directory: Path, *, read_only: bool) -> Share:
-    if not directory.is_dir():
-        what = "is no folder" if directory.exists() else "does not exist"
+    if not os.path.isdir(directory):  # Path's methods raise what is no answer to them
+        what = "is no folder" if os.path.exists(directory) else "does not exist"
         raise SetupError(f"{directory} can't be shared: it {what}")
     if not os.access(directory, os.R_OK | os.X_OK):
         raise SetupError(f"{directory} can't be shared: you may not read it")

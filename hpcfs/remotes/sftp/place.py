@@ -21,6 +21,7 @@ from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.session import SftpSession
 from hpcfs.transfer.messages import (
     AlreadyExists,
+    CrossDevice,
     DirectoryNotEmpty,
     Entry,
     InvalidRequest,
@@ -118,6 +119,17 @@ async def _usage(place: Place) -> asyncssh.SFTPVFSAttrs | None:
             return await place.session.meta.statvfs(place.parent().full or b"/")
     except (NotSupported, RemoteFailure):
         return None
+
+
+async def explain_device(place: Place, target: Place, error: RemoteError) -> RemoteError:
+    """Whether a rename or a hard link failed because it would lead to another file system (EXDEV;
+    SFTP has no code for it)."""
+    if not isinstance(error, RemoteFailure):
+        return error
+    one, other = await _usage(place), await _usage(target)
+    if one is None or other is None or one.fsid == other.fsid:
+        return error
+    return CrossDevice(f"{place} and {target} are in different file systems there")
 
 
 async def explain_full(place: Place, error: RemoteError) -> RemoteError:

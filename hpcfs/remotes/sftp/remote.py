@@ -25,6 +25,7 @@ from hpcfs.remotes.sftp.attrs import full_mode, needs_present, owner_to_set, res
 from hpcfs.remotes.sftp.errors import MAX_PATH_BYTES, shown
 from hpcfs.remotes.sftp.place import (
     Place,
+    explain_device,
     explain_directory,
     explain_file,
     explain_new,
@@ -277,6 +278,8 @@ class SftpRemote:
             if await old.kind() is None:
                 raise NotFound(f"{old} does not exist") from None
             raise
+        except RemoteError as error:
+            raise await explain_device(old, place, error) from error
         return place.entry_of(attrs)
 
     async def rename(

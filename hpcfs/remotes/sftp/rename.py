@@ -14,7 +14,7 @@ import secrets
 import stat
 
 from hpcfs.remotes.base import MAX_NAME_BYTES, last_name
-from hpcfs.remotes.sftp.place import Place, explain_sticky
+from hpcfs.remotes.sftp.place import Place, explain_device, explain_sticky
 from hpcfs.transfer.messages import (
     AlreadyExists,
     DirectoryNotEmpty,
@@ -42,6 +42,7 @@ async def rename(source: Place, target: Place, *, replace: bool) -> None:
         await _rename_without_extension(source, target)
     except RemoteError as error:
         await _check(source, target)
+        error = await explain_device(source, target, error)
         error = await explain_sticky(source, error)
         raise await explain_sticky(target, error) from None
 
@@ -63,8 +64,11 @@ async def rename_regular_to_new(source: Place, target: Place) -> None:
 
 
 async def _plain_rename(source: Place, target: Place) -> None:
-    with source.asking():
-        await source.session.meta.rename(source.full, target.full, 0)
+    try:
+        with source.asking():
+            await source.session.meta.rename(source.full, target.full, 0)
+    except RemoteError as error:
+        raise await explain_device(source, target, error) from None
 
 
 async def _check(source: Place, target: Place) -> int | None:
