@@ -23,9 +23,9 @@ Kind = Literal["unix", "tcp"]
 """Which kind of place a pipe came through: what is to be proved over it differs."""
 
 WAIT_SECONDS = 120.0
-"""How long a stream on which nothing is heard is kept. A mount gives up much earlier, and while it
-is there says something every few seconds (remotes/tunnel/line.py); a laptop that wakes up should
-find the stream that the mount still has."""
+"""How long a stream on which nothing is heard is kept; after half of it the mount is asked to say
+something, for its machine may be gone without a word. A mount gives up much earlier
+(remotes/tunnel/line.py); a laptop that wakes up should find the stream that the mount still has."""
 STRANGER_SECONDS = 10.0
 MAX_STRANGERS = 100
 """The mounts of a job on many nodes come all at once."""
@@ -132,7 +132,7 @@ class Acceptor:
             if incoming.stream is stream:
                 self._know(incoming)
                 loop = asyncio.get_running_loop()
-                timer = loop.call_later(WAIT_SECONDS, self._look, stream.id)
+                timer = loop.call_later(WAIT_SECONDS / 2, self._look, stream.id)
                 self._kept[stream.id] = _Kept(stream, incoming.kind, loop.time(), timer)
                 return
 
@@ -186,11 +186,15 @@ class Acceptor:
     def _look(self, stream_id: bytes) -> None:
         kept = self._kept[stream_id]
         loop = asyncio.get_running_loop()
-        left = kept.heard_at + WAIT_SECONDS - loop.time()
-        if kept.stream.ended or left <= 0:
+        silence = loop.time() - kept.heard_at
+        if kept.stream.ended or silence >= WAIT_SECONDS:
             self._forget(kept, "the mount did not come back")
-        else:
-            kept.timer = loop.call_later(left, self._look, stream_id)
+            return
+        wait = WAIT_SECONDS / 2
+        if silence >= wait:
+            kept.stream.ask()
+            wait = WAIT_SECONDS
+        kept.timer = loop.call_later(wait - silence, self._look, stream_id)
 
     def _forget(self, kept: _Kept, reason: str) -> None:
         kept.timer.cancel()

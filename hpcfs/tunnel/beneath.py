@@ -153,8 +153,16 @@ class _Walk:
                 raise
             target = self._link(name)
             if target is None:
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+                target = [name]  # no link any more: somebody made it a directory meanwhile
+                self._count_link()
+                if not stat.S_ISDIR(Entry(self._here, name).stat().st_mode):
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
             todo.extendleft(reversed(target))
+
+    def _count_link(self) -> None:
+        self._links += 1
+        if self._links > MAX_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
     def _link(self, name: bytes) -> list[bytes] | None:
         """Where the link leads from here; None for what is no link, or is missing."""
@@ -165,9 +173,7 @@ class _Walk:
                 if error.errno == errno.EINVAL:
                     return None
                 raise
-            self._links += 1
-            if self._links > MAX_LINKS:
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            self._count_link()
             if target.startswith(b"/"):
                 raise PermissionError(errno.EACCES, "this link leads out of what is shared")
             return target.split(b"/")

@@ -52,7 +52,7 @@ def read(folder: Folder, path: str | bytes) -> bytes:
 
 
 def refusal(folder: Folder, path: str | bytes) -> int | None:
-    with pytest.raises(OSError) as refused:
+    with pytest.raises(OSError, match=r".") as refused:
         read(folder, path)
     return refused.value.errno
 
