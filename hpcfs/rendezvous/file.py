@@ -85,7 +85,7 @@ def decode(text: bytes) -> Rendezvous:
     """Raises ValueError with the end of a sentence that begins with the file's name."""
     try:
         found = msgspec.json.decode(text, type=Rendezvous)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"is damaged or was not written by hpcfs ({error})") from None
     if found.version != 1:
         raise ValueError(f"is of a newer hpcfs (version {found.version}): update hpcfs here")

@@ -71,7 +71,7 @@ class Letters:
         (length,) = _LENGTH.unpack(await self._take(_LENGTH.size))
         try:
             return msgspec.msgpack.decode(await self._take(length), type=kind)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise NotProved(f"what came makes no sense ({error})") from None
 
     async def _take(self, count: int) -> bytes:

@@ -73,6 +73,13 @@ def test_a_truncated_file_is_not_believed(directory: Path, cut: int) -> None:
         file.read(directory, "lap")
 
 
+@pytest.mark.parametrize("text", [b'{"x": "\xff"}', b'{"x": ' + b"[" * 60_000, b"\0" * 1000])
+def test_noise_is_not_believed(directory: Path, text: bytes) -> None:
+    write(directory, text)
+    with pytest.raises(Unreachable, match=r"damaged.* writes it anew"):
+        file.read(directory, "lap")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

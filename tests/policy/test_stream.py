@@ -107,6 +107,19 @@ def test_what_is_written_without_a_pipe_goes_with_the_next() -> None:
     assert ends[1].came == ends[0].written
 
 
+def test_who_waits_for_room_hears_of_it_when_the_next_pipe_tells() -> None:
+    """All had come, and only the word of it was lost."""
+    ends = End(), End()
+    join(*ends)
+    rooms: list[int] = []
+    ends[0].stream.on_seen.append(lambda: rooms.append(ends[0].stream.unseen))
+    ends[0].write(1000)
+    deliver(*ends, 10_000)
+    assert not rooms
+    join(*ends)
+    assert rooms == [0]
+
+
 def test_what_comes_early_waits_for_a_listener() -> None:
     ends = End(), End()
     join(*ends)
