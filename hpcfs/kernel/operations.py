@@ -71,7 +71,7 @@ def _deserves_line(number: int, message: str) -> bool:
     return True
 
 
-_EVERYDAY = frozenset({errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTSUP})
+_EVERYDAY = frozenset({errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTSUP, errno.EXDEV})
 """Answers that programs provoke all the time; the log is for the others."""
 
 

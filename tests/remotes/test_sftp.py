@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import pytest
@@ -19,8 +20,10 @@ from hpcfs.remotes.sftp.read import MAX_OPEN_HANDLES
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection, _root_path
 from hpcfs.transfer.messages import (
     NO_HANDLE,
+    AlreadyExists,
     Attributes,
     Changed,
+    CrossDevice,
     DirectoryNotEmpty,
     IsADirectory,
     NoSpace,
@@ -632,6 +635,29 @@ def test_everything_needed_works_without_extensions(tmp_path: Path) -> None:
             await remote.set_attributes(b"link", Attributes(mtime_ns=0))
 
     on_evil(tmp_path, Plain, story, EXTENSIONS)
+
+
+def test_between_file_systems_nothing_is_renamed_or_linked(sshd: SshServer, tmp_path: Path) -> None:
+    """OpenSSH says no more than "Failure"."""
+    with TemporaryDirectory(dir="/dev/shm") as memory:
+        there = Path(memory)
+        assert there.stat().st_dev != tmp_path.stat().st_dev
+        (tmp_path / "file").write_bytes(b"content")
+        (there / "taken").touch()
+        source = os.fsencode(tmp_path / "file")[1:]
+
+        async def story(remote: SftpRemote) -> None:
+            for name, replace in (("new", True), ("new", False), ("taken", True)):
+                with pytest.raises(CrossDevice, match="different file systems"):
+                    await remote.rename(source, os.fsencode(there / name)[1:], replace=replace)
+            with pytest.raises(CrossDevice, match="different file systems"):
+                await remote.make_link(source, os.fsencode(there / "new")[1:])
+            await remote.rename(source, source + b"2", replace=True)
+            with pytest.raises(AlreadyExists):
+                await remote.make_link(source + b"2", source + b"2")
+
+        on(sshd.start_message("/"), story)
+        assert os.listdir(there) == ["taken"]
 
 
 def test_rename_over_something_without_posix_rename(tmp_path: Path) -> None:
