@@ -224,6 +224,12 @@ class _SshChannel(asyncssh.SSHServerSession[bytes]):
         if self._channel is not None:
             self._channel.received(data)
 
+    def eof_received(self) -> bool:
+        """sftp(1) says so when it is done, and waits for us to close the channel."""
+        if self._channel is not None:
+            self._channel.ended()
+        return False
+
     def resume_writing(self) -> None:
         if self._channel is not None:
             self._channel.taken()

@@ -7,6 +7,8 @@ import os
 import secrets
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -34,6 +36,7 @@ from hpcfs.rendezvous.pump import socket_of
 from hpcfs.rendezvous.stream import Stream
 from hpcfs.tunnel.acceptor import Kind
 from hpcfs.tunnel.shares import Share
+from tests.support.command import REPOSITORY
 from tests.support.laptop import NAME, Laptop, laptop
 
 SESSION = b"s" * SESSION_BYTES
@@ -355,3 +358,80 @@ def test_a_connection_asks_nobody_for_this_machines_name(
             assert not asked
 
     run(story())
+
+
+PROXY = """
+import asyncio, os, sys
+from pathlib import Path
+from hpcfs.remotes.tunnel.line import Line, Meeting, Pulse
+
+async def main():
+    line = await Line.open(Meeting(Path(sys.argv[1]), sys.argv[2]), Pulse())
+    over = asyncio.Event()
+    def out(data):
+        while data:
+            data = data[os.write(1, data):]
+    line.stream.listen(out, lambda reason: over.set())
+    def come():
+        data = os.read(0, 65536)
+        line.stream.write(data) if data else over.set()
+    asyncio.get_running_loop().add_reader(0, come)
+    await over.wait()
+    await line.close()
+
+asyncio.run(main())
+"""
+
+
+def test_openssh_understands_the_server(tcp: Laptop, tmp_path: Path, share: Share) -> None:
+    """Its sftp(1), whose idea of the protocol is what our server's answers were made after."""
+    key, known, proxy = tmp_path / "key", tmp_path / "known", tmp_path / "proxy.py"
+    key.touch(mode=0o600)
+    key.write_text(tcp.identity.client_key_text)
+    known.write_text(f"lap {tcp.identity.host_key_line}\n")
+    proxy.write_text(PROXY)
+    (tmp_path / "sent").write_bytes(os.urandom(3_000_000))
+    (share.directory / "out").symlink_to(tmp_path / "sent")
+    commands = f"""
+        cd data
+        put -p {tmp_path}/sent there
+        rename there moved
+        get moved {tmp_path}/back
+        chmod 600 moved
+        mkdir dir
+        symlink file link
+        ln file hard
+        ls -la
+        df
+        -get out {tmp_path}/leaked
+        -get ../key {tmp_path}/leaked
+        -cd ../..
+        pwd
+        -rm /data
+        rm /data/hard
+    """
+    command = ["sftp", "-b", "-", "-F", "none", "-i", os.fspath(key)]
+    for option in (
+        "IdentitiesOnly=yes",
+        f"UserKnownHostsFile={known}",
+        "GlobalKnownHostsFile=none",
+        "StrictHostKeyChecking=yes",
+        f"ProxyCommand={sys.executable} {proxy} {tcp.directory} {NAME}",
+    ):
+        command += ["-o", option]
+    said = subprocess.run(
+        [*command, "node@lap"],
+        input="".join(f"{line.strip()}\n" for line in commands.splitlines()),
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert said.returncode == 0, said.stderr
+    assert (tmp_path / "back").read_bytes() == (tmp_path / "sent").read_bytes()
+    assert (share.directory / "moved").stat().st_mode & 0o777 == 0o600
+    assert sorted(os.listdir(share.directory)) == ["dir", "file", "link", "moved", "out"]
+    assert os.readlink(share.directory / "link") == "file"
+    assert not (tmp_path / "leaked").exists()
+    assert "Remote working directory: /\n" in said.stdout

@@ -36,6 +36,7 @@ from hpcfs.remotes.tunnel.site import TunnelSiteConnection
 from hpcfs.transfer.messages import CrossDevice
 from hpcfs.tunnel import channel as served_channel, guests, served
 from hpcfs.tunnel.acceptor import Kind
+from hpcfs.tunnel.channel import OpenFiles, ServedChannel
 from hpcfs.tunnel.served import Shares, ShareServer
 from hpcfs.tunnel.shares import Share
 from tests.remotes.contract import put
@@ -468,6 +469,52 @@ def test_answers_that_nobody_takes_are_not_gathered(
             time.sleep(0.3)
 
     asyncio.run(main())
+
+
+INIT = struct.pack(">IBI", 5, 1, 3)
+MAKE = b"/rw/made"
+MKDIR = struct.pack(">IBII", 13 + len(MAKE), 14, 1, len(MAKE)) + MAKE + bytes(4)
+
+
+def serve_once(directory: Path, story: Callable[[ServedChannel], Awaitable[None]]) -> bytes:
+    answers = bytearray()
+
+    async def main() -> None:
+        shares = Shares([Share("rw", directory / "rw")])
+        channel = ServedChannel(shares, OpenFiles(), answers.extend, lambda: 0, 1)
+        running = asyncio.create_task(channel.run())
+        await story(channel)
+        await asyncio.wait_for(running, 20)
+        shares.close()
+
+    asyncio.run(main())
+    return bytes(answers)
+
+
+def test_what_was_given_up_is_not_done_later(directory: Path) -> None:
+    """The mount may be asking anew over another stream, and be done before."""
+
+    async def story(channel: ServedChannel) -> None:
+        channel.received(INIT)
+        channel.received(MKDIR)
+        channel.ended()
+
+    serve_once(directory, story)
+    assert not (directory / "rw" / "made").exists()
+
+
+def test_requests_are_not_gathered_without_end(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_channel, "MOST_UNSEEN_BYTES", 10_000)
+
+    async def story(channel: ServedChannel) -> None:
+        channel.received(INIT + MKDIR)
+        while not (directory / "rw" / "made").exists():  # noqa: ASYNC110 - the answer is no event
+            await asyncio.sleep(0)
+        channel.received(bytes(10_001))
+
+    assert serve_once(directory, story)
 
 
 def test_garbage_on_a_channel_ends_it(running: Laptop) -> None:
