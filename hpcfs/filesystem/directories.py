@@ -17,7 +17,7 @@ import trio
 
 from hpcfs.filesystem.ahead import Ahead
 from hpcfs.filesystem.errors import BadHandle, FilesystemError, NotDirectory
-from hpcfs.filesystem.known import FEW_USES, MANY_USES, SLOW_SECONDS, SURE_SECONDS, Known, Uses
+from hpcfs.filesystem.known import SLOW_SECONDS, Known, Uses
 from hpcfs.filesystem.listing import Listing, OpenDirectory
 from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.sweeper import Sweeper
@@ -161,12 +161,8 @@ class Directories:
         return listing
 
     def filled(self, node: Node) -> None:
-        """A name was made in this directory. In one that was just made here itself, that tells of
-        a whole tree which is being made: the next directory beside it will be filled too."""
-        now = self._tree.now()
-        self._uses.filled(node, now)
-        if node.parent is not None and self._known.is_guess(node):
-            self._uses.filled(node.parent, now)
+        """A name was made in this directory."""
+        self._uses.filled(node, self._tree.now())
 
     def made(self, node: Node) -> None:
         """The directory was just made here: nothing is in it but what is made here too."""
@@ -212,25 +208,16 @@ class Directories:
         found = self._known.find(parent, name, now)
         if found is None and self._take_ahead(parent):
             found = self._known.find(parent, name, now)
-        are_many, is_guess = self._uses.are_many(now), self._known.is_guess(parent)
-        if is_guess:
-            are_many = self._is_being_filled(parent, now)
-        if found is not None and found[1] is None and not are_many:
-            found = None
-        if found is None or not is_guess or now - found[0] > SURE_SECONDS:
-            self._note_use(parent)
-        return found
+        self._note_use(parent)
+        are_many = self._uses.are_many(now)
+        if self._known.is_guess(parent):
+            are_many = self._uses.is_filled(parent, now)
+        return None if found is not None and found[1] is None and not are_many else found
 
     def was_missing(self, parent: Node, name: bytes) -> bool:
         """Whether the last listing of this directory, however old, did not have the name; kept for
         remotes that sleep only."""
         return self._known.was_missing(parent, name)
-
-    def _is_being_filled(self, made: Node, now: float) -> bool:
-        """Whether a program fills this directory, which was made here, or the tree it is in."""
-        around = made.parent
-        is_part = around is not None and self._uses.is_filled(around, now, MANY_USES)
-        return is_part or self._uses.is_filled(made, now, FEW_USES)
 
     def _take_ahead(self, node: Node) -> bool:
         """A program that asks for names in one directory after the other walks too: whether this

@@ -25,8 +25,6 @@ GUESS_SECONDS = 5.0
 """For which a directory that was made here counts as empty while a program fills it: rsync makes
 directories some time before. Who makes a file there that others just made hears of it: the remote
 makes only new files."""
-SURE_SECONDS = GUESS_SECONDS - ATTRIBUTE_SECONDS
-"""So long it need not be listed for those who ask for names in it."""
 UNLISTED_NAMES = frozenset({b".snapshot", b".snapshots", b".zfs", b".ckpt"})
 """Directories that file servers have and do not list."""
 
@@ -202,11 +200,10 @@ class Uses:
         use.fills = use.fills * 2 ** ((use.filled - now) / HALF_LIFE) + 1
         use.filled = now
 
-    def is_filled(self, node: Node, now: float, names: float) -> bool:
-        """Whether a program is filling it: more than so many names were made in it, a moment
-        ago."""
+    def is_filled(self, node: Node, now: float) -> bool:
+        """Whether a program is filling it: several names were made in it, a moment ago."""
         use = self._of(node)
-        return use.fills * 2 ** ((use.filled - now) / HALF_LIFE) > names
+        return use.fills * 2 ** ((use.filled - now) / HALF_LIFE) > FEW_USES
 
     def begin(self, node: Node, now: float) -> bool:
         """Whether nobody listed it for a while."""

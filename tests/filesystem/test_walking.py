@@ -14,7 +14,6 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from hpcfs.filesystem import ahead, listing
 from hpcfs.filesystem.errors import NoEntry
-from hpcfs.filesystem.known import GUESS_SECONDS
 from hpcfs.transfer import messages as m
 from tests.filesystem.world import World, live, until, world
 from tests.support.memory_remote import Item
@@ -433,39 +432,6 @@ async def test_in_a_directory_made_here_missing_names_cost_nothing(w: World) -> 
         assert await w.kernel.exists(f"ns/d/{number}")
     of_names = [c for c in w.cues.calls if isinstance(c, m.Stat) and c.path != b"d"]
     assert len(of_names) - (stats - 1) <= 4
-
-
-@live()
-async def test_in_a_tree_made_here_missing_names_cost_nothing(w: World) -> None:
-    """Whoever makes one directory after the other and fills them (cp -r, tar, git clone) asks for
-    each name first: in the first ones the remote is asked."""
-    await w.kernel.mkdir("ns/tree")
-    for folder in range(6):
-        if folder == 2:
-            w.cues.calls.clear()
-        await w.kernel.mkdir(f"ns/tree/{folder}")
-        for number in range(4):
-            name = f"ns/tree/{folder}/{number}"
-            assert not await w.kernel.exists(name)
-            await w.kernel.write_file(name, b"x")
-            w.clock.seconds += 0.05
-    names = [c.path for c in w.cues.calls if isinstance(c, m.Stat) and c.path.count(b"/") == 2]
-    assert names == []
-    listed = [c.path for c in w.cues.calls if isinstance(c, m.List) and b"/" in c.path]
-    assert listed == [], "what is known to be empty need not be listed"
-
-
-@live()
-async def test_a_directory_beside_what_is_filled_is_asked_about(w: World) -> None:
-    """Files that a program makes in one directory say nothing of another one made by somebody
-    else."""
-    await w.kernel.mkdir("ns/copy")
-    w.clock.seconds += GUESS_SECONDS
-    for number in range(20):
-        await w.kernel.write_file(f"ns/copy/{number}", b"x")
-    await w.kernel.mkdir("ns/job")
-    w.remote.put(b"job/log", b"theirs")
-    assert await w.kernel.read_file("ns/job/log") == b"theirs"
 
 
 def test_pages_that_come_after_it_was_given_up_do_no_harm(tmp_path: Path) -> None:
