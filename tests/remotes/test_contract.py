@@ -552,6 +552,19 @@ async def test_times_of_a_link_are_its_own(remote: Remote, subject: Subject) -> 
 
 
 @contract
+async def test_changes_of_attributes_at_once_are_all_made(remote: Remote, subject: Subject) -> None:
+    await put(remote, b"file", b"x")
+    await remote.make_directory(b"folder", 0o755)
+    for path in (b"file", b"folder"):
+        await asyncio.gather(
+            remote.set_attributes(path, Attributes(mode=0o700)),
+            remote.set_attributes(path, Attributes(mtime_ns=7 * SECOND)),
+        )
+        entry = await remote.stat(path)
+        assert (stat.S_IMODE(entry.mode), entry.mtime_ns) == (0o700, 7 * SECOND)
+
+
+@contract
 async def test_an_upload_changes_only_the_version_it_was_made_on(
     remote: Remote, subject: Subject
 ) -> None:

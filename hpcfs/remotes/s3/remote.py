@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace as with_changes
 from typing import IO, Any
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -103,6 +104,8 @@ class S3Remote:
         endpoint = getattr(start.site, "endpoint_url", None) or ""
         self._mover = Mover(bucket, self._transfer, start.cache_dir, f"{endpoint}/{bucket.name}")
         self._root_metadata = Metadata()
+        self._changing: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
+        """A change of attributes reads the others and writes all: one at a time for each path."""
 
     # --- looking ----------------------------------------------------------------------------
 
@@ -245,13 +248,14 @@ class S3Remote:
     async def set_attributes(self, path: bytes, attributes: Attributes) -> Entry:
         self._check_writable()
         self._check_owner(attributes)
-        look = await self._paths.recall(await self._paths.place(path))
-        if look.is_directory:
-            return await self._set_directory_attributes(look.place, attributes)
-        found = file_of(look)
-        if not _is_worth_a_copy(attributes):
-            return self._entries.file(last_name(path), found)
-        return await self._rewrite(look.place, found, attributes)
+        async with self._changing.setdefault(path, asyncio.Lock()):
+            look = await self._paths.recall(await self._paths.place(path))
+            if look.is_directory:
+                return await self._set_directory_attributes(look.place, attributes)
+            found = file_of(look)
+            if not _is_worth_a_copy(attributes):
+                return self._entries.file(last_name(path), found)
+            return await self._rewrite(look.place, found, attributes)
 
     async def truncate(self, path: bytes, size: int) -> Entry:
         self._check_writable()
