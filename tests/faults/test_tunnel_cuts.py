@@ -20,7 +20,7 @@ import pytest
 
 from tests.mount.test_trees import WAYS, copy
 from tests.support.link import Link, link_to
-from tests.support.mounts import WRITE_MODES, Mount, mounted
+from tests.support.mounts import WRITE_MODES, Mount, mounted, until
 from tests.support.seed import Seed, lead_through, seed
 from tests.support.trees import MIB, SMALL_SIZES, Recipe, differences, facts_of, make_tree
 
@@ -113,6 +113,7 @@ def test_copies_both_ways(way: str, mode: str, kind: str, tmp_path: Path) -> Non
                 while cutter.is_alive():
                     rounds += 1
                     shutil.copytree(tree, found.shared / f"old-{rounds}", symlinks=True)
+                    until((folder / f"old-{rounds}").exists)  # a listing may be a second old
                     copied = tmp_path / f"copied-{rounds}"
                     copy(way, folder / f"old-{rounds}", copied)
                     _is_same(tree, copied)

@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,11 +116,11 @@ def test_trees_in_both_directions(way: str, work: Work, tmp_path: Path) -> None:
     """With all that a name may have in it, modes and times."""
     tree, copied = tmp_path / "tree", tmp_path / "copied"
     make_tree(tree, TREE)
+    shutil.copytree(tree, work.shared / "out", symlinks=True)
     copy(way, tree, work.path / "in")
     sync(work.mount)
     assert differences(facts_of(tree), facts_of(work.shared / "in")) == []
     assert rsync_finds_to_do(tree, work.path / "in") == ""
-    shutil.copytree(tree, work.shared / "out", symlinks=True)
     copy(way, work.path / "out", copied)
     assert differences(facts_of(tree), facts_of(copied)) == []
 
@@ -201,31 +201,27 @@ def test_an_unmount_waits_for_what_is_to_be_written(away: Seed) -> None:
 
 
 def test_a_tunnel_that_ends_and_comes_back(away: Seed) -> None:
-    """An error at once, and a sentence. What is open and cached can be read, and goes on later."""
+    """An error at once, and a sentence. What is cached can be read, and what is open goes on."""
     (away.shared / "cached").write_bytes(b"cached")
     (away.shared / "long").write_bytes(bytes(30_000_000))
-    with mount_of(away) as mount, ExitStack() as stack:
+    with mount_of(away) as mount:
         folder = mount.path / "laptop" / "data"
-        cached, long = (
-            stack.enter_context((folder / name).open("rb", buffering=0)).fileno()
-            for name in ("cached", "long")
-        )
-        assert (os.pread(cached, 10, 0), os.pread(long, 10, 0)) == (b"cached", bytes(10))
-        away.end()
-        until(lambda: mount.namespace("laptop").state == "failed", RETURN_SECONDS)
-        began = time.monotonic()
-        assert errno_of(os.listdir, folder.parent) == AWAY
-        assert errno_of(os.pread, long, 10, 25_000_000) == AWAY
-        assert errno_of((folder / "new").write_bytes, b"") == AWAY
-        assert os.pread(cached, 10, 0) == b"cached"
-        assert time.monotonic() - began < 1.0
-        reason = mount.namespace("laptop").reason
-        assert "no tunnel named lap is up" in reason
-        assert reason in away.home.run("status", mount.path).stdout
-        away.start()
-        until(lambda: errno_of(os.listdir, folder.parent) is None, RETURN_SECONDS)
-        assert mount.namespace("laptop").state == "connected"
-        assert os.pread(long, 10, 25_000_000) == bytes(10)
+        assert (folder / "cached").read_bytes() == b"cached"
+        with (folder / "long").open("rb", buffering=0) as file:
+            assert os.pread(file.fileno(), 10, 0) == bytes(10)
+            away.end()
+            until(lambda: mount.namespace("laptop").state == "failed", RETURN_SECONDS)
+            began = time.monotonic()
+            assert errno_of(os.pread, file.fileno(), 10, 25_000_000) == AWAY
+            assert errno_of((folder / "new").write_bytes, b"") == AWAY
+            assert (folder / "cached").read_bytes() == b"cached"
+            assert time.monotonic() - began < 1.0
+            reason = mount.namespace("laptop").reason
+            assert "no tunnel named lap is up" in reason
+            assert reason in away.home.run("status", mount.path).stdout
+            away.start()
+            until(lambda: mount.namespace("laptop").state == "connected", RETURN_SECONDS)
+            assert os.pread(file.fileno(), 10, 25_000_000) == bytes(10)
         (folder / "new").write_bytes(b"new")
         assert (away.shared / "new").read_bytes() == b"new"
 
@@ -234,11 +230,12 @@ def test_what_is_written_while_the_laptop_is_away(away: Seed) -> None:
     (away.shared / "before").write_bytes(b"before")
     with mount_of(away, write="back") as mount:
         folder = mount.path / "laptop" / "data"
-        with (folder / "before").open("wb") as before, (folder / "new").open("wb") as new:
-            away.end()
-            until(lambda: mount.namespace("laptop").state == "failed", RETURN_SECONDS)
-            before.write(b"after")
-            new.write(b"new")
+        assert os.listdir(folder) == ["before"]
+        away.end()
+        until(lambda: mount.namespace("laptop").state == "failed", RETURN_SECONDS)
+        (folder / "before").write_bytes(b"after")
+        (folder / "new").write_bytes(b"new")
+        assert (folder / "new").read_bytes() == b"new"
         assert len(mount.status.pending) == 2
         assert (away.shared / "before").read_bytes() == b"before"
         away.start()
@@ -249,13 +246,15 @@ def test_what_is_written_while_the_laptop_is_away(away: Seed) -> None:
 
 def test_a_tunnel_that_was_killed_and_another_of_its_name(away: Seed) -> None:
     """Its file is still there. The mount waits a while whether it comes back, then says so."""
+    (away.shared / "cached").write_bytes(b"cached")
     (away.shared / "file").write_bytes(b"content")
     with mount_of(away) as mount:
         folder = mount.path / "laptop" / "data"
-        assert os.listdir(folder) == ["file"]
+        assert (folder / "cached").read_bytes() == b"cached"
         away.end(signal.SIGKILL)
         until(lambda: "is not up any more" in mount.namespace("laptop").reason)
         assert errno_of((folder / "file").read_bytes) == AWAY
+        assert (folder / "cached").read_bytes() == b"cached"
         away.start()
         until(lambda: errno_of((folder / "file").read_bytes) is None, RETURN_SECONDS)
         assert (folder / "file").read_bytes() == b"content"
