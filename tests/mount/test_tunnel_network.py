@@ -7,19 +7,18 @@ Namespaces of Linux need root (in CI we are) and iproute2.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from hpcfs.control import control
 from hpcfs.rendezvous.file import TcpPlace, UnixPlace
-from hpcfs.system import paths
 from tests.support.mounts import RealHome, until
 from tests.support.nodes import Node, cable
 from tests.support.seed import Seed
@@ -31,7 +30,10 @@ OUTER, INNER = "10.77.1", "10.77.2"
 PORT = 2222
 LAPTOP, LOGIN, COMPUTE = f"{OUTER}.2", f"{INNER}.1", f"{INNER}.2"
 CONTENT = "".join(f"line {number}\n" for number in range(2_000_000))
+FULL = os.environ.get("HPCFS_FULL") == "1"
+DOWN_SECONDS = 3.0
 RETURN_SECONDS = 3.0
+"""From the laptop's return to the first read on a mount that lost it."""
 
 
 @dataclass
@@ -61,10 +63,9 @@ class Place:
         done = self.home.run("umount", self.mountpoint)
         assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
-    def is_connected(self) -> bool:
-        socket = paths.find_socket(self.mountpoint, self.home.environment())
-        (found,) = control.query_status(socket).namespaces
-        return found.state == "connected"
+    def can_read(self, name: str) -> bool:
+        command = [*self.node.enter, "cat", self.data / name]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 @dataclass
@@ -78,6 +79,12 @@ class Cluster:
 @pytest.fixture
 def cluster(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """With options of its sshd as the fixture's parameter."""
+    with three_machines(tmp_path, request.param) as found:
+        yield found
+
+
+@contextmanager
+def three_machines(directory: Path, options: list[str]) -> Iterator[Cluster]:
     with ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hpcfs-")))
         laptop, login, compute = (
@@ -91,8 +98,8 @@ def cluster(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Cluster]
         # A socket on a file system that machines share leads to the kernel that it was made on. All
         # three have one kernel: the compute node must not have a file where the login node has one.
         login.run("mount", "--bind", shared, theirs)
-        node = stack.enter_context(sshd(tmp_path, login, theirs, request.param))
-        there = make_laptop(tmp_path / "laptop", LoginNode(node, shared))
+        node = stack.enter_context(sshd(directory, login, theirs, options))
+        there = make_laptop(directory / "laptop", LoginNode(node, shared))
         there.enter = laptop.enter
         places = [place(login, theirs, base), place(compute, shared, base)]
         found = Seed(LoginNode(node, shared), there, places[0].home)
@@ -244,20 +251,34 @@ def test_an_sshd_that_grants_nothing(cluster: Cluster) -> None:
     assert (checked.returncode, "AllowTcpForwarding" in checked.stdout) == (1, True)
 
 
+@pytest.mark.parametrize("is_lost", [False, True] if FULL else [False])
 @with_sshd("GatewayPorts clientspecified")
-def test_the_laptop_s_network_comes_back(cluster: Cluster) -> None:
-    """After so long that the mounts have given up."""
-    seed = cluster.seed
-    (seed.shared / "file").write_text("content")
+def test_the_laptop_s_network_comes_back(cluster: Cluster, is_lost: bool) -> None:
+    """After a moment, or so late that the mounts have given up."""
+    seed, places = cluster.seed, (cluster.login, cluster.compute)
+    for name in ("before", "after"):
+        (seed.shared / name).write_text("content")
     seed.start("--bind", LOGIN)
-    cluster.login.mount()
-    cluster.compute.mount()
+    for here in places:
+        here.mount()
+        assert here.can_read("before")
     cluster.laptop.run("ip", "link", "set", "login01", "down")
-    for here in (cluster.login, cluster.compute):
-        until(lambda here=here: not here.is_connected(), 30)
-    cluster.laptop.run("ip", "link", "set", "login01", "up")
-    began = time.monotonic()
-    for here in (cluster.login, cluster.compute):
-        until(here.is_connected, RETURN_SECONDS)
-        assert here.node.run("cat", here.data / "file") == "content"
-    assert time.monotonic() - began < RETURN_SECONDS + 1
+    with reading(places[0], "after") as read:
+        if is_lost:
+            assert not read()
+        else:
+            time.sleep(DOWN_SECONDS)
+        cluster.laptop.run("ip", "link", "set", "login01", "up")
+        began = time.monotonic()
+        assert is_lost or read()
+    for here in places:
+        until(lambda here=here: here.can_read("after"), RETURN_SECONDS)
+    assert time.monotonic() - began < RETURN_SECONDS
+
+
+@contextmanager
+def reading(here: Place, name: str) -> Iterator[Callable[[], bool]]:
+    """A program that reads; gives what waits for its end, and tells whether it could."""
+    command = [*here.node.enter, "cat", str(here.data / name)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        yield lambda: process.wait(60) == 0
