@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +19,19 @@ import pytest
 
 from tests.mount.test_programs import git
 from tests.mount.test_trees import WAYS, copy, rsync_finds_to_do
-from tests.support.mounts import WRITE_MODES, Mount, errno_of, mounted, run, until
+from tests.support.mounts import (
+    WRITE_MODES,
+    Mount,
+    OnDisk,
+    RealHome,
+    Served,
+    errno_of,
+    mounted,
+    run,
+    until,
+)
 from tests.support.seed import EXPECTED, Seed, seed
+from tests.support.sshd import ALIAS, LOOPBACK, SshServer, ssh_server
 from tests.support.trees import SMALL_SIZES, Recipe, differences, facts_of, make_tree
 
 TREE = Recipe(60, sizes=SMALL_SIZES, large=(5_000_000,), directories=15)
@@ -259,3 +272,44 @@ def test_a_tunnel_that_was_killed_and_another_of_its_name(away: Seed) -> None:
         away.start()
         until(lambda: errno_of((folder / "file").read_bytes) is None, RETURN_SECONDS)
         assert (folder / "file").read_bytes() == b"content"
+
+
+# --- with an SSH server on the laptop -------------------------------------------------------------
+
+
+@contextmanager
+def reverse_forward(login: SshServer, laptop: SshServer) -> Iterator[int]:
+    """`ssh -R 0:...` on the laptop; the port on the login node that sshd chose."""
+    forward = f"0:{LOOPBACK}:{laptop.port}"
+    command = ["ssh", "-F", login.ssh_config, "-N", "-R", forward, ALIAS]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        told = process.stderr.readline()
+        allocated = re.match(r"Allocated port (\d+) for remote forward", told)
+        assert allocated, told
+        try:
+            yield int(allocated[1])
+        finally:
+            process.terminate()
+
+
+def test_plain_ssh_with_a_reverse_forward(tmp_path: Path, real_home: RealHome) -> None:
+    """As docs/tunnel.md has it for those who have an SSH server on the laptop."""
+    with (
+        ssh_server(tmp_path / "login") as login,
+        ssh_server(tmp_path / "laptop") as laptop,
+        reverse_forward(login, laptop) as port,
+    ):
+        known = laptop.known_hosts_line(laptop.host_key).replace(f":{laptop.port} ", f":{port} ")
+        laptop.known_hosts.write_text(known)
+        config = laptop.config_text("*").replace(f"Port {laptop.port}", "")
+        laptop.ssh_config.write_text(config)
+        keys = {"type": "sftp", "host": f"{laptop.user}@{LOOPBACK}", "port": port}
+        keys |= {"path": str(laptop.root), "ssh_config": str(laptop.ssh_config)}
+        served = Served("sftp", keys, OnDisk(laptop.root))
+        data = os.urandom(5_000_000)
+        (laptop.root / "file").write_bytes(data)
+        with mounted(real_home, {"laptop": served}) as mount:
+            assert (mount.path / "laptop" / "file").read_bytes() == data
+            (mount.path / "laptop" / "copy").write_bytes(data)
+            assert (laptop.root / "copy").read_bytes() == data
