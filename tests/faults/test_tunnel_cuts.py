@@ -25,7 +25,7 @@ from tests.support.seed import Seed, lead_through, seed
 from tests.support.trees import MIB, SMALL_SIZES, Recipe, differences, facts_of, make_tree
 
 FULL = os.environ.get("HPCFS_FULL") == "1"
-CUTS = 50 if FULL else 4
+CUTS = 50 if FULL else 3
 TREE = Recipe(60, sizes=SMALL_SIZES, large=(20 * MIB, 5 * MIB, 1 * MIB + 1), directories=15)
 BETWEEN_BYTES = (30_000, 15_000_000)
 """So much passes between cuts: the least is gone while mounts are still finding their way back."""
