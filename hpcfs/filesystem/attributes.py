@@ -90,10 +90,15 @@ class AttributeChanges:
         if node.content and node.content.replaced:
             raise Stale("the file was replaced on the remote since it was opened")
         fresh, before = self._tree.is_fresh(node), node.entry.version
-        entry = await namespace.entry(m.SetAttributes(node.path, attributes))
-        self._tree.set_local(node, entry)
+        times = self._files.backlog.directory_times
         if node.is_directory and namespace.writes_back and attributes.mtime_ns is not None:
-            self._files.backlog.directory_times.put(node, attributes)
+            times.put(node, attributes)
+        try:
+            entry = await namespace.entry(m.SetAttributes(node.path, attributes))
+        except m.RemoteError:
+            times.forget(node)
+            raise
+        self._tree.set_local(node, entry)
         if entry.version == before or not fresh:
             return
         if node.pages_version == before:

@@ -267,6 +267,7 @@ class Backlog:
             ended = self._ended
             with trio.move_on_after(TELL_SECONDS):
                 await ended.wait()
+        await self.directory_times.finish()
         for failure in failures.values():
             raise failure
 

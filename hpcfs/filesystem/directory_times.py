@@ -36,7 +36,8 @@ class DirectoryTimes:
             await self._idle.wait()
 
     def put(self, directory: Node, attributes: m.Attributes) -> None:
-        """They were set a moment ago."""
+        """They are about to be set. An upload that ends meanwhile may have come to the remote
+        before that or after."""
         if self._has_pending(directory) and len(self._wanted) < MOST:
             times = m.Attributes(atime_ns=attributes.atime_ns, mtime_ns=attributes.mtime_ns)
             self._wanted[directory] = times

@@ -64,6 +64,7 @@ class SiteClient:
         """Who answers the site's questions; None when the terminal is gone."""
         self._state: State = "idle"
         self._reason = ""
+        self._away = ""
         self._namespace_reasons: dict[str, str] = {}
         self._start_message = start
         self._log_file = log_file
@@ -184,10 +185,18 @@ class SiteClient:
             return m.Traffic()
         with trio.move_on_after(_TRAFFIC_SECONDS):
             try:
-                return await self.call("", m.GetTraffic(), m.Traffic)
+                found = await self.call("", m.GetTraffic(), m.Traffic)
             except m.RemoteError:  # it ended just now
                 return m.Traffic()
+            self._note_away(found.away)
+            return found
         return None
+
+    def _note_away(self, away: str) -> None:
+        """A connection that is kept up is lost, or back, without a request that would tell."""
+        if away != self._away:
+            self._away = self._reason = away
+            self._state = "failed" if away else "connected"
 
     # --- the process ---------------------------------------------------------------------------
 

@@ -18,8 +18,10 @@ class DiskUsage(msgspec.Struct, frozen=True):
 
 class Traffic(msgspec.Struct, frozen=True):
     """What is open to a site now: `connections` (jump hosts' too; of S3 those that were not left to
-    botocore), SFTP `channels` on them, and `requests` under way."""
+    botocore), SFTP `channels` on them, and `requests` under way. Where a connection is kept up
+    whether anybody asks for something or not (tunnels), `away` says why there is none."""
 
     connections: int = 0
     channels: int = 0
     requests: int = 0
+    away: str = ""

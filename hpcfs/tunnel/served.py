@@ -119,26 +119,30 @@ class ShareServer(asyncssh.SFTPServer):
         return share, parts[1:]
 
     @contextmanager
-    def _entry(self, path: bytes, *, follow: bool = False) -> Iterator[tuple[Share, Entry]]:
-        """For what the top has no answer to."""
-        share, parts = self._split(path)
+    def _entry(
+        self, path: bytes, *, follow: bool = False, changes: bool = False
+    ) -> Iterator[tuple[Share, Entry]]:
+        """For what the top has no answer to, and for what `changes` something: a new name at the
+        top is refused, not missing."""
+        try:
+            share, parts = self._split(path)
+        except FileNotFoundError:
+            if not changes:
+                raise
+            share = None
         if share is None:
             raise PermissionError(
                 errno.EACCES, "only shares are here, and the laptop decides which"
             )
         with self._shares.folders[share.name].entry(parts, follow=follow) as entry:
-            yield share, entry
-
-    @contextmanager
-    def _changing(self, path: bytes, *, follow: bool = False) -> Iterator[tuple[Share, Entry]]:
-        with self._entry(path, follow=follow) as (share, entry):
-            _check_writable(share)
+            if changes:
+                _check_writable(share)
             yield share, entry
 
     @contextmanager
     def _replacing(self, path: bytes) -> Iterator[tuple[Share, Entry]]:
         """A name is made, removed or given to something else: that of a share can't be."""
-        with self._changing(path) as (share, entry):
+        with self._entry(path, changes=True) as (share, entry):
             if entry.name == b".":
                 raise PermissionError(errno.EACCES, "a share can't be removed or replaced")
             yield share, entry
@@ -147,9 +151,8 @@ class ShareServer(asyncssh.SFTPServer):
 
     def open(self, path: bytes, pflags: int, attrs: SFTPAttrs) -> OpenFile:
         flags = _access(pflags)
-        with self._entry(path, follow=not pflags & FXF_EXCL) as (share, entry):
-            if pflags & (FXF_WRITE | FXF_CREAT | FXF_TRUNC | FXF_APPEND):
-                _check_writable(share)
+        changes = bool(pflags & (FXF_WRITE | FXF_CREAT | FXF_TRUNC | FXF_APPEND))
+        with self._entry(path, follow=not pflags & FXF_EXCL, changes=changes) as (share, entry):
             mode = 0o666 if attrs.permissions is None else _file_mode(attrs.permissions)
             self._shares.take_descriptor()
             try:
@@ -282,7 +285,7 @@ class ShareServer(asyncssh.SFTPServer):
         self._set(path, attrs, follow=False)
 
     def _set(self, path: bytes, attrs: SFTPAttrs, *, follow: bool) -> None:
-        with self._changing(path, follow=follow) as (_, entry):
+        with self._entry(path, follow=follow, changes=True) as (_, entry):
             place: Any = {"dir_fd": entry.parent, "follow_symlinks": False}
             if attrs.size is not None:
                 opened = entry.open(os.O_WRONLY)

@@ -266,6 +266,8 @@ class Tunnel:
         try:
             async with asyncio.timeout(FAREWELL_SECONDS):
                 await directory.withdraw(self.plan.name, self.identity.id)
+                if self._stopping.is_set():  # mounts need not wait whether it comes back
+                    await self._guests.close()
         except (RemoteError, TimeoutError) as error:
             log.warning("the tunnel's file on %s could not be removed: %s", directory.shown, error)
 

@@ -350,19 +350,44 @@ async def test_what_others_wrote_meanwhile_is_not_overwritten(w: World) -> None:
 
 @back("sftp")
 async def test_times_of_a_directory_outlast_the_uploads_into_it(w: World) -> None:
-    """rsync and tar set them last."""
+    """rsync and tar set them last. Who waits for the uploads waits for that, too."""
     held = w.cues.hold(m.Upload)
     await w.kernel.mkdir("ns/d")
     await w.kernel.write_file("ns/d/f", NEW)
     await w.kernel.setattr("ns/d", m.Attributes(mtime_ns=10**18))
     directory = w.remote.paths()[b"d"]
     assert directory.mtime_ns == 10**18
+    again = w.cues.hold(m.SetAttributes)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(synced, w)
         await held.reached.wait()
         directory.mtime_ns = 5  # what the file's upload makes of it
         held.go.set()
-    await w.fs.files.backlog.drain()
+        await again.reached.wait()
+        await wait_all_tasks_blocked()
+        assert nursery.child_tasks
+        again.go.set()
+    assert directory.mtime_ns == 10**18
+
+
+@back("sftp")
+async def test_times_of_a_directory_outlast_an_upload_that_ends_meanwhile(w: World) -> None:
+    """The remote set them first, and was heard last."""
+    upload = w.cues.hold(m.Upload)
+    await w.kernel.mkdir("ns/d")
+    await w.kernel.write_file("ns/d/f", NEW)
+    setting = w.cues.hold(m.SetAttributes, stage="after")
+    directory = w.remote.paths()[b"d"]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(synced, w)
+        await upload.reached.wait()
+        nursery.start_soon(w.kernel.setattr, "ns/d", m.Attributes(mtime_ns=10**18))
+        await setting.reached.wait()
+        assert directory.mtime_ns == 10**18
+        directory.mtime_ns = 5  # what the file's upload makes of it
+        upload.go.set()
+        await until(lambda: not w.journal.rows)
+        setting.go.set()
     assert directory.mtime_ns == 10**18
 
 

@@ -22,6 +22,8 @@ class Home:
 
     path: Path
     environ: dict[str, str] = field(default_factory=dict)
+    enter: tuple[str, ...] = ()
+    """Before a command, so that it runs on the machine that the home is on (nodes.py)."""
 
     @property
     def mountpoint(self) -> Path:
@@ -43,7 +45,7 @@ class Home:
         self, *arguments: str | Path, stub: str = "fine", **more: str
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(*arguments),
+            [*self.enter, *self.command(*arguments)],
             env=self.environment(HPCFS_STUB=stub, **more),
             cwd=self.path,
             stdin=subprocess.DEVNULL,
@@ -55,7 +57,7 @@ class Home:
 
     def start(self, *arguments: str | Path, **more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            self.command(*arguments),
+            [*self.enter, *self.command(*arguments)],
             env=self.environment(**more),
             cwd=self.path,
             stdin=subprocess.DEVNULL,

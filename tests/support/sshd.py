@@ -57,6 +57,8 @@ class SshServer:
     options: tuple[str, ...] = ()
     subsystem: str | None = "internal-sftp"
     host: str = LOOPBACK
+    enter: tuple[str, ...] = ()
+    """Before a command, so that it runs on the machine that the server is on (nodes.py)."""
     _process: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
@@ -117,7 +119,7 @@ class SshServer:
         config.write_text(self._server_config())
         with (self.directory / "sshd.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [_sshd_binary(), "-D", "-e", "-f", str(config)],
+                [*self.enter, _sshd_binary(), "-D", "-e", "-f", str(config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -147,16 +149,25 @@ class SshServer:
         assert self._process is not None
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
-            with (
-                contextlib.suppress(ConnectionRefusedError, ConnectionResetError),
-                socket.create_connection((self.host, self.port), timeout=5) as probe,
-            ):
-                if probe.recv(4) == b"SSH-":
-                    return
+            if self._greeting() == b"SSH-":
+                return
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=0.01)
                 raise AssertionError(f"sshd ended at once:\n{self.log}")
         raise AssertionError(f"sshd does not answer:\n{self.log}")
+
+    def _greeting(self) -> bytes:
+        """Empty where nobody answers."""
+        if self.enter:
+            script = f"exec 3<>/dev/tcp/{self.host}/{self.port} && head -c 4 <&3"
+            command = [*self.enter, "bash", "-c", script]
+            return subprocess.run(command, capture_output=True, check=False, timeout=10).stdout
+        with (
+            contextlib.suppress(ConnectionRefusedError, ConnectionResetError),
+            socket.create_connection((self.host, self.port), timeout=5) as probe,
+        ):
+            return probe.recv(4)
+        return b""
 
     def stop(self) -> None:
         """The server and its sessions end; clients see closed connections."""

@@ -74,6 +74,11 @@ class Kept(Generic[S]):
         """The one that is there now."""
         return None if self._session is None or self._session.lost else self._session
 
+    @property
+    def away(self) -> str:
+        """Why there is no session, where the last attempt failed."""
+        return "" if self.session or self._failure is None else self._failure.message
+
     async def tend(self, worth_trying: Callable[[RemoteError], Awaitable[None]]) -> None:
         """Until cancelled, connect whenever there is no connection, so that no request has to wait
         for an attempt after one has failed. `worth_trying` returns when there may be another one;

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import msgspec
+
 from hpcfs.remotes.sftp.remote import SftpRemote
 from hpcfs.remotes.sftp.session import SftpSession, traffic_of
 from hpcfs.remotes.ssh.connection import Kept
@@ -63,7 +65,7 @@ class TunnelSiteConnection:
             raise WrongSettings(f"no namespace {namespace!r} lives at this tunnel") from None
 
     def traffic(self) -> Traffic:
-        return traffic_of(self._kept)
+        return msgspec.structs.replace(traffic_of(self._kept), away=self._kept.away)
 
     async def close(self) -> None:
         self._tending.cancel()
