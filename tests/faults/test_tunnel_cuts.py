@@ -11,9 +11,11 @@ import itertools
 import os
 import random
 import shutil
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from tests.mount.test_trees import WAYS, copy
 from tests.support.link import Link, link_to
 from tests.support.mounts import WRITE_MODES, Mount, mounted, until
 from tests.support.seed import Seed, lead_through, seed
-from tests.support.trees import MIB, SMALL_SIZES, Recipe, differences, facts_of, make_tree
+from tests.support.trees import MIB, SMALL_SIZES, Facts, Recipe, differences, facts_of, make_tree
 
 FULL = os.environ.get("HPCFS_FULL") == "1"
 CUTS = 50 if FULL else 3
@@ -106,8 +108,11 @@ def test_copies_both_ways(way: str, mode: str, kind: str, tmp_path: Path) -> Non
                     rounds += 1
                     copy(way, tree, folder / f"new-{rounds}")
             _sync(mount)
+            # rsync sets a directory's time again only where it sees another one: in back mode, when
+            # a cut made it slow, that of before the uploads (docs/semantics.md).
+            has_times = (way, mode) != ("rsync -a", "back")
             for number in range(1, rounds + 1):
-                _is_same(tree, found.shared / f"new-{number}")
+                _is_same(tree, found.shared / f"new-{number}", has_times=has_times)
             with cutting(found, link, CUTS) as cutter:
                 rounds = 0
                 while cutter.is_alive():
@@ -126,6 +131,14 @@ def _sync(mount: Mount) -> None:
     assert mount.status.pending == []
 
 
-def _is_same(tree: Path, copied: Path) -> None:
-    found = differences(facts_of(tree), facts_of(copied))
+def _is_same(tree: Path, copied: Path, *, has_times: bool = True) -> None:
+    """Without `has_times`, but for the times of directories."""
+    facts = [facts_of(root) for root in (tree, copied)]
+    if not has_times:
+        facts = [{path: _timeless(fact) for path, fact in one.items()} for one in facts]
+    found = differences(*facts)
     assert not found, "\n".join(found)
+
+
+def _timeless(fact: Facts) -> Facts:
+    return replace(fact, mtime=0) if stat.S_ISDIR(fact.type) else fact
