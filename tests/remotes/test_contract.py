@@ -552,6 +552,19 @@ async def test_times_of_a_link_are_its_own(remote: Remote, subject: Subject) -> 
 
 
 @contract
+async def test_a_range_of_no_bytes_tells_whether_it_is_that_version(
+    remote: Remote, subject: Subject
+) -> None:
+    old = await put(remote, b"file", b"old")
+    assert not b"".join(await remote.fetch(b"file", old.version, 0, 0, READER))
+    await remote.remove(b"file")
+    await put(remote, b"file", b"newer")
+    await remote.release(READER)
+    with pytest.raises(Changed):
+        await remote.fetch(b"file", old.version, 0, 0, READER)
+
+
+@contract
 async def test_changes_of_attributes_at_once_are_all_made(remote: Remote, subject: Subject) -> None:
     await put(remote, b"file", b"x")
     await remote.make_directory(b"folder", 0o755)

@@ -181,7 +181,8 @@ class _Reading:
                 channels[channel] = None
                 asked.append(self._piece(channel, flow, start, wanted))
             pieces = len(asked)
-            asked += [asyncio.ensure_future(channel.fstat(self.handle, 0)) for channel in channels]
+            looking = list(channels) or [session.bulk]  # a range of no bytes asks for the version
+            asked += [asyncio.ensure_future(channel.fstat(self.handle, 0)) for channel in looking]
         except BaseException:
             await give_up(asked)
             raise
