@@ -82,9 +82,12 @@ class Known:
     def was_missing(self, node: Node, name: bytes) -> bool:
         """Whether the last listing, however old, says so."""
         listing = self._listings.get(node) or self._old.get(node)
-        if listing is None or name in listing.changed or listing.is_guess:
+        if listing is None or name in listing.changed or name in UNLISTED_NAMES:
             return False
-        self._make_room(listing.count)
+        if listing.is_guess:
+            return False
+        if not listing.has_index:
+            self._make_room(listing.count)
         return listing.find(name) is None
 
     def changed(self, node: Node, name: bytes) -> None:

@@ -68,6 +68,8 @@ async def test_names_that_were_not_listed_are_missing(w: World) -> None:
     with away(w):
         assert await w.kernel.exists("ns/file")
         assert not await w.kernel.exists("ns/missing")
+        with pytest.raises(m.NotConnected):  # file servers have these and do not list them
+            await w.kernel.exists("ns/.snapshot")
 
 
 @live("sftp", write="back")
