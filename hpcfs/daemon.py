@@ -33,7 +33,7 @@ from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.pending import Pending
 from hpcfs.filesystem.restoring import Restoring
 from hpcfs.kernel import operations as kernel
-from hpcfs.system import mountinfo
+from hpcfs.system import logs, mountinfo
 from hpcfs.transfer.client import Ask, SiteClient
 from hpcfs.transfer.messages import (
     AnyRoot,
@@ -63,7 +63,6 @@ _KINDS = {SshSite: "sftp", S3Site: "s3", TunnelSite: "tunnel"}
 UNMOUNT_CHECK_SECONDS = 1.0
 UNMOUNT_PATIENCE = 3.0
 """What the kernel's last requests may take after an unmount, before they are cancelled."""
-MAX_LOG_BYTES = 10 * 1024 * 1024
 
 
 class MountFailed(SetupError):
@@ -75,7 +74,8 @@ def serve(settings: Settings, *, ask: Ask, on_ready: OnReady, foreground: bool) 
 
     Raises MountFailed before that.
     """
-    _set_up_logging(settings, foreground=foreground)
+    logs.set_up(settings.log_file, settings.log_level, "mount", to_stderr=foreground)
+    logging.getLogger("pyfuse3").setLevel(logging.WARNING)
     try:
         trio.run(_Daemon(settings, ask, on_ready).run)
     except* SetupError as refused:
@@ -92,23 +92,6 @@ def _first(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-def _set_up_logging(settings: Settings, *, foreground: bool) -> None:
-    log_file = settings.log_file
-    if log_file.exists() and log_file.stat().st_size > MAX_LOG_BYTES:
-        log_file.replace(log_file.with_suffix(".log.1"))
-    os.close(os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    handlers: list[logging.Handler] = [logging.FileHandler(log_file)]
-    if foreground:
-        handlers.append(logging.StreamHandler())
-    logging.basicConfig(
-        level=settings.log_level,
-        handlers=handlers,
-        format="%(asctime)s mount[%(process)d] %(levelname)s %(message)s",
-        force=True,
-    )
-    logging.getLogger("pyfuse3").setLevel(logging.WARNING)
 
 
 class _Daemon:

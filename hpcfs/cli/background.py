@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import msgspec
 
@@ -40,25 +41,10 @@ def start(settings: Settings, *, debug: bool) -> MountStatus:
 
     Raises SetupError when it failed; nothing is mounted and no child is left then.
     """
-    reader, writer = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    child = os.fork()
-    if child == 0:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        os.close(reader)
-        _serve_in_child(settings, writer, debug=debug)
-    os.close(writer)
-    try:
-        with terminal.restored(), terminated_raises():
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            report = _read_report(reader)
-    except BaseException:
-        stop(child, settings, patience=0.0)
-        raise
-    finally:
-        os.close(reader)
+    child, line = run_child(
+        partial(_serve, settings, debug=debug), partial(stop, settings=settings, patience=0.0)
+    )
+    report = msgspec.json.decode(line, type=Report) if line else Report()
     if report.status is None:
         stop(child, settings, patience=STOP_SECONDS)
         raise SetupError(report.failure or _sudden_end(settings))
@@ -67,6 +53,45 @@ def start(settings: Settings, *, debug: bool) -> MountStatus:
         stop(child, settings, patience=STOP_SECONDS)
         raise SetupError(failure)
     return report.status
+
+
+def run_child(serve: Callable[[int], int], end: Callable[[int], None]) -> tuple[int, bytes]:
+    """The process that runs `serve`, and the line that it told, empty if it ended before.
+
+    `serve` is given the pipe for that line (see `send_line`), and returns the child's exit code. A
+    parent that is interrupted meanwhile calls `end` with the child.
+    """
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.close(reader)
+        _run_in_child(serve, writer)
+    os.close(writer)
+    try:
+        with terminal.restored(), _terminated_raises():
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            return child, _read_line(reader)
+    except BaseException:
+        end(child)
+        raise
+    finally:
+        os.close(reader)
+
+
+def _run_in_child(serve: Callable[[int], int], writer: int) -> None:
+    """Never returns: this process ends here, whatever the caller's stack would do."""
+    code = 1
+    try:
+        code = serve(writer)
+    finally:
+        with suppress(OSError, ValueError):  # nobody reads any more
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
 
 
 def root_failure(settings: Settings, status: MountStatus) -> str | None:
@@ -89,7 +114,7 @@ def stop(child: int, settings: Settings, *, patience: float) -> None:
 
 
 @contextmanager
-def terminated_raises() -> Iterator[None]:
+def _terminated_raises() -> Iterator[None]:
     """`timeout 5 hpcfs mount` must not leave a child that mounts later on."""
 
     def give_up(number: int, frame: object) -> None:
@@ -118,7 +143,7 @@ def has_ended(child: int, seconds: float) -> bool:
     return bool(ready)
 
 
-def read_line(reader: int) -> bytes:
+def _read_line(reader: int) -> bytes:
     """Empty when the child ended before it had told anything."""
     received = bytearray()
     while not received.endswith(b"\n"):
@@ -129,25 +154,8 @@ def read_line(reader: int) -> bytes:
     return bytes(received)
 
 
-def _read_report(reader: int) -> Report:
-    line = read_line(reader)
-    return msgspec.json.decode(line, type=Report) if line else Report()
-
-
 def _sudden_end(settings: Settings) -> str:
     return f"the daemon ended before the mount was ready; its log is {settings.log_file}"
-
-
-def _serve_in_child(settings: Settings, writer: int, *, debug: bool) -> None:
-    """Never returns: this process ends here, whatever the caller's stack would do."""
-    code = 1
-    try:
-        code = _serve(settings, writer, debug=debug)
-    finally:
-        with suppress(OSError, ValueError):  # nobody reads any more
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
 
 
 def _serve(settings: Settings, writer: int, *, debug: bool) -> int:

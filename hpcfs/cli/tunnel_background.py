@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from functools import partial
 
 import msgspec
 
-from hpcfs.cli import background, terminal
+from hpcfs.cli import background
 from hpcfs.errors import SetupError
 from hpcfs.tunnel.status import TunnelStatus
 
@@ -31,25 +30,7 @@ class Report(msgspec.Struct, frozen=True):
 
 def start(serve: Serve, *, debug: bool) -> TunnelStatus:
     """The status of the tunnel, which a child serves. Raises SetupError when it failed."""
-    reader, writer = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    child = os.fork()
-    if child == 0:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        os.close(reader)
-        _serve_in_child(serve, writer, debug=debug)
-    os.close(writer)
-    try:
-        with terminal.restored(), background.terminated_raises():
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            received = background.read_line(reader)
-    except BaseException:
-        _end(child)
-        raise
-    finally:
-        os.close(reader)
+    child, received = background.run_child(partial(_serve, serve, debug=debug), _end)
     report = msgspec.json.decode(received, type=Report) if received else Report()
     if report.status is None:
         _end(child)
@@ -66,9 +47,7 @@ def _end(child: int) -> None:
             background.has_ended(child, background.STOP_SECONDS)
 
 
-def _serve_in_child(serve: Serve, writer: int, *, debug: bool) -> None:
-    """Never returns."""
-    code = 1
+def _serve(serve: Serve, writer: int, *, debug: bool) -> int:
     left = False
 
     def show(status: TunnelStatus) -> None:
@@ -80,15 +59,11 @@ def _serve_in_child(serve: Serve, writer: int, *, debug: bool) -> None:
 
     try:
         serve(show)
-        code = 0
     except Exception as error:  # reported to the parent, which prints it
         if debug:
             traceback.print_exception(error)
         text = str(error) if isinstance(error, SetupError) else f"the tunnel failed ({error!r})"
         if not left:
             background.send_line(writer, msgspec.json.encode(Report(failure=text)))
-    finally:
-        with suppress(OSError, ValueError):  # nobody reads any more
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
+        return 1
+    return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import uvloop
 
 from hpcfs.config.tunnel import Wishes
 from hpcfs.errors import SetupError
-from hpcfs.system import paths
+from hpcfs.system import logs, paths
 from hpcfs.transfer.messages import RemoteError
 from hpcfs.tunnel import control
 from hpcfs.tunnel.shares import Share
@@ -25,7 +24,6 @@ from hpcfs.tunnel.tunnel import Plan, Tunnel
 log = logging.getLogger(__name__)
 
 SHOW_SECONDS = 1.0
-MAX_LOG_BYTES = 10 * 1024 * 1024
 
 Ask = Callable[[str, bool], str | None]
 """What the user typed, echoed or not; None where nobody can be asked. Blocks."""
@@ -52,7 +50,9 @@ def run(
         bind=wishes.bind,
         log_file=str(log_file(wishes.name)),
     )
-    _set_up_logging(log_file(plan.name), wishes.log_level, to_stderr=to_stderr)
+    paths.make_private(paths.state_dir())
+    logs.set_up(log_file(plan.name), wishes.log_level, "tunnel", to_stderr=to_stderr)
+    logging.getLogger("asyncssh").setLevel(logging.WARNING)
     try:
         with (
             control.only_one(plan.name),
@@ -64,23 +64,6 @@ def run(
         raise SetupError(error.message) from error
     finally:
         log.info("the tunnel %s ends", plan.name)
-
-
-def _set_up_logging(file: Path, level: str, *, to_stderr: bool) -> None:
-    paths.make_private(file.parent)
-    if file.exists() and file.stat().st_size > MAX_LOG_BYTES:
-        file.replace(file.with_suffix(".log.1"))
-    os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    handlers: list[logging.Handler] = [logging.FileHandler(file)]
-    if to_stderr:
-        handlers.append(logging.StreamHandler())
-    logging.basicConfig(
-        level=level,
-        handlers=handlers,
-        format="%(asctime)s tunnel[%(process)d] %(levelname)s %(message)s",
-        force=True,
-    )
-    logging.getLogger("asyncssh").setLevel(logging.WARNING)
 
 
 async def _run(plan: Plan, ask: Ask, show: Show) -> None:

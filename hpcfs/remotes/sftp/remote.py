@@ -69,11 +69,11 @@ ABILITIES = Abilities(
 )
 
 
-class SshSiteConnection:
-    """One SSH login with all namespaces that live on it: a base.Site."""
+class SftpSite:
+    """All namespaces that one kept session reaches: a base.Site."""
 
-    def __init__(self, start: Start, prompter: Prompter):
-        self._kept: Kept[SftpSession] = Kept(lambda: open_session(start, prompter))
+    def __init__(self, start: Start, kept: Kept[SftpSession]):
+        self._kept = kept
         self._remotes = {
             name: SftpRemote(self._kept, root)
             for name, root in start.roots.items()
@@ -84,13 +84,20 @@ class SshSiteConnection:
         try:
             return self._remotes[namespace]
         except KeyError:
-            raise WrongSettings(f"no namespace {namespace!r} lives on this SSH site") from None
+            raise WrongSettings(f"no namespace {namespace!r} lives on this site") from None
 
     def traffic(self) -> Traffic:
         return traffic_of(self._kept)
 
     async def close(self) -> None:
         await self._kept.close()
+
+
+class SshSiteConnection(SftpSite):
+    """One SSH login."""
+
+    def __init__(self, start: Start, prompter: Prompter):
+        super().__init__(start, Kept(lambda: open_session(start, prompter)))
 
 
 class SftpRemote:

@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 import struct
+from collections.abc import Coroutine
 from typing import cast
 
 from hpcfs.rendezvous.file import Place, UnixPlace
@@ -115,15 +116,7 @@ async def connect(place: Place, tunnel_id: str) -> PipeEnd:
         raise NoAnswer("it does not answer") from None
     except OSError as error:
         raise NoAnswer(error.strerror or str(error)) from None
-    try:
-        async with asyncio.timeout(PLACE_SECONDS):
-            line = await pipe.read_until(b"\n", MAX_GREETING_BYTES)
-    except TimeoutError:
-        pipe.close()
-        raise Silent("the laptop does not answer") from None
-    except BaseException:
-        pipe.close()
-        raise
+    line = await _answer(pipe, pipe.read_until(b"\n", MAX_GREETING_BYTES))
     if line != GREETING + tunnel_id.encode():
         pipe.close()
         raise NoAnswer("something else than this tunnel answers")
@@ -167,13 +160,18 @@ async def go_on(pipe: PipeEnd, stream_id: bytes, received: int) -> tuple[bytes, 
     """Ask for a stream; which one it is, and how many of our bytes came. Raises NoAnswer; the pipe
     is closed then."""
     pipe.write(OPENING.pack(stream_id, received))
+    found, seen = OPENING.unpack(await _answer(pipe, pipe.read(OPENING.size)))
+    return found, seen
+
+
+async def _answer(pipe: PipeEnd, reading: Coroutine[object, object, bytes]) -> bytes:
+    """What the laptop says, in time. Raises NoAnswer; the pipe is closed then."""
     try:
         async with asyncio.timeout(PLACE_SECONDS):
-            found, seen = OPENING.unpack(await pipe.read(OPENING.size))
+            return await reading
     except TimeoutError:
         pipe.close()
         raise Silent("the laptop does not answer") from None
     except BaseException:
         pipe.close()
         raise
-    return found, seen

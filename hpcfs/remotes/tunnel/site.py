@@ -7,19 +7,17 @@ from pathlib import Path
 
 import msgspec
 
-from hpcfs.remotes.sftp.remote import SftpRemote
-from hpcfs.remotes.sftp.session import SftpSession, traffic_of
+from hpcfs.remotes.sftp.remote import SftpSite
+from hpcfs.remotes.sftp.session import SftpSession
 from hpcfs.remotes.ssh.connection import Kept
 from hpcfs.remotes.tunnel.line import Meeting
 from hpcfs.remotes.tunnel.session import open_session
 from hpcfs.rendezvous.file import Stamp
 from hpcfs.transfer.messages import (
     RemoteError,
-    SftpRoot,
     Start,
     Traffic,
     TunnelSite,
-    WrongSettings,
 )
 
 PAUSE_SECONDS = 1.0
@@ -27,21 +25,16 @@ PAUSE_SECONDS = 1.0
 network: nobody bans for that."""
 
 
-class TunnelSiteConnection:
-    """All namespaces of one tunnel: a base.Site."""
+class TunnelSiteConnection(SftpSite):
+    """One tunnel."""
 
     def __init__(self, start: Start):
         assert isinstance(start.site, TunnelSite)
         self._meeting = Meeting(Path(start.site.directory), start.site.name)
         self._start = start
         self._tried: Stamp | None = None
-        self._kept: Kept[SftpSession] = Kept(self._open)
+        super().__init__(start, Kept(self._open))
         self._tending = asyncio.create_task(self._kept.tend(self._worth_trying))
-        self._remotes = {
-            name: SftpRemote(self._kept, root)
-            for name, root in start.roots.items()
-            if isinstance(root, SftpRoot)
-        }
 
     async def _open(self) -> SftpSession:
         self._tried = self._meeting.stamp()
@@ -58,16 +51,10 @@ class TunnelSiteConnection:
         except TimeoutError:
             return
 
-    def remote(self, namespace: str) -> SftpRemote:
-        try:
-            return self._remotes[namespace]
-        except KeyError:
-            raise WrongSettings(f"no namespace {namespace!r} lives at this tunnel") from None
-
     def traffic(self) -> Traffic:
-        return msgspec.structs.replace(traffic_of(self._kept), away=self._kept.away)
+        return msgspec.structs.replace(super().traffic(), away=self._kept.away)
 
     async def close(self) -> None:
         self._tending.cancel()
         await asyncio.wait([self._tending])
-        await self._kept.close()
+        await super().close()
