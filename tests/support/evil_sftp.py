@@ -67,6 +67,10 @@ class Plain(asyncssh.SFTPServer):
         """As it is: asyncssh finds no relative target inside a chroot."""
         return os.readlink(self.map_path(path))
 
+    def symlink(self, oldpath: bytes, newpath: bytes) -> None:
+        """So too."""
+        os.symlink(oldpath, self.map_path(newpath))
+
 
 class Counting(Plain):
     """No fault; counts the files that are open."""
@@ -172,6 +176,38 @@ class Silent(Plain):
         self.asked.set()
         await self.released.wait()
         return b""
+
+
+class TargetFirst(Plain):
+    """Reads a symlink request as OpenSSH does; asyncssh keeps to the draft, link first."""
+
+    def symlink(self, oldpath: bytes, newpath: bytes) -> None:
+        super().symlink(newpath, oldpath)
+
+
+class WithoutReasons:
+    """A symlink is refused with a plain failure, whatever stands in its way."""
+
+    def symlink(self, oldpath: bytes, newpath: bytes) -> None:
+        try:
+            super().symlink(oldpath, newpath)  # type: ignore[misc]
+        except OSError:
+            raise asyncssh.SFTPFailure("Failure") from None
+
+
+class VagueTargetFirst(WithoutReasons, TargetFirst):
+    pass
+
+
+class VagueLinkFirst(WithoutReasons, Plain):
+    pass
+
+
+class NoLinks(Plain):
+    """Symlinks are refused with a plain failure."""
+
+    def symlink(self, oldpath: bytes, newpath: bytes) -> None:
+        raise asyncssh.SFTPFailure("Failure")
 
 
 class FullDisk(Plain):
@@ -293,8 +329,10 @@ async def evil_site(
     without: Collection[bytes] = (),
     login: Login | None = None,
     wrap: Callable[[Start], Start] = lambda start: start,
+    version: str | None = None,
 ) -> AsyncIterator[EvilSite]:
-    """A server in this event loop. `without` names extensions that it does not have."""
+    """A server in this event loop. `without` names extensions that it does not have, `version` is
+    what its banner says it is."""
     directory = _served(base)
     login = login or Login()
     host_key = write_key(base / "host_key")
@@ -309,6 +347,7 @@ async def evil_site(
             server_host_keys=[str(host_key)],
             server_factory=lambda: _Server(login),
             sftp_factory=factory,
+            server_version=version or (),
         )
         try:
             yield _site(base, directory, host_key, acceptor.get_port(), login, wrap)

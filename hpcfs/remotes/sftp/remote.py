@@ -20,7 +20,7 @@ import msgspec
 from asyncssh import SFTPAttrs
 
 from hpcfs.remotes.base import Prompter, ReportProgress, Source, no_report
-from hpcfs.remotes.sftp import listing, read, rename as renaming
+from hpcfs.remotes.sftp import links, listing, read, rename as renaming
 from hpcfs.remotes.sftp.attrs import full_mode, needs_present, owner_to_set, rest_to_set
 from hpcfs.remotes.sftp.errors import MAX_PATH_BYTES, shown
 from hpcfs.remotes.sftp.place import (
@@ -274,7 +274,11 @@ class SftpRemote:
         if not target or b"\0" in target:
             raise InvalidRequest("a link needs a target without NUL bytes")
         place = await self._place(path)
-        making = place.session.meta.symlink(target, place.full)
+        try:
+            target_first = await links.reads_target_first(place)
+        except RemoteError as error:
+            raise await explain_new(place, error) from error
+        making = links.make(place, target, target_first=target_first)
         return place.entry_of(await self._made(place, making))
 
     async def make_link(self, existing: bytes, path: bytes) -> Entry:

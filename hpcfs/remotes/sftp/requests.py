@@ -15,7 +15,14 @@ from collections.abc import Coroutine
 from typing import Any, Protocol, cast
 
 from asyncssh import SFTPBadMessage, SFTPConnectionLost, SFTPError
-from asyncssh.constants import FXP_CLOSE, FXP_NAME, FXP_READ, FXP_READDIR, FXP_STATUS
+from asyncssh.constants import (
+    FXP_CLOSE,
+    FXP_NAME,
+    FXP_READ,
+    FXP_READDIR,
+    FXP_STATUS,
+    FXP_SYMLINK,
+)
 from asyncssh.logging import SSHLogger
 from asyncssh.packet import PacketDecodeError, SSHPacket
 from asyncssh.sftp import SFTPClientHandler
@@ -108,6 +115,11 @@ class Requests(SFTPClientHandler):
             return usual
         found, _ = self._process_name(packet)
         return [(cast(bytes, name.filename), name.attrs) for name in found]
+
+    async def symlink_paths(self, first: bytes, second: bytes) -> None:
+        """SSH_FXP_SYMLINK with the paths in this order: which of them is the link is the server's
+        to say (links.py)."""
+        await self._make_request(FXP_SYMLINK, _string(first), _string(second))
 
     async def kept(self, opening: Coroutine[Any, Any, bytes]) -> bytes:
         """The handle that an open brings. Where the caller is cancelled, it is closed once it is

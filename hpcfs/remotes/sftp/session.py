@@ -104,6 +104,8 @@ class SftpSession:
     writing: Flow = field(default_factory=lambda: Flow(UPLOAD_BYTES_UNDER_WAY))
     sets_without_following: bool = True
     """Whether lsetstat@openssh.com is there and works: before glibc 2.32 it could set no modes."""
+    reads_target_first: bool | None = None
+    """The order of a symlink request's paths (links.py); None until it was looked for."""
     uploading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_UPLOADS))
     shared_handles: bool = False
     """A handle counts on all channels, so that a file can be read over several."""
