@@ -155,7 +155,7 @@ class Piped(asyncssh.SSHServerSession[bytes]):
         return subsystem == "sftp"
 
     def session_started(self) -> None:
-        self._pumping = asyncio.ensure_future(self._pump())
+        self.pumping = asyncio.ensure_future(self._pump())
 
     async def _pump(self) -> None:
         pipe = asyncio.subprocess.PIPE
@@ -187,13 +187,15 @@ def test_openssh_s_server_behind_another_banner(tmp_path: Path) -> None:
     home, far, served = (tmp_path / name for name in ("home", "far", "served"))
     for directory in (home, far, served):
         directory.mkdir()
+    sessions: list[Piped] = []
 
     class Server(asyncssh.SSHServer):
         def begin_auth(self, username: str) -> bool:
             return False
 
         def session_requested(self) -> asyncssh.SSHServerSession[bytes]:
-            return Piped(home)
+            sessions.append(Piped(home))
+            return sessions[-1]
 
     async def main() -> None:
         async with asyncio.timeout(60), evil_site(tmp_path / "known") as evil:
@@ -218,6 +220,7 @@ def test_openssh_s_server_behind_another_banner(tmp_path: Path) -> None:
                 await site.close()
                 acceptor.close()
                 await acceptor.wait_closed()
+                await asyncio.gather(*(session.pumping for session in sessions))
 
     asyncio.run(main())
     assert links_below(served) == {"latest": "data.csv", "results": str(far / "results")}

@@ -5,8 +5,8 @@ OpenSSH reads them the other way round (its PROTOCOL, section 4.1), and so do Dr
 OpenSSH's sftp-server, ProFTPD, libssh and Go's pkg/sftp; asyncssh's server keeps to the draft. A
 banner does not tell, and a link made in the wrong order is one elsewhere on the server. So the
 server is asked before the first link of a connection, with a request that it must refuse whichever
-way it reads it: of two paths one is there already, and the other is in a directory that is not. That
-the latter is missing is said only where it is to become the link.
+way it reads it: of its paths one is there already, and the other in a directory that is missing.
+That this is missing is said only where the link was to be made in it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ async def _tried_order(place: Place) -> bool:
     meta = place.session.meta
     one, other = (place.beside(name_beside(b"link")) for _ in range(2))
     with place.asking():
-        answers: list[Any] = await asyncio.gather(
+        answers: Any = await asyncio.gather(
             meta.symlink_paths(one.full, other.full),
             meta.lstat(one.full, 0),
             meta.lstat(other.full, 0),
