@@ -47,6 +47,12 @@ cache_dir_option = click.option(
     callback=read_by(config_values.write_mode),
     help="What closing a file waits for: the remote, or the local disk.",
 )
+@click.option(
+    "--symlinks",
+    metavar="contain|follow|hide",
+    callback=read_by(config_values.symlink_mode),
+    help="Where symbolic links of the remotes may lead: into their folder, or anywhere.",
+)
 @click.pass_obj
 def mount(
     invocation: Invocation,
@@ -58,6 +64,7 @@ def mount(
     cache_dir: Path | None,
     cache_size: int | None,
     write: config_values.WriteMode | None,
+    symlinks: config_values.SymlinkMode | None,
 ) -> None:
     """Mount what the configuration or the URLs name.
 
@@ -79,6 +86,7 @@ def mount(
         log_level="DEBUG" if verbose else chosen.log_level,
     )
     chosen = config.writing(chosen, write) if write else chosen
+    chosen = config.with_symlinks(chosen, symlinks) if symlinks else chosen
     settings = _prepare(config.read_only(chosen) if read_only else chosen, wanted.mountpoint)
     if foreground:
         _serve_here(settings)

@@ -102,6 +102,8 @@ class Abilities(msgspec.Struct, frozen=True):
     """The remote user is root: the modes of its files don't bind it."""
     checks_directories: bool = True
     """The remote refuses what the modes of directories forbid."""
+    roots: tuple[bytes, ...] = ()
+    """Absolute paths of the namespace's root, as symbolic links on the remote may name it."""
 
 
 class Attributes(msgspec.Struct, frozen=True):

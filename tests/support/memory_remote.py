@@ -60,6 +60,8 @@ class MemoryRemote:
         self.root = Item(stat.S_IFDIR | 0o755, self._clock_ns)
         self.copies_parts = False
         """S3: whether an upload may bring nothing but what changed."""
+        self.roots: tuple[bytes, ...] = ()
+        """What absolute links may call its root."""
         self.handles: dict[int, Item] = {}
         self.ahead: dict[int, dict[int, bytes]] = {}
         """What was sent ahead of uploads: pieces by handle and offset."""
@@ -177,6 +179,7 @@ class MemoryRemote:
             mtime_resolution_ns=SECOND if self.is_sftp else 1,
             part_copies=self.copies_parts,
             checks_directories=self.is_sftp,
+            roots=self.roots,
         )
 
     async def stat(self, path: bytes) -> m.Entry:

@@ -107,6 +107,8 @@ class SftpRemote:
         self._kept = kept
         self._root = root
         self._rooted: tuple[SftpSession, bytes] | None = None
+        self._roots: tuple[bytes, ...] = ()
+        """What links on the server may call the root: as it was named, and without links."""
         self._files = read.OpenFiles()
         self._uploads = Uploads(root.verify)
 
@@ -127,19 +129,21 @@ class SftpRemote:
         full = _root_path(self._root.path, session.home)
         place = Place(session, b"", full)
         try:
-            kind = stat.S_IFMT(full_mode(await place.attrs(), stat.S_IFDIR))
+            attrs, real = await together(place.attrs(), _real_path(place))
+            kind = stat.S_IFMT(full_mode(attrs, stat.S_IFDIR))
         except NotFound:
             raise WrongSettings(f"the folder {place} does not exist") from None
         except PermissionDenied:
             raise WrongSettings(f"the folder {place} may not be entered by that user") from None
         if kind != stat.S_IFDIR:
             raise WrongSettings(f"{place} is not a folder")
+        self._roots = (full, real) if real not in (None, full) else (full,)
         return full
 
     async def connect(self) -> Abilities:
         place = await self._place(b"")
         is_root = place.session.owners.remote_uid == 0
-        return msgspec.structs.replace(ABILITIES, privileged=is_root)
+        return msgspec.structs.replace(ABILITIES, privileged=is_root, roots=self._roots)
 
     # --- looking --------------------------------------------------------------------------------
 
@@ -366,6 +370,18 @@ class SftpRemote:
     async def _refuse_link(self, place: Place) -> None:
         if stat.S_ISLNK(full_mode(await place.attrs())):
             raise InvalidRequest(f"{place} is a symbolic link")
+
+
+async def _real_path(place: Place) -> bytes | None:
+    """None where the server does not tell."""
+    try:
+        with place.asking():
+            names, _ = await place.session.meta.realpath(place.full)
+    except RemoteError as error:
+        log.debug("%s: %s", place, error.message)
+        return None
+    real = names[0].filename if names else None
+    return real if isinstance(real, bytes) and real.startswith(b"/") else None
 
 
 def _root_path(path: str, home: bytes) -> bytes:
