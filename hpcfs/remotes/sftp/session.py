@@ -23,6 +23,7 @@ from hpcfs.remotes.sftp.attrs import Owners
 from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.sftp.flow import Flow
 from hpcfs.remotes.sftp.greeting import greet
+from hpcfs.remotes.sftp.handles import Handles
 from hpcfs.remotes.sftp.hashes import Hasher
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.stdio import log_in_by_ssh
@@ -115,6 +116,12 @@ class SftpSession:
 
     def __post_init__(self) -> None:
         self.hasher = Hasher(self.login.shown, self.login.open_shell)
+        self.handles = Handles()
+        self._share_handles(self.channels)
+
+    def _share_handles(self, channels: Iterable[Requests]) -> None:
+        for channel in channels:
+            channel.handles = self.handles
 
     @property
     def meta(self) -> Requests:
@@ -137,7 +144,9 @@ class SftpSession:
             return []
         if self._more is None:
             self._more = asyncio.create_task(_open_more(self.open_channel))
-        return [channel for channel in await asyncio.shield(self._more) if not channel.ended]
+        channels = [channel for channel in await asyncio.shield(self._more) if not channel.ended]
+        self._share_handles(channels)
+        return channels
 
     def traffic(self) -> Traffic:
         """Channels for large uploads count once all are there."""
