@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import stat
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -135,6 +136,73 @@ class NoAttributes(Plain):
 
     def lstat(self, path: bytes) -> asyncssh.SFTPAttrs:
         return asyncssh.SFTPAttrs(size=os.lstat(self.map_path(path)).st_size)
+
+
+def _without_type(attrs: asyncssh.SFTPAttrs) -> asyncssh.SFTPAttrs:
+    attrs.permissions = stat.S_IMODE(attrs.permissions or 0)
+    return attrs
+
+
+class NoTypes(Plain):
+    """No mode has type bits; what a listing shows to humans tells the type."""
+
+    def lstat(self, path: bytes) -> asyncssh.SFTPAttrs:
+        return _without_type(asyncssh.SFTPAttrs.from_local(os.lstat(self.map_path(path))))
+
+    def stat(self, path: bytes) -> asyncssh.SFTPAttrs:
+        return _without_type(asyncssh.SFTPAttrs.from_local(os.stat(self.map_path(path))))
+
+    def fstat(self, file_obj: Any) -> asyncssh.SFTPAttrs:
+        return _without_type(asyncssh.SFTPAttrs.from_local(os.fstat(file_obj.fileno())))
+
+    async def scandir(self, path: bytes) -> AsyncIterator[asyncssh.SFTPName]:
+        for entry in os.scandir(self.map_path(path)):
+            found = entry.stat(follow_symlinks=False)
+            line = f"{stat.filemode(found.st_mode)}    1 u  g  {found.st_size} Nov 30 ".encode()
+            attrs = _without_type(asyncssh.SFTPAttrs.from_local(found))
+            yield asyncssh.SFTPName(entry.name, line + entry.name, attrs)
+
+    def format_longname(self, name: asyncssh.SFTPName) -> None:
+        """It is there already."""
+
+
+class NoTypesAtAll(NoTypes):
+    """And nothing else tells."""
+
+    async def scandir(self, path: bytes) -> AsyncIterator[asyncssh.SFTPName]:
+        async for name in super().scandir(path):
+            name.longname = name.filename
+            yield name
+
+
+class NoModes(Plain):
+    """Sizes and times are all that is told."""
+
+    def _told(self, found: os.stat_result) -> asyncssh.SFTPAttrs:
+        return asyncssh.SFTPAttrs(size=found.st_size, atime=1, mtime=int(found.st_mtime))
+
+    def lstat(self, path: bytes) -> asyncssh.SFTPAttrs:
+        return self._told(os.lstat(self.map_path(path)))
+
+    def stat(self, path: bytes) -> asyncssh.SFTPAttrs:
+        return self._told(os.stat(self.map_path(path)))
+
+    def fstat(self, file_obj: Any) -> asyncssh.SFTPAttrs:
+        return self._told(os.fstat(file_obj.fileno()))
+
+    async def scandir(self, path: bytes) -> AsyncIterator[asyncssh.SFTPName]:
+        for entry in os.scandir(self.map_path(path)):
+            told = self._told(entry.stat(follow_symlinks=False))
+            yield asyncssh.SFTPName(entry.name, entry.name, told)
+
+
+class ModesWithoutSizes(NoTypes):
+    """A listing tells modes, with their types, and no sizes; LSTAT all but types."""
+
+    async def scandir(self, path: bytes) -> AsyncIterator[asyncssh.SFTPName]:
+        for entry in os.scandir(self.map_path(path)):
+            mode = entry.stat(follow_symlinks=False).st_mode
+            yield asyncssh.SFTPName(entry.name, b"", asyncssh.SFTPAttrs(permissions=mode))
 
 
 class NamesWithoutAttributes(Plain):

@@ -363,8 +363,7 @@ class SftpRemote:
         meta = place.session.meta
         with place.asking():
             changes = [meta.setstat(place.full, attrs, follow_symlinks=follow) for attrs in wanted]
-            look = meta.lstat(place.full, 0) if place.path else meta.stat(place.full, 0)
-            *_, attrs = await together(*changes, look)
+            *_, attrs = await together(*changes, place.attrs())
         return place.entry_of(attrs)
 
     async def _refuse_link(self, place: Place) -> None:

@@ -33,7 +33,7 @@ from asyncssh.sftp import SFTPClientHandler
 
 from hpcfs.remotes.sftp.handles import Handles
 from hpcfs.remotes.sftp.inbox import Bytes, Inbox, Malformed
-from hpcfs.remotes.sftp.names import Listed, usual_names
+from hpcfs.remotes.sftp.names import Listed, type_in_line, usual_names
 
 SFTP_VERSION = 3
 SHOWN_ERRORS = "replace"
@@ -121,6 +121,10 @@ class Requests(SFTPClientHandler):
         if usual is not None:
             return usual
         found, _ = self._process_name(packet)
+        for name in found:
+            mode = name.attrs.permissions
+            if mode is not None and not stat.S_IFMT(mode):
+                name.attrs.permissions = mode | type_in_line(cast(bytes, name.longname or b""))
         return [(cast(bytes, name.filename), name.attrs) for name in found]
 
     async def symlink_paths(self, first: bytes, second: bytes) -> None:
