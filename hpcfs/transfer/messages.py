@@ -58,6 +58,8 @@ from hpcfs.transfer.xattrs import (
 FRAME_HEADER = struct.Struct(">I")
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 LIST_PAGE_ENTRIES = 1000
+LIST_MAX_ENTRIES = 1_000_000
+"""Of one directory: a server may go on for ever, and each name costs memory where it is shown."""
 BLOCK_BYTES = 64 * 1024
 """The unit of presence in the cache and of its checksums. At 1 Gbit/s a block takes half a
 millisecond: a random read of a few bytes at 20 ms pays 3% for the rest of its block."""
