@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "remotes": {"transfer.messages", "rendezvous"},
     "tunnel": SET_UP | {"rendezvous", "remotes", "transfer.messages"},
     "transfer.cachefile": {"transfer.messages"},
-    "transfer.process": {"remotes", "transfer.messages", "transfer.cachefile"},
+    "transfer.process": {"system", "remotes", "transfer.messages", "transfer.cachefile"},
     "transfer.child": {"transfer.messages"},
     "transfer.client": {"transfer.messages", "transfer.child"},
     "cache": {"errors", "system", "transfer.messages"},
