@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hpcfs.daemon import Questions
 from tests.support.command import Terminal
 from tests.support.mounts import Mount, RealHome, Served, served_by_ssh
 from tests.support.sshd import ALIAS, SshServer, ssh_server
@@ -46,6 +47,27 @@ def test_a_host_that_five_namespaces_name_asks_once(
         mount.umount()
         mount.check_log()
         assert server.log.count("Accepted ") == 1
+
+
+def test_what_is_decided_holds_for_every_site_that_asks_the_same() -> None:
+    """And nothing else that is typed is kept."""
+    asked: list[str] = []
+
+    def ask(text: str, echo: bool) -> str | None:
+        asked.append(text)
+        return "yes"
+
+    questions = Questions(ask)
+    host = "The host gate is not known yet.\nTrust this key and connect (yes/no)? "
+    other = "The host door is not known yet.\nTrust this key and connect (yes/no)? "
+    for text, echo in ((host, True), (host, True), (other, True)):
+        assert questions.ask(text, echo) == "yes"
+    assert asked == [host, other]
+    for text, echo in (("Code: ", True), ("Password (yes/no): ", False)):
+        asked.clear()
+        for _ in range(2):
+            questions.ask(text, echo)
+        assert asked == [text, text]
 
 
 def test_a_jump_host_of_two_sites_asks_once(
