@@ -7,6 +7,8 @@ CVE-2023-51385), applied wherever such a name comes in.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 _NOT_IN_HOSTS = frozenset("'`\"$\\;&<>|(){},")
 _NOT_IN_USERS = frozenset("'`\";&<>|(){}")
 
@@ -32,7 +34,7 @@ def is_valid_user(name: str) -> bool:
         and not name.startswith("-")
         and not name.endswith("\\")
         and not any(_is_control(letter) for letter in name)
-        and not any(a.isspace() and b == "-" for a, b in zip(name, name[1:], strict=False))
+        and not any(a.isspace() and b == "-" for a, b in pairwise(name))
         and _NOT_IN_USERS.isdisjoint(name)
     )
 

@@ -59,7 +59,7 @@ AROUND = urls.Surroundings(ssh_aliases=[], remotes=dict)
 @pytest.mark.parametrize("host", HOSTILE_HOSTS)
 def test_a_hostile_host_comes_in_nowhere(host: str, tmp_path: Path) -> None:
     for url in (f"{host}:", f"me@{host}:x", f"sftp://{host}/x"):
-        with pytest.raises(SetupError, match="no host name|no URL|names no host"):
+        with pytest.raises(SetupError, match=r"no host name|no URL|names no host"):
             urls.parse(url, AROUND)
     with pytest.raises(SetupError, match="host"):
         table(tmp_path, f"host = {host!r}" if "'" not in host else f'host = "{host}"')
@@ -72,11 +72,11 @@ def test_a_hostile_host_comes_in_nowhere(host: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("user", HOSTILE_USERS)
 def test_a_hostile_user_comes_in_nowhere(user: str, tmp_path: Path) -> None:
     for url in (f"{user}@h:", f"sftp://{user}@h/x"):
-        with pytest.raises(SetupError, match="no user name|no URL"):
+        with pytest.raises(SetupError, match=r"no user name|no URL"):
             urls.parse(url, AROUND)
     with pytest.raises(SetupError, match="no user name"):
         table(tmp_path, f"host = 'h'\nuser = '{user}'")
-    with pytest.raises(SetupError, match="no user name|must be an alias"):
+    with pytest.raises(SetupError, match=r"no user name|must be an alias"):
         table(tmp_path, f"host = '{user}@h'")
     with pytest.raises(SetupError, match="ssh takes in none"):
         rclone(f"host = h\nuser = {user}", tmp_path)
