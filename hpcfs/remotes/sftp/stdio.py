@@ -22,13 +22,14 @@ from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.ssh.asking import asking
 from hpcfs.remotes.ssh.clock import Clock
 from hpcfs.remotes.ssh.openssh import (
-    Program,
     Target,
     command,
     has_master,
     read_target,
     shell_command,
+    start,
 )
+from hpcfs.remotes.ssh.program import Program
 from hpcfs.remotes.ssh.shell import Shell, StreamShell
 from hpcfs.remotes.ssh.words import ending
 from hpcfs.transfer.messages import RemoteError, SshSite, Unreachable
@@ -119,7 +120,7 @@ class SshLogin:
         return StreamShell(reader, writer)
 
     async def start(self, line: list[str], environ: Mapping[str, str] | None = None) -> Program:
-        program = await Program.start(line, environ)
+        program = await start(line, environ)
         self.programs.append(program)
         return program
 

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,8 @@ from asyncssh.public_key import KeyPairListArg
 from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.ssh.clock import Clock
 from hpcfs.remotes.ssh.errors import login_error
-from hpcfs.remotes.ssh.hostkeys import PresentedKey
+from hpcfs.remotes.ssh.hostkeys import Judgement
+from hpcfs.remotes.ssh.proxy import Proxy
 from hpcfs.remotes.ssh.reach import AddressInfo, Host, NoneAnswers, address_of, reach
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES, Hop, jump_site, read_hop
 from hpcfs.remotes.ssh.shell import ChannelShell, Shell
@@ -32,7 +33,6 @@ from hpcfs.transfer.messages import SshSite, Unreachable, WrongSettings
 
 log = logging.getLogger(__name__)
 
-TRIES = 3
 MAX_JUMPS = 8
 CLOSE_SECONDS = 5.0
 MOST_SAID = 100
@@ -115,7 +115,7 @@ async def _connect_jumps(
         raise WrongSettings(f"ProxyJump of {site.host} has more than {MAX_JUMPS} hosts or a loop")
     for number, jump in enumerate(target.jumps):
         hop_site = jump_site(jump, site)
-        hop = await read_hop(hop_site)
+        hop = await read_hop(hop_site, is_behind=number > 0)
         if number == 0:
             await _connect_jumps(hop, hop_site, prompter, jumps, reach_seconds, depth)
         login = _HopLogin(hop, hop_site, prompter, reach_seconds)
@@ -127,6 +127,13 @@ def _last(jumps: list[asyncssh.SSHClientConnection]) -> asyncssh.SSHClientConnec
     return jumps[-1] if jumps else None
 
 
+class _Nobody:
+    """Who is asked with BatchMode."""
+
+    async def ask(self, text: str, *, echo: bool = False) -> str | None:
+        return None
+
+
 class _HopLogin:
     """One login at one host. Where its host key is asked about there are two connections: a login
     is only made over the second, to the same address."""
@@ -135,57 +142,76 @@ class _HopLogin:
         self, hop: Hop, site: SshSite, prompter: Prompter, reach_seconds: float | None
     ) -> None:
         self._hop = hop
-        self._site = site
-        self._prompter = prompter
+        self._prompter = prompter if hop.asks else _Nobody()
+        self._seconds = site.connect_timeout
         self._reach_seconds = reach_seconds or site.connect_timeout
-        self._clock = Clock(site.connect_timeout, prompter)
+        self._clock = Clock(site.connect_timeout, self._prompter)
         self._address: AddressInfo | None = None
 
     async def connect(
         self, tunnel: asyncssh.SSHClientConnection | None
     ) -> tuple[asyncssh.SSHClientConnection, asyncio.Event]:
         """The connection, and what is set when it has ended."""
-        hop = self._hop
         while True:
-            client = _Client(hop, self._clock)
-            sock = None if tunnel else await self._reach()
+            client = _Client(self._hop, self._clock)
             try:
-                async with self._clock.running():
-                    connection = await asyncssh.connect(
-                        hop.alias,
-                        self._site.port or (),
-                        sock=sock,
-                        tunnel=tunnel and _Tunnel(tunnel),
-                        client_factory=lambda client=client: client,
-                        **hop.options,
-                    )
+                if tunnel is not None:
+                    connection = await self._log_in(client, tunnel=_Tunnel(tunnel))
+                elif self._hop.proxy_command is not None:
+                    connection = await self._through_proxy(client)
+                else:
+                    connection = await self._log_in(client, sock=await self._reach())
             except asyncssh.HostKeyNotVerifiable as error:
-                if client.presented is None:
-                    raise login_error(error, hop) from error
-                await hop.host_keys.decide(client.presented, self._prompter)
-            except TimeoutError:
-                raise self._no_answer(self._site.connect_timeout) from None
-            except (asyncssh.Error, OSError, ValueError) as error:
-                raise login_error(
-                    error,
-                    hop,
-                    nobody_to_ask=client.nobody_to_ask,
-                    authenticating=client.authenticating,
-                ) from error
+                if client.judgement is None:
+                    raise login_error(error, self._hop) from error
+                await self._hop.host_keys.decide(client.judgement, self._prompter)
             else:
                 return connection, client.ended
 
-    async def _reach(self) -> socket.socket | None:
-        """A socket at an address that answers; None where a ProxyCommand leads there."""
+    async def _log_in(self, client: _Client, **way: Any) -> asyncssh.SSHClientConnection:
+        """Raises RemoteErrors, and HostKeyNotVerifiable."""
+        hop = self._hop
+        try:
+            async with self._clock.running():
+                return await asyncssh.connect(
+                    hop.host, hop.port, client_factory=lambda: client, **way, **hop.options
+                )
+        except asyncssh.HostKeyNotVerifiable:
+            raise
+        except TimeoutError:
+            raise self._no_answer(self._seconds) from None
+        except (asyncssh.Error, OSError, ValueError) as error:
+            raise login_error(
+                error,
+                hop,
+                nobody_to_ask=client.nobody_to_ask,
+                authenticating=client.authenticating,
+            ) from error
+
+    async def _through_proxy(self, client: _Client) -> asyncssh.SSHClientConnection:
+        """The ProxyCommand ends with the connection."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                proxy = await Proxy.open(self._hop)
+        except TimeoutError:
+            raise self._no_answer(self._seconds) from None
+        client.on_end = proxy.end
+        try:
+            return await self._log_in(client, sock=proxy.socket)
+        except Unreachable as error:
+            words = await proxy.last_words()
+            if not words:
+                raise
+            raise Unreachable(f"{error.message} (its ProxyCommand says: {words})") from error
+        except BaseException:
+            proxy.end()
+            raise
+
+    async def _reach(self) -> socket.socket:
+        """A socket at an address that answers."""
         hop, seconds = self._hop, self._reach_seconds
         try:
-            read = await asyncssh.SSHClientConnectionOptions.construct(
-                host=hop.alias, port=self._site.port or (), tunnel=None, **hop.options
-            )
-            if read.proxy_command:
-                return None
-            local = read.local_addr[0] if read.local_addr else None
-            host = Host(hop.host, hop.port, read.family, local)
+            host = Host(hop.host, hop.port, hop.family, hop.bind_address)
             sock = await reach(host, seconds, self._address)
         except TimeoutError:
             raise self._no_answer(seconds) from None
@@ -193,7 +219,7 @@ class _HopLogin:
             raise Unreachable(f"no address of {hop.shown} port {hop.port} answers: {error}") from (
                 None
             )
-        except (asyncssh.Error, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise login_error(error, hop) from error
         self._address = address_of(sock)
         return sock
@@ -222,11 +248,11 @@ class _Client(asyncssh.SSHClient):
         self._hop = hop
         self._clock = clock
         self.ended = asyncio.Event()
+        self.on_end: Callable[[], None] | None = None
         self._key_files = list(hop.key_files)
-        self._passwords_left = TRIES
-        self._dialogues_left = TRIES
+        self._passwords_left = self._dialogues_left = hop.prompts
         self._said: deque[str] = deque(maxlen=MOST_SAID)
-        self.presented: PresentedKey | None = None
+        self.judgement: Judgement | None = None
         self.nobody_to_ask = False
         self.authenticating = False
 
@@ -242,13 +268,17 @@ class _Client(asyncssh.SSHClient):
     def connection_lost(self, exc: Exception | None) -> None:
         log.debug("connection to %s ended: %s", self._hop.shown, exc)
         self.ended.set()
+        if self.on_end is not None:
+            self.on_end()
 
     def validate_host_public_key(
         self, host: str, addr: str, port: int, key: asyncssh.SSHKey
     ) -> bool:
-        """Called for keys that nothing vouches for; the user is asked once this attempt is over."""
-        self.presented = PresentedKey(host, port, key)
-        return False
+        """Called for each plain key; where the user decides, once this attempt is over."""
+        self.judgement = self._hop.host_keys.judge(key, addr)
+        if self.judgement.kind == "unproved":  # who is in the middle gets no password
+            self._passwords_left = self._dialogues_left = 0
+        return self.judgement.is_trusted
 
     def auth_banner_received(self, msg: str, lang: str) -> None:
         log.debug("%s says: %s", self._hop.shown, msg)
@@ -264,7 +294,7 @@ class _Client(asyncssh.SSHClient):
         return None
 
     async def _unlock(self, path: Path) -> asyncssh.SSHKey | None:
-        for _ in range(TRIES):
+        for _ in range(self._hop.prompts):
             passphrase = await self._ask(f"Passphrase for the key {path}: ")
             if not passphrase:
                 return None
