@@ -171,6 +171,7 @@ class _HopLogin:
                     hop,
                     nobody_to_ask=client.nobody_to_ask,
                     authenticating=client.authenticating,
+                    banner=client.banner,
                 ) from error
             else:
                 return connection, client.ended
@@ -229,6 +230,7 @@ class _Client(asyncssh.SSHClient):
         self.presented: PresentedKey | None = None
         self.nobody_to_ask = False
         self.authenticating = False
+        self.banner = ""
 
     def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
         conn.set_extra_info(**{_SAID: self._said})
@@ -251,6 +253,7 @@ class _Client(asyncssh.SSHClient):
         return False
 
     def auth_banner_received(self, msg: str, lang: str) -> None:
+        self.banner = msg
         log.debug("%s says: %s", self._hop.shown, msg)
 
     async def public_key_auth_requested(self) -> KeyPairListArg | None:
