@@ -54,6 +54,7 @@ ERRNO: dict[type[Exception], int] = {
     m.AccessRefused: errno.EACCES,
     m.HostKeyRefused: errno.EACCES,
     m.WrongSettings: errno.ENXIO,  # readdir(3) takes ENOENT for the end of an empty folder
+    m.NoService: errno.ENXIO,
     m.ProtocolError: errno.EPROTO,
     m.CacheDiskFull: errno.ENOSPC,
     m.CacheFileGone: errno.EIO,

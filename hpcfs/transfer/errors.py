@@ -123,6 +123,11 @@ class WrongSettings(RemoteError):
     lasting = True
 
 
+class NoService(WrongSettings):
+    """The login is accepted and there is nothing behind it: the next one would end in the same way,
+    unless an earlier one did not."""
+
+
 class ProtocolError(RemoteError):
     """The remote answered something that makes no sense."""
 

@@ -31,6 +31,7 @@ from hpcfs.transfer.errors import (
     InvalidRequest as InvalidRequest,
     IsADirectory as IsADirectory,
     NameTooLong as NameTooLong,
+    NoService as NoService,
     NoSpace as NoSpace,
     NotADirectory as NotADirectory,
     NotConnected as NotConnected,

@@ -26,6 +26,7 @@ from hpcfs.transfer.messages import (
     CrossDevice,
     DirectoryNotEmpty,
     IsADirectory,
+    NoService,
     NoSpace,
     NotADirectory,
     NotFound,
@@ -468,7 +469,7 @@ def test_a_server_that_prints_before_sftp(tmp_path: Path) -> None:
     noisy = f"echo Welcome to the cluster; {sftp_server_binary()}"
     with (
         ssh_server(tmp_path / "s", subsystem=noisy) as server,
-        pytest.raises(ProtocolError, match="bashrc"),
+        pytest.raises(NoService, match=r"\('Welcome to the cluster'\).*bashrc"),
     ):
         on(server.start_message(), lambda remote: remote.connect())
 

@@ -160,5 +160,6 @@ async def _log_in(login: SshLogin, prompter: Prompter) -> None:
         except TimeoutError:
             raise Unreachable(f"ssh did not get into {login.shown} within {seconds:g} s") from None
         except (asyncssh.SFTPError, OSError) as error:
-            lines = await program.last_words()
-            raise ending(login.target, lines, questions.unanswered) from error
+            code, lines = await program.last_words()
+            lines = lines or [login.begun[-1].beginning.decode(errors="replace")]
+            raise ending(login.target, lines, questions.unanswered, code) from error

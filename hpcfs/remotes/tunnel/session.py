@@ -21,9 +21,10 @@ from typing import Any
 import asyncssh
 from asyncssh.logging import SSHLogger, logger as asyncssh_logger
 
+from hpcfs.remotes.sftp.channels import open_channels
 from hpcfs.remotes.sftp.greeting import greet
 from hpcfs.remotes.sftp.requests import Requests
-from hpcfs.remotes.sftp.session import SftpSession, begin, open_channels, together
+from hpcfs.remotes.sftp.session import SftpSession, begin, together
 from hpcfs.remotes.ssh.login import Login
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
