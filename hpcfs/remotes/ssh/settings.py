@@ -115,7 +115,7 @@ def jump_site(jump: str, site: SshSite) -> SshSite:
     if not colon or not port.isdecimal() or ("]" not in host and ":" in host):
         host, port = address, ""
     host = host.removeprefix("[").removesuffix("]")
-    _must_be_names(host, user or None)
+    _must_be_names(host, user or None, f" in ProxyJump {jump}")
     return SshSite(
         host=host,
         user=user or None,
@@ -125,11 +125,12 @@ def jump_site(jump: str, site: SshSite) -> SshSite:
     )
 
 
-def _must_be_names(host: str, user: str | None) -> None:
+def _must_be_names(host: str, user: str | None, where: str = "") -> None:
+    reason = "ssh takes no such characters either"
     if not sshwords.is_valid_host(host):
-        raise WrongSettings(f"{host!r} is no host name: ssh takes no such characters either")
+        raise WrongSettings(f"{host!r}{where} is no host name: {reason}")
     if user is not None and not sshwords.is_valid_user(user):
-        raise WrongSettings(f"{user!r} is no user name: ssh takes no such characters either")
+        raise WrongSettings(f"{user!r}{where} is no user name: {reason}")
 
 
 def _read_hop(site: SshSite, answer: Said, is_behind: bool) -> Hop:
@@ -190,7 +191,7 @@ def _options(answer: Said, hop: Hop, host_keys: HostKeys, mine: Identities) -> d
         **mine.options,
         "agent_forwarding": False,
         "x11_forwarding": False,
-        "env": [word for line in answer.all("setenv") for word in shlex.split(line)],
+        "env": [line for line in answer.all("setenv") if "=" in line],
         "connect_timeout": None,
         "login_timeout": 0,
         "keepalive_interval": KEEPALIVE_SECONDS,
@@ -291,7 +292,7 @@ def _proxy_command(answer: Said, tokens: Tokens, host: str, user: str) -> str | 
     text = answer.one("proxycommand")
     if text is None:
         return None
-    _must_be_names(host, user)
+    _must_be_names(host, user, ", for its ProxyCommand,")
     if text == "-":
         raise WrongSettings(
             "ProxyCommand - means ssh's own stdin, which a mount does not have: name a command"
