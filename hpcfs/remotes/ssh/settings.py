@@ -141,7 +141,8 @@ def _read_hop(site: SshSite, answer: Said, is_behind: bool) -> Hop:
         site.host, host=host, port=port, user=user, alias=alias, jump=_last_jump(answer),
         digest=(answer.one("controlpath") or "").removeprefix("/"),
     )  # fmt: skip
-    _refuse_what_we_cannot_do(site, answer)
+    if site.transport == "asyncssh":
+        _refuse_what_we_cannot_do(site, answer)
     jumps = () if is_behind else _jumps(answer, tokens)
     command = None if is_behind or jumps else _proxy_command(answer, tokens, host, user)
     hop = Hop(
