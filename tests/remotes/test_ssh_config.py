@@ -433,6 +433,16 @@ def test_without_ssh_what_is_plain_is_taken(world: World, no_ssh: None, name: st
     assert hpcfs_gets_in(world, world.write(IN[name]))
 
 
+def test_a_user_of_no_database_is_as_without_ssh(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ssh says "No user exists for uid ..."; in a container that must not stop a mount."""
+    monkeypatch.setattr(said, "home_of_ssh", lambda: None)
+    assert hpcfs_gets_in(world, world.write(IN["plain"]))
+    with pytest.raises(WrongSettings, match="line 1: Match"):
+        hop(world.write(IN["Match host"]))
+
+
 @pytest.mark.parametrize(
     ("name", "line"),
     [

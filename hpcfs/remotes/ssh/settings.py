@@ -251,15 +251,8 @@ def _rules(answer: Said, hop: Hop, alias: str | None, *, is_direct: bool) -> Rul
 
 
 def _known_hosts_files(names: list[str]) -> tuple[Path, ...]:
-    return tuple(_at_home(Path(name).expanduser()) for name in names)
-
-
-def _at_home(path: Path) -> Path:
-    """ssh has replaced the ~ already, by a home of its own where HOME is another."""
-    if not said.is_moved() or not path.is_relative_to(said.home_of_ssh()):
-        return path
-    moved = Path("~").expanduser() / path.relative_to(said.home_of_ssh())
-    return moved if moved.exists() or not path.exists() else path
+    """ssh has replaced the ~ already."""
+    return tuple(said.at_home(Path(name).expanduser()) for name in names)
 
 
 # --- the way there --------------------------------------------------------------------------------
