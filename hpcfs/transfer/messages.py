@@ -39,6 +39,7 @@ from hpcfs.transfer.errors import (
     NotSupported as NotSupported,
     PermissionDenied as PermissionDenied,
     ProtocolError as ProtocolError,
+    ReadOnlyRemote as ReadOnlyRemote,
     RemoteError as RemoteError,
     RemoteFailure as RemoteFailure,
     TimedOut as TimedOut,
@@ -100,8 +101,8 @@ class Abilities(msgspec.Struct, frozen=True):
     be given the dirty ranges only, and says so (`whole` false): the server copies the rest."""
     privileged: bool = False
     """The remote user is root: the modes of its files don't bind it."""
-    checks_directories: bool = True
-    """The remote refuses what the modes of directories forbid."""
+    checks_permissions: bool = True
+    """The remote refuses what modes and owners forbid."""
 
 
 class Attributes(msgspec.Struct, frozen=True):
