@@ -78,7 +78,7 @@ class Filesystem:
         self.permissions = Permissions(self._uid)
         self.files = Files(self.tree, store, uploader, nursery, self.permissions, self._gid)
         self._renaming = Renaming(self.tree, store, self.files)
-        self._attributes = AttributeChanges(self.tree, store, self.files)
+        self._attributes = AttributeChanges(self.tree, store, self.files, self._uid)
         keeping = any(namespace.keeps_xattrs for namespace in self._namespaces)
         self.xattrs = ExtendedAttributes(
             self.getattr, self._attributes, self.permissions, any_keeps=keeping

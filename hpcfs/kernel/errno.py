@@ -35,6 +35,7 @@ ERRNO: dict[type[Exception], int] = {
     m.AlreadyExists: errno.EEXIST,
     m.PermissionDenied: errno.EACCES,
     m.NotOwner: errno.EPERM,
+    m.ReadOnlyRemote: errno.EROFS,
     m.NotADirectory: errno.ENOTDIR,
     m.IsADirectory: errno.EISDIR,
     m.DirectoryNotEmpty: errno.ENOTEMPTY,

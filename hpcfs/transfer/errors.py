@@ -40,6 +40,11 @@ class NotOwner(PermissionDenied):
     sticky, rename or remove."""
 
 
+class ReadOnlyRemote(PermissionDenied):
+    """Nobody may change anything there now: a file system that is mounted read-only, or a server
+    that only reads."""
+
+
 class NotADirectory(RemoteError):
     """A directory was needed and something else is there."""
 

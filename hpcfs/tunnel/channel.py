@@ -53,11 +53,13 @@ _BY_ERRNO: dict[int, Callable[[str], SFTPError]] = {
     errno.EPERM: SFTPPermissionDenied,
     errno.EACCES: SFTPPermissionDenied,
     errno.EFAULT: SFTPPermissionDenied,
+    errno.EROFS: SFTPPermissionDenied,
     errno.ENAMETOOLONG: SFTPBadMessage,
     errno.EINVAL: SFTPBadMessage,
     errno.ENOSYS: SFTPOpUnsupported,
 }
-"""errno_to_portable in OpenSSH's sftp-server.c: what clients have learned to understand."""
+"""errno_to_portable in OpenSSH's sftp-server.c: what clients have learned to understand. Only EROFS
+is a "failure" there; statvfs tells it from EACCES."""
 _BAD_MESSAGE = "Bad message"
 """Its words for it, by which remotes/sftp/errors.py knows."""
 

@@ -244,6 +244,8 @@ class ShareServer(asyncssh.SFTPServer):
         """Each share is a file system of its own: nothing can be renamed from one to another."""
         usage = SFTPVFSAttrs.from_local(os.fstatvfs(descriptor))
         usage.fsid = 1 + list(self._shares.by_name.values()).index(share)
+        if share.read_only:
+            usage.flags |= os.ST_RDONLY
         return usage
 
     def check_directory(self, path: bytes) -> None:
@@ -377,7 +379,7 @@ def _file_mode(permissions: int) -> int:
 
 def _check_writable(share: Share) -> None:
     if share.read_only:
-        raise PermissionError(errno.EACCES, f"{share.name} is shared read-only")
+        raise OSError(errno.EROFS, f"{share.name} is shared read-only")
 
 
 def _file(file_obj: object) -> OpenFile:

@@ -193,19 +193,6 @@ def test_the_remote_user_is_the_local_user(sshd: SshServer) -> None:
     assert (folder / "file").stat().st_uid == os.getuid()
 
 
-def test_modes_ignore_the_remote_umask(sshd: SshServer) -> None:
-    folder = sshd.root / "umask"
-    folder.mkdir()
-
-    async def story(remote: SftpRemote) -> None:
-        assert stat.S_IMODE((await remote.create(b"file", 0o666)).mode) == 0o666
-        assert stat.S_IMODE((await remote.make_directory(b"folder", 0o1777)).mode) == 0o1777
-        assert stat.S_IMODE((await put(remote, b"new", b"x", mode=0o622)).mode) == 0o622
-
-    on(sshd.start_message(str(folder)), story)
-    assert stat.S_IMODE((folder / "file").stat().st_mode) == 0o666
-
-
 def test_a_growing_file_is_followed_through_its_handle(sshd: SshServer) -> None:
     folder = sshd.root / "growing"
     folder.mkdir()

@@ -97,6 +97,13 @@ class SftpSession:
     def bulk(self) -> Requests:
         return self.channels[-1]
 
+    @property
+    def is_read_only(self) -> bool:
+        """OpenSSH's sftp-server -R: of its extensions it then offers only those that read."""
+        meta = self.meta
+        writing = (meta._supports_posix_rename, meta._supports_hardlink, meta._supports_fsync)
+        return meta._supports_statvfs and not any(writing)
+
     def reader(self) -> Requests:
         """The channel for one more piece of a file: that with the fewest bytes to come."""
         if not self.shared_handles:
