@@ -21,6 +21,7 @@ ERRNO: dict[type[Exception], int] = {
     f.ReadOnly: errno.EROFS,
     f.CrossNamespace: errno.EXDEV,
     f.Unsupported: errno.ENOTSUP,
+    f.LeadsOut: errno.EPERM,  # as sshfs
     f.NoSuchKind: errno.EPERM,  # mknod(2) and link(2) have this one for it
     f.Invalid: errno.EINVAL,
     f.NameLong: errno.ENAMETOOLONG,

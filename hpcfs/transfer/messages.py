@@ -106,6 +106,8 @@ class Abilities(msgspec.Struct, frozen=True):
     """The remote refuses what modes and owners forbid."""
     dates_directories: bool = True
     """A name that comes or goes changes its directory's mtime."""
+    roots: tuple[bytes, ...] = ()
+    """Absolute paths of the namespace's root, as symbolic links on the remote may name it."""
 
 
 class Attributes(msgspec.Struct, frozen=True):

@@ -19,6 +19,7 @@ from hpcfs.remotes.sftp.attrs import Owners
 from hpcfs.remotes.sftp.channels import of_service, open_channel, open_channels, open_more
 from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.sftp.flow import Flow
+from hpcfs.remotes.sftp.handles import Handles
 from hpcfs.remotes.sftp.hashes import Hasher
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.stdio import log_in_by_ssh
@@ -79,6 +80,8 @@ class SftpSession:
     writing: Flow = field(default_factory=lambda: Flow(UPLOAD_BYTES_UNDER_WAY))
     sets_without_following: bool = True
     """Whether lsetstat@openssh.com is there and works: before glibc 2.32 it could set no modes."""
+    reads_target_first: bool | None = None
+    """The order of a symlink request's paths (links.py); None until it was looked for."""
     uploading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_UPLOADS))
     shared_handles: bool = False
     """A handle counts on all channels, so that a file can be read over several."""
@@ -88,6 +91,12 @@ class SftpSession:
 
     def __post_init__(self) -> None:
         self.hasher = Hasher(self.login.shown, self.login.open_shell)
+        self.handles = Handles()
+        self._share_handles(self.channels)
+
+    def _share_handles(self, channels: Iterable[Requests]) -> None:
+        for channel in channels:
+            channel.handles = self.handles
 
     @property
     def meta(self) -> Requests:
@@ -117,7 +126,9 @@ class SftpSession:
             return []
         if self._more is None:
             self._more = asyncio.create_task(open_more(self.open_channel))
-        return [channel for channel in await asyncio.shield(self._more) if not channel.ended]
+        channels = [channel for channel in await asyncio.shield(self._more) if not channel.ended]
+        self._share_handles(channels)
+        return channels
 
     def traffic(self) -> Traffic:
         """Channels for large uploads count once all are there."""

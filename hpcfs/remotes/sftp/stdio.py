@@ -53,9 +53,7 @@ class Stdio(asyncio.Protocol):
         return asyncssh_logger
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """ssh does not tell the server's version, by which asyncssh decides on the order of a
-        symlink request's paths: OpenSSH's, as sftp(1) and sshfs assume of every server."""
-        return "OpenSSH" if name == "server_version" else default
+        return default
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)

@@ -55,8 +55,7 @@ class StreamCarrier:
         return asyncssh_logger
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """The order of a symlink request's paths is OpenSSH's, as everywhere."""
-        return "OpenSSH" if name == "server_version" else default
+        return default
 
     def write(self, data: bytes) -> None:
         self._stream.write(data)
