@@ -161,7 +161,7 @@ class Bucket:
             if isinstance(body, bytearray):
                 return body
             with translating(key):
-                data: bytes = await body.read() if body is not None else b""
+                data = await _read(body, length) if body is not None else b""
         if len(data) != length:
             raise Changed(f"{key} ended after {len(data)} of {length} bytes: open it again")
         return data
@@ -403,6 +403,14 @@ class Bucket:
 
     async def abort_upload(self, key: str, upload: Begun) -> None:
         await self.call("abort_multipart_upload", key, Key=key, UploadId=upload.id)
+
+
+async def _read(body: Any, length: int) -> bytes:
+    """No more than one byte more than `length`, which tells that it is too much."""
+    data = bytearray()
+    while len(data) <= length and (piece := await body.read(length + 1 - len(data))):
+        data += piece
+    return bytes(data)
 
 
 def condition(base: bytes | None) -> dict[str, str]:
