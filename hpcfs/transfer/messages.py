@@ -41,6 +41,7 @@ from hpcfs.transfer.errors import (
     ProtocolError as ProtocolError,
     RemoteError as RemoteError,
     RemoteFailure as RemoteFailure,
+    Throttled as Throttled,
     TimedOut as TimedOut,
     TooLarge as TooLarge,
     Unreachable as Unreachable,

@@ -71,8 +71,9 @@ _HEADERS = {
 }
 _ELSEWHERE = frozenset({"Key", "Body", "Metadata", "CopySource", *_QUERY})
 """Parameters that have a place of their own in a request."""
-_FINAL = frozenset({401, 403, 404, 412, 416})
-"""Refusals that asking again does not change: a refused credential must not be tried twice."""
+_FINAL = frozenset({401, 403, 404, 412, 416, 429, 503})
+"""Refusals that asking again at once does not change: a refused credential must not be tried twice,
+and a server that is asked too much (429, 503) not sooner than pacing.py lets it."""
 
 
 class Login(Protocol):

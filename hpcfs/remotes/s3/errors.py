@@ -35,6 +35,7 @@ from hpcfs.transfer.messages import (
     ProtocolError,
     RemoteError,
     RemoteFailure,
+    Throttled,
     TimedOut,
     TooLarge,
     Unreachable,
@@ -79,7 +80,7 @@ _CODES: dict[str, tuple[type[RemoteError], str]] = {
         PermissionDenied,
         "the object is archived: restore it with the provider's tools before reading it",
     ),
-    "SlowDown": (Unreachable, "S3 asks to slow down: try again later"),
+    "SlowDown": (Throttled, "S3 asks to slow down, and went on doing so: try again later"),
     "ServiceUnavailable": (Unreachable, "S3 is not available now: try again later"),
     "BucketAlreadyExists": (AlreadyExists, "the name is taken"),
 }
@@ -112,6 +113,14 @@ _SAME = {
     "501": "NotImplemented",
     "RequestLimitExceeded": "SlowDown",
     "Throttling": "SlowDown",
+    "ThrottlingException": "SlowDown",
+    "ThrottledException": "SlowDown",
+    "RequestThrottled": "SlowDown",
+    "RequestThrottledException": "SlowDown",
+    "TooManyRequests": "SlowDown",
+    "TooManyRequestsException": "SlowDown",
+    "BandwidthLimitExceeded": "SlowDown",
+    "ServerBusy": "SlowDown",
     "429": "SlowDown",
     "502": "ServiceUnavailable",
     "503": "ServiceUnavailable",
@@ -245,6 +254,15 @@ def _redirected(answer: Mapping[str, Any]) -> str | None:
     return "".join(char if char.isprintable() else "?" for char in place[:300])
 
 
+def is_throttling(error: boto.ClientError) -> bool:
+    """Whether the same request is to be made again, later. A 503 without a word is one, too: an
+    answer to HEAD has no words."""
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    if code and not code.isdigit():
+        return _SAME.get(code, code) in ("SlowDown", "ServiceUnavailable")
+    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (429, 503)
+
+
 def s3_code(error: RemoteError) -> str:
     """What the server called a failure that `translate` made of its answer."""
     answer = getattr(error.__cause__, "response", {})
@@ -276,7 +294,7 @@ class Health:
         """Remember what concerns the whole site; returns the error."""
         if isinstance(error, AccessRefused):
             self._lasting = error
-        elif isinstance(error, Unreachable):
+        elif isinstance(error, Unreachable) and not isinstance(error, Throttled):
             now = self._clock()
             if self._down is None or now >= self._until:  # one step for requests that fail together
                 self._delay = (
