@@ -53,6 +53,7 @@ ERRNO: dict[type[Exception], int] = {
     m.Unreachable: errno.EHOSTUNREACH,
     m.NotConnected: errno.EHOSTUNREACH,
     m.TimedOut: errno.ETIMEDOUT,
+    m.Throttled: errno.EBUSY,
     m.AccessRefused: errno.EACCES,
     m.HostKeyRefused: errno.EACCES,
     m.WrongSettings: errno.ENXIO,  # readdir(3) takes ENOENT for the end of an empty folder

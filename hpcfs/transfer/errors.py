@@ -110,6 +110,10 @@ class TimedOut(Unreachable):
     """The deadline passed without an answer."""
 
 
+class Throttled(Unreachable):
+    """The server is there, and wants to be asked less often."""
+
+
 class AccessRefused(RemoteError):
     """The site refused the login or the credentials; only the user can mend that."""
 

@@ -43,6 +43,7 @@ from hpcfs.transfer.errors import (
     ReadOnlyRemote as ReadOnlyRemote,
     RemoteError as RemoteError,
     RemoteFailure as RemoteFailure,
+    Throttled as Throttled,
     TimedOut as TimedOut,
     TooLarge as TooLarge,
     Unreachable as Unreachable,
