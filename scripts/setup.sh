@@ -197,18 +197,33 @@ digest() {
     find "$@" -type f -not -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-16
 }
 
-# pip_install STAMP ARGUMENT...: runs pip unless the same was installed before.
-pip_install() {
-    local stamp="$1"
-    shift
+# install STAMP NAME ARGUMENT...: installs hpcfs, unless the same was installed before. What it needs
+# is in scripts/locked/NAME.txt, with versions and hashes (scripts/lock), and so is what builds it.
+# The arguments are pip's for hpcfs itself.
+install() {
+    local stamp="$1" name="$2"
+    shift 2
     if [ "$(cat "$venv/hpcfs-installed" 2>/dev/null)" = "$stamp" ]; then return; fi
-    say "pip install $*"
+    say "pip install $* (with scripts/locked/$name.txt)"
     rm -f "$venv/hpcfs-installed"
-    "$venv/bin/python" -I -m pip install --quiet --disable-pip-version-check "$@" ||
-        fail "pip could not install hpcfs; the reason is above"
+    pip_install --require-hashes --requirement scripts/locked/build.txt
+    pip_install --require-hashes --no-build-isolation --requirement "scripts/locked/$name.txt"
+    pip_install --no-deps --no-build-isolation "$@"
     echo "$stamp" >"$venv/hpcfs-installed"
 }
 
+# install_newest ARGUMENT...: with the newest version of all that it needs, whatever is locked.
+install_newest() {
+    say "pip install --upgrade $*"
+    rm -f "$venv/hpcfs-installed"
+    pip_install --upgrade --upgrade-strategy eager "$@"
+}
+
+pip_install() {
+    "$venv/bin/python" -I -m pip install --quiet --disable-pip-version-check "$@" ||
+        fail "pip could not install hpcfs; the reason is above"
+}
+
 editable_stamp() {
-    echo "editable $(digest pyproject.toml hpcfs/cli/hpcfs.sh) $PWD"
+    echo "editable $(digest pyproject.toml hpcfs/cli/hpcfs.sh scripts/locked) $PWD"
 }
