@@ -7,9 +7,10 @@ where an ssh connection is cut, and a request whose answer was on its way is not
 
 On a pipe (integers are big-endian):
 
-    server   GREETING, the tunnel's id in hex, a newline
-    client   the stream's id (16 bytes; zeros ask for a new one), how many bytes it has (8 bytes)
-    server   the stream's id (zeros: no such stream any more), how many bytes it has
+    server   GREETING, the tunnel's id and a nonce, both in hex, a newline
+    client   a nonce; sealed (knock.py): the stream's id (16 bytes; zeros ask for a new one), how
+             many bytes it has (8 bytes)
+    server   sealed: the stream's id (zeros: no such stream any more), how many bytes it has
     both     frames: a kind (1 byte) and a number (4 bytes): DATA is followed by that many bytes,
              SEEN by 8 bytes with how many the sender of it has (the number is 0), ASK wants a SEEN,
              END says that the stream is over
@@ -24,10 +25,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-GREETING = b"HPCFS-TUNNEL/1 "
 ID_BYTES = 16
 NEW_STREAM = bytes(ID_BYTES)
-OPENING = struct.Struct(f">{ID_BYTES}sQ")
 
 DATA, SEEN, ASK, END = b"DSAE"
 HEAD = struct.Struct(">BI")

@@ -48,7 +48,7 @@ class Guests:
     """Give `acceptor` the pipes. `on_change` hears that a mount came or went."""
 
     def __init__(self, shares: Shares, identity: Identity, on_change: Callable[[], None]) -> None:
-        self.acceptor = Acceptor(identity.id, self._arrived)
+        self.acceptor = Acceptor(identity.door, self._arrived)
         self._shares = shares
         self._identity = identity
         self._on_change = on_change

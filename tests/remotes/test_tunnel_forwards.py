@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from hpcfs.rendezvous.file import TcpPlace, UnixPlace
-from hpcfs.rendezvous.stream import GREETING
+from hpcfs.rendezvous.knock import GREETING
 from hpcfs.transfer.messages import WrongSettings
 from hpcfs.tunnel import forwards
 from tests.support.tunnels import LoginNode, greeting, login_node, own_address, running
 
 
 def expected_greeting(node: LoginNode) -> bytes:
-    return GREETING + node.rendezvous().id.encode() + b"\n"
+    return GREETING + node.rendezvous().id.encode() + b" "
 
 
 def test_a_unix_socket_that_only_the_user_can_reach(tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ class Laptop:
         assert self._place is not None
         values: dict[str, Any] = {
             "id": self.identity.id,
+            "secret": self.identity.secret,
             "name": NAME,
             "laptop": "laptop.example",
             "user": getpass.getuser(),
