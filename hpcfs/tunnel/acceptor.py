@@ -33,6 +33,8 @@ MAX_STRANGERS = 160
 and a file, of which it may have 1024."""
 ADMITTED_PER_SECOND = 400.0
 """So each stranger has 0.4 s to knock, which takes a round trip between laptop and login node."""
+MAX_STREAMS = 512
+"""A mount has one, on the login node seven."""
 MAX_PROVING = 100
 """The mounts of a job on many nodes come all at once."""
 MAX_PROVING_BYTES = 64 * 1024
@@ -164,7 +166,8 @@ class Acceptor:
     def find(self, stream_id: bytes, kind: Kind) -> Stream | None:
         """The stream of that id, or a new one; None where there is no such one."""
         if stream_id == NEW_STREAM:
-            return Stream(secrets.token_bytes(ID_BYTES))
+            full = len(self._kept) >= MAX_STREAMS
+            return None if full else Stream(secrets.token_bytes(ID_BYTES))
         kept = self._kept.get(stream_id)
         if kept is None or kept.kind != kind or kept.stream.ended:
             return None

@@ -186,6 +186,21 @@ def test_who_does_not_know_the_secret_begins_nothing(door: Door) -> None:
     in_loop(story)
 
 
+def test_streams_are_not_made_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceptors, "MAX_STREAMS", 3)
+
+    async def story(tunnel: Tunnel) -> None:
+        kept = [tunnel.proved() for _ in range(3)]
+        pipe, _ = tunnel.open()
+        assert (answered(pipe), pipe.closed) == ((NEW_STREAM, 0), True)
+        _, incoming, stream = kept[0]
+        incoming.lost()
+        pipe, _ = tunnel.open(stream.id)
+        assert answered(pipe) == (stream.id, 0)
+
+    in_loop(story)
+
+
 def test_a_stranger_says_little() -> None:
     async def story(tunnel: Tunnel) -> None:
         pipe, incoming = tunnel.open()

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,10 @@ from hpcfs.remotes.sftp.remote import SftpRemote
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.session import SftpSession
 from hpcfs.remotes.tunnel.line import Meeting
-from hpcfs.remotes.tunnel.session import open_session
+from hpcfs.remotes.tunnel.session import TunnelLogin, open_session
 from hpcfs.remotes.tunnel.site import TunnelSiteConnection
 from hpcfs.transfer.messages import CrossDevice
-from hpcfs.tunnel import channel as served_channel, guests, served
+from hpcfs.tunnel import channel as served_channel, guests, memory, served
 from hpcfs.tunnel.acceptor import Kind
 from hpcfs.tunnel.channel import OpenFiles, ServedChannel
 from hpcfs.tunnel.served import Shares, ShareServer
@@ -43,6 +43,7 @@ from tests.remotes.contract import put
 from tests.support.laptop import NAME, Laptop, laptop
 
 CONTENT = b"what was there"
+MIB = 1024 * 1024
 SECRET = b"what nobody may see"
 ALL = SFTPAttrs(size=3, permissions=0o777, uid=os.getuid(), gid=os.getgid(), atime=1, mtime=1)
 LINK, BLOCK = 21, 22
@@ -378,7 +379,7 @@ def test_there_is_an_end_to_open_files_and_listings(
         (directory / "rw" / "dir" / str(number)).touch()
 
     async def story(channel: Requests) -> None:
-        handles = [await channel.open(b"/rw/file", FXF_READ, SFTPAttrs()) for _ in range(15)]
+        handles = [await channel.open(b"/rw/file", FXF_READ, SFTPAttrs()) for _ in range(10)]
         listings = [await channel.opendir(b"/rw/dir") for _ in range(30)]
         assert await code(channel.opendir(b"/rw/dir")) == asyncssh.FX_FAILURE
         for listing in listings[:5]:
@@ -442,6 +443,14 @@ def test_one_mount_does_not_keep_the_others_waiting(
     assert max(together) < 1000
 
 
+def wait_until_it_waits(running: Laptop) -> None:
+    """The mounts' loop stands still meanwhile."""
+    sent = -1
+    while sent != running.served.traffic.sent or not sent:
+        sent = running.served.traffic.sent
+        time.sleep(0.3)
+
+
 def test_answers_that_nobody_takes_are_not_gathered(
     running: Laptop, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -456,19 +465,58 @@ def test_answers_that_nobody_takes_are_not_gathered(
             handle = await channel.open(b"/rw/large", FXF_READ, SFTPAttrs())
             pieces = [channel.read_piece(handle, 0, 1024 * 1024) for _ in range(400)]
             await pieces[0]
-            wait_until_it_waits()
+            wait_until_it_waits(running)
             assert running.served.traffic.sent < 100 * 1024 * 1024
             for piece in await asyncio.gather(*pieces):
                 assert sum(map(len, piece)) == 1024 * 1024
 
-    def wait_until_it_waits() -> None:
-        """The mount's loop stands still meanwhile."""
-        sent = -1
-        while sent != running.served.traffic.sent or not sent:
-            sent = running.served.traffic.sent
-            time.sleep(0.3)
+    asyncio.run(main())
+
+
+def test_mounts_together_are_given_little_memory(
+    running: Laptop, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each asks for 24 MiB and takes nothing; one that takes what it asked for gets on with it."""
+    monkeypatch.setattr(memory, "MOST_ANSWER_BYTES", 4 * MIB)
+    (directory / "rw" / "large").write_bytes(bytes(4 * MIB))
+    mounts = 8
+
+    async def main() -> None:
+        async with AsyncExitStack() as stack:
+            asked = []
+            for _ in range(mounts):
+                channel = (await stack.enter_async_context(session(running))).bulk
+                handle = await channel.open(b"/rw/large", FXF_READ, SFTPAttrs())
+                asked += [channel.read_piece(handle, 0, MIB) for _ in range(24)]
+            await asyncio.gather(*asked[:: len(asked) // mounts])
+            wait_until_it_waits(running)
+            held = running.call(lambda: running.served.memory.answers)
+            assert held <= 4 * MIB + mounts * (memory.LITTLE_BYTES + 2 * MIB)
+            for piece in await asyncio.gather(*asked):
+                assert sum(map(len, piece)) == MIB
+        assert settled(lambda: running.served.memory == memory.Memory())
 
     asyncio.run(main())
+
+
+def test_a_mount_opens_few_channels(tmp_path: Path) -> None:
+    """Each would be given memory of its own."""
+    (tmp_path / "data").mkdir()
+
+    async def main(running: Laptop) -> None:
+        async with session(running) as found:
+            assert isinstance(found.login, TunnelLogin)
+            assert found.login.ssh is not None
+            connection = found.login.ssh.connection
+            opened = [await connection.start_sftp_client() for _ in range(guests.MAX_CHANNELS - 2)]
+            with pytest.raises(asyncssh.ChannelOpenError):
+                await connection.start_sftp_client()
+            opened[0].exit()
+            await opened[0].wait_closed()
+            await connection.start_sftp_client()
+
+    with laptop(tmp_path / "home", Share("data", tmp_path / "data"), kind="tcp") as running:
+        asyncio.run(main(running))
 
 
 INIT = struct.pack(">IBI", 5, 1, 3)
@@ -506,7 +554,8 @@ def test_what_was_given_up_is_not_done_later(directory: Path) -> None:
 def test_requests_are_not_gathered_without_end(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served_channel, "MOST_UNSEEN_BYTES", 10_000)
+    monkeypatch.setattr(memory, "MAX_CHANNEL_REQUEST_BYTES", 10_000)
+    monkeypatch.setattr(memory, "LITTLE_BYTES", 1000)
 
     async def story(channel: ServedChannel) -> None:
         channel.received(INIT + MKDIR)
