@@ -43,7 +43,7 @@ find_python() {
     local candidate
     python=
     for candidate in ${PYTHON:-} python3 python3.14 python3.13 python3.12 python3.11; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        if "$candidate" -I -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             python="$(command -v "$candidate")"
             return
         fi
@@ -76,11 +76,11 @@ python_package() {
 }
 
 can_make_venv() {
-    "$python" -c 'import ensurepip, venv'
+    "$python" -I -c 'import ensurepip, venv'
 }
 
 has_headers() {
-    "$python" -c 'import os, sysconfig, sys
+    "$python" -I -c 'import os, sysconfig, sys
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))'
 }
 
@@ -99,7 +99,7 @@ need_python() {
         esac
         return
     fi
-    name="$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')"
+    name="$("$python" -I -c 'import sys; print("python%d.%d" % sys.version_info[:2])')"
     if [ "$(command -v python3)" = "$python" ]; then name=python3; fi
     need can_make_venv "$name-venv" "$name"
     need has_headers "$name-dev" "$name-devel"
@@ -185,11 +185,11 @@ confirm() {
 }
 
 make_venv() {
-    if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then return; fi
+    if "$venv/bin/python" -I -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then return; fi
     find_python
     [ -n "$python" ] || fail "no Python 3.11 or later was found after the installation: set PYTHON to one"
     say "making a virtual environment in $venv"
-    "$python" -m venv --clear "$venv" || fail "the virtual environment $venv could not be made"
+    "$python" -I -m venv --clear "$venv" || fail "the virtual environment $venv could not be made"
 }
 
 # digest PATH...: one line for the contents of these files and directories.
@@ -204,11 +204,11 @@ pip_install() {
     if [ "$(cat "$venv/hpcfs-installed" 2>/dev/null)" = "$stamp" ]; then return; fi
     say "pip install $*"
     rm -f "$venv/hpcfs-installed"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" ||
+    "$venv/bin/python" -I -m pip install --quiet --disable-pip-version-check "$@" ||
         fail "pip could not install hpcfs; the reason is above"
     echo "$stamp" >"$venv/hpcfs-installed"
 }
 
 editable_stamp() {
-    echo "editable $(digest pyproject.toml) $PWD"
+    echo "editable $(digest pyproject.toml hpcfs/cli/hpcfs.sh) $PWD"
 }

@@ -102,6 +102,8 @@ class Abilities(msgspec.Struct, frozen=True):
     """The remote user is root: the modes of its files don't bind it."""
     checks_directories: bool = True
     """The remote refuses what the modes of directories forbid."""
+    dates_directories: bool = True
+    """A name that comes or goes changes its directory's mtime."""
 
 
 class Attributes(msgspec.Struct, frozen=True):

@@ -40,7 +40,7 @@ async def _check(wishes: Wishes, ask: Ask, tell: Tell) -> None:
         tell("fail", wishes.shown, 'transport = "openssh" can\'t forward: leave that key out')
         return
     try:
-        login = await log_in(wishes.site, Asker(ask), lambda: None)
+        login = await log_in(wishes.site, Asker(ask))
     except RemoteError as error:
         tell("fail", wishes.shown, error.message)
         return

@@ -157,8 +157,8 @@ class Tunnel:
         """Returns when the tunnel is to stop. Raises RemoteErrors."""
         self._change = None
         reach = None if self._state == "connecting" else REACH_SECONDS
-        lost = _Lost(self._news)
-        login = await self._log_in(lost, reach)
+        login = await self._log_in(reach)
+        losing = asyncio.create_task(self._tell_of(login.ended))
         directory: Directory | None = None
         answers = True
         try:
@@ -168,18 +168,19 @@ class Tunnel:
                 shorten_sending(connection)
             directory = await self._set_up(login)
             pauses.reset()
-            await self._hold(directory, lost)
+            await self._hold(directory, login.ended)
         except Unreachable:
             answers = False
             raise
         finally:
+            losing.cancel()
             if directory is not None and answers:
                 await self._take_leave(directory)
             await login.close()
 
-    async def _log_in(self, lost: _Lost, reach: float | None) -> Login:
+    async def _log_in(self, reach: float | None) -> Login:
         """Given up when the tunnel is to stop."""
-        logging_in = asyncio.create_task(log_in(self.plan.site, self._prompter, lost.set, reach))
+        logging_in = asyncio.create_task(log_in(self.plan.site, self._prompter, reach))
         while not logging_in.done() and not self._stopping.is_set():
             hearing = asyncio.create_task(self._news.wait())
             await asyncio.wait([logging_in, hearing], return_when=asyncio.FIRST_COMPLETED)
@@ -240,12 +241,12 @@ class Tunnel:
             shares=[share.name for share in self.plan.shares],
         )
 
-    async def _hold(self, directory: Directory, lost: _Lost) -> None:
+    async def _hold(self, directory: Directory, ended: asyncio.Event) -> None:
         """Until the connection is lost, or the tunnel is to stop."""
         shown = directory.shown
         while not self._stopping.is_set():
             await self._hear(WATCH_SECONDS)
-            if lost.is_set:
+            if ended.is_set():
                 raise Unreachable(f"the connection to {shown} was lost")
             if not self._stopping.is_set():
                 self._hurries = self._take_change() is not None
@@ -273,6 +274,10 @@ class Tunnel:
             log.warning("the tunnel's file on %s could not be removed: %s", directory.shown, error)
 
     # --- news -------------------------------------------------------------------------------------
+
+    async def _tell_of(self, ended: asyncio.Event) -> None:
+        await ended.wait()
+        self._news.set()
 
     def _changed(self, change: Change) -> None:
         if self._change != "slept":
@@ -328,18 +333,6 @@ class Tunnel:
             down_rate=self._down.now(),
             log_file=self.plan.log_file,
         )
-
-
-class _Lost:
-    """The connection has ended."""
-
-    def __init__(self, news: asyncio.Event) -> None:
-        self._news = news
-        self.is_set = False
-
-    def set(self) -> None:
-        self.is_set = True
-        self._news.set()
 
 
 def _shown(place: Place) -> str:

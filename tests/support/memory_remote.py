@@ -177,6 +177,7 @@ class MemoryRemote:
             mtime_resolution_ns=SECOND if self.is_sftp else 1,
             part_copies=self.copies_parts,
             checks_directories=self.is_sftp,
+            dates_directories=self.is_sftp,
         )
 
     async def stat(self, path: bytes) -> m.Entry:

@@ -75,6 +75,9 @@ _ELSEWHERE = frozenset({"Key", "Body", "Metadata", "CopySource", *_QUERY})
 """Parameters that have a place of their own in a request."""
 _FINAL = frozenset({401, 403, 404, 412, 416})
 """Refusals that asking again does not change: a refused credential must not be tried twice."""
+_FINAL_CODES = (b"<Code>BadDigest</Code>", b"<Code>InvalidDigest</Code>")
+"""Among those with 400, as for botocore. rclone's server has ended the upload with this answer, and
+would say of the same part that there is no such upload."""
 
 
 class _Prepared(Exception):
@@ -165,7 +168,7 @@ class Direct:
         except OSError as error:
             log.debug("%s by way of botocore: %s", operation, error)
             return None
-        if found.status in _FINAL:
+        if found.status in _FINAL or any(code in (found.body or b"") for code in _FINAL_CODES):
             refusal: Any = self._refusal(found)
             raise ClientError(refusal, operation)
         self._routes.pop(bucket, None)  # it may have been the wrong region's

@@ -84,6 +84,11 @@ class AnyLogin(Protocol):
         """How many there are."""
         ...
 
+    @property
+    def ended(self) -> asyncio.Event:
+        """Set when it has ended, for any reason."""
+        ...
+
     async def open_shell(self) -> Shell | None:
         """None where that would be a login of its own. Raises asyncssh's errors and OSError."""
         ...
@@ -99,7 +104,6 @@ class SftpSession:
     channels: list[Requests]
     home: bytes
     owners: Owners
-    ended: asyncio.Event
     reading: Flow = field(default_factory=Flow)
     writing: Flow = field(default_factory=lambda: Flow(UPLOAD_BYTES_UNDER_WAY))
     sets_without_following: bool = True
@@ -149,6 +153,10 @@ class SftpSession:
         return self.login.shown
 
     @property
+    def ended(self) -> asyncio.Event:
+        return self.login.ended
+
+    @property
     def lost(self) -> bool:
         return self.ended.is_set() or any(channel.ended for channel in self.channels)
 
@@ -173,15 +181,14 @@ async def open_session(start: Start, prompter: Prompter) -> SftpSession:
     site = start.site
     if not isinstance(site, SshSite):
         raise WrongSettings("an SSH site was expected")
-    ended = asyncio.Event()
     if site.transport == "openssh":
-        login = await log_in_by_ssh(site, prompter, ended.set)
-        return await begin(login, start, ended, login.open_channels())
-    connected = await log_in(site, prompter, ended.set)
+        login = await log_in_by_ssh(site, prompter)
+        return await begin(login, start, login.open_channels())
+    connected = await log_in(site, prompter)
     for connection in (*connected.jumps, connected.connection):
         shorten(connection)
         shorten_sending(connection)
-    session = await begin(connected, start, ended, open_channels(connected))
+    session = await begin(connected, start, open_channels(connected))
     session.open_channel = lambda: _open_channel(connected)
     return session
 
@@ -189,7 +196,6 @@ async def open_session(start: Start, prompter: Prompter) -> SftpSession:
 async def begin(
     login: AnyLogin,
     start: Start,
-    ended: asyncio.Event,
     opening: Awaitable[list[Requests]],
     *,
     shared_handles: bool = False,
@@ -209,7 +215,7 @@ async def begin(
     except BaseException:
         await login.close()
         raise
-    return SftpSession(login, channels, home, owners, ended, shared_handles=shared_handles)
+    return SftpSession(login, channels, home, owners, shared_handles=shared_handles)
 
 
 async def open_channels(login: Login) -> list[Requests]:

@@ -56,6 +56,11 @@ def login_error(
 
 def _refusal(hop: Hop, nobody_to_ask: bool) -> str:
     login = f"{hop.user}@{hop.host} port {hop.port}"
+    if nobody_to_ask and not hop.asks:
+        return (
+            f"{login} asks for a password, passphrase or second factor and BatchMode of the SSH "
+            "configuration forbids to ask: use a key that ssh-agent holds, or take BatchMode out"
+        )
     if nobody_to_ask:
         return (
             f"{login} asks for a password, passphrase or second factor and there is no terminal "
