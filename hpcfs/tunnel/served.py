@@ -23,6 +23,7 @@ from asyncssh import SFTPAttrs, SFTPName, SFTPVFSAttrs
 from asyncssh.constants import FXF_APPEND, FXF_CREAT, FXF_EXCL, FXF_READ, FXF_TRUNC, FXF_WRITE
 
 from hpcfs.tunnel.beneath import Entry, Folder
+from hpcfs.tunnel.hardlinks import HardLinks
 from hpcfs.tunnel.memory import Memory
 from hpcfs.tunnel.shares import Share
 
@@ -70,6 +71,7 @@ class Shares:
         self.folders = {share.name: Folder(share.directory) for share in shares}
         self.traffic = Traffic()
         self.memory = Memory()
+        self.links = HardLinks(guarded=any(share.read_only for share in shares))
         self.open_files = 0
         self._since = time.time()
 
@@ -104,6 +106,7 @@ class ShareServer(asyncssh.SFTPServer):
 
     def __init__(self, shares: Shares) -> None:
         self._shares = shares
+        self._links = shares.links
 
     # --- finding --------------------------------------------------------------------------------
 
@@ -159,6 +162,8 @@ class ShareServer(asyncssh.SFTPServer):
         changes = bool(pflags & (FXF_WRITE | FXF_CREAT | FXF_TRUNC | FXF_APPEND))
         with self._entry(path, follow=not pflags & FXF_EXCL, changes=changes) as (share, entry):
             mode = 0o666 if attrs.permissions is None else _file_mode(attrs.permissions)
+            if changes:
+                self._links.check_entry(entry)
             self._shares.take_descriptors()
             try:
                 opened = entry.open(flags, mode)
@@ -197,6 +202,7 @@ class ShareServer(asyncssh.SFTPServer):
     def fsetstat(self, file_obj: object, attrs: SFTPAttrs) -> None:
         file = _file(file_obj)
         _check_writable(file.share)
+        self._links.check(os.fstat(file.descriptor))
         if attrs.size is not None:
             os.ftruncate(file.descriptor, attrs.size)
         if attrs.permissions is not None:
@@ -292,6 +298,7 @@ class ShareServer(asyncssh.SFTPServer):
 
     def _set(self, path: bytes, attrs: SFTPAttrs, *, follow: bool) -> None:
         with self._entry(path, follow=follow, changes=True) as (_, entry):
+            self._links.check_entry(entry)
             place: Any = {"dir_fd": entry.parent, "follow_symlinks": False}
             if attrs.size is not None:
                 opened = entry.open(os.O_WRONLY)
@@ -310,7 +317,7 @@ class ShareServer(asyncssh.SFTPServer):
 
     def remove(self, path: bytes) -> None:
         with self._replacing(path) as (_, entry):
-            os.unlink(entry.name, dir_fd=entry.parent)
+            self._links.unlink(entry)
 
     def mkdir(self, path: bytes, attrs: SFTPAttrs) -> None:
         mode = 0o777 if attrs.permissions is None else attrs.permissions & 0o777
@@ -327,18 +334,19 @@ class ShareServer(asyncssh.SFTPServer):
 
     def link(self, oldpath: bytes, newpath: bytes) -> None:
         with self._two(oldpath, newpath) as (old, new):
-            _link(old, new)
+            self._links.link(old, new)
 
     def posix_rename(self, oldpath: bytes, newpath: bytes) -> None:
         with self._two(oldpath, newpath) as (old, new):
+            self._links.losing(new)
             os.rename(old.name, new.name, src_dir_fd=old.parent, dst_dir_fd=new.parent)
 
     def rename(self, oldpath: bytes, newpath: bytes) -> None:
         """To a new name only; as OpenSSH's server, a file by a link, which sees to that itself."""
         with self._two(oldpath, newpath) as (old, new):
             if stat.S_ISREG(old.stat().st_mode):
-                _link(old, new)
-                os.unlink(old.name, dir_fd=old.parent)
+                self._links.link(old, new)
+                self._links.unlink(old)
                 return
             with suppress(FileNotFoundError):
                 new.stat()
@@ -351,10 +359,6 @@ class ShareServer(asyncssh.SFTPServer):
             if one is not other:
                 raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
             yield old, new
-
-
-def _link(old: Entry, new: Entry) -> None:
-    os.link(old.name, new.name, src_dir_fd=old.parent, dst_dir_fd=new.parent, follow_symlinks=False)
 
 
 def _access(pflags: int) -> int:
