@@ -182,7 +182,9 @@ class _ChannelPipe:
             self._channel.write(data)
 
     def close(self) -> None:
-        self._channel.close()
+        """What could not be sent yet is not gathered: asyncssh's close would keep it until the
+        other end takes it."""
+        self._channel.abort()
 
 
 class _Arrival(asyncssh.SSHTCPSession[bytes], asyncssh.SSHUNIXSession[bytes]):
