@@ -216,7 +216,7 @@ class Tunnel:
         sftp = await publishing.start_sftp(login)
         directory = await publishing.open_directory(sftp, login.shown)
         await directory.check_free(login.connection, name, identity.id)
-        ends = Ends(login, sftp, self._guests.acceptor, identity.id)
+        ends = Ends(login, sftp, self._guests.acceptor)
         path = directory.new_socket(name)
         try:
             self._forwards = await forwards.open_forwards(ends, path, self.plan.bind)
@@ -236,6 +236,7 @@ class Tunnel:
     def _rendezvous(self, login_host: str) -> Rendezvous:
         return Rendezvous(
             id=self.identity.id,
+            secret=self.identity.secret,
             name=self.plan.name,
             laptop=socket.gethostname(),
             user=pwd.getpwuid(os.getuid()).pw_name,
