@@ -33,7 +33,7 @@ from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.pending import Pending
 from hpcfs.filesystem.restoring import Restoring
 from hpcfs.kernel import operations as kernel
-from hpcfs.system import logs, mountinfo
+from hpcfs.system import logs, mountinfo, signals
 from hpcfs.transfer.client import Ask, SiteClient
 from hpcfs.transfer.messages import (
     AnyRoot,
@@ -60,6 +60,8 @@ SAVE_SECONDS = 2.0
 MAX_KERNEL_REQUESTS = 512
 """A dead namespace can't use these up before its requests fail."""
 _KINDS = {SshSite: "sftp", S3Site: "s3", TunnelSite: "tunnel"}
+DECISION = "(yes/no"
+"""In the questions about host keys, ours and those of `ssh`; they name host and fingerprint."""
 UNMOUNT_CHECK_SECONDS = 1.0
 UNMOUNT_PATIENCE = 3.0
 """What the kernel's last requests may take after an unmount, before they are cancelled."""
@@ -69,15 +71,23 @@ class MountFailed(SetupError):
     """The mount could not be made."""
 
 
-def serve(settings: Settings, *, ask: Ask, on_ready: OnReady, foreground: bool) -> None:
+def serve(
+    settings: Settings,
+    *,
+    ask: Ask,
+    on_ready: OnReady,
+    foreground: bool,
+    owner: int | None = None,
+) -> None:
     """Mount and serve until unmounted. `ask` is used, in a thread, until `on_ready` was called.
 
-    Raises MountFailed before that.
+    With `owner`, a pipe to read from, it also unmounts at the pipe's end, and then no signal makes
+    it do so once it is mounted. Raises MountFailed before `on_ready` was called.
     """
     logs.set_up(settings.log_file, settings.log_level, "mount", to_stderr=foreground)
     logging.getLogger("pyfuse3").setLevel(logging.WARNING)
     try:
-        trio.run(_Daemon(settings, ask, on_ready).run)
+        trio.run(_Daemon(settings, ask, on_ready, owner).run)
     except* SetupError as refused:
         raise MountFailed(str(_first(refused))) from None
     except* Exception:
@@ -94,9 +104,29 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
+class Questions:
+    """All sites' questions, one after the other. What the user decides about a host key holds for
+    each site that shows the same key of the same host, such as a jump host of several."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self._lock = threading.Lock()
+        self._decided: dict[str, str] = {}
+
+    def ask(self, text: str, echo: bool) -> str | None:
+        with self._lock:
+            if text in self._decided:
+                return self._decided[text]
+            answer = self._ask(text, echo)
+            if answer and echo and DECISION in text:  # nothing else that is typed is kept
+                self._decided[text] = answer
+            return answer
+
+
 class _Daemon:
-    def __init__(self, settings: Settings, ask: Ask, on_ready: OnReady) -> None:
+    def __init__(self, settings: Settings, ask: Ask, on_ready: OnReady, owner: int | None) -> None:
         self._settings = settings
+        self._owner = owner
         self._ask = ask
         self._on_ready = on_ready
         self._started = time.time()
@@ -218,7 +248,10 @@ class _Daemon:
             ) from None
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._stop_on_signal)
+                if self._owner is None:
+                    nursery.start_soon(self._stop_on_signal)
+                else:
+                    nursery.start_soon(self._stop_with, self._owner)
                 nursery.start_soon(self._get_ready)
                 nursery.start_soon(self._end_when_unmounted, place, nursery.cancel_scope)
                 await kernel.serve(MAX_KERNEL_REQUESTS)
@@ -239,24 +272,29 @@ class _Daemon:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
             async for number in signals:
                 log.info("%s: unmounting", signal.Signals(number).name)
-                await self._fs.files.flush_all()
-                kernel.stop()
+                await self._stop()
+
+    async def _stop_with(self, owner: int) -> None:
+        await trio.lowlevel.wait_readable(owner)  # nothing is ever written: it is closed
+        log.info("who asked for the mount has ended: unmounting")
+        await self._stop()
+
+    async def _stop(self) -> None:
+        await self._fs.files.flush_all()
+        kernel.stop()
 
     async def _get_ready(self) -> None:
         """The first logins, all sites at once; a site out of reach stops nobody."""
-        lock = threading.Lock()
-
-        def ask_one_at_a_time(text: str, echo: bool) -> str | None:
-            with lock:
-                return self._ask(text, echo)
-
+        questions = Questions(self._ask)
         for site in self._sites.values():
-            site.ask = ask_one_at_a_time
+            site.ask = questions.ask
         async with trio.open_nursery() as nursery:
             for namespace in self._namespaces:
                 nursery.start_soon(self._connect, namespace)
         for site in self._sites.values():
             site.ask = None
+        if self._owner is not None:
+            signals.outlive_job()
         log.info("mounted at %s", self._settings.mountpoint)
         self._on_ready(self.status())
 

@@ -354,7 +354,7 @@ def _ssh_site(table: _Table) -> SshSite:
         table.fail("host", "host names no host")
     return SshSite(
         host=host.strip("[]"),
-        user=user or table.get("user", values.text, None),
+        user=user or table.get("user", values.user, None),
         port=table.get("port", values.port, None),
         ssh_config=table.get("ssh_config", values.file_text, None),
         identity_file=table.get("identity_file", values.file_text, None),

@@ -25,6 +25,7 @@ from hpcfs.config.rclone_conf import RcloneRemote
 from hpcfs.errors import SetupError
 from hpcfs.rendezvous import file as rendezvous
 from hpcfs.system import paths
+from hpcfs.transfer import sshwords
 from hpcfs.transfer.messages import (
     AnyRoot,
     AnySite,
@@ -151,7 +152,7 @@ def _parse_scp(text: str, around: Surroundings, *, read_only: bool) -> Target:
     site = SshSite(
         host=match["host"].strip("[]"), user=match["user"], connect_timeout=around.connect_timeout
     )
-    _check_host(site.host)
+    _check_login(site)
     return Target(site, SftpRoot(home_path(match["path"]), read_only))
 
 
@@ -173,7 +174,7 @@ def _parse_sftp(rest: str, around: Surroundings, *, read_only: bool) -> Target:
         port=port,
         connect_timeout=around.connect_timeout,
     )
-    _check_host(site.host)
+    _check_login(site)
     in_home = path == "~" or path.startswith("~/") or not slash  # before %7E becomes a ~
     shown = home_path(unquote(path)) if in_home else "/" + unquote(path)
     return Target(site, SftpRoot(shown, read_only), symlinks=options.get("symlinks"))
@@ -241,9 +242,12 @@ def check_endpoint(url: str) -> None:
         raise SetupError(f"endpoint_url must be like https://storage.example.org, not {url!r}")
 
 
-def _check_host(host: str) -> None:
-    if host.startswith("-"):
-        raise SetupError(f"{host!r} is no host name")
+def _check_login(site: SshSite) -> None:
+    """Nothing that a ProxyCommand's shell would read as more than a name."""
+    if not sshwords.is_valid_host(site.host):
+        raise SetupError(f"{site.host!r} is no host name: ssh takes no such characters either")
+    if site.user is not None and not sshwords.is_valid_user(site.user):
+        raise SetupError(f"{site.user!r} is no user name: ssh takes no such characters either")
 
 
 def _refuse_password(text: str) -> None:

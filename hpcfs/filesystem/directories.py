@@ -130,7 +130,7 @@ class Directories:
         return [
             child
             for child in (opened.node.children or {}).values()
-            if (child.content and child.content.new) or child.name in changed
+            if (child.content and child.content.may_be_missing) or child.name in changed
         ]
 
     def _unlisted_at_the_end(self, opened: OpenDirectory) -> list[Node]:

@@ -13,7 +13,6 @@ import os
 import stat
 import time
 from collections.abc import Iterable
-from contextlib import AsyncExitStack
 
 import msgspec
 import trio
@@ -70,7 +69,6 @@ class Filesystem:
         self._uid = os.getuid() if uid is None else uid
         self._gid = os.getgid() if gid is None else gid
         self._namespaces = list(namespaces)
-        self._store = store
         self._uploader = uploader
         now = time.time_ns()
         top = directory_entry(b"", 0o755, self._uid, self._gid, now)
@@ -84,7 +82,7 @@ class Filesystem:
         self.files = Files(self.tree, store, uploader, nursery, self.permissions, self._gid)
         self._links = Links(self.tree, self.lookup, mountpoint)
         self._renaming = Renaming(self.tree, store, self.files)
-        self._attributes = AttributeChanges(self.tree, store, self.files)
+        self._attributes = AttributeChanges(self.tree, store, self.files, self._uid)
         keeping = any(namespace.keeps_xattrs for namespace in self._namespaces)
         self.xattrs = ExtendedAttributes(
             self.getattr, self._attributes, self.permissions, any_keeps=keeping
@@ -338,7 +336,7 @@ class Filesystem:
     def _refuse_pending(self, parent: Node, name: bytes) -> None:
         """The remote does not know of a file that is to be made there."""
         known = self.tree.child(parent, name)
-        if known and known.content and known.content.new:
+        if known and known.content and known.content.may_be_missing:
             raise Exists("the name is taken")
 
     async def mkdir(self, parent_ino: int, name: bytes, mode: int) -> Node:
@@ -421,23 +419,7 @@ class Filesystem:
     async def unlink(self, parent_ino: int, name: bytes) -> None:
         parent, namespace = await self._about_to_change(parent_ino, name)
         node = self.tree.child(parent, name)
-        if node and node.others:
-            await self._renaming.unlink_one(namespace, node, parent, name)
-            return
-        if node:
-            await self.files.keep_readable(node)
-        async with AsyncExitStack() as locks:
-            if node and node.content:
-                await locks.enter_async_context(node.content.upload_lock)
-            if not (node and node.content and node.content.is_only_here):
-                await namespace.do(m.Remove(join(parent, name)))
-            if node:
-                self.files.orphan(node)
-            self.tree.note_gone(parent, name)
-            self.tree.expire(parent)
-        if node:
-            await self.files.forget_orphan(node)
-        await self._store.remove(namespace.origin, join(parent, name))
+        await self._renaming.unlink(namespace, node, parent, name)
 
     async def rmdir(self, parent_ino: int, name: bytes) -> None:
         parent, namespace = await self._about_to_change(parent_ino, name)

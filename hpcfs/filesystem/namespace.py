@@ -125,6 +125,11 @@ class Namespace:
             self._abilities = await self.call(m.Connect(), m.Abilities, timeout=90)
         return self._abilities
 
+    @property
+    def dates_directories(self) -> bool:
+        """Taken to be so as long as the remote was not asked."""
+        return self._abilities is None or self._abilities.dates_directories
+
     async def stat(self, path: bytes) -> m.Entry:
         asked = self.link.now()
         entry = await self.call(m.Stat(path), m.Entry)

@@ -223,6 +223,8 @@ class Tree:
 
     def touch(self, directory: Node) -> None:
         """An entry of it came, went or was renamed here; the remote has not heard of it yet."""
+        if directory.namespace and not directory.namespace.dates_directories:
+            return
         self.set_local(directory, structs.replace(directory.entry, mtime_ns=time.time_ns()))
 
     def expire(self, node: Node) -> None:

@@ -462,21 +462,6 @@ def test_a_created_file_is_ours_whatever_its_name_is_by_now(sshd: SshServer) -> 
     on_folder(sshd, story)
 
 
-def test_modes_of_a_created_file_keep_their_order(sshd: SshServer) -> None:
-    """Its mode goes another way than a later one, and must not come after it."""
-
-    async def story(remote: SftpRemote, folder: Path) -> None:
-        for number in range(1, 40):
-            name = b"%d" % number
-            await remote.create(name, 0o666, number)
-            assert stat.S_IMODE((await remote.stat(name)).mode) == 0o666
-            await remote.set_attributes(name, Attributes(mode=0o400))
-            entry = await put(remote, name, b"x", base_version=b"", handle=number)
-            assert stat.S_IMODE(entry.mode) == 0o400
-
-    on_folder(sshd, story)
-
-
 def test_held_files_are_bounded_and_closed(tmp_path: Path) -> None:
     many = range(1, MAX_HELD + 21)
 

@@ -285,14 +285,17 @@ class FullDisk(Plain):
         raise asyncssh.SFTPFailure("Failure")
 
     def statvfs(self, path: bytes) -> Any:
-        return mock.Mock(spec=os.statvfs_result, **_full_statvfs())
+        return mock.Mock(spec=os.statvfs_result, **statvfs_of())
 
 
-def _full_statvfs() -> dict[str, int]:
+def statvfs_of(**different: int) -> dict[str, int]:
+    """What os.statvfs tells of a disk on which nothing is left."""
     names = ("bsize", "frsize", "blocks", "bfree", "bavail", "files", "ffree", "favail")
     values = (4096, 4096, 1000, 10, 0, 100, 50, 50)
     more = {"f_fsid": 0, "f_flag": 0, "f_namemax": 255}
-    return {f"f_{name}": value for name, value in zip(names, values, strict=True)} | more
+    return (
+        {f"f_{name}": value for name, value in zip(names, values, strict=True)} | more | different
+    )
 
 
 class BrokenDisk(Plain):

@@ -133,6 +133,14 @@ def rest_to_set(wanted: Attributes, now: SFTPAttrs) -> SFTPAttrs | None:
     return None if attrs.permissions is None and attrs.mtime is None else attrs
 
 
+def narrower(given: SFTPAttrs, asked: int, kind: int) -> SFTPAttrs | None:
+    """What to set where something new was asked to be the user's alone, and the server did not heed
+    the mode. Anything else is the server's to decide: no ACL widens what open(2) asks for."""
+    mode = stat.S_IMODE(full_mode(given, kind | 0o777))
+    others = stat.S_IRWXG | stat.S_IRWXO
+    return SFTPAttrs(permissions=mode & ~others) if mode & others and not asked & others else None
+
+
 def _seconds(wanted_ns: int | None, now: int | float | None) -> int:
     if wanted_ns is None:
         return int(now or 0)

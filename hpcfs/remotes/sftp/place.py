@@ -8,9 +8,10 @@ stays what it was. They run after a failure only, so that nothing pays for them 
 from __future__ import annotations
 
 import asyncio
+import os
 import stat
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import asyncssh
 from asyncssh import SFTPAttrs
@@ -33,6 +34,7 @@ from hpcfs.transfer.messages import (
     NotOwner,
     NotSupported,
     PermissionDenied,
+    ReadOnlyRemote,
     RemoteError,
     RemoteFailure,
     TooLarge,
@@ -132,6 +134,17 @@ def _sibling(path: bytes, name: bytes) -> bytes:
     return parent + slash + name
 
 
+async def learn_user(place: Place, made: SFTPAttrs) -> None:
+    """Who the remote user is, where the home directory did not tell (a chroot): the owner of what
+    was just made. Its group is the user's unless the directory gave it one."""
+    session = place.session
+    if session.owners.remote_gid is not None or made.uid is None:
+        return
+    inherits = sftp_attrs.full_mode(await place.parent().attrs()) & stat.S_ISGID
+    gid = None if inherits else made.gid
+    session.owners = replace(session.owners, remote_uid=made.uid, remote_gid=gid)
+
+
 async def explain_new(place: Place, error: RemoteError) -> RemoteError:
     """Why a new name could not be made."""
     if isinstance(error, RemoteFailure) and await place.kind() is not None:
@@ -152,6 +165,23 @@ async def _usage(place: Place) -> asyncssh.SFTPVFSAttrs | None:
         return None
 
 
+async def explain_read_only(place: Place, error: RemoteError) -> RemoteError:
+    """Whether nothing can be changed there at all. OpenSSH calls EROFS a "failure", and its
+    sftp-server -R says "permission denied"."""
+    if not isinstance(error, (RemoteFailure, PermissionDenied)):
+        return error
+    usage = await _usage(place)
+    if usage is not None and usage.flags & os.ST_RDONLY:
+        return _on_read_only_disk(place)
+    if isinstance(error, PermissionDenied) and place.session.is_read_only:
+        return ReadOnlyRemote(f"{place} can't be changed: the SFTP server only lets read")
+    return error
+
+
+def _on_read_only_disk(place: Place) -> ReadOnlyRemote:
+    return ReadOnlyRemote(f"{place} is on a file system that is mounted read-only there")
+
+
 async def explain_device(place: Place, target: Place, error: RemoteError) -> RemoteError:
     """Whether a rename or a hard link failed because it would lead to another file system (EXDEV;
     SFTP has no code for it)."""
@@ -169,6 +199,8 @@ async def explain_full(place: Place, error: RemoteError) -> RemoteError:
     usage = await _usage(place) if isinstance(error, RemoteFailure) else None
     if usage is None:
         return error
+    if usage.flags & os.ST_RDONLY:  # it may be full, too: nothing can be added to some
+        return _on_read_only_disk(place)
     if usage.bavail * usage.frsize < ALMOST_NOTHING_BYTES:
         return NoSpace(f"{place} does not fit: the remote file system is full")
     if usage.files and not usage.favail:

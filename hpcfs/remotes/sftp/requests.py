@@ -40,6 +40,7 @@ SHOWN_ERRORS = "replace"
 """How a server's texts are decoded."""
 LARGE_BYTES = 16 * 1024
 """A message from this size on is not copied together with others."""
+BEGINNING_BYTES = 300
 
 _HEAD = struct.Struct(">IB")
 _READ = struct.Struct(">QI")
@@ -91,6 +92,8 @@ class Requests(SFTPClientHandler):
         self._greeting: asyncio.Future[SSHPacket] = loop.create_future()
         self._greeting.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._to_send: list[bytes] = []
+        self.beginning = b""
+        """What came before the greeting, or is its beginning: it may be text."""
         self.ended = False
         self.handles = Handles()
         """Those of all channels of a session, once it is one of them."""
@@ -226,6 +229,8 @@ class Requests(SFTPClientHandler):
         return await self._greeting
 
     def received(self, data: bytes | memoryview) -> None:
+        if not self._greeting.done() and len(self.beginning) < BEGINNING_BYTES:
+            self.beginning += bytes(data[:BEGINNING_BYTES])
         try:
             self._inbox.feed(data)
         except (Malformed, PacketDecodeError) as error:

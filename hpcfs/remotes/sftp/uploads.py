@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import msgspec
 from asyncssh import SFTPAttrs
 
 from hpcfs.remotes.base import ReportProgress, Source, last_name
@@ -86,7 +87,7 @@ class Uploads:
     # --- making ---------------------------------------------------------------------------------
 
     async def create(self, place: Place, mode: int, handle: int) -> Entry:
-        """A new empty file with exactly these permissions, whatever the remote umask."""
+        """A new empty file. Its permissions and group are what the server gave it."""
         target = await open_new(place, mode)
         if handle == NO_HANDLE:
             request = _nothing(place.path, mode)
@@ -97,17 +98,10 @@ class Uploads:
         except NotSupported:
             place.session.bulk.close_soon(target.handle)
         self._held.note_complete(handle)
+        assert target.now
         now = int(time.time()) * NANOSECONDS
-        owners = place.session.owners
-        return Entry(
-            name=last_name(place.path),
-            mode=stat.S_IFREG | mode & 0o7777,
-            size=0,
-            mtime_ns=now,
-            atime_ns=now,
-            uid=owners.local_uid,
-            gid=owners.local_gid,
-        )
+        made = place.entry_of(target.now)
+        return msgspec.structs.replace(made, size=0, mtime_ns=now, atime_ns=now, version=b"")
 
     # --- ahead ----------------------------------------------------------------------------------
 
