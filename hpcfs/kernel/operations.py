@@ -238,7 +238,8 @@ class KernelOperations(pyfuse3.Operations):
     @_answering
     async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
         handle, keep = await self._fs.files.open(self._fs.tree.get(inode), flags)
-        return pyfuse3.FileInfo(fh=handle, keep_cache=keep)
+        direct = self._fs.files.get(handle).is_unsized
+        return pyfuse3.FileInfo(fh=handle, keep_cache=keep, direct_io=direct)
 
     @_answering
     async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:

@@ -255,6 +255,9 @@ class MemoryRemote:
         assert length >= 0, "a fetch of a negative length"
         return [bytes(item.content[offset : offset + length])]
 
+    async def read_unsized(self, path: bytes, offset: int, length: int, handle: int) -> bytes:
+        return bytes(self._find(path).content[offset : offset + length])
+
     async def release(self, handle: int) -> None:
         self.handles.pop(handle, None)
         self.ahead.pop(handle, None)
