@@ -31,8 +31,10 @@ def test_files_of_proc_have_their_content(
 def test_an_empty_file_that_grows_is_followed(servers: Servers, real_home: RealHome) -> None:
     served = servers.serve("sftp")
     served.inside.write("log", b"")
-    with mounted(real_home, {"ns": served}) as mount:
-        with (mount.path / "ns" / "log").open("rb", buffering=0) as reader:
-            assert reader.read() == b""
-            served.inside.write("log", b"first line\n")
-            assert reader.read() == b"first line\n"
+    with (
+        mounted(real_home, {"ns": served}) as mount,
+        (mount.path / "ns" / "log").open("rb", buffering=0) as reader,
+    ):
+        assert reader.read() == b""
+        served.inside.write("log", b"first line\n")
+        assert reader.read() == b"first line\n"
