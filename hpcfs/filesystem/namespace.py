@@ -114,6 +114,14 @@ class Namespace:
             self._abilities = await self.call(m.Connect(), m.Abilities, timeout=90)
         return self._abilities
 
+    async def check_takes_writes(self) -> None:
+        """Before something is changed that the remote will hear of later. Raises ReadOnlyRemote."""
+        if not (await self.abilities()).read_only:
+            return
+        self._abilities = await self.call(m.Connect(), m.Abilities)  # perhaps it no longer is
+        if self._abilities.read_only:
+            raise m.ReadOnlyRemote(f"{self.name} is read-only on the remote")
+
     async def stat(self, path: bytes) -> m.Entry:
         asked = self.link.now()
         entry = await self.call(m.Stat(path), m.Entry)

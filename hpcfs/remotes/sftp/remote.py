@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 from asyncssh import SFTPAttrs
+from asyncssh.constants import FXF_WRITE
 
 from hpcfs.remotes.base import Prompter, ReportProgress, Source, no_report
 from hpcfs.remotes.sftp import listing, read, rename as renaming
@@ -39,6 +40,7 @@ from hpcfs.remotes.sftp.place import (
     explain_rmdir,
     explain_size,
     explain_sticky,
+    is_read_only,
     learn_user,
 )
 from hpcfs.remotes.sftp.session import SftpSession, open_session, together, traffic_of
@@ -159,7 +161,8 @@ class SftpRemote:
     async def connect(self) -> Abilities:
         place = await self._place(b"")
         is_root = place.session.owners.remote_uid == 0
-        return msgspec.structs.replace(ABILITIES, privileged=is_root)
+        read_only = await is_read_only(place)
+        return msgspec.structs.replace(ABILITIES, privileged=is_root, read_only=read_only)
 
     # --- looking --------------------------------------------------------------------------------
 
@@ -263,6 +266,15 @@ class SftpRemote:
                 return await self._changed(place, SFTPAttrs(size=size))
             except RemoteError as error:
                 raise await explain_size(place, await explain_file(place, error), size) from error
+
+    async def check_writable(self, path: bytes) -> None:
+        async with self._changing(path) as place:
+            bulk = place.session.bulk
+            try:
+                with place.asking():
+                    bulk.close_soon(await bulk.kept(bulk.open(place.full, FXF_WRITE, SFTPAttrs())))
+            except RemoteError as error:
+                raise await explain_file(place, error) from error
 
     # --- names ----------------------------------------------------------------------------------
 
