@@ -60,6 +60,8 @@ SAVE_SECONDS = 2.0
 MAX_KERNEL_REQUESTS = 512
 """A dead namespace can't use these up before its requests fail."""
 _KINDS = {SshSite: "sftp", S3Site: "s3", TunnelSite: "tunnel"}
+DECISION = "(yes/no"
+"""In the questions about host keys, ours and those of `ssh`; they name host and fingerprint."""
 UNMOUNT_CHECK_SECONDS = 1.0
 UNMOUNT_PATIENCE = 3.0
 """What the kernel's last requests may take after an unmount, before they are cancelled."""
@@ -100,6 +102,25 @@ def _first(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+class Questions:
+    """All sites' questions, one after the other. What the user decides about a host key holds for
+    each site that shows the same key of the same host, such as a jump host of several."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self._lock = threading.Lock()
+        self._decided: dict[str, str] = {}
+
+    def ask(self, text: str, echo: bool) -> str | None:
+        with self._lock:
+            if text in self._decided:
+                return self._decided[text]
+            answer = self._ask(text, echo)
+            if answer and echo and DECISION in text:  # nothing else that is typed is kept
+                self._decided[text] = answer
+            return answer
 
 
 class _Daemon:
@@ -199,6 +220,7 @@ class _Daemon:
                     write=chosen.write,
                     keeps_xattrs=chosen.keeps_xattrs,
                     sleeps=isinstance(chosen.site, TunnelSite),
+                    symlinks=chosen.symlinks,
                 )
             )
         self._fs = Filesystem(
@@ -207,6 +229,7 @@ class _Daemon:
             Uploader(self._journal),
             services,
             single=settings.root_namespace is not None,
+            mountpoint=os.fsencode(settings.mountpoint),
         )
         tree, files = self._fs.tree, self._fs.files
         files.backlog.limit = settings.journal_size
@@ -262,14 +285,9 @@ class _Daemon:
 
     async def _get_ready(self) -> None:
         """The first logins, all sites at once; a site out of reach stops nobody."""
-        lock = threading.Lock()
-
-        def ask_one_at_a_time(text: str, echo: bool) -> str | None:
-            with lock:
-                return self._ask(text, echo)
-
+        questions = Questions(self._ask)
         for site in self._sites.values():
-            site.ask = ask_one_at_a_time
+            site.ask = questions.ask
         async with trio.open_nursery() as nursery:
             for namespace in self._namespaces:
                 nursery.start_soon(self._connect, namespace)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hpcfs.errors import SetupError
 from hpcfs.system import paths
+from hpcfs.transfer import sshwords
 from hpcfs.transfer.messages import S3Root, S3Site, Secret, SftpRoot, SshSite
 
 SUPPORTED = ("sftp", "s3")
@@ -69,10 +70,16 @@ class RcloneRemote:
                 f"{self.file}: the remote {self.name!r} connects by an external ssh command, "
                 "which hpcfs doesn't run: name the host instead, as HOST:PATH"
             )
+        user = self.options.get("user") or None
+        if not sshwords.is_valid_host(host) or not (user is None or sshwords.is_valid_user(user)):
+            raise SetupError(
+                f"{self.file}: the remote {self.name!r} has a host or user with characters that "
+                "ssh takes in none: correct it there"
+            )
         key_file = self.options.get("key_file")
         return SshSite(
             host=host,
-            user=self.options.get("user"),
+            user=user,
             port=self._port(),
             identity_file=os.path.expandvars(os.path.expanduser(key_file)) if key_file else None,
             connect_timeout=connect_timeout,

@@ -1,18 +1,18 @@
 """The little that set-up needs of ~/.ssh/config: which aliases it names.
 
-Connecting reads the file with asyncssh (remotes/ssh.py), which knows all its options; here only
-`Host` lines count, to tell an alias from an rclone remote and to offer hosts to `hpcfs init`.
+What the file says of a host is ssh's own to tell (remotes/ssh/said.py); here only `Host` lines
+count, to tell an alias from an rclone remote and to offer hosts to `hpcfs init`.
 """
 
 from __future__ import annotations
 
 import glob
 import os
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 from hpcfs.system import paths
+from hpcfs.transfer import sshwords
 
 MAX_INCLUDE_DEPTH = 16
 """OpenSSH's own limit."""
@@ -23,9 +23,14 @@ def default_file() -> Path:
 
 
 def aliases(file: Path | None = None) -> list[str]:
-    """Names of `Host` lines without wildcards, in order; none if the file can't be read."""
+    """Names of `Host` lines without wildcards, in order; none if the file can't be read. What ssh
+    would not take as a host is none either."""
     found = dict.fromkeys(_aliases(file or default_file(), MAX_INCLUDE_DEPTH))
-    return [name for name in found if not any(mark in name for mark in "*?!")]
+    return [
+        name
+        for name in found
+        if not any(mark in name for mark in "*?!") and sshwords.is_valid_host(name)
+    ]
 
 
 def _aliases(file: Path, depth: int) -> Iterator[str]:
@@ -48,13 +53,9 @@ def _lines(file: Path) -> Iterator[tuple[str, list[str]]]:
     except OSError:  # no such file: no aliases; connecting reports one that can't be read
         return
     for line in text.splitlines():
-        keyword, _, rest = line.strip().replace("=", " ", 1).partition(" ")
-        if keyword and not keyword.startswith("#"):
-            yield keyword.lower(), _split(rest)
-
-
-def _split(arguments: str) -> list[str]:
-    try:
-        return shlex.split(arguments, comments=True)
-    except ValueError:  # an unbalanced quote: ssh will complain, we only list names
-        return []
+        try:
+            words = sshwords.split(line)
+        except sshwords.BadQuotes:  # ssh will complain, we only list names
+            continue
+        if words:
+            yield words[0], words[1:]

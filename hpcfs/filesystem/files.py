@@ -216,7 +216,7 @@ class Files(Closing):
             handle = namespace.new_handle()
             entry = await namespace.entry(m.Create(path, stat.S_IMODE(mode), handle))
         if (known := self._tree.child(parent, name)) is not None:
-            if known.content is not None and known.content.new:
+            if known.content is not None and known.content.may_be_missing:
                 raise Exists("another program is just creating this file")
             self._tree.detach(known)
         node = self._tree.add(parent, name, entry, asked)

@@ -31,6 +31,7 @@ from hpcfs.transfer.errors import (
     InvalidRequest as InvalidRequest,
     IsADirectory as IsADirectory,
     NameTooLong as NameTooLong,
+    NoService as NoService,
     NoSpace as NoSpace,
     NotADirectory as NotADirectory,
     NotConnected as NotConnected,
@@ -42,6 +43,7 @@ from hpcfs.transfer.errors import (
     ReadOnlyRemote as ReadOnlyRemote,
     RemoteError as RemoteError,
     RemoteFailure as RemoteFailure,
+    Throttled as Throttled,
     TimedOut as TimedOut,
     TooLarge as TooLarge,
     Unreachable as Unreachable,
@@ -105,6 +107,10 @@ class Abilities(msgspec.Struct, frozen=True):
     """The remote refuses what modes and owners forbid."""
     read_only: bool = False
     """Nothing could be changed there when it was connected to."""
+    dates_directories: bool = True
+    """A name that comes or goes changes its directory's mtime."""
+    roots: tuple[bytes, ...] = ()
+    """Absolute paths of the namespace's root, as symbolic links on the remote may name it."""
 
 
 class Attributes(msgspec.Struct, frozen=True):

@@ -17,14 +17,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+import asyncssh
+
 from hpcfs import __version__
 from hpcfs.remotes.base import Prompter
+from hpcfs.remotes.sftp.channels import check_service
 from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.ssh.login import Login, log_in
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
 from hpcfs.rendezvous.file import Place, Rendezvous, UnixPlace
 from hpcfs.transfer.messages import (
+    NoService,
     RemoteError,
     RemoteFailure,
     SshSite,
@@ -131,8 +135,8 @@ class Tunnel:
         return None
 
     async def _recover(self, error: RemoteError, pauses: Pauses) -> None:
-        """Raises the error where nothing is to be tried again."""
-        if error.lasting or self._state == "connecting":
+        """Raises the error where nothing is to be tried again. What let us in before is tried."""
+        if self._state == "connecting" or (error.lasting and not isinstance(error, NoService)):
             raise error
         pause = 0.0 if self._hurries else pauses.after(error)
         self._hurries = False
@@ -157,8 +161,8 @@ class Tunnel:
         """Returns when the tunnel is to stop. Raises RemoteErrors."""
         self._change = None
         reach = None if self._state == "connecting" else REACH_SECONDS
-        lost = _Lost(self._news)
-        login = await self._log_in(lost, reach)
+        login = await self._log_in(reach)
+        losing = asyncio.create_task(self._tell_of(login.ended))
         directory: Directory | None = None
         answers = True
         try:
@@ -168,18 +172,19 @@ class Tunnel:
                 shorten_sending(connection)
             directory = await self._set_up(login)
             pauses.reset()
-            await self._hold(directory, lost)
+            await self._hold(directory, login.ended)
         except Unreachable:
             answers = False
             raise
         finally:
+            losing.cancel()
             if directory is not None and answers:
                 await self._take_leave(directory)
             await login.close()
 
-    async def _log_in(self, lost: _Lost, reach: float | None) -> Login:
+    async def _log_in(self, reach: float | None) -> Login:
         """Given up when the tunnel is to stop."""
-        logging_in = asyncio.create_task(log_in(self.plan.site, self._prompter, lost.set, reach))
+        logging_in = asyncio.create_task(log_in(self.plan.site, self._prompter, reach))
         while not logging_in.done() and not self._stopping.is_set():
             hearing = asyncio.create_task(self._news.wait())
             await asyncio.wait([logging_in, hearing], return_when=asyncio.FIRST_COMPLETED)
@@ -205,10 +210,13 @@ class Tunnel:
 
     async def _publish(self, login: Login) -> Directory:
         name, identity = self.plan.name, self.identity
+        if self._state == "connecting":  # asyncssh's client would wait for what never comes
+            with suppress(asyncssh.ChannelOpenError):  # told below
+                await check_service(login)
         sftp = await publishing.start_sftp(login)
         directory = await publishing.open_directory(sftp, login.shown)
         await directory.check_free(login.connection, name, identity.id)
-        ends = Ends(login, sftp, self._guests.acceptor, identity.id)
+        ends = Ends(login, sftp, self._guests.acceptor)
         path = directory.new_socket(name)
         try:
             self._forwards = await forwards.open_forwards(ends, path, self.plan.bind)
@@ -228,6 +236,7 @@ class Tunnel:
     def _rendezvous(self, login_host: str) -> Rendezvous:
         return Rendezvous(
             id=self.identity.id,
+            secret=self.identity.secret,
             name=self.plan.name,
             laptop=socket.gethostname(),
             user=pwd.getpwuid(os.getuid()).pw_name,
@@ -239,12 +248,12 @@ class Tunnel:
             shares=[share.name for share in self.plan.shares],
         )
 
-    async def _hold(self, directory: Directory, lost: _Lost) -> None:
+    async def _hold(self, directory: Directory, ended: asyncio.Event) -> None:
         """Until the connection is lost, or the tunnel is to stop."""
         shown = directory.shown
         while not self._stopping.is_set():
             await self._hear(WATCH_SECONDS)
-            if lost.is_set:
+            if ended.is_set():
                 raise Unreachable(f"the connection to {shown} was lost")
             if not self._stopping.is_set():
                 self._hurries = self._take_change() is not None
@@ -272,6 +281,10 @@ class Tunnel:
             log.warning("the tunnel's file on %s could not be removed: %s", directory.shown, error)
 
     # --- news -------------------------------------------------------------------------------------
+
+    async def _tell_of(self, ended: asyncio.Event) -> None:
+        await ended.wait()
+        self._news.set()
 
     def _changed(self, change: Change) -> None:
         if self._change != "slept":
@@ -327,18 +340,6 @@ class Tunnel:
             down_rate=self._down.now(),
             log_file=self.plan.log_file,
         )
-
-
-class _Lost:
-    """The connection has ended."""
-
-    def __init__(self, news: asyncio.Event) -> None:
-        self._news = news
-        self.is_set = False
-
-    def set(self) -> None:
-        self.is_set = True
-        self._news.set()
 
 
 def _shown(place: Place) -> str:

@@ -144,6 +144,21 @@ def test_the_daemon_asks_before_it_leaves_the_terminal(laptop: Laptop, node: Log
     assert " is up\n" in Path(found.log_file).read_text()
 
 
+def test_a_host_key_that_is_accepted_leads_to_one_login(tmp_path: Path) -> None:
+    with login_node(tmp_path / "node", "LogLevel INFO") as node:
+        laptop = make_laptop(tmp_path / "laptop", node)
+        node.server.known_hosts.write_text("")
+        terminal = Terminal(laptop, *START, "--share", laptop.share)
+        terminal.wait_for("yes/no")
+        terminal.write("yes\n")
+        terminal.wait_for("no mount is connected; up 0 B/s, down 0 B/s")
+        terminal.write("\x03")
+        assert terminal.exit_code() == 0
+        assert "lost" not in terminal.shown
+        assert node.server.log.count("Accepted publickey") == 1
+        assert node.left() == []
+
+
 @pytest.mark.parametrize("more", [(), ("--daemon",)])
 def test_a_first_login_that_fails_ends_it(
     laptop: Laptop, node: LoginNode, more: tuple[str, ...]

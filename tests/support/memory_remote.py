@@ -69,6 +69,8 @@ class MemoryRemote:
         """SFTP: those that the user is in."""
         self.copies_parts = False
         """S3: whether an upload may bring nothing but what changed."""
+        self.roots: tuple[bytes, ...] = ()
+        """What absolute links may call its root."""
         self.handles: dict[int, Item] = {}
         self.ahead: dict[int, dict[int, bytes]] = {}
         """What was sent ahead of uploads: pieces by handle and offset."""
@@ -206,6 +208,8 @@ class MemoryRemote:
             part_copies=self.copies_parts,
             checks_permissions=self.is_sftp,
             read_only=self.read_only,
+            dates_directories=self.is_sftp,
+            roots=self.roots,
         )
 
     async def stat(self, path: bytes) -> m.Entry:

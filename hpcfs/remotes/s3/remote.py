@@ -78,6 +78,7 @@ ABILITIES = Abilities(
     handles=False,
     mtime_resolution_ns=1,
     checks_permissions=False,
+    dates_directories=False,
 )
 MAX_LINK_BYTES = 4095
 FRESH_SECONDS = 0.2

@@ -19,6 +19,7 @@ NANOSECONDS = 1_000_000_000
 MAX_SECONDS = 2**32 - 1
 DEFAULT_FILE_MODE = stat.S_IFREG | 0o644
 DEFAULT_DIRECTORY_MODE = stat.S_IFDIR | 0o755
+DEFAULT_LINK_MODE = stat.S_IFLNK | 0o777
 
 
 @dataclass(slots=True)
@@ -68,6 +69,10 @@ def full_mode(attrs: AnyAttrs, default: int = DEFAULT_FILE_MODE) -> int:
     if mode is None:
         return default
     return mode if stat.S_IFMT(mode) else mode | stat.S_IFMT(default)
+
+
+def tells_type(attrs: AnyAttrs) -> bool:
+    return attrs.permissions is not None and bool(stat.S_IFMT(attrs.permissions))
 
 
 def version_of(attrs: AnyAttrs, path: bytes) -> bytes:

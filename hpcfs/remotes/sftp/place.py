@@ -7,6 +7,7 @@ stays what it was. They run after a failure only, so that nothing pays for them 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 from contextlib import AbstractContextManager
@@ -65,12 +66,42 @@ class Place:
         return Place(self.session, *(_sibling(path, name) for path in (self.path, self.full)))
 
     async def attrs(self, channel: Requests | None = None) -> SFTPAttrs:
-        """Of the entry itself; the namespace's root may be a link to a directory."""
+        """Of the entry itself; the namespace's root may be a link to a directory. They tell its
+        type, also where the server does not."""
         channel = channel or self.session.meta
         with self.asking():
-            if self.path:
-                return await channel.lstat(self.full, 0)
-            return await channel.stat(self.full, 0)
+            look = channel.lstat if self.path else channel.stat
+            attrs = await look(self.full, 0)
+            if not sftp_attrs.tells_type(attrs):
+                default = await self._type_by_trying(channel)
+                attrs.permissions = sftp_attrs.full_mode(attrs, default)
+        return attrs
+
+    async def _type_by_trying(self, channel: Requests) -> int:
+        """A mode with the type: a link can be read, a directory be listed or is forbidden."""
+        target, is_directory = await asyncio.gather(
+            channel.readlink(self.full), self._can_be_listed(channel), return_exceptions=True
+        )
+        for answer in (target, is_directory):
+            if isinstance(answer, BaseException) and not isinstance(answer, asyncssh.SFTPError):
+                raise answer
+        if self.path and not isinstance(target, BaseException):
+            return sftp_attrs.DEFAULT_LINK_MODE
+        if is_directory is True:
+            return sftp_attrs.DEFAULT_DIRECTORY_MODE
+        return sftp_attrs.DEFAULT_FILE_MODE
+
+    async def _can_be_listed(self, channel: Requests) -> bool:
+        """Some servers open anything as a directory, and find out when they are to read it."""
+        try:
+            handle = await channel.kept(channel.opendir(self.full))
+            try:
+                await channel.names(handle)
+            finally:
+                channel.close_soon(handle)
+        except (asyncssh.SFTPEOFError, asyncssh.SFTPPermissionDenied):
+            pass
+        return True
 
     async def kind(self) -> int | None:
         """The type bits of its mode, None when nothing is there."""

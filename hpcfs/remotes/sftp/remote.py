@@ -21,7 +21,7 @@ from asyncssh import SFTPAttrs
 from asyncssh.constants import FXF_WRITE
 
 from hpcfs.remotes.base import Prompter, ReportProgress, Source, no_report
-from hpcfs.remotes.sftp import listing, read, rename as renaming
+from hpcfs.remotes.sftp import links, listing, read, rename as renaming
 from hpcfs.remotes.sftp.attrs import (
     full_mode,
     narrower,
@@ -117,6 +117,8 @@ class SftpRemote:
         self._kept = kept
         self._root = root
         self._rooted: tuple[SftpSession, bytes] | None = None
+        self._roots: tuple[bytes, ...] = ()
+        """What links on the server may call the root: as it was named, and without links."""
         self._files = read.OpenFiles()
         self._uploads = Uploads(root.verify)
 
@@ -149,20 +151,26 @@ class SftpRemote:
         full = _root_path(self._root.path, session.home)
         place = Place(session, b"", full)
         try:
-            kind = stat.S_IFMT(full_mode(await place.attrs(), stat.S_IFDIR))
+            attrs, real = await together(place.attrs(), _real_path(place))
+            kind = stat.S_IFMT(full_mode(attrs, stat.S_IFDIR))
         except NotFound:
             raise WrongSettings(f"the folder {place} does not exist") from None
         except PermissionDenied:
             raise WrongSettings(f"the folder {place} may not be entered by that user") from None
         if kind != stat.S_IFDIR:
             raise WrongSettings(f"{place} is not a folder")
+        self._roots = (full, real) if real not in (None, full) else (full,)
         return full
 
     async def connect(self) -> Abilities:
         place = await self._place(b"")
         is_root = place.session.owners.remote_uid == 0
-        read_only = await is_read_only(place)
-        return msgspec.structs.replace(ABILITIES, privileged=is_root, read_only=read_only)
+        return msgspec.structs.replace(
+            ABILITIES,
+            privileged=is_root,
+            read_only=await is_read_only(place),
+            roots=self._roots,
+        )
 
     # --- looking --------------------------------------------------------------------------------
 
@@ -305,7 +313,11 @@ class SftpRemote:
         if not target or b"\0" in target:
             raise InvalidRequest("a link needs a target without NUL bytes")
         async with self._changing(path) as place:
-            making = place.session.meta.symlink(target, place.full)
+            try:
+                target_first = await links.reads_target_first(place)
+            except RemoteError as error:
+                raise await explain_new(place, error) from error
+            making = links.make(place, target, target_first=target_first)
             return place.entry_of(await self._made(place, making))
 
     async def make_link(self, existing: bytes, path: bytes) -> Entry:
@@ -389,13 +401,24 @@ class SftpRemote:
         meta = place.session.meta
         with place.asking():
             changes = [meta.setstat(place.full, attrs, follow_symlinks=follow) for attrs in wanted]
-            look = meta.lstat(place.full, 0) if place.path else meta.stat(place.full, 0)
-            *_, attrs = await together(*changes, look)
+            *_, attrs = await together(*changes, place.attrs())
         return place.entry_of(attrs)
 
     async def _refuse_link(self, place: Place) -> None:
         if stat.S_ISLNK(full_mode(await place.attrs())):
             raise InvalidRequest(f"{place} is a symbolic link")
+
+
+async def _real_path(place: Place) -> bytes | None:
+    """None where the server does not tell."""
+    try:
+        with place.asking():
+            names, _ = await place.session.meta.realpath(place.full)
+    except RemoteError as error:
+        log.debug("%s: %s", place, error.message)
+        return None
+    real = names[0].filename if names else None
+    return real if isinstance(real, bytes) and real.startswith(b"/") else None
 
 
 def _root_path(path: str, home: bytes) -> bytes:

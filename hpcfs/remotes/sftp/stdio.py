@@ -22,13 +22,14 @@ from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.ssh.asking import asking
 from hpcfs.remotes.ssh.clock import Clock
 from hpcfs.remotes.ssh.openssh import (
-    Program,
     Target,
     command,
     has_master,
     read_target,
     shell_command,
+    start,
 )
+from hpcfs.remotes.ssh.program import Program
 from hpcfs.remotes.ssh.shell import Shell, StreamShell
 from hpcfs.remotes.ssh.words import ending
 from hpcfs.transfer.messages import RemoteError, SshSite, Unreachable
@@ -52,9 +53,7 @@ class Stdio(asyncio.Protocol):
         return asyncssh_logger
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """ssh does not tell the server's version, by which asyncssh decides on the order of a
-        symlink request's paths: OpenSSH's, as sftp(1) and sshfs assume of every server."""
-        return "OpenSSH" if name == "server_version" else default
+        return default
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -81,8 +80,8 @@ class SshLogin:
     """The children and their channels."""
 
     target: Target
-    on_lost: Callable[[], None]
-    """Called when a channel ends that did speak SFTP."""
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a channel ends that did speak SFTP."""
     programs: list[Program] = field(default_factory=list)
     begun: list[Requests] = field(default_factory=list)
     channels: list[Requests] = field(default_factory=list)
@@ -119,7 +118,7 @@ class SshLogin:
         return StreamShell(reader, writer)
 
     async def start(self, line: list[str], environ: Mapping[str, str] | None = None) -> Program:
-        program = await Program.start(line, environ)
+        program = await start(line, environ)
         self.programs.append(program)
         return program
 
@@ -128,7 +127,7 @@ class SshLogin:
         _, stdio = await loop.create_connection(Stdio, sock=program.socket)
         self.begun.append(stdio.requests)
         await greet(stdio.requests, self.shown)
-        stdio.on_lost = self.on_lost
+        stdio.on_lost = self.ended.set
         self.channels.append(stdio.requests)
 
     async def close(self) -> None:
@@ -137,9 +136,9 @@ class SshLogin:
         await asyncio.gather(*(program.close() for program in self.programs))
 
 
-async def log_in_by_ssh(site: SshSite, prompter: Prompter, on_lost: Callable[[], None]) -> SshLogin:
+async def log_in_by_ssh(site: SshSite, prompter: Prompter) -> SshLogin:
     """A login with its first channel. Raises RemoteErrors only."""
-    login = SshLogin(await read_target(site), on_lost)
+    login = SshLogin(await read_target(site))
     try:
         await _log_in(login, prompter)
     except BaseException:
@@ -159,5 +158,6 @@ async def _log_in(login: SshLogin, prompter: Prompter) -> None:
         except TimeoutError:
             raise Unreachable(f"ssh did not get into {login.shown} within {seconds:g} s") from None
         except (asyncssh.SFTPError, OSError) as error:
-            lines = await program.last_words()
-            raise ending(login.target, lines, questions.unanswered) from error
+            code, lines = await program.last_words()
+            lines = lines or [login.begun[-1].beginning.decode(errors="replace")]
+            raise ending(login.target, lines, questions.unanswered, code) from error

@@ -94,6 +94,7 @@ class Uploads:
             return place.entry_of(await bring(target, request, _Empty(), _ignore, keep=0))
         try:
             self._held.hold(handle, place, _already(target))
+            self._held.rest(handle)
         except NotSupported:
             place.session.bulk.close_soon(target.handle)
         self._held.note_complete(handle)
@@ -116,12 +117,14 @@ class Uploads:
             opening = self._open_ahead(place, request, source)
             file = self._held.hold(request.handle, place, opening)
         file.writers += 1
+        place.session.handles.wake(file)
         try:
             await _send_ahead(file, request, source)
         finally:
             file.leave()
             if not file.opening.done() or file.opening.cancelled() or file.opening.exception():
                 self._held.forget(request.handle, file)
+            self._held.rest(request.handle)
 
     async def _open_ahead(self, place: Place, request: UploadAhead, source: Source) -> Target:
         """Of an unknown handle, another process may have sent something ahead. Then the file has

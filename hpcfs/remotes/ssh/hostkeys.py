@@ -1,154 +1,324 @@
-"""Which host keys are trusted: known_hosts files read, asked about and added to, as ssh does it.
+"""Which host keys are trusted: OpenSSH's rules, asked about and remembered as ssh does it.
 
 Owns the only trust decision for SSH. A key that known_hosts has is trusted; a host that it does not
 name is shown to the user, whose "yes" is written down; a host that it names with another key is
-refused, whatever the user says. Refused too is what asyncssh would do by default: to trust every
-key when `UserKnownHostsFile none` is set, and to trust a key because it is known for the address
-that the name resolves to now.
+refused, whatever the user says. StrictHostKeyChecking, RevokedHostKeys, HostKeyAlias, CheckHostIP
+and their like change that as they change it for ssh (ssh_config(5); sshconnect.c, check_host_key).
 """
 
 from __future__ import annotations
 
+import ipaddress
 import logging
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import asyncssh
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from hpcfs.remotes.base import Prompter
-from hpcfs.transfer.messages import HostKeyRefused
+from hpcfs.remotes.ssh import knownhosts, revoked
+from hpcfs.remotes.ssh.knownhosts import Entry
+from hpcfs.transfer.messages import HostKeyRefused, WrongSettings
 
 log = logging.getLogger(__name__)
 
-DEFAULT_USER_FILES = ("~/.ssh/known_hosts", "~/.ssh/known_hosts2")
-DEFAULT_GLOBAL_FILES = ("/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2")
 DEFAULT_PORT = 22
 QUESTIONS = 3
+_UNWRITABLE = frozenset("@?*#[]|'\"\\")
+"""A name with one of these would mean more than itself in known_hosts."""
 
+Strictness = Literal["yes", "ask", "accept-new", "no"]
 TrustedKeys = tuple[Sequence[asyncssh.SSHKey], Sequence[asyncssh.SSHKey], Sequence[asyncssh.SSHKey]]
 
 
 @dataclass(frozen=True)
-class PresentedKey:
-    """The key that a server showed and that nothing vouches for yet."""
+class Rules:
+    """How the keys of one host are judged."""
 
     host: str
-    port: int
-    key: asyncssh.SSHKey
+    port: int = DEFAULT_PORT
+    alias: str | None = None
+    """HostKeyAlias: the name to look up, whatever the port."""
+    strict: Strictness = "ask"
+    user_files: tuple[Path, ...] = ()
+    """New keys go to the first."""
+    global_files: tuple[Path, ...] = ()
+    revoked_files: tuple[Path, ...] = ()
+    hashes_names: bool = False
+    checks_address: bool = False
+    """CheckHostIP, where the host is reached without a proxy."""
+    spares_loopback: bool = False
+    """NoHostAuthenticationForLocalhost, likewise."""
+    least_rsa_bits: int = 1024
+    fingerprint_hash: str = "sha256"
 
     @property
-    def pattern(self) -> str:
+    def name(self) -> str:
         """The host as known_hosts spells it."""
-        return self.host if self.port == DEFAULT_PORT else f"[{self.host}]:{self.port}"
+        return self.alias or spelt(self.host, self.port)
 
     @property
-    def kind(self) -> str:
-        return self.key.get_algorithm().removeprefix("ssh-").upper()
+    def names(self) -> list[str]:
+        """A key that is known for the host on port 22 is known on another port too."""
+        return [self.name] if self.alias else list(dict.fromkeys([self.name, self.host]))
 
     @property
-    def fingerprint(self) -> str:
-        return self.key.get_fingerprint()
+    def files(self) -> tuple[Path, ...]:
+        return self.user_files + self.global_files
+
+    @property
+    def may_remember(self) -> bool:
+        return bool(self.user_files) and _UNWRITABLE.isdisjoint(self.host)
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """Of a key that a server showed. `text` says why it is refused, or what to ask about."""
+
+    key: asyncssh.SSHKey
+    kind: Literal["trusted", "unproved", "unknown", "refused"]
+    """`unproved` may go on by the user's own wish, but gets no password."""
+    text: str = ""
+
+    @property
+    def is_trusted(self) -> bool:
+        return self.kind in ("trusted", "unproved")
+
+
+@dataclass
 class HostKeys:
-    """The known_hosts files of one login; new keys go to the first of the user's."""
+    """The judge of one login."""
 
-    def __init__(self, user_files: Sequence[str] | None, global_files: Sequence[str] | None):
-        """None stands for ssh's defaults; an empty sequence for no file at all."""
-        users = DEFAULT_USER_FILES if user_files is None else user_files
-        globals_ = DEFAULT_GLOBAL_FILES if global_files is None else global_files
-        self._user_files = [Path(name).expanduser() for name in users]
-        self._files = [*self._user_files, *(Path(name).expanduser() for name in globals_)]
-        self._accepted = asyncssh.SSHKnownHosts()
+    rules: Rules
+    _accepted: list[asyncssh.SSHKey] = field(default_factory=list)
+    _found: dict[tuple[Path, str], list[Entry]] = field(default_factory=dict)
+    """What the files say, read once: a file of thousands of hashed names takes a while."""
 
-    def trusted(self, host: str, _address: str, port: int | None) -> TrustedKeys:
-        """asyncssh's callback: host keys, certificate authorities, revoked keys of this host."""
-        keys: list[asyncssh.SSHKey] = []
-        authorities: list[asyncssh.SSHKey] = []
-        revoked: list[asyncssh.SSHKey] = []
-        for known in [self._accepted, *(_read(path) for path in self._files)]:
-            found = known.match(host, "", port)
-            keys += found[0]
-            authorities += found[1]
-            revoked += found[2]
-        return keys, authorities, revoked
+    def trusted(self, _host: str, _address: str, _port: int | None) -> TrustedKeys:
+        """asyncssh's callback. It learns what it needs to judge certificates; each plain key comes
+        to `judge`."""
+        authorities = self._authorities()
+        if not authorities:
+            return (), (), ()
+        return (), authorities, [*self._revoked(), *self._listed_as_revoked()]
 
-    async def decide(self, presented: PresentedKey, prompter: Prompter) -> None:
-        """Returns when the user trusts the key from now on; raises HostKeyRefused otherwise."""
-        self._refuse_changed(presented)
-        if not await _user_trusts(presented, prompter):
-            raise HostKeyRefused(
-                f"the host key of {presented.pattern} was not accepted, so nothing was sent there"
+    def algorithms(self, offered: Sequence[str], *, reorder: bool) -> list[str]:
+        """Those to ask for: first the kinds of key that are known for the host. Certificates only
+        where an authority is known that could have signed them."""
+        plain = [name for name in offered if "-cert-" not in name]
+        has_authority = bool(self._authorities())
+        if has_authority and not all(map(_is_plain_list, self.rules.revoked_files)):
+            raise WrongSettings(
+                f"RevokedHostKeys of {self.rules.host} is no plain list of keys, and by another "
+                'hpcfs can\'t judge host certificates: set transport = "openssh"'
             )
-        self._remember(presented)
+        certificates = [name for name in offered if "-cert-" in name] if has_authority else []
+        if not reorder or not plain:
+            return [name for name in offered if name in plain or name in certificates] or [*offered]
+        kinds = {name.decode() for entry in self._entries("") for name in entry.key.sig_algorithms}
+        known = [name for name in plain if name in kinds]
+        return [*certificates, *known, *(name for name in plain if name not in kinds)]
 
-    def _refuse_changed(self, presented: PresentedKey) -> None:
-        for path in self._files:
-            if _read(path).match(presented.pattern, "", None)[0]:
-                raise HostKeyRefused(
-                    f"the host key of {presented.pattern} is not the one in {path} (it is now "
-                    f"{presented.kind} {presented.fingerprint}): someone may be intercepting the "
-                    "connection; if the site confirms the new key, run "
-                    f"ssh-keygen -R '{presented.pattern}' -f {path} and try again"
+    def knows_host(self) -> bool:
+        return any(self._entries("")) or bool(self._authorities())
+
+    def judge(self, key: asyncssh.SSHKey, address: str) -> Judgement:
+        """`address` is the server's, or empty where it is reached by a proxy."""
+        if self.rules.spares_loopback and self.rules.alias is None and _is_loopback(address):
+            return Judgement(key, "trusted")
+        refusal = self._unusable(key)
+        if refusal:
+            return Judgement(key, "refused", refusal)
+        if any(key == one for one in self._revoked()):
+            return self._at_own_risk(key, f"the host key of {self.rules.name} is revoked")
+        if key in self._accepted or any(key == entry.key for entry in self._entries("")):
+            return self._at_known_host(key, address)
+        offending = next(iter(self._plain(self.rules.name)), None)
+        if offending is not None:
+            return self._at_own_risk(key, self._changed(key, offending))
+        return self._at_new_host(key)
+
+    async def decide(self, judgement: Judgement, prompter: Prompter) -> None:
+        """Returns when the user trusts the key from now on; raises HostKeyRefused otherwise."""
+        if judgement.kind == "refused":
+            raise HostKeyRefused(judgement.text)
+        if not await self._user_trusts(judgement, prompter):
+            raise HostKeyRefused(
+                f"the host key of {self.rules.name} was not accepted, so nothing was sent there"
+            )
+        if not any(judgement.key == entry.key for entry in self._entries("")):
+            self._remember(self.rules.name, judgement.key)
+        self._accepted.append(judgement.key)
+
+    # --- the cases ------------------------------------------------------------------------------
+
+    def _unusable(self, key: asyncssh.SSHKey) -> str:
+        """Why no rule could make the key good, or nothing."""
+        bits = _rsa_bits(key)
+        if bits is not None and bits < self.rules.least_rsa_bits:
+            return (
+                f"the host key of {self.rules.name} is RSA with {bits} bits, and RequiredRSASize "
+                f"is {self.rules.least_rsa_bits}: the site must make a longer one"
+            )
+        for path in self.rules.revoked_files:
+            try:
+                if revoked.is_revoked(path, key):
+                    return (
+                        f"the host key of {self.rules.name} is revoked by {path} "
+                        f"({self._shown(key)}): the server may be another one, ask the site"
+                    )
+            except OSError as error:
+                return (
+                    f"RevokedHostKeys names {path}, which can't be read ({error.strerror or error})"
+                    f": so no host key of {self.rules.name} can be believed"
                 )
+        return ""
 
-    def _remember(self, presented: PresentedKey) -> None:
-        line = f"{presented.pattern} {presented.key.export_public_key().decode().strip()}\n"
-        self._accepted.load(line)
-        if not self._user_files:
+    def _at_known_host(self, key: asyncssh.SSHKey, address: str) -> Judgement:
+        """The address that the name leads to may be known with another key."""
+        where = spelt(address, self.rules.port)
+        if not self.rules.checks_address or key in self._accepted or not address:
+            return Judgement(key, "trusted")
+        if _is_loopback(address) or address == self.rules.host:
+            return Judgement(key, "trusted")
+        entries = self._plain(where)
+        if not entries and self.rules.may_remember:
+            self._remember(where, key)
+        if not entries or any(entry.key == key for entry in entries):
+            return Judgement(key, "trusted")
+        text = f"the host key of {self.rules.name} is not that of its address {where}"
+        if self.rules.strict == "ask":
+            return Judgement(key, "unknown", f"{text[0].upper()}{text[1:]}.")
+        if self.rules.strict == "no":
+            log.warning("%s", text)
+            return Judgement(key, "trusted")
+        return Judgement(key, "refused", f"{text}, and CheckHostIP is set: ask the site")
+
+    def _at_new_host(self, key: asyncssh.SSHKey) -> Judgement:
+        strict = self.rules.strict
+        if not self.rules.may_remember:
+            return Judgement(
+                key,
+                "refused",
+                f"the host key of {self.rules.name} is unknown ({self._shown(key)}) and can't be "
+                "written down (UserKnownHostsFile none): ssh goes no further either",
+            )
+        if strict == "yes":
+            return Judgement(
+                key,
+                "refused",
+                f"the host key of {self.rules.name} is unknown ({self._shown(key)}) and "
+                "StrictHostKeyChecking is yes: add what ssh-keyscan prints to known_hosts after "
+                "checking it",
+            )
+        if strict == "ask":
+            return Judgement(key, "unknown", f"The host {self.rules.name} is not known yet.")
+        self._remember(self.rules.name, key)
+        self._accepted.append(key)
+        return Judgement(key, "trusted")
+
+    def _at_own_risk(self, key: asyncssh.SSHKey, text: str) -> Judgement:
+        """A changed or revoked key, which StrictHostKeyChecking no lets pass as ssh does."""
+        if self.rules.strict != "no":
+            return Judgement(key, "refused", text)
+        log.warning("%s; StrictHostKeyChecking is no, so it goes on without passwords", text)
+        return Judgement(key, "unproved", text)
+
+    def _changed(self, key: asyncssh.SSHKey, offending: Entry) -> str:
+        return (
+            f"the host key of {self.rules.name} is not the one in {offending.path} line "
+            f"{offending.line} (it is now {self._shown(key)}): someone may be intercepting the "
+            "connection; if the site confirms the new key, run "
+            f"ssh-keygen -R '{self.rules.name}' -f {offending.path} and try again"
+        )
+
+    # --- what is known --------------------------------------------------------------------------
+
+    def _entries(self, marker: knownhosts.Marker) -> Iterator[Entry]:
+        """For the host, on its port or on any."""
+        for name in self.rules.names:
+            yield from (entry for entry in self._find(name) if entry.marker == marker)
+
+    def _plain(self, name: str) -> list[Entry]:
+        return [entry for entry in self._find(name) if not entry.marker]
+
+    def _find(self, name: str) -> Iterator[Entry]:
+        for path in self.rules.files:
+            if (path, name) not in self._found:
+                self._found[path, name] = knownhosts.find(path, name)
+            yield from self._found[path, name]
+
+    def _authorities(self) -> list[asyncssh.SSHKey]:
+        """None where a revoked key may be let pass: asyncssh lets none pass."""
+        if self.rules.strict == "no" and self._revoked():
+            return []
+        return [entry.key for entry in self._entries("@cert-authority")]
+
+    def _revoked(self) -> list[asyncssh.SSHKey]:
+        return [entry.key for entry in self._entries("@revoked")]
+
+    def _listed_as_revoked(self) -> list[asyncssh.SSHKey]:
+        """For certificates, which asyncssh judges. A list that can't be read is no list of keys."""
+        lists = [path for path in self.rules.revoked_files if _is_plain_list(path)]
+        return [key for path in lists for key in revoked.keys(path)]
+
+    def _remember(self, name: str, key: asyncssh.SSHKey) -> None:
+        path = self.rules.user_files[0] if self.rules.user_files else None
+        if path is None or not self.rules.may_remember:
             return
-        path = self._user_files[0]
+        self._found.clear()
         try:
-            _append(path, line)
+            knownhosts.add(path, name, key, hashed=self.rules.hashes_names)
         except OSError as error:
             log.warning("%s could not be written, so the key is not kept: %s", path, error)
 
+    def _shown(self, key: asyncssh.SSHKey) -> str:
+        kind = key.get_algorithm().removeprefix("ssh-").upper()
+        return f"{kind} {key.get_fingerprint(self.rules.fingerprint_hash)}"
 
-async def _user_trusts(presented: PresentedKey, prompter: Prompter) -> bool:
-    text = (
-        f"The host {presented.pattern} is not known yet.\n"
-        f"Its {presented.kind} key has the fingerprint {presented.fingerprint}\n"
-        "Trust this key and connect (yes/no)? "
-    )
-    for _ in range(QUESTIONS):
-        answer = await prompter.ask(text, echo=True)
-        if answer is None:
-            raise HostKeyRefused(
-                f"the host key of {presented.pattern} is unknown ({presented.kind} "
-                f"{presented.fingerprint}) and there is no terminal to ask on: connect once with "
-                "ssh, or add what ssh-keyscan prints to known_hosts after checking it"
-            )
-        if answer.strip().lower() in ("yes", "no"):
-            return answer.strip().lower() == "yes"
-        text = "Please type yes or no: "
-    return False
+    async def _user_trusts(self, judgement: Judgement, prompter: Prompter) -> bool:
+        kind, fingerprint = self._shown(judgement.key).split(" ", 1)
+        text = (
+            f"{judgement.text}\n"
+            f"Its {kind} key has the fingerprint {fingerprint}\n"
+            "Trust this key and connect (yes/no/fingerprint)? "
+        )
+        for _ in range(QUESTIONS):
+            answer = await prompter.ask(text, echo=True)
+            if answer is None:
+                raise HostKeyRefused(
+                    f"the host key of {self.rules.name} is unknown ({kind} {fingerprint}) and "
+                    "there is no terminal to ask on: connect once with ssh, or add what "
+                    "ssh-keyscan prints to known_hosts after checking it"
+                )
+            answer = answer.strip()
+            if answer == fingerprint or answer.lower() in ("yes", "no"):
+                return answer.lower() != "no"
+            text = "Please type yes, no or the fingerprint: "
+        return False
 
 
-def _read(path: Path) -> asyncssh.SSHKnownHosts:
-    """A file's entries. A line that makes no sense is passed over, as ssh does, not all of it."""
-    known = asyncssh.SSHKnownHosts()
+def spelt(host: str, port: int) -> str:
+    """As known_hosts has it."""
+    return host if port == DEFAULT_PORT else f"[{host}]:{port}"
+
+
+def _is_plain_list(path: Path) -> bool:
     try:
-        text = path.read_text(errors="replace")
-    except (FileNotFoundError, NotADirectoryError):
-        return known
-    except OSError as error:
-        log.warning("%s could not be read: %s", path, error)
-        return known
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            known.load(line)
-        except ValueError as error:
-            log.warning("%s line %d is not understood: %s", path, number, error)
-    return known
+        return revoked.is_list_of_keys(path)
+    except OSError:  # no key will be believed: judge
+        return False
 
 
-def _append(path: Path, line: str) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-    with os.fdopen(descriptor, "rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - 1, 0))
-        unfinished = size > 0 and file.read(1) != b"\n"
-        file.write(b"\n" * unfinished + line.encode())
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def _rsa_bits(key: asyncssh.SSHKey) -> int | None:
+    return key.pyca_key.key_size if isinstance(key.pyca_key, RSAPublicKey) else None

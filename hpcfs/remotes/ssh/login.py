@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,28 +24,32 @@ from asyncssh.public_key import KeyPairListArg
 from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.ssh.clock import Clock
 from hpcfs.remotes.ssh.errors import login_error
-from hpcfs.remotes.ssh.hostkeys import PresentedKey
+from hpcfs.remotes.ssh.hostkeys import Judgement
+from hpcfs.remotes.ssh.proxy import Proxy
+from hpcfs.remotes.ssh.reach import AddressInfo, Host, NoneAnswers, address_of, reach
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES, Hop, jump_site, read_hop
 from hpcfs.remotes.ssh.shell import ChannelShell, Shell
 from hpcfs.transfer.messages import SshSite, Unreachable, WrongSettings
 
 log = logging.getLogger(__name__)
 
-TRIES = 3
 MAX_JUMPS = 8
 CLOSE_SECONDS = 5.0
 MOST_SAID = 100
 _SAID = "hpcfs_said"
+_PROXY = "hpcfs_proxy"
 
 
 @dataclass(frozen=True)
 class Login:
-    """A connection and the jump hosts' connections that carry it, nearest first."""
+    """A connection and the jump hosts' connections that carry it, nearest first. `ended` is set
+    when the connection has ended, for any reason."""
 
     connection: asyncssh.SSHClientConnection
     jumps: tuple[asyncssh.SSHClientConnection, ...]
     user: str
     shown: str
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def connections(self) -> int:
@@ -60,27 +65,28 @@ class Login:
         return await ChannelShell.start(self.connection)
 
     async def close(self) -> None:
-        connections = (self.connection, *reversed(self.jumps))
-        for connection in connections:
-            connection.abort()
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
-                for connection in connections:
-                    await connection.wait_closed()
+                await _end([self.connection, *reversed(self.jumps)])
         except TimeoutError:
             log.warning("the connection to %s does not end; it is left alone", self.shown)
 
 
-async def log_in(
-    site: SshSite,
-    prompter: Prompter,
-    on_lost: Callable[[], None],
-    reach_seconds: float | None = None,
-) -> Login:
-    """Connect to the site. `on_lost` is called once when the connection ends, for any reason.
+async def _end(connections: Sequence[asyncssh.SSHClientConnection]) -> None:
+    """And the ProxyCommands under them."""
+    for connection in connections:
+        connection.abort()
+    for connection in connections:
+        await connection.wait_closed()
+        if (proxy := connection.get_extra_info(_PROXY)) is not None:
+            await proxy.close()
 
-    The first host must take the TCP connection within `reach_seconds`, where that is given: who
-    tries again anyway waits for no packet that the network lost.
+
+async def log_in(site: SshSite, prompter: Prompter, reach_seconds: float | None = None) -> Login:
+    """Connect to the site.
+
+    An address of the first host must take the TCP connection within `reach_seconds`, where that is
+    given: who tries again anyway waits for no packet that the network lost.
 
     Raises AccessRefused, HostKeyRefused, WrongSettings or Unreachable.
     """
@@ -88,15 +94,12 @@ async def log_in(
     try:
         target = await read_hop(site)
         await _connect_jumps(target, site, prompter, jumps, reach_seconds)
-        connection = await _connect_hop(
-            target, site, prompter, _last(jumps), on_lost, reach_seconds
-        )
+        hop = _HopLogin(target, site, prompter, reach_seconds)
+        connection, ended = await hop.connect(_last(jumps))
     except BaseException:
-        for jump in reversed(jumps):
-            jump.abort()
-            await jump.wait_closed()
+        await _end(jumps[::-1])
         raise
-    return Login(connection, tuple(jumps), target.user, target.shown)
+    return Login(connection, tuple(jumps), target.user, target.shown, ended)
 
 
 async def _connect_jumps(
@@ -107,7 +110,8 @@ async def _connect_jumps(
     reach_seconds: float | None,
     depth: int = 0,
 ) -> None:
-    """Fills `jumps` as it goes, so that the caller can close them whatever happens.
+    """Fills `jumps` as it goes, so that the caller can close them whatever happens. One that is
+    lost takes the connections through it down, which is noticed there.
 
     The first host of a ProxyJump is reached as its own configuration says, by jumps or not.
     """
@@ -116,58 +120,119 @@ async def _connect_jumps(
         raise WrongSettings(f"ProxyJump of {site.host} has more than {MAX_JUMPS} hosts or a loop")
     for number, jump in enumerate(target.jumps):
         hop_site = jump_site(jump, site)
-        hop = await read_hop(hop_site)
+        hop = await read_hop(hop_site, is_behind=number > 0)
         if number == 0:
             await _connect_jumps(hop, hop_site, prompter, jumps, reach_seconds, depth)
-        jumps.append(
-            await _connect_hop(hop, hop_site, prompter, _last(jumps), _ignore, reach_seconds)
-        )
+        login = _HopLogin(hop, hop_site, prompter, reach_seconds)
+        connection, _ = await login.connect(_last(jumps))
+        jumps.append(connection)
 
 
 def _last(jumps: list[asyncssh.SSHClientConnection]) -> asyncssh.SSHClientConnection | None:
     return jumps[-1] if jumps else None
 
 
-def _ignore() -> None:
-    """A lost jump host takes the connections through it down, which is noticed there."""
+class _Nobody:
+    """Who is asked with BatchMode."""
+
+    async def ask(self, text: str, *, echo: bool = False) -> str | None:
+        return None
 
 
-async def _connect_hop(
-    hop: Hop,
-    site: SshSite,
-    prompter: Prompter,
-    tunnel: asyncssh.SSHClientConnection | None,
-    on_lost: Callable[[], None],
-    reach_seconds: float | None,
-) -> asyncssh.SSHClientConnection:
-    """One login. A host key that the user accepts leads to a second attempt with it known."""
-    clock = Clock(site.connect_timeout, prompter, None if tunnel else reach_seconds)
-    while True:
-        client = _Client(hop, clock, on_lost)
+class _HopLogin:
+    """One login at one host. Where its host key is asked about there are two connections: a login
+    is only made over the second, to the same address."""
+
+    def __init__(
+        self, hop: Hop, site: SshSite, prompter: Prompter, reach_seconds: float | None
+    ) -> None:
+        self._hop = hop
+        self._prompter = prompter if hop.asks else _Nobody()
+        self._seconds = site.connect_timeout
+        self._reach_seconds = reach_seconds or site.connect_timeout
+        self._clock = Clock(site.connect_timeout, self._prompter)
+        self._address: AddressInfo | None = None
+
+    async def connect(
+        self, tunnel: asyncssh.SSHClientConnection | None
+    ) -> tuple[asyncssh.SSHClientConnection, asyncio.Event]:
+        """The connection, and what is set when it has ended."""
+        while True:
+            client = _Client(self._hop, self._clock)
+            try:
+                if tunnel is not None:
+                    connection = await self._log_in(client, tunnel=_Tunnel(tunnel))
+                elif self._hop.proxy_command is not None:
+                    connection = await self._through_proxy(client)
+                else:
+                    connection = await self._log_in(client, sock=await self._reach())
+            except asyncssh.HostKeyNotVerifiable as error:
+                if client.judgement is None:
+                    raise login_error(error, self._hop) from error
+                await self._hop.host_keys.decide(client.judgement, self._prompter)
+            else:
+                return connection, client.ended
+
+    async def _log_in(self, client: _Client, **way: Any) -> asyncssh.SSHClientConnection:
+        """Raises RemoteErrors, and HostKeyNotVerifiable."""
+        hop = self._hop
         try:
-            async with clock.running():
+            async with self._clock.running():
                 return await asyncssh.connect(
-                    hop.alias,
-                    site.port or (),
-                    tunnel=tunnel and _Tunnel(tunnel),
-                    client_factory=lambda client=client: client,
-                    **hop.options,
+                    hop.host, hop.port, client_factory=lambda: client, **way, **hop.options
                 )
-        except asyncssh.HostKeyNotVerifiable as error:
-            if client.presented is None:
-                raise login_error(error, hop) from error
-            await hop.host_keys.decide(client.presented, prompter)
+        except asyncssh.HostKeyNotVerifiable:
+            raise
         except TimeoutError:
-            raise Unreachable(
-                f"{hop.shown} port {hop.port} did not answer within {clock.seconds:g} s"
-            ) from None
+            raise self._no_answer(self._seconds) from None
         except (asyncssh.Error, OSError, ValueError) as error:
             raise login_error(
                 error,
                 hop,
                 nobody_to_ask=client.nobody_to_ask,
                 authenticating=client.authenticating,
+                banner=client.banner,
             ) from error
+
+    async def _through_proxy(self, client: _Client) -> asyncssh.SSHClientConnection:
+        """The ProxyCommand ends with the connection."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                proxy = await Proxy.open(self._hop)
+        except TimeoutError:
+            raise self._no_answer(self._seconds) from None
+        client.proxy = proxy
+        try:
+            return await self._log_in(client, sock=proxy.socket)
+        except Unreachable as error:
+            words = await proxy.last_words()
+            if not words:
+                raise
+            raise Unreachable(f"{error.message} (its ProxyCommand says: {words})") from error
+        except BaseException:
+            await proxy.close()
+            raise
+
+    async def _reach(self) -> socket.socket:
+        """A socket at an address that answers."""
+        hop, seconds = self._hop, self._reach_seconds
+        try:
+            host = Host(hop.host, hop.port, hop.family, hop.bind_address)
+            sock = await reach(host, seconds, self._address)
+        except TimeoutError:
+            raise self._no_answer(seconds) from None
+        except NoneAnswers as error:
+            raise Unreachable(f"no address of {hop.shown} port {hop.port} answers: {error}") from (
+                None
+            )
+        except (OSError, ValueError) as error:
+            raise login_error(error, hop) from error
+        self._address = address_of(sock)
+        return sock
+
+    def _no_answer(self, seconds: float) -> Unreachable:
+        where = f"{self._hop.shown} port {self._hop.port}"
+        return Unreachable(f"{where} did not answer within {seconds:g} s")
 
 
 class _Tunnel:
@@ -185,21 +250,21 @@ class _Tunnel:
 class _Client(asyncssh.SSHClient):
     """asyncssh's callbacks during one connection attempt."""
 
-    def __init__(self, hop: Hop, clock: Clock, on_lost: Callable[[], None]):
+    def __init__(self, hop: Hop, clock: Clock):
         self._hop = hop
         self._clock = clock
-        self._on_lost = on_lost
+        self.ended = asyncio.Event()
+        self.proxy: Proxy | None = None
         self._key_files = list(hop.key_files)
-        self._passwords_left = TRIES
-        self._dialogues_left = TRIES
+        self._passwords_left = self._dialogues_left = hop.prompts
         self._said: deque[str] = deque(maxlen=MOST_SAID)
-        self.presented: PresentedKey | None = None
+        self.judgement: Judgement | None = None
         self.nobody_to_ask = False
         self.authenticating = False
+        self.banner = ""
 
     def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
-        self._clock.reached()
-        conn.set_extra_info(**{_SAID: self._said})
+        conn.set_extra_info(**{_SAID: self._said, _PROXY: self.proxy})
 
     def debug_msg_received(self, msg: str, lang: str, always_display: bool) -> None:
         self._said.append(msg)
@@ -209,16 +274,21 @@ class _Client(asyncssh.SSHClient):
 
     def connection_lost(self, exc: Exception | None) -> None:
         log.debug("connection to %s ended: %s", self._hop.shown, exc)
-        self._on_lost()
+        self.ended.set()
+        if self.proxy is not None:
+            self.proxy.end()
 
     def validate_host_public_key(
         self, host: str, addr: str, port: int, key: asyncssh.SSHKey
     ) -> bool:
-        """Called for keys that nothing vouches for; the user is asked once this attempt is over."""
-        self.presented = PresentedKey(host, port, key)
-        return False
+        """Called for each plain key; where the user decides, once this attempt is over."""
+        self.judgement = self._hop.host_keys.judge(key, addr)
+        if self.judgement.kind == "unproved":  # who is in the middle gets no password
+            self._passwords_left = self._dialogues_left = 0
+        return self.judgement.is_trusted
 
     def auth_banner_received(self, msg: str, lang: str) -> None:
+        self.banner = msg
         log.debug("%s says: %s", self._hop.shown, msg)
 
     async def public_key_auth_requested(self) -> KeyPairListArg | None:
@@ -232,7 +302,7 @@ class _Client(asyncssh.SSHClient):
         return None
 
     async def _unlock(self, path: Path) -> asyncssh.SSHKey | None:
-        for _ in range(TRIES):
+        for _ in range(self._hop.prompts):
             passphrase = await self._ask(f"Passphrase for the key {path}: ")
             if not passphrase:
                 return None

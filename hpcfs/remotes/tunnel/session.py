@@ -21,9 +21,10 @@ from typing import Any
 import asyncssh
 from asyncssh.logging import SSHLogger, logger as asyncssh_logger
 
+from hpcfs.remotes.sftp.channels import open_channels
 from hpcfs.remotes.sftp.greeting import greet
 from hpcfs.remotes.sftp.requests import Requests
-from hpcfs.remotes.sftp.session import SftpSession, begin, open_channels, together
+from hpcfs.remotes.sftp.session import SftpSession, begin, together
 from hpcfs.remotes.ssh.login import Login
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
@@ -54,8 +55,7 @@ class StreamCarrier:
         return asyncssh_logger
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """The order of a symlink request's paths is OpenSSH's, as everywhere."""
-        return "OpenSSH" if name == "server_version" else default
+        return default
 
     def write(self, data: bytes) -> None:
         self._stream.write(data)
@@ -80,6 +80,7 @@ class TunnelLogin:
     lines: list[Line]
     ssh: Login | None = None
     channels: list[Requests] = field(default_factory=list)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def connections(self) -> int:
@@ -101,16 +102,13 @@ async def open_session(start: Start, meeting: Meeting) -> SftpSession:
     pulse = Pulse()
     line = await Line.open(meeting, pulse)
     login = TunnelLogin(line.rendezvous.user, line.shown, [line])
-    ended = asyncio.Event()
     if line.is_private:
-        channels = _private_channels(login, meeting, pulse, ended.set)
-        return await begin(login, start, ended, channels, shared_handles=True)
-    return await begin(login, start, ended, _ssh_channels(login, ended.set))
+        channels = _private_channels(login, meeting, pulse)
+        return await begin(login, start, channels, shared_handles=True)
+    return await begin(login, start, _ssh_channels(login))
 
 
-async def _private_channels(
-    login: TunnelLogin, meeting: Meeting, pulse: Pulse, on_lost: Callable[[], None]
-) -> list[Requests]:
+async def _private_channels(login: TunnelLogin, meeting: Meeting, pulse: Pulse) -> list[Requests]:
     """One for small requests and some for bytes."""
     opened = await asyncio.gather(
         *(Line.open(meeting, pulse) for _ in range(READERS)), return_exceptions=True
@@ -122,7 +120,7 @@ async def _private_channels(
     if any(not line.is_private for line in login.lines):
         raise Unreachable(f"the tunnel {meeting.name} is moving")
     session = secrets.token_bytes(SESSION_BYTES)
-    return await together(*(_channel(line, session, on_lost) for line in login.lines))
+    return await together(*(_channel(line, session, login.ended.set) for line in login.lines))
 
 
 async def _channel(line: Line, session: bytes, on_lost: Callable[[], None]) -> Requests:
@@ -144,7 +142,7 @@ async def _channel(line: Line, session: bytes, on_lost: Callable[[], None]) -> R
     return carrier.requests
 
 
-async def _ssh_channels(login: TunnelLogin, on_lost: Callable[[], None]) -> list[Requests]:
+async def _ssh_channels(login: TunnelLogin) -> list[Requests]:
     line = login.lines[0]
     keys = _Keys(line.rendezvous)
     pair = await socket_of(line.stream)
@@ -160,7 +158,7 @@ async def _ssh_channels(login: TunnelLogin, on_lost: Callable[[], None]) -> list
             server_host_key_algs=["ssh-ed25519"],
             encryption_algs=[FAST_CIPHER],
             compression_algs=None,
-            client_factory=lambda: _Client(on_lost),
+            client_factory=lambda: _Client(login.ended.set),
         )
     except asyncssh.HostKeyNotVerifiable as error:
         raise AccessRefused(f"{line.shown} is not the one whose tunnel this is") from error
