@@ -10,6 +10,7 @@ links, and a link that replaced a file must not redirect a change to something e
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import stat
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -20,7 +21,7 @@ import msgspec
 from asyncssh import SFTPAttrs
 from asyncssh.constants import FXF_WRITE
 
-from hpcfs.remotes.base import Prompter, ReportProgress, Source, no_report
+from hpcfs.remotes.base import MAX_NAME_BYTES, Prompter, ReportProgress, Source, no_report
 from hpcfs.remotes.sftp import links, listing, read, rename as renaming
 from hpcfs.remotes.sftp.attrs import (
     full_mode,
@@ -30,6 +31,7 @@ from hpcfs.remotes.sftp.attrs import (
     rest_to_set,
 )
 from hpcfs.remotes.sftp.errors import MAX_PATH_BYTES, shown
+from hpcfs.remotes.sftp.long_paths import LongPaths
 from hpcfs.remotes.sftp.place import (
     Place,
     explain_device,
@@ -54,6 +56,7 @@ from hpcfs.transfer.messages import (
     Entry,
     InvalidName,
     InvalidRequest,
+    NameTooLong,
     NotFound,
     NotOwner,
     NotSupported,
@@ -121,11 +124,13 @@ class SftpRemote:
         """What links on the server may call the root: as it was named, and without links."""
         self._files = read.OpenFiles()
         self._uploads = Uploads(root.verify)
+        self._long_paths = LongPaths()
 
     # --- where ----------------------------------------------------------------------------------
 
-    async def _place(self, path: bytes) -> Place:
-        """The path on the server, with a connection; the root is looked at once per connection."""
+    async def _place(self, path: bytes, *, room: int = 0) -> Place:
+        """The path on the server, with a connection; the root is looked at once per connection.
+        `room` is how many bytes longer paths will be that the server makes of this one, or we."""
         if b"\0" in path:
             raise InvalidName(f"{shown(path)} has a NUL byte")
         session = await self._kept.get()
@@ -133,12 +138,26 @@ class SftpRemote:
             self._rooted = (session, await self._find_root(session))
         root = self._rooted[1]
         full = root.rstrip(b"/") + b"/" + path if path else root
+        if len(full) + room > MAX_PATH_BYTES:
+            try:
+                return await self._long_paths.place(session, path, full)
+            except NameTooLong:
+                if len(full) > MAX_PATH_BYTES:
+                    raise
         return Place(session, path, full)
 
+    async def _both(self, path: bytes, other: bytes) -> tuple[Place, Place]:
+        """Of a request that names two: on the channel of that with a long path, if there is one."""
+        one, two = await self._place(path), await self._place(other)
+        main = await self._kept.get()
+        session = two.session if one.session is main else one.session
+        one, two = (dataclasses.replace(place, session=session) for place in (one, two))
+        return one, two
+
     @asynccontextmanager
-    async def _changing(self, path: bytes) -> AsyncIterator[Place]:
+    async def _changing(self, path: bytes, *, room: int = 0) -> AsyncIterator[Place]:
         """The same, for what changes something there: refusals tell a remote that is read-only."""
-        place = await self._place(path)
+        place = await self._place(path, room=room)
         try:
             yield place
         except RemoteError as error:
@@ -189,7 +208,7 @@ class SftpRemote:
                 return place.entry_of(await root.session.bulk.fstat(remote, 0))
 
     async def list(self, path: bytes) -> AsyncIterator[Sequence[Entry]]:
-        place = await self._place(path)
+        place = await self._place(path, room=1 + MAX_NAME_BYTES)
         meta = place.session.meta
         try:
             with place.asking():
@@ -257,7 +276,7 @@ class SftpRemote:
         self._uploads.release(handle)
 
     async def upload(self, request: Upload, source: Source, report: ReportProgress) -> Entry:
-        async with self._changing(request.path) as place:
+        async with self._changing(request.path, room=MAX_NAME_BYTES) as place:
             return await self._uploads.upload(place, request, source, report)
 
     async def upload_ahead(self, request: UploadAhead, source: Source) -> None:
@@ -321,8 +340,8 @@ class SftpRemote:
             return place.entry_of(await self._made(place, making))
 
     async def make_link(self, existing: bytes, path: bytes) -> Entry:
-        async with self._changing(path) as place:
-            old = await self._place(existing)
+        async with self._changing(path):
+            old, place = await self._both(existing, path)
             try:
                 attrs = await self._made(place, place.session.meta.link(old.full, place.full))
             except NotFound:
@@ -336,9 +355,10 @@ class SftpRemote:
     async def rename(
         self, path: bytes, target: bytes, *, replace: bool, report: ReportProgress = no_report
     ) -> None:
-        async with self._changing(path) as place:
+        async with self._changing(path):
             await self._uploads.settled(path)
-            await renaming.rename(place, await self._place(target), replace=replace)
+            source, place = await self._both(path, target)
+            await renaming.rename(source, place, replace=replace)
 
     async def remove(self, path: bytes) -> None:
         async with self._changing(path) as place:
