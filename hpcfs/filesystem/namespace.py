@@ -21,6 +21,7 @@ WriteMode = Literal["through", "back"]
 
 DEFAULT_TIMEOUT = 30.0
 """Seconds without an answer or progress, for every call."""
+LOGIN_TIMEOUT = 90.0
 
 
 class SiteCalls(Protocol):
@@ -111,8 +112,13 @@ class Namespace:
     async def abilities(self) -> m.Abilities:
         """Connects on first use. Raises RemoteError."""
         if self._abilities is None:
-            self._abilities = await self.call(m.Connect(), m.Abilities, timeout=90)
+            self._abilities = await self.call(m.Connect(), m.Abilities, timeout=LOGIN_TIMEOUT)
         return self._abilities
+
+    async def try_now(self) -> None:
+        """Somebody waits for the site: a connection is tried now, whenever the last attempt was.
+        Raises RemoteError."""
+        await self.call(m.Connect(now=True), m.Abilities, timeout=LOGIN_TIMEOUT)
 
     async def stat(self, path: bytes) -> m.Entry:
         asked = self.link.now()
