@@ -132,6 +132,10 @@ class Site(Protocol):
 
     def traffic(self) -> Traffic: ...
 
+    def try_now(self) -> None:
+        """Where requests fail at once for a while after a failed connection, the next one tries."""
+        ...
+
     async def close(self) -> None: ...
 
 

@@ -228,7 +228,10 @@ class Start(msgspec.Struct, frozen=True):
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True):
-    """Connect if need be and look at the root -> Abilities."""
+    """Connect if need be and look at the root -> Abilities. With `now`, the pause after an attempt
+    that failed is over: somebody waits."""
+
+    now: bool = False
 
 
 class Stat(msgspec.Struct, frozen=True, tag=True):

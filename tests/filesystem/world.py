@@ -78,6 +78,7 @@ class World:
     nursery: trio.Nursery
     clock: Clock
     pending: Pending
+    namespaces: list[Namespace]
     kernel: Kernel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -145,7 +146,9 @@ async def world(
         await restoring.restore(journal.rows)
         nursery.start_soon(store.evict_forever)
         nursery.start_soon(fs.files.backlog.run)
-        yield World(directory, store, journal, fs, remotes, sites, nursery, clock, pending)
+        yield World(
+            directory, store, journal, fs, remotes, sites, nursery, clock, pending, namespaces
+        )
         for site in sites.values():
             site.cues.clear()
         await fs.files.close_all()

@@ -290,6 +290,10 @@ class Health:
             kind = NotConnected if type(self._down) is Unreachable else type(self._down)
             raise kind(*self._down.args)
 
+    def try_now(self) -> None:
+        """The pause is over: the next request asks the server."""
+        self._until = 0.0
+
     def failed(self, error: RemoteError) -> RemoteError:
         """Remember what concerns the whole site; returns the error."""
         if isinstance(error, AccessRefused):

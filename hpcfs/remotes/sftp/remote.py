@@ -97,6 +97,9 @@ class SftpSite:
     def traffic(self) -> Traffic:
         return traffic_of(self._kept)
 
+    def try_now(self) -> None:
+        self._kept.try_now()
+
     async def close(self) -> None:
         await self._kept.close()
 
