@@ -33,7 +33,7 @@ from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.pending import Pending
 from hpcfs.filesystem.restoring import Restoring
 from hpcfs.kernel import operations as kernel
-from hpcfs.system import logs, mountinfo
+from hpcfs.system import logs, mountinfo, signals
 from hpcfs.transfer.client import Ask, SiteClient
 from hpcfs.transfer.messages import (
     AnyRoot,
@@ -71,15 +71,23 @@ class MountFailed(SetupError):
     """The mount could not be made."""
 
 
-def serve(settings: Settings, *, ask: Ask, on_ready: OnReady, foreground: bool) -> None:
+def serve(
+    settings: Settings,
+    *,
+    ask: Ask,
+    on_ready: OnReady,
+    foreground: bool,
+    owner: int | None = None,
+) -> None:
     """Mount and serve until unmounted. `ask` is used, in a thread, until `on_ready` was called.
 
-    Raises MountFailed before that.
+    With `owner`, a pipe to read from, it also unmounts at the pipe's end, and then no signal makes
+    it do so once it is mounted. Raises MountFailed before `on_ready` was called.
     """
     logs.set_up(settings.log_file, settings.log_level, "mount", to_stderr=foreground)
     logging.getLogger("pyfuse3").setLevel(logging.WARNING)
     try:
-        trio.run(_Daemon(settings, ask, on_ready).run)
+        trio.run(_Daemon(settings, ask, on_ready, owner).run)
     except* SetupError as refused:
         raise MountFailed(str(_first(refused))) from None
     except* Exception:
@@ -116,8 +124,9 @@ class Questions:
 
 
 class _Daemon:
-    def __init__(self, settings: Settings, ask: Ask, on_ready: OnReady) -> None:
+    def __init__(self, settings: Settings, ask: Ask, on_ready: OnReady, owner: int | None) -> None:
         self._settings = settings
+        self._owner = owner
         self._ask = ask
         self._on_ready = on_ready
         self._started = time.time()
@@ -211,6 +220,7 @@ class _Daemon:
                     write=chosen.write,
                     keeps_xattrs=chosen.keeps_xattrs,
                     sleeps=isinstance(chosen.site, TunnelSite),
+                    symlinks=chosen.symlinks,
                 )
             )
         self._fs = Filesystem(
@@ -219,6 +229,7 @@ class _Daemon:
             Uploader(self._journal),
             services,
             single=settings.root_namespace is not None,
+            mountpoint=os.fsencode(settings.mountpoint),
         )
         tree, files = self._fs.tree, self._fs.files
         files.backlog.limit = settings.journal_size
@@ -237,7 +248,10 @@ class _Daemon:
             ) from None
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._stop_on_signal)
+                if self._owner is None:
+                    nursery.start_soon(self._stop_on_signal)
+                else:
+                    nursery.start_soon(self._stop_with, self._owner)
                 nursery.start_soon(self._get_ready)
                 nursery.start_soon(self._end_when_unmounted, place, nursery.cancel_scope)
                 await kernel.serve(MAX_KERNEL_REQUESTS)
@@ -258,8 +272,16 @@ class _Daemon:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
             async for number in signals:
                 log.info("%s: unmounting", signal.Signals(number).name)
-                await self._fs.files.flush_all()
-                kernel.stop()
+                await self._stop()
+
+    async def _stop_with(self, owner: int) -> None:
+        await trio.lowlevel.wait_readable(owner)  # nothing is ever written: it is closed
+        log.info("who asked for the mount has ended: unmounting")
+        await self._stop()
+
+    async def _stop(self) -> None:
+        await self._fs.files.flush_all()
+        kernel.stop()
 
     async def _get_ready(self) -> None:
         """The first logins, all sites at once; a site out of reach stops nobody."""
@@ -271,6 +293,8 @@ class _Daemon:
                 nursery.start_soon(self._connect, namespace)
         for site in self._sites.values():
             site.ask = None
+        if self._owner is not None:
+            signals.outlive_job()
         log.info("mounted at %s", self._settings.mountpoint)
         self._on_ready(self.status())
 

@@ -43,7 +43,7 @@ find_python() {
     local candidate
     python=
     for candidate in ${PYTHON:-} python3 python3.14 python3.13 python3.12 python3.11; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        if "$candidate" -I -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             python="$(command -v "$candidate")"
             return
         fi
@@ -76,11 +76,11 @@ python_package() {
 }
 
 can_make_venv() {
-    "$python" -c 'import ensurepip, venv'
+    "$python" -I -c 'import ensurepip, venv'
 }
 
 has_headers() {
-    "$python" -c 'import os, sysconfig, sys
+    "$python" -I -c 'import os, sysconfig, sys
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))'
 }
 
@@ -99,7 +99,7 @@ need_python() {
         esac
         return
     fi
-    name="$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')"
+    name="$("$python" -I -c 'import sys; print("python%d.%d" % sys.version_info[:2])')"
     if [ "$(command -v python3)" = "$python" ]; then name=python3; fi
     need can_make_venv "$name-venv" "$name"
     need has_headers "$name-dev" "$name-devel"
@@ -185,11 +185,11 @@ confirm() {
 }
 
 make_venv() {
-    if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then return; fi
+    if "$venv/bin/python" -I -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then return; fi
     find_python
     [ -n "$python" ] || fail "no Python 3.11 or later was found after the installation: set PYTHON to one"
     say "making a virtual environment in $venv"
-    "$python" -m venv --clear "$venv" || fail "the virtual environment $venv could not be made"
+    "$python" -I -m venv --clear "$venv" || fail "the virtual environment $venv could not be made"
 }
 
 # digest PATH...: one line for the contents of these files and directories.
@@ -197,18 +197,33 @@ digest() {
     find "$@" -type f -not -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-16
 }
 
-# pip_install STAMP ARGUMENT...: runs pip unless the same was installed before.
-pip_install() {
-    local stamp="$1"
-    shift
+# install STAMP NAME ARGUMENT...: installs hpcfs, unless the same was installed before. What it needs
+# is in scripts/locked/NAME.txt, with versions and hashes (scripts/lock), and so is what builds it.
+# The arguments are pip's for hpcfs itself.
+install() {
+    local stamp="$1" name="$2"
+    shift 2
     if [ "$(cat "$venv/hpcfs-installed" 2>/dev/null)" = "$stamp" ]; then return; fi
-    say "pip install $*"
+    say "pip install $* (with scripts/locked/$name.txt)"
     rm -f "$venv/hpcfs-installed"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" ||
-        fail "pip could not install hpcfs; the reason is above"
+    pip_install --require-hashes --requirement scripts/locked/build.txt
+    pip_install --require-hashes --no-build-isolation --requirement "scripts/locked/$name.txt"
+    pip_install --no-deps --no-build-isolation "$@"
     echo "$stamp" >"$venv/hpcfs-installed"
 }
 
+# install_newest ARGUMENT...: with the newest version of all that it needs, whatever is locked.
+install_newest() {
+    say "pip install --upgrade $*"
+    rm -f "$venv/hpcfs-installed"
+    pip_install --upgrade --upgrade-strategy eager "$@"
+}
+
+pip_install() {
+    "$venv/bin/python" -I -m pip install --quiet --disable-pip-version-check "$@" ||
+        fail "pip could not install hpcfs; the reason is above"
+}
+
 editable_stamp() {
-    echo "editable $(digest pyproject.toml) $PWD"
+    echo "editable $(digest pyproject.toml hpcfs/cli/hpcfs.sh scripts/locked) $PWD"
 }

@@ -36,13 +36,15 @@ class Report(msgspec.Struct, frozen=True):
     failure: str | None = None
 
 
-def start(settings: Settings, *, debug: bool) -> MountStatus:
+def start(settings: Settings, *, debug: bool, owner: tuple[int, int] | None = None) -> MountStatus:
     """The status of the mount, served by a child that has left the terminal.
 
-    Raises SetupError when it failed; nothing is mounted and no child is left then.
+    With `owner`, the two ends of a pipe, the mount lives until the writing one is closed, and no
+    signal ends it. Raises SetupError when it failed; nothing is mounted and no child is left then.
     """
     child, line = run_child(
-        partial(_serve, settings, debug=debug), partial(stop, settings=settings, patience=0.0)
+        partial(_serve, settings, debug=debug, owner=owner),
+        partial(stop, settings=settings, patience=0.0),
     )
     report = msgspec.json.decode(line, type=Report) if line else Report()
     if report.status is None:
@@ -158,13 +160,21 @@ def _sudden_end(settings: Settings) -> str:
     return f"the daemon ended before the mount was ready; its log is {settings.log_file}"
 
 
-def _serve(settings: Settings, writer: int, *, debug: bool) -> int:
+def _serve(settings: Settings, writer: int, *, debug: bool, owner: tuple[int, int] | None) -> int:
+    if owner is not None:
+        os.close(owner[1])
+
     def leave_terminal(status: MountStatus) -> None:
         send_line(writer, msgspec.json.encode(Report(status=status)))
         detach()
 
     try:
-        serve(settings, on_ready=leave_terminal, foreground=False)
+        serve(
+            settings,
+            on_ready=leave_terminal,
+            foreground=False,
+            owner=owner[0] if owner is not None else None,
+        )
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # reported to the parent, which prints it
@@ -175,7 +185,13 @@ def _serve(settings: Settings, writer: int, *, debug: bool) -> int:
     return 0
 
 
-def serve(settings: Settings, *, on_ready: Callable[[MountStatus], None], foreground: bool) -> None:
+def serve(
+    settings: Settings,
+    *,
+    on_ready: Callable[[MountStatus], None],
+    foreground: bool,
+    owner: int | None = None,
+) -> None:
     """Import the daemon only here: it costs what the other commands must not pay.
 
     trio wraps what ends it, Ctrl-C too, in groups: the first one inside says what happened.
@@ -183,7 +199,9 @@ def serve(settings: Settings, *, on_ready: Callable[[MountStatus], None], foregr
     from hpcfs import daemon
 
     try:
-        daemon.serve(settings, ask=terminal.ask, on_ready=on_ready, foreground=foreground)
+        daemon.serve(
+            settings, ask=terminal.ask, on_ready=on_ready, foreground=foreground, owner=owner
+        )
     except BaseExceptionGroup as group:
         raise _first(group) from group
 

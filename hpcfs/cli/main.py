@@ -30,6 +30,7 @@ class LazyCommand:
 
 COMMANDS = {
     "mount": LazyCommand("hpcfs.cli.mount", "mount", "Mount clusters and buckets as one tree."),
+    "run": LazyCommand("hpcfs.cli.run", "run", "Mount for one command."),
     "umount": LazyCommand("hpcfs.cli.umount", "umount", "Unmount, after pending uploads."),
     "status": LazyCommand("hpcfs.cli.status", "status", "Show mounts, and what is not uploaded."),
     "sync": LazyCommand("hpcfs.cli.sync", "sync", "Wait until all is uploaded."),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -33,31 +34,65 @@ cache_dir_option = click.option(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What every command that mounts takes, as `options` declares it."""
+
+    config_file: Path | None
+    verbose: bool
+    read_only: bool
+    cache_dir: Path | None
+    cache_size: int | None
+    write: config_values.WriteMode | None
+    symlinks: config_values.SymlinkMode | None
+
+    def load(self, named_urls: Sequence[tuple[str | None, str]]) -> Config:
+        """The configuration, changed by the options. Raises SetupError."""
+        chosen = config.load(self.config_file, named_urls)
+        chosen = replace(
+            chosen,
+            cache_dir=self.cache_dir or chosen.cache_dir,
+            cache_size=self.cache_size or chosen.cache_size,
+            log_level="DEBUG" if self.verbose else chosen.log_level,
+        )
+        chosen = config.writing(chosen, self.write) if self.write else chosen
+        chosen = config.with_symlinks(chosen, self.symlinks) if self.symlinks else chosen
+        return config.read_only(chosen) if self.read_only else chosen
+
+
+def options(command: Callable[..., object]) -> Callable[..., object]:
+    """Declares the parameters that `Options` is made of."""
+    declared = [
+        click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE"),
+        click.option("--verbose", "-v", is_flag=True, help="Log more; show tracebacks."),
+        click.option("--read-only", is_flag=True, help="Refuse to change anything on the remotes."),
+        cache_dir_option,
+        click.option("--cache-size", metavar="SIZE", callback=read_by(config_values.disk_size)),
+        click.option(
+            "--write",
+            metavar="through|back",
+            callback=read_by(config_values.write_mode),
+            help="What closing a file waits for: the remote, or the local disk.",
+        ),
+        click.option(
+            "--symlinks",
+            metavar="contain|follow|hide",
+            callback=read_by(config_values.symlink_mode),
+            help="Where symbolic links of the remotes may lead: into their folder, or anywhere.",
+        ),
+    ]
+    for option in reversed(declared):
+        command = option(command)
+    return command
+
+
 @click.command(short_help="Mount clusters and buckets as one tree.")
 @click.argument("args", nargs=-1, metavar="[MOUNTPOINT] [NAME=URL ...]")
-@click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE")
 @click.option("--foreground", "-f", is_flag=True, help="Stay here, and log to stderr too.")
-@click.option("--verbose", "-v", is_flag=True, help="Log more; show tracebacks.")
-@click.option("--read-only", is_flag=True, help="Refuse to change anything on the remotes.")
-@cache_dir_option
-@click.option("--cache-size", metavar="SIZE", callback=read_by(config_values.disk_size))
-@click.option(
-    "--write",
-    metavar="through|back",
-    callback=read_by(config_values.write_mode),
-    help="What closing a file waits for: the remote, or the local disk.",
-)
+@options
 @click.pass_obj
 def mount(
-    invocation: Invocation,
-    args: tuple[str, ...],
-    config_file: Path | None,
-    foreground: bool,
-    verbose: bool,
-    read_only: bool,
-    cache_dir: Path | None,
-    cache_size: int | None,
-    write: config_values.WriteMode | None,
+    invocation: Invocation, /, args: tuple[str, ...], foreground: bool, **chosen: object
 ) -> None:
     """Mount what the configuration or the URLs name.
 
@@ -69,24 +104,17 @@ def mount(
     URLs: [user@]host:path, sftp://[user@]host[:port]/path, s3://bucket/prefix, or REMOTE:path for
     a remote of rclone.conf. With URLs, the configuration's namespaces are left aside.
     """
-    invocation.debug = invocation.debug or verbose
+    given = Options(**chosen)  # type: ignore[arg-type] # what click read, as `options` declares
+    invocation.debug = invocation.debug or given.verbose
     wanted = arguments.recognise(args)
-    chosen = config.load(config_file, wanted.named_urls)
-    chosen = replace(
-        chosen,
-        cache_dir=cache_dir or chosen.cache_dir,
-        cache_size=cache_size or chosen.cache_size,
-        log_level="DEBUG" if verbose else chosen.log_level,
-    )
-    chosen = config.writing(chosen, write) if write else chosen
-    settings = _prepare(config.read_only(chosen) if read_only else chosen, wanted.mountpoint)
+    settings = prepare(given.load(wanted.named_urls), wanted.mountpoint)
     if foreground:
         _serve_here(settings)
     else:
         _tell(background.start(settings, debug=invocation.debug), settings)
 
 
-def _prepare(chosen: Config, mountpoint_text: str | None) -> Settings:
+def prepare(chosen: Config, mountpoint_text: str | None) -> Settings:
     """Checks first what needs no network. Raises SetupError."""
     given = mountpoint_text or chosen.mountpoint
     if given is None:

@@ -91,7 +91,7 @@ def _upload(at: Path, target: Path, end: float | None) -> int:
     except SetupError as error:
         problem = str(error)
     try:
-        return _tell_failures(control.query_status(at), problem)
+        return tell_failures(control.query_status(at), problem)
     except SetupError as error:  # unmounting helps with this, too
         complain(f"whether all is uploaded is not known: {error}")
         return 1
@@ -120,7 +120,7 @@ class _Watcher:
             complain(f"waiting until all is uploaded: {left} to go (Ctrl-C stops only waiting)")
 
 
-def _tell_failures(status: MountStatus, problem: str) -> int:
+def tell_failures(status: MountStatus, problem: str) -> int:
     """What an earlier mount could not upload is no news: `hpcfs status` lists it."""
     news = [one for one in status.pending if one.is_stuck and one.since >= status.started]
     for file in news[:MAX_FILES_NAMED]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hpcfs.control import control
 from hpcfs.errors import SetupError
-from hpcfs.system import mountinfo, paths
+from hpcfs.system import mountinfo, paths, user_namespace
 from hpcfs.system.mountinfo import Mounted
 
 PROBE_SECONDS = 2.0
@@ -68,8 +68,8 @@ def check_device(device: Path = Path("/dev/fuse")) -> None:
 
 
 def check_helper() -> None:
-    """Raises SetupError when a user other than root has no fusermount3."""
-    if os.getuid() != 0 and not shutil.which("fusermount3"):
+    """Raises SetupError when a user who may not mount has no fusermount3."""
+    if not user_namespace.may_mount() and not shutil.which("fusermount3"):
         raise SetupError(
             "fusermount3 is missing: install it with 'sudo apt install fuse3' "
             "or 'sudo dnf install fuse3'"

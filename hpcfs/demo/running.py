@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hpcfs.errors import SetupError
+from hpcfs.system import interpreter
 
 STOP_SECONDS = 10.0
 
@@ -52,7 +52,8 @@ def _process(name: str, directory: Path) -> Iterator[None]:
     log_file = directory / f"{name}.log"
     with log_file.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"hpcfs.demo.{name}", str(directory)],
+            interpreter.command(f"hpcfs.demo.{name}", str(directory)),
+            cwd=interpreter.SAFE_DIRECTORY,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

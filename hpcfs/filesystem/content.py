@@ -5,8 +5,8 @@ version that are in the cache file, what was written here (dirty), and zeros (ho
 beyond the remote's old end). `base_size` says how much of the remote's content still counts: it
 shrinks with a truncation, so that what was cut off never comes back.
 
-This is the writing half; how bytes come from the remote is reading.py's. Sections without an await
-are atomic and marked; there is no lock but the one that keeps uploads of one file apart.
+This is the writing half, reading.py the other. Sections without an await are atomic and marked;
+there is no lock but the one that keeps uploads of one file apart.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Content(RemoteContent):
         self.secured = False
         """The journal has all that is dirty."""
         self.failure: m.RemoteError | None = None
-        """What the remote said to an upload that no program waited for; told once."""
+        """Of an upload that no program waited for; told once."""
         self.uploaded_bytes = 0
         """Of the upload under way."""
         self.writers = 0
@@ -88,7 +88,7 @@ class Content(RemoteContent):
         self._base_sizes: list[int] = []
         """Of the upload under way, until the remote confirmed it."""
         self.write_handle = m.NO_HANDLE
-        """Under which the remote holds the file open since it was made."""
+        """The remote holds the file open under it since it was made."""
         self._sending = Sending(self._send_piece, self._handle_for_sending, nursery)
 
     def is_dirty(self) -> bool:
@@ -100,15 +100,20 @@ class Content(RemoteContent):
 
     @property
     def is_as_made(self) -> bool:
-        """Made on the remote a moment ago, and nothing else: programs close a second descriptor of
-        a file (dup(2), fork(2)) before they write to it."""
+        """Made on the remote a moment ago, and nothing else: programs close a second descriptor
+        (dup(2), fork(2)) before they write."""
         changed = self.file.dirty or self.resized or self.pending or self._in_motion is not None
         return self.made and not changed
 
     @property
     def is_only_here(self) -> bool:
-        """The remote has nothing of this name."""
-        return self.new and not self.replace
+        """The remote has nothing of this name, for certain: no upload broke off on its way."""
+        return self.new and not self.replace and not self.attempted
+
+    @property
+    def may_be_missing(self) -> bool:
+        """The remote may have nothing of this name."""
+        return self.new or self.attempted
 
     @property
     def is_being_sent(self) -> bool:
@@ -392,7 +397,7 @@ class Content(RemoteContent):
         """The whole file as it is here, as a new one beside the one that others changed."""
         entry = self.place.entry
         attributes = m.Attributes(
-            mode=stat.S_IMODE(entry.mode),
+            mode=self.pending.mode,
             atime_ns=entry.atime_ns,
             mtime_ns=entry.mtime_ns,
             xattrs=dict(entry.xattrs) or None,

@@ -111,7 +111,8 @@ class Directories:
         opened.local = [
             child
             for child in (node.children or {}).values()
-            if (child.content and child.content.new) or child.name in opened.listing.changed
+            if (child.content and child.content.may_be_missing)
+            or child.name in opened.listing.changed
         ]
 
     def _has_missed(self, opened: OpenDirectory) -> bool:

@@ -1,5 +1,5 @@
-"""rename(2), and unlink(2) of one of several links: what they mean for files that the remote does
-not have yet, or not as they are here.
+"""rename(2) and unlink(2): what they mean for files that the remote does not have yet, or not as
+they are here.
 
 What the remote has is renamed there, once what is dirty in it has been uploaded. A file that the
 remote never had (`back` mode, and new files on S3) is renamed here alone: it goes up once, under
@@ -38,7 +38,7 @@ class Renaming:
     ) -> None:
         """Give `node`, which is `old` (directory, name), this name, which is `target`'s now. Raises
         FilesystemError, RemoteError."""
-        if target and target.content and target.content.new and not replace:
+        if target and target.content and target.content.may_be_missing and not replace:
             raise Exists("the name is taken")
         while content := node.content:
             if not self._is_only_here(content):
@@ -137,7 +137,43 @@ class Renaming:
             await self._files.forget_orphan(target)
         await self._store.move(namespace.origin, path, new_path)
 
-    async def unlink_one(self, namespace: Namespace, node: Node, parent: Node, name: bytes) -> None:
+    # --- removal ----------------------------------------------------------------------------------
+
+    async def unlink(
+        self, namespace: Namespace, node: Node | None, parent: Node, name: bytes
+    ) -> None:
+        """`node` has the name, if the mount knows it. Raises FilesystemError, RemoteError."""
+        if node and node.others:
+            await self._unlink_one(namespace, node, parent, name)
+            return
+        if node:
+            await self._files.keep_readable(node)
+        async with AsyncExitStack() as locks:
+            if node and node.content:
+                await locks.enter_async_context(node.content.upload_lock)
+            await self._remove_there(namespace, join(parent, name), node)
+            if node:
+                self._files.orphan(node)
+            self._tree.note_gone(parent, name)
+            self._tree.expire(parent)
+        if node:
+            await self._files.forget_orphan(node)
+        await self._store.remove(namespace.origin, join(parent, name))
+
+    async def _remove_there(self, namespace: Namespace, path: bytes, node: Node | None) -> None:
+        """After an upload that broke off, the remote may have the file or not."""
+        content = node.content if node else None
+        if content and content.is_only_here:
+            return
+        try:
+            await namespace.do(m.Remove(path))
+        except m.NotFound:
+            if not (content and content.may_be_missing):
+                raise
+
+    async def _unlink_one(
+        self, namespace: Namespace, node: Node, parent: Node, name: bytes
+    ) -> None:
         """One of several names of a file goes; what is open or cached of it stays."""
         path = join(parent, name)
         await self.flush_below(node)
@@ -175,9 +211,9 @@ async def _make_way(namespace: Namespace, path: bytes) -> None:
 
 
 def check_empty(directory: Node) -> None:
-    """Before it is removed or replaced: the remote does not know of files that it never had."""
+    """Before it is removed or replaced: the remote may not know of files that wait."""
     if directory.is_directory and any(
-        below.content and below.content.new for below in directory.below()
+        below.content and below.content.may_be_missing for below in directory.below()
     ):
         raise m.DirectoryNotEmpty("a file in it is not uploaded yet")
 
@@ -186,8 +222,7 @@ def _is_there(target: Node | None) -> bool:
     """Whether the remote has something of this name, which an upload would have to replace."""
     if target is None:
         return False
-    content = target.content
-    return content is None or not content.new or content.replace
+    return target.content is None or not target.content.is_only_here
 
 
 def _open_below(*nodes: Node | None) -> list[Content]:

@@ -88,6 +88,10 @@ class Node:
         return stat.S_ISREG(self.entry.mode)
 
     @property
+    def is_link(self) -> bool:
+        return stat.S_ISLNK(self.entry.mode)
+
+    @property
     def is_namespace_root(self) -> bool:
         return self.namespace is not None and (self.parent is None or self.parent.namespace is None)
 
@@ -219,6 +223,8 @@ class Tree:
 
     def touch(self, directory: Node) -> None:
         """An entry of it came, went or was renamed here; the remote has not heard of it yet."""
+        if directory.namespace and not directory.namespace.dates_directories:
+            return
         self.set_local(directory, structs.replace(directory.entry, mtime_ns=time.time_ns()))
 
     def expire(self, node: Node) -> None:

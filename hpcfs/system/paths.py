@@ -63,17 +63,20 @@ def mount_id(mountpoint: Path) -> str:
 
 def socket_path(mountpoint: Path, environ: Mapping[str, str] = os.environ) -> Path:
     """Where a new daemon listens."""
-    name = f"{mount_id(mountpoint)}.sock"
-    places = [place / name for place in runtime_dirs(environ)]
-    short = [path for path in places if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES]
-    return short[0]
+    return _socket_paths(mountpoint, environ)[0]
 
 
 def find_socket(mountpoint: Path, environ: Mapping[str, str] = os.environ) -> Path:
     """Where the daemon of this mount listens, or would."""
+    places = _socket_paths(mountpoint, environ)
+    return next((path for path in places if path.is_socket()), places[0])
+
+
+def _socket_paths(mountpoint: Path, environ: Mapping[str, str]) -> list[Path]:
+    """The preferred one first; the one in /tmp is never too long."""
     name = f"{mount_id(mountpoint)}.sock"
     places = [place / name for place in runtime_dirs(environ)]
-    return next((path for path in places if path.is_socket()), places[0])
+    return [path for path in places if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES]
 
 
 def log_file(mountpoint: Path, environ: Mapping[str, str] = os.environ) -> Path:

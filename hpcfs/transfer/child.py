@@ -12,13 +12,13 @@ import logging
 import math
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import trio
 
+from hpcfs.system import interpreter
 from hpcfs.transfer import messages as m
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,8 @@ class Child:
         ours, theirs = socket.socketpair()
         with theirs, log_file.open("ab") as log_stream:
             process = await trio.lowlevel.open_process(
-                [sys.executable, "-m", "hpcfs.transfer.process", str(theirs.fileno())],
+                interpreter.command("hpcfs.transfer.process", str(theirs.fileno())),
+                cwd=interpreter.SAFE_DIRECTORY,
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=log_stream,

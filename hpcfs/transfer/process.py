@@ -26,6 +26,7 @@ import msgspec
 import uvloop
 
 from hpcfs.remotes.base import MAX_FILE_BYTES, Remote, ReportProgress, Site, no_report
+from hpcfs.system import signals
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.cachefile import CacheDisk, CacheSource
 
@@ -309,6 +310,7 @@ def keep_freed_memory() -> None:
 
 
 def main() -> None:
+    signals.outlive_job()  # a shutdown sends SIGTERM to all, while the daemon has yet to upload
     keep_freed_memory()
     uvloop.run(serve(socket.socket(fileno=int(sys.argv[1]))))
 

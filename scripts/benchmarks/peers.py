@@ -108,7 +108,7 @@ class Contender:
         return (named or lines)[0]
 
 
-THIS_HPCFS = (sys.executable, "-c", "from hpcfs.cli.main import main; main()")
+THIS_HPCFS = (sys.executable, "-P", "-c", "from hpcfs.cli.main import main; main()")
 """This checkout's, whatever is installed: PYTHONPATH leads to it."""
 
 # --- hpcfs ----------------------------------------------------------------------------------------

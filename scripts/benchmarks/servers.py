@@ -133,7 +133,7 @@ def link(port: int, rtt_ms: float, rate_mbits: float) -> Iterator[int]:
 def _start(name: str, *options: str) -> subprocess.Popen[bytes]:
     """A module of ours as a process that prints its port and ends with its standard input."""
     return subprocess.Popen(
-        [sys.executable, "-m", name, *options],
+        [sys.executable, "-P", "-m", name, *options],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=REPOSITORY,

@@ -47,14 +47,14 @@ class Bench:
 
     def read(self, *commands: list[str]) -> tuple[float, list[Reading]]:
         """Several readers at once: seconds from the first one's start to the last one's end."""
-        reader = [sys.executable, "-m", "scripts.benchmarks.reader"]
+        reader = [sys.executable, "-P", "-m", "scripts.benchmarks.reader"]
         told = self.programs.together([[*reader, *command] for command in commands])
         readings = [Reading(**json.loads(line)) for line in told]
         started = min(reading.started for reading in readings)
         return max(reading.ended for reading in readings) - started, readings
 
     def write(self, *command: str) -> Writing:
-        writer = [sys.executable, "-m", "scripts.benchmarks.writer"]
+        writer = [sys.executable, "-P", "-m", "scripts.benchmarks.writer"]
         (told,) = self.programs.together([[*writer, *command]])
         return Writing(**json.loads(told))
 

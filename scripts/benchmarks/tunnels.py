@@ -32,7 +32,7 @@ def hpcfs_tunnel(
     (home / ".ssh").mkdir(mode=0o700, parents=True)
     (home / ".ssh" / "config").write_text(ssh_config.read_text())
     program = "from hpcfs.cli.main import main; main()"
-    line = [sys.executable, "-c", program, "tunnel", ALIAS, "--name", NAME]
+    line = [sys.executable, "-P", "-c", program, "tunnel", ALIAS, "--name", NAME]
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(home),

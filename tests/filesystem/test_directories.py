@@ -49,6 +49,17 @@ async def test_names_removed_and_made_while_a_directory_is_read(w: World) -> Non
     await w.kernel.close(made)
 
 
+@live("s3")
+async def test_names_that_come_date_a_directory_only_where_the_remote_does(w: World) -> None:
+    """Else a copy made at once gets a time that the original has only for a second."""
+    await w.kernel.mkdir("ns/d")
+    made = (await w.kernel.stat("ns/d")).mtime_ns
+    await w.kernel.write_file("ns/d/f", b"x")
+    seen = (await w.kernel.stat("ns/d")).mtime_ns
+    w.clock.expire_attributes()
+    assert made == seen == (await w.kernel.stat("ns/d")).mtime_ns
+
+
 @live()
 async def test_a_name_removed_during_the_listing_is_not_brought_back(w: World) -> None:
     w.remote.put(b"f", b"")

@@ -102,6 +102,7 @@ def test_help_names_all_commands(home: Home) -> None:
         ["mount", "--cache-size", "lots", "h:", "mnt"],
         ["mount", "--cache-size", "1 MiB", "h:", "mnt"],
         ["mount", "--write", "bakc", "h:", "mnt"],
+        ["mount", "--symlinks", "no", "h:", "mnt"],
         ["umount"],
         ["umount", "--timeout", "-1", "mnt"],
         ["umount", "--timeout", "soon", "mnt"],

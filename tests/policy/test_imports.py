@@ -34,8 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "remotes": {"transfer.messages", "transfer.sshwords", "rendezvous"},
     "tunnel": SET_UP | {"rendezvous", "remotes", "transfer.messages"},
     "transfer.cachefile": {"transfer.messages"},
-    "transfer.process": {"remotes", "transfer.messages", "transfer.cachefile"},
-    "transfer.child": {"transfer.messages"},
+    "transfer.process": {"system", "remotes", "transfer.messages", "transfer.cachefile"},
+    "transfer.child": {"system", "transfer.messages"},
     "transfer.client": {"transfer.messages", "transfer.child"},
     "cache": {"errors", "system", "transfer.messages"},
     "writeback": {"cache", "transfer.messages", "transfer.client"},
@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "daemon": SET_UP
     | {"cacheservice", "writeservice", "kernel", "filesystem", "cache", "writeback"}
     | {"transfer.client", "transfer.messages"},
-    "demo": {"errors", "tunnel", "remotes", "transfer.messages", "rendezvous"},
+    "demo": {"errors", "system", "tunnel", "remotes", "transfer.messages", "rendezvous"},
     "cli": SET_UP
     | {"daemon", "cacheservice", "writeservice", "demo", "cache", "tunnel", "transfer.messages"}
     | {"rendezvous", "remotes"},

@@ -39,6 +39,7 @@ def test_a_socket_path_always_fits(tmp_path: Path) -> None:
         found = paths.socket_path(Path("/m/" + "n" * 200), {"XDG_RUNTIME_DIR": str(runtime)})
         assert len(os.fsencode(found)) <= paths.MAX_SOCKET_PATH_BYTES
     assert found.parent == paths.shared_tmp_dir()
+    assert paths.find_socket(Path("/m/" + "n" * 200), {"XDG_RUNTIME_DIR": str(deep)}) == found
 
 
 def test_a_runtime_directory_that_is_not_ours_is_left_aside(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import msgspec
 import pytest
+from botocore.exceptions import ClientError
 
+from hpcfs.remotes.s3.bucket import Begun
 from hpcfs.remotes.s3.parts import MIB, Limits
 from hpcfs.remotes.s3.remote import S3Remote
 from hpcfs.remotes.s3.site import S3SiteConnection
@@ -668,6 +670,44 @@ def test_what_arrives_damaged_is_not_taken_for_the_file(
 
     run(test())
     assert uploads_left(server, prefix) == []
+
+
+@pytest.mark.parametrize("way", ["new", "changed"])
+def test_a_refused_part_is_told_though_others_hear_first_that_the_upload_is_gone(
+    moto: S3Server, prefix: str, tmp_path: Path, way: str
+) -> None:
+    """rclone's server ends an upload with the part that it refuses."""
+
+    async def test() -> None:
+        async with remote_of(moto, prefix, tmp_path, limits=LIMITS) as remote:
+            old = os.urandom(40 * MIB)
+            entry = await upload(remote, Bytes(old))
+            bucket, beside_is_gone = remote._bucket, asyncio.Event()
+            refused: list[int] = []
+
+            async def part(
+                key: str, begun: Begun, number: int, *arguments: Any, **named: Any
+            ) -> Any:
+                if not refused:
+                    refused.append(number)
+                    await beside_is_gone.wait()
+                    raise RemoteFailure("the part arrived damaged")
+                with bucket._watching(key):
+                    beside_is_gone.set()
+                    answer: Any = {"Error": {"Code": "NoSuchUpload", "Message": ""}}
+                    raise ClientError(answer, "UploadPart")
+
+            bucket.upload_part = part  # type: ignore[method-assign,assignment]
+            if way == "new":
+                uploading = upload(remote, Bytes(os.urandom(11 * MIB)))
+            else:  # two parts of it
+                ends = [(0, 1), (len(old) - 1, 1)]
+                uploading = change(remote, entry, b"?" + old[1:-1] + b"?", ends)
+            with pytest.raises(RemoteFailure, match="damaged"):
+                await uploading
+
+    run(test())
+    assert uploads_left(moto, prefix) == []
 
 
 def test_an_object_that_is_not_made_of_its_parts_is_noticed(

@@ -87,7 +87,9 @@ def serve(
     ask: Callable[[str, bool], str | None],
     on_ready: Callable[[MountStatus], None],
     foreground: bool,
+    owner: int | None = None,
 ) -> None:
+    assert owner is None  # `hpcfs run` is tested with the real one
     plan = os.environ.get("HPCFS_STUB", "fine")
     if plan == "refused":
         raise MountFailed("the kernel refused the mount: try something else")

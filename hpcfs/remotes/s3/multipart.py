@@ -12,7 +12,7 @@ import io
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 RENEWED_SECONDS = 1.0
 BEAT_SECONDS = 10.0
+REFUSAL_SECONDS = 10.0
+"""How long a part whose upload is gone waits for what the server says of the parts beside it."""
 INLINE_BYTES = 256 * 1024
 """Reading more than this from a file is left to a thread."""
 
@@ -160,6 +162,11 @@ class Multipart:
         self._bucket, self._upload = bucket, upload
         self._parts: dict[int, tuple[int, PartSent]] = {}
         """Length and what the server said, by number."""
+        self._under_way = 0
+        """Parts that are sent or copied now."""
+        self._refusal: RemoteError | None = None
+        """Of the first of them that was refused."""
+        self._news = asyncio.Event()
 
     @classmethod
     async def begin(cls, bucket: Bucket, target: Target) -> Multipart:
@@ -173,7 +180,8 @@ class Multipart:
     async def send(self, part: Part, body: bytes | BinaryIO, progress: Progress) -> None:
         key, number = self.target.key, part.number
         self._parts.pop(number, None)
-        sent = await self._bucket.upload_part(key, self._upload, number, body, progress.renew)
+        async with self._beside_others():
+            sent = await self._bucket.upload_part(key, self._upload, number, body, progress.renew)
         self._parts[number] = part.length, sent
 
     async def send_from(
@@ -191,10 +199,40 @@ class Multipart:
 
     async def copy(self, part: Part, source: Summary) -> None:
         """The same range of another object. Raises NotSupported, Changed."""
-        found = await self._bucket.copy_part(
-            self.target.key, self._upload, part.number, source, part.offset, part.length
-        )
+        async with self._beside_others():
+            found = await self._bucket.copy_part(
+                self.target.key, self._upload, part.number, source, part.offset, part.length
+            )
         self._parts[part.number] = part.length, found
+
+    @asynccontextmanager
+    async def _beside_others(self) -> AsyncIterator[None]:
+        """Some servers (rclone's) end an upload with the first part that they refuse, and answer
+        those beside it that there is no such upload, perhaps first. Raises the refusal then."""
+        if not self._under_way:
+            self._refusal = None
+        self._under_way += 1
+        ended = None
+        try:
+            yield
+        except RemoteError as error:
+            if s3_code(error) != "NoSuchUpload":
+                self._refusal = self._refusal or error
+                raise
+            ended = error
+        finally:
+            self._under_way -= 1
+            self._news.set()
+        if ended is not None:
+            raise await self._refused(ended)
+
+    async def _refused(self, ended: RemoteError) -> RemoteError:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(REFUSAL_SECONDS):
+                while self._refusal is None and self._under_way:
+                    self._news.clear()
+                    await self._news.wait()
+        return self._refusal or ended
 
     async def are_whole(self, parts: Iterable[Part]) -> bool:
         """Whether the server has these parts as long as they should be."""

@@ -192,6 +192,7 @@ class _HopLogin:
                 hop,
                 nobody_to_ask=client.nobody_to_ask,
                 authenticating=client.authenticating,
+                banner=client.banner,
             ) from error
 
     async def _through_proxy(self, client: _Client) -> asyncssh.SSHClientConnection:
@@ -261,6 +262,7 @@ class _Client(asyncssh.SSHClient):
         self.judgement: Judgement | None = None
         self.nobody_to_ask = False
         self.authenticating = False
+        self.banner = ""
 
     def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
         conn.set_extra_info(**{_SAID: self._said, _PROXY: self.proxy})
@@ -287,6 +289,7 @@ class _Client(asyncssh.SSHClient):
         return self.judgement.is_trusted
 
     def auth_banner_received(self, msg: str, lang: str) -> None:
+        self.banner = msg
         log.debug("%s says: %s", self._hop.shown, msg)
 
     async def public_key_auth_requested(self) -> KeyPairListArg | None:

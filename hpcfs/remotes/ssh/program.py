@@ -125,14 +125,16 @@ class Program:
             log.info("%s says: %s", self._name, text)
             self._lines.append(text)
 
-    async def last_words(self) -> list[str]:
-        """What it wrote on stderr, once it has ended; where it does not, it is ended."""
+    async def last_words(self) -> tuple[int | None, list[str]]:
+        """Its exit code and what it wrote on stderr, once it has ended; where it does not, it is
+        ended, and the code is None."""
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._process.wait()
                 await asyncio.shield(self._listening)
+        code = self._process.returncode
         await self.close()
-        return list(self._lines)
+        return code, list(self._lines)
 
     async def close(self) -> None:
         end(self._process, signal.SIGTERM)

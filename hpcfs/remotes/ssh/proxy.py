@@ -52,7 +52,8 @@ class Proxy:
 
     async def last_words(self) -> str:
         """What the command wrote on stderr, once the connection through it broke."""
-        return "; ".join((await self._program.last_words())[-3:])
+        _, lines = await self._program.last_words()
+        return "; ".join(lines[-3:])
 
     def end(self) -> None:
         """The connection is over; so is the command, as with ssh."""

@@ -1,0 +1,230 @@
+"""`hpcfs run`: mounts for one command, in a fresh directory, and unmounts once all is uploaded.
+
+Made for jobs of a batch system. The mount lives as long as this process does: the daemon holds the
+other end of a pipe, and no signal that is meant for the job ends it before the job's program has.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import click
+
+from hpcfs.cli import arguments, background, mount, umount
+from hpcfs.cli.main import Invocation
+from hpcfs.cli.mount import Options
+from hpcfs.cli.output import complain
+from hpcfs.cli.progress import Bar
+from hpcfs.config.config import Settings
+from hpcfs.control import control, mountpoint
+from hpcfs.control.control import Request
+from hpcfs.errors import SetupError
+from hpcfs.system import signals, user_namespace
+
+VARIABLE = "HPCFS_MOUNT"
+NOT_RUN, CANNOT_RUN, NOT_FOUND = 125, 126, 127
+"""The exit codes of env(1), nohup(1) and timeout(1) for what is not the command's own failure."""
+SI_KERNEL = 0x80
+"""siginfo_t's si_code of a key pressed on the terminal, whose signal the command gets, too."""
+FORWARDED = (*signals.OF_A_JOB, signal.SIGQUIT)
+
+
+class _WithCommand(click.Command):
+    """Click forgets where `--` was."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ours, separator, command = args, "", []
+        if "--" in args:
+            at = args.index("--")
+            ours, separator, command = args[:at], args[at], args[at + 1 :]
+        rest = super().parse_args(ctx, ours)  # here --help ends it
+        if not separator or not command:
+            raise click.UsageError("say what to run: hpcfs run [NAME=URL ...] -- COMMAND", ctx)
+        ctx.params["command"] = tuple(command)
+        return rest
+
+
+@click.command(
+    cls=_WithCommand,
+    short_help="Mount for one command.",
+    options_metavar="[OPTIONS] [NAME=URL ...] -- COMMAND [ARGUMENT ...]",
+)
+@click.argument("args", nargs=-1, metavar="")
+@mount.options
+@click.pass_obj
+def run(
+    invocation: Invocation, /, args: tuple[str, ...], command: tuple[str, ...], **chosen: object
+) -> int:
+    """Mount what the configuration or the URLs name, run COMMAND, wait until all that it wrote is
+    uploaded, and unmount. COMMAND finds the mount at $HPCFS_MOUNT, a new directory of its own.
+
+    \b
+    hpcfs run -- sh -c 'python train.py "$HPCFS_MOUNT"/data'
+    hpcfs run in=s3://bucket/set out=login3:results -- ./simulate
+
+    The exit code is COMMAND's, or 1 if something that it wrote could not be uploaded. It is 125 if
+    a remote could not be mounted, and COMMAND was not run; 126 or 127 if it can't be.
+    """
+    wanted = arguments.recognise(args)
+    if wanted.mountpoint is not None:
+        raise click.UsageError(
+            f"{wanted.mountpoint} is no remote, and a mount point is not to be named: "
+            f"the command finds it as ${VARIABLE}"
+        )
+    options = Options(**chosen)  # type: ignore[arg-type] # what click read, as mount.options says
+    invocation.debug = invocation.debug or options.verbose
+    try:
+        with _directory() as place:
+            return _Run(options, wanted.named_urls, place).run(command, debug=invocation.debug)
+    except SetupError as error:
+        complain(str(error))
+        return NOT_RUN
+
+
+@contextmanager
+def _directory() -> Iterator[Path]:
+    """For this user alone, in $TMPDIR or /tmp: gone afterwards, unless it is still mounted."""
+    try:
+        made = Path(os.path.realpath(tempfile.mkdtemp(prefix="hpcfs-run-")))
+    except OSError as error:
+        raise SetupError(
+            f"no directory can be made in {tempfile.gettempdir()} ({error.strerror}): "
+            "set TMPDIR to a directory of your own"
+        ) from error
+    try:
+        yield made
+    finally:
+        with suppress(OSError):
+            made.rmdir()
+
+
+class _Run:
+    """One mount for one command. Raises SetupError before the command has begun."""
+
+    def __init__(
+        self, options: Options, named_urls: list[tuple[str | None, str]], place: Path
+    ) -> None:
+        config = options.load(named_urls)
+        if os.getuid() != 0 and not shutil.which("fusermount3"):
+            user_namespace.enter()
+        self._place = place
+        self._settings: Settings = mount.prepare(config, str(place))
+
+    def run(self, command: Sequence[str], *, debug: bool) -> int:
+        lifeline, ours = os.pipe()
+        try:
+            status = background.start(self._settings, debug=debug, owner=(lifeline, ours))
+        except BaseException:
+            os.close(ours)
+            self._tidy_up(keep_log=True)
+            raise
+        finally:
+            os.close(lifeline)
+        failed = [found for found in status.namespaces if found.state == "failed"]
+        code = NOT_RUN if failed else _run(command, {**os.environ, VARIABLE: str(self._place)})
+        for found in failed:
+            complain(f"{found.name}: {found.reason}")
+        if failed:
+            complain(f"{command[0]} was not run; name only the remotes that it needs")
+        return self._end(ours, code)
+
+    def _end(self, ours: int, code: int) -> int:
+        """From here on Ctrl-C ends the waiting, and nothing else does: what a batch system sends
+        now is followed by SIGKILL soon enough."""
+        for number in signals.OF_A_JOB:
+            if number != signal.SIGINT:
+                signal.signal(number, signal.SIG_IGN)
+        at = self._settings.socket
+        try:
+            with control.open_wait(at) as daemon:
+                is_complete = self._upload(at)
+                os.close(ours)
+                if not control.wait_until_gone(daemon, umount.PATIENCE_SECONDS):
+                    complain(f"waiting for the daemon of {self._place} to finish")
+                    control.wait_until_gone(daemon, None)
+        except KeyboardInterrupt:
+            complain(
+                "what is not uploaded stays in the journal: "
+                f"'hpcfs recover {self._place} --to DIR' copies it"
+            )
+            return 130
+        except SetupError as error:
+            complain(f"whether all is uploaded is not known: {error}")
+            self._unmount_dead()
+            return code or 1
+        if is_complete:
+            self._tidy_up(keep_log=code != 0)
+        return code if is_complete else code or 1
+
+    def _upload(self, at: Path) -> bool:
+        """Whether the remotes have all of it; what they have not is told."""
+        problem = ""
+        try:
+            with Bar("uploading") as bar:
+                control.work(at, Request("sync"), bar.show)
+        except SetupError as error:
+            problem = str(error)
+        status = control.query_status(at)
+        if not umount.tell_failures(status, problem):
+            return True
+        complain(
+            f"'hpcfs recover {self._place} --to DIR' copies it; "
+            f"the log is {self._settings.log_file}"
+        )
+        return False
+
+    def _unmount_dead(self) -> None:
+        with suppress(SetupError):  # in a namespace of our own it goes with us
+            if mountpoint.is_dead(self._place):
+                mountpoint.unmount(self._place, lazy=True)
+
+    def _tidy_up(self, *, keep_log: bool) -> None:
+        """The next run mounts elsewhere: nobody would use this cache again."""
+        shutil.rmtree(self._settings.cache_dir, ignore_errors=True)
+        if not keep_log:
+            self._settings.log_file.unlink(missing_ok=True)
+
+
+def _run(command: Sequence[str], environ: dict[str, str]) -> int:
+    """Its exit code, or 128 and the signal that ended it, as a shell has it."""
+    watched = {signal.SIGCHLD, *FORWARDED}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    try:
+        pid = os.posix_spawnp(
+            command[0],
+            list(command),
+            environ,
+            setsigmask=before,
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
+        )
+    except FileNotFoundError:
+        complain(f"{command[0]}: no such command")
+        return NOT_FOUND
+    except OSError as error:
+        complain(f"{command[0]} can't be run: {error.strerror}")
+        return CANNOT_RUN
+    else:
+        return _wait(pid, watched)
+    finally:
+        sys.stdout.flush()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _wait(pid: int, watched: set[signal.Signals]) -> int:
+    while True:
+        told = signal.sigwaitinfo(watched)
+        if told.si_signo != signal.SIGCHLD:
+            if told.si_code != SI_KERNEL:
+                os.kill(pid, told.si_signo)
+            continue
+        ended, status = os.waitpid(pid, os.WNOHANG)  # it may be the daemon that ended
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code

@@ -1,0 +1,65 @@
+"""Whoever runs hpcfs in a directory of others runs nothing that lies there: mounts with all that
+they start, tunnels, the demo with its servers and its tour."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.mount.conftest import Servers
+from tests.support.mounts import KINDS, RealHome, errno_of, kill, make_real_home, mounted, until
+from tests.support.planted import plant
+from tests.support.seed import seed
+from tests.support.tunnels import ALIAS, NAME
+
+SEARCH_PATHS = ["", ":", "."]
+"""Of PYTHONPATH. A home's commands run in its directory, and modules are planted there."""
+
+
+@pytest.mark.parametrize("search_path", SEARCH_PATHS)
+def test_a_mount_and_the_processes_that_it_starts(
+    servers: Servers, tmp_path: Path, search_path: str
+) -> None:
+    home = make_real_home(tmp_path / "home")
+    home.environ["PYTHONPATH"] = search_path
+    planted = plant(home.path)
+    served = {kind: servers.serve(kind) for kind in KINDS}
+    served["openssh"] = servers.serve("sftp").but(transport="openssh")
+    expected = ["transfer process .*ended"]
+    with mounted(home, served, expected=expected) as mount:
+        for name in served:
+            (mount.path / name / "file").write_bytes(b"content")
+        for pid in mount.transfer_processes():
+            kill(pid)
+        for name in served:  # by processes that were started after the mount
+            other = mount.path / name / "other"
+            until(lambda other=other: errno_of(other.write_bytes, b"more") is None)
+    assert planted.executed == ""
+
+
+@pytest.mark.parametrize("search_path", SEARCH_PATHS)
+def test_a_tunnel(tmp_path: Path, search_path: str) -> None:
+    with seed(tmp_path) as found:
+        planted = plant(found.laptop.path)
+        laptop = RealHome(found.laptop.path, {"PYTHONPATH": search_path})
+        tunnel = laptop.start("tunnel", ALIAS, "--name", NAME, "--share", found.shared)
+        try:
+            until(lambda: found.place() or tunnel.poll() is not None, what="the tunnel is up")
+            assert laptop.run("tunnel", "--status").returncode == 0
+            assert laptop.run("check", "--tunnel", ALIAS).returncode in (0, 1)
+        finally:
+            tunnel.send_signal(signal.SIGTERM)
+            told = tunnel.communicate(timeout=20)
+        assert (tunnel.returncode, planted.executed) == (0, ""), told
+
+
+@pytest.mark.parametrize("search_path", SEARCH_PATHS)
+def test_the_demo_with_its_servers_and_its_tour(tmp_path: Path, search_path: str) -> None:
+    home = make_real_home(tmp_path / "home")
+    planted = plant(home.path)
+    (home.path / "tmp").mkdir()
+    more = {"PYTHONPATH": search_path, "TMPDIR": str(home.path / "tmp")}
+    result = home.run("demo", "--tour", **more)
+    assert (result.returncode, planted.executed) == (0, ""), result.stderr
