@@ -101,7 +101,7 @@ class Filesystem:
         await self.permissions.check_directory(parent, os.X_OK)
         child = self.tree.child(parent, name)
         if child and (
-            child.is_namespace_root or self.tree.is_fresh(child) or self._is_ahead(child)
+            child.is_namespace_root or self.tree.is_named(child) or self._is_ahead(child)
         ):
             return child
         if parent.namespace is None:
@@ -119,8 +119,8 @@ class Filesystem:
         asked, entry = found
         if entry is not None:
             node = self._adopt(parent, name, entry, asked)
-            return node if self.tree.is_fresh(node) else None
-        if child is not None and (child.content is not None or child.observed > asked):
+            return node if self.tree.is_named(node) else None
+        if child is not None and (child.content is not None or child.named > asked):
             return None
         if child is not None:
             self._lose(parent, name, child)
@@ -139,7 +139,7 @@ class Filesystem:
             raise
         except m.NotFound as error:
             child = self.tree.child(parent, name)
-            if child and not self._is_ahead(child) and child.observed <= asked:
+            if child and not self._is_ahead(child) and child.named <= asked:
                 self._lose(parent, name, child)
             elif child:
                 return child
@@ -147,7 +147,7 @@ class Filesystem:
         if child and child.content and not child.others and not self._is_ahead(child):
             if await self.files.is_same(child.content, entry):
                 self.tree.update(child, entry, asked)
-            elif not self._is_ahead(child) and child.observed <= asked:
+            elif not self._is_ahead(child) and child.named <= asked:
                 self.files.lose(child)
         return self._adopt(parent, name, entry, asked)
 
@@ -168,7 +168,7 @@ class Filesystem:
         child = self.tree.child(parent, name)
         if child is None:
             return self.tree.add(parent, name, entry, asked)
-        if asked < child.observed or self._is_ahead(child) or child.is_namespace_root:
+        if asked < child.named or self._is_ahead(child) or child.is_namespace_root:
             return child
         if stat.S_IFMT(entry.mode) != stat.S_IFMT(child.entry.mode):
             self.files.lose(child)
@@ -233,7 +233,7 @@ class Filesystem:
             else:
                 self.tree.update(node, entry, asked)
                 return
-        node.observed = self.tree.now()
+        node.observed = node.named = self.tree.now()
 
     async def _refresh(self, node: Node) -> None:
         assert node.namespace
@@ -241,7 +241,7 @@ class Filesystem:
         if node.content:
             entry = await node.content.revalidate()
             if entry is not None:
-                self.tree.update(node, entry, asked)
+                self.tree.update_open(node, entry, asked)
                 return
         if not node.is_attached:
             return  # removed, and known by an open handle or as a working directory

@@ -94,6 +94,23 @@ def _attributes(node: Node, ino: int | None = None) -> pyfuse3.EntryAttributes:
     return shown
 
 
+def _told(node: Node) -> pyfuse3.EntryAttributes:
+    """The attributes, about to be given to the kernel."""
+    node.kernel_is_behind = False
+    return _attributes(node)
+
+
+def _drop_attributes(node: Node) -> None:
+    """The kernel asks for them before it uses them again. Without pages this waits for nothing, so
+    a handler may call it."""
+    try:
+        pyfuse3.invalidate_inode(node.ino, attr_only=True)
+    except OSError as error:
+        if error.errno != errno.ENOENT:  # the kernel has just forgotten it
+            raise
+    node.kernel_is_behind = False
+
+
 class KernelOperations(pyfuse3.Operations):
     """pyfuse3 calls these. Names and targets are bytes."""
 
@@ -118,7 +135,7 @@ class KernelOperations(pyfuse3.Operations):
 
     def _counted(self, node: Node) -> pyfuse3.EntryAttributes:
         self._fs.tree.count_lookup(node)
-        return _attributes(node)
+        return _told(node)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for ino, lookups in inode_list:
@@ -126,7 +143,7 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def getattr(self, inode: int, ctx: Any) -> pyfuse3.EntryAttributes:
-        return _attributes(await self._fs.getattr(inode))
+        return _told(await self._fs.getattr(inode))
 
     @_answering
     async def setattr(
@@ -140,7 +157,7 @@ class KernelOperations(pyfuse3.Operations):
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
         size = attr.st_size if fields.update_size else None
-        return _attributes(await self._fs.setattr(inode, wanted, size, fh))
+        return _told(await self._fs.setattr(inode, wanted, size, fh))
 
     @_answering
     async def readlink(self, inode: int, ctx: Any) -> bytes:
@@ -237,8 +254,11 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
-        handle, keep = await self._fs.files.open(self._fs.tree.get(inode), flags)
-        return pyfuse3.FileInfo(fh=handle, keep_cache=keep)
+        node = self._fs.tree.get(inode)
+        opened = await self._fs.files.open(node, flags)
+        if not opened.keep_attributes:
+            _drop_attributes(node)
+        return pyfuse3.FileInfo(fh=opened.handle, keep_cache=opened.keep_pages)
 
     @_answering
     async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
@@ -279,6 +299,7 @@ class KernelOperations(pyfuse3.Operations):
         for following, name, node, counts in await self._fs.directories.read(fh, start_id):
             sent = pyfuse3.readdir_reply(token, name, _attributes(node), following)
             if sent and counts:
+                node.kernel_is_behind = False
                 self._fs.tree.count_lookup(node)
             elif not sent:
                 self._fs.tree.drop_if_unused(node)

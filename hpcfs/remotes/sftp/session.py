@@ -105,6 +105,8 @@ class SftpSession:
     sets_without_following: bool = True
     """Whether lsetstat@openssh.com is there and works: before glibc 2.32 it could set no modes."""
     uploading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_UPLOADS))
+    appends: bool = True
+    """Whether files can be opened for appending; false once that has failed."""
     shared_handles: bool = False
     """A handle counts on all channels, so that a file can be read over several."""
     open_channel: Callable[[], Awaitable[Requests]] | None = None
