@@ -40,7 +40,8 @@ from hpcfs.writeback.uploader import Uploader
 log = logging.getLogger(__name__)
 
 OPEN_FRESH_SECONDS = 0.1
-"""open(2) asks the remote for the file's version, unless the path walk just before it did."""
+"""open(2) asks the remote for the file's version, unless the path walk just before it did. So
+long the kernel remembers, too, that a name is missing: cp asks for it and makes it."""
 
 
 _CURRENT_ATTEMPTS = 8

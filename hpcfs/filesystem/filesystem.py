@@ -31,6 +31,7 @@ from hpcfs.filesystem.errors import (
     ReadOnly,
 )
 from hpcfs.filesystem.files import Files
+from hpcfs.filesystem.makers import UNKNOWN_PROCESS, Makers
 from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.permissions import Permissions
 from hpcfs.filesystem.renaming import Renaming, check_empty
@@ -77,6 +78,7 @@ class Filesystem:
                 self.tree.add(self.tree.root, name, entry, 0.0, namespace)
         self.permissions = Permissions(self._uid)
         self.files = Files(self.tree, store, uploader, nursery, self.permissions, self._gid)
+        self._makers = Makers()
         self._renaming = Renaming(self.tree, store, self.files)
         self._attributes = AttributeChanges(self.tree, store, self.files)
         keeping = any(namespace.keeps_xattrs for namespace in self._namespaces)
@@ -89,8 +91,8 @@ class Filesystem:
 
     # --- looking --------------------------------------------------------------------------------
 
-    async def lookup(self, parent_ino: int, name: bytes) -> Node:
-        """Raises NoEntry where there is no such name."""
+    async def lookup(self, parent_ino: int, name: bytes, process: int = UNKNOWN_PROCESS) -> Node:
+        """For this process. Raises NoEntry where there is no such name."""
         parent = self._directory(parent_ino)
         if len(name) > MAX_NAME_BYTES:
             raise NameLong("names have at most 255 bytes")
@@ -106,13 +108,20 @@ class Filesystem:
             return child
         if parent.namespace is None:
             raise NoEntry("the mount's top has only namespaces")
-        if listed := self._listed(parent, name, child):
-            return listed
-        return await self._look_up(parent, name, child)
+        try:
+            if listed := self._listed(parent, name, child, process):
+                return listed
+            node = await self._look_up(parent, name, child)
+        except NoEntry:
+            self._makers.missed(process, (parent, name))
+            raise
+        if child is None:
+            self._makers.found(process)
+        return node
 
-    def _listed(self, parent: Node, name: bytes, child: Node | None) -> Node | None:
+    def _listed(self, parent: Node, name: bytes, child: Node | None, process: int) -> Node | None:
         """What a listing of a moment ago tells; None if the remote must be asked. No await. Raises
-        NoEntry if it has no such name."""
+        NoEntry if it has no such name, and the process would make it."""
         found = self.directories.find(parent, name)
         if found is None:
             return None
@@ -120,6 +129,8 @@ class Filesystem:
         if entry is not None:
             node = self._adopt(parent, name, entry, asked)
             return node if self.tree.is_named(node) else None
+        if not self._makers.is_making(process):
+            return None
         if child is not None and (child.content is not None or child.named > asked):
             return None
         if child is not None:
@@ -321,11 +332,11 @@ class Filesystem:
         self.tree.note_made(parent, name)
         return parent, namespace
 
-    def _made(self, parent: Node, name: bytes, entry: m.Entry, asked: float) -> Node:
+    def _made(self, parent: Node, name: bytes, entry: m.Entry, asked: float, process: int) -> Node:
+        self._makers.made(process, (parent, name))
         if known := self.tree.child(parent, name):
             self.tree.detach(known)
         self.tree.note_made(parent, name)
-        self.directories.filled(parent)
         self.tree.expire(parent)
         return self.tree.add(parent, name, entry, asked)
 
@@ -335,21 +346,25 @@ class Filesystem:
         if known and known.content and known.content.may_be_missing:
             raise Exists("the name is taken")
 
-    async def mkdir(self, parent_ino: int, name: bytes, mode: int) -> Node:
+    async def mkdir(
+        self, parent_ino: int, name: bytes, mode: int, process: int = UNKNOWN_PROCESS
+    ) -> Node:
         parent, namespace = await self._about_to_change(parent_ino, name)
         asked = self.tree.now()
         self._refuse_pending(parent, name)
         request = m.MakeDirectory(join(parent, name), stat.S_IMODE(mode))
-        node = self._made(parent, name, await namespace.entry(request), asked)
+        node = self._made(parent, name, await namespace.entry(request), asked, process)
         self.directories.made(node)
         return node
 
-    async def symlink(self, parent_ino: int, name: bytes, target: bytes) -> Node:
+    async def symlink(
+        self, parent_ino: int, name: bytes, target: bytes, process: int = UNKNOWN_PROCESS
+    ) -> Node:
         parent, namespace = await self._about_to_change(parent_ino, name)
         self._refuse_pending(parent, name)
         asked = self.tree.now()
         request = m.MakeSymlink(join(parent, name), target)
-        return self._made(parent, name, await namespace.entry(request), asked)
+        return self._made(parent, name, await namespace.entry(request), asked, process)
 
     async def link(self, ino: int, parent_ino: int, name: bytes) -> Node:
         parent, namespace = await self._about_to_change(parent_ino, name)
@@ -364,7 +379,7 @@ class Filesystem:
         except m.NotSupported as error:
             raise NoSuchKind(error.message) from None
         if not node.is_attached or self._is_ahead(node):
-            return self._made(parent, name, entry, asked)
+            return self._made(parent, name, entry, asked, UNKNOWN_PROCESS)
         self.tree.note_gone(parent, name)
         self.tree.expire(parent)
         self.tree.update(node, entry, asked)
@@ -372,7 +387,9 @@ class Filesystem:
         self.tree.note_changed(node)
         return node
 
-    async def create(self, parent_ino: int, name: bytes, mode: int, flags: int) -> tuple[int, Node]:
+    async def create(
+        self, parent_ino: int, name: bytes, mode: int, flags: int, process: int = UNKNOWN_PROCESS
+    ) -> tuple[int, Node]:
         """-> (handle, node). Without O_EXCL, a file that has just come into being is opened."""
         parent, _ = await self._about_to_change(parent_ino, name)
         if known := self.tree.child(parent, name):
@@ -382,13 +399,14 @@ class Filesystem:
         try:
             handle, node = await self.files.create(parent, name, mode, flags)
             self.tree.note_made(parent, name)
+            self._makers.made(process, (parent, name))
         except m.AlreadyExists:
+            self._makers.found(process)
             self.tree.note_made(parent, name)
             if flags & os.O_EXCL:
                 raise
             node = await self.lookup(parent_ino, name)
             return (await self.files.open(node, flags))[0], node
-        self.directories.filled(parent)
         if node.content and node.content.new:
             self.tree.touch(parent)
         else:
@@ -425,7 +443,14 @@ class Filesystem:
     # --- rename -----------------------------------------------------------------------------------
 
     async def rename(
-        self, parent_ino: int, name: bytes, new_parent_ino: int, new_name: bytes, *, replace: bool
+        self,
+        parent_ino: int,
+        name: bytes,
+        new_parent_ino: int,
+        new_name: bytes,
+        *,
+        replace: bool,
+        process: int = UNKNOWN_PROCESS,
     ) -> None:
         parent, namespace = await self._parent(parent_ino, name)
         new_parent, new_namespace = await self._parent(new_parent_ino, new_name)
@@ -434,7 +459,7 @@ class Filesystem:
         if (parent, name) == (new_parent, new_name):
             return
         node = await self.lookup(parent_ino, name)
-        target = await self._target_of(new_parent, new_name, node)
+        target = await self._target_of(new_parent, new_name, node, process)
         if target is node:
             return  # two links of one file: rename(2) leaves both
         self.tree.note_made(parent, name)
@@ -442,13 +467,14 @@ class Filesystem:
         await self._renaming.rename(
             namespace, node, (parent, name), new_parent, new_name, target, replace=replace
         )
+        self._makers.made(process, (new_parent, new_name))
 
-    async def _target_of(self, parent: Node, name: bytes, node: Node) -> Node | None:
+    async def _target_of(self, parent: Node, name: bytes, node: Node, process: int) -> Node | None:
         """What will be replaced. Only where the remote is not asked to rename must it be known."""
         child = self.tree.child(parent, name)
         if child is None and node.content is not None and node.content.new:
             try:
-                return await self.lookup(parent.ino, name)
+                return await self.lookup(parent.ino, name, process)
             except NoEntry:
                 return None
         return child

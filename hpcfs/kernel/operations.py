@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import pyfuse3
 
 from hpcfs.filesystem.errors import Invalid, NoEntry
+from hpcfs.filesystem.files import OPEN_FRESH_SECONDS
 from hpcfs.filesystem.filesystem import Filesystem
 from hpcfs.filesystem.tree import ATTRIBUTE_SECONDS, Node
 from hpcfs.kernel.errno import errno_of
@@ -126,11 +127,11 @@ class KernelOperations(pyfuse3.Operations):
     @_answering
     async def lookup(self, parent: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
         try:
-            return self._counted(await self._fs.lookup(parent, name))
+            return self._counted(await self._fs.lookup(parent, name, ctx.pid))
         except NoEntry:
             missing = pyfuse3.EntryAttributes()
             missing.st_ino = 0  # lets the kernel remember for a while that there is no such name
-            missing.entry_timeout = ATTRIBUTE_SECONDS
+            missing.entry_timeout = OPEN_FRESH_SECONDS
             return missing
 
     def _counted(self, node: Node) -> pyfuse3.EntryAttributes:
@@ -213,7 +214,7 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def mkdir(self, parent: int, name: bytes, mode: int, ctx: Any) -> Any:
-        return self._counted(await self._fs.mkdir(parent, name, mode & ~ctx.umask))
+        return self._counted(await self._fs.mkdir(parent, name, mode & ~ctx.umask, ctx.pid))
 
     @_answering
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Any) -> Any:
@@ -221,7 +222,7 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def symlink(self, parent: int, name: bytes, target: bytes, ctx: Any) -> Any:
-        return self._counted(await self._fs.symlink(parent, name, target))
+        return self._counted(await self._fs.symlink(parent, name, target, ctx.pid))
 
     @_answering
     async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: Any) -> Any:
@@ -248,7 +249,9 @@ class KernelOperations(pyfuse3.Operations):
         if flags & ~_RENAME_NOREPLACE:
             raise Invalid("two names can't be exchanged")
         replace = not flags & _RENAME_NOREPLACE
-        await self._fs.rename(parent_old, name_old, parent_new, name_new, replace=replace)
+        await self._fs.rename(
+            parent_old, name_old, parent_new, name_new, replace=replace, process=ctx.pid
+        )
 
     # --- files ----------------------------------------------------------------------------------
 
@@ -262,7 +265,7 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
-        handle, node = await self._fs.create(parent, name, mode & ~ctx.umask, flags)
+        handle, node = await self._fs.create(parent, name, mode & ~ctx.umask, flags, ctx.pid)
         return pyfuse3.FileInfo(fh=handle), self._counted(node)
 
     @_answering

@@ -215,3 +215,21 @@ def test_two_who_append_lose_no_line(shared_sftp: Shared) -> None:
     assert theirs == [b"theirs %d" % number for number in range(len(theirs))]
     assert len(theirs) + 2 * count == len(lines)
     assert (shared_sftp.path / "both").read_bytes() == found
+
+
+def test_what_the_job_just_made_is_there(shared: Shared) -> None:
+    """For programs that asked for many names before, and for a moment old listing lacks it."""
+    os.mkdir(shared.path / "made")
+    shared.inside.write("made/first", b"x")
+    for number in range(20):
+        assert not (shared.path / "made" / f"missing-{number}").exists()
+        (shared.path / "made" / f"ours-{number}").touch()
+    for number, flags in enumerate([os.O_RDONLY, os.O_WRONLY, os.O_RDWR | os.O_TRUNC]):
+        os.listdir(shared.path / "made")
+        made = shared.path / "made" / f"new-{number}"
+        assert not made.exists()
+        shared.inside.write(f"made/new-{number}", b"from the job")
+        _let_open_ask()
+        os.close(os.open(made, flags))
+        assert made.stat().st_size == (0 if flags & os.O_TRUNC else 12)
+        made.rename(made.with_name(f"renamed-{number}"))
