@@ -315,6 +315,11 @@ class Upload(msgspec.Struct, frozen=True, tag=True):
     changed. `times_set` tells that a program set the `mtime_ns` among the attributes; otherwise it
     is that of the last write, and where keeping it would cost a copy of the object, the server's
     counts.
+
+    With `append` (only where the remote has partial writes) the ranges are one, from `base_size`
+    to `size`: programs appended it. It goes where the file ends by then, without a Conflict, and
+    the entry's size tells where that was. `base_version` None then says that an earlier attempt may
+    have brought it, or a part of it.
     """
 
     path: bytes
@@ -330,6 +335,7 @@ class Upload(msgspec.Struct, frozen=True, tag=True):
     handle: int = NO_HANDLE
     whole: bool = True
     times_set: bool = True
+    append: bool = False
 
 
 class UploadAhead(msgspec.Struct, frozen=True, tag=True):

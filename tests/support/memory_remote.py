@@ -266,6 +266,8 @@ class MemoryRemote:
         if item is not None and not (item.is_file or (request.replace and not item.is_directory)):
             raise m.IsADirectory(f"{request.path!r} is no file")
         ahead = self.ahead.pop(request.handle, {})
+        if request.append:
+            return self._appended(item, request, source)
         self._check_base(item, request, ahead)
         if request.replace:
             item = None
@@ -283,6 +285,19 @@ class MemoryRemote:
         self._touch(item)
         self._set(item, request.attributes)
         report(request.size)
+        return self._entry(request.path, item)
+
+    def _appended(self, item: Item | None, request: m.Upload, source: Source) -> m.Entry:
+        assert self.is_sftp
+        assert request.ranges == [(request.base_size, request.size - request.base_size)]
+        if item is None:
+            raise m.Conflict(f"{request.path!r} was removed")
+        ours = source.read(*request.ranges[0])
+        added = bytes(item.content[request.base_size :])
+        if request.base_version is not None or ours not in added:
+            item.content += ours
+        self._touch(item)
+        self._set(item, request.attributes)
         return self._entry(request.path, item)
 
     def _check_base(
