@@ -264,6 +264,7 @@ class Files(Closing):
         asked = self._tree.now()
         handle = m.NO_HANDLE
         if namespace.writes_back:
+            await namespace.check_takes_writes()
             await self.backlog.make_room(None, 0)
             await self._look_once(parent, namespace)
             entry = self._entry_made_here(parent, name, mode, abilities)

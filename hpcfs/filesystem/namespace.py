@@ -126,6 +126,14 @@ class Namespace:
             self._abilities = await self.call(m.Connect(), m.Abilities, timeout=LOGIN_TIMEOUT)
         return self._abilities
 
+    async def check_takes_writes(self) -> None:
+        """Before something is changed that the remote will hear of later. Raises ReadOnlyRemote."""
+        if not (await self.abilities()).read_only:
+            return
+        self._abilities = await self.call(m.Connect(), m.Abilities)  # perhaps it no longer is
+        if self._abilities.read_only:
+            raise m.ReadOnlyRemote(f"{self.name} is read-only on the remote")
+
     @property
     def dates_directories(self) -> bool:
         """Taken to be so as long as the remote was not asked."""

@@ -105,6 +105,8 @@ class Abilities(msgspec.Struct, frozen=True):
     """The remote user is root: the modes of its files don't bind it."""
     checks_permissions: bool = True
     """The remote refuses what modes and owners forbid."""
+    read_only: bool = False
+    """Nothing could be changed there when it was connected to."""
     dates_directories: bool = True
     """A name that comes or goes changes its directory's mtime."""
     roots: tuple[bytes, ...] = ()
@@ -421,6 +423,12 @@ class Truncate(msgspec.Struct, frozen=True, tag=True):
     size: int
 
 
+class CheckWritable(msgspec.Struct, frozen=True, tag=True):
+    """Whether the remote user may write to this file -> None, or why not."""
+
+    path: bytes
+
+
 class GetDiskUsage(msgspec.Struct, frozen=True, tag=True):
     """-> DiskUsage | None (None: this remote knows no limit)."""
 
@@ -432,7 +440,7 @@ class GetTraffic(msgspec.Struct, frozen=True, tag=True):
 Request = (
     Connect | Stat | StatOpen | List | ReadLink | Fetch | Release | Upload | UploadAhead | Create
     | MakeDirectory | MakeSymlink | MakeLink | Rename | Remove | RemoveDirectory | SetAttributes
-    | Truncate | GetDiskUsage | GetTraffic
+    | Truncate | CheckWritable | GetDiskUsage | GetTraffic
 )  # fmt: skip
 
 

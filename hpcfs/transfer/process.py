@@ -240,6 +240,8 @@ def perform(
             return remote.set_attributes(path, attributes)
         case m.Truncate(path, size):
             return remote.truncate(path, size)
+        case m.CheckWritable(path):
+            return remote.check_writable(path)
         case m.GetDiskUsage():
             return remote.disk_usage()
     raise m.InvalidRequest(f"an unknown request: {type(request).__name__}")

@@ -60,6 +60,9 @@ class MemoryRemote:
         self.distinct = distinct
         self._clock_ns = 1_700_000_000 * SECOND
         self.root = Item(stat.S_IFDIR | 0o755, self._clock_ns)
+        self.read_only = False
+        """As a server is for which nothing can be changed: no more than its abilities and `create`
+        know of it."""
         self.umask = 0
         """SFTP: what new entries don't get, whatever they are asked for with."""
         self.groups = {GID}
@@ -204,6 +207,7 @@ class MemoryRemote:
             mtime_resolution_ns=SECOND if self.is_sftp else 1,
             part_copies=self.copies_parts,
             checks_permissions=self.is_sftp,
+            read_only=self.read_only,
             dates_directories=self.is_sftp,
             roots=self.roots,
         )
@@ -359,6 +363,8 @@ class MemoryRemote:
 
     async def create(self, path: bytes, mode: int, handle: int = m.NO_HANDLE) -> m.Entry:
         parent, name = self._free_place(path)
+        if self.read_only:
+            raise m.ReadOnlyRemote("it is read-only")
         item = self._made(parent, stat.S_IFREG | mode)
         item.changes = self._clock_ns
         if self.is_sftp:
@@ -436,6 +442,11 @@ class MemoryRemote:
         item.content.extend(bytes(size - len(item.content)))
         self._touch(item)
         return self._entry(path, item)
+
+    async def check_writable(self, path: bytes) -> None:
+        item = self._file(path)
+        if self.is_sftp and item.uid != UID and not item.mode & 0o022:
+            raise m.PermissionDenied(f"{path!r} is somebody else's")
 
     async def disk_usage(self) -> m.DiskUsage | None:
         return m.DiskUsage(10**12, 10**11, 10**11, 10**6, 10**5) if self.is_sftp else None

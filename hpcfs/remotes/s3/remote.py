@@ -180,6 +180,9 @@ class S3Remote:
         """What was sent of files that nobody completes any more is removed."""
         await self._uploads.streams.close()
 
+    async def check_writable(self, path: bytes) -> None:
+        """Nothing forbids it before it is tried."""
+
     async def disk_usage(self) -> DiskUsage | None:
         return None
 
