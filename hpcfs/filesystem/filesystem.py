@@ -90,7 +90,7 @@ class Filesystem:
             self.getattr, self._attributes, self.permissions, any_keeps=keeping
         )
         self.directories = Directories(
-            self.tree, self._adopt, self.files.sweeper, str(store.directory), nursery
+            self.tree, self._adopt, self.files.sweeper, str(store.directory), store.spool, nursery
         )
 
     # --- looking --------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import stat
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Literal, Protocol, TypeVar
 
@@ -54,6 +55,27 @@ class SiteCalls(Protocol):
     ) -> None: ...
 
 
+_EMPTY_NOTED = 10_000
+
+
+class _Named(Protocol):
+    @property
+    def path(self) -> bytes: ...
+
+
+class Versioned(Protocol):
+    """An open file's content."""
+
+    @property
+    def place(self) -> _Named: ...
+
+    @property
+    def version(self) -> bytes: ...
+
+    @property
+    def size(self) -> int: ...
+
+
 class Namespace:
     """`origin` names the remote folder across mounts: the cache is kept under it."""
 
@@ -85,6 +107,19 @@ class Namespace:
         self.uploaded = Meter(time.monotonic)
         self._abilities: m.Abilities | None = None
         self._next_handle = 0
+        self._empty: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
+        """(path, version) of files without bytes that were read, and had none."""
+
+    def is_empty(self, content: Versioned) -> bool:
+        """Whether it was found to have no bytes; its size says nothing of a file in /proc."""
+        return not content.size and (content.place.path, content.version) in self._empty
+
+    def note_empty(self, content: Versioned) -> None:
+        if content.size:
+            return
+        self._empty[content.place.path, content.version] = None
+        if len(self._empty) > _EMPTY_NOTED:
+            self._empty.popitem(last=False)
 
     def new_handle(self) -> int:
         """Identifies an open file to the transfer process."""

@@ -41,6 +41,8 @@ FETCH_ALL_BYTES = 32 * 1024 * 1024
 """At once, of a file that is needed whole."""
 VOUCH_SECONDS = 10.0
 """So long a program that reads from the remote need not ask for the file's attributes too."""
+UNSIZED_BYTES = 1024 * 1024
+"""Of a file whose size says nothing, at once; larger ones don't tell a wrong size."""
 _MOST_VERIFIED = 128
 """Blocks at once, by a thread."""
 _GROWTH_ATTEMPTS = 4
@@ -85,6 +87,8 @@ class RemoteContent(ABC):
         """Somebody may have read bytes of this version here."""
         self.held = False
         """The remote has the file open for this content."""
+        self.is_unsized = False
+        """The remote's file ends before the size that it tells, and did not change: as in /sys."""
         self.orphan = False
         """Removed: nothing of it will ever be uploaded."""
         self.replaced = False
@@ -138,7 +142,7 @@ class RemoteContent(ABC):
         return range(offset // BLOCK_BYTES, -(-end // BLOCK_BYTES))
 
     async def _fetch(self, offset: int, length: int, *, urgent: bool) -> m.Fetched:
-        attempts = 0
+        attempts = unchanged = 0
         while True:
             while self._in_motion is not None:
                 await self._in_motion.wait()
@@ -155,6 +159,10 @@ class RemoteContent(ABC):
                 attempts += 1
                 follows = self._in_motion is not None or await self._follows()
                 moved = self.version != version or self.place.path != path
+                unchanged += follows and not moved and self._in_motion is None
+                if unchanged > 1 and self.base_size <= UNSIZED_BYTES:
+                    self.is_unsized = True
+                    raise
                 if attempts > _GROWTH_ATTEMPTS or not (follows or moved):
                     raise
             except m.CacheDiskFull:
@@ -334,6 +342,26 @@ class RemoteContent(ABC):
         self.file.version = entry.version
         self.file.size = self.base_size = new
         self.growing = new > old
+
+    async def read_unsized(self, offset: int, length: int) -> bytes:
+        """What the remote gives there now, which is not cached."""
+        place, namespace = self.place, self.namespace
+        if self.is_dirty() or self.orphan or self.replaced:
+            return b""
+        version = self.version
+        request = m.ReadUnsized(place.path, offset, min(length, UNSIZED_BYTES), self.handle)
+        try:
+            data = await namespace.call(request, bytes)
+        except m.NotConnected:
+            if not namespace.sleeps:
+                raise
+            return b""
+        except m.NotFound as error:
+            raise Stale(error.message) from None
+        self.held = True
+        if not data and not offset and self.version == version:
+            namespace.note_empty(self)
+        return data
 
     async def let_go(self) -> None:
         """The remote need not keep the file open any more."""

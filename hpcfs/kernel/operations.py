@@ -261,7 +261,11 @@ class KernelOperations(pyfuse3.Operations):
         opened = await self._fs.files.open(node, flags)
         if not opened.keep_attributes:
             _drop_attributes(node)
-        return pyfuse3.FileInfo(fh=opened.handle, keep_cache=opened.keep_pages)
+        return pyfuse3.FileInfo(
+            fh=opened.handle,
+            keep_cache=opened.keep_pages,
+            direct_io=self._fs.files.get(opened.handle).is_unsized,
+        )
 
     @_answering
     async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:

@@ -220,6 +220,8 @@ def perform(
             return remote.stat_open(handle)
         case m.ReadLink(path):
             return remote.read_link(path)
+        case m.ReadUnsized(path, offset, length, handle):
+            return remote.read_unsized(path, offset, length, handle)
         case m.Release(handle):
             return remote.release(handle)
         case m.Create(path, mode, handle):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -219,7 +220,7 @@ class MemoryRemote:
         item = self.handles.get(handle)
         return None if item is None else self._entry(b"", item)
 
-    async def list(self, path: bytes) -> AsyncIterator[Sequence[m.Entry]]:
+    async def list(self, path: bytes) -> AsyncGenerator[Sequence[m.Entry], None]:
         item = self._find(path)
         if not item.is_directory:
             raise m.NotADirectory(f"{path!r}: not a directory")
@@ -257,6 +258,9 @@ class MemoryRemote:
             raise m.Changed(f"{path!r} is shorter than it was")
         assert length >= 0, "a fetch of a negative length"
         return [bytes(item.content[offset : offset + length])]
+
+    async def read_unsized(self, path: bytes, offset: int, length: int, handle: int) -> bytes:
+        return bytes(self._find(path).content[offset : offset + length])
 
     async def release(self, handle: int) -> None:
         self.handles.pop(handle, None)
@@ -584,11 +588,13 @@ class MemorySite:
         timeout: float = 30.0,
     ) -> None:
         self.cues.calls.append(request)
-        with trio.move_on_after(timeout):
+        with trio.move_on_after(timeout) as scope:
             await self.cues.reach(request, "before")
-            async for page in self.remotes[namespace].list(request.path):
-                on_page(msgspec.msgpack.encode(page))
-                await self.cues.reach(request, "middle")
+            async with aclosing(self.remotes[namespace].list(request.path)) as pages:
+                async for page in pages:
+                    scope.deadline = trio.current_time() + timeout
+                    on_page(msgspec.msgpack.encode(page))
+                    await self.cues.reach(request, "middle")
             await self.cues.reach(request, "after")
             return
         raise m.TimedOut(f"no answer to List within {timeout:g} s")

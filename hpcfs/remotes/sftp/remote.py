@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
+import asyncssh
 import msgspec
 from asyncssh import SFTPAttrs
 from asyncssh.constants import FXF_WRITE
@@ -273,6 +274,16 @@ class SftpRemote:
                 return await read.read_range(
                     place, remote, version, offset, length, growing=growing, urgent=urgent
                 )
+
+    async def read_unsized(self, path: bytes, offset: int, length: int, handle: int) -> bytes:
+        place = await self._place(path)
+        length = min(length, place.session.read_bytes)
+        with place.asking():
+            async with self._files.using(place, handle) as remote:
+                try:
+                    return b"".join(await place.session.bulk.read_piece(remote, offset, length))
+                except asyncssh.SFTPEOFError:
+                    return b""
 
     async def release(self, handle: int) -> None:
         self._files.release(handle)
