@@ -113,7 +113,7 @@ def _stay(settings: Settings, status: MountStatus) -> int:
 
 def _welcome(settings: Settings) -> str:
     place = settings.mountpoint
-    own = Path(sys.argv[0]).resolve()
+    own = Path(sys.argv[0]).resolve().with_name("hpcfs")
     on_path = shutil.which("hpcfs")
     command = "hpcfs" if on_path and Path(on_path).resolve() == own else str(own)
     return f"""
