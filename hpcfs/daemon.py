@@ -220,6 +220,7 @@ class _Daemon:
                     write=chosen.write,
                     keeps_xattrs=chosen.keeps_xattrs,
                     sleeps=isinstance(chosen.site, TunnelSite),
+                    symlinks=chosen.symlinks,
                 )
             )
         self._fs = Filesystem(
@@ -228,6 +229,7 @@ class _Daemon:
             Uploader(self._journal),
             services,
             single=settings.root_namespace is not None,
+            mountpoint=os.fsencode(settings.mountpoint),
         )
         tree, files = self._fs.tree, self._fs.files
         files.backlog.limit = settings.journal_size

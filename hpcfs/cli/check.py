@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -21,7 +22,7 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 @click.command(short_help="Find out what would stop a mount.")
-@click.argument("args", nargs=-1, metavar="[NAME=URL ...]")
+@click.argument("args", nargs=-1, metavar="[HOST | NAME=URL ...]")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE")
 @click.option("--tunnel", "tunnel_host", metavar="HOST", help="What 'hpcfs tunnel HOST' needs.")
 @name_option
@@ -35,6 +36,8 @@ def check(
 ) -> int:
     """Check this machine, the configuration and each remote. No login is tried over SSH; laptops
     behind tunnels are asked.
+
+    With HOST: what ssh makes of it by its configuration, and what of that hpcfs can't obey.
 
     With --tunnel, on the laptop: log in, and try what a tunnel needs. Nothing stays behind.
 
@@ -53,7 +56,7 @@ def check(
 def _all(args: tuple[str, ...], config_file: Path | None) -> Iterator[Finding]:
     yield from check_machine.machine()
     try:
-        chosen = config.load(config_file, arguments.recognise(args).named_urls)
+        chosen = config.load(config_file, arguments.recognise(_as_urls(args)).named_urls)
     except SetupError as error:
         yield Finding("fail", "configuration", str(error))
         return
@@ -63,6 +66,17 @@ def _all(args: tuple[str, ...], config_file: Path | None) -> Iterator[Finding]:
     yield from check_machine.mount_place(chosen)
     yield from check_machine.cache(chosen)
     yield from _namespaces(chosen)
+
+
+def _as_urls(args: Sequence[str]) -> list[str]:
+    """A bare HOST is what `ssh HOST` reaches: a check has no mount point."""
+
+    def is_host(text: str) -> bool:
+        return not set(text) & set(":/=") and not os.path.isdir(text)
+
+    if len(args) == 1:
+        return [f"{text}:" if is_host(text) else text for text in args]
+    return [f"{text}={text}:" if is_host(text) else text for text in args]
 
 
 def _namespaces(chosen: Config) -> Iterable[Finding]:

@@ -6,27 +6,16 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from hpcfs.cli.findings import Finding
-from hpcfs.system import paths
-from hpcfs.transfer.messages import SshSite
+from hpcfs.transfer.messages import RemoteError, SshSite
+
+if TYPE_CHECKING:
+    from hpcfs.remotes.ssh.settings import Hop
 
 BANNER_BYTES = 255
-
-
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """What ~/.ssh/config makes of a host. `jump` is a ProxyJump or ProxyCommand, or empty."""
-
-    host: str
-    port: int
-    jump: str
-    known_hosts: list[Path]
-    identity_files: list[Path]
 
 
 def ssh_namespace(subject: str, site: SshSite) -> Iterator[Finding]:
@@ -42,58 +31,34 @@ def ssh_namespace(subject: str, site: SshSite) -> Iterator[Finding]:
             "install it (openssh-client), or leave the key out",
         )
         return
-    found = resolve(site)
-    if found.jump:
-        yield Finding("ok", subject, f"{found.host} is reached through {found.jump}: not tried")
-    else:
+    from hpcfs.remotes.ssh import checking  # the other checks need no asyncssh
+
+    try:
+        *jumps, found = checking.look(site)
+    except RemoteError as error:
+        yield Finding("fail", subject, error.message)
+        return
+    yield _login(subject, jumps, found)
+    for sentence in found.not_obeyed if site.transport == "asyncssh" else ():
+        yield Finding("warn", subject, f"in the SSH configuration {sentence}")
+    if found.is_direct:
         yield _reach(subject, found, site.connect_timeout)
-    yield _known(subject, found)
+    for hop in (*jumps, found):
+        yield _known(subject, hop)
     yield _keys(subject, found)
 
 
-def resolve(site: SshSite) -> Resolved:
-    """Asks `ssh -G`; without an ssh the defaults must do."""
-    options: dict[str, list[str]] = {}
-    for line in _ssh_g(site).splitlines():
-        key, _, value = line.partition(" ")
-        options.setdefault(key, []).append(value)
-    jumps = [
-        v for key in ("proxyjump", "proxycommand") for v in options.get(key, []) if v != "none"
-    ]
-    known = (options.get("userknownhostsfile") or ["~/.ssh/known_hosts"])[0].split()
-    known += (options.get("globalknownhostsfile") or ["/etc/ssh/ssh_known_hosts"])[0].split()
-    default_keys = [f"~/.ssh/id_{kind}" for kind in ("ed25519", "ecdsa", "rsa")]
-    keys = [site.identity_file] if site.identity_file else options.get("identityfile", default_keys)
-    return Resolved(
-        host=(options.get("hostname") or [site.host])[0],
-        port=site.port or int((options.get("port") or ["22"])[0]),
-        jump=jumps[0] if jumps else "",
-        known_hosts=[_home_path(name) for name in known],
-        identity_files=[_home_path(name) for name in keys],
-    )
+def _login(subject: str, jumps: Sequence[Hop], found: Hop) -> Finding:
+    """What ssh makes of the host's name."""
+    way = [f"{hop.user}@{hop.host} port {hop.port}" for hop in jumps]
+    if found.proxy_command is not None:
+        way = [f"'{found.proxy_command}'"]
+    through = f", through {', then '.join(way)}, which is not tried" if way else ""
+    login = f"{found.user}@{found.host} port {found.port}"
+    return Finding("ok", subject, f"{found.alias} means {login}{through}")
 
 
-def _ssh_g(site: SshSite) -> str:
-    if not shutil.which("ssh"):
-        return ""
-    command = ["ssh", "-G"]
-    if site.ssh_config:
-        command += ["-F", site.ssh_config]
-    if site.user:
-        command += ["-l", site.user]
-    result = subprocess.run(
-        [*command, "--", site.host],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=10,
-        check=False,
-    )
-    return result.stdout
-
-
-def _reach(subject: str, found: Resolved, timeout: float) -> Finding:
+def _reach(subject: str, found: Hop, timeout: float) -> Finding:
     where = f"{found.host} port {found.port}"
     try:
         with socket.create_connection((found.host, found.port), timeout) as connection:
@@ -111,28 +76,31 @@ def _reach(subject: str, found: Resolved, timeout: float) -> Finding:
     return Finding("ok", subject, f"{where} answers")
 
 
-def _known(subject: str, found: Resolved) -> Finding:
-    from asyncssh import read_known_hosts
-
-    files = [str(file) for file in found.known_hosts if os.access(file, os.R_OK)]
-    try:
-        keys = read_known_hosts(files).match(found.host, "", found.port) if files else ()
-    except ValueError as error:
-        return Finding("fail", subject, f"known_hosts can't be read ({error}): correct that line")
-    if any(keys):
-        return Finding("ok", subject, f"the host key of {found.host} is known")
+def _known(subject: str, found: Hop) -> Finding:
+    name, strict = found.host_keys.rules.name, found.host_keys.rules.strict
+    if found.host_keys.knows_host():
+        return Finding("ok", subject, f"the host key of {name} is known")
+    if strict == "yes":
+        return Finding(
+            "fail",
+            subject,
+            f"the host key of {name} is not known, and StrictHostKeyChecking is yes: add what "
+            "ssh-keyscan prints to known_hosts after checking it",
+        )
+    if strict in ("no", "accept-new"):
+        text = f"the host key of {name} is not known: StrictHostKeyChecking {strict} accepts any"
+        return Finding("warn", subject, text)
     return Finding(
         "warn",
         subject,
-        f"the host key of {found.host} is not known: the first mount asks on a terminal "
+        f"the host key of {name} is not known: the first mount asks on a terminal "
         "and fails without one",
     )
 
 
-def _keys(subject: str, found: Resolved) -> Finding:
-    names = [file.name for file in found.identity_files if os.access(file, os.R_OK)]
-    agent = _agent_answers()
-    if agent:
+def _keys(subject: str, found: Hop) -> Finding:
+    names = [file.name for file in found.key_files]
+    if _agent_answers(found.options["agent_path"]):
         names.append("an agent")
     if names:
         return Finding("ok", subject, f"logs in with {', '.join(names)}")
@@ -144,8 +112,7 @@ def _keys(subject: str, found: Resolved) -> Finding:
     )
 
 
-def _agent_answers() -> bool:
-    path = os.environ.get("SSH_AUTH_SOCK")
+def _agent_answers(path: str) -> bool:
     if not path:
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -155,7 +122,3 @@ def _agent_answers() -> bool:
         except OSError:  # a left-over variable: no agent
             return False
     return True
-
-
-def _home_path(name: str) -> Path:
-    return paths.home() / name[2:] if name.startswith("~/") else Path(name)

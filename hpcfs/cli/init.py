@@ -42,6 +42,7 @@ _EXAMPLES = """
 # path = "~"
 # read_only = false
 # write = "through"             # "back": closing a file waits for the local disk only
+# symlinks = "contain"          # "follow": the server's links may lead anywhere on this machine
 # verify = false                # true: compare a hash with the remote's after each upload
 
 # A bucket. Credentials come from the AWS chain (environment, ~/.aws, SSO, instance).

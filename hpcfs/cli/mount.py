@@ -44,6 +44,7 @@ class Options:
     cache_dir: Path | None
     cache_size: int | None
     write: config_values.WriteMode | None
+    symlinks: config_values.SymlinkMode | None
 
     def load(self, named_urls: Sequence[tuple[str | None, str]]) -> Config:
         """The configuration, changed by the options. Raises SetupError."""
@@ -55,6 +56,7 @@ class Options:
             log_level="DEBUG" if self.verbose else chosen.log_level,
         )
         chosen = config.writing(chosen, self.write) if self.write else chosen
+        chosen = config.with_symlinks(chosen, self.symlinks) if self.symlinks else chosen
         return config.read_only(chosen) if self.read_only else chosen
 
 
@@ -71,6 +73,12 @@ def options(command: Callable[..., object]) -> Callable[..., object]:
             metavar="through|back",
             callback=read_by(config_values.write_mode),
             help="What closing a file waits for: the remote, or the local disk.",
+        ),
+        click.option(
+            "--symlinks",
+            metavar="contain|follow|hide",
+            callback=read_by(config_values.symlink_mode),
+            help="Where symbolic links of the remotes may lead: into their folder, or anywhere.",
         ),
     ]
     for option in reversed(declared):

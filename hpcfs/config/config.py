@@ -19,7 +19,7 @@ import msgspec
 
 from hpcfs.config import rclone_conf, ssh_config, urls, values
 from hpcfs.config.toml_lines import KeyPath, find_lines
-from hpcfs.config.values import WriteMode
+from hpcfs.config.values import SymlinkMode, WriteMode
 from hpcfs.errors import SetupError
 from hpcfs.system import paths
 from hpcfs.system.disk import DEFAULT_MIN_FREE, MinFree
@@ -36,13 +36,14 @@ from hpcfs.transfer.messages import (
 DEFAULT_CACHE_SIZE = 20 * 1024**3
 DEFAULT_JOURNAL_SIZE = 10 * 1024**3
 DEFAULT_WRITE: WriteMode = "through"
+DEFAULT_SYMLINKS: SymlinkMode = "contain"
 DEFAULT_CONNECT_TIMEOUT = 10.0
 
 TOP_KEYS = (
     "mountpoint", "cache_dir", "cache_size", "cache_min_free", "journal_size", "log_level",
     "namespaces", "tunnel",
 )  # fmt: skip
-COMMON_KEYS = ("type", "read_only", "write", "verify", "connect_timeout")
+COMMON_KEYS = ("type", "read_only", "write", "verify", "connect_timeout", "symlinks")
 SFTP_KEYS = (
     *COMMON_KEYS, "host", "path", "user", "port", "identity_file", "ssh_config", "transport",
 )  # fmt: skip
@@ -60,7 +61,7 @@ T = TypeVar("T")
 class Namespace:
     """One top-level directory of the mount. `url` is for display and holds no secret. `write` is
     what close(2) waits for: the remote, or the local journal. `xattrs` is whether extended
-    attributes are wanted."""
+    attributes are wanted, `symlinks` where symbolic links may lead."""
 
     name: str
     site: AnySite
@@ -68,6 +69,7 @@ class Namespace:
     url: str
     write: WriteMode = DEFAULT_WRITE
     xattrs: bool = True
+    symlinks: SymlinkMode = DEFAULT_SYMLINKS
 
     @property
     def read_only(self) -> bool:
@@ -174,7 +176,8 @@ def with_urls(base: Config, named_urls: Sequence[tuple[str | None, str]]) -> Con
         key = name or _name_of(target.site, target.root)
         if key in found:
             raise SetupError(f"two remotes are named {key!r}: give each its own name")
-        found[key] = Namespace(key, target.site, target.root, urls.show(target.site, target.root))
+        shown = urls.show(target.site, target.root)
+        found[key] = Namespace(key, target.site, target.root, shown, symlinks=_symlinks_of(target))
         notes += target.notes
     return replace(
         base,
@@ -182,6 +185,21 @@ def with_urls(base: Config, named_urls: Sequence[tuple[str | None, str]]) -> Con
         root_namespace=next(iter(found)) if any(is_root) else None,
         notes=(*base.notes, *notes),
     )
+
+
+def _symlinks_of(target: urls.Target) -> SymlinkMode:
+    if target.symlinks is None:
+        return DEFAULT_SYMLINKS
+    try:
+        return values.symlink_mode(target.symlinks)
+    except values.BadValue as error:
+        raise SetupError(f"symlinks in a URL {error}") from None
+
+
+def with_symlinks(config: Config, mode: SymlinkMode) -> Config:
+    """The same, with every namespace in this mode."""
+    namespaces = {name: replace(one, symlinks=mode) for name, one in config.namespaces.items()}
+    return replace(config, namespaces=namespaces)
 
 
 def read_only(config: Config) -> Config:
@@ -319,7 +337,9 @@ def _namespace(table: _Table) -> Namespace:
     )
     write = table.get("write", values.write_mode, DEFAULT_WRITE)
     xattrs = kind == "s3" and table.get("xattrs", values.boolean, True)
-    return Namespace(str(table.path[-1]), site, root, urls.show(site, root), write, xattrs)
+    symlinks = table.get("symlinks", values.symlink_mode, DEFAULT_SYMLINKS)
+    name, url = str(table.path[-1]), urls.show(site, root)
+    return Namespace(name, site, root, url, write, xattrs, symlinks)
 
 
 def _sftp(table: _Table) -> tuple[AnySite, AnyRoot]:

@@ -6,6 +6,8 @@
     tunnel:NAME/path            the laptop at the other end of that tunnel
     REMOTE:path                 a remote of rclone.conf
 
+sftp://, s3:// and tunnel: take ?symlinks=MODE too (values.symlink_mode).
+
 A URL with a password is refused, and never repeated in the refusal: it would end up in the shell's
 history, in `ps` and in logs.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote
@@ -46,7 +48,8 @@ _SCP = re.compile(
 _AUTHORITY = re.compile(
     r"(?:(?P<user>[^@:]+)@)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^@:\s\[\]]+)(?::(?P<port>\d{1,5}))?"
 )
-_S3_OPTIONS = ("endpoint_url", "region", "profile", "read_only")
+_S3_OPTIONS = ("endpoint_url", "region", "profile", "read_only", "symlinks")
+_SFTP_OPTIONS = ("symlinks",)
 _SECRET_WORD = re.compile(r"passw|secret|access_?key|token|credential", re.IGNORECASE)
 
 
@@ -57,6 +60,8 @@ class Target:
     site: AnySite
     root: AnyRoot
     notes: list[str] = field(default_factory=list)
+    symlinks: str | None = None
+    """As it is written: the value is read where the configuration's is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +157,7 @@ def _parse_scp(text: str, around: Surroundings, *, read_only: bool) -> Target:
 
 
 def _parse_sftp(rest: str, around: Surroundings, *, read_only: bool) -> Target:
+    rest, options = _options(rest, "an sftp://", _SFTP_OPTIONS)
     authority, slash, path = rest.partition("/")
     match = _AUTHORITY.fullmatch(authority)
     if match is None:
@@ -171,22 +177,14 @@ def _parse_sftp(rest: str, around: Surroundings, *, read_only: bool) -> Target:
     _check_login(site)
     in_home = path == "~" or path.startswith("~/") or not slash  # before %7E becomes a ~
     shown = home_path(unquote(path)) if in_home else "/" + unquote(path)
-    return Target(site, SftpRoot(shown, read_only))
+    return Target(site, SftpRoot(shown, read_only), symlinks=options.get("symlinks"))
 
 
 def _parse_s3(rest: str, around: Surroundings, *, read_only: bool) -> Target:
-    place, _, query = rest.partition("?")
+    place, options = _options(rest, "an s3://", _S3_OPTIONS)
     bucket, _, prefix = place.partition("/")
     if not bucket:
         raise SetupError("name a bucket: s3://BUCKET/PREFIX")
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    for key in options:
-        if key not in _S3_OPTIONS:
-            nearest = difflib.get_close_matches(key, _S3_OPTIONS, 1)
-            hint = (
-                f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(_S3_OPTIONS)}"
-            )
-            raise SetupError(f"an s3:// URL has no option {key!r}: {hint}")
     endpoint = options.get("endpoint_url") or None
     if endpoint:
         check_endpoint(endpoint)
@@ -197,10 +195,24 @@ def _parse_s3(rest: str, around: Surroundings, *, read_only: bool) -> Target:
         connect_timeout=around.connect_timeout,
     )
     is_read_only = read_only or options.get("read_only", "").lower() in ("1", "true", "yes")
-    return Target(site, S3Root(bucket, prefix.strip("/"), is_read_only))
+    root = S3Root(bucket, prefix.strip("/"), is_read_only)
+    return Target(site, root, symlinks=options.get("symlinks"))
+
+
+def _options(rest: str, kind: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """A URL without its query, and what that says. Raises SetupError for what is not `known`."""
+    place, _, query = rest.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    for key in options:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known)}"
+            raise SetupError(f"{kind} URL has no option {key!r}: {hint}")
+    return place, options
 
 
 def _parse_tunnel(rest: str, around: Surroundings, *, read_only: bool) -> Target:
+    rest, options = _options(rest, "a tunnel:", _SFTP_OPTIONS)
     name, _, path = rest.partition("/")
     if not rendezvous.is_valid_name(name):
         raise SetupError(
@@ -208,7 +220,8 @@ def _parse_tunnel(rest: str, around: Surroundings, *, read_only: bool) -> Target
             "with the name that 'hpcfs tunnel' was given"
         )
     site = tunnel_site(name, around.connect_timeout)
-    return Target(site, SftpRoot("/" + path.strip("/"), read_only))
+    root = SftpRoot("/" + path.strip("/"), read_only)
+    return Target(site, root, symlinks=options.get("symlinks"))
 
 
 def tunnel_site(name: str, connect_timeout: float, directory: Path | None = None) -> TunnelSite:

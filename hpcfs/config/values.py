@@ -10,6 +10,7 @@ import difflib
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ MIN_DISK_SIZE = 16 * 1024**2
 this a few files written at once would wait for each other."""
 TRANSPORTS = ("asyncssh", "openssh")
 WRITE_MODES = ("through", "back")
+SYMLINK_MODES = ("contain", "follow", "hide")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
@@ -33,6 +35,9 @@ _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 WriteMode = Literal["through", "back"]
 """What close(2) waits for: the remote, or the local journal."""
+SymlinkMode = Literal["contain", "follow", "hide"]
+"""Where symbolic links of a remote may lead: into its namespace only, anywhere; or they are not
+shown."""
 
 
 class BadValue(ValueError):
@@ -144,12 +149,19 @@ def write_mode(value: object) -> WriteMode:
     return "back" if _one_of(WRITE_MODES, value) == "back" else "through"
 
 
-def _one_of(allowed: tuple[str, str], value: object) -> str:
+def symlink_mode(value: object) -> SymlinkMode:
+    chosen = _one_of(SYMLINK_MODES, value)
+    return "follow" if chosen == "follow" else "hide" if chosen == "hide" else "contain"
+
+
+def _one_of(allowed: Sequence[str], value: object) -> str:
     if isinstance(value, str) and value in allowed:
         return value
     near = difflib.get_close_matches(str(value).lower(), allowed, 1, cutoff=0.5)
     hint = f": did you mean {near[0]}?" if near else ""
-    raise BadValue(f'must be "{allowed[0]}" or "{allowed[1]}", not {_shown(value)}{hint}')
+    quoted = [f'"{one}"' for one in allowed]
+    choice = f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+    raise BadValue(f"must be {choice}, not {_shown(value)}{hint}")
 
 
 def table(value: object) -> dict[str, object]:

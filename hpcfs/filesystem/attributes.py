@@ -16,22 +16,36 @@ from hpcfs.transfer import messages as m
 
 
 class AttributeChanges:
-    def __init__(self, tree: Tree, store: Store, files: Files) -> None:
+    """`uid` is the user whose mount it is."""
+
+    def __init__(self, tree: Tree, store: Store, files: Files, uid: int) -> None:
         self._tree = tree
         self._store = store
         self._files = files
+        self._uid = uid
+        self._groups: dict[Namespace, set[int]] = {}
+        """That the remote was seen to let the user give files to."""
 
     async def change(self, namespace: Namespace, node: Node, attributes: m.Attributes) -> None:
         """Raises FilesystemError, RemoteError."""
-        if attributes.mode is None and (attributes.uid, attributes.gid) != (None, None):
-            attributes = msgspec.structs.replace(attributes, mode=mode_without_ids(node.entry))
-        attributes = self._without_same_owner(node, attributes)
         if not attributes:
             return
+        changes_ids = (attributes.uid, attributes.gid) != (None, None)
+        if changes_ids and attributes.mode is None:
+            attributes = msgspec.structs.replace(attributes, mode=mode_without_ids(node.entry))
+        attributes = self._without_same_owner(node, attributes)
+        if attributes:
+            await self._change(namespace, node, attributes)
         self._tree.note_changed(node)
+
+    async def _change(self, namespace: Namespace, node: Node, attributes: m.Attributes) -> None:
         await self._files.settled(node)
-        if node.content and (node.content.is_dirty() or node.content.orphan):
-            self._set_later(node, attributes)
+        if self._is_ahead(node):
+            if await self._must_ask(namespace, node, attributes):
+                await self._ask(namespace, node, attributes)
+            else:
+                self._set_later(node, attributes)
+            assert node.content
             await self._files.changed(node.content)
         elif node.content is None and not node.is_attached:
             self._show(node, attributes, 1)  # a removed directory that is open
@@ -39,6 +53,41 @@ class AttributeChanges:
             if node.is_directory and attributes.mode is not None:
                 await self._bring_before(node, attributes.mode)
             await self._set_now(namespace, node, attributes)
+
+    def _is_ahead(self, node: Node) -> bool:
+        """Of what the remote has: it must not be overwritten by the remote's answer."""
+        return node.content is not None and (node.content.is_dirty() or node.content.orphan)
+
+    async def _must_ask(self, namespace: Namespace, node: Node, attributes: m.Attributes) -> bool:
+        """Whether the remote may refuse it: the program must hear that now, not with the upload.
+
+        Raises NotOwner where it is sure to: only root gives files away.
+        """
+        content = node.content
+        abilities = await namespace.abilities()
+        if content is None or content.orphan or abilities.privileged:
+            return False
+        if not abilities.checks_permissions:
+            return False
+        if node.entry.uid != self._uid:
+            return True
+        if attributes.uid is not None:
+            raise m.NotOwner("only root may give a file to somebody else")
+        return attributes.gid is not None and attributes.gid not in self._groups.get(namespace, ())
+
+    async def _ask(self, namespace: Namespace, node: Node, attributes: m.Attributes) -> None:
+        """Set it on the remote while the file is dirty; one that is only here goes up before."""
+        content = node.content
+        assert content
+        if content.new:
+            await self._files.flush(content)
+        entry = await namespace.entry(m.SetAttributes(node.path, attributes))
+        if attributes.gid is not None:
+            self._groups.setdefault(namespace, set()).add(attributes.gid)
+        if content.is_dirty():
+            self._show(node, attributes, content.abilities.mtime_resolution_ns)
+        else:
+            self._tree.set_local(node, entry)
 
     async def _bring_before(self, directory: Node, mode: int) -> None:
         """What waits in it could not be made there later: cp -a and tar make directories read-only

@@ -397,7 +397,7 @@ class Content(RemoteContent):
         """The whole file as it is here, as a new one beside the one that others changed."""
         entry = self.place.entry
         attributes = m.Attributes(
-            mode=stat.S_IMODE(entry.mode),
+            mode=self.pending.mode,
             atime_ns=entry.atime_ns,
             mtime_ns=entry.mtime_ns,
             xattrs=dict(entry.xattrs) or None,

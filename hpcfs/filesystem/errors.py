@@ -43,6 +43,10 @@ class Unsupported(FilesystemError):
     """hpcfs has no such operation."""
 
 
+class LeadsOut(FilesystemError):
+    """A symbolic link of the remote leads out of its namespace, and is not to be followed."""
+
+
 class NoSuchKind(FilesystemError):
     """The remote has no devices, sockets and FIFOs; or no hard links."""
 

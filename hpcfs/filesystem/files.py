@@ -209,6 +209,7 @@ class Files(Closing):
         handle = m.NO_HANDLE
         if namespace.writes_back:
             await self.backlog.make_room(None, 0)
+            await self._look_once(parent, namespace)
             entry = self._entry_made_here(parent, name, mode, abilities)
         else:
             handle = namespace.new_handle()
@@ -230,6 +231,16 @@ class Files(Closing):
         node.pages_version = content.version
         return self._add(OpenFile(node, content, flags)), node
 
+    async def _look_once(self, directory: Node, namespace: Namespace) -> None:
+        """Its group is that of what is made in it, if it has the set-group-ID bit."""
+        if directory.observed:
+            return
+        asked = self._tree.now()
+        try:
+            self._tree.update(directory, await namespace.stat(directory.path), asked)
+        except m.Unreachable as error:
+            log.debug("%r is not known: %s", directory.path, error.message)
+
     def _entry_made_here(
         self, parent: Node, name: bytes, mode: int, abilities: m.Abilities
     ) -> m.Entry:
@@ -237,7 +248,8 @@ class Files(Closing):
         now = time.time_ns()
         now -= now % abilities.mtime_resolution_ns
         shown = stat.S_IFREG | stat.S_IMODE(mode)
-        return m.Entry(name, shown, 0, now, now, self._permissions.uid, self._gid)
+        gid = parent.entry.gid if parent.entry.mode & stat.S_ISGID else self._gid
+        return m.Entry(name, shown, 0, now, now, self._permissions.uid, gid)
 
     def _add(self, opened: OpenFile) -> int:
         self._next += 1
@@ -266,10 +278,11 @@ class Files(Closing):
 
     def _stamp(self, node: Node, content: Content) -> None:
         """The file was written to now: its size and mtime as the mount shows them, and its mode:
-        for all but root, writing clears the set-ID bits."""
+        for all but root, writing clears the set-ID bits (of others' files where it is written)."""
         now = time.time_ns()
         now -= now % content.abilities.mtime_resolution_ns
-        mode = mode_without_ids(node.entry) if self._permissions.uid else None
+        is_own = self._permissions.uid and node.entry.uid == self._permissions.uid
+        mode = mode_without_ids(node.entry) if is_own else None
         if content.pending:  # a time that was set before is not to come back with the upload
             content.pending = msgspec.structs.replace(content.pending, mtime_ns=None)
         if mode is not None:

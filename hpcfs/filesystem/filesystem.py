@@ -31,6 +31,7 @@ from hpcfs.filesystem.errors import (
     ReadOnly,
 )
 from hpcfs.filesystem.files import Files
+from hpcfs.filesystem.links import Links
 from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.permissions import Permissions
 from hpcfs.filesystem.renaming import Renaming, check_empty
@@ -50,7 +51,8 @@ UNLIMITED = m.DiskUsage(1 << 50, 1 << 50, 1 << 50, 1 << 32, 1 << 32)
 
 
 class Filesystem:
-    """`single` makes the only namespace the root of the mount itself, as with sshfs."""
+    """`single` makes the only namespace the root of the mount itself, as with sshfs. `mountpoint`
+    is its absolute path, where there is one."""
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class Filesystem:
         nursery: trio.Nursery,
         *,
         single: bool = False,
+        mountpoint: bytes | None = None,
         uid: int | None = None,
         gid: int | None = None,
     ) -> None:
@@ -77,8 +80,9 @@ class Filesystem:
                 self.tree.add(self.tree.root, name, entry, 0.0, namespace)
         self.permissions = Permissions(self._uid)
         self.files = Files(self.tree, store, uploader, nursery, self.permissions, self._gid)
+        self._links = Links(self.tree, self.lookup, mountpoint)
         self._renaming = Renaming(self.tree, store, self.files)
-        self._attributes = AttributeChanges(self.tree, store, self.files)
+        self._attributes = AttributeChanges(self.tree, store, self.files, self._uid)
         keeping = any(namespace.keeps_xattrs for namespace in self._namespaces)
         self.xattrs = ExtendedAttributes(
             self.getattr, self._attributes, self.permissions, any_keeps=keeping
@@ -261,9 +265,9 @@ class Filesystem:
 
     async def readlink(self, ino: int) -> bytes:
         node = self.tree.get(ino)
-        if node.namespace is None or not stat.S_ISLNK(node.entry.mode):
+        if node.namespace is None or not node.is_link:
             raise Invalid("only a symbolic link has a target")
-        return await node.namespace.call(m.ReadLink(node.path), bytes)
+        return await self._links.target(node)
 
     async def access(self, ino: int, mask: int) -> None:
         """Raises ReadOnly or NotPermitted where the mount can tell; else the remote decides."""
@@ -346,10 +350,14 @@ class Filesystem:
 
     async def symlink(self, parent_ino: int, name: bytes, target: bytes) -> Node:
         parent, namespace = await self._about_to_change(parent_ino, name)
+        if namespace.symlinks == "hide":
+            raise NoSuchKind(f"{namespace.name} does not show symbolic links, so none are made")
         self._refuse_pending(parent, name)
         asked = self.tree.now()
         request = m.MakeSymlink(join(parent, name), target)
-        return self._made(parent, name, await namespace.entry(request), asked)
+        node = self._made(parent, name, await namespace.entry(request), asked)
+        self._links.made(node, target)
+        return node
 
     async def link(self, ino: int, parent_ino: int, name: bytes) -> Node:
         parent, namespace = await self._about_to_change(parent_ino, name)
@@ -442,6 +450,7 @@ class Filesystem:
         await self._renaming.rename(
             namespace, node, (parent, name), new_parent, new_name, target, replace=replace
         )
+        self._links.moved(namespace, join(parent, name), join(new_parent, new_name))
 
     async def _target_of(self, parent: Node, name: bytes, node: Node) -> Node | None:
         """What will be replaced. Only where the remote is not asked to rename must it be known."""

@@ -6,9 +6,12 @@ behind it.
 
 from __future__ import annotations
 
+import stat
 import time
 from collections.abc import Callable
 from typing import Literal, Protocol, TypeVar
+
+import msgspec
 
 from hpcfs.cache.link import Link
 from hpcfs.filesystem.errors import ReadOnly
@@ -18,9 +21,15 @@ from hpcfs.transfer import messages as m
 T = TypeVar("T")
 WriteMode = Literal["through", "back"]
 """What close(2) waits for: the remote, or the local journal."""
+SymlinkMode = Literal["contain", "follow", "hide"]
+"""Where symbolic links of the remote may lead: to what is in the namespace, anywhere; or they are
+not shown."""
 
 DEFAULT_TIMEOUT = 30.0
 """Seconds without an answer or progress, for every call."""
+
+
+_entries = msgspec.msgpack.Decoder(list[m.Entry])
 
 
 class SiteCalls(Protocol):
@@ -58,11 +67,13 @@ class Namespace:
         write: WriteMode = "through",
         keeps_xattrs: bool = False,
         sleeps: bool = False,
+        symlinks: SymlinkMode = "contain",
     ) -> None:
         self.name = name
         self.origin = origin
         self.read_only = read_only
         self.writes_back = write == "back"
+        self.symlinks = symlinks
         self.sleeps = sleeps
         """The remote is a laptop: away at times. What was seen of it is believed meanwhile."""
         self.keeps_xattrs = keeps_xattrs
@@ -123,6 +134,8 @@ class Namespace:
         asked = self.link.now()
         entry = await self.call(m.Stat(path), m.Entry)
         self.link.answered(self.link.now() - asked)
+        if self.symlinks == "hide" and stat.S_ISLNK(entry.mode):
+            raise m.NotFound(f"{self.name} does not show its symbolic links")
         return entry
 
     async def fetch(self, request: m.Fetch, timeout: float) -> m.Fetched:
@@ -140,4 +153,17 @@ class Namespace:
         await self.call(request, type(None))
 
     async def list_pages(self, path: bytes, on_page: Callable[[bytes], None]) -> None:
+        if self.symlinks == "hide":
+            shown = on_page
+            on_page = lambda page: shown(_without_links(page))  # noqa: E731
         await self._site.call_pages(self.name, m.List(path), on_page, DEFAULT_TIMEOUT)
+
+
+def _without_links(page: bytes) -> bytes:
+    """Of a MessagePack list[Entry]; what can't be read is for the listing to tell."""
+    try:
+        entries = _entries.decode(page)
+    except msgspec.DecodeError:
+        return page
+    left = [entry for entry in entries if not stat.S_ISLNK(entry.mode)]
+    return page if len(left) == len(entries) else msgspec.msgpack.encode(left)

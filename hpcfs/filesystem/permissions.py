@@ -59,5 +59,5 @@ class Permissions:
         """Where the remote does not do it: X_OK to look a name up in it, and W_OK to change it."""
         if not self._lacks(node, mask) or node.namespace is None:
             return
-        if not (await node.namespace.abilities()).checks_directories:
+        if not (await node.namespace.abilities()).checks_permissions:
             raise NotPermitted("the mode of this directory of yours does not allow it")

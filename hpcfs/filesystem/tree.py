@@ -88,6 +88,10 @@ class Node:
         return stat.S_ISREG(self.entry.mode)
 
     @property
+    def is_link(self) -> bool:
+        return stat.S_ISLNK(self.entry.mode)
+
+    @property
     def is_namespace_root(self) -> bool:
         return self.namespace is not None and (self.parent is None or self.parent.namespace is None)
 

@@ -21,6 +21,7 @@ ERRNO: dict[type[Exception], int] = {
     f.ReadOnly: errno.EROFS,
     f.CrossNamespace: errno.EXDEV,
     f.Unsupported: errno.ENOTSUP,
+    f.LeadsOut: errno.EPERM,  # as sshfs
     f.NoSuchKind: errno.EPERM,  # mknod(2) and link(2) have this one for it
     f.Invalid: errno.EINVAL,
     f.NameLong: errno.ENAMETOOLONG,
@@ -35,6 +36,7 @@ ERRNO: dict[type[Exception], int] = {
     m.AlreadyExists: errno.EEXIST,
     m.PermissionDenied: errno.EACCES,
     m.NotOwner: errno.EPERM,
+    m.ReadOnlyRemote: errno.EROFS,
     m.NotADirectory: errno.ENOTDIR,
     m.IsADirectory: errno.EISDIR,
     m.DirectoryNotEmpty: errno.ENOTEMPTY,
@@ -51,9 +53,11 @@ ERRNO: dict[type[Exception], int] = {
     m.Unreachable: errno.EHOSTUNREACH,
     m.NotConnected: errno.EHOSTUNREACH,
     m.TimedOut: errno.ETIMEDOUT,
+    m.Throttled: errno.EBUSY,
     m.AccessRefused: errno.EACCES,
     m.HostKeyRefused: errno.EACCES,
     m.WrongSettings: errno.ENXIO,  # readdir(3) takes ENOENT for the end of an empty folder
+    m.NoService: errno.ENXIO,
     m.ProtocolError: errno.EPROTO,
     m.CacheDiskFull: errno.ENOSPC,
     m.CacheFileGone: errno.EIO,

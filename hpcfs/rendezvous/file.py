@@ -22,8 +22,12 @@ from hpcfs.transfer.messages import RemoteError, Unreachable, WrongSettings
 DIRECTORY = ".hpcfs/tunnels"
 """Below the home directory."""
 MAX_FILE_BYTES = 64 * 1024
+VERSION = 2
+SECRET_BYTES = 32
 MAX_SOCKET_PATH_BYTES = 107
 """sun_path of unix(7), without the NUL at its end."""
+_ID = re.compile(r"[0-9a-f]{32}")
+_SECRET = re.compile(rf"[0-9a-f]{{{2 * SECRET_BYTES}}}")
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 
@@ -47,12 +51,14 @@ Stamp = tuple[int, int, int]
 
 class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
     """`id` is 32 hex digits, new for each run of `hpcfs tunnel`. `places` are in the order in which
-    to try them. `host_key` is a line as in authorized_keys, `client_key` a private key as in
-    ~/.ssh (both Ed25519). `user` is who shares, on the laptop. `laptop`, `login_host`, `since` and
-    `shares` are for people."""
+    to try them. `secret` (in hex) is what tells mounts from strangers at the door (knock.py).
+    `host_key` is a line as in authorized_keys, `client_key` a private key as in ~/.ssh (both
+    Ed25519). `user` is who shares, on the laptop. `laptop`, `login_host`, `since` and `shares` are
+    for people."""
 
-    version: int = 1
+    version: int = VERSION
     id: str
+    secret: str
     name: str
     laptop: str
     user: str
@@ -66,6 +72,12 @@ class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
     def __repr__(self) -> str:
         """Without the key: this may end in a log."""
         return f"Rendezvous(name={self.name!r}, id={self.id!r}, places={self.places!r})"
+
+
+class _Version(msgspec.Struct):
+    """What every version of the file has."""
+
+    version: int
 
 
 def is_valid_name(name: str) -> bool:
@@ -84,16 +96,24 @@ def encode(rendezvous: Rendezvous) -> bytes:
 def decode(text: bytes) -> Rendezvous:
     """Raises ValueError with the end of a sentence that begins with the file's name."""
     try:
+        _check_version(msgspec.json.decode(text, type=_Version).version)
         found = msgspec.json.decode(text, type=Rendezvous)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"is damaged or was not written by hpcfs ({error})") from None
-    if found.version != 1:
-        raise ValueError(f"is of a newer hpcfs (version {found.version}): update hpcfs here")
-    if not re.fullmatch(r"[0-9a-f]{32}", found.id) or not is_valid_name(found.name):
+    if not _ID.fullmatch(found.id) or not is_valid_name(found.name):
         raise ValueError("is damaged or was not written by hpcfs (its id or name)")
+    if not _SECRET.fullmatch(found.secret):
+        raise ValueError("is damaged or was not written by hpcfs (its secret)")
     for place in found.places:
         _check_place(place)
     return found
+
+
+def _check_version(version: int) -> None:
+    if version < VERSION:
+        raise ValueError(f"is of an older hpcfs (version {version}): update hpcfs on the laptop")
+    if version > VERSION:
+        raise ValueError(f"is of a newer hpcfs (version {version}): update hpcfs here")
 
 
 def _check_place(place: Place) -> None:

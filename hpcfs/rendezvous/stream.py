@@ -7,9 +7,10 @@ where an ssh connection is cut, and a request whose answer was on its way is not
 
 On a pipe (integers are big-endian):
 
-    server   GREETING, the tunnel's id in hex, a newline
-    client   the stream's id (16 bytes; zeros ask for a new one), how many bytes it has (8 bytes)
-    server   the stream's id (zeros: no such stream any more), how many bytes it has
+    server   GREETING, the tunnel's id and a nonce, both in hex, a newline
+    client   a nonce; sealed (knock.py): the stream's id (16 bytes; zeros ask for a new one), how
+             many bytes it has (8 bytes)
+    server   sealed: the stream's id (zeros: no such stream any more), how many bytes it has
     both     frames: a kind (1 byte) and a number (4 bytes): DATA is followed by that many bytes,
              SEEN by 8 bytes with how many the sender of it has (the number is 0), ASK wants a SEEN,
              END says that the stream is over
@@ -20,14 +21,13 @@ No I/O here: pipes are given, and fed, by remotes/tunnel/line.py and tunnel/acce
 from __future__ import annotations
 
 import struct
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-GREETING = b"HPCFS-TUNNEL/1 "
 ID_BYTES = 16
 NEW_STREAM = bytes(ID_BYTES)
-OPENING = struct.Struct(f">{ID_BYTES}sQ")
 
 DATA, SEEN, ASK, END = b"DSAE"
 HEAD = struct.Struct(">BI")
@@ -39,6 +39,10 @@ MOST_UNSEEN_BYTES = 128 * 1024 * 1024
 """More than the requests of a mount and their answers can come to (sftp/flow.py): an end that
 gathers more without the other one taking it gives the stream up."""
 
+ANSWERS_EVERY_SECONDS = 0.1
+"""An ASK that comes sooner after the last one is left: answers that the other end does not read
+would be gathered without end, since nothing says that they came. Who is honest asks each two
+seconds."""
 MOST_EARLY_BYTES = 1024 * 1024
 
 
@@ -73,6 +77,7 @@ class Stream:
         """Of those, how many are the beginning of the first one in `_unseen`."""
         self.unseen = 0
         self._told = 0
+        self._answered_at = 0.0
         self._head = bytearray()
         self._wanted = HEAD.size
         self._data_left = 0
@@ -155,6 +160,7 @@ class Stream:
         self._head.clear()
         self._wanted, self._data_left = HEAD.size, 0
         self._told = self.received
+        self._answered_at = 0.0
         for number, data in enumerate(tuple(self._unseen)):
             _send(pipe, data[self._skip :] if number == 0 else data)
         self._say_seen()
@@ -196,7 +202,10 @@ class Stream:
         elif kind == SEEN:
             self._other_has(_COUNT.unpack_from(head, HEAD.size)[0])
         elif kind == ASK:
-            self._tell()
+            now = time.monotonic()
+            if now - self._answered_at >= ANSWERS_EVERY_SECONDS:
+                self._answered_at = now
+                self._tell()
         elif kind == END:
             self.end("")
         else:

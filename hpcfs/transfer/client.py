@@ -168,7 +168,7 @@ class SiteClient:
         failure = reply.failure.error()
         if isinstance(failure, m.Unreachable):
             self._state, self._reason = "failed", failure.message
-        elif failure.lasting:
+        elif failure.lasting or isinstance(request, m.Connect):
             self._namespace_reasons[namespace] = failure.message
         raise failure
 

@@ -40,6 +40,11 @@ class NotOwner(PermissionDenied):
     sticky, rename or remove."""
 
 
+class ReadOnlyRemote(PermissionDenied):
+    """Nobody may change anything there now: a file system that is mounted read-only, or a server
+    that only reads."""
+
+
 class NotADirectory(RemoteError):
     """A directory was needed and something else is there."""
 
@@ -105,6 +110,10 @@ class TimedOut(Unreachable):
     """The deadline passed without an answer."""
 
 
+class Throttled(Unreachable):
+    """The server is there, and wants to be asked less often."""
+
+
 class AccessRefused(RemoteError):
     """The site refused the login or the credentials; only the user can mend that."""
 
@@ -121,6 +130,11 @@ class WrongSettings(RemoteError):
     """What the configuration names is not there: no such bucket, host name or key file."""
 
     lasting = True
+
+
+class NoService(WrongSettings):
+    """The login is accepted and there is nothing behind it: the next one would end in the same way,
+    unless an earlier one did not."""
 
 
 class ProtocolError(RemoteError):

@@ -31,6 +31,7 @@ from hpcfs.transfer.errors import (
     InvalidRequest as InvalidRequest,
     IsADirectory as IsADirectory,
     NameTooLong as NameTooLong,
+    NoService as NoService,
     NoSpace as NoSpace,
     NotADirectory as NotADirectory,
     NotConnected as NotConnected,
@@ -39,8 +40,10 @@ from hpcfs.transfer.errors import (
     NotSupported as NotSupported,
     PermissionDenied as PermissionDenied,
     ProtocolError as ProtocolError,
+    ReadOnlyRemote as ReadOnlyRemote,
     RemoteError as RemoteError,
     RemoteFailure as RemoteFailure,
+    Throttled as Throttled,
     TimedOut as TimedOut,
     TooLarge as TooLarge,
     Unreachable as Unreachable,
@@ -100,10 +103,12 @@ class Abilities(msgspec.Struct, frozen=True):
     be given the dirty ranges only, and says so (`whole` false): the server copies the rest."""
     privileged: bool = False
     """The remote user is root: the modes of its files don't bind it."""
-    checks_directories: bool = True
-    """The remote refuses what the modes of directories forbid."""
+    checks_permissions: bool = True
+    """The remote refuses what modes and owners forbid."""
     dates_directories: bool = True
     """A name that comes or goes changes its directory's mtime."""
+    roots: tuple[bytes, ...] = ()
+    """Absolute paths of the namespace's root, as symbolic links on the remote may name it."""
 
 
 class Attributes(msgspec.Struct, frozen=True):

@@ -32,7 +32,7 @@ from asyncssh.logging import SSHLogger, logger as asyncssh_logger
 from asyncssh.packet import SSHPacket
 from asyncssh.sftp import SFTPServerHandler
 
-from hpcfs.rendezvous.stream import MOST_UNSEEN_BYTES
+from hpcfs.tunnel.memory import Held
 from hpcfs.tunnel.served import OpenFile, Shares, ShareServer
 
 log = logging.getLogger(__name__)
@@ -53,11 +53,13 @@ _BY_ERRNO: dict[int, Callable[[str], SFTPError]] = {
     errno.EPERM: SFTPPermissionDenied,
     errno.EACCES: SFTPPermissionDenied,
     errno.EFAULT: SFTPPermissionDenied,
+    errno.EROFS: SFTPPermissionDenied,
     errno.ENAMETOOLONG: SFTPBadMessage,
     errno.EINVAL: SFTPBadMessage,
     errno.ENOSYS: SFTPOpUnsupported,
 }
-"""errno_to_portable in OpenSSH's sftp-server.c: what clients have learned to understand."""
+"""errno_to_portable in OpenSSH's sftp-server.c: what clients have learned to understand. Only EROFS
+is a "failure" there; statvfs tells it from EACCES."""
 _BAD_MESSAGE = "Bad message"
 """Its words for it, by which remotes/sftp/errors.py knows."""
 
@@ -84,7 +86,8 @@ class ServedChannel:
     """Feed `received` what comes and call `ended` when nothing more will; `run` answers.
 
     `untaken` says how many bytes of answers the mount has not taken. Where they are more than
-    `most`, no request is begun until a call of `taken` finds half of it.
+    `most`, or those of all mounts are too many, no request is begun until a call of `taken` finds
+    half of it.
     """
 
     def __init__(
@@ -95,10 +98,10 @@ class ServedChannel:
         untaken: Callable[[], int],
         most: int,
     ) -> None:
-        self._most = most
         self._write = write
         self._untaken = untaken
-        self._reader = _Reader()
+        self._held = Held(shares.memory, most)
+        self._reader = _Reader(self._held)
         self._handler = _Handler(ShareServer(shares), self._reader, _Writer(self._answer), files)
 
     def received(self, data: bytes | memoryview) -> None:
@@ -110,12 +113,12 @@ class ServedChannel:
         self._reader.end()
 
     def taken(self) -> None:
-        if self._untaken() < self._most // 2:
+        if not self._reader.over and self._held.answers(self._untaken(), resuming=True):
             self._reader.may_go.set()
 
     def _answer(self, data: bytes) -> None:
         self._write(data)
-        if not self._reader.over and self._untaken() > self._most:
+        if not self._reader.over and not self._held.answers(self._untaken()):
             self._reader.may_go.clear()
 
     async def run(self) -> None:
@@ -128,8 +131,9 @@ class ServedChannel:
 class _Reader:
     """Of a reader, what asyncssh's handler uses."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: Held) -> None:
         self._stream = asyncio.StreamReader()
+        self._held = held
         self._waiting = 0
         self.may_go = asyncio.Event()
         self.may_go.set()
@@ -139,7 +143,7 @@ class _Reader:
         if self.over:
             return
         self._waiting += len(data)
-        if self._waiting > MOST_UNSEEN_BYTES:
+        if not self._held.requests(self._waiting):
             log.warning("a mount asks for more than it can be answered: its channel is closed")
             self.end()
         else:
@@ -148,6 +152,7 @@ class _Reader:
     def end(self) -> None:
         if not self.over:
             self.over = True
+            self._held.close()
             self._stream.feed_eof()
             self.may_go.set()
 
@@ -167,6 +172,8 @@ class _Reader:
             raise EOFError
         found = await self._stream.readexactly(count)
         self._waiting -= count
+        if not self.over:
+            self._held.requests(self._waiting)
         return found
 
 

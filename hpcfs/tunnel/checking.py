@@ -4,7 +4,6 @@ nothing behind."""
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal
@@ -20,6 +19,7 @@ from hpcfs.transfer.messages import RemoteError
 from hpcfs.tunnel import forwards, listening, publishing
 from hpcfs.tunnel.acceptor import Acceptor
 from hpcfs.tunnel.forwards import Ends
+from hpcfs.tunnel.identity import Identity
 from hpcfs.tunnel.publishing import Directory
 from hpcfs.tunnel.running import Ask, Asker
 
@@ -66,10 +66,10 @@ async def _look_around(wishes: Wishes, login: Login, tell: Tell) -> None:
         tell("ok", "rendezvous", f"{directory.path} is yours alone{await _kind(directory)}")
         await _look_for_others(wishes, directory, login, tell)
         path = directory.new_socket(wishes.name)
-        tunnel_id = secrets.token_hex(16)
-        acceptor = Acceptor(tunnel_id, lambda stream, _: stream.end("this is a check"))
+        door = Identity().door
+        acceptor = Acceptor(door, lambda stream, _: stream.end("this is a check"))
         try:
-            await _try_forwards(wishes, Ends(login, sftp, acceptor, tunnel_id), path, tell)
+            await _try_forwards(wishes, Ends(login, sftp, acceptor), path, tell)
         finally:
             await directory.remove_socket(path)
     finally:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import asyncssh
+from asyncssh.constants import OPEN_RESOURCE_SHORTAGE
 
 from hpcfs.remotes.ssh.login import Login
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES
@@ -57,7 +58,6 @@ class Ends:
     login: Login
     sftp: asyncssh.SFTPClient
     acceptor: Acceptor
-    tunnel_id: str
 
 
 async def open_forwards(ends: Ends, socket_path: str | None, bind: str | None) -> Forwards:
@@ -112,7 +112,20 @@ async def try_tcp(ends: Ends, host: str) -> tuple[TcpPlace | None, str]:
     except asyncssh.ChannelListenError:
         reason = _forbidding(ends.login, said) or f"{ends.login.shown} has not that address"
         return None, f"no port on {host}: {reason}"
+    _guard(listener, ends.acceptor)
     return TcpPlace(host, listener.get_port()), ""
+
+
+def _guard(listener: Any, acceptor: Acceptor) -> None:
+    """Asyncssh makes a channel before it asks us whether we want the connection."""
+    process = listener.process_connection
+
+    def process_connection(host: str, port: int) -> Any:
+        if not acceptor.has_room():
+            raise asyncssh.ChannelOpenError(OPEN_RESOURCE_SHORTAGE, "too many strangers")
+        return process(host, port)
+
+    listener.process_connection = process_connection
 
 
 def _forbidding(login: Login, said_before: int) -> str:
@@ -143,7 +156,7 @@ async def _obstacle(ends: Ends, place: TcpPlace) -> str:
             f"{ends.login.shown} listens on {shown} only, though it was asked for {place.host} "
             f"(GatewayPorts no, or a name that means loopback there)"
         )
-    answer = await probing.look(ends.login.connection, place, ends.tunnel_id)
+    answer = await probing.look(ends.login.connection, place, ends.acceptor.door)
     if answer in ("refused", "other"):
         return (
             f"nothing of ours answers at {place.host} port {place.port}, seen from "
@@ -169,7 +182,9 @@ class _ChannelPipe:
             self._channel.write(data)
 
     def close(self) -> None:
-        self._channel.close()
+        """What could not be sent yet is not gathered: asyncssh's close would keep it until the
+        other end takes it."""
+        self._channel.abort()
 
 
 class _Arrival(asyncssh.SSHTCPSession[bytes], asyncssh.SSHUNIXSession[bytes]):

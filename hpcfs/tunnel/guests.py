@@ -30,6 +30,8 @@ MAX_NAME_LETTERS = 100
 CLOSE_SECONDS = 3.0
 MOST_UNTAKEN_BYTES = 32 * 1024 * 1024
 """Of answers on a stream. With an SSH connection on it, as many as its pump lets in."""
+MAX_CHANNELS = 8
+"""On an SSH connection. A mount opens two, and some more for a large upload (sftp/session.py)."""
 SERVER_VERSION = "hpcfs_as_OpenSSH"
 """Clients look for the second name, and then give a symlink's paths in the order of channel.py."""
 
@@ -48,7 +50,7 @@ class Guests:
     """Give `acceptor` the pipes. `on_change` hears that a mount came or went."""
 
     def __init__(self, shares: Shares, identity: Identity, on_change: Callable[[], None]) -> None:
-        self.acceptor = Acceptor(identity.id, self._arrived)
+        self.acceptor = Acceptor(identity.door, self._arrived)
         self._shares = shares
         self._identity = identity
         self._on_change = on_change
@@ -177,6 +179,7 @@ class _SshServer(asyncssh.SSHServer):
         self._stream = stream
         self._host = ""
         self._guest: Guest | None = None
+        self._channels = 0
 
     def begin_auth(self, username: str) -> bool:
         """The client gives the machine that it is on for a user's name."""
@@ -194,8 +197,15 @@ class _SshServer(asyncssh.SSHServer):
         self._guest = self._guests.enter(self._stream.id, self._host)
 
     def session_requested(self) -> Any:
+        """False where there are too many."""
         assert self._guest is not None
-        return _SshChannel(self._guests, self._stream, self._guest)
+        if self._channels >= MAX_CHANNELS:
+            return False
+        self._channels += 1
+        return _SshChannel(self._guests, self._stream, self._guest, self._closed)
+
+    def _closed(self) -> None:
+        self._channels -= 1
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._guest is not None:
@@ -205,10 +215,13 @@ class _SshServer(asyncssh.SSHServer):
 class _SshChannel(asyncssh.SSHServerSession[bytes]):
     """Only SFTP: no shell, no command."""
 
-    def __init__(self, guests: Guests, stream: Stream, guest: Guest) -> None:
+    def __init__(
+        self, guests: Guests, stream: Stream, guest: Guest, on_closed: Callable[[], None]
+    ) -> None:
         self._guests = guests
         self._stream = stream
         self._guest = guest
+        self._on_closed = on_closed
         self._channel: ServedChannel | None = None
 
     def connection_made(self, chan: asyncssh.SSHServerChannel[bytes]) -> None:
@@ -235,5 +248,6 @@ class _SshChannel(asyncssh.SSHServerSession[bytes]):
             self._channel.taken()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._on_closed()
         if self._channel is not None:
             self._channel.ended()

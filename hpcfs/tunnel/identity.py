@@ -1,5 +1,6 @@
-"""Who a run of `hpcfs tunnel` is: an id and two keys, made in memory, kept over reconnects, and
-gone with the process. Only the file on the cluster has the key that opens the shares."""
+"""Who a run of `hpcfs tunnel` is: an id, two keys and a secret, made in memory, kept over
+reconnects, and gone with the process. Only the file on the cluster has the key that opens the
+shares."""
 
 from __future__ import annotations
 
@@ -8,6 +9,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import asyncssh
+
+from hpcfs.rendezvous.file import SECRET_BYTES
+from hpcfs.rendezvous.knock import Door
 
 
 def _new_key() -> asyncssh.SSHKey:
@@ -19,6 +23,11 @@ class Identity:
     id: str = field(default_factory=lambda: secrets.token_hex(16))
     host_key: asyncssh.SSHKey = field(default_factory=_new_key, repr=False)
     client_key: asyncssh.SSHKey = field(default_factory=_new_key, repr=False)
+    secret: str = field(default_factory=lambda: secrets.token_hex(SECRET_BYTES), repr=False)
+
+    @property
+    def door(self) -> Door:
+        return Door(self.id, self.secret)
 
     @property
     def client_public(self) -> asyncssh.SSHKey:

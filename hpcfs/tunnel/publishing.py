@@ -24,6 +24,7 @@ from asyncssh.sftp import SFTPAttrs
 from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.ssh.login import Login
 from hpcfs.rendezvous.file import DIRECTORY, MAX_FILE_BYTES, Rendezvous, decode, encode, file_name
+from hpcfs.rendezvous.knock import Door
 from hpcfs.transfer.messages import PermissionDenied, RemoteError, WrongSettings
 from hpcfs.tunnel import listening, probing
 
@@ -88,7 +89,7 @@ class Directory:
             return
         for place in other.places:
             with translated(b"", self.shown):
-                answer = await probing.look(connection, place, other.id)
+                answer = await probing.look(connection, place, Door(other.id, other.secret))
             if answer == "greets":
                 raise NameTaken(
                     f"a tunnel named {name} is up already, from {other.laptop} "

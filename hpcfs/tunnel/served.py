@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import posixpath
 import stat
@@ -22,6 +23,8 @@ from asyncssh import SFTPAttrs, SFTPName, SFTPVFSAttrs
 from asyncssh.constants import FXF_APPEND, FXF_CREAT, FXF_EXCL, FXF_READ, FXF_TRUNC, FXF_WRITE
 
 from hpcfs.tunnel.beneath import Entry, Folder
+from hpcfs.tunnel.hardlinks import HardLinks
+from hpcfs.tunnel.memory import Memory
 from hpcfs.tunnel.shares import Share
 
 MAX_READ_BYTES = 1024 * 1024
@@ -31,6 +34,8 @@ are connections."""
 MAX_PATH_BYTES = 4096
 """PATH_MAX of Linux: a packet holds a path with a million components, each to be opened."""
 LISTED_AT_ONCE = 500
+LISTING_DESCRIPTORS = 2
+"""os.scandir has one of its own."""
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
 T = TypeVar("T")
@@ -65,6 +70,8 @@ class Shares:
         self.by_name = {os.fsencode(share.name): share for share in shares}
         self.folders = {share.name: Folder(share.directory) for share in shares}
         self.traffic = Traffic()
+        self.memory = Memory()
+        self.links = HardLinks(guarded=any(share.read_only for share in shares))
         self.open_files = 0
         self._since = time.time()
 
@@ -72,14 +79,14 @@ class Shares:
         for folder in self.folders.values():
             folder.close()
 
-    def take_descriptor(self) -> None:
+    def take_descriptors(self, count: int = 1) -> None:
         """Raises OSError where there are too many."""
-        if self.open_files >= MAX_OPEN_FILES:
+        if self.open_files + count > MAX_OPEN_FILES:
             raise OSError(errno.EMFILE, "too many files are open through the tunnel")
-        self.open_files += 1
+        self.open_files += count
 
-    def give_descriptor_back(self) -> None:
-        self.open_files -= 1
+    def give_descriptors_back(self, count: int = 1) -> None:
+        self.open_files -= count
 
     def top(self) -> SFTPAttrs:
         """Of the directory that holds the shares. Its owner is who a mount takes for the laptop's
@@ -99,6 +106,7 @@ class ShareServer(asyncssh.SFTPServer):
 
     def __init__(self, shares: Shares) -> None:
         self._shares = shares
+        self._links = shares.links
 
     # --- finding --------------------------------------------------------------------------------
 
@@ -154,17 +162,19 @@ class ShareServer(asyncssh.SFTPServer):
         changes = bool(pflags & (FXF_WRITE | FXF_CREAT | FXF_TRUNC | FXF_APPEND))
         with self._entry(path, follow=not pflags & FXF_EXCL, changes=changes) as (share, entry):
             mode = 0o666 if attrs.permissions is None else _file_mode(attrs.permissions)
-            self._shares.take_descriptor()
+            if changes:
+                self._links.check_entry(entry)
+            self._shares.take_descriptors()
             try:
                 opened = entry.open(flags, mode)
             except BaseException:
-                self._shares.give_descriptor_back()
+                self._shares.give_descriptors_back()
                 raise
         return OpenFile(opened, share, append=bool(pflags & FXF_APPEND))
 
     def close(self, file_obj: object) -> None:
         _file(file_obj).close()
-        self._shares.give_descriptor_back()
+        self._shares.give_descriptors_back()
 
     async def read(self, file_obj: object, offset: int, size: int) -> bytes:
         descriptor, size = _file(file_obj).descriptor, min(size, MAX_READ_BYTES)
@@ -192,6 +202,7 @@ class ShareServer(asyncssh.SFTPServer):
     def fsetstat(self, file_obj: object, attrs: SFTPAttrs) -> None:
         file = _file(file_obj)
         _check_writable(file.share)
+        self._links.check(os.fstat(file.descriptor))
         if attrs.size is not None:
             os.ftruncate(file.descriptor, attrs.size)
         if attrs.permissions is not None:
@@ -244,6 +255,8 @@ class ShareServer(asyncssh.SFTPServer):
         """Each share is a file system of its own: nothing can be renamed from one to another."""
         usage = SFTPVFSAttrs.from_local(os.fstatvfs(descriptor))
         usage.fsid = 1 + list(self._shares.by_name.values()).index(share)
+        if share.read_only:
+            usage.flags |= os.ST_RDONLY
         return usage
 
     def check_directory(self, path: bytes) -> None:
@@ -259,16 +272,17 @@ class ShareServer(asyncssh.SFTPServer):
             for top_name in self._shares.by_name:
                 yield SFTPName(top_name, b"", self.stat(top_name))
             return
-        self._shares.take_descriptor()
+        self._shares.take_descriptors(LISTING_DESCRIPTORS)
         try:
-            with self._shares.folders[share.name].directory(parts) as descriptor:
-                names = await asyncio.to_thread(os.listdir, descriptor)
-                for start in range(0, len(names), LISTED_AT_ONCE):
-                    part = names[start : start + LISTED_AT_ONCE]
-                    for name in await asyncio.to_thread(_looked_at, descriptor, part):
+            with (
+                self._shares.folders[share.name].directory(parts) as descriptor,
+                os.scandir(descriptor) as entries,
+            ):
+                while page := await asyncio.to_thread(_page, entries):
+                    for name in await asyncio.to_thread(_looked_at, descriptor, page):
                         yield name
         finally:
-            self._shares.give_descriptor_back()
+            self._shares.give_descriptors_back(LISTING_DESCRIPTORS)
 
     def format_longname(self, name: SFTPName) -> None:
         """What `ls -l` would show is for people who use sftp(1); names would cost lookups."""
@@ -286,6 +300,7 @@ class ShareServer(asyncssh.SFTPServer):
 
     def _set(self, path: bytes, attrs: SFTPAttrs, *, follow: bool) -> None:
         with self._entry(path, follow=follow, changes=True) as (_, entry):
+            self._links.check_entry(entry)
             place: Any = {"dir_fd": entry.parent, "follow_symlinks": False}
             if attrs.size is not None:
                 opened = entry.open(os.O_WRONLY)
@@ -304,7 +319,7 @@ class ShareServer(asyncssh.SFTPServer):
 
     def remove(self, path: bytes) -> None:
         with self._replacing(path) as (_, entry):
-            os.unlink(entry.name, dir_fd=entry.parent)
+            self._links.unlink(entry)
 
     def mkdir(self, path: bytes, attrs: SFTPAttrs) -> None:
         mode = 0o777 if attrs.permissions is None else attrs.permissions & 0o777
@@ -321,18 +336,19 @@ class ShareServer(asyncssh.SFTPServer):
 
     def link(self, oldpath: bytes, newpath: bytes) -> None:
         with self._two(oldpath, newpath) as (old, new):
-            _link(old, new)
+            self._links.link(old, new)
 
     def posix_rename(self, oldpath: bytes, newpath: bytes) -> None:
         with self._two(oldpath, newpath) as (old, new):
+            self._links.losing(new)
             os.rename(old.name, new.name, src_dir_fd=old.parent, dst_dir_fd=new.parent)
 
     def rename(self, oldpath: bytes, newpath: bytes) -> None:
         """To a new name only; as OpenSSH's server, a file by a link, which sees to that itself."""
         with self._two(oldpath, newpath) as (old, new):
             if stat.S_ISREG(old.stat().st_mode):
-                _link(old, new)
-                os.unlink(old.name, dir_fd=old.parent)
+                self._links.link(old, new)
+                self._links.unlink(old)
                 return
             with suppress(FileNotFoundError):
                 new.stat()
@@ -345,10 +361,6 @@ class ShareServer(asyncssh.SFTPServer):
             if one is not other:
                 raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
             yield old, new
-
-
-def _link(old: Entry, new: Entry) -> None:
-    os.link(old.name, new.name, src_dir_fd=old.parent, dst_dir_fd=new.parent, follow_symlinks=False)
 
 
 def _access(pflags: int) -> int:
@@ -377,7 +389,7 @@ def _file_mode(permissions: int) -> int:
 
 def _check_writable(share: Share) -> None:
     if share.read_only:
-        raise PermissionError(errno.EACCES, f"{share.name} is shared read-only")
+        raise OSError(errno.EROFS, f"{share.name} is shared read-only")
 
 
 def _file(file_obj: object) -> OpenFile:
@@ -432,6 +444,12 @@ def _attrs(found: os.stat_result) -> SFTPAttrs:
 def _seconds(nanoseconds: int) -> int:
     """Version 3 has 32 bits for it."""
     return min(max(nanoseconds // 1_000_000_000, 0), 2**32 - 1)
+
+
+def _page(entries: Iterator[os.DirEntry[str]]) -> list[str]:
+    """The next names. All of a large directory's are never held: a mount may list it a thousand
+    times at once."""
+    return [entry.name for entry in itertools.islice(entries, LISTED_AT_ONCE)]
 
 
 def _looked_at(descriptor: int, names: Sequence[str]) -> list[SFTPName]:

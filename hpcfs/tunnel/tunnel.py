@@ -17,14 +17,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+import asyncssh
+
 from hpcfs import __version__
 from hpcfs.remotes.base import Prompter
+from hpcfs.remotes.sftp.channels import check_service
 from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.ssh.login import Login, log_in
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
 from hpcfs.rendezvous.file import Place, Rendezvous, UnixPlace
 from hpcfs.transfer.messages import (
+    NoService,
     RemoteError,
     RemoteFailure,
     SshSite,
@@ -131,8 +135,8 @@ class Tunnel:
         return None
 
     async def _recover(self, error: RemoteError, pauses: Pauses) -> None:
-        """Raises the error where nothing is to be tried again."""
-        if error.lasting or self._state == "connecting":
+        """Raises the error where nothing is to be tried again. What let us in before is tried."""
+        if self._state == "connecting" or (error.lasting and not isinstance(error, NoService)):
             raise error
         pause = 0.0 if self._hurries else pauses.after(error)
         self._hurries = False
@@ -206,10 +210,13 @@ class Tunnel:
 
     async def _publish(self, login: Login) -> Directory:
         name, identity = self.plan.name, self.identity
+        if self._state == "connecting":  # asyncssh's client would wait for what never comes
+            with suppress(asyncssh.ChannelOpenError):  # told below
+                await check_service(login)
         sftp = await publishing.start_sftp(login)
         directory = await publishing.open_directory(sftp, login.shown)
         await directory.check_free(login.connection, name, identity.id)
-        ends = Ends(login, sftp, self._guests.acceptor, identity.id)
+        ends = Ends(login, sftp, self._guests.acceptor)
         path = directory.new_socket(name)
         try:
             self._forwards = await forwards.open_forwards(ends, path, self.plan.bind)
@@ -229,6 +236,7 @@ class Tunnel:
     def _rendezvous(self, login_host: str) -> Rendezvous:
         return Rendezvous(
             id=self.identity.id,
+            secret=self.identity.secret,
             name=self.plan.name,
             laptop=socket.gethostname(),
             user=pwd.getpwuid(os.getuid()).pw_name,

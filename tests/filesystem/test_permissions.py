@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import trio
 
 from hpcfs.filesystem.errors import NotPermitted
+from hpcfs.filesystem.namespace import WriteMode
 from hpcfs.transfer import messages as m
 from tests.filesystem.world import KINDS, World, world
+from tests.support.memory_remote import GID, UID, Item
+from tests.support.mounts import WRITE_MODES
+
+COLLEAGUE, PROJECT, FOREIGN = 2000, 3000, 4000
+NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY
 
 
 def run(kind: str, directory: Path, body: object) -> None:
@@ -89,3 +96,186 @@ def test_writing_clears_the_set_user_id_bit(kind: str, tmp_path: Path) -> None:
             assert stat.S_IMODE((await w.remotes["ns"].stat(b"f")).mode) == left
 
     run(kind, tmp_path, body)
+
+
+# --- the remote decides -----------------------------------------------------------------------
+
+
+def on_sftp(write: WriteMode, directory: Path, body: Callable[[World], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with world(directory, "sftp", write=write) as w:
+            with trio.fail_after(20):
+                await body(w)
+
+    trio.run(main)
+
+
+def at(w: World, path: bytes) -> Item:
+    return w.remote.paths()[path]
+
+
+async def uploaded(w: World) -> None:
+    await w.fs.files.backlog.wait_for(w.fs.files.dirty())
+
+
+@pytest.mark.parametrize("write", WRITE_MODES)
+def test_new_entries_are_shown_as_the_remote_has_them(write: WriteMode, tmp_path: Path) -> None:
+    async def body(w: World) -> None:
+        w.remote.umask = 0o077
+        w.remote.root.mode |= stat.S_ISGID
+        w.remote.root.gid = PROJECT
+        await w.kernel.write_file("ns/f", b"content")
+        assert (await w.kernel.stat("ns/f")).gid == PROJECT
+        await w.kernel.mkdir("ns/d")
+        await uploaded(w)
+        for path, mode in (("f", 0o600), ("d", 0o2700)):
+            entry, item = await w.kernel.stat(f"ns/{path}"), at(w, path.encode())
+            assert stat.S_IMODE(item.mode) == stat.S_IMODE(entry.mode) == mode
+            assert item.gid == entry.gid == PROJECT
+
+    on_sftp(write, tmp_path, body)
+
+
+@pytest.mark.parametrize("write", WRITE_MODES)
+def test_a_mode_that_a_program_sets_is_the_mode(write: WriteMode, tmp_path: Path) -> None:
+    async def body(w: World) -> None:
+        w.remote.umask = 0o077
+        handle = await w.kernel.open("ns/f", NEW)
+        await w.kernel.pwrite(handle, 0, b"content")
+        await w.kernel.setattr("ns/f", m.Attributes(mode=0o664))
+        await w.kernel.close(handle)
+        await uploaded(w)
+        assert stat.S_IMODE((await w.kernel.stat("ns/f")).mode) == 0o664
+        assert stat.S_IMODE(at(w, b"f").mode) == 0o664
+
+    on_sftp(write, tmp_path, body)
+
+
+@pytest.mark.parametrize("size", [0, 10])
+@pytest.mark.parametrize("write", WRITE_MODES)
+def test_nobody_gives_files_away(write: WriteMode, size: int, tmp_path: Path) -> None:
+    """gzip, xz, sed -i and perl -i try it with the new file, and go on; the upload must not fail
+    for it."""
+
+    async def body(w: World) -> None:
+        for path in ("ns/f", "ns/g"):
+            handle = await w.kernel.open(path, NEW)
+            await w.kernel.pwrite(handle, 0, bytes(size))
+            with pytest.raises(m.NotOwner):
+                await w.kernel.setattr(path, m.Attributes(uid=COLLEAGUE, gid=PROJECT))
+            with pytest.raises(m.NotOwner):
+                await w.kernel.setattr(path, m.Attributes(gid=FOREIGN))
+            await w.kernel.setattr(path, m.Attributes(mode=0o640))
+            await w.kernel.close(handle)
+        await uploaded(w)
+        assert (at(w, b"f").uid, at(w, b"f").gid) == (UID, GID)
+        assert stat.S_IMODE(at(w, b"g").mode) == 0o640
+        assert len(at(w, b"g").content) == size
+        assert not w.fs.files.dirty()
+
+    on_sftp(write, tmp_path, body)
+
+
+@pytest.mark.parametrize("write", WRITE_MODES)
+def test_files_are_given_to_groups_that_the_user_is_in(write: WriteMode, tmp_path: Path) -> None:
+    """Whether the user is, the remote is asked once for each group."""
+
+    async def body(w: World) -> None:
+        w.remote.groups.add(PROJECT)
+        for number in range(3):
+            path = f"ns/{number}"
+            handle = await w.kernel.open(path, NEW)
+            await w.kernel.pwrite(handle, 0, b"content")
+            await w.kernel.setattr(path, m.Attributes(gid=PROJECT))
+            assert (await w.kernel.stat(path)).gid == PROJECT
+            await w.kernel.pwrite(handle, 7, b"!")
+            await w.kernel.close(handle)
+            await uploaded(w)
+            assert (await w.kernel.stat(path)).gid == at(w, b"%d" % number).gid == PROJECT
+            assert w.remote.get(b"%d" % number) == b"content!"
+        asked = [r for r in w.cues.calls if isinstance(r, m.SetAttributes)]
+        assert len(asked) == 1
+
+    on_sftp(write, tmp_path, body)
+
+
+@pytest.mark.parametrize("write", WRITE_MODES)
+def test_what_only_the_owner_may_do_with_a_file_that_is_being_written(
+    write: WriteMode, tmp_path: Path
+) -> None:
+    """A colleague's file that the group may write."""
+
+    async def body(w: World) -> None:
+        w.remote.put(b"f", b"content", 0o664)
+        at(w, b"f").uid = COLLEAGUE
+        handle = await w.kernel.open("ns/f", os.O_WRONLY)
+        await w.kernel.pwrite(handle, 0, b"CON")
+        for attributes in (
+            m.Attributes(mode=0o600),
+            m.Attributes(gid=PROJECT),
+            m.Attributes(uid=UID),
+            m.Attributes(atime_ns=10**18, mtime_ns=10**18),
+        ):
+            with pytest.raises(m.NotOwner):
+                await w.kernel.setattr("ns/f", attributes)
+        await w.kernel.close(handle)
+        await uploaded(w)
+        assert w.remote.get(b"f") == b"CONtent"
+        assert stat.S_IMODE(at(w, b"f").mode) == 0o664
+
+    on_sftp(write, tmp_path, body)
+
+
+@pytest.mark.parametrize("write", WRITE_MODES)
+def test_writing_to_a_file_of_others_leaves_its_mode_to_the_remote(
+    write: WriteMode, tmp_path: Path
+) -> None:
+    async def body(w: World) -> None:
+        w.remote.put(b"f", b"content", 0o6777)
+        at(w, b"f").uid = COLLEAGUE
+        handle = await w.kernel.open("ns/f", os.O_WRONLY)
+        await w.kernel.pwrite(handle, 0, b"CON")
+        await w.kernel.close(handle)
+        await uploaded(w)
+        assert w.remote.get(b"f") == b"CONtent"
+
+    on_sftp(write, tmp_path, body)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chown_to_the_same_owner_sets_ctime(kind: str, tmp_path: Path) -> None:
+    async def body(w: World) -> None:
+        await w.kernel.write_file("ns/f", b"content")
+        node = await w.kernel.walk("ns/f")
+        node.changed_ns = 0
+        await w.kernel.setattr("ns/f", m.Attributes(uid=UID, gid=GID))
+        assert node.changed_ns
+        assert not [r for r in w.cues.calls if isinstance(r, m.SetAttributes)]
+
+    run(kind, tmp_path, body)
+
+
+def test_what_is_refused_leaves_ctime(tmp_path: Path) -> None:
+    async def body(w: World) -> None:
+        await w.kernel.write_file("ns/f", b"content")
+        node = await w.kernel.walk("ns/f")
+        node.changed_ns = 0
+        with pytest.raises(m.NotOwner):
+            await w.kernel.setattr("ns/f", m.Attributes(uid=COLLEAGUE))
+        assert not node.changed_ns
+
+    run("sftp", tmp_path, body)
+
+
+def test_a_version_that_is_saved_beside_gets_no_mode_that_nobody_set(tmp_path: Path) -> None:
+    async def body(w: World) -> None:
+        w.remote.umask = 0o027
+        handle = await w.kernel.open("ns/f", NEW)
+        await w.kernel.pwrite(handle, 0, b"content")
+        w.remote.put(b"f", b"others", 0o644)
+        with pytest.raises(m.Conflict):
+            await w.kernel.fsync(handle)
+        (beside,) = (item for path, item in w.remote.paths().items() if path != b"f")
+        assert stat.S_IMODE(beside.mode) == 0o640
+
+    on_sftp("back", tmp_path, body)

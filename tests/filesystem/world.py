@@ -21,7 +21,7 @@ from hpcfs.cache.pace import Pace
 from hpcfs.cache.store import Store
 from hpcfs.filesystem.errors import Exists, NoEntry, Stale
 from hpcfs.filesystem.filesystem import Filesystem
-from hpcfs.filesystem.namespace import Namespace, WriteMode
+from hpcfs.filesystem.namespace import Namespace, SymlinkMode, WriteMode
 from hpcfs.filesystem.pending import Pending
 from hpcfs.filesystem.restoring import Restoring
 from hpcfs.filesystem.tree import ATTRIBUTE_SECONDS, ROOT_INO, Node
@@ -107,6 +107,8 @@ async def world(
     max_bytes: int = 64 * BLOCK_BYTES,
     read_only: bool = False,
     write: WriteMode = "through",
+    symlinks: SymlinkMode = "contain",
+    mountpoint: bytes | None = None,
     sites: dict[str, MemorySite] | None = None,
 ) -> AsyncIterator[World]:
     """One namespace "ns" of this kind, or those given. Everything is closed properly at the end."""
@@ -124,10 +126,19 @@ async def world(
                 read_only=read_only,
                 write=write,
                 keeps_xattrs=not remotes[name].is_sftp,
+                symlinks=symlinks,
             )
             for name in remotes
         ]
-        fs = Filesystem(namespaces, store, Uploader(journal), nursery, uid=UID, gid=GID)
+        fs = Filesystem(
+            namespaces,
+            store,
+            Uploader(journal),
+            nursery,
+            uid=UID,
+            gid=GID,
+            mountpoint=mountpoint,
+        )
         fs.tree.now = clock
         restoring = Restoring(fs.tree, store, fs.files, journal, namespaces)
         pending = Pending(fs.tree, store, fs.files, journal, restoring)

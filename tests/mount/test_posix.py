@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.mount.conftest import WorkTree
 from tests.support.mounts import RealHome, errno_of, mounted, served_by_ssh, until
-from tests.support.sshd import SshServer, ssh_server
+from tests.support.sshd import ordinary_user
 
 # --- sizes ----------------------------------------------------------------------------------------
 
@@ -126,6 +125,7 @@ def test_ctime_tells_of_changes_that_mtime_does_not(tree: WorkTree) -> None:
     path.write_bytes(b"content")
     assert ctime_passes(path, path.chmod, 0o600)
     assert ctime_passes(path, os.utime, path, (1e9, 1e9))
+    assert ctime_passes(path, os.chown, path, os.getuid(), os.getgid())
     assert path.stat().st_mtime == 1e9
 
 
@@ -159,6 +159,32 @@ def test_what_is_written_after_utime_has_the_time_of_writing(tree: WorkTree) -> 
     assert path.stat().st_mtime < 4e9
 
 
+# --- what is not there ---------------------------------------------------------------------------
+
+
+def test_room_is_not_set_aside(tree: WorkTree) -> None:
+    """fallocate(2): glibc's posix_fallocate(3) then extends the file itself."""
+    with (tree.path / "file").open("wb+", 0) as file:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+        assert libc.fallocate(file.fileno(), 0, 0, 10_000) == -1
+        assert ctypes.get_errno() == errno.ENOTSUP
+        os.posix_fallocate(file.fileno(), 0, 10_000)
+        assert os.fstat(file.fileno()).st_size == 10_000
+        assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 10_000
+    assert tree.on_server("file") == bytes(10_000)
+
+
+def test_there_are_no_unnamed_files(tree: WorkTree) -> None:
+    """O_TMPFILE: tempfile makes a name and removes it."""
+    assert errno_of(os.open, tree.path, os.O_TMPFILE | os.O_RDWR) == errno.ENOTSUP
+    with tempfile.TemporaryFile(dir=tree.path) as file:
+        file.write(b"content")
+        file.seek(0)
+        assert file.read() == b"content"
+    assert os.listdir(tree.path) == []
+
+
 # --- modes ----------------------------------------------------------------------------------------
 
 
@@ -168,25 +194,6 @@ def test_a_new_owner_takes_the_set_user_id_bit(tree: WorkTree) -> None:
     path.chmod(0o6755)
     os.chown(path, os.getuid(), os.getgid())
     assert stat.S_IMODE(path.stat().st_mode) == 0o755
-
-
-@contextmanager
-def ordinary_user(directory: Path) -> Iterator[SshServer]:
-    """A server whose remote user is not root, also where the tests are run by root."""
-    if os.getuid():
-        with ssh_server(directory) as server:
-            yield server
-        return
-    keys = directory / "authorized_keys"  # only root gets there
-    options = (f"AuthorizedKeysCommand /bin/cat {keys}", "AuthorizedKeysCommandUser root")
-    server = SshServer(directory, options=options)
-    server.user = "nobody"
-    server.ssh_config.write_text(server.config_text())
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
 
 
 def test_what_only_the_owner_may_do(real_home: RealHome, tmp_path: Path) -> None:

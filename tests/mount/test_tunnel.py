@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import pytest
 
 from tests.mount.test_programs import git
 from tests.mount.test_trees import WAYS, copy, rsync_finds_to_do
+from tests.support.acl import set_default_acl
 from tests.support.mounts import (
     WRITE_MODES,
     Mount,
@@ -166,6 +168,20 @@ def test_editors(work: Work) -> None:
     assert (work.shared / "text").read_text() == "ONE\nTWO\nthree\n"
 
 
+def test_access_lists_of_the_laptop_decide(work: Work) -> None:
+    set_default_acl(work.shared, 7, 5, 0)
+    (work.path / "file").write_bytes(b"content")
+    (work.path / "d").mkdir()
+    (work.path / "private").touch(mode=0o600)
+    sync(work.mount)
+    assert modes_in(work.shared) == {"file": 0o640, "d": 0o750, "private": 0o600}
+    until(lambda: modes_in(work.path) == modes_in(work.shared), 5)
+
+
+def modes_in(directory: Path) -> dict[str, int]:
+    return {path.name: stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()}
+
+
 @pytest.mark.parametrize("mode", WRITE_MODES)
 def test_a_share_that_is_read_only(mode: str, tmp_path: Path) -> None:
     """The laptop refuses, with `write = "back"` when it gets it, and has what it had."""
@@ -176,19 +192,29 @@ def test_a_share_that_is_read_only(mode: str, tmp_path: Path) -> None:
     with seed(tmp_path) as found:
         found.start("--share", f"{fixed}:ro")
         served = {"laptop": found.served(write=mode)}
-        with mounted(found.home, served, expected=["may not be|not uploaded"]) as mount:
+        with mounted(found.home, served, expected=["read-only|may not|not uploaded"]) as mount:
             top = mount.path / "laptop"
-            for attempt in changes(top, top / "fixed"):
+            for attempt in changes_of_the_top(top):
                 assert errno_of(*attempt) in REFUSED, attempt
+            for attempt in changes(top / "fixed"):
+                assert errno_of(*attempt) == errno.EROFS, attempt
             refused = errno_of((top / "fixed" / "file").write_bytes, b"changed")
-            assert refused == (None if mode == "back" else errno.EACCES)
+            assert refused == (None if mode == "back" else errno.EROFS)
             assert mount.home.run("sync", mount.path).returncode == 1
             assert "fixed/file" in mount.home.run("status", mount.path).stdout
             assert facts_of(fixed) == before
             assert sorted(os.listdir(top)) == ["data", "fixed"]
 
 
-def changes(top: Path, fixed: Path) -> list[tuple[object, ...]]:
+def changes_of_the_top(top: Path) -> list[tuple[object, ...]]:
+    return [
+        (os.rename, top / "data", top / "other"),
+        (os.mkdir, top / "new"),
+        (os.symlink, "data", top / "new"),
+    ]
+
+
+def changes(fixed: Path) -> list[tuple[object, ...]]:
     return [
         (os.unlink, fixed / "file"),
         (os.rename, fixed / "file", fixed / "other"),
@@ -197,9 +223,6 @@ def changes(top: Path, fixed: Path) -> list[tuple[object, ...]]:
         (os.symlink, "file", fixed / "new"),
         (os.chmod, fixed / "file", 0o600),
         (os.utime, fixed / "file", (1, 1)),
-        (os.rename, top / "data", top / "other"),
-        (os.mkdir, top / "new"),
-        (os.symlink, "data", top / "new"),
     ]
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 
 import pytest
 
 from hpcfs.rendezvous import stream as streams
-from hpcfs.rendezvous.stream import ID_BYTES, NEW_STREAM, OPENING, Stream
-from hpcfs.tunnel import acceptor as acceptors
+from hpcfs.rendezvous.knock import KNOCK_BYTES, NONCE_BYTES, SEALED_BYTES, Door
+from hpcfs.rendezvous.stream import ID_BYTES, NEW_STREAM, Stream
+from hpcfs.tunnel import acceptor as acceptors, strangers
 from hpcfs.tunnel.acceptor import Acceptor, Incoming, Kind
 
+DOOR = Door("f" * 32, "5" * 64)
+NONCE = b"n" * NONCE_BYTES
 ASK = streams.HEAD.pack(streams.ASK, 0)
 
 
@@ -31,7 +35,7 @@ class Tunnel:
     """An acceptor, and what came to it."""
 
     def __init__(self) -> None:
-        self.acceptor = Acceptor("f" * 32, self._arrived)
+        self.acceptor = Acceptor(DOOR, self._arrived)
         self.streams: list[Stream] = []
 
     def _arrived(self, stream: Stream, _: Kind) -> None:
@@ -41,9 +45,11 @@ class Tunnel:
         pipe = Pipe()
         return pipe, self.acceptor.pipe(pipe, kind)
 
-    def open(self, stream_id: bytes = NEW_STREAM, seen: int = 0) -> tuple[Pipe, Incoming]:
-        pipe, incoming = self.connect()
-        incoming.received(OPENING.pack(stream_id, seen))
+    def open(
+        self, stream_id: bytes = NEW_STREAM, seen: int = 0, kind: Kind = "tcp"
+    ) -> tuple[Pipe, Incoming]:
+        pipe, incoming = self.connect(kind)
+        incoming.received(knock(pipe, stream_id, seen))
         return pipe, incoming
 
     def proved(self) -> tuple[Pipe, Incoming, Stream]:
@@ -52,11 +58,18 @@ class Tunnel:
         return pipe, incoming, self.streams[-1]
 
 
+def nonces(pipe: Pipe) -> bytes:
+    return DOOR.nonce_in(bytes(pipe.written).partition(b"\n")[0]) + NONCE
+
+
+def knock(pipe: Pipe, stream_id: bytes = NEW_STREAM, seen: int = 0, door: Door = DOOR) -> bytes:
+    """What a mount says that has read the greeting on this pipe."""
+    return NONCE + door.seal(b"client", nonces(pipe), stream_id, seen)
+
+
 def answered(pipe: Pipe) -> tuple[bytes, int]:
-    greeting = streams.GREETING + b"f" * 32 + b"\n"
-    assert pipe.written.startswith(greeting)
-    found: tuple[bytes, int] = OPENING.unpack(pipe.written[len(greeting) :][: OPENING.size])
-    return found
+    sealed = bytes(pipe.written).partition(b"\n")[2][:SEALED_BYTES]
+    return DOOR.unseal(b"server", nonces(pipe), sealed)
 
 
 def in_loop(story: Callable[[Tunnel], Coroutine[object, object, None]]) -> None:
@@ -77,12 +90,12 @@ async def until(condition: Callable[[], bool]) -> None:
 def test_who_says_nothing_or_proves_nothing_has_little_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(acceptors, "STRANGER_SECONDS", 0.1)
+    monkeypatch.setattr(strangers, "SECONDS", 0.1)
 
     async def story(tunnel: Tunnel) -> None:
         silent, _ = tunnel.connect()
         half, incoming = tunnel.connect()
-        incoming.received(b"\0" * (OPENING.size - 1))
+        incoming.received(knock(half)[:-1])
         opened, _ = tunnel.open()
         kept, _, stream = tunnel.proved()
         await until(lambda: silent.closed and half.closed and opened.closed)
@@ -98,10 +111,92 @@ def test_those_who_wait_keep_nobody_out() -> None:
         crowd = [tunnel.connect()[0] for _ in range(acceptors.MAX_STRANGERS)]
         pipe, _, stream = tunnel.proved()
         assert [waiting.closed for waiting in crowd] == [True] + [False] * (len(crowd) - 1)
-        more = [tunnel.open()[0] for _ in range(acceptors.MAX_STRANGERS)]
-        assert all(waiting.closed for waiting in crowd)
-        assert not any(waiting.closed for waiting in (pipe, *more[1:]))
+        more = [tunnel.open()[0] for _ in range(acceptors.MAX_PROVING + 1)]
+        assert [waiting.closed for waiting in more] == [True] + [False] * (len(more) - 1)
+        assert not any(waiting.closed for waiting in (pipe, *crowd[1:]))
         assert not stream.ended
+
+    in_loop(story)
+
+
+def test_of_a_flood_some_are_admitted_as_time_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount that comes again and again is soon among them, and what is done for all others does
+    not depend on how many they are."""
+    now = 100.0
+    monkeypatch.setattr(strangers, "time", SimpleNamespace(monotonic=lambda: now))
+    rate = int(acceptors.ADMITTED_PER_SECOND)
+
+    async def story(tunnel: Tunnel) -> None:
+        nonlocal now
+        crowd = [tunnel.acceptor.has_room() for _ in range(3 * rate)]
+        assert crowd == [True] * rate + [False] * 2 * rate
+        admitted = 0
+        for _ in range(20):
+            now += 0.05
+            admitted += sum(tunnel.acceptor.has_room() for _ in range(rate))
+        assert rate - 1 <= admitted <= rate
+        now += 3600
+        assert sum(tunnel.acceptor.has_room() for _ in range(3 * rate)) == rate
+
+    in_loop(story)
+
+
+def test_a_flood_takes_few_lines_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def story(tunnel: Tunnel) -> None:
+        for _ in range(acceptors.MAX_STRANGERS):
+            _, incoming = tunnel.connect()
+            incoming.received(bytes(KNOCK_BYTES))
+            tunnel.connect()
+            tunnel.connect()
+
+    in_loop(story)
+    assert [record.getMessage() for record in caplog.records] == [
+        "strangers at the tunnel's port, sent away: 1",
+        f"strangers at the tunnel's port, sent away: {2 * acceptors.MAX_STRANGERS - 1}",
+    ]
+
+
+@pytest.mark.parametrize(
+    "door",
+    [Door("f" * 32, "6" * 64), Door("e" * 32, "5" * 64)],
+    ids=["another secret", "another tunnel"],
+)
+def test_who_does_not_know_the_secret_begins_nothing(door: Door) -> None:
+    """No stream, and so no SSH connection, is made for who guesses, or says again what a mount
+    said."""
+
+    async def story(tunnel: Tunnel) -> None:
+        pipe, incoming = tunnel.connect()
+        said = knock(pipe)
+        incoming.received(said)
+        assert len(tunnel.streams) == 1
+        again, incoming = tunnel.connect()
+        greeting = bytes(again.written)
+        incoming.received(said)
+        guessing, incoming = tunnel.connect()
+        incoming.received(knock(guessing)[:NONCE_BYTES] + bytes(SEALED_BYTES))
+        wrong, incoming = tunnel.connect()
+        incoming.received(
+            NONCE + door.seal(b"client", nonces(wrong), NEW_STREAM, 0),
+        )
+        assert (again.closed, guessing.closed, wrong.closed) == (True, True, True)
+        assert bytes(again.written) == greeting
+        assert len(tunnel.streams) == 1
+
+    in_loop(story)
+
+
+def test_streams_are_not_made_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceptors, "MAX_STREAMS", 3)
+
+    async def story(tunnel: Tunnel) -> None:
+        kept = [tunnel.proved() for _ in range(3)]
+        pipe, _ = tunnel.open()
+        assert (answered(pipe), pipe.closed) == ((NEW_STREAM, 0), True)
+        _, incoming, stream = kept[0]
+        incoming.lost()
+        pipe, _ = tunnel.open(stream.id)
+        assert answered(pipe) == (stream.id, 0)
 
     in_loop(story)
 
@@ -109,13 +204,13 @@ def test_those_who_wait_keep_nobody_out() -> None:
 def test_a_stranger_says_little() -> None:
     async def story(tunnel: Tunnel) -> None:
         pipe, incoming = tunnel.open()
-        for _ in range(acceptors.MAX_STRANGER_BYTES):
+        for _ in range(acceptors.MAX_PROVING_BYTES):
             incoming.received(ASK)
         assert pipe.closed
         assert tunnel.streams[0].ended
-        assert len(pipe.written) < 5 * acceptors.MAX_STRANGER_BYTES
+        assert len(pipe.written) < 5 * acceptors.MAX_PROVING_BYTES
         known, incoming, _ = tunnel.proved()
-        for _ in range(acceptors.MAX_STRANGER_BYTES):
+        for _ in range(acceptors.MAX_PROVING_BYTES):
             incoming.received(ASK)
         assert not known.closed
 
@@ -123,7 +218,8 @@ def test_a_stranger_says_little() -> None:
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\xff" * 100, bytes(99)]
+    "garbage",
+    [b"GET / HTTP/1.1\r\nHost: x\r\nAccept: */*" + b"\r\n" * 50, b"\xff" * 100, bytes(99)],
 )
 def test_garbage_ends_a_connection(garbage: bytes) -> None:
     async def story(tunnel: Tunnel) -> None:
@@ -148,8 +244,7 @@ def test_nobody_else_goes_on_with_a_stream() -> None:
         for wanted in (b"x" * ID_BYTES, unproved.id):
             pipe, _ = tunnel.open(wanted)
             assert (answered(pipe), pipe.closed) == ((NEW_STREAM, 0), True)
-        pipe, incoming = tunnel.connect("unix")
-        incoming.received(OPENING.pack(stream.id, 0))
+        pipe, _ = tunnel.open(stream.id, kind="unix")
         assert (answered(pipe), pipe.closed) == ((NEW_STREAM, 0), True)
         pipe, _ = tunnel.open(stream.id, seen=1)
         assert pipe.closed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import socket
 import stat
@@ -101,6 +102,7 @@ def test_help_names_all_commands(home: Home) -> None:
         ["mount", "--cache-size", "lots", "h:", "mnt"],
         ["mount", "--cache-size", "1 MiB", "h:", "mnt"],
         ["mount", "--write", "bakc", "h:", "mnt"],
+        ["mount", "--symlinks", "no", "h:", "mnt"],
         ["umount"],
         ["umount", "--timeout", "-1", "mnt"],
         ["umount", "--timeout", "soon", "mnt"],
@@ -368,17 +370,38 @@ def test_check_tells_an_ssh_server_from_another(
         )
         site = SshSite("box", ssh_config=str(ssh_config), identity_file=str(key))
         found = list(check_ssh.ssh_namespace("box", site))
-    assert [one.level for one in found] == [level, "ok", "ok"]
+    assert [one.level for one in found] == ["ok", level, "ok", "ok"]
+    assert f"box means {getpass.getuser()}@127.0.0.1 port {port}" in found[0].text
 
 
 def test_check_does_not_try_a_host_behind_a_jump(home: Home) -> None:
     ssh_config = home.path / "ssh_config"
     ssh_config.write_text(
-        f"Host inner\n HostName 192.0.2.1\n ProxyJump gate\n UserKnownHostsFile {home.path}/no\n"
+        f"Host inner\n HostName 192.0.2.1\n ProxyJump me@gate:2200\nHost *\n"
+        f" UserKnownHostsFile {home.path}/no\n"
     )
     found = list(check_ssh.ssh_namespace("inner", SshSite("inner", ssh_config=str(ssh_config))))
-    assert (found[0].level, found[1].level) == ("ok", "warn")
-    assert "through gate" in found[0].text
+    assert [one.level for one in found[:3]] == ["ok", "warn", "warn"]
+    assert "through me@gate port 2200, which is not tried" in found[0].text
+    assert "[gate]:2200 is not known" in found[1].text
+
+
+def test_check_tells_what_ssh_makes_of_a_host_and_what_hpcfs_cannot_obey(home: Home) -> None:
+    (home.path / ".ssh").mkdir(exist_ok=True)
+    (home.path / ".ssh" / "config").write_text(
+        "Host box\n HostName 192.0.2.1\n Port 2022\n User CAMPUS\\alice\n ProxyCommand nc %h %p\n"
+        " ControlMaster auto\n StrictHostKeyChecking yes\n"
+        "Host other\n BindInterface eth7\n"
+    )
+    result = home.run("check", "box", "other")
+    text = " ".join(result.stdout.split())
+    assert (
+        "ok box: box means CAMPUS\\alice@192.0.2.1 port 2022, through 'nc 192.0.2.1 2022'" in text
+    )
+    assert "warn box: in the SSH configuration ControlMaster auto is passed over" in text
+    assert "fail box: the host key of [192.0.2.1]:2022 is not known, and StrictHostKeyCh" in text
+    assert "fail other: the SSH configuration for other has BindInterface eth7" in text
+    assert result.returncode == 1
 
 
 def test_check_names_unreadable_files(home: Home) -> None:

@@ -146,6 +146,8 @@ def test_defaults() -> None:
         (HEAD + 'write = "bakc"\n', 4, '"through" or "back", not "bakc": did you mean back'),
         (HEAD + "write = true\n", 4, 'must be "through" or "back", not true'),
         (HEAD + 'writes = "back"\n', 4, "did you mean write"),
+        (HEAD + 'symlinks = "folow"\n', 4, '"contain", "follow" or "hide", not "folow": did you'),
+        (HEAD + "symlinks = true\n", 4, "not true"),
         (S3_HEAD + 'verify = "yes"\n', 4, "true or false"),
         (HEAD + "xattrs = true\n", 4, "unknown key 'xattrs'"),
         ('journal_size = "1 MiB"\n' + HEAD, 1, "journal_size must be at least 16 MiB"),
@@ -366,6 +368,28 @@ def test_a_way_of_writing_covers_every_namespace() -> None:
         found = config.writing(parse(FULL), config_values.write_mode(mode))
         assert {namespace.write for namespace in found.namespaces.values()} == {mode}
         assert found.namespaces["data.2"].root == parse(FULL).namespaces["data.2"].root
+
+
+def test_where_links_may_lead() -> None:
+    """Safe unless it is said, in the file, in a URL or for all."""
+    found = parse(f'{HEAD}symlinks = "follow"\n[namespaces.b]\ntype = "s3"\nbucket = "b"\n')
+    assert [one.symlinks for one in found.namespaces.values()] == ["follow", "contain"]
+    assert {one.symlinks for one in config.with_symlinks(found, "hide").namespaces.values()} == {
+        "hide"
+    }
+    urls = {
+        "h:x": "contain",
+        "sftp://h/x?symlinks=follow": "follow",
+        "s3://b/p?region=eu&symlinks=hide": "hide",
+        "tunnel:lap/data?symlinks=follow": "follow",
+        "tunnel:lap": "contain",
+    }
+    for url, mode in urls.items():
+        (one,) = config.with_urls(config.Config({}), [(None, url)]).namespaces.values()
+        assert one.symlinks == mode
+        assert "?" not in one.url or one.url.startswith("s3://b/p?region=eu")
+    with pytest.raises(SetupError, match=r'symlinks in a URL must be .*, not "no"'):
+        config.with_urls(config.Config({}), [(None, "s3://b?symlinks=no")])
 
 
 def test_settings_of_two_mounts_share_no_file(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from hpcfs.transfer.messages import Unreachable, WrongSettings
 
 GOOD = Rendezvous(
     id="0" * 32,
+    secret="5" * 64,
     name="lap",
     laptop="lap.example",
     user="mo",
@@ -83,7 +84,9 @@ def test_noise_is_not_believed(directory: Path, text: bytes) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"version": 2}, "newer hpcfs"),
+        ({"version": 3}, "newer hpcfs.*here"),
+        ({"version": 1}, "older hpcfs.*on the laptop"),
+        ({"secret": "5" * 62}, "damaged"),
         ({"id": "xyz"}, "damaged"),
         ({"name": "../up"}, "damaged"),
         ({"name": "other"}, "another tunnel"),

@@ -15,7 +15,7 @@ usual = st.builds(
     size=st.integers(0, 2**64 - 1),
     uid=numbers,
     gid=numbers,
-    permissions=numbers,
+    permissions=st.integers(0x1000, 2**16 - 1),
     atime=numbers,
     mtime=numbers,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given, strategies as st
 
@@ -184,3 +186,22 @@ def test_nonsense_is_refused_or_ignored(data: bytes) -> None:
     except Garbled:
         return
     assert len(end.came) <= len(data)
+
+
+def test_who_asks_without_end_is_not_answered_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may not be reading, and nothing says that an answer came. On a new pipe it may ask at
+    once."""
+    now = 100.0
+    monkeypatch.setattr(streams, "time", SimpleNamespace(monotonic=lambda: now))
+    answer = streams.HEAD.size + 8
+    asking = streams.HEAD.pack(streams.ASK, 0) * 10_000
+    end = End()
+    end.stream.attach(end.wire, 0)
+    for seconds in range(3):
+        now += seconds
+        end.stream.feed(asking)
+        assert len(end.wire.take(10**9)) == answer
+    end.stream.detach(end.wire)
+    end.stream.attach(end.wire, 0)
+    end.stream.feed(asking)
+    assert len(end.wire.bytes) == answer

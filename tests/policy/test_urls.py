@@ -209,6 +209,8 @@ def test_a_secret_is_refused_and_not_repeated(text: str) -> None:
         ("nothing", "no URL"),
         ("s3://", "name a bucket"),
         ("s3://b?regoin=eu", "did you mean region"),
+        ("sftp://h/x?symlink=hide", "did you mean symlinks"),
+        ("tunnel:lap?to=hide", "there are symlinks"),
         ("s3://b?endpoint_url=host:9000", "must be like https"),
         ("sftp:///x", "names no host"),
         ("sftp://host:99999/x", "no port"),

@@ -21,7 +21,7 @@ from hpcfs.remotes.ssh.words import ending
 from hpcfs.transfer.messages import (
     AccessRefused,
     HostKeyRefused,
-    ProtocolError,
+    NoService,
     RemoteError,
     SftpRoot,
     SshSite,
@@ -321,7 +321,7 @@ def test_a_server_without_sftp(tmp_path: Path) -> None:
 
 def test_a_server_that_prints_text_first(tmp_path: Path) -> None:
     with ssh_server(tmp_path / "s", subsystem="/bin/echo Welcome to the cluster") as server:
-        refused(server.start_message(), ProtocolError, "bashrc")
+        refused(server.start_message(), NoService, r"\('Welcome to the cluster'\).*bashrc")
 
 
 def test_a_proxy_command_is_used(tmp_path: Path, sshd: SshServer) -> None:
@@ -498,7 +498,7 @@ TARGET = Target(SshSite(ALIAS), LOOPBACK, "22", "me", None)
         ("Received disconnect from ::1 port 2: Too many authentication failures", AccessRefused),
         ("Host key verification failed.", HostKeyRefused),
         ("No ED25519 host key is known for x and you have requested ...", HostKeyRefused),
-        ("subsystem request failed on channel 0", WrongSettings),
+        ("subsystem request failed on channel 0", NoService),
         ("ssh_askpass: exec(/tmp/x): Permission denied", WrongSettings),
         ("Unable to negotiate with 1.2.3.4 port 22: no matching cipher found", WrongSettings),
         ("ssh: connect to host x port 22: Connection timed out", Unreachable),

@@ -113,7 +113,7 @@ def test_sessions_of_asyncssh_keep_what_comes(served: SshServer) -> None:
     """A tunnel has its SFTP client beside channels of ours."""
 
     async def main() -> None:
-        login = await log_in(served.site(), ScriptedPrompter(), lambda: None)
+        login = await log_in(served.site(), ScriptedPrompter())
         receiver = shorten(login.connection)
         assert receiver is not None
         sftp = await login.connection.start_sftp_client()
@@ -130,7 +130,7 @@ def test_whatever_comes_is_a_sign_of_life(served: SshServer) -> None:
     """The answer to a keepalive may wait behind much that is sent."""
 
     async def main() -> None:
-        login = await log_in(served.site(), ScriptedPrompter(), lambda: None)
+        login = await log_in(served.site(), ScriptedPrompter())
         shorten(login.connection)
         inside: Any = login.connection
         sftp = await login.connection.start_sftp_client()

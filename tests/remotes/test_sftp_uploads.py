@@ -102,7 +102,8 @@ def test_round_trips(sshd: SshServer) -> None:
             assert await trips(put(remote, b"old", b"z", attributes=TIMES, replace=True)) == 3
             assert await trips(remote.create(b"unheld", 0o644)) == 2
             assert await trips(remote.make_directory(b"d", 0o755)) == 1
-            assert await trips(remote.make_symlink(b"l", b"old")) == 1
+            assert await trips(remote.make_symlink(b"l", b"old")) == 2  # the order is looked for
+            assert await trips(remote.make_symlink(b"l2", b"old")) == 1
             assert await trips(remote.make_link(b"old", b"hard")) == 1
             assert await trips(remote.set_attributes(b"old", Attributes(mode=0o600))) == 1
             assert await trips(remote.set_attributes(b"old", TIMES)) == 1
@@ -457,21 +458,6 @@ def test_a_created_file_is_ours_whatever_its_name_is_by_now(sshd: SshServer) -> 
         await remote.remove(b"removed")
         await remote.release(2)
         assert os.listdir(folder) == ["final"]
-
-    on_folder(sshd, story)
-
-
-def test_modes_of_a_created_file_keep_their_order(sshd: SshServer) -> None:
-    """Its mode goes another way than a later one, and must not come after it."""
-
-    async def story(remote: SftpRemote, folder: Path) -> None:
-        for number in range(1, 40):
-            name = b"%d" % number
-            await remote.create(name, 0o666, number)
-            assert stat.S_IMODE((await remote.stat(name)).mode) == 0o666
-            await remote.set_attributes(name, Attributes(mode=0o400))
-            entry = await put(remote, name, b"x", base_version=b"", handle=number)
-            assert stat.S_IMODE(entry.mode) == 0o400
 
     on_folder(sshd, story)
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from hpcfs.rendezvous.file import TcpPlace, UnixPlace
-from hpcfs.rendezvous.stream import GREETING
+from hpcfs.rendezvous.knock import GREETING
 from hpcfs.transfer.messages import WrongSettings
 from hpcfs.tunnel import forwards
 from tests.support.tunnels import LoginNode, greeting, login_node, own_address, running
 
 
 def expected_greeting(node: LoginNode) -> bytes:
-    return GREETING + node.rendezvous().id.encode() + b"\n"
+    return GREETING + node.rendezvous().id.encode() + b" "
 
 
 def test_a_unix_socket_that_only_the_user_can_reach(tmp_path: Path) -> None:
@@ -176,4 +176,25 @@ def test_a_bind_address_of_another_machine(tmp_path: Path) -> None:
             assert "has not that address" in note
 
     with login_node(tmp_path, "GatewayPorts clientspecified") as node:
+        asyncio.run(main(node))
+
+
+def test_what_nobody_takes_is_dropped_with_its_connection(tmp_path: Path) -> None:
+    """A mount may come back again and again, be sent what it has not got, and read none of it."""
+
+    async def main(node: LoginNode) -> None:
+        async with running(node) as found:
+            (place,) = node.rendezvous().places
+            assert isinstance(place, UnixPlace)
+            with socket.socket(socket.AF_UNIX) as mount:
+                mount.connect(place.path)
+                await greeting(mount)
+                (incoming,) = found.tunnel._guests.acceptor._strangers.all()
+                channel = incoming.pipe._channel  # type: ignore[attr-defined]
+                incoming.pipe.write(bytes(32 * 1024 * 1024))
+                assert channel.get_write_buffer_size() > 16 * 1024 * 1024
+                incoming.close()
+                assert channel.get_write_buffer_size() == 0
+
+    with login_node(tmp_path) as node:
         asyncio.run(main(node))

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,10 @@ from hpcfs.remotes.sftp.remote import SftpRemote
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.session import SftpSession
 from hpcfs.remotes.tunnel.line import Meeting
-from hpcfs.remotes.tunnel.session import open_session
+from hpcfs.remotes.tunnel.session import TunnelLogin, open_session
 from hpcfs.remotes.tunnel.site import TunnelSiteConnection
 from hpcfs.transfer.messages import CrossDevice
-from hpcfs.tunnel import channel as served_channel, guests, served
+from hpcfs.tunnel import channel as served_channel, guests, memory, served
 from hpcfs.tunnel.acceptor import Kind
 from hpcfs.tunnel.channel import OpenFiles, ServedChannel
 from hpcfs.tunnel.served import Shares, ShareServer
@@ -43,6 +43,7 @@ from tests.remotes.contract import put
 from tests.support.laptop import NAME, Laptop, laptop
 
 CONTENT = b"what was there"
+MIB = 1024 * 1024
 SECRET = b"what nobody may see"
 ALL = SFTPAttrs(size=3, permissions=0o777, uid=os.getuid(), gid=os.getgid(), atime=1, mtime=1)
 LINK, BLOCK = 21, 22
@@ -173,6 +174,105 @@ def test_nothing_changes_a_read_only_share(running: Laptop, directory: Path) -> 
 
     ask(running, story)
     assert (snapshot(directory / "ro"), snapshot(directory / "rw")) == before
+
+
+def test_a_read_only_file_is_not_changed_under_another_name(
+    running: Laptop, directory: Path
+) -> None:
+    """A hard link in the writable share, made on the laptop; those that mounts make are theirs."""
+    os.link(directory / "ro" / "file", directory / "rw" / "shared")
+    (directory / "rw" / "sly").symlink_to("shared")
+    before = snapshot(directory / "ro")
+
+    async def story(channel: Requests) -> None:
+        reading = await channel.open(b"/rw/shared", FXF_READ, SFTPAttrs())
+        refused = [
+            channel.fsetstat(reading, SFTPAttrs(permissions=0o777)),
+            channel.fsetstat(reading, SFTPAttrs(atime=1, mtime=1)),
+        ]
+        for path in (b"/rw/shared", b"/rw/sly", b"/rw/dir/../shared"):
+            refused += [
+                channel.open(path, flags, SFTPAttrs())
+                for flags in (
+                    FXF_WRITE,
+                    FXF_READ | FXF_WRITE,
+                    FXF_WRITE | FXF_CREAT | FXF_TRUNC,
+                    FXF_WRITE | FXF_APPEND,
+                    FXF_READ | FXF_TRUNC,
+                )
+            ]
+            refused += [
+                channel.setstat(path, attrs)
+                for attrs in (
+                    SFTPAttrs(size=0),
+                    SFTPAttrs(permissions=0o777),
+                    SFTPAttrs(atime=1, mtime=1),
+                    SFTPAttrs(uid=os.getuid(), gid=os.getgid()),
+                )
+            ]
+        for request in refused:
+            assert await code(request) == asyncssh.FX_PERMISSION_DENIED
+        assert snapshot(directory / "ro") == before
+        assert await read(channel, reading, 0, 100) == CONTENT
+        await channel.link(b"/rw/shared", b"/rw/again")
+        assert await code(channel.open(b"/rw/again", FXF_WRITE, SFTPAttrs()))
+        await channel.remove(b"/rw/again")
+        await channel.posix_rename(b"/rw/shared", b"/rw/dir/shared")
+        assert await code(channel.open(b"/rw/dir/shared", FXF_WRITE, SFTPAttrs()))
+        await channel.posix_rename(b"/rw/file", b"/rw/dir/shared")
+        await channel.open(b"/rw/dir/shared", FXF_WRITE, SFTPAttrs())
+
+    ask(running, story)
+    assert (directory / "ro" / "file").stat().st_nlink == 1
+    assert (directory / "ro" / "file").read_bytes() == CONTENT
+
+
+def test_links_that_mounts_make_are_written_through(running: Laptop, directory: Path) -> None:
+    """Until somebody on the laptop makes one more, of which nobody knows where."""
+
+    async def opens(channel: Requests, *names: bytes) -> None:
+        for name in names:
+            handle = await channel.open(name, FXF_WRITE, SFTPAttrs())
+            await channel.close(handle)
+
+    async def refuses(channel: Requests, *names: bytes) -> None:
+        for name in names:
+            opening = channel.open(name, FXF_WRITE, SFTPAttrs())
+            assert await code(opening) == asyncssh.FX_PERMISSION_DENIED
+
+    async def story(channel: Requests) -> None:
+        await channel.link(b"/rw/file", b"/rw/two")
+        await channel.link(b"/rw/two", b"/rw/dir/three")
+        await opens(channel, b"/rw/file", b"/rw/two", b"/rw/dir/three")
+        await channel.posix_rename(b"/rw/two", b"/rw/2")
+        await opens(channel, b"/rw/file", b"/rw/2", b"/rw/dir/three")
+        os.link(directory / "rw" / "file", directory / "ro" / "four")
+        await refuses(channel, b"/rw/file", b"/rw/2", b"/rw/dir/three")
+        await channel.remove(b"/rw/2")
+        await refuses(channel, b"/rw/file", b"/rw/dir/three")
+        (directory / "ro" / "four").unlink()
+        await opens(channel, b"/rw/file", b"/rw/dir/three")
+        (directory / "rw" / "dir" / "three").unlink()
+        await opens(channel, b"/rw/file")
+        os.link(directory / "rw" / "file", directory / "ro" / "four")
+        await refuses(channel, b"/rw/file")
+
+    ask(running, story)
+
+
+def test_without_a_read_only_share_every_name_is_written_through(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "file").write_bytes(CONTENT)
+    os.link(tmp_path / "data" / "file", tmp_path / "data" / "two")
+
+    async def story(channel: Requests) -> None:
+        await channel.open(b"/data/two", FXF_WRITE | FXF_TRUNC, SFTPAttrs())
+
+    with laptop(tmp_path / "home", Share("data", tmp_path / "data")) as running:
+        ask(running, story)
+    assert (tmp_path / "data" / "file").read_bytes() == b""
 
 
 def test_the_shares_themselves_stay(running: Laptop, directory: Path) -> None:
@@ -378,7 +478,7 @@ def test_there_is_an_end_to_open_files_and_listings(
         (directory / "rw" / "dir" / str(number)).touch()
 
     async def story(channel: Requests) -> None:
-        handles = [await channel.open(b"/rw/file", FXF_READ, SFTPAttrs()) for _ in range(15)]
+        handles = [await channel.open(b"/rw/file", FXF_READ, SFTPAttrs()) for _ in range(10)]
         listings = [await channel.opendir(b"/rw/dir") for _ in range(30)]
         assert await code(channel.opendir(b"/rw/dir")) == asyncssh.FX_FAILURE
         for listing in listings[:5]:
@@ -442,6 +542,14 @@ def test_one_mount_does_not_keep_the_others_waiting(
     assert max(together) < 1000
 
 
+def wait_until_it_waits(running: Laptop) -> None:
+    """The mounts' loop stands still meanwhile."""
+    sent = -1
+    while sent != running.served.traffic.sent or not sent:
+        sent = running.served.traffic.sent
+        time.sleep(0.3)
+
+
 def test_answers_that_nobody_takes_are_not_gathered(
     running: Laptop, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -456,19 +564,63 @@ def test_answers_that_nobody_takes_are_not_gathered(
             handle = await channel.open(b"/rw/large", FXF_READ, SFTPAttrs())
             pieces = [channel.read_piece(handle, 0, 1024 * 1024) for _ in range(400)]
             await pieces[0]
-            wait_until_it_waits()
+            wait_until_it_waits(running)
             assert running.served.traffic.sent < 100 * 1024 * 1024
             for piece in await asyncio.gather(*pieces):
                 assert sum(map(len, piece)) == 1024 * 1024
 
-    def wait_until_it_waits() -> None:
-        """The mount's loop stands still meanwhile."""
-        sent = -1
-        while sent != running.served.traffic.sent or not sent:
-            sent = running.served.traffic.sent
-            time.sleep(0.3)
+    asyncio.run(main())
+
+
+def test_mounts_together_are_given_little_memory(
+    running: Laptop, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each asks for 24 MiB and takes nothing; one that takes what it asked for gets on with it."""
+    monkeypatch.setattr(memory, "MOST_ANSWER_BYTES", 4 * MIB)
+    (directory / "rw" / "large").write_bytes(bytes(4 * MIB))
+    mounts = 8
+
+    async def main() -> None:
+        async with AsyncExitStack() as stack:
+            asked = []
+            for _ in range(mounts):
+                channel = (await stack.enter_async_context(session(running))).bulk
+                handle = await channel.open(b"/rw/large", FXF_READ, SFTPAttrs())
+                asked += [channel.read_piece(handle, 0, MIB) for _ in range(24)]
+            await asyncio.gather(*asked[:: len(asked) // mounts])
+            wait_until_it_waits(running)
+            held = running.call(lambda: running.served.memory.answers)
+            assert held <= 4 * MIB + mounts * (memory.LITTLE_BYTES + 2 * MIB)
+            for piece in await asyncio.gather(*asked):
+                assert sum(map(len, piece)) == MIB
+        assert settled(lambda: running.served.memory == memory.Memory())
 
     asyncio.run(main())
+
+
+def test_a_mount_opens_few_channels(tmp_path: Path) -> None:
+    """Each would be given memory of its own."""
+    (tmp_path / "data").mkdir()
+
+    async def main(running: Laptop) -> None:
+        async with session(running) as found:
+            assert isinstance(found.login, TunnelLogin)
+            assert found.login.ssh is not None
+            connection = found.login.ssh.connection
+            opened = [await connection.start_sftp_client() for _ in range(guests.MAX_CHANNELS - 2)]
+            with pytest.raises(asyncssh.ChannelOpenError):
+                await connection.start_sftp_client()
+            opened[0].exit()
+            async with asyncio.timeout(10):
+                while True:
+                    try:
+                        await connection.start_sftp_client()
+                        return
+                    except asyncssh.ChannelOpenError:  # the laptop has not heard of it yet
+                        await asyncio.sleep(0.01)
+
+    with laptop(tmp_path / "home", Share("data", tmp_path / "data"), kind="tcp") as running:
+        asyncio.run(main(running))
 
 
 INIT = struct.pack(">IBI", 5, 1, 3)
@@ -506,7 +658,8 @@ def test_what_was_given_up_is_not_done_later(directory: Path) -> None:
 def test_requests_are_not_gathered_without_end(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served_channel, "MOST_UNSEEN_BYTES", 10_000)
+    monkeypatch.setattr(memory, "MAX_CHANNEL_REQUEST_BYTES", 10_000)
+    monkeypatch.setattr(memory, "LITTLE_BYTES", 1000)
 
     async def story(channel: ServedChannel) -> None:
         channel.received(INIT + MKDIR)

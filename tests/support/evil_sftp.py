@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import stat
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -66,6 +67,10 @@ class Plain(asyncssh.SFTPServer):
     def readlink(self, path: bytes) -> bytes:
         """As it is: asyncssh finds no relative target inside a chroot."""
         return os.readlink(self.map_path(path))
+
+    def symlink(self, oldpath: bytes, newpath: bytes) -> None:
+        """So too."""
+        os.symlink(oldpath, self.map_path(newpath))
 
 
 class Counting(Plain):
@@ -133,6 +138,73 @@ class NoAttributes(Plain):
         return asyncssh.SFTPAttrs(size=os.lstat(self.map_path(path)).st_size)
 
 
+def _without_type(attrs: asyncssh.SFTPAttrs) -> asyncssh.SFTPAttrs:
+    attrs.permissions = stat.S_IMODE(attrs.permissions or 0)
+    return attrs
+
+
+class NoTypes(Plain):
+    """No mode has type bits; what a listing shows to humans tells the type."""
+
+    def lstat(self, path: bytes) -> asyncssh.SFTPAttrs:
+        return _without_type(asyncssh.SFTPAttrs.from_local(os.lstat(self.map_path(path))))
+
+    def stat(self, path: bytes) -> asyncssh.SFTPAttrs:
+        return _without_type(asyncssh.SFTPAttrs.from_local(os.stat(self.map_path(path))))
+
+    def fstat(self, file_obj: Any) -> asyncssh.SFTPAttrs:
+        return _without_type(asyncssh.SFTPAttrs.from_local(os.fstat(file_obj.fileno())))
+
+    async def scandir(self, path: bytes) -> AsyncIterator[asyncssh.SFTPName]:
+        for entry in os.scandir(self.map_path(path)):
+            found = entry.stat(follow_symlinks=False)
+            line = f"{stat.filemode(found.st_mode)}    1 u  g  {found.st_size} Nov 30 ".encode()
+            attrs = _without_type(asyncssh.SFTPAttrs.from_local(found))
+            yield asyncssh.SFTPName(entry.name, line + entry.name, attrs)
+
+    def format_longname(self, name: asyncssh.SFTPName) -> None:
+        """It is there already."""
+
+
+class NoTypesAtAll(NoTypes):
+    """And nothing else tells."""
+
+    async def scandir(self, path: bytes) -> AsyncIterator[asyncssh.SFTPName]:
+        async for name in super().scandir(path):
+            name.longname = name.filename
+            yield name
+
+
+class NoModes(Plain):
+    """Sizes and times are all that is told."""
+
+    def _told(self, found: os.stat_result) -> asyncssh.SFTPAttrs:
+        return asyncssh.SFTPAttrs(size=found.st_size, atime=1, mtime=int(found.st_mtime))
+
+    def lstat(self, path: bytes) -> asyncssh.SFTPAttrs:
+        return self._told(os.lstat(self.map_path(path)))
+
+    def stat(self, path: bytes) -> asyncssh.SFTPAttrs:
+        return self._told(os.stat(self.map_path(path)))
+
+    def fstat(self, file_obj: Any) -> asyncssh.SFTPAttrs:
+        return self._told(os.fstat(file_obj.fileno()))
+
+    async def scandir(self, path: bytes) -> AsyncIterator[asyncssh.SFTPName]:
+        for entry in os.scandir(self.map_path(path)):
+            told = self._told(entry.stat(follow_symlinks=False))
+            yield asyncssh.SFTPName(entry.name, entry.name, told)
+
+
+class ModesWithoutSizes(NoTypes):
+    """A listing tells modes, with their types, and no sizes; LSTAT all but types."""
+
+    async def scandir(self, path: bytes) -> AsyncIterator[asyncssh.SFTPName]:
+        for entry in os.scandir(self.map_path(path)):
+            mode = entry.stat(follow_symlinks=False).st_mode
+            yield asyncssh.SFTPName(entry.name, b"", asyncssh.SFTPAttrs(permissions=mode))
+
+
 class NamesWithoutAttributes(Plain):
     """READDIR tells names only; LSTAT answers well."""
 
@@ -174,6 +246,38 @@ class Silent(Plain):
         return b""
 
 
+class TargetFirst(Plain):
+    """Reads a symlink request as OpenSSH does; asyncssh keeps to the draft, link first."""
+
+    def symlink(self, oldpath: bytes, newpath: bytes) -> None:
+        super().symlink(newpath, oldpath)
+
+
+class WithoutReasons:
+    """A symlink is refused with a plain failure, whatever stands in its way."""
+
+    def symlink(self, oldpath: bytes, newpath: bytes) -> None:
+        try:
+            super().symlink(oldpath, newpath)  # type: ignore[misc]
+        except OSError:
+            raise asyncssh.SFTPFailure("Failure") from None
+
+
+class VagueTargetFirst(WithoutReasons, TargetFirst):
+    pass
+
+
+class VagueLinkFirst(WithoutReasons, Plain):
+    pass
+
+
+class NoLinks(Plain):
+    """Symlinks are refused with a plain failure."""
+
+    def symlink(self, oldpath: bytes, newpath: bytes) -> None:
+        raise asyncssh.SFTPFailure("Failure")
+
+
 class FullDisk(Plain):
     """Writes fail as OpenSSH's do on a full disk: a plain failure, and statvfs that explains it."""
 
@@ -181,14 +285,17 @@ class FullDisk(Plain):
         raise asyncssh.SFTPFailure("Failure")
 
     def statvfs(self, path: bytes) -> Any:
-        return mock.Mock(spec=os.statvfs_result, **_full_statvfs())
+        return mock.Mock(spec=os.statvfs_result, **statvfs_of())
 
 
-def _full_statvfs() -> dict[str, int]:
+def statvfs_of(**different: int) -> dict[str, int]:
+    """What os.statvfs tells of a disk on which nothing is left."""
     names = ("bsize", "frsize", "blocks", "bfree", "bavail", "files", "ffree", "favail")
     values = (4096, 4096, 1000, 10, 0, 100, 50, 50)
     more = {"f_fsid": 0, "f_flag": 0, "f_namemax": 255}
-    return {f"f_{name}": value for name, value in zip(names, values, strict=True)} | more
+    return (
+        {f"f_{name}": value for name, value in zip(names, values, strict=True)} | more | different
+    )
 
 
 class BrokenDisk(Plain):
@@ -293,8 +400,10 @@ async def evil_site(
     without: Collection[bytes] = (),
     login: Login | None = None,
     wrap: Callable[[Start], Start] = lambda start: start,
+    version: str | None = None,
 ) -> AsyncIterator[EvilSite]:
-    """A server in this event loop. `without` names extensions that it does not have."""
+    """A server in this event loop. `without` names extensions that it does not have, `version` is
+    what its banner says it is."""
     directory = _served(base)
     login = login or Login()
     host_key = write_key(base / "host_key")
@@ -309,6 +418,7 @@ async def evil_site(
             server_host_keys=[str(host_key)],
             server_factory=lambda: _Server(login),
             sftp_factory=factory,
+            server_version=version or (),
         )
         try:
             yield _site(base, directory, host_key, acceptor.get_port(), login, wrap)

@@ -29,6 +29,14 @@ NAME = "lap"
 WAIT_SECONDS = 20.0
 
 
+class _SocketPipe:
+    """As forwards.py's: what can't be sent when it is closed is dropped."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.write = transport.write
+        self.close = transport.abort
+
+
 class Forwarded(asyncio.Protocol):
     """A connection that came through the forward."""
 
@@ -40,7 +48,9 @@ class Forwarded(asyncio.Protocol):
         self._laptop.connections.add(self)
         self._incoming: Incoming | None = None
         if not self._laptop.silent:
-            self._incoming = self._laptop.acceptor.pipe(self.transport, self._laptop.kind)
+            self._incoming = self._laptop.acceptor.pipe(
+                _SocketPipe(self.transport), self._laptop.kind
+            )
 
     def data_received(self, data: bytes) -> None:
         if self._incoming is not None and not self._laptop.silent:
@@ -143,6 +153,7 @@ class Laptop:
         assert self._place is not None
         values: dict[str, Any] = {
             "id": self.identity.id,
+            "secret": self.identity.secret,
             "name": NAME,
             "laptop": "laptop.example",
             "user": getpass.getuser(),

@@ -39,6 +39,8 @@ class Item:
     atime_ns: int = 0
     changes: int = 0
     xattrs: m.Xattrs = ()
+    uid: int = UID
+    gid: int = GID
 
     @property
     def is_directory(self) -> bool:
@@ -58,8 +60,14 @@ class MemoryRemote:
         self.distinct = distinct
         self._clock_ns = 1_700_000_000 * SECOND
         self.root = Item(stat.S_IFDIR | 0o755, self._clock_ns)
+        self.umask = 0
+        """SFTP: what new entries don't get, whatever they are asked for with."""
+        self.groups = {GID}
+        """SFTP: those that the user is in."""
         self.copies_parts = False
         """S3: whether an upload may bring nothing but what changed."""
+        self.roots: tuple[bytes, ...] = ()
+        """What absolute links may call its root."""
         self.handles: dict[int, Item] = {}
         self.ahead: dict[int, dict[int, bytes]] = {}
         """What was sent ahead of uploads: pieces by handle and offset."""
@@ -152,11 +160,30 @@ class MemoryRemote:
         name = path.rpartition(b"/")[2]
         size = 0 if item.is_directory else len(item.content)
         times = (item.mtime_ns, item.atime_ns)
-        rest = UID, GID, self._version(item), item.xattrs
+        rest = item.uid, item.gid, self._version(item), item.xattrs
         return m.Entry(name, item.mode, size, *times, *rest)
+
+    def _made(self, parent: Item, mode: int, content: bytearray | None = None) -> Item:
+        """New in that directory, as the server has it."""
+        mode &= ~self.umask if self.is_sftp else -1
+        item = Item(mode, self._now(), content or bytearray())
+        if self.is_sftp and parent.mode & stat.S_ISGID:
+            item.gid = parent.gid
+            item.mode |= stat.S_ISGID if item.is_directory else 0
+        return item
+
+    def _check_owner(self, item: Item, attributes: m.Attributes) -> None:
+        others = attributes.uid not in (None, item.uid)
+        foreign = attributes.gid not in (None, item.gid, *self.groups)
+        if self.is_sftp and (item.uid != UID or others or foreign):
+            raise m.NotOwner("the file is somebody else's, or would be")
 
     def _set(self, item: Item, attributes: m.Attributes) -> None:
         resolution = SECOND if self.is_sftp else 1
+        if attributes.mode is not None or attributes.uid is not None or attributes.gid is not None:
+            self._check_owner(item, attributes)
+        item.uid = item.uid if attributes.uid is None else attributes.uid
+        item.gid = item.gid if attributes.gid is None else attributes.gid
         if attributes.mode is not None:
             item.mode = stat.S_IFMT(item.mode) | attributes.mode
         if attributes.mtime_ns is not None:
@@ -176,8 +203,9 @@ class MemoryRemote:
             handles=self.is_sftp,
             mtime_resolution_ns=SECOND if self.is_sftp else 1,
             part_copies=self.copies_parts,
-            checks_directories=self.is_sftp,
+            checks_permissions=self.is_sftp,
             dates_directories=self.is_sftp,
+            roots=self.roots,
         )
 
     async def stat(self, path: bytes) -> m.Entry:
@@ -242,7 +270,8 @@ class MemoryRemote:
         if request.replace:
             item = None
         if self.is_sftp:
-            item = self._written_in_place(item, request, source, ahead)
+            item = item or self._made(parent, stat.S_IFREG | request.mode)
+            self._write_in_place(item, request, source, ahead)
         else:
             content = self._content_of(item, request, source)
             for offset, piece in ahead.items():
@@ -252,7 +281,6 @@ class MemoryRemote:
             item = Item(stat.S_IFREG | request.mode, 0, content, xattrs=xattrs)
         parent.children[name] = item
         self._touch(item)
-        item.mode = stat.S_IFREG | request.mode
         self._set(item, request.attributes)
         report(request.size)
         return self._entry(request.path, item)
@@ -290,17 +318,17 @@ class MemoryRemote:
         piece = source.read(request.offset, request.length)
         if self.is_sftp:
             if item is None or not ahead:
-                item = parent.children[name] = item or Item(stat.S_IFREG | request.mode, 0)
+                item = item or self._made(parent, stat.S_IFREG | request.mode)
+                parent.children[name] = item
                 del item.content[:]
             item.content.extend(bytes(max(0, request.offset - len(item.content))))
             item.content[request.offset : request.offset + len(piece)] = piece
             self._touch(item)
         ahead[request.offset] = piece
 
-    def _written_in_place(
-        self, item: Item | None, request: m.Upload, source: Source, ahead: dict[int, bytes]
-    ) -> Item:
-        item = item or Item(stat.S_IFREG, 0)
+    def _write_in_place(
+        self, item: Item, request: m.Upload, source: Source, ahead: dict[int, bytes]
+    ) -> None:
         covered = len(item.content)
         for start, length in sorted(request.ranges):
             covered = max(covered, start + length) if start <= covered else covered
@@ -313,11 +341,10 @@ class MemoryRemote:
             item.content[start : start + length] = source.read(start, length)
         del item.content[request.size :]
         item.content.extend(bytes(request.size - len(item.content)))
-        return item
 
     async def create(self, path: bytes, mode: int, handle: int = m.NO_HANDLE) -> m.Entry:
         parent, name = self._free_place(path)
-        item = Item(stat.S_IFREG | mode, self._now())
+        item = self._made(parent, stat.S_IFREG | mode)
         item.changes = self._clock_ns
         if self.is_sftp:
             parent.children[name] = item
@@ -329,7 +356,7 @@ class MemoryRemote:
 
     async def make_directory(self, path: bytes, mode: int) -> m.Entry:
         parent, name = self._free_place(path)
-        parent.children[name] = Item(stat.S_IFDIR | mode, self._now())
+        parent.children[name] = self._made(parent, stat.S_IFDIR | mode)
         return self._entry(path, parent.children[name])
 
     async def make_symlink(self, path: bytes, target: bytes) -> m.Entry:
@@ -384,6 +411,7 @@ class MemoryRemote:
 
     async def set_attributes(self, path: bytes, attributes: m.Attributes) -> m.Entry:
         item = self._find(path)
+        self._check_owner(item, attributes)
         self._set(item, attributes)
         return self._entry(path, item)
 

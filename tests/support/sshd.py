@@ -215,6 +215,25 @@ def ssh_server(
         server.stop()
 
 
+@contextlib.contextmanager
+def ordinary_user(directory: Path) -> Iterator[SshServer]:
+    """A server whose remote user is not root, also where the tests are run by root."""
+    if os.getuid():
+        with ssh_server(directory) as server:
+            yield server
+        return
+    keys = directory / "authorized_keys"  # only root gets there
+    options = (f"AuthorizedKeysCommand /bin/cat {keys}", "AuthorizedKeysCommandUser root")
+    server = SshServer(directory, options=options)
+    server.user = "nobody"
+    server.ssh_config.write_text(server.config_text())
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
 def write_key(path: Path, passphrase: str | None = None) -> Path:
     """A new Ed25519 key pair: `path` and `path`.pub."""
     key = asyncssh.generate_private_key("ssh-ed25519")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcfs.rendezvous.file import Rendezvous, decode
-from hpcfs.rendezvous.stream import GREETING
+from hpcfs.rendezvous.knock import GREETING
 from hpcfs.tunnel.shares import Share
 from hpcfs.tunnel.status import TunnelStatus
 from hpcfs.tunnel.tunnel import Plan, Tunnel

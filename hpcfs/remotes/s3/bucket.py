@@ -16,7 +16,7 @@ from botocore.exceptions import ClientError
 from hpcfs.remotes.base import checked_size
 from hpcfs.remotes.s3.checksums import CRC32, Checks, PartSent, proof_of
 from hpcfs.remotes.s3.direct import Direct
-from hpcfs.remotes.s3.errors import Health, s3_code, translate, translating
+from hpcfs.remotes.s3.errors import Health, is_throttling, s3_code, translate, translating
 from hpcfs.remotes.s3.metadata import Metadata, encode
 from hpcfs.remotes.s3.names import checked_key
 from hpcfs.remotes.s3.objects import (
@@ -30,6 +30,7 @@ from hpcfs.remotes.s3.objects import (
     settable,
     summary_of,
 )
+from hpcfs.remotes.s3.pacing import Pacing
 from hpcfs.remotes.s3.pool import Gate
 from hpcfs.remotes.s3.server import Server
 from hpcfs.transfer.messages import (
@@ -56,6 +57,7 @@ class Access:
     sending: Gate
     """For bodies that are sent: `gate` is for what is asked and received."""
     health: Health
+    pacing: Pacing = field(default_factory=Pacing)
     server: Server = field(default_factory=Server)
 
 
@@ -80,8 +82,12 @@ class Bucket:
 
     async def call(self, operation: str, subject: str, **parameters: Any) -> dict[str, Any]:
         """One request of S3's API."""
-        with self._watching(subject):
+
+        async def ask() -> dict[str, Any]:
             return await self._by_client(operation, parameters)
+
+        with self._watching(subject):
+            return await self._access.pacing.asked(ask)
 
     async def _directly(
         self,
@@ -92,14 +98,21 @@ class Bucket:
         sent: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
         """The same for the operations that there is a direct way for."""
-        with self._watching(subject):
+
+        async def ask() -> dict[str, Any]:
             answer = await self._access.direct.answer(operation, self.name, parameters, limit, sent)
             if answer is None:
                 answer = await self._by_client(operation, parameters)
             return answer
 
+        with self._watching(subject):
+            return await self._access.pacing.asked(ask)
+
     async def _by_client(self, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
         client = await self._access.client()
+        body: Any = parameters.get("Body")
+        if hasattr(body, "seek"):  # it may have been sent before
+            body.seek(0)
         answer: dict[str, Any] = await getattr(client, operation)(Bucket=self.name, **parameters)
         return answer
 
@@ -161,7 +174,7 @@ class Bucket:
             if isinstance(body, bytearray):
                 return body
             with translating(key):
-                data: bytes = await body.read() if body is not None else b""
+                data = await _read(body, length) if body is not None else b""
         if len(data) != length:
             raise Changed(f"{key} ended after {len(data)} of {length} bytes: open it again")
         return data
@@ -262,12 +275,20 @@ class Bucket:
 
     async def delete_many(self, keys: Sequence[str]) -> None:
         """At most DELETED_AT_ONCE."""
-        listed = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
-        answer = await self.call("delete_objects", keys[0], Delete=listed)
-        for failure in answer.get("Errors", []):
-            key, code = str(failure.get("Key", "")), str(failure.get("Code", ""))
-            refusal: Any = {"Error": {"Code": code, "Message": str(failure.get("Message", ""))}}
-            raise translate(ClientError(refusal, "DeleteObjects"), key)
+        left = list(keys)
+
+        async def ask() -> None:
+            listed = {"Objects": [{"Key": key} for key in left], "Quiet": True}
+            answer = await self._by_client("delete_objects", {"Delete": listed})
+            failures = {str(found.get("Key", "")): found for found in answer.get("Errors", [])}
+            left[:] = [key for key in left if key in failures]
+            for key, found in failures.items():
+                about = {"Code": str(found.get("Code", "")), "Message": str(found.get("Message"))}
+                refusal = ClientError({"Error": about}, "DeleteObjects")
+                raise refusal if is_throttling(refusal) else translate(refusal, key)
+
+        with self._watching(keys[0]):
+            await self._access.pacing.asked(ask)
 
     async def first(self, prefix: str, count: int, *, delimiter: str = "") -> Page:
         """The beginning of a listing."""
@@ -403,6 +424,14 @@ class Bucket:
 
     async def abort_upload(self, key: str, upload: Begun) -> None:
         await self.call("abort_multipart_upload", key, Key=key, UploadId=upload.id)
+
+
+async def _read(body: Any, length: int) -> bytes:
+    """No more than one byte more than `length`, which tells that it is too much."""
+    data = bytearray()
+    while len(data) <= length and (piece := await body.read(length + 1 - len(data))):
+        data += piece
+    return bytes(data)
 
 
 def condition(base: bytes | None) -> dict[str, str]:

@@ -30,8 +30,6 @@ from hpcfs.remotes.s3.pool import Host, Pool
 from hpcfs.remotes.s3.signing import ALGORITHM, EMPTY_SHA256, UNSIGNED, Keys, Signer
 
 log = logging.getLogger(__name__)
-PREPARED = "HeadBucket"
-"""The operation that is prepared and never sent. It is used for nothing else."""
 _SCOPE = re.compile(
     re.escape(ALGORITHM) + r" Credential=[^,]+/\d{8}/([^/,]+)/([^/,]+)/aws4_request,"
 )
@@ -73,25 +71,18 @@ _HEADERS = {
 }
 _ELSEWHERE = frozenset({"Key", "Body", "Metadata", "CopySource", *_QUERY})
 """Parameters that have a place of their own in a request."""
-_FINAL = frozenset({401, 403, 404, 412, 416})
-"""Refusals that asking again does not change: a refused credential must not be tried twice."""
+_FINAL = frozenset({401, 403, 404, 412, 416, 429, 503})
+"""Refusals that asking again at once does not change: a refused credential must not be tried twice,
+and a server that is asked too much (429, 503) not sooner than pacing.py lets it."""
 _FINAL_CODES = (b"<Code>BadDigest</Code>", b"<Code>InvalidDigest</Code>")
 """Among those with 400, as for botocore. rclone's server has ended the upload with this answer, and
 would say of the same part that there is no such upload."""
 
 
-class _Prepared(Exception):
-    """Carries the request out of botocore before it is sent."""
-
-    def __init__(self, request: Any) -> None:
-        super().__init__("prepared, not to be sent")
-        self.request = request
-
-
 class Login(Protocol):
     """What a site logs in with (login.py)."""
 
-    async def client(self) -> Any: ...
+    async def prepared(self, bucket: str) -> Any: ...
 
     async def keys(self) -> Keys: ...
 
@@ -212,18 +203,9 @@ class Direct:
         if bucket not in self._routes:
             async with self._lock:
                 if bucket not in self._routes:
-                    request = await self._prepared(bucket)
+                    request = await self._login.prepared(bucket)
                     self._routes[bucket] = await self._route_of(request)
         return self._routes.get(bucket)
-
-    async def _prepared(self, bucket: str) -> Any:
-        client = await self._login.client()
-        client.meta.events.register(f"before-send.s3.{PREPARED}", _stop, unique_id="hpcfs-prepared")
-        try:
-            await client.head_bucket(Bucket=bucket)
-        except _Prepared as prepared:
-            return prepared.request
-        raise AssertionError("botocore sent what was only to be prepared")
 
     async def _route_of(self, request: Any) -> Route | None:
         parts = urlsplit(request.url)
@@ -335,10 +317,6 @@ def _parsed(operation: str, answer: Answer) -> dict[str, Any]:
     if operation == "get_object" and answer.body is not None:
         found |= {"Body": answer.body, "ContentLength": len(answer.body)}
     return found
-
-
-def _stop(request: Any, **_: object) -> None:
-    raise _Prepared(request)
 
 
 def _text(value: object) -> str:

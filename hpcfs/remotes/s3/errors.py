@@ -11,13 +11,15 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 from botocore import exceptions as boto
 
+from hpcfs.remotes.s3.wire import TooLong
 from hpcfs.transfer.messages import (
     AccessRefused,
     AlreadyExists,
@@ -30,8 +32,10 @@ from hpcfs.transfer.messages import (
     NotFound,
     NotSupported,
     PermissionDenied,
+    ProtocolError,
     RemoteError,
     RemoteFailure,
+    Throttled,
     TimedOut,
     TooLarge,
     Unreachable,
@@ -76,7 +80,7 @@ _CODES: dict[str, tuple[type[RemoteError], str]] = {
         PermissionDenied,
         "the object is archived: restore it with the provider's tools before reading it",
     ),
-    "SlowDown": (Unreachable, "S3 asks to slow down: try again later"),
+    "SlowDown": (Throttled, "S3 asks to slow down, and went on doing so: try again later"),
     "ServiceUnavailable": (Unreachable, "S3 is not available now: try again later"),
     "BucketAlreadyExists": (AlreadyExists, "the name is taken"),
 }
@@ -109,11 +113,21 @@ _SAME = {
     "501": "NotImplemented",
     "RequestLimitExceeded": "SlowDown",
     "Throttling": "SlowDown",
+    "ThrottlingException": "SlowDown",
+    "ThrottledException": "SlowDown",
+    "RequestThrottled": "SlowDown",
+    "RequestThrottledException": "SlowDown",
+    "TooManyRequests": "SlowDown",
+    "TooManyRequestsException": "SlowDown",
+    "BandwidthLimitExceeded": "SlowDown",
+    "ServerBusy": "SlowDown",
     "429": "SlowDown",
     "502": "ServiceUnavailable",
     "503": "ServiceUnavailable",
     "504": "ServiceUnavailable",
 }
+
+_REDIRECTS = frozenset({300, 301, 302, 303, 305, 307, 308})
 
 _NO_CREDENTIALS = (
     boto.NoCredentialsError,
@@ -162,6 +176,8 @@ def translate(error: Exception, subject: str) -> RemoteError:
         text = " ".join(str(error).split())
         wrong = not isinstance(error, boto.ParamValidationError) or "bucket" in text.lower()
         return (WrongSettings if wrong else InvalidRequest)(f"{subject}: S3 can't be asked: {text}")
+    if isinstance(_inner(error), TooLong):
+        return ProtocolError(f"{subject}: the answer of the S3 server is too long")
     if isinstance(error, _TIMEOUTS):
         return TimedOut(f"the S3 endpoint{_endpoint(error)} did not answer in time")
     if isinstance(error, _UNREACHABLE):
@@ -172,8 +188,12 @@ def translate(error: Exception, subject: str) -> RemoteError:
 
 def _is_of_connecting(error: Exception) -> bool:
     """Whether nothing was sent."""
-    inner = getattr(error, "kwargs", {}).get("error")
-    return any(isinstance(one, _NOT_CONNECTED) for one in (error, inner))
+    return any(isinstance(one, _NOT_CONNECTED) for one in (error, _inner(error)))
+
+
+def _inner(error: Exception) -> object:
+    """What botocore has wrapped."""
+    return getattr(error, "kwargs", {}).get("error")
 
 
 def _endpoint(error: Exception) -> str:
@@ -185,7 +205,7 @@ def _endpoint(error: Exception) -> str:
 
 def _cause(error: Exception) -> str:
     """What the operating system said, else the library's words."""
-    inner = getattr(error, "kwargs", {}).get("error") or error
+    inner = _inner(error) or error
     system = getattr(inner, "os_error", inner)
     reason = getattr(system, "strerror", None) or str(inner) or type(inner).__name__
     return " ".join(str(reason).split())
@@ -195,6 +215,12 @@ def _from_answer(error: boto.ClientError, subject: str) -> RemoteError:
     answer = error.response
     code = str(answer.get("Error", {}).get("Code", ""))
     status = str(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+    elsewhere = _redirected(answer)
+    if elsewhere is not None:
+        return RemoteFailure(
+            f"the S3 endpoint redirects to {elsewhere}, which is not asked: if that is where the "
+            "bucket is, set `endpoint_url` to it and mount again"
+        )
     for name in (code, status):
         known = _CODES.get(_SAME.get(name, name))
         if known is not None:
@@ -207,6 +233,34 @@ def _from_answer(error: boto.ClientError, subject: str) -> RemoteError:
     if "quota" in code.lower():
         return NoSpace(f"{subject}: {_CODES['QuotaExceeded'][1]}")
     return RemoteFailure(f"{subject}: the S3 server reported {code or status} ({text})")
+
+
+def _redirected(answer: Mapping[str, Any]) -> str | None:
+    """Where an answer points; None where it is none of the web's redirects. S3's own name the
+    bucket's region, and botocore has followed them as far as they can be."""
+    about = answer.get("ResponseMetadata", {})
+    headers = about.get("HTTPHeaders", {})
+    if about.get("HTTPStatusCode") not in _REDIRECTS or "x-amz-bucket-region" in headers:
+        return None
+    if "location" not in headers or answer.get("Error", {}).get("Code") == "PermanentRedirect":
+        return None
+    try:
+        parts = urlsplit(str(headers["location"]))
+        place = f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
+    except ValueError:
+        return "an address that is none"
+    if not parts.hostname:
+        return "another path"
+    return "".join(char if char.isprintable() else "?" for char in place[:300])
+
+
+def is_throttling(error: boto.ClientError) -> bool:
+    """Whether the same request is to be made again, later. A 503 without a word is one, too: an
+    answer to HEAD has no words."""
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    if code and not code.isdigit():
+        return _SAME.get(code, code) in ("SlowDown", "ServiceUnavailable")
+    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (429, 503)
 
 
 def s3_code(error: RemoteError) -> str:
@@ -240,7 +294,7 @@ class Health:
         """Remember what concerns the whole site; returns the error."""
         if isinstance(error, AccessRefused):
             self._lasting = error
-        elif isinstance(error, Unreachable):
+        elif isinstance(error, Unreachable) and not isinstance(error, Throttled):
             now = self._clock()
             if self._down is None or now >= self._until:  # one step for requests that fail together
                 self._delay = (

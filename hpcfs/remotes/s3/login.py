@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import AsyncExitStack
+from contextvars import ContextVar
 from typing import Any
 
 from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession
-from botocore.exceptions import NoCredentialsError
+from botocore.exceptions import ClientError, NoCredentialsError
 
 from hpcfs.remotes.s3.signing import Keys
+from hpcfs.remotes.s3.wire import guard
 from hpcfs.transfer.messages import S3Site, Unreachable
 
 READ_TIMEOUT = 60.0
@@ -26,12 +28,32 @@ CONNECTIONS = 96
 """Of botocore's, at most: for the rarer requests, and for all where there is no direct way."""
 DEFAULT_REGION = "us-east-1"
 """What S3-compatible servers expect where nothing is configured."""
+PREPARED = "HeadBucket"
+"""The operation that is prepared and never sent: not by botocore either, which would, to ask for a
+region that a redirect does not name, and again when the answer is the same redirect, without end.
+"""
+_preparing: ContextVar[bool] = ContextVar("_preparing", default=False)
+
+
+class _Prepared(Exception):
+    """Carries the request out of botocore before it is sent."""
+
+    def __init__(self, request: Any) -> None:
+        super().__init__("prepared, not to be sent")
+        self.request = request
+
+
+def _stop(request: Any, **_: object) -> None:
+    if _preparing.get():
+        raise _Prepared(request)
+    raise ClientError({"Error": {}, "ResponseMetadata": {"HTTPHeaders": {}}}, PREPARED)
 
 
 class Login:
     """One per site."""
 
     def __init__(self, site: S3Site) -> None:
+        guard()
         self._site = site
         self._stack = AsyncExitStack()
         self._lock = asyncio.Lock()
@@ -51,8 +73,22 @@ class Login:
                 if self._closed:
                     raise Unreachable("the connection to S3 was closed")
                 if self._made is None:
-                    self._made = await self._stack.enter_async_context(self._creation())
+                    client = await self._stack.enter_async_context(self._creation())
+                    client.meta.events.register(f"before-send.s3.{PREPARED}", _stop)
+                    self._made = client
         return self._made
+
+    async def prepared(self, bucket: str) -> Any:
+        """A request to this bucket as botocore would send it."""
+        client = await self.client()
+        token = _preparing.set(True)
+        try:
+            await client.head_bucket(Bucket=bucket)
+        except _Prepared as prepared:
+            return prepared.request
+        finally:
+            _preparing.reset(token)
+        raise AssertionError("botocore sent what was only to be prepared")
 
     async def keys(self) -> Keys:
         """Those to sign with now: credentials that expire are renewed by their provider."""

@@ -77,7 +77,7 @@ ABILITIES = Abilities(
     creates_on_upload=True,
     handles=False,
     mtime_resolution_ns=1,
-    checks_directories=False,
+    checks_permissions=False,
     dates_directories=False,
 )
 MAX_LINK_BYTES = 4095

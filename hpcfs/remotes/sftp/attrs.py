@@ -19,6 +19,7 @@ NANOSECONDS = 1_000_000_000
 MAX_SECONDS = 2**32 - 1
 DEFAULT_FILE_MODE = stat.S_IFREG | 0o644
 DEFAULT_DIRECTORY_MODE = stat.S_IFDIR | 0o755
+DEFAULT_LINK_MODE = stat.S_IFLNK | 0o777
 
 
 @dataclass(slots=True)
@@ -68,6 +69,10 @@ def full_mode(attrs: AnyAttrs, default: int = DEFAULT_FILE_MODE) -> int:
     if mode is None:
         return default
     return mode if stat.S_IFMT(mode) else mode | stat.S_IFMT(default)
+
+
+def tells_type(attrs: AnyAttrs) -> bool:
+    return attrs.permissions is not None and bool(stat.S_IFMT(attrs.permissions))
 
 
 def version_of(attrs: AnyAttrs, path: bytes) -> bytes:
@@ -126,6 +131,14 @@ def rest_to_set(wanted: Attributes, now: SFTPAttrs) -> SFTPAttrs | None:
         attrs.atime = _seconds(wanted.atime_ns, now.atime)
         attrs.mtime = _seconds(wanted.mtime_ns, now.mtime)
     return None if attrs.permissions is None and attrs.mtime is None else attrs
+
+
+def narrower(given: SFTPAttrs, asked: int, kind: int) -> SFTPAttrs | None:
+    """What to set where something new was asked to be the user's alone, and the server did not heed
+    the mode. Anything else is the server's to decide: no ACL widens what open(2) asks for."""
+    mode = stat.S_IMODE(full_mode(given, kind | 0o777))
+    others = stat.S_IRWXG | stat.S_IRWXO
+    return SFTPAttrs(permissions=mode & ~others) if mode & others and not asked & others else None
 
 
 def _seconds(wanted_ns: int | None, now: int | float | None) -> int:

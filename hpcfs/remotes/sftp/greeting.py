@@ -8,7 +8,8 @@ import asyncssh
 from asyncssh.sftp import SFTPLimits
 
 from hpcfs.remotes.sftp.requests import Requests
-from hpcfs.transfer.messages import ProtocolError
+from hpcfs.remotes.ssh.errors import quoted
+from hpcfs.transfer.messages import NoService
 
 log = logging.getLogger(__name__)
 
@@ -19,13 +20,15 @@ SAFE_PIECE_BYTES = 32 * 1024
 
 
 async def greet(requests: Requests, shown: str) -> None:
-    """Raises ProtocolError for what is no SFTP, and asyncssh's errors."""
+    """Raises NoService for what is no SFTP, and asyncssh's errors."""
     try:
         await requests.start()
     except asyncssh.SFTPBadMessage as error:
-        raise ProtocolError(
-            f"{shown} sends something else before SFTP's first message ({error.reason}): "
-            "look for commands in ~/.bashrc there that print text"
+        said, _, _ = requests.beginning.partition(b"\0")  # what is after it is no text
+        raise NoService(
+            f"{shown} sends something else before SFTP's first message "
+            f"({quoted(said) or error.reason}): look for commands in ~/.bashrc "
+            "there that print text, or ask the site whether this account may use SFTP"
         ) from error
     requests.limits = SFTPLimits(0, SAFE_PIECE_BYTES, SAFE_PIECE_BYTES, 0)
     try:

@@ -11,6 +11,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from hpcfs.remotes.sftp.place import Place
@@ -74,14 +75,24 @@ class HeldFiles:
     def hold(self, handle: int, place: Place, opening: Coroutine[Any, Any, Target]) -> HeldFile:
         """Raises NotSupported where there is no room."""
         self.release(handle)
+        granted = place.session.handles.limit
+        limit = self._limit if granted is None else min(self._limit, granted // 2)
         try:
-            if len(self._files) >= self._limit:
+            if len(self._files) >= limit:
                 self._make_room()
         except NotSupported:
             opening.close()
             raise
         file = self._files[handle] = HeldFile(place, send(opening))
         return file
+
+    def rest(self, handle: int) -> None:
+        """Nobody uses it for now. Without the handle what was sent ahead is sent again."""
+        file = self._files.get(handle)
+        if file is not None and not file.writers:
+            give_up = partial(self.release, handle)
+            place = file.place
+            place.session.handles.rest(file, place.full, give_up, last=bool(file.ahead))
 
     def _make_room(self) -> None:
         for handle, file in self._files.items():
@@ -92,11 +103,14 @@ class HeldFiles:
 
     def take(self, handle: int) -> HeldFile | None:
         """It belongs to the caller from now on."""
-        return self._files.pop(handle, None)
+        file = self._files.pop(handle, None)
+        if file is not None:
+            file.place.session.handles.wake(file)
+        return file
 
     def release(self, handle: int) -> None:
         self._completed.pop(handle, None)
-        file = self._files.pop(handle, None)
+        file = self.take(handle)
         if file is not None:
             file.drop()
 

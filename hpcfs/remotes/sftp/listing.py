@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import stat
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -20,7 +21,7 @@ from typing import Any
 import asyncssh
 
 from hpcfs.remotes.base import is_valid_name
-from hpcfs.remotes.sftp.attrs import AnyAttrs, listed_entry
+from hpcfs.remotes.sftp.attrs import AnyAttrs, listed_entry, tells_type
 from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.sftp.names import Listed
 from hpcfs.remotes.sftp.place import Place
@@ -98,9 +99,9 @@ async def _replies(place: Place, handle: bytes) -> AsyncGenerator[list[Listed], 
 
 
 async def _with_attributes(place: Place, names: list[Listed]) -> list[Listed]:
-    """Names with their attributes; entries that the server told no mode of are looked at."""
+    """Names with their attributes. Entries of which the server tells too little are looked at."""
     known = list(names)
-    bare = [number for number, (_, attrs) in enumerate(known) if attrs.permissions is None]
+    bare = [number for number, (_, attrs) in enumerate(known) if not _is_enough(attrs)]
     for start in range(0, len(bare), STATS_AT_ONCE):
         some = bare[start : start + STATS_AT_ONCE]
         looks = [asyncio.ensure_future(_look(place, *known[number])) for number in some]
@@ -109,11 +110,16 @@ async def _with_attributes(place: Place, names: list[Listed]) -> list[Listed]:
     return known
 
 
+def _is_enough(attrs: AnyAttrs) -> bool:
+    is_regular = tells_type(attrs) and stat.S_ISREG(attrs.permissions or 0)
+    return tells_type(attrs) and (attrs.size is not None or not is_regular)
+
+
 async def _look(place: Place, name: bytes, listed: AnyAttrs) -> AnyAttrs:
     full = place.full.rstrip(b"/") + b"/" + name
+    path = place.path + b"/" + name if place.path else name
     try:
-        with translated(full, place.session.shown):
-            return await place.session.meta.lstat(full, 0)
+        return await Place(place.session, path, full).attrs()
     except NotFound:
         return listed
     except RemoteError as error:

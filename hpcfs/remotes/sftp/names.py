@@ -7,6 +7,8 @@ line for humans, and attributes (section 5), whose flags say which of them follo
 
 from __future__ import annotations
 
+import re
+import stat
 import struct
 
 from hpcfs.remotes.sftp.attrs import AnyAttrs, Told
@@ -17,8 +19,27 @@ _ATTRS = struct.Struct(">IQIIIII")
 _USUAL = 0x1 | 0x2 | 0x4 | 0x8
 """The flags that promise these, and nothing else."""
 _MODE_BITS = 0xFFFF
+_TYPE_BITS = 0xF000
+_LINE = re.compile(rb"([-dlbcps])[-rwxsStT]{9}")
+"""What a line for humans begins with, where it is as `ls -l` has it."""
+_TYPES = {
+    b"-": stat.S_IFREG,
+    b"d": stat.S_IFDIR,
+    b"l": stat.S_IFLNK,
+    b"b": stat.S_IFBLK,
+    b"c": stat.S_IFCHR,
+    b"p": stat.S_IFIFO,
+    b"s": stat.S_IFSOCK,
+}
 
 Listed = tuple[bytes, AnyAttrs]
+
+
+def type_in_line(line: bytes) -> int:
+    """The type bits that a line for humans tells, of a server that leaves them out of the mode; 0
+    where it tells none."""
+    found = _LINE.match(line)
+    return _TYPES[found[1]] if found else 0
 
 
 def usual_names(payload: bytes) -> list[Listed] | None:
@@ -35,7 +56,7 @@ def usual_names(payload: bytes) -> list[Listed] | None:
             (length,) = _LENGTH.unpack_from(payload, at)
             at += _LENGTH.size + length
             flags, size, uid, gid, mode, atime, mtime = _ATTRS.unpack_from(payload, at)
-            if flags != _USUAL:
+            if flags != _USUAL or not mode & _TYPE_BITS:
                 return None
             at += _ATTRS.size
             found.append((name, Told(size, uid, gid, mode & _MODE_BITS, atime, mtime)))

@@ -17,8 +17,8 @@ from asyncssh.constants import FXF_CREAT, FXF_EXCL, FXF_WRITE
 
 from hpcfs.remotes.base import checked_size
 from hpcfs.remotes.sftp.attempts import Attempt, Attempts
-from hpcfs.remotes.sftp.attrs import full_mode, version_of
-from hpcfs.remotes.sftp.place import Place, explain_file, explain_new
+from hpcfs.remotes.sftp.attrs import full_mode, narrower, version_of
+from hpcfs.remotes.sftp.place import Place, explain_file, explain_new, learn_user
 from hpcfs.remotes.sftp.write import Sent, Target, answers, close_quietly, send
 from hpcfs.transfer.messages import (
     AlreadyExists,
@@ -36,16 +36,45 @@ NEW = FXF_WRITE | FXF_CREAT | FXF_EXCL
 
 
 async def open_new(place: Place, mode: int) -> Target:
-    """An empty file that did not exist, with exactly these permissions whatever the remote umask:
-    that is sent, and whoever completes the file hears whether it was done.
+    """An empty file that did not exist. The server's umask, access lists and set-group-ID
+    directories decide what becomes of `mode`: `now` of the target, asked for in the same flight.
 
     Raises AlreadyExists.
     """
-    handle = await _open(place, NEW, mode)
+    looking = send(_look_next(place))
+    try:
+        handle = await _open(place, NEW, mode)
+    finally:
+        await asyncio.wait([looking])
     target = Target(place, handle)
-    wanted = SFTPAttrs(permissions=mode & 0o7777)
-    target.earlier.append(send(place.session.bulk.fsetstat(handle, wanted)))
+    try:
+        target.now = await _given(target, looking)
+        await learn_user(place, target.now)
+    except BaseException:
+        await close_quietly(place, handle)
+        raise
+    narrowed = narrower(target.now, mode, stat.S_IFREG)
+    if narrowed is not None:
+        target.earlier.append(send(place.session.bulk.fsetstat(handle, narrowed)))
+        target.now.permissions = stat.S_IFREG | (narrowed.permissions or 0)
     return target
+
+
+async def _look_next(place: Place) -> SFTPAttrs:
+    """Sent after what is sent in this turn of the event loop."""
+    await asyncio.sleep(0)
+    return await place.attrs(place.session.bulk)
+
+
+async def _given(target: Target, looking: Sent) -> SFTPAttrs:
+    """What the new file is like. A server that answers out of order may not have had it yet."""
+    try:
+        attrs = looking.result()
+    except RemoteError:
+        with target.place.asking():
+            attrs = await target.session.bulk.fstat(target.handle, 0)
+    assert isinstance(attrs, SFTPAttrs)
+    return attrs
 
 
 async def open_target(place: Place, attempt: Attempt, mode: int, attempts: Attempts) -> Target:

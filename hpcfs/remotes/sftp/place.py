@@ -7,9 +7,11 @@ stays what it was. They run after a failure only, so that nothing pays for them 
 
 from __future__ import annotations
 
+import asyncio
+import os
 import stat
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import asyncssh
 from asyncssh import SFTPAttrs
@@ -32,6 +34,7 @@ from hpcfs.transfer.messages import (
     NotOwner,
     NotSupported,
     PermissionDenied,
+    ReadOnlyRemote,
     RemoteError,
     RemoteFailure,
     TooLarge,
@@ -63,12 +66,42 @@ class Place:
         return Place(self.session, *(_sibling(path, name) for path in (self.path, self.full)))
 
     async def attrs(self, channel: Requests | None = None) -> SFTPAttrs:
-        """Of the entry itself; the namespace's root may be a link to a directory."""
+        """Of the entry itself; the namespace's root may be a link to a directory. They tell its
+        type, also where the server does not."""
         channel = channel or self.session.meta
         with self.asking():
-            if self.path:
-                return await channel.lstat(self.full, 0)
-            return await channel.stat(self.full, 0)
+            look = channel.lstat if self.path else channel.stat
+            attrs = await look(self.full, 0)
+            if not sftp_attrs.tells_type(attrs):
+                default = await self._type_by_trying(channel)
+                attrs.permissions = sftp_attrs.full_mode(attrs, default)
+        return attrs
+
+    async def _type_by_trying(self, channel: Requests) -> int:
+        """A mode with the type: a link can be read, a directory be listed or is forbidden."""
+        target, is_directory = await asyncio.gather(
+            channel.readlink(self.full), self._can_be_listed(channel), return_exceptions=True
+        )
+        for answer in (target, is_directory):
+            if isinstance(answer, BaseException) and not isinstance(answer, asyncssh.SFTPError):
+                raise answer
+        if self.path and not isinstance(target, BaseException):
+            return sftp_attrs.DEFAULT_LINK_MODE
+        if is_directory is True:
+            return sftp_attrs.DEFAULT_DIRECTORY_MODE
+        return sftp_attrs.DEFAULT_FILE_MODE
+
+    async def _can_be_listed(self, channel: Requests) -> bool:
+        """Some servers open anything as a directory, and find out when they are to read it."""
+        try:
+            handle = await channel.kept(channel.opendir(self.full))
+            try:
+                await channel.names(handle)
+            finally:
+                channel.close_soon(handle)
+        except (asyncssh.SFTPEOFError, asyncssh.SFTPPermissionDenied):
+            pass
+        return True
 
     async def kind(self) -> int | None:
         """The type bits of its mode, None when nothing is there."""
@@ -101,6 +134,17 @@ def _sibling(path: bytes, name: bytes) -> bytes:
     return parent + slash + name
 
 
+async def learn_user(place: Place, made: SFTPAttrs) -> None:
+    """Who the remote user is, where the home directory did not tell (a chroot): the owner of what
+    was just made. Its group is the user's unless the directory gave it one."""
+    session = place.session
+    if session.owners.remote_gid is not None or made.uid is None:
+        return
+    inherits = sftp_attrs.full_mode(await place.parent().attrs()) & stat.S_ISGID
+    gid = None if inherits else made.gid
+    session.owners = replace(session.owners, remote_uid=made.uid, remote_gid=gid)
+
+
 async def explain_new(place: Place, error: RemoteError) -> RemoteError:
     """Why a new name could not be made."""
     if isinstance(error, RemoteFailure) and await place.kind() is not None:
@@ -121,6 +165,23 @@ async def _usage(place: Place) -> asyncssh.SFTPVFSAttrs | None:
         return None
 
 
+async def explain_read_only(place: Place, error: RemoteError) -> RemoteError:
+    """Whether nothing can be changed there at all. OpenSSH calls EROFS a "failure", and its
+    sftp-server -R says "permission denied"."""
+    if not isinstance(error, (RemoteFailure, PermissionDenied)):
+        return error
+    usage = await _usage(place)
+    if usage is not None and usage.flags & os.ST_RDONLY:
+        return _on_read_only_disk(place)
+    if isinstance(error, PermissionDenied) and place.session.is_read_only:
+        return ReadOnlyRemote(f"{place} can't be changed: the SFTP server only lets read")
+    return error
+
+
+def _on_read_only_disk(place: Place) -> ReadOnlyRemote:
+    return ReadOnlyRemote(f"{place} is on a file system that is mounted read-only there")
+
+
 async def explain_device(place: Place, target: Place, error: RemoteError) -> RemoteError:
     """Whether a rename or a hard link failed because it would lead to another file system (EXDEV;
     SFTP has no code for it)."""
@@ -138,6 +199,8 @@ async def explain_full(place: Place, error: RemoteError) -> RemoteError:
     usage = await _usage(place) if isinstance(error, RemoteFailure) else None
     if usage is None:
         return error
+    if usage.flags & os.ST_RDONLY:  # it may be full, too: nothing can be added to some
+        return _on_read_only_disk(place)
     if usage.bavail * usage.frsize < ALMOST_NOTHING_BYTES:
         return NoSpace(f"{place} does not fit: the remote file system is full")
     if usage.files and not usage.favail:

@@ -30,10 +30,11 @@ from hpcfs.transfer.messages import NO_HANDLE, Changed
 log = logging.getLogger(__name__)
 
 MAX_OPEN_HANDLES = 128
-"""Per namespace. A handle closed for want of room is opened again by the next fetch."""
+"""Per namespace; less where the server grants few (handles.py). A handle closed for want of room is
+opened again by the next fetch."""
 
 
-@dataclass
+@dataclass(eq=False)
 class OpenFile:
     """A remote handle, open or being opened. It is closed once dropped and not in use."""
 
@@ -95,6 +96,7 @@ class OpenFiles:
     @asynccontextmanager
     async def _held(self, handle: int, file: OpenFile) -> AsyncIterator[bytes]:
         file.users += 1
+        file.session.handles.wake(file)
         try:
             yield await asyncio.shield(file.opening)
         finally:
@@ -104,6 +106,15 @@ class OpenFiles:
                     del self._files[handle]
             elif file.dropped and not file.users:
                 self._close(file)
+            elif not file.users and file.opening.done():
+                give_up = partial(self._give_up, handle, file)
+                file.session.handles.rest(file, file.place.full, give_up)
+
+    def _give_up(self, handle: int, file: OpenFile) -> None:
+        """The server grants few handles, and another is wanted."""
+        if self._files.get(handle) is file:
+            del self._files[handle]
+        self._drop(file)
 
     def _drop(self, file: OpenFile) -> None:
         file.dropped = True
@@ -112,6 +123,7 @@ class OpenFiles:
 
     def _close(self, file: OpenFile) -> None:
         """Once it is open: nobody waits for a reader's close."""
+        file.session.handles.wake(file)
         file.opening.add_done_callback(partial(_close_remote, file.session.bulk))
 
 

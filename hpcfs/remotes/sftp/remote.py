@@ -13,15 +13,21 @@ from __future__ import annotations
 import logging
 import stat
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import msgspec
 from asyncssh import SFTPAttrs
 
 from hpcfs.remotes.base import Prompter, ReportProgress, Source, no_report
-from hpcfs.remotes.sftp import listing, read, rename as renaming
-from hpcfs.remotes.sftp.attrs import full_mode, needs_present, owner_to_set, rest_to_set
+from hpcfs.remotes.sftp import links, listing, read, rename as renaming
+from hpcfs.remotes.sftp.attrs import (
+    full_mode,
+    narrower,
+    needs_present,
+    owner_to_set,
+    rest_to_set,
+)
 from hpcfs.remotes.sftp.errors import MAX_PATH_BYTES, shown
 from hpcfs.remotes.sftp.place import (
     Place,
@@ -29,9 +35,11 @@ from hpcfs.remotes.sftp.place import (
     explain_directory,
     explain_file,
     explain_new,
+    explain_read_only,
     explain_rmdir,
     explain_size,
     explain_sticky,
+    learn_user,
 )
 from hpcfs.remotes.sftp.session import SftpSession, open_session, together, traffic_of
 from hpcfs.remotes.sftp.uploads import Uploads
@@ -107,6 +115,8 @@ class SftpRemote:
         self._kept = kept
         self._root = root
         self._rooted: tuple[SftpSession, bytes] | None = None
+        self._roots: tuple[bytes, ...] = ()
+        """What links on the server may call the root: as it was named, and without links."""
         self._files = read.OpenFiles()
         self._uploads = Uploads(root.verify)
 
@@ -123,23 +133,37 @@ class SftpRemote:
         full = root.rstrip(b"/") + b"/" + path if path else root
         return Place(session, path, full)
 
+    @asynccontextmanager
+    async def _changing(self, path: bytes) -> AsyncIterator[Place]:
+        """The same, for what changes something there: refusals tell a remote that is read-only."""
+        place = await self._place(path)
+        try:
+            yield place
+        except RemoteError as error:
+            explained = await explain_read_only(place, error)
+            if explained is error:
+                raise
+            raise explained from error
+
     async def _find_root(self, session: SftpSession) -> bytes:
         full = _root_path(self._root.path, session.home)
         place = Place(session, b"", full)
         try:
-            kind = stat.S_IFMT(full_mode(await place.attrs(), stat.S_IFDIR))
+            attrs, real = await together(place.attrs(), _real_path(place))
+            kind = stat.S_IFMT(full_mode(attrs, stat.S_IFDIR))
         except NotFound:
             raise WrongSettings(f"the folder {place} does not exist") from None
         except PermissionDenied:
             raise WrongSettings(f"the folder {place} may not be entered by that user") from None
         if kind != stat.S_IFDIR:
             raise WrongSettings(f"{place} is not a folder")
+        self._roots = (full, real) if real not in (None, full) else (full,)
         return full
 
     async def connect(self) -> Abilities:
         place = await self._place(b"")
         is_root = place.session.owners.remote_uid == 0
-        return msgspec.structs.replace(ABILITIES, privileged=is_root)
+        return msgspec.structs.replace(ABILITIES, privileged=is_root, roots=self._roots)
 
     # --- looking --------------------------------------------------------------------------------
 
@@ -226,39 +250,37 @@ class SftpRemote:
         self._uploads.release(handle)
 
     async def upload(self, request: Upload, source: Source, report: ReportProgress) -> Entry:
-        place = await self._place(request.path)
-        return await self._uploads.upload(place, request, source, report)
+        async with self._changing(request.path) as place:
+            return await self._uploads.upload(place, request, source, report)
 
     async def upload_ahead(self, request: UploadAhead, source: Source) -> None:
-        await self._uploads.upload_ahead(await self._place(request.path), request, source)
+        async with self._changing(request.path) as place:
+            await self._uploads.upload_ahead(place, request, source)
 
     async def truncate(self, path: bytes, size: int) -> Entry:
         if size < 0:
             raise InvalidRequest("a size can't be negative")
-        place = await self._place(path)
-        await self._uploads.settled(path)
-        await self._refuse_link(place)
-        try:
-            return await self._changed(place, SFTPAttrs(size=size))
-        except RemoteError as error:
-            raise await explain_size(place, await explain_file(place, error), size) from error
+        async with self._changing(path) as place:
+            await self._uploads.settled(path)
+            await self._refuse_link(place)
+            try:
+                return await self._changed(place, SFTPAttrs(size=size))
+            except RemoteError as error:
+                raise await explain_size(place, await explain_file(place, error), size) from error
 
     # --- names ----------------------------------------------------------------------------------
 
     async def create(self, path: bytes, mode: int, handle: int = NO_HANDLE) -> Entry:
-        return await self._uploads.create(await self._place(path), mode, handle)
+        async with self._changing(path) as place:
+            return await self._uploads.create(place, mode, handle)
 
     async def make_directory(self, path: bytes, mode: int) -> Entry:
-        """Where the remote umask changed nothing, one round trip. A set-group-ID bit that the
-        server gave it, as to all in a group's shared folder, stays."""
-        place = await self._place(path)
-        wanted = SFTPAttrs(permissions=mode & 0o7777)
-        attrs = await self._made(place, place.session.meta.mkdir(place.full, wanted))
-        given = stat.S_IMODE(full_mode(attrs))
-        wanted.permissions = mode & 0o7777 | given & stat.S_ISGID
-        if given == wanted.permissions:
-            return place.entry_of(attrs)
-        return await self._changed(place, wanted)
+        """The server's umask, access lists and set-group-ID directories decide, as for files."""
+        async with self._changing(path) as place:
+            wanted = SFTPAttrs(permissions=mode & 0o7777)
+            attrs = await self._made(place, place.session.meta.mkdir(place.full, wanted))
+            narrowed = narrower(attrs, mode, stat.S_IFDIR)
+            return await self._changed(place, narrowed) if narrowed else place.entry_of(attrs)
 
     async def _made(self, place: Place, making: Coroutine[Any, Any, None]) -> SFTPAttrs:
         """What something new is like, looked at in the flight that makes it."""
@@ -268,59 +290,68 @@ class SftpRemote:
         except RemoteError as error:
             raise await explain_new(place, error) from error
         assert isinstance(attrs, SFTPAttrs)
+        await learn_user(place, attrs)
         return attrs
 
     async def make_symlink(self, path: bytes, target: bytes) -> Entry:
         if not target or b"\0" in target:
             raise InvalidRequest("a link needs a target without NUL bytes")
-        place = await self._place(path)
-        making = place.session.meta.symlink(target, place.full)
-        return place.entry_of(await self._made(place, making))
+        async with self._changing(path) as place:
+            try:
+                target_first = await links.reads_target_first(place)
+            except RemoteError as error:
+                raise await explain_new(place, error) from error
+            making = links.make(place, target, target_first=target_first)
+            return place.entry_of(await self._made(place, making))
 
     async def make_link(self, existing: bytes, path: bytes) -> Entry:
-        old, place = await self._place(existing), await self._place(path)
-        try:
-            attrs = await self._made(place, place.session.meta.link(old.full, place.full))
-        except NotFound:
-            if await old.kind() is None:
-                raise NotFound(f"{old} does not exist") from None
-            raise
-        except RemoteError as error:
-            raise await explain_device(old, place, error) from error
-        return place.entry_of(attrs)
+        async with self._changing(path) as place:
+            old = await self._place(existing)
+            try:
+                attrs = await self._made(place, place.session.meta.link(old.full, place.full))
+            except NotFound:
+                if await old.kind() is None:
+                    raise NotFound(f"{old} does not exist") from None
+                raise
+            except RemoteError as error:
+                raise await explain_device(old, place, error) from error
+            return place.entry_of(attrs)
 
     async def rename(
         self, path: bytes, target: bytes, *, replace: bool, report: ReportProgress = no_report
     ) -> None:
-        place = await self._place(path)
-        await self._uploads.settled(path)
-        await renaming.rename(place, await self._place(target), replace=replace)
+        async with self._changing(path) as place:
+            await self._uploads.settled(path)
+            await renaming.rename(place, await self._place(target), replace=replace)
 
     async def remove(self, path: bytes) -> None:
-        place = await self._place(path)
-        try:
-            with place.asking():
-                await place.session.meta.remove(place.full)
-        except RemoteError as error:
-            raise await explain_sticky(place, await explain_file(place, error)) from error
+        async with self._changing(path) as place:
+            try:
+                with place.asking():
+                    await place.session.meta.remove(place.full)
+            except RemoteError as error:
+                raise await explain_sticky(place, await explain_file(place, error)) from error
 
     async def remove_directory(self, path: bytes) -> None:
         if not path:
             raise InvalidRequest("the root of a namespace can't be removed")
-        place = await self._place(path)
-        try:
-            with place.asking():
-                await place.session.meta.rmdir(place.full)
-        except RemoteError as error:
-            raise await explain_sticky(place, await explain_rmdir(place, error)) from error
+        async with self._changing(path) as place:
+            try:
+                with place.asking():
+                    await place.session.meta.rmdir(place.full)
+            except RemoteError as error:
+                raise await explain_sticky(place, await explain_rmdir(place, error)) from error
 
     # --- attributes -----------------------------------------------------------------------------
 
     async def set_attributes(self, path: bytes, attributes: Attributes) -> Entry:
-        place = await self._place(path)
-        await self._uploads.settled(path)
+        async with self._changing(path) as place:
+            await self._uploads.settled(path)
+            return await self._set(place, attributes)
+
+    async def _set(self, place: Place, attributes: Attributes) -> Entry:
         session = place.session
-        if not path or not session.sets_without_following or needs_present(attributes):
+        if not (place.path and session.sets_without_following) or needs_present(attributes):
             return await self._look_and_set(place, attributes)
         wanted = rest_to_set(attributes, SFTPAttrs())
         try:
@@ -339,14 +370,13 @@ class SftpRemote:
         is_link = stat.S_ISLNK(full_mode(now))
         if is_link and attributes.mode is not None:
             raise NotSupported(f"{place} is a symbolic link, and links have no mode of their own")
-        wanted = [
-            owner_to_set(attributes, now, place.session.owners),
-            rest_to_set(attributes, now),
-        ]
+        owner = owner_to_set(attributes, now, place.session.owners)
+        rest = rest_to_set(attributes, now)
+        wanted = [attrs for attrs in (owner, rest) if attrs is not None]
         try:
-            return await self._changed(
-                place, *(attrs for attrs in wanted if attrs is not None), follow=not is_link
-            )
+            if len(wanted) > 1:  # one that is refused must not change the other
+                await self._changed(place, wanted.pop(0), follow=not is_link)
+            return await self._changed(place, *wanted, follow=not is_link)
         except PermissionDenied as error:
             raise NotOwner(error.message) from error
 
@@ -355,13 +385,24 @@ class SftpRemote:
         meta = place.session.meta
         with place.asking():
             changes = [meta.setstat(place.full, attrs, follow_symlinks=follow) for attrs in wanted]
-            look = meta.lstat(place.full, 0) if place.path else meta.stat(place.full, 0)
-            *_, attrs = await together(*changes, look)
+            *_, attrs = await together(*changes, place.attrs())
         return place.entry_of(attrs)
 
     async def _refuse_link(self, place: Place) -> None:
         if stat.S_ISLNK(full_mode(await place.attrs())):
             raise InvalidRequest(f"{place} is a symbolic link")
+
+
+async def _real_path(place: Place) -> bytes | None:
+    """None where the server does not tell."""
+    try:
+        with place.asking():
+            names, _ = await place.session.meta.realpath(place.full)
+    except RemoteError as error:
+        log.debug("%s: %s", place, error.message)
+        return None
+    real = names[0].filename if names else None
+    return real if isinstance(real, bytes) and real.startswith(b"/") else None
 
 
 def _root_path(path: str, home: bytes) -> bytes:

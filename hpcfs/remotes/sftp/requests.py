@@ -10,24 +10,37 @@ in one turn of the event loop leave in one SSH packet.
 from __future__ import annotations
 
 import asyncio
+import stat
 import struct
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any, Protocol, cast
 
-from asyncssh import SFTPBadMessage, SFTPConnectionLost, SFTPError
-from asyncssh.constants import FXP_CLOSE, FXP_NAME, FXP_READ, FXP_READDIR, FXP_STATUS
+from asyncssh import SFTPAttrs, SFTPBadMessage, SFTPConnectionLost, SFTPError, SFTPFailure
+from asyncssh.constants import (
+    FXF_EXCL,
+    FXF_READ,
+    FXP_CLOSE,
+    FXP_NAME,
+    FXP_READ,
+    FXP_READDIR,
+    FXP_STATUS,
+    FXP_SYMLINK,
+)
 from asyncssh.logging import SSHLogger
 from asyncssh.packet import PacketDecodeError, SSHPacket
 from asyncssh.sftp import SFTPClientHandler
 
+from hpcfs.remotes.sftp.handles import Handles
 from hpcfs.remotes.sftp.inbox import Bytes, Inbox, Malformed
-from hpcfs.remotes.sftp.names import Listed, usual_names
+from hpcfs.remotes.sftp.names import Listed, type_in_line, usual_names
 
 SFTP_VERSION = 3
 SHOWN_ERRORS = "replace"
 """How a server's texts are decoded."""
 LARGE_BYTES = 16 * 1024
 """A message from this size on is not copied together with others."""
+BEGINNING_BYTES = 300
 
 _HEAD = struct.Struct(">IB")
 _READ = struct.Struct(">QI")
@@ -79,7 +92,11 @@ class Requests(SFTPClientHandler):
         self._greeting: asyncio.Future[SSHPacket] = loop.create_future()
         self._greeting.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._to_send: list[bytes] = []
+        self.beginning = b""
+        """What came before the greeting, or is its beginning: it may be text."""
         self.ended = False
+        self.handles = Handles()
+        """Those of all channels of a session, once it is one of them."""
 
     @property
     def under_way(self) -> int:
@@ -107,7 +124,58 @@ class Requests(SFTPClientHandler):
         if usual is not None:
             return usual
         found, _ = self._process_name(packet)
+        for name in found:
+            mode = name.attrs.permissions
+            if mode is not None and not stat.S_IFMT(mode):
+                name.attrs.permissions = mode | type_in_line(cast(bytes, name.longname or b""))
         return [(cast(bytes, name.filename), name.attrs) for name in found]
+
+    async def symlink_paths(self, first: bytes, second: bytes) -> None:
+        """SSH_FXP_SYMLINK with the paths in this order: which of them is the link is the server's
+        to say (links.py)."""
+        await self._make_request(FXP_SYMLINK, _string(first), _string(second))
+
+    async def open(self, filename: bytes, pflags: int, attrs: SFTPAttrs) -> bytes:
+        attempt = partial(super().open, filename, pflags, attrs)
+        is_new = bool(pflags & FXF_EXCL)
+        explained = partial(self._is_explained, filename, None if is_new else stat.S_IFREG)
+        return await self.handles.granted(attempt, self._can_open, explained)
+
+    async def open_spare(self, filename: bytes, pflags: int) -> bytes:
+        """The same for a handle that can be done without: SFTPFailure where there are few."""
+        return await self.handles.spare(partial(super().open, filename, pflags, SFTPAttrs()))
+
+    async def opendir(self, path: bytes) -> bytes:
+        explained = partial(self._is_explained, path, stat.S_IFDIR)
+        return await self.handles.granted(partial(super().opendir, path), self._can_open, explained)
+
+    async def _is_explained(self, path: bytes, kind: int | None) -> bool:
+        """Whether a refusal of this path is no wonder, as it is of another kind, or (None) is not
+        new."""
+        try:
+            found = (await self.stat(path, 0)).permissions or 0
+        except SFTPError:
+            return kind is not None
+        return kind is None or stat.S_IFMT(found) not in (0, kind)
+
+    async def _can_open(self, path: bytes | None) -> bool | None:
+        """Whether anything can be opened: a file that could be, or the home directory. None where
+        the answer tells nothing."""
+        opening = (
+            super().opendir(b".") if path is None else super().open(path, FXF_READ, SFTPAttrs())
+        )
+        try:
+            handle = await opening
+        except SFTPFailure:
+            return False
+        except SFTPError:
+            return None
+        self._send_close(handle)
+        return True
+
+    async def close(self, handle: bytes) -> None:
+        self.handles.closed()
+        await super().close(handle)
 
     async def kept(self, opening: Coroutine[Any, Any, bytes]) -> bytes:
         """The handle that an open brings. Where the caller is cancelled, it is closed once it is
@@ -125,6 +193,10 @@ class Requests(SFTPClientHandler):
 
     def close_soon(self, handle: bytes) -> None:
         """Nobody waits for the answer: nothing depends on it."""
+        self.handles.closed()
+        self._send_close(handle)
+
+    def _send_close(self, handle: bytes) -> None:
         if not self.ended:
             ignored: asyncio.Future[Any] = self._loop.create_future()
             ignored.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -157,6 +229,8 @@ class Requests(SFTPClientHandler):
         return await self._greeting
 
     def received(self, data: bytes | memoryview) -> None:
+        if not self._greeting.done() and len(self.beginning) < BEGINNING_BYTES:
+            self.beginning += bytes(data[:BEGINNING_BYTES])
         try:
             self._inbox.feed(data)
         except (Malformed, PacketDecodeError) as error:

@@ -10,27 +10,23 @@ in flight and the offsets, and the paths are bytes as they are.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import asyncssh
-from asyncssh.constants import OPEN_REQUEST_SESSION_FAILED
-
 from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.sftp.attrs import Owners
+from hpcfs.remotes.sftp.channels import of_service, open_channel, open_channels, open_more
 from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.sftp.flow import Flow
-from hpcfs.remotes.sftp.greeting import greet
+from hpcfs.remotes.sftp.handles import Handles
 from hpcfs.remotes.sftp.hashes import Hasher
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.stdio import log_in_by_ssh
 from hpcfs.remotes.ssh.connection import Kept
-from hpcfs.remotes.ssh.login import Login, log_in
+from hpcfs.remotes.ssh.login import log_in
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
-from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES
 from hpcfs.remotes.ssh.shell import Shell
 from hpcfs.transfer.messages import (
     ProtocolError,
@@ -41,33 +37,9 @@ from hpcfs.transfer.messages import (
     WrongSettings,
 )
 
-log = logging.getLogger(__name__)
-
-MORE_CHANNELS = 2
-"""For large uploads, beside the two: servers grant ten (sshd_config(5), MaxSessions)."""
 UPLOAD_BYTES_UNDER_WAY = 16 * 1024 * 1024
 MAX_UPLOADS = 64
 """At once: each has a file open on the server, which grants a few hundred."""
-
-
-class Channel(asyncssh.SSHClientSession[bytes]):
-    """One SFTP subsystem: hands on what comes."""
-
-    requests: Requests
-
-    def connection_made(self, chan: asyncssh.SSHClientChannel[bytes]) -> None:
-        self.requests = Requests(chan)
-
-    def data_received(self, data: bytes, datatype: int | None) -> None:
-        if datatype is None:  # anything else is what the server's shell complains about
-            self.requests.received(data)
-
-    def eof_received(self) -> bool:
-        self.requests.lost(None)
-        return False
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.requests.lost(exc)
 
 
 class AnyLogin(Protocol):
@@ -108,6 +80,8 @@ class SftpSession:
     writing: Flow = field(default_factory=lambda: Flow(UPLOAD_BYTES_UNDER_WAY))
     sets_without_following: bool = True
     """Whether lsetstat@openssh.com is there and works: before glibc 2.32 it could set no modes."""
+    reads_target_first: bool | None = None
+    """The order of a symlink request's paths (links.py); None until it was looked for."""
     uploading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_UPLOADS))
     shared_handles: bool = False
     """A handle counts on all channels, so that a file can be read over several."""
@@ -117,6 +91,12 @@ class SftpSession:
 
     def __post_init__(self) -> None:
         self.hasher = Hasher(self.login.shown, self.login.open_shell)
+        self.handles = Handles()
+        self._share_handles(self.channels)
+
+    def _share_handles(self, channels: Iterable[Requests]) -> None:
+        for channel in channels:
+            channel.handles = self.handles
 
     @property
     def meta(self) -> Requests:
@@ -125,6 +105,13 @@ class SftpSession:
     @property
     def bulk(self) -> Requests:
         return self.channels[-1]
+
+    @property
+    def is_read_only(self) -> bool:
+        """OpenSSH's sftp-server -R: of its extensions it then offers only those that read."""
+        meta = self.meta
+        writing = (meta._supports_posix_rename, meta._supports_hardlink, meta._supports_fsync)
+        return meta._supports_statvfs and not any(writing)
 
     def reader(self) -> Requests:
         """The channel for one more piece of a file: that with the fewest bytes to come."""
@@ -138,8 +125,10 @@ class SftpSession:
         if self.open_channel is None or len(self.channels) < 2:
             return []
         if self._more is None:
-            self._more = asyncio.create_task(_open_more(self.open_channel))
-        return [channel for channel in await asyncio.shield(self._more) if not channel.ended]
+            self._more = asyncio.create_task(open_more(self.open_channel))
+        channels = [channel for channel in await asyncio.shield(self._more) if not channel.ended]
+        self._share_handles(channels)
+        return channels
 
     def traffic(self) -> Traffic:
         """Channels for large uploads count once all are there."""
@@ -188,8 +177,8 @@ async def open_session(start: Start, prompter: Prompter) -> SftpSession:
     for connection in (*connected.jumps, connected.connection):
         shorten(connection)
         shorten_sending(connection)
-    session = await begin(connected, start, open_channels(connected))
-    session.open_channel = lambda: _open_channel(connected)
+    session = await begin(connected, start, of_service(open_channels(connected), connected))
+    session.open_channel = lambda: open_channel(connected)
     return session
 
 
@@ -212,53 +201,15 @@ async def begin(
             f"{login.shown} let us in, but its SFTP service did not answer within "
             f"{start.site.connect_timeout:g} s"
         ) from None
-    except BaseException:
+    except BaseException as error:
+        is_over = login.ended.is_set()
         await login.close()
+        if is_over and isinstance(error, Unreachable):
+            raise Unreachable(
+                f"{login.shown} let us in, and ended the connection before SFTP began"
+            ) from error
         raise
     return SftpSession(login, channels, home, owners, shared_handles=shared_handles)
-
-
-async def open_channels(login: Login) -> list[Requests]:
-    """One or two, asked for at once: each takes four round trips."""
-    both = await asyncio.gather(_open_channel(login), _open_channel(login), return_exceptions=True)
-    failures = [result for result in both if isinstance(result, BaseException)]
-    granted = [result for result in both if isinstance(result, Requests)]
-    for error in failures:
-        if not granted or not isinstance(error, (asyncssh.ChannelOpenError, asyncssh.SFTPError)):
-            raise _opening_error(error, login) from error
-        log.info("%s grants one SFTP channel only: %s", login.shown, error.reason)
-    return granted
-
-
-async def _open_more(open_channel: Callable[[], Awaitable[Requests]]) -> list[Requests]:
-    opened = await asyncio.gather(
-        *(open_channel() for _ in range(MORE_CHANNELS)), return_exceptions=True
-    )
-    for result in opened:
-        if isinstance(result, BaseException):
-            log.info("the server grants no further SFTP channel for large uploads: %s", result)
-    return [result for result in opened if isinstance(result, Requests)]
-
-
-def _opening_error(error: BaseException, login: Login) -> BaseException:
-    if not isinstance(error, asyncssh.ChannelOpenError):
-        return error
-    if error.code == OPEN_REQUEST_SESSION_FAILED:
-        return WrongSettings(
-            f"{login.shown} lets us in but has no SFTP service: ask the site to enable the "
-            "sftp subsystem of its SSH server"
-        )
-    return Unreachable(f"{login.shown} opens no SFTP session now: {error.reason}")
-
-
-async def _open_channel(login: Login) -> Requests:
-    _, session = await login.connection.create_session(
-        Channel, subsystem="sftp", command=None, request_pty=False, encoding=None,
-        window=CHANNEL_WINDOW_BYTES,
-    )  # fmt: skip
-    assert isinstance(session, Channel)
-    await greet(session.requests, login.shown)
-    return session.requests
 
 
 async def _look_around(requests: Requests, login: AnyLogin, start: Start) -> tuple[bytes, Owners]:

@@ -53,9 +53,7 @@ class Stdio(asyncio.Protocol):
         return asyncssh_logger
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """ssh does not tell the server's version, by which asyncssh decides on the order of a
-        symlink request's paths: OpenSSH's, as sftp(1) and sshfs assume of every server."""
-        return "OpenSSH" if name == "server_version" else default
+        return default
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -160,5 +158,6 @@ async def _log_in(login: SshLogin, prompter: Prompter) -> None:
         except TimeoutError:
             raise Unreachable(f"ssh did not get into {login.shown} within {seconds:g} s") from None
         except (asyncssh.SFTPError, OSError) as error:
-            lines = await program.last_words()
-            raise ending(login.target, lines, questions.unanswered) from error
+            code, lines = await program.last_words()
+            lines = lines or [login.begun[-1].beginning.decode(errors="replace")]
+            raise ending(login.target, lines, questions.unanswered, code) from error

@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import msgspec
 from asyncssh import SFTPAttrs
 
 from hpcfs.remotes.base import ReportProgress, Source, last_name
@@ -86,27 +87,21 @@ class Uploads:
     # --- making ---------------------------------------------------------------------------------
 
     async def create(self, place: Place, mode: int, handle: int) -> Entry:
-        """A new empty file with exactly these permissions, whatever the remote umask."""
+        """A new empty file. Its permissions and group are what the server gave it."""
         target = await open_new(place, mode)
         if handle == NO_HANDLE:
             request = _nothing(place.path, mode)
             return place.entry_of(await bring(target, request, _Empty(), _ignore, keep=0))
         try:
             self._held.hold(handle, place, _already(target))
+            self._held.rest(handle)
         except NotSupported:
             place.session.bulk.close_soon(target.handle)
         self._held.note_complete(handle)
+        assert target.now
         now = int(time.time()) * NANOSECONDS
-        owners = place.session.owners
-        return Entry(
-            name=last_name(place.path),
-            mode=stat.S_IFREG | mode & 0o7777,
-            size=0,
-            mtime_ns=now,
-            atime_ns=now,
-            uid=owners.local_uid,
-            gid=owners.local_gid,
-        )
+        made = place.entry_of(target.now)
+        return msgspec.structs.replace(made, size=0, mtime_ns=now, atime_ns=now, version=b"")
 
     # --- ahead ----------------------------------------------------------------------------------
 
@@ -122,12 +117,14 @@ class Uploads:
             opening = self._open_ahead(place, request, source)
             file = self._held.hold(request.handle, place, opening)
         file.writers += 1
+        place.session.handles.wake(file)
         try:
             await _send_ahead(file, request, source)
         finally:
             file.leave()
             if not file.opening.done() or file.opening.cancelled() or file.opening.exception():
                 self._held.forget(request.handle, file)
+            self._held.rest(request.handle)
 
     async def _open_ahead(self, place: Place, request: UploadAhead, source: Source) -> Target:
         """Of an unknown handle, another process may have sent something ahead. Then the file has

@@ -77,7 +77,7 @@ class Ways:
             log.debug("%s is written over one channel: %s", self._place, error.message)
 
     async def _add(self, channel: Requests, mark: int) -> None:
-        opening = channel.open(self._place.full, FXF_WRITE, SFTPAttrs())
+        opening = channel.open_spare(self._place.full, FXF_WRITE)
         way = Way(channel, await channel.kept(opening))
         if (await channel.fstat(way.handle, 0)).mtime == mark:
             self._others.append(way)

@@ -40,8 +40,8 @@ Sent = asyncio.Task[Any]
 
 @dataclass
 class Target:
-    """A file that is open for writing at `place`, with `size` bytes; where it was there before,
-    `now` is what it was like. `earlier` was sent on the handle and is not answered yet."""
+    """A file that is open for writing at `place`, with `size` bytes; `now` is what it was like when
+    it was opened or made. `earlier` was sent on the handle and is not answered yet."""
 
     place: Place
     handle: bytes

@@ -8,7 +8,6 @@ care than the user asked for. What only concerns terminals and forwards is passe
 from __future__ import annotations
 
 import fnmatch
-import getpass
 import glob
 import os
 import re
@@ -16,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hpcfs.remotes.ssh.tokens import local_user
 from hpcfs.transfer import sshwords
 from hpcfs.transfer.messages import SshSite, WrongSettings
 
@@ -63,7 +63,7 @@ def read(site: SshSite, files: Sequence[str]) -> dict[str, list[str]]:
     found = reader.options
     host = found.get("hostname", ["%h"])[0]
     found["hostname"] = [host.replace("%h", site.host).replace("%%", "%").lower()]
-    found.setdefault("user", [getpass.getuser()])
+    found.setdefault("user", [local_user()])
     found.setdefault("port", ["22"])
     return found
 

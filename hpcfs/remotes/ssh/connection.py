@@ -1,10 +1,11 @@
 """One connection per site, kept: made on first use, shared, noticed when lost, made anew.
 
 `Kept` owns when to connect and what to answer while there is no connection; how one is made is
-given to it (sftp_session.open_session). Three rules, each from invariant 4 of the design: all
+given to it (sftp/session.open_session). Three rules, each from invariant 4 of the design: all
 requests share one attempt; what only the user can mend is never tried again on its own; after a
 failed attempt requests are answered at once for a while (1 s, doubling to 30 s) instead of each
-waiting for its own timeout.
+waiting for its own timeout. An account behind which there is no service is the user's to mend, too,
+unless there was one before: then it is the site that is being mended.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
-from hpcfs.transfer.messages import NotConnected, RemoteError, RemoteFailure, Unreachable
+from hpcfs.transfer.messages import (
+    NoService,
+    NotConnected,
+    RemoteError,
+    RemoteFailure,
+    Unreachable,
+)
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +61,7 @@ class Kept(Generic[S]):
         self._retry_at = 0.0
         self._closed = False
         self._tended = False
+        self._has_worked = False
 
     async def get(self) -> S:
         """The session; connects if there is none.
@@ -120,17 +128,21 @@ class Kept(Generic[S]):
                 await self._session.close()
                 self._session = None
             self._session = await self._open_session()
+        except NoService as error:
+            failure = Unreachable(error.message) if self._has_worked else error
+            self._remember(failure)
+            raise failure from error
         except RemoteError as error:
             self._remember(error)
             raise
         except Exception as error:
             log.exception("connecting failed in a way that was not foreseen")
-            failure = RemoteFailure(f"connecting failed: {error}")
-            self._remember(failure)
-            raise failure from error
+            unforeseen = RemoteFailure(f"connecting failed: {error}")
+            self._remember(unforeseen)
+            raise unforeseen from error
         finally:
             self._attempt = None
-        self._failure, self._pause = None, FIRST_PAUSE_SECONDS
+        self._failure, self._pause, self._has_worked = None, FIRST_PAUSE_SECONDS, True
         return self._session
 
     def _remember(self, error: RemoteError) -> None:

@@ -1,6 +1,7 @@
 """What asyncssh and the network raise while a connection is made, as sentences of our own.
 
-One table, used by nothing else than the login: after it, errors belong to SFTP (sftp/errors.py).
+One table, used by nothing else than the login and its first steps: after them, errors belong to
+SFTP (sftp/errors.py).
 """
 
 from __future__ import annotations
@@ -13,20 +14,48 @@ from hpcfs.remotes.ssh.settings import Hop
 from hpcfs.transfer.messages import (
     AccessRefused,
     HostKeyRefused,
+    NoService,
     RemoteError,
     RemoteFailure,
     Unreachable,
     WrongSettings,
 )
 
+SHOWN_LETTERS = 150
+
+
+def quoted(text: bytes | str) -> str:
+    """What somebody there said, on one line; empty where there is nothing to show."""
+    said = text if isinstance(text, str) else text.decode(errors="replace")
+    words = " ".join("".join(one if one.isprintable() else " " for one in said).split())
+    return f"'{words[:SHOWN_LETTERS]}'" if words else ""
+
+
+def no_service(shown: str, how: str, said: bytes | str) -> NoService:
+    """The server lets us in and ends what should be SFTP: `how`, and what it said meanwhile.
+    OpenSSH's does not tell what a subsystem writes to stderr."""
+    words = ", ".join(filter(None, (how, f"it says {quoted(said)}" if quoted(said) else "")))
+    alias = shown.split(" ")[0]
+    return NoService(
+        f"{shown} lets us in, but ends its SFTP service at once{f' ({words})' if words else ''}: "
+        f"see what `ssh {alias} true` says, and ask the site whether this account may use SFTP"
+    )
+
 
 def login_error(
-    error: Exception, hop: Hop, *, nobody_to_ask: bool = False, authenticating: bool = False
+    error: Exception,
+    hop: Hop,
+    *,
+    nobody_to_ask: bool = False,
+    authenticating: bool = False,
+    banner: str = "",
 ) -> RemoteError:
     """The error to raise when the connection to `hop` could not be made.
 
     A server that says goodbye while we authenticate ("Too many authentication failures") has
-    refused us: trying again on our own would be what sites ban addresses for.
+    refused us: trying again on our own would be what sites ban addresses for. So has, as far as we
+    can know, one that ends the connection then without a word, as sshd does with an account that
+    has expired, or is not let in (PAM); the `banner` may say why.
     """
     where = f"{hop.shown} port {hop.port}"
     if isinstance(error, asyncssh.PermissionDenied):
@@ -37,6 +66,12 @@ def login_error(
         return _no_common_algorithm(error, where)
     if isinstance(error, asyncssh.ChannelOpenError):
         return Unreachable(f"the jump host could not reach {where}: {error.reason}")
+    if isinstance(error, asyncssh.ConnectionLost | ConnectionResetError) and authenticating:
+        said = f" (it says {quoted(banner)})" if quoted(banner) else ""
+        return NoService(
+            f"{hop.user}@{hop.host} port {hop.port} ended the connection during the login{said}: "
+            f"check that `ssh {hop.alias}` works, then try again"
+        )
     if isinstance(error, asyncssh.ConnectionLost):
         return Unreachable(f"{where} ended the connection during the login: {error.reason}")
     if isinstance(error, asyncssh.DisconnectError) and authenticating:

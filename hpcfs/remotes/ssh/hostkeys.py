@@ -98,16 +98,18 @@ class HostKeys:
     """What the files say, read once: a file of thousands of hashed names takes a while."""
 
     def trusted(self, _host: str, _address: str, _port: int | None) -> TrustedKeys:
-        """asyncssh's callback. It learns the certificate authorities and what is revoked; each
-        plain key comes to `judge`."""
-        authorities = [entry.key for entry in self._entries("@cert-authority")]
+        """asyncssh's callback. It learns what it needs to judge certificates; each plain key comes
+        to `judge`."""
+        authorities = self._authorities()
+        if not authorities:
+            return (), (), ()
         return (), authorities, [*self._revoked(), *self._listed_as_revoked()]
 
     def algorithms(self, offered: Sequence[str], *, reorder: bool) -> list[str]:
         """Those to ask for: first the kinds of key that are known for the host. Certificates only
         where an authority is known that could have signed them."""
         plain = [name for name in offered if "-cert-" not in name]
-        has_authority = any(self._entries("@cert-authority"))
+        has_authority = bool(self._authorities())
         if has_authority and not all(map(_is_plain_list, self.rules.revoked_files)):
             raise WrongSettings(
                 f"RevokedHostKeys of {self.rules.host} is no plain list of keys, and by another "
@@ -121,7 +123,7 @@ class HostKeys:
         return [*certificates, *known, *(name for name in plain if name not in kinds)]
 
     def knows_host(self) -> bool:
-        return any(self._entries("")) or any(self._entries("@cert-authority"))
+        return any(self._entries("")) or bool(self._authorities())
 
     def judge(self, key: asyncssh.SSHKey, address: str) -> Judgement:
         """`address` is the server's, or empty where it is reached by a proxy."""
@@ -248,6 +250,12 @@ class HostKeys:
             if (path, name) not in self._found:
                 self._found[path, name] = knownhosts.find(path, name)
             yield from self._found[path, name]
+
+    def _authorities(self) -> list[asyncssh.SSHKey]:
+        """None where a revoked key may be let pass: asyncssh lets none pass."""
+        if self.rules.strict == "no" and self._revoked():
+            return []
+        return [entry.key for entry in self._entries("@cert-authority")]
 
     def _revoked(self) -> list[asyncssh.SSHKey]:
         return [entry.key for entry in self._entries("@revoked")]

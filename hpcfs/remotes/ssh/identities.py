@@ -66,7 +66,8 @@ def _named(site: SshSite, answer: Said, tokens: Tokens) -> list[Path]:
             raise WrongSettings(f"the identity file {chosen} for {site.host} does not exist")
         return [chosen]
     names = answer.all("identityfile") or [f"~/.ssh/{name}" for name in DEFAULT_KEY_NAMES]
-    return list(dict.fromkeys(tokens.path(name) for name in names if name.lower() != "none"))
+    paths = (tokens.path(name) for name in names if name.lower() != "none")
+    return list(dict.fromkeys(paths))
 
 
 def _unlocked(

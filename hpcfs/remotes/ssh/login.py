@@ -13,7 +13,7 @@ import asyncio
 import logging
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +37,7 @@ MAX_JUMPS = 8
 CLOSE_SECONDS = 5.0
 MOST_SAID = 100
 _SAID = "hpcfs_said"
+_PROXY = "hpcfs_proxy"
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,21 @@ class Login:
         return await ChannelShell.start(self.connection)
 
     async def close(self) -> None:
-        connections = (self.connection, *reversed(self.jumps))
-        for connection in connections:
-            connection.abort()
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
-                for connection in connections:
-                    await connection.wait_closed()
+                await _end([self.connection, *reversed(self.jumps)])
         except TimeoutError:
             log.warning("the connection to %s does not end; it is left alone", self.shown)
+
+
+async def _end(connections: Sequence[asyncssh.SSHClientConnection]) -> None:
+    """And the ProxyCommands under them."""
+    for connection in connections:
+        connection.abort()
+    for connection in connections:
+        await connection.wait_closed()
+        if (proxy := connection.get_extra_info(_PROXY)) is not None:
+            await proxy.close()
 
 
 async def log_in(site: SshSite, prompter: Prompter, reach_seconds: float | None = None) -> Login:
@@ -90,9 +97,7 @@ async def log_in(site: SshSite, prompter: Prompter, reach_seconds: float | None 
         hop = _HopLogin(target, site, prompter, reach_seconds)
         connection, ended = await hop.connect(_last(jumps))
     except BaseException:
-        for jump in reversed(jumps):
-            jump.abort()
-            await jump.wait_closed()
+        await _end(jumps[::-1])
         raise
     return Login(connection, tuple(jumps), target.user, target.shown, ended)
 
@@ -186,6 +191,7 @@ class _HopLogin:
                 hop,
                 nobody_to_ask=client.nobody_to_ask,
                 authenticating=client.authenticating,
+                banner=client.banner,
             ) from error
 
     async def _through_proxy(self, client: _Client) -> asyncssh.SSHClientConnection:
@@ -195,7 +201,7 @@ class _HopLogin:
                 proxy = await Proxy.open(self._hop)
         except TimeoutError:
             raise self._no_answer(self._seconds) from None
-        client.on_end = proxy.end
+        client.proxy = proxy
         try:
             return await self._log_in(client, sock=proxy.socket)
         except Unreachable as error:
@@ -204,7 +210,7 @@ class _HopLogin:
                 raise
             raise Unreachable(f"{error.message} (its ProxyCommand says: {words})") from error
         except BaseException:
-            proxy.end()
+            await proxy.close()
             raise
 
     async def _reach(self) -> socket.socket:
@@ -248,16 +254,17 @@ class _Client(asyncssh.SSHClient):
         self._hop = hop
         self._clock = clock
         self.ended = asyncio.Event()
-        self.on_end: Callable[[], None] | None = None
+        self.proxy: Proxy | None = None
         self._key_files = list(hop.key_files)
         self._passwords_left = self._dialogues_left = hop.prompts
         self._said: deque[str] = deque(maxlen=MOST_SAID)
         self.judgement: Judgement | None = None
         self.nobody_to_ask = False
         self.authenticating = False
+        self.banner = ""
 
     def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
-        conn.set_extra_info(**{_SAID: self._said})
+        conn.set_extra_info(**{_SAID: self._said, _PROXY: self.proxy})
 
     def debug_msg_received(self, msg: str, lang: str, always_display: bool) -> None:
         self._said.append(msg)
@@ -268,8 +275,8 @@ class _Client(asyncssh.SSHClient):
     def connection_lost(self, exc: Exception | None) -> None:
         log.debug("connection to %s ended: %s", self._hop.shown, exc)
         self.ended.set()
-        if self.on_end is not None:
-            self.on_end()
+        if self.proxy is not None:
+            self.proxy.end()
 
     def validate_host_public_key(
         self, host: str, addr: str, port: int, key: asyncssh.SSHKey
@@ -281,6 +288,7 @@ class _Client(asyncssh.SSHClient):
         return self.judgement.is_trusted
 
     def auth_banner_received(self, msg: str, lang: str) -> None:
+        self.banner = msg
         log.debug("%s says: %s", self._hop.shown, msg)
 
     async def public_key_auth_requested(self) -> KeyPairListArg | None:

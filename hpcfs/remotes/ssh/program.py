@@ -11,10 +11,11 @@ import logging
 import os
 import signal
 import socket
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from asyncio.subprocess import DEVNULL, Process
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import BinaryIO
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ CLOSE_SECONDS = 1.0
 """Each for ending by itself, and for ending when told to."""
 LINES_KEPT = 40
 LINE_BYTES = 300
-MOST_ON_STDERR = 64 * 1024
+MOST_SAID = 1024 * 1024
 
 
 async def run(
@@ -42,18 +43,24 @@ async def ask(
 ) -> tuple[int | None, bytes, bytes]:
     """A program that answers and ends: its exit code, and what it says on stdout and stderr.
 
-    Raises TimeoutError after `seconds`, and OSError where it can't be started. stderr is a file: a
-    process that a `Match exec` left in the background may hold it open for ever.
+    Raises TimeoutError after `seconds`, and OSError where it can't be started. It writes to files:
+    a process that a `Match exec` left in the background may hold a pipe open for ever.
     """
-    with os.fdopen(os.memfd_create("stderr"), "w+b") as complaint:
-        process = await run(line, (given, PIPE, complaint.fileno()))
+    with _memory("stdout") as answer, _memory("stderr") as complaint:
+        process = await run(line, (given, answer.fileno(), complaint.fileno()))
         try:
             async with asyncio.timeout(seconds):
-                said, _ = await process.communicate()
+                await process.wait()
         finally:
             end(process, signal.SIGKILL)
+            await process.wait()
+        answer.seek(0)
         complaint.seek(0)
-        return process.returncode, said, complaint.read(MOST_ON_STDERR)
+        return process.returncode, answer.read(MOST_SAID), complaint.read(MOST_SAID)
+
+
+def _memory(name: str) -> BinaryIO:
+    return os.fdopen(os.memfd_create(name), "w+b")
 
 
 def end(process: Process, how: signal.Signals) -> None:
@@ -118,14 +125,16 @@ class Program:
             log.info("%s says: %s", self._name, text)
             self._lines.append(text)
 
-    async def last_words(self) -> list[str]:
-        """What it wrote on stderr, once it has ended; where it does not, it is ended."""
+    async def last_words(self) -> tuple[int | None, list[str]]:
+        """Its exit code and what it wrote on stderr, once it has ended; where it does not, it is
+        ended, and the code is None."""
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._process.wait()
                 await asyncio.shield(self._listening)
+        code = self._process.returncode
         await self.close()
-        return list(self._lines)
+        return code, list(self._lines)
 
     async def close(self) -> None:
         end(self._process, signal.SIGTERM)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hpcfs.remotes.ssh.program import Program
 from hpcfs.remotes.ssh.settings import Hop
@@ -27,7 +27,7 @@ class Proxy:
 
     socket: socket.socket
     _program: Program
-    _ending: set[asyncio.Task[None]] = field(default_factory=set)
+    _ending: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(cls, hop: Hop) -> Proxy:
@@ -52,13 +52,18 @@ class Proxy:
 
     async def last_words(self) -> str:
         """What the command wrote on stderr, once the connection through it broke."""
-        return "; ".join((await self._program.last_words())[-3:])
+        _, lines = await self._program.last_words()
+        return "; ".join(lines[-3:])
 
     def end(self) -> None:
         """The connection is over; so is the command, as with ssh."""
-        task = asyncio.create_task(self._program.close())
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._program.close())
+
+    async def close(self) -> None:
+        self.end()
+        assert self._ending is not None
+        await asyncio.wait([self._ending])
 
 
 async def _received(ours: socket.socket, hop: Hop) -> socket.socket:

@@ -74,7 +74,7 @@ async def read(site: SshSite) -> Said:
     that takes longer than the site's connect_timeout (a `Match exec` may wait for something)."""
     _must_be_readable(site.ssh_config)
     ssh = shutil.which("ssh")
-    if ssh is None:
+    if ssh is None or home_of_ssh() is None:
         return Said(bare.read(site, _files(site)))
     with _chosen_files(site) as (where, given):
         line = [ssh, "-G", "-T", *where, "-o", f"ControlPath={_HASH}", "-o", "RemoteCommand=none"]
@@ -135,14 +135,28 @@ def _must_be_readable(name: str | None) -> None:
         raise WrongSettings(f"{file} can't be read: {error.strerror}") from None
 
 
-def home_of_ssh() -> str:
-    """ssh asks the user database, whatever HOME says; the rest of hpcfs goes by HOME."""
-    return pwd.getpwuid(os.getuid()).pw_dir
+def home_of_ssh() -> str | None:
+    """ssh asks the user database, whatever HOME says; the rest of hpcfs goes by HOME. None where
+    the database does not have this user, as in some containers: then no ssh works."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        return None
+
+
+def at_home(path: Path) -> Path:
+    """A path in ssh's own home as one in HOME, where that is another directory, unless only the
+    first is there."""
+    home = home_of_ssh()
+    if home is None or not is_moved() or not path.is_relative_to(home):
+        return path
+    moved = Path("~").expanduser() / path.relative_to(home)
+    return moved if moved.exists() or not path.exists() else path
 
 
 def is_moved() -> bool:
     """HOME is another directory than ssh's."""
-    return os.path.realpath(Path("~").expanduser()) != os.path.realpath(home_of_ssh())
+    return os.path.realpath(Path("~").expanduser()) != os.path.realpath(home_of_ssh() or "~")
 
 
 def _files(site: SshSite) -> list[str]:

@@ -115,7 +115,7 @@ def jump_site(jump: str, site: SshSite) -> SshSite:
     if not colon or not port.isdecimal() or ("]" not in host and ":" in host):
         host, port = address, ""
     host = host.removeprefix("[").removesuffix("]")
-    _must_be_names(host, user or None)
+    _must_be_names(host, user or None, f" in ProxyJump {jump}")
     return SshSite(
         host=host,
         user=user or None,
@@ -125,11 +125,12 @@ def jump_site(jump: str, site: SshSite) -> SshSite:
     )
 
 
-def _must_be_names(host: str, user: str | None) -> None:
+def _must_be_names(host: str, user: str | None, where: str = "") -> None:
+    reason = "ssh takes no such characters either"
     if not sshwords.is_valid_host(host):
-        raise WrongSettings(f"{host!r} is no host name: ssh takes no such characters either")
+        raise WrongSettings(f"{host!r}{where} is no host name: {reason}")
     if user is not None and not sshwords.is_valid_user(user):
-        raise WrongSettings(f"{user!r} is no user name: ssh takes no such characters either")
+        raise WrongSettings(f"{user!r}{where} is no user name: {reason}")
 
 
 def _read_hop(site: SshSite, answer: Said, is_behind: bool) -> Hop:
@@ -140,7 +141,8 @@ def _read_hop(site: SshSite, answer: Said, is_behind: bool) -> Hop:
         site.host, host=host, port=port, user=user, alias=alias, jump=_last_jump(answer),
         digest=(answer.one("controlpath") or "").removeprefix("/"),
     )  # fmt: skip
-    _refuse_what_we_cannot_do(site, answer)
+    if site.transport == "asyncssh":
+        _refuse_what_we_cannot_do(site, answer)
     jumps = () if is_behind else _jumps(answer, tokens)
     command = None if is_behind or jumps else _proxy_command(answer, tokens, host, user)
     hop = Hop(
@@ -190,7 +192,7 @@ def _options(answer: Said, hop: Hop, host_keys: HostKeys, mine: Identities) -> d
         **mine.options,
         "agent_forwarding": False,
         "x11_forwarding": False,
-        "env": [word for line in answer.all("setenv") for word in shlex.split(line)],
+        "env": [line for line in answer.all("setenv") if "=" in line],
         "connect_timeout": None,
         "login_timeout": 0,
         "keepalive_interval": KEEPALIVE_SECONDS,
@@ -249,15 +251,8 @@ def _rules(answer: Said, hop: Hop, alias: str | None, *, is_direct: bool) -> Rul
 
 
 def _known_hosts_files(names: list[str]) -> tuple[Path, ...]:
-    return tuple(_at_home(Path(name).expanduser()) for name in names)
-
-
-def _at_home(path: Path) -> Path:
-    """ssh has replaced the ~ already, by a home of its own where HOME is another."""
-    if not said.is_moved() or not path.is_relative_to(said.home_of_ssh()):
-        return path
-    moved = Path("~").expanduser() / path.relative_to(said.home_of_ssh())
-    return moved if moved.exists() or not path.exists() else path
+    """ssh has replaced the ~ already."""
+    return tuple(said.at_home(Path(name).expanduser()) for name in names)
 
 
 # --- the way there --------------------------------------------------------------------------------
@@ -291,7 +286,7 @@ def _proxy_command(answer: Said, tokens: Tokens, host: str, user: str) -> str | 
     text = answer.one("proxycommand")
     if text is None:
         return None
-    _must_be_names(host, user)
+    _must_be_names(host, user, ", for its ProxyCommand,")
     if text == "-":
         raise WrongSettings(
             "ProxyCommand - means ssh's own stdin, which a mount does not have: name a command"

@@ -40,11 +40,10 @@ class Tokens:
         """`given` is the host as the user named it, `alias` its HostKeyAlias, `jump` the jump host,
         and `digest` what ssh says that %C is, or empty."""
         machine = socket.gethostname()
-        account = pwd.getpwuid(os.getuid())
         values = {
             "d": str(Path("~").expanduser()),
             "h": host,
-            "i": str(account.pw_uid),
+            "i": str(os.getuid()),
             "j": jump,
             "k": alias or given,
             "L": machine.partition(".")[0],
@@ -52,7 +51,7 @@ class Tokens:
             "n": given,
             "p": str(port),
             "r": user,
-            "u": account.pw_name,
+            "u": local_user(),
         }
         return cls(values | {"C": digest} if digest else values)
 
@@ -72,6 +71,14 @@ class Tokens:
             return values[match[1]]
 
         return _TOKEN.sub(value, text)
+
+
+def local_user() -> str:
+    """ssh asks the user database, not the environment."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # as in some containers
+        return os.environ.get("LOGNAME") or os.environ.get("USER") or str(os.getuid())
 
 
 def _variable(match: re.Match[str]) -> str:

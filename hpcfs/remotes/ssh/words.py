@@ -1,6 +1,7 @@
 """What a child `ssh` wrote before it ended, as sentences of our own: the only such table.
 
-Its exit code is 255 for everything; its words decide. The last of them is in the sentence.
+Its exit code is 255 for everything that it could not do itself; its words decide then. The last of
+them is in the sentence.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import re
 
 from hpcfs.remotes.ssh.asking import is_decision
+from hpcfs.remotes.ssh.errors import no_service
 from hpcfs.remotes.ssh.openssh import Target
 from hpcfs.transfer.messages import (
     AccessRefused,
     HostKeyRefused,
+    NoService,
     RemoteError,
     Unreachable,
     WrongSettings,
@@ -23,15 +26,21 @@ _HOST_KEY = re.compile(
 _REFUSED = re.compile(r"Permission denied \(|Too many authentication failures")
 _NO_SFTP = re.compile(r"subsystem request failed")
 _WRONG = re.compile(r"[Bb]ad configuration option|[Uu]nable to negotiate|ssh_askpass: exec")
+SSH_FAILED = 255
+"""The exit code of ssh(1) for its own failures; others are those of what ran on the server."""
 
 
-def ending(target: Target, lines: list[str], unanswered: str | None) -> RemoteError:
-    """The error to raise when ssh ended before SFTP began."""
+def ending(
+    target: Target, lines: list[str], unanswered: str | None, code: int | None = None
+) -> RemoteError:
+    """The error to raise when ssh ended before SFTP began, with that exit code if it is known."""
     if unanswered is not None:
         return _nobody(target, unanswered)
     words = "\n".join(lines)
     said = lines[-1] if lines else "it gives no reason"
     alias = target.site.host
+    if code is not None and 0 <= code < SSH_FAILED:
+        return no_service(target.shown, f"exit code {code}", words)
     if _HOST_KEY.search(words):
         return HostKeyRefused(
             f"the host key of {target.shown} is not one that ssh trusts ({said}): "
@@ -43,7 +52,7 @@ def ending(target: Target, lines: list[str], unanswered: str | None) -> RemoteEr
             f"check that 'ssh {alias}' works, then mount again"
         )
     if _NO_SFTP.search(words):
-        return WrongSettings(
+        return NoService(
             f"{target.shown} lets us in but has no SFTP service ({said}): ask the site to enable "
             "the sftp subsystem of its SSH server"
         )

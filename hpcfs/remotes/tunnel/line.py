@@ -11,15 +11,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hpcfs.remotes.tunnel.pipe import NoAnswer, PipeEnd, Silent, connect, go_on
+from hpcfs.remotes.tunnel.pipe import NoAnswer, Opened, PipeEnd, Silent, TurnedAway, connect
 from hpcfs.rendezvous import file
 from hpcfs.rendezvous.file import Place, Rendezvous, UnixPlace
+from hpcfs.rendezvous.knock import Door
 from hpcfs.rendezvous.stream import NEW_STREAM, Garbled, Stream
 from hpcfs.transfer.messages import RemoteError, Unreachable
 
@@ -34,6 +35,10 @@ LOOK_SECONDS = 0.25
 """Between looks at the rendezvous file, one stat each, while there is no connection."""
 CHECK_SECONDS = 1.0
 """The same while there is one."""
+CROWD_SECONDS = 2.0
+CROWD_PAUSE_SECONDS = 0.02
+"""How long, and how often, one tries again where the connection was closed at once: strangers may
+crowd at the door."""
 
 T = TypeVar("T")
 
@@ -103,24 +108,15 @@ class Line:
     async def _open(
         cls, meeting: Meeting, pulse: Pulse, stamp: file.Stamp | None, rendezvous: Rendezvous
     ) -> Line:
-        reasons: list[NoAnswer] = []
-        for place in rendezvous.places:
-            line = cls(meeting, pulse, stamp, rendezvous, place)
-            try:
-                pipe = await connect(place, rendezvous.id)
-                stream_id, seen = await go_on(pipe, NEW_STREAM, 0)
-            except NoAnswer as error:
-                reasons.append(error)
-                continue
-            if stream_id == NEW_STREAM:
-                pipe.close()
-                reasons.append(NoAnswer("the tunnel takes no more connections now"))
-                continue
-            line.stream = Stream(stream_id)
-            pipe.carry(line.stream, seen)
-            line._tending = asyncio.create_task(line._tend(pipe))
-            return line
-        raise unreachable(rendezvous, reasons)
+        place, opened = await _meet(rendezvous, rendezvous.places, NEW_STREAM, 0)
+        if opened.stream_id == NEW_STREAM:
+            opened.pipe.close()
+            raise Unreachable(f"the tunnel {rendezvous.name} takes no more connections now")
+        line = cls(meeting, pulse, stamp, rendezvous, place)
+        line.stream = Stream(opened.stream_id)
+        opened.pipe.carry(line.stream, opened.seen)
+        line._tending = asyncio.create_task(line._tend(opened.pipe))
+        return line
 
     stream: Stream
     _tending: asyncio.Task[None]
@@ -185,26 +181,39 @@ class Line:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _resume(self, rendezvous: Rendezvous) -> PipeEnd:
+        places = [
+            place for place in rendezvous.places if isinstance(place, UnixPlace) == self.is_private
+        ]
+        _, opened = await _meet(rendezvous, places, self.stream.id, self.stream.received)
+        if opened.stream_id != self.stream.id:
+            opened.pipe.close()
+            raise _Over(f"{self.shown} has given the connection up")
+        try:
+            opened.pipe.carry(self.stream, opened.seen)
+        except Garbled as error:
+            opened.pipe.close()
+            raise _Over(f"{self.shown} can't go on: {error}") from None
+        return opened.pipe
+
+
+async def _meet(
+    rendezvous: Rendezvous, places: Sequence[Place], stream_id: bytes, received: int
+) -> tuple[Place, Opened]:
+    """The first place where the tunnel answers. Raises Unreachable."""
+    loop = asyncio.get_running_loop()
+    door = Door(rendezvous.id, rendezvous.secret)
+    end = loop.time() + CROWD_SECONDS
+    while True:
         reasons: list[NoAnswer] = []
-        for place in rendezvous.places:
-            if isinstance(place, UnixPlace) != self.is_private:
-                continue
+        for place in places:
             try:
-                pipe = await connect(place, rendezvous.id)
-                found, seen = await go_on(pipe, self.stream.id, self.stream.received)
+                return place, await connect(place, door, stream_id, received)
             except NoAnswer as error:
                 reasons.append(error)
-                continue
-            if found != self.stream.id:
-                pipe.close()
-                raise _Over(f"{self.shown} has given the connection up")
-            try:
-                pipe.carry(self.stream, seen)
-            except Garbled as error:
-                pipe.close()
-                raise _Over(f"{self.shown} can't go on: {error}") from None
-            return pipe
-        raise unreachable(rendezvous, reasons)
+        crowded = any(isinstance(reason, TurnedAway) for reason in reasons)
+        if not crowded or loop.time() >= end:
+            raise unreachable(rendezvous, reasons)
+        await asyncio.sleep(CROWD_PAUSE_SECONDS)
 
 
 async def _unless_moved(

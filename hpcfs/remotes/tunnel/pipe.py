@@ -1,7 +1,7 @@
 """One connection to a place where a tunnel's forward listens, up to where a stream goes on.
 
-Whoever answers there must say the tunnel's id first: after a tunnel has ended, its port may be
-another program's, or the next tunnel's.
+Whoever answers there must show first that it is the tunnel (rendezvous/knock.py): after one has
+ended, its port may be another program's, or another user's who would like to be it.
 """
 
 from __future__ import annotations
@@ -9,18 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import socket
 import stat
 import struct
 from collections.abc import Coroutine
+from dataclasses import dataclass
 from typing import cast
 
-from hpcfs.rendezvous.file import Place, UnixPlace
-from hpcfs.rendezvous.stream import GREETING, OPENING, Garbled, Stream
+from hpcfs.rendezvous.file import Place, TcpPlace, UnixPlace
+from hpcfs.rendezvous.knock import MAX_GREETING_BYTES, NONCE_BYTES, SEALED_BYTES, Door
+from hpcfs.rendezvous.stream import Garbled, Stream
 
 PLACE_SECONDS = 3.0
 """For one place to answer: a forward on the same machine and a round trip or two to the laptop."""
-MAX_GREETING_BYTES = 100
+FURTHER_SECONDS = 0.25
+"""A network of a cluster answers much sooner."""
 _CREDENTIALS = struct.Struct("3i")
 """struct ucred of unix(7): pid, uid, gid."""
 
@@ -31,6 +35,11 @@ class NoAnswer(Exception):
 
 class Silent(NoAnswer):
     """The forward is there and the laptop says nothing: it sleeps, or has no network."""
+
+
+class TurnedAway(NoAnswer):
+    """Somebody listens there, and closed the connection before it said who it is: where strangers
+    flood a port, that happens to mounts too."""
 
 
 class PipeEnd(asyncio.Protocol):
@@ -87,7 +96,7 @@ class PipeEnd(asyncio.Protocol):
 
     async def _wait(self) -> None:
         if self.broken.is_set():
-            raise NoAnswer("the connection was closed at once")
+            raise TurnedAway("the connection was closed at once")
         self._more.clear()
         await self._more.wait()
 
@@ -107,8 +116,19 @@ class PipeEnd(asyncio.Protocol):
             self.close()
 
 
-async def connect(place: Place, tunnel_id: str) -> PipeEnd:
-    """A pipe on which that tunnel has greeted. Raises NoAnswer."""
+@dataclass(frozen=True)
+class Opened:
+    """`stream_id` is zeros where the tunnel has no such stream, `seen` how many of our bytes have
+    come there."""
+
+    pipe: PipeEnd
+    stream_id: bytes
+    seen: int
+
+
+async def connect(place: Place, door: Door, stream_id: bytes, received: int) -> Opened:
+    """A pipe to that tunnel, on which the stream of that id goes on, of which so many bytes have
+    come. Raises NoAnswer."""
     try:
         async with asyncio.timeout(PLACE_SECONDS):
             pipe = await _open(place)
@@ -116,18 +136,25 @@ async def connect(place: Place, tunnel_id: str) -> PipeEnd:
         raise NoAnswer("it does not answer") from None
     except OSError as error:
         raise NoAnswer(error.strerror or str(error)) from None
-    line = await _answer(pipe, pipe.read_until(b"\n", MAX_GREETING_BYTES))
-    if line != GREETING + tunnel_id.encode():
+    try:
+        nonce = door.nonce_in(await _answer(pipe.read_until(b"\n", MAX_GREETING_BYTES)))
+        nonces = nonce + secrets.token_bytes(NONCE_BYTES)
+        pipe.write(nonces[NONCE_BYTES:] + door.seal(b"client", nonces, stream_id, received))
+        sealed = await _answer(pipe.read(SEALED_BYTES))
+        found, seen = door.unseal(b"server", nonces, sealed)
+    except Garbled:
         pipe.close()
-        raise NoAnswer("something else than this tunnel answers")
-    return pipe
+        raise NoAnswer("something else than this tunnel answers") from None
+    except BaseException:
+        pipe.close()
+        raise
+    return Opened(pipe, found, seen)
 
 
 async def _open(place: Place) -> PipeEnd:
     loop = asyncio.get_running_loop()
     if not isinstance(place, UnixPlace):
-        _, pipe = await loop.create_connection(PipeEnd, place.host, place.port)
-        return pipe
+        return await _open_port(place)
     _check_socket(place.path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -139,6 +166,34 @@ async def _open(place: Place) -> PipeEnd:
         sock.close()
         raise
     return pipe
+
+
+async def _open_port(place: TcpPlace) -> PipeEnd:
+    """Where strangers flood the port, the system drops who comes: then a further connection is
+    quicker than waiting until the first one is tried again (1 s, tcp(7)). The first to stand is
+    used."""
+    loop = asyncio.get_running_loop()
+    trying: set[asyncio.Future[tuple[asyncio.Transport, PipeEnd]]] = set()
+    done: set[asyncio.Future[tuple[asyncio.Transport, PipeEnd]]] = set()
+    try:
+        while not done:
+            connecting = loop.create_connection(PipeEnd, place.host, place.port)
+            trying.add(asyncio.ensure_future(connecting))
+            done, _ = await asyncio.wait(
+                trying, timeout=FURTHER_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
+        first = done.pop()
+        trying.remove(first)
+        return first.result()[1]
+    finally:
+        for attempt in trying:
+            attempt.cancel()
+            attempt.add_done_callback(_close_unused)
+
+
+def _close_unused(attempt: asyncio.Future[tuple[asyncio.Transport, PipeEnd]]) -> None:
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result()[1].close()
 
 
 def _check_socket(path: str) -> None:
@@ -156,22 +211,10 @@ def _check_peer(sock: socket.socket) -> None:
             raise NoAnswer("another user listens there")
 
 
-async def go_on(pipe: PipeEnd, stream_id: bytes, received: int) -> tuple[bytes, int]:
-    """Ask for a stream; which one it is, and how many of our bytes came. Raises NoAnswer; the pipe
-    is closed then."""
-    pipe.write(OPENING.pack(stream_id, received))
-    found, seen = OPENING.unpack(await _answer(pipe, pipe.read(OPENING.size)))
-    return found, seen
-
-
-async def _answer(pipe: PipeEnd, reading: Coroutine[object, object, bytes]) -> bytes:
-    """What the laptop says, in time. Raises NoAnswer; the pipe is closed then."""
+async def _answer(reading: Coroutine[object, object, bytes]) -> bytes:
+    """What the laptop says, in time. Raises NoAnswer."""
     try:
         async with asyncio.timeout(PLACE_SECONDS):
             return await reading
     except TimeoutError:
-        pipe.close()
         raise Silent("the laptop does not answer") from None
-    except BaseException:
-        pipe.close()
-        raise

@@ -21,9 +21,10 @@ from typing import Any
 import asyncssh
 from asyncssh.logging import SSHLogger, logger as asyncssh_logger
 
+from hpcfs.remotes.sftp.channels import open_channels
 from hpcfs.remotes.sftp.greeting import greet
 from hpcfs.remotes.sftp.requests import Requests
-from hpcfs.remotes.sftp.session import SftpSession, begin, open_channels, together
+from hpcfs.remotes.sftp.session import SftpSession, begin, together
 from hpcfs.remotes.ssh.login import Login
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
@@ -54,8 +55,7 @@ class StreamCarrier:
         return asyncssh_logger
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """The order of a symlink request's paths is OpenSSH's, as everywhere."""
-        return "OpenSSH" if name == "server_version" else default
+        return default
 
     def write(self, data: bytes) -> None:
         self._stream.write(data)

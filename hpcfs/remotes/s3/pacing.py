@@ -1,0 +1,100 @@
+"""Waiting as a server asks for it: a rate limit is no outage.
+
+S3 answers 503 SlowDown, others 429, to what comes too fast; the request was not carried out, and is
+made again. Who is refused makes all others of the site wait, for twice as long each time until
+somebody gets through: so what nobody limited comes a little later, and does not fail. Beside that a
+request that was refused waits for a time of its own, which doubles, too, and of which a part is
+drawn at random, as Amazon's SDKs do
+(aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from email.utils import parsedate_to_datetime
+from typing import TypeVar
+
+from botocore.exceptions import ClientError
+
+from hpcfs.remotes.s3.errors import is_throttling
+
+T = TypeVar("T")
+SHORTEST = 0.1
+LONGEST = 4.0
+LONGEST_ASKED = 10.0
+"""What a server asks for (Retry-After) counts up to this."""
+PATIENCE = 20.0
+"""Of one request. Less than what the mount waits for an answer (transfer/client.py)."""
+
+
+class Pacing:
+    """Of one site. All times are in seconds; `clock` only ever grows."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._pause = 0.0
+        self._until = 0.0
+        self._raised = 0.0
+
+    async def asked(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What `ask` answers, once the server does not want it later. Raises its refusal when that
+        has gone on for PATIENCE."""
+        deadline = self._clock() + PATIENCE
+        most = 0.0
+        while True:
+            await self._turn(deadline, random.uniform(0, most))  # noqa: S311 - no secret
+            began = self._clock()
+            try:
+                answer = await ask()
+            except ClientError as error:
+                if not is_throttling(error):
+                    self._accepted(began)
+                    raise
+                self._refused(began, retry_after(error))
+                most = _longer(most)
+                if max(self._until, self._clock()) >= deadline:
+                    raise
+            else:
+                self._accepted(began)
+                return answer
+
+    async def _turn(self, deadline: float, own: float) -> None:
+        """Who waits for the others' pause may find that it was made longer meanwhile."""
+        until = self._clock() + own
+        while self._clock() < deadline:
+            left = min(max(until, self._until), deadline) - self._clock()
+            if left <= 0:
+                return
+            await asyncio.sleep(left)
+
+    def _refused(self, began: float, asked: float) -> None:
+        """One step for all that were under way together."""
+        now = self._clock()
+        if began >= self._raised:
+            self._pause = _longer(self._pause)
+            self._raised = now
+            self._until = max(self._until, now + self._pause / 2)
+        self._until = max(self._until, now + min(asked, LONGEST_ASKED))
+
+    def _accepted(self, began: float) -> None:
+        if began >= self._raised:
+            self._pause = 0.0
+
+
+def _longer(pause: float) -> float:
+    return min(max(SHORTEST, pause * 2), LONGEST)
+
+
+def retry_after(error: ClientError, now: Callable[[], float] = time.time) -> float:
+    """How long the server wants nobody to ask (RFC 9110, 10.2.3); 0 where it does not say."""
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    text = str(headers.get("retry-after", "")).strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - now()) if text else 0.0
+    except ValueError:
+        return 0.0

@@ -1,0 +1,79 @@
+"""What botocore's way over the network may do: aiobotocore speaks HTTP by aiohttp, which follows
+redirects by itself, with the session token and the body, to any host and from https to http; and
+reads answers of any length.
+
+`guard` ends both for every session that aiobotocore makes, those of credential providers (STS,
+SSO, instances, containers) included, none of which takes an option for it: so its one method that
+hands out aiohttp's sessions is replaced. S3's own redirects to a bucket's region are not of this
+kind: botocore makes them out of the region's name, and signs the request anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiobotocore.httpsession import AIOHTTPSession
+
+ANSWER_BYTES = 16 * 1024 * 1024
+"""Of listings, refusals and credentials; a page has 1000 keys of at most 1 KiB, thrice that when
+quoted. What is read of an object is bounded by who reads it."""
+PIECE_BYTES = 64 * 1024
+
+
+class TooLong(Exception):
+    """An answer of more than ANSWER_BYTES."""
+
+
+class _Answer:
+    """aiohttp's answer. `read` is bounded; the body of an object is read by way of `content`."""
+
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+        self._body: bytes | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._answer, name)
+
+    async def read(self) -> bytes:
+        if self._body is None:
+            try:
+                self._body = await _bounded(self._answer.content)
+            except BaseException:
+                self._answer.close()
+                raise
+            self._answer.release()
+        return self._body
+
+
+async def _bounded(content: Any) -> bytes:
+    """Raises TooLong."""
+    body = bytearray()
+    while piece := await content.read(PIECE_BYTES):
+        body += piece
+        if len(body) > ANSWER_BYTES:
+            raise TooLong(f"more than {ANSWER_BYTES} bytes")
+    return bytes(body)
+
+
+class _Session:
+    """aiohttp's session, as far as aiobotocore uses it."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    async def request(self, method: str, **options: Any) -> _Answer:
+        answer = await self._session.request(method, **{**options, "allow_redirects": False})
+        return _Answer(answer)
+
+
+_handing_out: Any = AIOHTTPSession._get_session
+"""A version of aiobotocore without it is not known to be safe: the import fails."""
+
+
+async def _guarded(self: AIOHTTPSession, proxy_url: str | None) -> _Session:
+    return _Session(await _handing_out(self, proxy_url))
+
+
+def guard() -> None:
+    """For this process. Calling it again changes nothing."""
+    AIOHTTPSession._get_session = _guarded
