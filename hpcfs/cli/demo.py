@@ -90,7 +90,7 @@ def _mount(stack: ExitStack, place: str, *, debug: bool) -> tuple[Settings, Moun
 def _directory(target: Path) -> Iterator[None]:
     """Makes the mount point; removes it afterwards if it made it."""
     try:
-        target.mkdir()
+        target.mkdir(mode=0o700)
     except FileExistsError:
         yield
         return

@@ -26,7 +26,7 @@ import msgspec
 import uvloop
 
 from hpcfs.remotes.base import MAX_FILE_BYTES, Remote, ReportProgress, Site, no_report
-from hpcfs.system import signals
+from hpcfs.system import dumps, logs, signals
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.cachefile import CacheDisk, CacheSource
 
@@ -283,9 +283,9 @@ def spare_the_collector() -> None:
 
 def set_up_logging(level: str) -> None:
     """To stderr, which the daemon made its log file."""
-    logging.basicConfig(
-        level=level, format="%(asctime)s transfer[%(process)d] %(levelname)s %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(logs.Formatter("transfer"))
+    logging.basicConfig(level=level, handlers=[handler])
     for noisy in ("asyncssh", "botocore", "aiobotocore", "urllib3", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -310,6 +310,7 @@ def keep_freed_memory() -> None:
 
 
 def main() -> None:
+    dumps.forbid()
     signals.outlive_job()  # a shutdown sends SIGTERM to all, while the daemon has yet to upload
     keep_freed_memory()
     uvloop.run(serve(socket.socket(fileno=int(sys.argv[1]))))
