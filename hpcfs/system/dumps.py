@@ -9,16 +9,10 @@ PR_SET_DUMPABLE = 4
 """linux/prctl.h's."""
 
 
-def forbid_core() -> None:
-    """For this process and those that it starts, whatever kills them."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
 def forbid() -> None:
-    """Also where the kernel pipes dumps to a program, which is not bound by limits, and from
-    debuggers of the user's own: /proc/PID belongs to root then, but for the process itself.
-
-    Not for the mount daemon, whose files in memory the transfer processes open by /proc/PID/fd.
+    """The limit holds for the processes that this one starts, too. Where the kernel pipes dumps to
+    a program, which no limit binds, and for debuggers of the user's own, the process is not
+    dumpable: /proc/PID belongs to root then, but for the process itself.
     """
-    forbid_core()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
