@@ -20,6 +20,7 @@ from typing import Literal
 import msgspec
 
 from hpcfs.errors import SetupError
+from hpcfs.system import ownership
 
 MAX_REQUEST_BYTES = 16 * 1024
 """Two paths, each of 4095 bytes, a third more in base64."""
@@ -303,17 +304,13 @@ def wait_until_gone(connection: socket.socket, timeout: float | None) -> bool:
 
 
 def _connect(path: Path, timeout: float) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(timeout)
     try:
-        connection.connect(str(path))
+        return ownership.connect(path, timeout)
     except OSError as error:
-        connection.close()
         if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
             raise NotRunning(f"no hpcfs daemon listens at {path}") from error
         reason = error.strerror or "it does not answer"
         raise NotAnswering(f"the daemon at {path} can't be asked: {reason}") from error
-    return connection
 
 
 def _ask(

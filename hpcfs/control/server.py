@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import struct
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
@@ -29,14 +28,13 @@ from hpcfs.control.control import (
     open_wait,
 )
 from hpcfs.errors import SetupError
-from hpcfs.system import paths
+from hpcfs.system import ownership, paths
 
 REQUEST_SECONDS = 10.0
 STEP_INTERVAL = 0.1
 """Seconds between two lines that tell of a work's progress."""
 HEARTBEAT_SECONDS = 20.0
 """A work that tells of no step for so long has its last one told again: the daemon is alive."""
-PEER_CREDENTIALS = struct.Struct("3i")
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +232,4 @@ async def _hold(stream: trio.SocketStream) -> None:
 
 
 def _peer_uid(stream: trio.SocketStream) -> int:
-    credentials = stream.socket.getsockopt(
-        socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size
-    )
-    return int(PEER_CREDENTIALS.unpack(credentials)[1])
+    return ownership.peer_uid(stream.socket)

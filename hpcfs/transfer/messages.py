@@ -248,6 +248,9 @@ PART_COPY_BYTES = 16 * 1024 * 1024
 """Smaller objects are sent whole: that takes less time than the requests that would spare it."""
 
 
+IN_MEMORY = "memory:"
+
+
 class Fetch(msgspec.Struct, frozen=True, tag=True):
     """Bring a range of one version into a cache file, at the same offset -> Fetched.
 
@@ -257,7 +260,8 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
     longer has that version; but with `growing`, the reader follows a file that others append to,
     and a file that has grown since is still that version as far as its old size. An `urgent` fetch,
     for which a program waits, goes before those that only run ahead. `cache_file` is a path, or
-    /proc/PID/fd/NUMBER/NAME for a file in the daemon's memory that was made with this name.
+    IN_MEMORY and the name of a file in the daemon's memory, which the daemon lends when it is asked
+    (child.py).
     """
 
     path: bytes

@@ -116,6 +116,8 @@ async def world(
     remotes = {"ns": MemoryRemote(kind)} if isinstance(kind, str) else kind
     sites = sites or {name: MemorySite({name: remote}) for name, remote in remotes.items()}
     store = Store.open(directory, max_bytes, "a test")
+    for site in sites.values():
+        site.lend = store.in_memory
     journal = Journal.open(directory)
     clock = Clock()
     async with trio.open_nursery() as nursery:

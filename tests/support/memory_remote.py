@@ -9,6 +9,7 @@ or wait at a chosen call, so that a test can put two things in a chosen order.
 from __future__ import annotations
 
 import hashlib
+import os
 import stat
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -533,7 +534,15 @@ class MemorySite:
     def __init__(self, remotes: dict[str, MemoryRemote]) -> None:
         self.remotes = remotes
         self.cues = Cues()
-        self._disk = CacheDisk()
+        self.lend: Callable[[str], int | None] = lambda name: None
+        """Of the store's files in memory."""
+        self._disk = CacheDisk(borrow=self._borrow)
+
+    def _borrow(self, name: str) -> int:
+        lent = self.lend(name)
+        if lent is None:
+            raise m.CacheFileGone("the cache file in memory is another one by now")
+        return os.dup(lent)
 
     async def call(
         self,
