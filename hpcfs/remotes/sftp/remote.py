@@ -86,10 +86,11 @@ ABILITIES = Abilities(
 class SftpSite:
     """All namespaces that one kept session reaches: a base.Site."""
 
-    def __init__(self, start: Start, kept: Kept[SftpSession]):
+    def __init__(self, start: Start, kept: Kept[SftpSession], *, is_virtual: bool = False):
+        """`is_virtual`: the paths that it serves are not those of the machine that serves them."""
         self._kept = kept
         self._remotes = {
-            name: SftpRemote(self._kept, root)
+            name: SftpRemote(self._kept, root, is_virtual=is_virtual)
             for name, root in start.roots.items()
             if isinstance(root, SftpRoot)
         }
@@ -120,8 +121,9 @@ class SshSiteConnection(SftpSite):
 class SftpRemote:
     """One namespace on an SSH site: a base.Remote."""
 
-    def __init__(self, kept: Kept[SftpSession], root: SftpRoot):
+    def __init__(self, kept: Kept[SftpSession], root: SftpRoot, *, is_virtual: bool = False):
         self._kept = kept
+        self._is_virtual = is_virtual
         self._root = root
         self._rooted: tuple[SftpSession, bytes] | None = None
         self._roots: tuple[bytes, ...] = ()
@@ -182,7 +184,8 @@ class SftpRemote:
             raise WrongSettings(f"the folder {place} may not be entered by that user") from None
         if kind != stat.S_IFDIR:
             raise WrongSettings(f"{place} is not a folder")
-        self._roots = (full, real) if real not in (None, full) else (full,)
+        if not self._is_virtual:
+            self._roots = (full, real) if real not in (None, full) else (full,)
         return full
 
     async def connect(self) -> Abilities:
