@@ -104,6 +104,16 @@ class Store:
     def used_bytes(self) -> int:
         return self.shelf.used_bytes
 
+    def spool(self, length: int) -> bool:
+        """So many bytes of a long listing go to the disk, or (negative) have gone from it. False
+        where all listings together would take more than the cache may."""
+        if length > 0 and self.shelf.spooled_bytes + length > self.max_bytes:
+            return False
+        self.shelf.spooled_bytes += length
+        if length > 0:
+            self.note_added(length)
+        return True
+
     async def in_thread(self, work: Callable[..., T], *args: object) -> T:
         """Disk work, one piece at a time."""
         return await self.shelf.in_thread(work, *args)
@@ -141,6 +151,11 @@ class Store:
             if files is not None and (key not in files or files[key].is_complete):
                 return files.get(key)
         return await self.in_thread(self._index.find, origin, key)
+
+    def in_memory(self, name: str) -> int | None:
+        """The descriptor of the file in memory that has this name now."""
+        file = self.shelf.files.get(name)
+        return file.fd if file is not None and file.in_memory and file.fd >= 0 else None
 
     def is_open(self, origin: str, key: bytes) -> bool:
         """Whether somebody uses a file of this name now."""

@@ -9,8 +9,10 @@ or wait at a chosen call, so that a test can put two things in a chosen order.
 from __future__ import annotations
 
 import hashlib
+import os
 import stat
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -219,7 +221,7 @@ class MemoryRemote:
         item = self.handles.get(handle)
         return None if item is None else self._entry(b"", item)
 
-    async def list(self, path: bytes) -> AsyncIterator[Sequence[m.Entry]]:
+    async def list(self, path: bytes) -> AsyncGenerator[Sequence[m.Entry], None]:
         item = self._find(path)
         if not item.is_directory:
             raise m.NotADirectory(f"{path!r}: not a directory")
@@ -258,6 +260,9 @@ class MemoryRemote:
         assert length >= 0, "a fetch of a negative length"
         return [bytes(item.content[offset : offset + length])]
 
+    async def read_unsized(self, path: bytes, offset: int, length: int, handle: int) -> bytes:
+        return bytes(self._find(path).content[offset : offset + length])
+
     async def release(self, handle: int) -> None:
         self.handles.pop(handle, None)
         self.ahead.pop(handle, None)
@@ -270,6 +275,8 @@ class MemoryRemote:
         if item is not None and not (item.is_file or (request.replace and not item.is_directory)):
             raise m.IsADirectory(f"{request.path!r} is no file")
         ahead = self.ahead.pop(request.handle, {})
+        if request.append:
+            return self._appended(item, request, source)
         self._check_base(item, request, ahead)
         if request.replace:
             item = None
@@ -287,6 +294,19 @@ class MemoryRemote:
         self._touch(item)
         self._set(item, request.attributes)
         report(request.size)
+        return self._entry(request.path, item)
+
+    def _appended(self, item: Item | None, request: m.Upload, source: Source) -> m.Entry:
+        assert self.is_sftp
+        assert request.ranges == [(request.base_size, request.size - request.base_size)]
+        if item is None:
+            raise m.Conflict(f"{request.path!r} was removed")
+        ours = source.read(*request.ranges[0])
+        added = bytes(item.content[request.base_size :])
+        if request.base_version is not None or ours not in added:
+            item.content += ours
+        self._touch(item)
+        self._set(item, request.attributes)
         return self._entry(request.path, item)
 
     def _check_base(
@@ -514,7 +534,15 @@ class MemorySite:
     def __init__(self, remotes: dict[str, MemoryRemote]) -> None:
         self.remotes = remotes
         self.cues = Cues()
-        self._disk = CacheDisk()
+        self.lend: Callable[[str], int | None] = lambda name: None
+        """Of the store's files in memory."""
+        self._disk = CacheDisk(borrow=self._borrow)
+
+    def _borrow(self, name: str) -> int:
+        lent = self.lend(name)
+        if lent is None:
+            raise m.CacheFileGone("the cache file in memory is another one by now")
+        return os.dup(lent)
 
     async def call(
         self,
@@ -569,11 +597,13 @@ class MemorySite:
         timeout: float = 30.0,
     ) -> None:
         self.cues.calls.append(request)
-        with trio.move_on_after(timeout):
+        with trio.move_on_after(timeout) as scope:
             await self.cues.reach(request, "before")
-            async for page in self.remotes[namespace].list(request.path):
-                on_page(msgspec.msgpack.encode(page))
-                await self.cues.reach(request, "middle")
+            async with aclosing(self.remotes[namespace].list(request.path)) as pages:
+                async for page in pages:
+                    scope.deadline = trio.current_time() + timeout
+                    on_page(msgspec.msgpack.encode(page))
+                    await self.cues.reach(request, "middle")
             await self.cues.reach(request, "after")
             return
         raise m.TimedOut(f"no answer to List within {timeout:g} s")

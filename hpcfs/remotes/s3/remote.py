@@ -173,6 +173,9 @@ class S3Remote:
             raise Changed(f"{text(path)} has changed on the server: open it again")
         return []
 
+    async def read_unsized(self, path: bytes, offset: int, length: int, handle: int) -> bytes:
+        raise InvalidRequest("objects have the size that S3 tells")
+
     async def release(self, handle: int) -> None:
         await self._uploads.streams.give_up(handle)
 

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
+import asyncssh
 import msgspec
 from asyncssh import SFTPAttrs
 from asyncssh.constants import FXF_WRITE
@@ -85,10 +86,11 @@ ABILITIES = Abilities(
 class SftpSite:
     """All namespaces that one kept session reaches: a base.Site."""
 
-    def __init__(self, start: Start, kept: Kept[SftpSession]):
+    def __init__(self, start: Start, kept: Kept[SftpSession], *, is_virtual: bool = False):
+        """`is_virtual`: the paths that it serves are not those of the machine that serves them."""
         self._kept = kept
         self._remotes = {
-            name: SftpRemote(self._kept, root)
+            name: SftpRemote(self._kept, root, is_virtual=is_virtual)
             for name, root in start.roots.items()
             if isinstance(root, SftpRoot)
         }
@@ -101,6 +103,9 @@ class SftpSite:
 
     def traffic(self) -> Traffic:
         return traffic_of(self._kept)
+
+    def try_now(self) -> None:
+        self._kept.try_now()
 
     async def close(self) -> None:
         await self._kept.close()
@@ -116,8 +121,9 @@ class SshSiteConnection(SftpSite):
 class SftpRemote:
     """One namespace on an SSH site: a base.Remote."""
 
-    def __init__(self, kept: Kept[SftpSession], root: SftpRoot):
+    def __init__(self, kept: Kept[SftpSession], root: SftpRoot, *, is_virtual: bool = False):
         self._kept = kept
+        self._is_virtual = is_virtual
         self._root = root
         self._rooted: tuple[SftpSession, bytes] | None = None
         self._roots: tuple[bytes, ...] = ()
@@ -178,7 +184,8 @@ class SftpRemote:
             raise WrongSettings(f"the folder {place} may not be entered by that user") from None
         if kind != stat.S_IFDIR:
             raise WrongSettings(f"{place} is not a folder")
-        self._roots = (full, real) if real not in (None, full) else (full,)
+        if not self._is_virtual:
+            self._roots = (full, real) if real not in (None, full) else (full,)
         return full
 
     async def connect(self) -> Abilities:
@@ -270,6 +277,16 @@ class SftpRemote:
                 return await read.read_range(
                     place, remote, version, offset, length, growing=growing, urgent=urgent
                 )
+
+    async def read_unsized(self, path: bytes, offset: int, length: int, handle: int) -> bytes:
+        place = await self._place(path)
+        length = min(length, place.session.read_bytes)
+        with place.asking():
+            async with self._files.using(place, handle) as remote:
+                try:
+                    return b"".join(await place.session.bulk.read_piece(remote, offset, length))
+                except asyncssh.SFTPEOFError:
+                    return b""
 
     async def release(self, handle: int) -> None:
         self._files.release(handle)
