@@ -52,6 +52,8 @@ from hpcfs.transfer.errors import (
 from hpcfs.transfer.measures import (
     Abilities as Abilities,
     DiskUsage as DiskUsage,
+    Fetched as Fetched,
+    Progress as Progress,
     Traffic as Traffic,
 )
 from hpcfs.transfer.xattrs import (
@@ -107,23 +109,6 @@ class Attributes(msgspec.Struct, frozen=True):
 
     def __bool__(self) -> bool:
         return any(getattr(self, field) is not None for field in self.__struct_fields__)
-
-
-class Fetched(msgspec.Struct, frozen=True):
-    """`checksums` has one xxh3_64 for each block of the range, in order (see cache/store.py)."""
-
-    length: int
-    checksums: list[int]
-    fetch_seconds: float = 0.0
-    """Until the remote had sent it all,"""
-    store_seconds: float = 0.0
-    """and what writing it to the cache file took."""
-
-
-class Progress(msgspec.Struct, frozen=True):
-    """Bytes of an upload or a fetch that are done; each one also renews the request's deadline."""
-
-    done: int
 
 
 # --- what a transfer process is told when it starts -----------------------------------------------
