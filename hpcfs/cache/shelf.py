@@ -56,6 +56,8 @@ class Shelf:
         """What the index has of them."""
         self.indexed_bytes = index.total_bytes()
         """As the index had it last, open files included."""
+        self.spooled_bytes = 0
+        """Of long listings, in temporary files beside the cache's."""
         self.lookup = trio.Lock()
         self.foresight = Foresight()
         self.trust = Trust()
@@ -138,8 +140,10 @@ class Shelf:
     @property
     def used_bytes(self) -> int:
         """Looks at every open file: not for every read."""
-        return self.idle_bytes + sum(
-            file.cached_bytes for file in self.files.values() if not file.in_memory
+        return (
+            self.spooled_bytes
+            + self.idle_bytes
+            + sum(file.cached_bytes for file in self.files.values() if not file.in_memory)
         )
 
     def under(self, origin: str, key: bytes) -> Iterator[CacheFile]:

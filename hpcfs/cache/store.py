@@ -104,6 +104,16 @@ class Store:
     def used_bytes(self) -> int:
         return self.shelf.used_bytes
 
+    def spool(self, length: int) -> bool:
+        """So many bytes of a long listing go to the disk, or (negative) have gone from it. False
+        where all listings together would take more than the cache may."""
+        if length > 0 and self.shelf.spooled_bytes + length > self.max_bytes:
+            return False
+        self.shelf.spooled_bytes += length
+        if length > 0:
+            self.note_added(length)
+        return True
+
     async def in_thread(self, work: Callable[..., T], *args: object) -> T:
         """Disk work, one piece at a time."""
         return await self.shelf.in_thread(work, *args)

@@ -173,12 +173,14 @@ class CacheStatus(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct, frozen=True):
-    """How far the work has come, in bytes and, where it counts them, in files."""
+    """How far the work has come, in bytes and, where it counts them, in files. The reason is why it
+    does not move now."""
 
     done: int
     total: int
     files_done: int = 0
     files_total: int = 0
+    reason: str = ""
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -196,7 +198,8 @@ WRITE_COMMANDS = ("pending", "sync", "retry", "discard", "recover")
 
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """`path` is below the mount point, without slashes at its ends; b"" is the mount itself. `to`
-    is the local directory for "recover". Only what was pending `before` that time is discarded."""
+    is the local directory for "recover". Only what was pending `before` that time is discarded. For
+    "sync" a site may be out of reach for `patience` seconds."""
 
     command: Literal[
         "status", "wait",
@@ -207,6 +210,7 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     pinned: bool = False
     to: bytes = b""
     before: float = 0.0
+    patience: float = 30.0
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):

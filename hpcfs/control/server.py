@@ -47,7 +47,7 @@ class Tell(Protocol):
     """Tells the client how far the work is; the fields are those of Step."""
 
     def __call__(
-        self, done: int, total: int, files_done: int = 0, files_total: int = 0, /
+        self, done: int, total: int, files_done: int = 0, files_total: int = 0, reason: str = "", /
     ) -> Awaitable[None]: ...
 
 
@@ -148,9 +148,9 @@ class _Teller:
         self._told = trio.current_time() - STEP_INTERVAL
 
     async def tell(
-        self, done: int, total: int, files_done: int = 0, files_total: int = 0, /
+        self, done: int, total: int, files_done: int = 0, files_total: int = 0, reason: str = "", /
     ) -> None:
-        self._last = Step(done, total, files_done, files_total)
+        self._last = Step(done, total, files_done, files_total, reason)
         if trio.current_time() - self._told >= STEP_INTERVAL:
             await self.send(Reply(step=self._last))
 

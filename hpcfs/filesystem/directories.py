@@ -15,27 +15,34 @@ from contextlib import contextmanager
 import msgspec
 import trio
 
-from hpcfs.filesystem.ahead import Ahead
+from hpcfs.filesystem.ahead import Ahead, Flight
 from hpcfs.filesystem.errors import BadHandle, FilesystemError, NotDirectory
 from hpcfs.filesystem.known import SLOW_SECONDS, Known, Uses
 from hpcfs.filesystem.listing import Listing, OpenDirectory
 from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.sweeper import Sweeper
 from hpcfs.filesystem.tree import Node, Tree, number_of
-from hpcfs.transfer.messages import Entry, RemoteError
+from hpcfs.filesystem.walk import Walk
+from hpcfs.transfer.messages import Entry, RemoteError, TimedOut
 
 log = logging.getLogger(__name__)
 
 Adopt = Callable[[Node, bytes, Entry, float], Node]
 _DOTS = 2
 """Numbers 0 and 1 of a directory are "." and ".."."""
+AS_IT_COMES_SECONDS = 2.0
+"""A listing that takes longer is read as it comes: a program that waits for the kernel's answer
+can't be interrupted."""
+LISTING_SECONDS = 600.0
+"""For all of one."""
 _MAX_RENEWALS = 4
 """Background listings under way at once, beside those of walks."""
 
 
 class Directories:
-    """`spool_directory` takes listings too long for memory; `adopt` makes nodes of entries;
-    `sweeper` hears of what programs have listed, and of what they will come to."""
+    """`spool_directory` takes listings too long for memory, as far as `spool` has room for them
+    (listing.py); `adopt` makes nodes of entries; `sweeper` hears of what programs have listed, and
+    of what they will come to."""
 
     def __init__(
         self,
@@ -43,12 +50,14 @@ class Directories:
         adopt: Adopt,
         sweeper: Sweeper,
         spool_directory: str,
+        spool: Callable[[int], bool],
         nursery: trio.Nursery,
     ) -> None:
         self._tree = tree
         self._adopt = adopt
         self._on_read = sweeper.listed
         self._spool_directory = spool_directory
+        self._spool = spool
         self._nursery = nursery
         self._open: dict[int, OpenDirectory] = {}
         self._next = 0
@@ -63,7 +72,7 @@ class Directories:
         tree.on_change = self._changed
 
     def _new_listing(self) -> Listing:
-        return Listing(self._spool_directory, self._tree.now())
+        return Listing(self._spool_directory, self._tree.now(), self._spool)
 
     # --- handles ----------------------------------------------------------------------------------
 
@@ -93,6 +102,9 @@ class Directories:
         opened = self._get(handle)
         if opened.listing is None or start == 0:
             await self._list(opened)
+        assert opened.listing
+        if start >= _DOTS:
+            await opened.listing.reaches(start - _DOTS)
         return self._entries(opened, start)
 
     async def _list(self, opened: OpenDirectory) -> None:
@@ -103,17 +115,32 @@ class Directories:
             opened.listing = self._top(node)
         else:
             opened.listing = await self._list_remote(node, node.namespace)
-            if self._has_missed(opened):
+            if opened.listing.is_complete and self._has_missed(opened):
                 opened.listing.release()
                 opened.clock = self._tree.clock
                 opened.listing = await self._list_remote(node, node.namespace)
             opened.listing.shown = True
-        opened.local = [
+        if opened.listing.is_complete:
+            opened.local = self._unlisted(opened)
+
+    def _unlisted(self, opened: OpenDirectory) -> list[Node]:
+        """What the listing may lack; see OpenDirectory.local."""
+        assert opened.listing
+        changed = opened.listing.changed
+        return [
             child
-            for child in (node.children or {}).values()
-            if (child.content and child.content.may_be_missing)
-            or child.name in opened.listing.changed
+            for child in (opened.node.children or {}).values()
+            if (child.content and child.content.may_be_missing) or child.name in changed
         ]
+
+    def _unlisted_at_the_end(self, opened: OpenDirectory) -> list[Node]:
+        """The same of a listing that was read as it came: without what it showed already."""
+        assert opened.listing
+        found = {child.name: child for child in self._unlisted(opened)}
+        if found:
+            for _, entry in opened.listing.entries_from(0):
+                found.pop(entry.name, None)
+        return list(found.values())
 
     def _has_missed(self, opened: OpenDirectory) -> bool:
         """Whether something came to the remote while it was listed, of which nothing is known here
@@ -131,47 +158,72 @@ class Directories:
             for name, child in (node.children or {}).items()
         ]
         listing.add_page(msgspec.msgpack.encode(entries))
+        listing.end()
         return listing
 
     # --- listings ---------------------------------------------------------------------------------
 
     async def _list_remote(self, node: Node, namespace: Namespace) -> Listing:
-        """The one that was made ahead, or a new one."""
+        """The one that was made ahead, or a new one; a long one is still being filled."""
         if node.parent is not None:
             self._note_use(node.parent)  # a walk will look up the next one there
         if unshown := self._known.unshown(node, self._tree.now()):
             return unshown
-        path, moves = node.path, self._tree.moves
-        walk, flight = self._ahead.opened(namespace, path)
+        walk, flight = self._ahead.opened(namespace, node.path)
         listing = flight.listing if flight else self._new_listing()
+        listing.scope = flight.scope if flight else trio.CancelScope()
+        self._nursery.start_soon(self._fill, node, namespace, listing, walk, flight)
         try:
-            with self._noting_changes(node, listing):
+            await listing.over_or_long(AS_IT_COMES_SECONDS)
+        except BaseException:
+            listing.give_up()
+            raise
+        if listing.error is not None:
+            listing.release()
+            raise listing.error
+        return listing
+
+    async def _fill(
+        self,
+        node: Node,
+        namespace: Namespace,
+        listing: Listing,
+        walk: Walk,
+        flight: Flight | None,
+    ) -> None:
+        """Until it is complete, or the program that reads it has closed the directory."""
+        path, moves = node.path, self._tree.moves
+        assert listing.scope
+        try:
+            with self._noting_changes(node, listing), trio.move_on_after(LISTING_SECONDS):
                 if flight:
                     await flight.result()
                 else:
-                    await namespace.list_pages(path, listing.add_page)
-                    listing.check_complete()
-        except BaseException:
-            listing.release()
-            raise
+                    with listing.scope:
+                        await namespace.list_pages(path, listing.add_page)
+                listing.check_complete()
+                if not listing.scope.cancel_called:
+                    listing.end()
+        except (RemoteError, FilesystemError) as error:
+            listing.end(error)
         finally:
             self._ahead.closed(walk)
-        if self._tree.moves == moves:
+            if not listing.is_over:
+                listing.scope.cancel()
+                listing.end(TimedOut(f"a listing took more than {LISTING_SECONDS:g} s"))
+        if listing.is_complete and self._tree.moves == moves:
             self._ahead.listed(namespace, path, walk, listing)
             self._is_complete(node, listing)
-        return listing
-
-    def filled(self, node: Node) -> None:
-        """A name was made in this directory."""
-        self._uses.filled(node, self._tree.now())
 
     def made(self, node: Node) -> None:
         """The directory was just made here: nothing is in it but what is made here too."""
         listing = self._new_listing()
         listing.is_guess = True
+        listing.end()
         self._known.put(node, listing, self._tree.now())
 
     def _is_complete(self, node: Node, listing: Listing) -> None:
+        listing.end()
         now = self._tree.now()
         self._known.put(node, listing, now)
         self._uses.listed(node, listing, now)
@@ -210,10 +262,7 @@ class Directories:
         if found is None and self._take_ahead(parent):
             found = self._known.find(parent, name, now)
         self._note_use(parent)
-        are_many = self._uses.are_many(now)
-        if self._known.is_guess(parent):
-            are_many = self._uses.is_filled(parent, now)
-        return None if found is not None and found[1] is None and not are_many else found
+        return found
 
     def was_missing(self, parent: Node, name: bytes) -> bool:
         """Whether the last listing of this directory, however old, did not have the name; kept for
@@ -297,9 +346,13 @@ class Directories:
             if self._was_removed(opened, entry.name):
                 continue
             child = self._adopt(node, entry.name, entry, listing.asked)
-            if child in opened.local:  # it is just being uploaded
+            if opened.local and child in opened.local:  # it is just being uploaded
                 opened.shown.add(child)
             yield last + 1, entry.name, child, True
+        if not listing.is_complete:
+            return
+        if opened.local is None:
+            opened.local = self._unlisted_at_the_end(opened)
         yield from self._local(opened, max(start, listing.count + _DOTS))
         self._on_read(node)
 
@@ -310,7 +363,7 @@ class Directories:
     def _local(self, opened: OpenDirectory, start: int) -> Iterator[tuple[int, bytes, Node, bool]]:
         """What the remote did not have yet when it was asked, numbered after what it listed."""
         assert opened.listing
-        for number, child in enumerate(opened.local, opened.listing.count + _DOTS):
+        for number, child in enumerate(opened.local or [], opened.listing.count + _DOTS):
             is_there = child.is_attached and child.parent is opened.node
             if number >= start and is_there and child not in opened.shown:
                 yield number + 1, child.name, child, True

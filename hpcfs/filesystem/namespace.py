@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import stat
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Literal, Protocol, TypeVar
 
@@ -27,6 +28,7 @@ not shown."""
 
 DEFAULT_TIMEOUT = 30.0
 """Seconds without an answer or progress, for every call."""
+LOGIN_TIMEOUT = 90.0
 
 
 _entries = msgspec.msgpack.Decoder(list[m.Entry])
@@ -51,6 +53,27 @@ class SiteCalls(Protocol):
         on_page: Callable[[bytes], None],
         timeout: float = ...,
     ) -> None: ...
+
+
+_EMPTY_NOTED = 10_000
+
+
+class _Named(Protocol):
+    @property
+    def path(self) -> bytes: ...
+
+
+class Versioned(Protocol):
+    """An open file's content."""
+
+    @property
+    def place(self) -> _Named: ...
+
+    @property
+    def version(self) -> bytes: ...
+
+    @property
+    def size(self) -> int: ...
 
 
 class Namespace:
@@ -84,6 +107,19 @@ class Namespace:
         self.uploaded = Meter(time.monotonic)
         self._abilities: m.Abilities | None = None
         self._next_handle = 0
+        self._empty: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
+        """(path, version) of files without bytes that were read, and had none."""
+
+    def is_empty(self, content: Versioned) -> bool:
+        """Whether it was found to have no bytes; its size says nothing of a file in /proc."""
+        return not content.size and (content.place.path, content.version) in self._empty
+
+    def note_empty(self, content: Versioned) -> None:
+        if content.size:
+            return
+        self._empty[content.place.path, content.version] = None
+        if len(self._empty) > _EMPTY_NOTED:
+            self._empty.popitem(last=False)
 
     def new_handle(self) -> int:
         """Identifies an open file to the transfer process."""
@@ -122,13 +158,26 @@ class Namespace:
     async def abilities(self) -> m.Abilities:
         """Connects on first use. Raises RemoteError."""
         if self._abilities is None:
-            self._abilities = await self.call(m.Connect(), m.Abilities, timeout=90)
+            self._abilities = await self.call(m.Connect(), m.Abilities, timeout=LOGIN_TIMEOUT)
         return self._abilities
+
+    async def check_takes_writes(self) -> None:
+        """Before something is changed that the remote will hear of later. Raises ReadOnlyRemote."""
+        if not (await self.abilities()).read_only:
+            return
+        self._abilities = await self.call(m.Connect(), m.Abilities)  # perhaps it no longer is
+        if self._abilities.read_only:
+            raise m.ReadOnlyRemote(f"{self.name} is read-only on the remote")
 
     @property
     def dates_directories(self) -> bool:
         """Taken to be so as long as the remote was not asked."""
         return self._abilities is None or self._abilities.dates_directories
+
+    async def try_now(self) -> None:
+        """Somebody waits for the site: a connection is tried now, whenever the last attempt was.
+        Raises RemoteError."""
+        await self.call(m.Connect(now=True), m.Abilities, timeout=LOGIN_TIMEOUT)
 
     async def stat(self, path: bytes) -> m.Entry:
         asked = self.link.now()

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hpcfs.cache.readahead import Readahead
 from hpcfs.filesystem.content import Content
-from hpcfs.filesystem.errors import BadHandle
+from hpcfs.filesystem.errors import BadHandle, Stale
 from hpcfs.filesystem.tree import Node
+
+
+class Opened(NamedTuple):
+    """What open(2) tells the kernel: whether it may keep the pages and the attributes that it has.
+
+    It believes attributes for a second whatever open(2) found out, so it would cut what is read at
+    the old size."""
+
+    handle: int
+    keep_pages: bool
+    keep_attributes: bool
 
 
 @dataclass(eq=False)
@@ -19,10 +31,24 @@ class OpenFile:
     content: Content
     flags: int
     readahead: Readahead = field(default_factory=Readahead)
+    is_unsized: bool = field(init=False)
+    """The file had no bytes when it was opened to be read: it may be one of those whose size says
+    nothing (/proc). The kernel must ask whatever size it knows (direct I/O)."""
+
+    def __post_init__(self) -> None:
+        content = self.content
+        reads = not (self.is_writable or content.size or content.is_dirty())
+        self.is_unsized = (
+            reads and content.abilities.handles and not content.namespace.is_empty(content)
+        )
 
     @property
     def is_writable(self) -> bool:
         return self.flags & os.O_ACCMODE != os.O_RDONLY
+
+    @property
+    def appends(self) -> bool:
+        return bool(self.flags & os.O_APPEND)
 
     def check_writable(self) -> None:
         if not self.is_writable:
@@ -30,6 +56,8 @@ class OpenFile:
 
     async def read(self, offset: int, length: int) -> bytes | bytearray:
         content = self.content
+        if self.is_unsized and not content.size:
+            return await content.read_unsized(offset, length)
         plan = self.readahead.observe(offset, length, content.window)
         if plan.wanted or plan.dropped:
             content.demand(offset, length)  # before what only runs ahead
@@ -37,4 +65,9 @@ class OpenFile:
                 content.cancel_prefetch(start, end)
             for start, end in plan.wanted:
                 content.prefetch(start, end)
-        return await content.read(offset, length)
+        try:
+            return await content.read(offset, length)
+        except Stale:
+            if not content.is_unsized:
+                raise
+            return await content.read_unsized(offset, length)

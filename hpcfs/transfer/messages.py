@@ -49,7 +49,11 @@ from hpcfs.transfer.errors import (
     Unreachable as Unreachable,
     WrongSettings as WrongSettings,
 )
-from hpcfs.transfer.measures import DiskUsage as DiskUsage, Traffic as Traffic
+from hpcfs.transfer.measures import (
+    Abilities as Abilities,
+    DiskUsage as DiskUsage,
+    Traffic as Traffic,
+)
 from hpcfs.transfer.xattrs import (
     XATTRS_TEXT_BYTES as XATTRS_TEXT_BYTES,
     Xattrs as Xattrs,
@@ -61,6 +65,8 @@ from hpcfs.transfer.xattrs import (
 FRAME_HEADER = struct.Struct(">I")
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 LIST_PAGE_ENTRIES = 1000
+LIST_MAX_ENTRIES = 1_000_000
+"""Of one directory: a server may go on for ever, and each name costs memory where it is shown."""
 BLOCK_BYTES = 64 * 1024
 """The unit of presence in the cache and of its checksums. At 1 Gbit/s a block takes half a
 millisecond: a random read of a few bytes at 20 ms pays 3% for the rest of its block."""
@@ -86,29 +92,6 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     gid: int
     version: bytes = b""
     xattrs: Xattrs = ()
-
-
-class Abilities(msgspec.Struct, frozen=True):
-    """What the daemon must know of a remote to use it well; the answer to `Connect`."""
-
-    partial_writes: bool
-    """Ranges of an existing file can be written; otherwise every upload is the whole file."""
-    creates_on_upload: bool
-    """A new file exists on the remote only once its content was uploaded (S3)."""
-    handles: bool
-    """An open file keeps its identity through renames, and its growth can be followed (SFTP)."""
-    mtime_resolution_ns: int
-    part_copies: bool = False
-    """Of an object of at least PART_COPY_BYTES, an `Upload` with its version as `base_version` may
-    be given the dirty ranges only, and says so (`whole` false): the server copies the rest."""
-    privileged: bool = False
-    """The remote user is root: the modes of its files don't bind it."""
-    checks_permissions: bool = True
-    """The remote refuses what modes and owners forbid."""
-    dates_directories: bool = True
-    """A name that comes or goes changes its directory's mtime."""
-    roots: tuple[bytes, ...] = ()
-    """Absolute paths of the namespace's root, as symbolic links on the remote may name it."""
 
 
 class Attributes(msgspec.Struct, frozen=True):
@@ -228,7 +211,10 @@ class Start(msgspec.Struct, frozen=True):
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True):
-    """Connect if need be and look at the root -> Abilities."""
+    """Connect if need be and look at the root -> Abilities. With `now`, the pause after an attempt
+    that failed is over: somebody waits."""
+
+    now: bool = False
 
 
 class Stat(msgspec.Struct, frozen=True, tag=True):
@@ -288,6 +274,16 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
     urgent: bool = False
 
 
+class ReadUnsized(msgspec.Struct, frozen=True, tag=True):
+    """-> bytes: what the remote gives there now, whatever size and version it tells; b"" at the
+    end. For small files whose size says nothing, as in /proc. `handle` is that of `Fetch`."""
+
+    path: bytes
+    offset: int
+    length: int
+    handle: int
+
+
 class Release(msgspec.Struct, frozen=True, tag=True):
     """The reader closed the file -> None."""
 
@@ -316,6 +312,11 @@ class Upload(msgspec.Struct, frozen=True, tag=True):
     changed. `times_set` tells that a program set the `mtime_ns` among the attributes; otherwise it
     is that of the last write, and where keeping it would cost a copy of the object, the server's
     counts.
+
+    With `append` (only where the remote has partial writes) the ranges are one, from `base_size`
+    to `size`: programs appended it. It goes where the file ends by then, without a Conflict, and
+    the entry's size tells where that was. `base_version` None then says that an earlier attempt may
+    have brought it, or a part of it.
     """
 
     path: bytes
@@ -331,6 +332,7 @@ class Upload(msgspec.Struct, frozen=True, tag=True):
     handle: int = NO_HANDLE
     whole: bool = True
     times_set: bool = True
+    append: bool = False
 
 
 class UploadAhead(msgspec.Struct, frozen=True, tag=True):
@@ -416,6 +418,12 @@ class Truncate(msgspec.Struct, frozen=True, tag=True):
     size: int
 
 
+class CheckWritable(msgspec.Struct, frozen=True, tag=True):
+    """Whether the remote user may write to this file -> None, or why not."""
+
+    path: bytes
+
+
 class GetDiskUsage(msgspec.Struct, frozen=True, tag=True):
     """-> DiskUsage | None (None: this remote knows no limit)."""
 
@@ -425,9 +433,9 @@ class GetTraffic(msgspec.Struct, frozen=True, tag=True):
 
 
 Request = (
-    Connect | Stat | StatOpen | List | ReadLink | Fetch | Release | Upload | UploadAhead | Create
-    | MakeDirectory | MakeSymlink | MakeLink | Rename | Remove | RemoveDirectory | SetAttributes
-    | Truncate | GetDiskUsage | GetTraffic
+    Connect | Stat | StatOpen | List | ReadLink | Fetch | ReadUnsized | Release | Upload
+    | UploadAhead | Create | MakeDirectory | MakeSymlink | MakeLink | Rename | Remove
+    | RemoveDirectory | SetAttributes | Truncate | CheckWritable | GetDiskUsage | GetTraffic
 )  # fmt: skip
 
 

@@ -132,6 +132,8 @@ class Worker:
     async def _reply(self, call: m.Call) -> m.Reply:
         if isinstance(call.request, m.GetTraffic):
             return m.Reply(call.id, m.pack(self._site.traffic()))
+        if isinstance(call.request, m.Connect) and call.request.now:
+            self._site.try_now()
         remote = self._site.remote(call.namespace)
         match call.request:
             case m.List(path):
@@ -218,6 +220,8 @@ def perform(
             return remote.stat_open(handle)
         case m.ReadLink(path):
             return remote.read_link(path)
+        case m.ReadUnsized(path, offset, length, handle):
+            return remote.read_unsized(path, offset, length, handle)
         case m.Release(handle):
             return remote.release(handle)
         case m.Create(path, mode, handle):
@@ -238,6 +242,8 @@ def perform(
             return remote.set_attributes(path, attributes)
         case m.Truncate(path, size):
             return remote.truncate(path, size)
+        case m.CheckWritable(path):
+            return remote.check_writable(path)
         case m.GetDiskUsage():
             return remote.disk_usage()
     raise m.InvalidRequest(f"an unknown request: {type(request).__name__}")

@@ -6,6 +6,8 @@ import errno
 import os
 import stat
 import tracemalloc
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from pathlib import Path
 
 import msgspec
@@ -13,11 +15,14 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from hpcfs.filesystem import listing as listing_module
+from hpcfs.filesystem.directories import LISTING_SECONDS
 from hpcfs.filesystem.errors import CacheFull, CrossNamespace, FilesystemError, ReadOnly
 from hpcfs.filesystem.listing import Listing
 from hpcfs.kernel.errno import errno_of
 from hpcfs.transfer import messages as m
-from tests.filesystem.world import RW, World, live, world
+from hpcfs.transfer.messages import BLOCK_BYTES
+from tests.filesystem.world import RW, World, live, until, world
 from tests.support.memory_remote import GID, UID, Item, MemoryRemote
 
 TOTAL = 100_000
@@ -126,18 +131,188 @@ def test_a_listing_of_any_length_takes_little_memory(tmp_path: Path) -> None:
     listing.release()
 
 
-@live("sftp")
+@live("sftp", max_blocks=1024)
 async def test_a_directory_of_100000_entries_leaves_no_nodes(w: World) -> None:
     for number in range(TOTAL):
         w.remote.root.children[b"%06d" % number] = Item(stat.S_IFREG | 0o644, 0)
     handle = w.fs.directories.open(await w.kernel.walk("ns"))
-    count = 0
-    for _, _, node, counts in await w.fs.directories.read(handle, 0):
-        count += counts
-        w.fs.tree.drop_if_unused(node)
+    count, start, last = 0, 0, -1
+    while start != last:
+        last = start
+        for following, _, node, counts in await w.fs.directories.read(handle, start):
+            start = following
+            count += counts
+            w.fs.tree.drop_if_unused(node)
     w.fs.directories.close(handle)
+    assert w.store.shelf.spooled_bytes == 0
     assert count == TOTAL
     assert len(w.fs.tree) == 2
+
+
+class Endless(MemoryRemote):
+    """One directory never ends; it counts the names that it told."""
+
+    told = 0
+    ended = 0
+
+    async def list(self, path: bytes) -> AsyncGenerator[Sequence[m.Entry], None]:
+        if path != b"endless":
+            async with aclosing(super().list(path)) as pages:
+                async for page in pages:
+                    yield page
+            return
+        entry = m.Entry(b"", stat.S_IFREG | 0o644, 1, 10**18, 10**18, UID, GID, b"1:1")
+        try:
+            while True:
+                names = (b"%09d" % number for number in range(self.told, self.told + 1000))
+                yield [msgspec.structs.replace(entry, name=name) for name in names]
+                self.told += 1000
+                await trio.lowlevel.checkpoint()
+        finally:
+            self.ended += 1
+
+
+def on_endless(
+    directory: Path, story: Callable[[World, Endless], Awaitable[None]], max_blocks: int = 1024
+) -> None:
+    async def main() -> None:
+        remote = Endless("sftp")
+        await remote.make_directory(b"endless", 0o755)
+        await remote.make_directory(b"other", 0o755)
+        size = max_blocks * BLOCK_BYTES
+        async with world(directory, {"ns": remote}, max_bytes=size) as w:
+            with trio.fail_after(60):
+                await story(w, remote)
+
+    trio.run(main)
+
+
+async def read_on(
+    w: World, handle: int, found: dict[bytes, m.Entry], waits: list[float] | None = None
+) -> None:
+    """Until it ends or fails."""
+    position, last = 0, -1
+    while position != last:
+        last, asked = position, trio.current_time()
+        position = await w.kernel.readdir(handle, position, found, room=5000)
+        if waits is not None:
+            waits.append(trio.current_time() - asked)
+
+
+def test_an_endless_directory_is_read_as_it_comes_and_no_further(tmp_path: Path) -> None:
+    """A program that is interrupted closes it; then nothing is asked for any more."""
+
+    async def story(w: World, remote: Endless) -> None:
+        handle = w.fs.directories.open(await w.kernel.walk("ns/endless"))
+        found: dict[bytes, m.Entry] = {}
+        position = 0
+        for _ in range(3):
+            position = await w.kernel.readdir(handle, position, found, room=500)
+        assert len(found) == 1500 - 2
+        assert not remote.ended
+        w.fs.directories.close(handle)
+        await until(lambda: remote.ended == 1)
+        assert remote.told < 200_000
+        assert w.store.shelf.spooled_bytes == 0
+        assert set(await w.kernel.listdir("ns")) == {b"endless", b"other"}
+
+    on_endless(tmp_path, story)
+
+
+def test_an_endless_directory_ends_in_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing_module, "LIST_MAX_ENTRIES", 50_000)
+
+    async def story(w: World, remote: Endless) -> None:
+        handle = w.fs.directories.open(await w.kernel.walk("ns/endless"))
+        found: dict[bytes, m.Entry] = {}
+        with pytest.raises(m.TooLarge, match="50,000"):
+            await read_on(w, handle, found)
+        assert len(found) == 50_000
+        await until(lambda: remote.ended == 1)
+        w.fs.directories.close(handle)
+        assert w.store.shelf.spooled_bytes == 0
+
+    on_endless(tmp_path, story)
+
+
+def test_a_listing_takes_no_more_of_the_disk_than_the_cache_may(tmp_path: Path) -> None:
+    async def story(w: World, remote: Endless) -> None:
+        handle = w.fs.directories.open(await w.kernel.walk("ns/endless"))
+        found: dict[bytes, m.Entry] = {}
+        with pytest.raises(CacheFull):
+            await read_on(w, handle, found)
+        assert found
+        assert 24 * BLOCK_BYTES < w.store.shelf.spooled_bytes <= 48 * BLOCK_BYTES
+        assert w.store.used_bytes >= w.store.shelf.spooled_bytes
+        w.fs.directories.close(handle)
+        assert w.store.shelf.spooled_bytes == 0
+
+    on_endless(tmp_path, story, max_blocks=48)
+
+
+def test_a_slow_listing_is_read_as_it_comes_and_ends(tmp_path: Path) -> None:
+    """Of a server that tells one page every 20 s."""
+
+    class Slow(Endless):
+        async def list(self, path: bytes) -> AsyncGenerator[Sequence[m.Entry], None]:
+            async with aclosing(super().list(path)) as pages:
+                async for page in pages:
+                    if path == b"endless":
+                        await trio.sleep(20)
+                    yield page[:3]
+
+    async def main() -> None:
+        remote = Slow("sftp")
+        await remote.make_directory(b"endless", 0o755)
+        async with world(tmp_path, {"ns": remote}) as w:
+            handle = w.fs.directories.open(await w.kernel.walk("ns/endless"))
+            found: dict[bytes, m.Entry] = {}
+            waits: list[float] = []
+            began = trio.current_time()
+            with pytest.raises(m.TimedOut):
+                await read_on(w, handle, found, waits)
+            assert max(waits) <= 21
+            assert 60 < trio.current_time() - began <= LISTING_SECONDS + 1
+            assert len(found) == 3 * (int(LISTING_SECONDS - 1) // 20)
+            w.fs.directories.close(handle)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_what_is_made_meanwhile_is_in_a_listing_that_is_read_as_it_comes(tmp_path: Path) -> None:
+    """Once, and what was removed is not."""
+
+    async def main() -> None:
+        async with world(tmp_path, "sftp", max_bytes=64 * 1024 * 1024) as w:
+            for number in range(50_000):
+                w.remote.root.children[b"%06d" % number] = Item(stat.S_IFREG | 0o644, 0)
+            handle = w.fs.directories.open(await w.kernel.walk("ns"))
+            names: list[bytes] = []
+
+            async def read(start: int) -> int:
+                found: dict[bytes, m.Entry] = {}
+                following = await w.kernel.readdir(handle, start, found, room=20_000)
+                names.extend(found)
+                return following
+
+            held = w.cues.hold(m.List, stage="middle")
+            position, last = await read(0), -1
+            assert 0 < len(names) < 50_000
+            made = await w.kernel.open("ns/made", RW | os.O_CREAT)
+            await w.kernel.unlink("ns/049999")
+            await w.kernel.rename("ns/000003", "ns/renamed")
+            held.go.set()
+            while position != last:
+                last, position = position, await read(position)
+            assert names.count(b"made") == 1
+            assert b"049999" not in names
+            assert len(names) == len(set(names))
+            await w.kernel.close(made)
+            w.fs.directories.close(handle)
+
+    trio.run(main)
 
 
 @live()

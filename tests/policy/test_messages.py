@@ -18,6 +18,7 @@ REQUESTS: list[m.Request] = [
     m.Fetch(NAME, b"\0v", 2**62, m.BLOCK_BYTES, "/cache/f", 7, growing=True),
     m.Release(7),
     m.Upload(NAME, "/cache/f", 2**62, 0, [(0, 1), (2**61, 5)], ATTRIBUTES, 0o644, sync=True),
+    m.ReadUnsized(NAME, 2**40, 2**20, 5),
     m.Create(NAME, 0o7777),
     m.UploadAhead(NAME, "/cache/f", m.AHEAD_BYTES, m.AHEAD_BYTES, 0o600, 5, b"v"),
     m.MakeDirectory(NAME, 0o755),
@@ -28,6 +29,7 @@ REQUESTS: list[m.Request] = [
     m.RemoveDirectory(NAME),
     m.SetAttributes(NAME, ATTRIBUTES),
     m.Truncate(NAME, 2**62),
+    m.CheckWritable(NAME),
     m.GetDiskUsage(),
     m.GetTraffic(),
 ]

@@ -26,6 +26,7 @@ from hpcfs.transfer.messages import (
     NotADirectory,
     NotFound,
     NotSupported,
+    TooLarge,
     Traffic,
 )
 from tests.remotes.contract import FILE_MODE, READER, Subject, contract, get, listed, put
@@ -365,8 +366,8 @@ async def test_many_requests_at_once(remote: Remote, subject: Subject) -> None:
 
 @contract
 async def test_create_makes_an_empty_file_once(remote: Remote, subject: Subject) -> None:
-    entry = await remote.create(b"file", 0o666)
-    assert (entry.name, entry.size, entry.mode) == (b"file", 0, stat.S_IFREG | 0o666)
+    entry = await remote.create(b"file", 0o640)
+    assert (entry.name, entry.size, entry.mode) == (b"file", 0, stat.S_IFREG | 0o640)
     await put(remote, b"file", b"now it is there", base_size=0)
     with pytest.raises(AlreadyExists):
         await remote.create(b"file", 0o644)
@@ -657,3 +658,23 @@ async def test_a_created_file_is_completed_by_its_upload(remote: Remote, subject
     await remote.release(5)
     await put(remote, b"file", b"CONTENT", base_version=done.version)
     assert await get(remote, b"file") == b"CONTENT"
+
+
+@pytest.mark.parametrize("most", [100, 10])
+def test_a_directory_has_no_more_names_than_can_be_shown(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """A server may go on for ever: what it tells is not remembered for ever."""
+    for module in ("hpcfs.remotes.sftp.listing", "hpcfs.remotes.s3.directory"):
+        monkeypatch.setattr(f"{module}.LIST_MAX_ENTRIES", most)
+
+    async def story(remote: Remote) -> None:
+        for number in range(20):
+            await put(remote, b"d%02d" % number, b"x")
+        if most < 20:
+            with pytest.raises(TooLarge, match="more than 10 names"):
+                await listed(remote, b"")
+        else:
+            assert len(await listed(remote, b"")) == 20
+
+    subject.run(story)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -61,6 +62,9 @@ class MemoryRemote:
         self.distinct = distinct
         self._clock_ns = 1_700_000_000 * SECOND
         self.root = Item(stat.S_IFDIR | 0o755, self._clock_ns)
+        self.read_only = False
+        """As a server is for which nothing can be changed: no more than its abilities and `create`
+        know of it."""
         self.umask = 0
         """SFTP: what new entries don't get, whatever they are asked for with."""
         self.groups = {GID}
@@ -205,6 +209,7 @@ class MemoryRemote:
             mtime_resolution_ns=SECOND if self.is_sftp else 1,
             part_copies=self.copies_parts,
             checks_permissions=self.is_sftp,
+            read_only=self.read_only,
             dates_directories=self.is_sftp,
             roots=self.roots,
         )
@@ -216,7 +221,7 @@ class MemoryRemote:
         item = self.handles.get(handle)
         return None if item is None else self._entry(b"", item)
 
-    async def list(self, path: bytes) -> AsyncIterator[Sequence[m.Entry]]:
+    async def list(self, path: bytes) -> AsyncGenerator[Sequence[m.Entry], None]:
         item = self._find(path)
         if not item.is_directory:
             raise m.NotADirectory(f"{path!r}: not a directory")
@@ -255,6 +260,9 @@ class MemoryRemote:
         assert length >= 0, "a fetch of a negative length"
         return [bytes(item.content[offset : offset + length])]
 
+    async def read_unsized(self, path: bytes, offset: int, length: int, handle: int) -> bytes:
+        return bytes(self._find(path).content[offset : offset + length])
+
     async def release(self, handle: int) -> None:
         self.handles.pop(handle, None)
         self.ahead.pop(handle, None)
@@ -267,6 +275,8 @@ class MemoryRemote:
         if item is not None and not (item.is_file or (request.replace and not item.is_directory)):
             raise m.IsADirectory(f"{request.path!r} is no file")
         ahead = self.ahead.pop(request.handle, {})
+        if request.append:
+            return self._appended(item, request, source)
         self._check_base(item, request, ahead)
         if request.replace:
             item = None
@@ -284,6 +294,19 @@ class MemoryRemote:
         self._touch(item)
         self._set(item, request.attributes)
         report(request.size)
+        return self._entry(request.path, item)
+
+    def _appended(self, item: Item | None, request: m.Upload, source: Source) -> m.Entry:
+        assert self.is_sftp
+        assert request.ranges == [(request.base_size, request.size - request.base_size)]
+        if item is None:
+            raise m.Conflict(f"{request.path!r} was removed")
+        ours = source.read(*request.ranges[0])
+        added = bytes(item.content[request.base_size :])
+        if request.base_version is not None or ours not in added:
+            item.content += ours
+        self._touch(item)
+        self._set(item, request.attributes)
         return self._entry(request.path, item)
 
     def _check_base(
@@ -345,6 +368,8 @@ class MemoryRemote:
 
     async def create(self, path: bytes, mode: int, handle: int = m.NO_HANDLE) -> m.Entry:
         parent, name = self._free_place(path)
+        if self.read_only:
+            raise m.ReadOnlyRemote("it is read-only")
         item = self._made(parent, stat.S_IFREG | mode)
         item.changes = self._clock_ns
         if self.is_sftp:
@@ -422,6 +447,11 @@ class MemoryRemote:
         item.content.extend(bytes(size - len(item.content)))
         self._touch(item)
         return self._entry(path, item)
+
+    async def check_writable(self, path: bytes) -> None:
+        item = self._file(path)
+        if self.is_sftp and item.uid != UID and not item.mode & 0o022:
+            raise m.PermissionDenied(f"{path!r} is somebody else's")
 
     async def disk_usage(self) -> m.DiskUsage | None:
         return m.DiskUsage(10**12, 10**11, 10**11, 10**6, 10**5) if self.is_sftp else None
@@ -567,11 +597,13 @@ class MemorySite:
         timeout: float = 30.0,
     ) -> None:
         self.cues.calls.append(request)
-        with trio.move_on_after(timeout):
+        with trio.move_on_after(timeout) as scope:
             await self.cues.reach(request, "before")
-            async for page in self.remotes[namespace].list(request.path):
-                on_page(msgspec.msgpack.encode(page))
-                await self.cues.reach(request, "middle")
+            async with aclosing(self.remotes[namespace].list(request.path)) as pages:
+                async for page in pages:
+                    scope.deadline = trio.current_time() + timeout
+                    on_page(msgspec.msgpack.encode(page))
+                    await self.cues.reach(request, "middle")
             await self.cues.reach(request, "after")
             return
         raise m.TimedOut(f"no answer to List within {timeout:g} s")

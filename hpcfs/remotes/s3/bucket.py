@@ -6,6 +6,7 @@ Nothing above this module sees a botocore response. It knows keys, not paths; wh
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from hpcfs.remotes.s3.server import Server
 from hpcfs.transfer.messages import (
     Changed,
     Conflict,
+    IsADirectory,
     NotFound,
     NotSupported,
     ProtocolError,
@@ -43,6 +45,7 @@ from hpcfs.transfer.messages import (
     WrongSettings,
 )
 
+log = logging.getLogger(__name__)
 DELETED_AT_ONCE = 1000
 """What S3 takes in one request."""
 
@@ -206,15 +209,38 @@ class Bucket:
             **settable(headers),
             **condition(base),
         }
-        with_crc = self._checks.want_crc(headers)
         with self._conditional(key, base):
             try:
-                stored = await self._send("put_object", asked, sent, with_crc=with_crc)
-            except RemoteError as error:
-                if not with_crc or not self._checks.refused_crc(error):
-                    raise
-                stored = await self._send("put_object", asked, sent, with_crc=False)
+                stored = await self._put(asked, headers, sent)
+            except IsADirectory:
+                await self._make_room(key, base)
+                asked = {**asked, **condition(b"")}
+                asked.pop("IfMatch", None)
+                stored = await self._put(asked, headers, sent)
         return stored.etag
+
+    async def _put(
+        self, asked: dict[str, Any], headers: Mapping[str, Any], sent: Callable[[], None] | None
+    ) -> PartSent:
+        with_crc = self._checks.want_crc(headers)
+        try:
+            return await self._send("put_object", asked, sent, with_crc=with_crc)
+        except RemoteError as error:
+            if not with_crc or not self._checks.refused_crc(error):
+                raise
+        return await self._send("put_object", asked, sent, with_crc=False)
+
+    async def _make_room(self, key: str, base: bytes | None) -> None:
+        """versitygw takes an object whose name has more than 237 bytes for a directory when it is
+        to be replaced: only what is not there can be written. Raises IsADirectory where it is one,
+        and Conflict."""
+        found = await self.head(key)
+        if found is None:
+            raise IsADirectory(f"{key}: the server has a directory of this name")
+        if base is not None and not (base and found.has_version(base)):
+            raise Conflict(f"{key} is not what it was when it was opened")
+        log.info("%s can't be replaced on this server: it is removed first", key)
+        await self.delete(key)
 
     async def _send(
         self,
@@ -253,7 +279,13 @@ class Bucket:
             **if_match(source),
             **parameters,
         }
-        answer = await self._directly("copy_object", key, asked)
+        try:
+            answer = await self._directly("copy_object", key, asked)
+        except IsADirectory:
+            if key == source.key:
+                raise
+            await self._make_room(key, None)
+            answer = await self._directly("copy_object", key, asked)
         return plain_etag(answer.get("CopyObjectResult", {}).get("ETag"))
 
     @contextmanager

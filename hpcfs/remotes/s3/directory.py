@@ -20,11 +20,13 @@ from hpcfs.remotes.s3.names import shown
 from hpcfs.remotes.s3.objects import Info, Page, Summary
 from hpcfs.remotes.s3.paths import Place, text
 from hpcfs.transfer.messages import (
+    LIST_MAX_ENTRIES,
     LIST_PAGE_ENTRIES,
     Entry,
     NotADirectory,
     NotFound,
     PermissionDenied,
+    TooLarge,
 )
 
 HEADS_IN_FLIGHT = 96
@@ -47,7 +49,12 @@ class Lister:
         """
         collator: Collator[Summary] = Collator()
         empty = True
+        count = 0
         async for page in self._bucket.pages(place.directory, delimiter="/"):
+            count += len(page.objects) + len(page.prefixes)
+            if count > LIST_MAX_ENTRIES:
+                name = text(place.path)
+                raise TooLarge(f"{name}: S3 lists more than {LIST_MAX_ENTRIES:,} names there")
             empty = empty and not page.objects and not page.prefixes
             found = list(_collated(collator, page, place.directory))
             for entries in await self._entries_of(found, place.directory, read_only):

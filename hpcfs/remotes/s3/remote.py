@@ -173,12 +173,18 @@ class S3Remote:
             raise Changed(f"{text(path)} has changed on the server: open it again")
         return []
 
+    async def read_unsized(self, path: bytes, offset: int, length: int, handle: int) -> bytes:
+        raise InvalidRequest("objects have the size that S3 tells")
+
     async def release(self, handle: int) -> None:
         await self._uploads.streams.give_up(handle)
 
     async def close(self) -> None:
         """What was sent of files that nobody completes any more is removed."""
         await self._uploads.streams.close()
+
+    async def check_writable(self, path: bytes) -> None:
+        """Nothing forbids it before it is tried."""
 
     async def disk_usage(self) -> DiskUsage | None:
         return None

@@ -20,6 +20,7 @@ from hpcfs.transfer.messages import (
     NO_HANDLE,
     Changed,
     Conflict,
+    InvalidRequest,
     NotSupported,
     RemoteError,
     RemoteFailure,
@@ -165,6 +166,22 @@ class Transfer:
         if info is None:
             raise Changed(f"{source.key} was removed on the server while it was renamed")
         return (await self.copy(info, key, report=report)).etag
+
+    async def copy_marker(self, source: Summary, key: str) -> None:
+        """Of a directory. Where the server does not copy it (versitygw), it is written anew."""
+        server = self._bucket.server
+        if server.copies_markers is not False:
+            try:
+                await self._bucket.copy(source, key)
+            except (NotSupported, RemoteFailure, InvalidRequest) as error:
+                log.debug("a marker is written anew: %s", error.message)
+            else:
+                return
+        info = await self._bucket.head(source.key)
+        if info is None:
+            raise Changed(f"{source.key} was removed on the server while it was renamed")
+        await self._bucket.put(key, b"", info.metadata, info.headers)
+        server.copies_markers = False
 
     async def _copy_parts(
         self, source: Info, key: str, metadata: Metadata, report: ReportProgress

@@ -26,7 +26,14 @@ from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.sftp.names import Listed
 from hpcfs.remotes.sftp.place import Place
 from hpcfs.remotes.sftp.session import all_of, give_up
-from hpcfs.transfer.messages import LIST_PAGE_ENTRIES, Entry, NotFound, RemoteError
+from hpcfs.transfer.messages import (
+    LIST_MAX_ENTRIES,
+    LIST_PAGE_ENTRIES,
+    Entry,
+    NotFound,
+    RemoteError,
+    TooLarge,
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +51,8 @@ async def pages(place: Place, handle: bytes) -> AsyncGenerator[list[Entry], None
         async for names in replies:
             usable, refused = _usable(names, seen)
             dropped += refused
+            if len(seen) + dropped > LIST_MAX_ENTRIES:
+                raise TooLarge(f"{place} lists more than {LIST_MAX_ENTRIES:,} names")
             for found, attrs in await _with_attributes(place, usable):
                 entry, sensible = listed_entry(found, attrs, place.session.owners)
                 impossible += not sensible
