@@ -33,7 +33,7 @@ from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.pending import Pending
 from hpcfs.filesystem.restoring import Restoring
 from hpcfs.kernel import operations as kernel
-from hpcfs.system import logs, mountinfo, signals
+from hpcfs.system import dumps, logs, mountinfo, signals
 from hpcfs.transfer.client import Ask, SiteClient
 from hpcfs.transfer.messages import (
     AnyRoot,
@@ -84,6 +84,7 @@ def serve(
     With `owner`, a pipe to read from, it also unmounts at the pipe's end, and then no signal makes
     it do so once it is mounted. Raises MountFailed before `on_ready` was called.
     """
+    dumps.forbid()
     logs.set_up(settings.log_file, settings.log_level, "mount", to_stderr=foreground)
     logging.getLogger("pyfuse3").setLevel(logging.WARNING)
     try:
@@ -205,7 +206,9 @@ class _Daemon:
         settings = self._settings
         links: dict[AnySite, Link] = {}
         for start in _site_starts(settings):
-            self._sites[start.site] = SiteClient(start, settings.log_file, services)
+            self._sites[start.site] = SiteClient(
+                start, settings.log_file, services, self._store.in_memory
+            )
             links[start.site] = Link()
         for chosen in settings.namespaces.values():
             origin = _origin(chosen.site, chosen.root)

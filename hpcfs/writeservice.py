@@ -64,9 +64,11 @@ class Backlog(Protocol):
         namespace: str | None,
         path: bytes,
         tell: Callable[[Progress], Awaitable[None]],
+        patience: float = ...,
     ) -> None:
         """Return when nothing of it is on its way any more. `path` is a file or a directory; None
-        and b"" are all. Cancelling it cancels no upload.
+        and b"" are all. A site may be out of reach for `patience` seconds. Cancelling it cancels no
+        upload.
 
         Raises RemoteError, the first, when all is done that can be.
         """
@@ -152,7 +154,7 @@ class WriteService:
 
     async def _work(self, request: Request, tell: Tell) -> Outcome:
         if request.command == "sync":
-            return await self._sync(request.path, tell)
+            return await self._sync(request.path, tell, request.patience)
         if request.command == "retry":
             stuck = [row for row in self._below(request.path) if row.is_stuck]
             await self._backlog.retry([row.id for row in stuck])
@@ -162,17 +164,18 @@ class WriteService:
         assert request.command == "recover"
         return await _recover(self._below(request.path), request.to, self._backlog.recover, tell)
 
-    async def _sync(self, path: bytes, tell: Tell) -> Outcome:
+    async def _sync(self, path: bytes, tell: Tell, patience: float) -> Outcome:
         namespace, key = self._place(path)
         last = Progress(0, 0, 0, 0)
 
         async def pass_on(found: Progress) -> None:
             nonlocal last
             last = found
-            await tell(found.bytes_done, found.bytes_total, found.files_done, found.files_total)
+            files = found.files_done, found.files_total
+            await tell(found.bytes_done, found.bytes_total, *files, found.reason)
 
         try:
-            await self._backlog.sync(namespace, key, pass_on)
+            await self._backlog.sync(namespace, key, pass_on, patience)
         except RemoteError as error:
             raise SetupError(self._what_failed(path) or error.message) from None
         if failure := self._what_failed(path):

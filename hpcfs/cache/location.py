@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcfs.errors import SetupError
-from hpcfs.system import mountinfo, paths
+from hpcfs.system import mountinfo, ownership, paths
 from hpcfs.system.mountinfo import Mounted
 
 NETWORK_KINDS = frozenset(
@@ -22,6 +22,7 @@ NETWORK_KINDS = frozenset(
         *("cifs", "smb3", "smbfs", "afs", "9p", "orangefs", "pvfs2", "glusterfs", "gfs2", "ocfs2"),
     )
 )
+SHARED_DISKS = (Path("/scratch"), Path("/var/tmp"))  # noqa: S108 - what is others' is passed over
 LOCAL_FUSE_KINDS = frozenset(["fuse.fuse-overlayfs"])
 """The root of a rootless container: its bytes are on this node."""
 
@@ -75,22 +76,48 @@ def choose(
 
 def locate(configured: Path | None, environ: Mapping[str, str] = os.environ) -> Location:
     """`choose` for this machine. Looks, but makes nothing."""
+    if configured:
+        _refuse_unsafe(configured)
     default = paths.default_cache_dir(environ)
+    places = local_places(environ)
+    mounts = mountinfo.read()
+    if configured is None and (reason := ownership.why_not(default)):
+        return _instead(default, reason, places, mounts)
     return choose(
         Path(os.path.realpath(configured)) if configured else None,
         Path(os.path.realpath(default)),
-        local_places(environ),
-        mountinfo.read(),
+        places,
+        mounts,
     )
+
+
+def _refuse_unsafe(directory: Path) -> None:
+    if reason := ownership.why_not(directory):
+        raise SetupError(
+            f"the cache directory {directory} is not safe from others ({reason}): "
+            "set cache_dir to a place that only you can change"
+        )
+
+
+def _instead(
+    default: Path, reason: str, places: Sequence[Path], mounts: Sequence[Mounted]
+) -> Location:
+    better = next((place for place in places if not network_kind(place, mounts)), None)
+    if better is None:
+        _refuse_unsafe(default)
+        raise AssertionError(reason)
+    note = f"the cache is in {better}, because {default} is not safe from others ({reason})"
+    return Location(better, note)
 
 
 def local_places(environ: Mapping[str, str]) -> list[Path]:
     """Places on a node's own disks, by the habits of clusters; only those that we can write to.
 
-    /tmp comes late: it is small or in memory on many nodes. All but $TMPDIR are shared by users.
+    /tmp comes late: it is small or in memory on many nodes. All but $TMPDIR are shared by users, so
+    a place that somebody else has taken, or could, is passed over.
     """
     own = f"hpcfs-{os.getuid()}"
-    candidates = [Path(place) / own for place in ("/scratch", "/var/tmp")]  # noqa: S108
+    candidates = [place / own for place in SHARED_DISKS]
     candidates.append(paths.shared_tmp_dir() / "cache")
     temporary = Path(environ.get("TMPDIR") or "")
     if temporary.is_absolute():
@@ -98,8 +125,15 @@ def local_places(environ: Mapping[str, str]) -> list[Path]:
     return [
         Path(os.path.realpath(place.parent)) / place.name
         for place in candidates
-        if os.access(_nearest(place), os.W_OK | os.X_OK)
+        if os.access(_nearest(place), os.W_OK | os.X_OK) and _is_ours(place)
     ]
+
+
+def _is_ours(place: Path) -> bool:
+    """Or would be, once it is made."""
+    if ownership.why_not(place):
+        return False
+    return not os.path.lexists(place) or place.lstat().st_uid == os.getuid()
 
 
 def check(directory: Path) -> None:

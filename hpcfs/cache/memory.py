@@ -21,7 +21,7 @@ from collections import deque
 from hpcfs.cache.file import CacheFile
 from hpcfs.cache.pace import Pace
 from hpcfs.cache.shelf import Shelf
-from hpcfs.transfer.messages import BLOCK_BYTES
+from hpcfs.transfer.messages import BLOCK_BYTES, IN_MEMORY
 
 MAX_BYTES = 64 * 1024 * 1024
 MAX_FILES = 32
@@ -56,7 +56,7 @@ class Memory:
         fd = os.memfd_create(name, os.MFD_CLOEXEC)
         self._shelf.foresight.spoil(file.origin, file.key)
         self.abandoned.append(file.name)
-        self._move(file, fd, name, f"/proc/{os.getpid()}/fd/{file.fd}/{name}", in_memory=True)
+        self._move(file, fd, name, f"{IN_MEMORY}{name}", in_memory=True)
         return True
 
     def to_disk(self, file: CacheFile) -> None:

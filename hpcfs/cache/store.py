@@ -152,6 +152,11 @@ class Store:
                 return files.get(key)
         return await self.in_thread(self._index.find, origin, key)
 
+    def in_memory(self, name: str) -> int | None:
+        """The descriptor of the file in memory that has this name now."""
+        file = self.shelf.files.get(name)
+        return file.fd if file is not None and file.in_memory and file.fd >= 0 else None
+
     def is_open(self, origin: str, key: bytes) -> bool:
         """Whether somebody uses a file of this name now."""
         file = self._active.get((origin, key))

@@ -11,7 +11,6 @@ import os
 import select
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,6 +18,7 @@ from functools import partial
 import msgspec
 
 from hpcfs.cli import terminal
+from hpcfs.cli.output import show_traceback
 from hpcfs.config.config import Settings
 from hpcfs.control import mountpoint
 from hpcfs.control.control import MountStatus
@@ -179,7 +179,7 @@ def _serve(settings: Settings, writer: int, *, debug: bool, owner: tuple[int, in
         return 130
     except Exception as error:  # reported to the parent, which prints it
         if debug:
-            traceback.print_exception(error)
+            show_traceback(error)
         send_line(writer, msgspec.json.encode(Report(failure=sentence_of(error))))
         return 1
     return 0

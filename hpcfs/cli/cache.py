@@ -16,7 +16,7 @@ import msgspec
 from hpcfs.cli import cache_places, warming
 from hpcfs.cli.cache_places import Place
 from hpcfs.cli.mount import cache_dir_option
-from hpcfs.cli.output import complain, count, printable, size
+from hpcfs.cli.output import complain, count, json_line, printable, size
 from hpcfs.cli.progress import Bar
 from hpcfs.control import control
 from hpcfs.control.control import CacheFolder, CacheStatus, Outcome, Request
@@ -186,7 +186,7 @@ def show_all(text: str | None, cache_dir: Path | None, *, as_json: bool) -> int:
             complain(f"{place.name}: {error}")
             code = 1
     if as_json:
-        print(msgspec.json.encode(found).decode())
+        print(json_line(found))
     elif found:
         print("\n\n".join(_describe(one) for one in found))
     elif not places:

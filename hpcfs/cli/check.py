@@ -97,5 +97,5 @@ def _show(found: Finding) -> str:
     """Printed as soon as it is known: an endpoint that is down takes a while."""
     level = click.style(f"{found.level:<4}", fg=_COLOURS[found.level])
     text = printable(" ".join(found.text.split()))
-    click.echo(f"{level}  {found.subject}: {text}", color=sys.stdout.isatty())
+    click.echo(f"{level}  {printable(found.subject)}: {text}", color=sys.stdout.isatty())
     return found.level

@@ -99,8 +99,8 @@ def _known(subject: str, found: Hop) -> Finding:
 
 
 def _keys(subject: str, found: Hop) -> Finding:
-    names = [file.name for file in found.key_files]
-    if _agent_answers(found.options["agent_path"]):
+    names = [file.name for file in found.identities.key_files]
+    if _agent_answers(found.identities.agent):
         names.append("an agent")
     if names:
         return Finding("ok", subject, f"logs in with {', '.join(names)}")

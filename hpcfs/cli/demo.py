@@ -90,7 +90,7 @@ def _mount(stack: ExitStack, place: str, *, debug: bool) -> tuple[Settings, Moun
 def _directory(target: Path) -> Iterator[None]:
     """Makes the mount point; removes it afterwards if it made it."""
     try:
-        target.mkdir()
+        target.mkdir(mode=0o700)
     except FileExistsError:
         yield
         return
@@ -113,7 +113,7 @@ def _stay(settings: Settings, status: MountStatus) -> int:
 
 def _welcome(settings: Settings) -> str:
     place = settings.mountpoint
-    own = Path(sys.argv[0]).resolve()
+    own = Path(sys.argv[0]).resolve().with_name("hpcfs")
     on_path = shutil.which("hpcfs")
     command = "hpcfs" if on_path and Path(on_path).resolve() == own else str(own)
     return f"""

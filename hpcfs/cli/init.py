@@ -20,7 +20,7 @@ from hpcfs.config import config, rclone_conf, ssh_config, urls
 from hpcfs.config.rclone_conf import RcloneRemote
 from hpcfs.errors import SetupError
 from hpcfs.rendezvous import file as rendezvous
-from hpcfs.system import paths
+from hpcfs.system import ownership, paths
 from hpcfs.transfer.messages import S3Site, SshSite
 
 _HEAD = """\
@@ -196,7 +196,7 @@ def _ask(offers: Sequence[Offer]) -> list[Offer]:
 
 def _write(file: Path, text: str) -> None:
     """Complete or not at all."""
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    ownership.make_directories(file.parent)
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -10,14 +10,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import click
 
 from hpcfs import __version__
-from hpcfs.cli.output import complain
+from hpcfs.cli.output import complain, show_traceback
 from hpcfs.errors import SetupError
 
 
@@ -118,7 +117,7 @@ def _explain_usage(error: click.UsageError) -> int:
 
 def _explain(error: Exception, invocation: Invocation) -> int:
     if invocation.debug:
-        traceback.print_exception(error)
+        show_traceback(error)
     if isinstance(error, SetupError):
         complain(str(error))
     elif isinstance(error, click.ClickException):

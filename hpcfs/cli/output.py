@@ -6,8 +6,10 @@ terminal shows, are replaced before anything is printed.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+import traceback
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -15,6 +17,20 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 def printable(text: str) -> str:
     """One line without control characters or stray surrogates."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def json_line(value: object) -> str:
+    """One line, for programs; characters that could control a terminal are JSON's escapes."""
+    import msgspec  # only here: --help must not wait for it
+
+    text = msgspec.json.encode(value).decode()
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
+
+
+def show_traceback(error: BaseException) -> None:
+    """On stderr; what a remote said may be in it."""
+    for part in traceback.format_exception(error):
+        print("\n".join(map(printable, part.rstrip("\n").split("\n"))), file=sys.stderr)
 
 
 def complain(sentence: str) -> None:

@@ -26,7 +26,7 @@ from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import Request
 from hpcfs.errors import SetupError
-from hpcfs.system import signals, user_namespace
+from hpcfs.system import interpreter, signals, user_namespace
 
 VARIABLE = "HPCFS_MOUNT"
 NOT_RUN, CANNOT_RUN, NOT_FOUND = 125, 126, 127
@@ -128,12 +128,15 @@ class _Run:
         finally:
             os.close(lifeline)
         failed = [found for found in status.namespaces if found.state == "failed"]
-        code = NOT_RUN if failed else _run(command, {**os.environ, VARIABLE: str(self._place)})
+        code = NOT_RUN if failed else _run(command, self._environ())
         for found in failed:
             complain(f"{found.name}: {found.reason}")
         if failed:
             complain(f"{command[0]} was not run; name only the remotes that it needs")
         return self._end(ours, code)
+
+    def _environ(self) -> dict[str, str]:
+        return {**interpreter.given_environment(os.environ), VARIABLE: str(self._place)}
 
     def _end(self, ours: int, code: int) -> int:
         """From here on Ctrl-C ends the waiting, and nothing else does: what a batch system sends

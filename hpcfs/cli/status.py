@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import click
-import msgspec
 
 from hpcfs.cli import pending
-from hpcfs.cli.output import ago, complain, count, printable, size
+from hpcfs.cli.output import ago, complain, count, json_line, printable, size
 from hpcfs.cli.pending import Silent
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import MountStatus, NamespaceStatus
@@ -51,7 +50,7 @@ def _find(place: str | None) -> Sequence[MountStatus | Silent]:
 def _show(place: str | None, found: Sequence[MountStatus | Silent], *, as_json: bool) -> int:
     """The exit code."""
     if as_json:
-        print(msgspec.json.encode(found).decode())
+        print(json_line(found))
     elif not found:
         where = f" at {paths.absolute_mountpoint(place)}" if place else ""
         complain(f"no hpcfs mount{where}")

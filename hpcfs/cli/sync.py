@@ -1,6 +1,7 @@
 """`hpcfs sync`: waits until the remotes have everything, or all of one path.
 
-Exit code 1: something could not be uploaded. Ctrl-C ends the waiting, not the uploads.
+Exit code 1: something could not be uploaded. 3: --timeout passed before. Ctrl-C ends the waiting,
+not the uploads.
 """
 
 from __future__ import annotations
@@ -9,34 +10,47 @@ from contextlib import suppress
 
 import click
 
-from hpcfs.cli import cache_places, pending
+from hpcfs.cli import cache_places, pending, waiting
 from hpcfs.cli.cache_places import Place
 from hpcfs.cli.output import complain, printable
 from hpcfs.cli.progress import Bar
+from hpcfs.cli.waiting import timeout_option
 from hpcfs.control import control
-from hpcfs.control.control import Request
+from hpcfs.control.control import Step
 from hpcfs.errors import SetupError
 
 
 @click.command(short_help="Wait until all is uploaded.")
 @click.argument("where", metavar="[PATH]", required=False)
-def sync(where: str | None) -> int:
+@timeout_option
+def sync(where: str | None, timeout: float | None) -> int:
     """Wait until the remotes have all that was written: below PATH, or in all of your mounts."""
     places = [cache_places.find_mounted(where)] if where else cache_places.find_all_mounted()
     if not places:
         raise SetupError("no hpcfs mount")
-    return max([_sync(place) for place in places])
+    end = waiting.ends_at(timeout)
+    return max([_sync(place, end) for place in places])
 
 
-def _sync(place: Place) -> int:
+def _sync(place: Place, end: float | None) -> int:
     assert place.socket
+    notice = waiting.OutageNotice()
     try:
         pending.query(place)
         with Bar("uploading") as bar:
-            outcome = control.work(place.socket, Request("sync", place.path), bar.show)
+
+            def show(step: Step) -> None:
+                bar.show(step)
+                notice.show(step)
+
+            request = waiting.sync_request(end, place.path)
+            outcome = control.work(place.socket, request, show, waiting.left(end))
     except KeyboardInterrupt:
         _tell_rest(place)
         raise
+    except control.OutOfTime:
+        _tell_rest(place)
+        return waiting.OUT_OF_TIME
     except SetupError as error:
         complain(f"{place.name}: {error}")
         return 1

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
-import msgspec
 
 from hpcfs.cli import tunnel_background
 from hpcfs.cli.arguments import read_by
 from hpcfs.cli.main import Invocation
-from hpcfs.cli.output import ago, complain, printable, size
+from hpcfs.cli.output import ago, complain, json_line, printable, size
 from hpcfs.cli.tunnel_line import Line, sentence
 from hpcfs.config import tunnel as tunnel_config
 from hpcfs.config.tunnel import Wishes
@@ -133,7 +132,7 @@ def _tell(named: str | None, *, as_json: bool) -> int:
     for failure in failures:
         complain(failure)
     if as_json:
-        print(msgspec.json.encode(found).decode())
+        print(json_line(found))
     elif found:
         print("\n\n".join(_describe(one) for one in found))
     elif not failures:

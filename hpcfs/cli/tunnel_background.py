@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
-import traceback
 from collections.abc import Callable
 from functools import partial
 
 import msgspec
 
 from hpcfs.cli import background
+from hpcfs.cli.output import show_traceback
 from hpcfs.errors import SetupError
 from hpcfs.tunnel.status import TunnelStatus
 
@@ -61,7 +61,7 @@ def _serve(serve: Serve, writer: int, *, debug: bool) -> int:
         serve(show)
     except Exception as error:  # reported to the parent, which prints it
         if debug:
-            traceback.print_exception(error)
+            show_traceback(error)
         text = str(error) if isinstance(error, SetupError) else f"the tunnel failed ({error!r})"
         if not left:
             background.send_line(writer, msgspec.json.encode(Report(failure=text)))

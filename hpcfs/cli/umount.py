@@ -1,6 +1,7 @@
 """`hpcfs umount`: waits for pending uploads, unmounts, and returns once the daemon has ended.
 
-What can't be uploaded does not keep it mounted: it stays in the journal, on this machine. Exit code
+What can't be uploaded does not keep it mounted: it stays in the journal, on this machine. A remote
+that is out of reach is tried for as long as --timeout says, or for half a minute. Exit code
 1: unmounted, but something written through this mount is not on its remote; or not unmounted. 3:
 unmounted, but --timeout passed before all was uploaded.
 """
@@ -17,32 +18,27 @@ from pathlib import Path
 
 import click
 
-from hpcfs.cli import pending
+from hpcfs.cli import pending, waiting
 from hpcfs.cli.output import complain, count, printable
 from hpcfs.cli.progress import Bar
+from hpcfs.cli.waiting import timeout_option
 from hpcfs.control import control, mountpoint
-from hpcfs.control.control import MountStatus, Request, Step
+from hpcfs.control.control import MountStatus, Step
 from hpcfs.errors import SetupError
 from hpcfs.system import mountinfo, paths
 
 PATIENCE_SECONDS = 2.0
 """After this the user is told what is waited for. What a daemon without uploads needs to end."""
-OUT_OF_TIME = 3
 MAX_USERS_NAMED = 5
 MAX_FILES_NAMED = 5
 
 
 @click.command(short_help="Unmount, after pending uploads.")
 @click.argument("place", metavar="MOUNTPOINT")
-@click.option(
-    "--timeout",
-    metavar="SECONDS",
-    type=click.FloatRange(min=0),
-    help="Wait no longer for uploads; the daemon goes on with them. The exit code is then 3.",
-)
+@timeout_option
 def umount(place: str, timeout: float | None) -> int:
     """Wait until all is uploaded, unmount, and wait until the daemon has ended."""
-    end = None if timeout is None else time.monotonic() + timeout
+    end = waiting.ends_at(timeout)
     target = paths.absolute_mountpoint(place)
     _check_mounted(target)
     at = paths.find_socket(target)
@@ -82,7 +78,9 @@ def _upload(at: Path, target: Path, end: float | None) -> int:
     problem = ""
     try:
         with Bar("uploading") as bar:
-            control.work(at, Request("sync"), _Watcher(bar, target).show, _left(end))
+            control.work(
+                at, waiting.sync_request(end), _Watcher(bar, target).show, waiting.left(end)
+            )
     except KeyboardInterrupt:
         complain(f"{target} stays mounted{_rest(at, '; the mount goes on with that')}")
         raise
@@ -105,9 +103,11 @@ class _Watcher:
         self._target = target
         self._tell_at = time.monotonic() + PATIENCE_SECONDS
         self._told = False
+        self._outage = waiting.OutageNotice()
 
     def show(self, step: Step) -> None:
         self._bar.show(step)
+        self._outage.show(step)
         if self._told or time.monotonic() < self._tell_at:
             return
         self._told = True
@@ -151,18 +151,14 @@ def _wait(daemon: socket.socket, at: Path, target: Path, end: float | None) -> i
         )
     try:
         with Bar("uploading") as bar, suppress(SetupError):
-            control.work(at, Request("sync"), bar.show, _left(end))
-        if control.wait_until_gone(daemon, _left(end)):
+            control.work(at, waiting.sync_request(end), bar.show, waiting.left(end))
+        if control.wait_until_gone(daemon, waiting.left(end)):
             return 0
     except KeyboardInterrupt:
         complain(f"{target} is unmounted{_rest(at, goes_on)}")
         raise
     complain(f"{target} is unmounted, but there was no time to wait{_rest(at, goes_on)}")
-    return OUT_OF_TIME
-
-
-def _left(end: float | None) -> float | None:
-    return None if end is None else max(0.0, end - time.monotonic())
+    return waiting.OUT_OF_TIME
 
 
 def _rest(at: Path, outlook: str) -> str:

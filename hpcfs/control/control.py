@@ -20,6 +20,7 @@ from typing import Literal
 import msgspec
 
 from hpcfs.errors import SetupError
+from hpcfs.system import ownership
 
 MAX_REQUEST_BYTES = 16 * 1024
 """Two paths, each of 4095 bytes, a third more in base64."""
@@ -172,12 +173,14 @@ class CacheStatus(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct, frozen=True):
-    """How far the work has come, in bytes and, where it counts them, in files."""
+    """How far the work has come, in bytes and, where it counts them, in files. The reason is why it
+    does not move now."""
 
     done: int
     total: int
     files_done: int = 0
     files_total: int = 0
+    reason: str = ""
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -195,7 +198,8 @@ WRITE_COMMANDS = ("pending", "sync", "retry", "discard", "recover")
 
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """`path` is below the mount point, without slashes at its ends; b"" is the mount itself. `to`
-    is the local directory for "recover". Only what was pending `before` that time is discarded."""
+    is the local directory for "recover". Only what was pending `before` that time is discarded. For
+    "sync" a site may be out of reach for `patience` seconds."""
 
     command: Literal[
         "status", "wait",
@@ -206,6 +210,7 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     pinned: bool = False
     to: bytes = b""
     before: float = 0.0
+    patience: float = 30.0
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -299,17 +304,13 @@ def wait_until_gone(connection: socket.socket, timeout: float | None) -> bool:
 
 
 def _connect(path: Path, timeout: float) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(timeout)
     try:
-        connection.connect(str(path))
+        return ownership.connect(path, timeout)
     except OSError as error:
-        connection.close()
         if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
             raise NotRunning(f"no hpcfs daemon listens at {path}") from error
         reason = error.strerror or "it does not answer"
         raise NotAnswering(f"the daemon at {path} can't be asked: {reason}") from error
-    return connection
 
 
 def _ask(

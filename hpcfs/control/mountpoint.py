@@ -189,17 +189,21 @@ def _holder(mountpoint: Path) -> str:
 def check_directory(mountpoint: Path) -> None:
     """Raises SetupError unless it is an empty directory of ours."""
     try:
-        found = mountpoint.stat()
+        found = mountpoint.lstat()
     except FileNotFoundError:
         raise SetupError(
             f"{mountpoint} does not exist: make it with 'mkdir -p {mountpoint}'"
         ) from None
     except OSError as error:
         raise SetupError(f"{mountpoint} can't be looked at: {error.strerror}") from error
+    if stat.S_ISLNK(found.st_mode):
+        raise SetupError(
+            f"{mountpoint} is a symbolic link: mount on the directory that it leads to "
+            f"({os.path.realpath(mountpoint)}), if that is yours"
+        )
     if not stat.S_ISDIR(found.st_mode):
         raise SetupError(f"{mountpoint} is not a directory: choose an empty directory")
-    is_ours = os.getuid() in (0, found.st_uid)
-    if not os.access(mountpoint, os.W_OK) or (found.st_mode & stat.S_ISVTX and not is_ours):
+    if found.st_uid != os.getuid() or not os.access(mountpoint, os.W_OK):
         raise SetupError(
             f"{mountpoint} is not yours (owner {found.st_uid}, mode "
             f"{stat.S_IMODE(found.st_mode):04o}): mount on a directory that you own"

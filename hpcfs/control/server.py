@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import struct
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
@@ -29,14 +28,13 @@ from hpcfs.control.control import (
     open_wait,
 )
 from hpcfs.errors import SetupError
-from hpcfs.system import paths
+from hpcfs.system import ownership, paths
 
 REQUEST_SECONDS = 10.0
 STEP_INTERVAL = 0.1
 """Seconds between two lines that tell of a work's progress."""
 HEARTBEAT_SECONDS = 20.0
 """A work that tells of no step for so long has its last one told again: the daemon is alive."""
-PEER_CREDENTIALS = struct.Struct("3i")
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +47,7 @@ class Tell(Protocol):
     """Tells the client how far the work is; the fields are those of Step."""
 
     def __call__(
-        self, done: int, total: int, files_done: int = 0, files_total: int = 0, /
+        self, done: int, total: int, files_done: int = 0, files_total: int = 0, reason: str = "", /
     ) -> Awaitable[None]: ...
 
 
@@ -150,9 +148,9 @@ class _Teller:
         self._told = trio.current_time() - STEP_INTERVAL
 
     async def tell(
-        self, done: int, total: int, files_done: int = 0, files_total: int = 0, /
+        self, done: int, total: int, files_done: int = 0, files_total: int = 0, reason: str = "", /
     ) -> None:
-        self._last = Step(done, total, files_done, files_total)
+        self._last = Step(done, total, files_done, files_total, reason)
         if trio.current_time() - self._told >= STEP_INTERVAL:
             await self.send(Reply(step=self._last))
 
@@ -234,7 +232,4 @@ async def _hold(stream: trio.SocketStream) -> None:
 
 
 def _peer_uid(stream: trio.SocketStream) -> int:
-    credentials = stream.socket.getsockopt(
-        socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size
-    )
-    return int(PEER_CREDENTIALS.unpack(credentials)[1])
+    return ownership.peer_uid(stream.socket)

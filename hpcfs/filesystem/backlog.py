@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import resource
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ import trio
 from hpcfs.filesystem.content import Content
 from hpcfs.filesystem.directory_times import DirectoryTimes
 from hpcfs.filesystem.errors import FilesystemError, JournalFull
+from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.tree import Node
 from hpcfs.transfer import messages as m
 from hpcfs.writeback.schedule import Schedule
@@ -36,20 +38,40 @@ MOST_FILES = 8192
 """Each has a descriptor open."""
 TELL_SECONDS = 0.25
 """Who waits hears of progress so often."""
+ASK_SECONDS = 1.0
+LONGEST_ASK_SECONDS = 5.0
+"""Where somebody waits, a site that is out of reach is asked again after this, doubling up to that;
+where nobody does, files are tried again as schedule.py says."""
+LAST_PATIENCE = 10.0
+"""Seconds for which a site may have been out of reach when the mount has ended."""
 MIB = 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Of those files that somebody waits for."""
+    """Of those files that somebody waits for; the reason is why a site is out of reach now."""
 
     files_done: int
     files_total: int
     bytes_done: int
     bytes_total: int
+    reason: str = ""
 
 
 Tell = Callable[[Progress], Awaitable[None]]
+
+
+@dataclass
+class Outage:
+    """A site out of reach: `since` is when the first upload failed for want of it, by trio's
+    clock."""
+
+    since: float
+    reason: str
+    is_asked: bool = False
+    """Now and then, since somebody waits."""
+    is_silent: bool = False
+    """It did not answer when it was asked last: no upload is tried."""
 
 
 class Backlog:
@@ -74,6 +96,9 @@ class Backlog:
         self._wake = trio.Event()
         self._ended = trio.Event()
         """Set, and replaced, whenever an upload ends."""
+        self._outages: dict[Namespace, Outage] = {}
+        self._waits: Counter[Namespace] = Counter()
+        """How many wait for uploads to it."""
         self.directory_times = DirectoryTimes(self._has_pending, nursery)
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most_files = max(16, min(MOST_FILES, (soft - 512) // 2))
@@ -118,9 +143,10 @@ class Backlog:
         self._wake.set()
 
     def retry(self, content: Content) -> None:
-        """The user, or who waits, wants another attempt now."""
+        """The user wants another attempt now."""
         content.failure = None
         self._hasten(content)
+        self._ask_site(content.namespace)
 
     def _hasten(self, content: Content) -> None:
         if content not in self.schedule:
@@ -192,7 +218,10 @@ class Backlog:
                 await self._wake.wait()
 
     async def _upload(self, content: Content) -> None:
+        outage = self._outages.get(content.namespace)
         try:
+            if outage is not None and outage.is_silent:
+                raise m.NotConnected(outage.reason)
             await self._flush(content)
         except m.Conflict:
             self.schedule.gone(content)  # it is beside the other one, or kept
@@ -202,15 +231,22 @@ class Backlog:
             self._failed(content, m.CacheDiskFull(f"the cache's disk failed: {error.strerror}"))
         else:
             self.schedule.ended(content, trio.current_time())
+            self._answers(content.namespace)
         self._settled(content)
 
     def _failed(self, content: Content, error: m.RemoteError | FilesystemError) -> None:
+        now = trio.current_time()
         again = isinstance(error, m.Unreachable)
-        if not again:
-            log.error("%r was not uploaded: %s", content.place.path, error.message)
-            content.failure = error if isinstance(error, m.RemoteError) else None
-        self.schedule.failed(content, trio.current_time(), error.message, again=again)
-        if not again and content.is_dirty():
+        self.schedule.failed(content, now, error.message, again=again)
+        if again:
+            outage = self._outages.setdefault(content.namespace, Outage(now, ""))
+            outage.reason = error.message
+            if self._waits[content.namespace]:
+                self._ask_site(content.namespace)
+            return
+        log.error("%r was not uploaded: %s", content.place.path, error.message)
+        content.failure = error if isinstance(error, m.RemoteError) else None
+        if content.is_dirty():
             self._nursery.start_soon(self._note_failure, content, error.message)
 
     async def _note_failure(self, content: Content, reason: str) -> None:
@@ -241,11 +277,75 @@ class Backlog:
                 self.schedule.hurry(content, trio.current_time())
         self._wake.set()
 
+    # --- sites out of reach -----------------------------------------------------------------------
+
+    def _ask_site(self, namespace: Namespace) -> None:
+        """Somebody wants to know whether it is back. One task asks for all of them."""
+        outage = self._outages.get(namespace)
+        if outage is not None and not outage.is_asked:
+            outage.is_asked = True
+            self._nursery.start_soon(self._ask, namespace, outage)
+
+    async def _ask(self, namespace: Namespace, outage: Outage) -> None:
+        """Once, and then for as long as somebody waits. What waits is not tried before the site
+        answers: each attempt of each file would cost a note in the journal."""
+        pause = ASK_SECONDS
+        while self._outages.get(namespace) is outage:
+            outage.is_silent = await self._is_silent(namespace, outage)
+            if not outage.is_silent:
+                self._hurry_after(namespace)
+            if not self._waits[namespace]:
+                break
+            await trio.sleep(pause)
+            pause = min(2 * pause, LONGEST_ASK_SECONDS)
+        outage.is_asked = outage.is_silent = False
+
+    async def _is_silent(self, namespace: Namespace, outage: Outage) -> bool:
+        try:
+            await namespace.try_now()
+        except m.Unreachable as error:
+            outage.reason = error.message
+            return True
+        except m.RemoteError as error:  # the uploads are told so, too
+            log.info("%s answers: %s", namespace.name, error.message)
+        return False
+
+    def _answers(self, namespace: Namespace) -> None:
+        """It took an upload."""
+        if self._outages.pop(namespace, None) is not None:
+            self._hurry_after(namespace)
+
+    def _hurry_after(self, namespace: Namespace) -> None:
+        """What failed for want of the site need not wait for its next attempt."""
+        for content in self.schedule:
+            item = self.schedule.item(content)
+            assert item
+            if content.namespace is namespace and item.state == "waiting" and item.attempts:
+                self.schedule.hurry(content, trio.current_time())
+        self._wake.set()
+
     # --- who waits ------------------------------------------------------------------------------
 
-    async def wait_for(self, contents: Iterable[Content], tell: Tell | None = None) -> None:
-        """Return once the remote has these. Raises the first failure when all was tried, also that
-        there is no connection: then they go on waiting."""
+    async def wait_for(
+        self, contents: Iterable[Content], tell: Tell | None = None, patience: float = 0.0
+    ) -> None:
+        """Return once the remote has these. Raises the first failure when all was tried: a refusal,
+        or that its site was out of reach for `patience` seconds; then it goes on waiting."""
+        await self._wait_for(contents, tell, patience, trio.current_time())
+
+    async def drain(self) -> None:
+        """At the end of the mount: return when all is uploaded, but for what is refused, and what
+        has no connection: a lost one is made anew."""
+        moving = [c for c in self.schedule if (i := self.schedule.item(c)) and i.state != "failed"]
+        try:
+            await self._wait_for(moving, None, LAST_PATIENCE, -math.inf)
+        except m.RemoteError as error:
+            log.warning("not all is uploaded, and stays in the journal: %s", error.message)
+
+    async def _wait_for(
+        self, contents: Iterable[Content], tell: Tell | None, patience: float, began: float
+    ) -> None:
+        """An outage counts from when it was noticed, but not from before `began`."""
         waiting = {content: content.dirty_bytes for content in contents}
         total_files, total_bytes = len(waiting), sum(waiting.values())
         attempts: dict[Content, int] = {}
@@ -253,40 +353,43 @@ class Backlog:
             self._hasten(content)
             item = self.schedule.item(content)
             attempts[content] = item.attempts if item else 0
+        namespaces = Counter({content.namespace for content in waiting})
+        self._waits.update(namespaces)
         failures: dict[Content, m.RemoteError] = {}
-        while left := [c for c in waiting if c in self.schedule and c not in failures]:
-            for content in left:
-                item = self.schedule.item(content)
-                assert item
-                if item.state == "failed" or item.attempts > attempts[content]:
-                    failures[content] = _failure_of(content, item.reason)
-            if tell is not None:
-                bytes_left = sum(content.bytes_left for content in left)
-                done = max(0, total_bytes - bytes_left)
-                await tell(Progress(total_files - len(left), total_files, done, total_bytes))
-            ended = self._ended
-            with trio.move_on_after(TELL_SECONDS):
-                await ended.wait()
+        try:
+            while left := [c for c in waiting if c in self.schedule and c not in failures]:
+                for content in left:
+                    reason = self._given_up(content, attempts[content], patience, began)
+                    if reason is not None:
+                        failures[content] = _failure_of(content, reason)
+                if tell is not None:
+                    bytes_left = sum(content.bytes_left for content in left)
+                    done = max(0, total_bytes - bytes_left)
+                    away = next((o.reason for n in namespaces if (o := self._outages.get(n))), "")
+                    files = total_files - len(left)
+                    await tell(Progress(files, total_files, done, total_bytes, away))
+                ended = self._ended
+                with trio.move_on_after(TELL_SECONDS):
+                    await ended.wait()
+        finally:
+            self._waits.subtract(namespaces)
         await self.directory_times.finish()
         for failure in failures.values():
             raise failure
 
-    async def drain(self) -> None:
-        """At the end of the mount: try everything once more, and return when nothing moves."""
-        for content in self.schedule:
-            item = self.schedule.item(content)
-            if item is not None and item.state == "waiting":
-                item.attempts = 0
-        self._hurry_all()
-        while any(self._may_move(content) for content in self.schedule):
-            await self._ended.wait()
-        await self.directory_times.finish()
-
-    def _may_move(self, content: Content) -> bool:
+    def _given_up(
+        self, content: Content, attempts: int, patience: float, began: float
+    ) -> str | None:
+        """Why it is not waited for any more, after so many attempts before."""
         item = self.schedule.item(content)
-        return item is not None and (
-            item.state == "uploading" or (item.state == "waiting" and not item.attempts)
-        )
+        assert item
+        if item.state == "failed":
+            return item.reason
+        outage = self._outages.get(content.namespace)
+        if item.state != "waiting" or item.attempts <= attempts or outage is None:
+            return None
+        end = max(outage.since, began) + patience
+        return item.reason if trio.current_time() >= end else None
 
 
 def _failure_of(content: Content, reason: str) -> m.RemoteError:

@@ -86,10 +86,12 @@ class Closing(ABC):
 
     def _confirmed(self, content: Content, entry: m.Entry) -> None:
         node = self._node(content)
-        if node.pages_version is not None:
-            node.pages_version = entry.version
         if content.is_dirty():  # written to meanwhile: the local view stays ahead
-            entry = msgspec.structs.replace(node.entry, version=entry.version)
+            entry = msgspec.structs.replace(node.entry, version=content.version)
+        if entry.size != node.entry.size:  # others appended, too
+            node.kernel_is_behind, node.pages_version = True, None
+        elif node.pages_version is not None:
+            node.pages_version = content.version
         self._tree.set_local(node, entry)
         if node.parent:  # has another time now; the one that is known is believed for its second
             self._tree.note_attributes(node.parent)
@@ -180,6 +182,7 @@ class Closing(ABC):
                 await self._uploader.keep(content, error.message)
                 self._store.forget(content.file)
                 node = self._node(content)
+                node.entry = msgspec.structs.replace(node.entry, version=b"")  # it was this mount's
                 self._tree.expire(node)
                 node.pages_version = None
                 return False

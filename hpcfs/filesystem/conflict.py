@@ -7,9 +7,10 @@ refuses), it is kept in the cache directory.
 
 from __future__ import annotations
 
+import stat
 import time
 
-from hpcfs.filesystem.content import Content
+from hpcfs.filesystem.content import UPLOAD_TIMEOUT, Content
 from hpcfs.filesystem.errors import FilesystemError
 from hpcfs.transfer import messages as m
 from hpcfs.writeback.uploader import Uploader
@@ -36,7 +37,7 @@ async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
     beside = path_beside(path, time.time())
     try:
         await content.complete(whole=True)
-        await content.send_aside(beside)
+        await _send(content, beside)
     except m.Unreachable:
         raise
     except (m.RemoteError, FilesystemError) as error:
@@ -45,3 +46,26 @@ async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
     await uploader.forget(content)
     name = beside.rpartition(b"/")[2].decode(errors="replace")
     return f"{shown} was changed by others: what was written here is beside it as {name}"
+
+
+async def _send(content: Content, path: bytes) -> m.Entry:
+    """The whole file as it is here, as a new one of this name."""
+    entry = content.place.entry
+    attributes = m.Attributes(
+        mode=content.pending.mode,
+        atime_ns=entry.atime_ns,
+        mtime_ns=entry.mtime_ns,
+        xattrs=dict(entry.xattrs) or None,
+    )
+    request = m.Upload(
+        path,
+        content.file.path,
+        content.size,
+        0,
+        [(0, content.size)] if content.size else [],
+        attributes,
+        stat.S_IMODE(entry.mode),
+        base_version=b"",
+    )
+    with content.pinned():
+        return await content.namespace.upload(request, UPLOAD_TIMEOUT, lambda done: None)

@@ -28,7 +28,7 @@ from hpcfs.filesystem.errors import CacheFull, Stale
 from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.reading import Place, RemoteContent
 from hpcfs.filesystem.sending import Sending
-from hpcfs.filesystem.snapshot import Snapshot, merge_attributes
+from hpcfs.filesystem.snapshot import Changes, Snapshot, merge_attributes
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.messages import BLOCK_BYTES
 from hpcfs.writeback.journal import Unconfirmed
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 UPLOAD_TIMEOUT = 120.0
 """Seconds without progress."""
+APPEND_ATTEMPTS = 4
+"""While others change the file all the time."""
 PIECE_TIMEOUT = 600.0
 """Seconds for what is sent ahead, which reports no progress: 28 kB/s."""
 
@@ -70,6 +72,8 @@ class Content(RemoteContent):
         self.attempted = False
         """An upload may have begun to write: the remote's version is neither known nor others'."""
         self.resized = False
+        self.changes = Changes.NONE
+        """Since the upload that is under way took what was dirty."""
         self.pending = m.Attributes()
         self.journaled = False
         self.secured = False
@@ -86,7 +90,8 @@ class Content(RemoteContent):
         self._is_whole = False
         """For the upload under way all of the old content was brought here."""
         self._base_sizes: list[int] = []
-        """Of the upload under way, until the remote confirmed it."""
+        """Of the upload under way, until the remote confirmed it; so is the next."""
+        self._uploading = Changes.NONE
         self.write_handle = m.NO_HANDLE
         """The remote holds the file open under it since it was made."""
         self._sending = Sending(self._send_piece, self._handle_for_sending, nursery)
@@ -135,16 +140,40 @@ class Content(RemoteContent):
     async def write(self, offset: int, data: bytes) -> None:
         if not data:
             return
-        end = offset + len(data)
-        await self._prepare(offset, end)
+        await self._prepare(offset, offset + len(data))
         try:
-            self._write_now(offset, data)
+            self._write_now(offset, data, Changes.ANY)
         except CacheFull:
             if not await self._store.make_room(4 * len(data) + BLOCK_BYTES):
                 raise
-            await self._prepare(offset, end)
-            self._write_now(offset, data)
+            await self._prepare(offset, offset + len(data))
+            self._write_now(offset, data, Changes.ANY)
         self._store.note_added(len(data))
+
+    async def append(self, data: bytes) -> None:
+        """At the end, wherever that is: the kernel's idea of it may be a second old."""
+        for has_room in (False, True):
+            await self._prepare_end(len(data))
+            try:
+                self._write_now(self.size, data, Changes.APPENDED)
+                break
+            except CacheFull:
+                if has_room or not await self._store.make_room(4 * len(data) + BLOCK_BYTES):
+                    raise
+        self._store.note_added(len(data))
+
+    async def _prepare_end(self, length: int) -> None:
+        """The same as _prepare; a file of which nothing was read nor written here is followed if
+        others changed it."""
+        offset, attempts = -1, 0
+        while offset != self.size:
+            offset = self.size
+            try:
+                await self._prepare(offset, offset + length)
+            except Stale:
+                attempts += 1
+                if attempts > APPEND_ATTEMPTS or not await self.follow_name():
+                    raise
 
     async def _prepare(self, offset: int, end: int) -> None:
         """Make it safe to write [offset, end): what remains of partly covered blocks is here, and
@@ -168,7 +197,7 @@ class Content(RemoteContent):
         stop = min(start + BLOCK_BYTES, self.base_size)
         return self._is_needed(block) and (start < offset or end < stop)
 
-    def _write_now(self, offset: int, data: bytes) -> None:
+    def _write_now(self, offset: int, data: bytes, change: Changes) -> None:
         """No await: atomic."""
         self._check_not_replaced()
         end = offset + len(data)
@@ -183,10 +212,17 @@ class Content(RemoteContent):
                 raise CacheFull("the local disk with the cache is full") from None
             raise
         self.file.mark_written(offset, end)
+        self.changes = max(self.changes, change)
         self.secured = False
         self._sending.wrote(offset, end)
-        if not self.base_size and not self.replace and self._in_motion is None and not self.orphan:
+        if self._may_send_ahead():
             self._sending.advance(self.file.dirty, end)
+
+    def _may_send_ahead(self) -> bool:
+        """Not of what was appended to a file that others may append to as well."""
+        if self.base_size or self.replace or self._in_motion is not None or self.orphan:
+            return False
+        return self.new or self.made or self.changes is Changes.ANY
 
     def _resize(self, size: int) -> None:
         try:
@@ -220,10 +256,22 @@ class Content(RemoteContent):
             return False
         self._resize(size)
         self.base_size = min(self.base_size, size)
-        self.resized = True
-        self.secured = False
+        self.mark_resized()
         self.stop_sending()
         return True
+
+    def mark_resized(self) -> None:
+        """A program set the size, perhaps to what it was."""
+        self.resized = True
+        self.changes = Changes.ANY
+        self.secured = False
+
+    @property
+    def _goes_to_the_end(self) -> bool:
+        """Whether what is dirty, and not on its way, was appended to what the remote has."""
+        if self.new or self.made or self.replace or self.resized:
+            return False
+        return self.changes is Changes.APPENDED and self.abilities.partial_writes
 
     # --- sending while it is written --------------------------------------------------------------
 
@@ -234,7 +282,7 @@ class Content(RemoteContent):
         """Where the remote writes in place, the file is there from now on, whatever follows."""
         base_version = self._base_version()
         if self.abilities.partial_writes:
-            self.new, self.attempted = False, True
+            self.new, self.attempted, self.changes = False, True, Changes.ANY
         request = m.UploadAhead(
             self.place.path,
             self.file.path,
@@ -312,6 +360,7 @@ class Content(RemoteContent):
             base_size=min(row.base_size, size),
             ranges=[(start, min(end, size)) for start, end in row.ranges if start < size],
             resized=True,
+            appended=False,
         )
 
     def unconfirmed(self, reason: str = "", *, writing: bool = False) -> Unconfirmed:
@@ -331,7 +380,8 @@ class Content(RemoteContent):
             new=self.new,
             replace=self.replace,
             resized=self.resized,
-            attempted=self.attempted or self.made,
+            attempted=self.attempted or self.made or bool(self._base_sizes),
+            appended=max(self.changes, self._uploading) is Changes.APPENDED,
             writing=writing,
             reason=reason,
         )
@@ -371,12 +421,15 @@ class Content(RemoteContent):
     def _request(self, snapshot: Snapshot, *, sync: bool) -> m.Upload:
         entry = self.place.entry
         times = m.Attributes(atime_ns=entry.atime_ns, mtime_ns=entry.mtime_ns)
+        ranges = snapshot.ranges.without(snapshot.sent)
+        if snapshot.append:  # the journal may have told of whole blocks
+            ranges = ranges.without(RangeSet([(0, snapshot.base_size)]))
         return m.Upload(
             self.place.path,
             self.file.path,
             snapshot.size,
             snapshot.base_size,
-            _lengths(snapshot.ranges.without(snapshot.sent)),
+            _lengths(ranges),
             merge_attributes(times, snapshot.attributes),
             stat.S_IMODE(entry.mode),
             sync,
@@ -385,6 +438,7 @@ class Content(RemoteContent):
             snapshot.handle,
             whole=not self._copies_parts,
             times_set=snapshot.attributes.mtime_ns is not None,
+            append=snapshot.append,
         )
 
     def _progressed(self, done: int) -> None:
@@ -392,28 +446,6 @@ class Content(RemoteContent):
         from now on."""
         self.uploaded_bytes = done
         self.attempted = self.attempted or self.abilities.partial_writes
-
-    async def send_aside(self, path: bytes) -> m.Entry:
-        """The whole file as it is here, as a new one beside the one that others changed."""
-        entry = self.place.entry
-        attributes = m.Attributes(
-            mode=self.pending.mode,
-            atime_ns=entry.atime_ns,
-            mtime_ns=entry.mtime_ns,
-            xattrs=dict(entry.xattrs) or None,
-        )
-        request = m.Upload(
-            path,
-            self.file.path,
-            self.size,
-            0,
-            [(0, self.size)] if self.size else [],
-            attributes,
-            stat.S_IMODE(entry.mode),
-            base_version=b"",
-        )
-        with self.pinned():
-            return await self.namespace.upload(request, UPLOAD_TIMEOUT, lambda done: None)
 
     def give_up(self) -> None:
         """Nothing of it will be uploaded any more; who has it open reads on."""
@@ -456,6 +488,8 @@ class Content(RemoteContent):
             self.resized,
             sent,
             sent_under if sent else self.write_handle,
+            self.changes,
+            self._goes_to_the_end and not sent,
         )
         if sent_under not in (m.NO_HANDLE, snapshot.handle):
             self._abandon(sent_under)
@@ -464,6 +498,7 @@ class Content(RemoteContent):
         self.file.dirty = RangeSet()
         self._in_upload = snapshot.ranges
         self._base_sizes = [snapshot.base_size]
+        self._uploading, self.changes = self.changes, Changes.NONE
         self.uploaded_bytes = sent.total
         self.pending = m.Attributes()
         self.resized = False
@@ -483,11 +518,11 @@ class Content(RemoteContent):
             self.pending = merge_attributes(snapshot.attributes, self.pending)
             self.resized = self.resized or snapshot.resized
             self.base_size = min(self.base_size, snapshot.base_size)
+            self.changes = max(self.changes, snapshot.changes)
             self._abandon(snapshot.handle)
         else:
-            self.file.version = entry.version
-            self.new = self.made = self.replace = self.growing = False
-            self.failure = None
+            self._arrived(snapshot, entry)
+        self._uploading = Changes.NONE
         self._in_upload = RangeSet()
         self._is_whole = False
         self._base_sizes = []
@@ -495,6 +530,18 @@ class Content(RemoteContent):
         self._in_motion.set()
         self._in_motion = None
         self._store.check_bound()
+
+    def _arrived(self, snapshot: Snapshot, entry: m.Entry) -> None:
+        """What was appended may stand elsewhere on the remote, after what others appended. Then
+        what was written here meanwhile keeps its place after it, in the version that was here; the
+        remote's is followed once nothing is dirty."""
+        self.new = self.made = self.replace = self.growing = False
+        self.failure = None
+        if not snapshot.append or entry.size == snapshot.size:
+            self.file.version = entry.version
+        elif not self.file.dirty and not self.resized:
+            self._adopt(entry)
+            self.growing = False
 
 
 def _lengths(ranges: RangeSet) -> list[tuple[int, int]]:

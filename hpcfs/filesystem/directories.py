@@ -215,10 +215,6 @@ class Directories:
             self._ahead.listed(namespace, path, walk, listing)
             self._is_complete(node, listing)
 
-    def filled(self, node: Node) -> None:
-        """A name was made in this directory."""
-        self._uses.filled(node, self._tree.now())
-
     def made(self, node: Node) -> None:
         """The directory was just made here: nothing is in it but what is made here too."""
         listing = self._new_listing()
@@ -266,10 +262,7 @@ class Directories:
         if found is None and self._take_ahead(parent):
             found = self._known.find(parent, name, now)
         self._note_use(parent)
-        are_many = self._uses.are_many(now)
-        if self._known.is_guess(parent):
-            are_many = self._uses.is_filled(parent, now)
-        return None if found is not None and found[1] is None and not are_many else found
+        return found
 
     def was_missing(self, parent: Node, name: bytes) -> bool:
         """Whether the last listing of this directory, however old, did not have the name; kept for

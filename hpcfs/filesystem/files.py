@@ -27,10 +27,10 @@ from hpcfs.filesystem.errors import (
     Unsupported,
 )
 from hpcfs.filesystem.namespace import Namespace
-from hpcfs.filesystem.openfile import OpenFile
+from hpcfs.filesystem.openfile import Opened, OpenFile
 from hpcfs.filesystem.permissions import Permissions
 from hpcfs.filesystem.reading import Place
-from hpcfs.filesystem.snapshot import merge_attributes, mode_without_ids
+from hpcfs.filesystem.snapshot import Changes, merge_attributes, mode_without_ids
 from hpcfs.filesystem.sweeper import Sweeper
 from hpcfs.filesystem.tree import Node, Tree, join
 from hpcfs.transfer import messages as m
@@ -40,7 +40,12 @@ from hpcfs.writeback.uploader import Uploader
 log = logging.getLogger(__name__)
 
 OPEN_FRESH_SECONDS = 0.1
-"""open(2) asks the remote for the file's version, unless the path walk just before it did."""
+"""open(2) asks the remote for the file's version, unless the path walk just before it did. So
+long the kernel remembers, too, that a name is missing: cp asks for it and makes it."""
+
+
+_CURRENT_ATTEMPTS = 8
+"""A file may be replaced again and again."""
 
 
 class Files(Closing):
@@ -75,8 +80,7 @@ class Files(Closing):
 
     # --- open and create ---------------------------------------------------------------------
 
-    async def open(self, node: Node, flags: int) -> tuple[int, bool]:
-        """-> (handle, whether the kernel may keep the pages it has of the file)."""
+    async def open(self, node: Node, flags: int) -> Opened:
         namespace = self._regular(node)
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         if writing or flags & os.O_TRUNC:
@@ -85,9 +89,7 @@ class Files(Closing):
         await self.settled(node)
         if not writing:
             self.sweeper.opened(node)
-        await self._revalidate(node, namespace)
-        content = await self._content(node, namespace)
-        content.users += 1
+        content = await self._current(node, namespace, flags)
         handle = self._add(OpenFile(node, content, flags))
         try:
             if flags & os.O_TRUNC:
@@ -98,7 +100,55 @@ class Files(Closing):
         keep = node.pages_version == content.version
         content.served = content.served or keep
         node.pages_version = content.version
-        return handle, keep
+        return Opened(handle, keep, not node.kernel_is_behind)
+
+    async def _current(self, node: Node, namespace: Namespace, flags: int) -> Content:
+        """The content that the remote has now, with one user more. What a program will read is
+        held from here on, so that replacing the file does not cut it short."""
+        mode = flags & os.O_ACCMODE
+        reads = mode != os.O_WRONLY and not flags & os.O_TRUNC
+        for _ in range(_CURRENT_ATTEMPTS):
+            self._check_name(node)
+            if not reads or not node.entry.version or await self.sweeper.is_current(node):
+                await self._revalidate(node, namespace)
+                reads = False
+            content = await self._content(node, namespace)
+            is_new = not content.users and not content.served
+            content.users += 1
+            try:
+                if not reads:
+                    return content
+                if content.can_hold(read_only=mode == os.O_RDONLY):
+                    is_current = await self._hold(content, node, namespace)
+                else:
+                    await self._revalidate(node, namespace, content if is_new else None)
+                    is_current = not is_new or content.version == node.entry.version
+                if is_current:
+                    return content
+            except BaseException:
+                await self._leave(content)
+                raise
+            await self._leave(content)
+            await self._compare(node, namespace)
+        raise Stale("the file is replaced on the remote again and again")
+
+    async def _hold(self, content: Content, node: Node, namespace: Namespace) -> bool:
+        """Whether it is held. A file with several names is looked up by each (_check_names)."""
+        asked = self._tree.now()
+        if node.others:
+            await self._revalidate(node, namespace)
+        try:
+            entry = await content.hold()
+        except m.NotConnected:
+            if not namespace.sleeps:
+                raise
+            log.debug("%r is opened as it was when the laptop was there", node.path)
+            return True
+        if entry is None:
+            return False
+        if entry is not node.entry and node.content is content:
+            self._tree.update(node, entry, asked)
+        return True
 
     def _regular(self, node: Node) -> Namespace:
         if node.is_directory or node.namespace is None:
@@ -107,30 +157,36 @@ class Files(Closing):
             raise Unsupported("only regular files can be opened")
         return node.namespace
 
-    async def _revalidate(self, node: Node, namespace: Namespace) -> None:
-        """The node's entry is as the remote has it now. Raises Stale if that is another file: the
-        kernel then looks the name up again, and opens that one."""
+    def _check_name(self, node: Node) -> None:
         if node.content.replaced if node.content else not node.is_attached:
             raise Stale("another file has this name now")
-        if self._tree.is_fresh(node, OPEN_FRESH_SECONDS) or (
+
+    async def _revalidate(
+        self, node: Node, namespace: Namespace, own: Content | None = None
+    ) -> None:
+        """The node's entry is as the remote has it now. Raises Stale if that is another file: the
+        kernel then looks the name up again, and opens that one. `own` was made by the caller, whom
+        the entry tells whether it is current."""
+        self._check_name(node)
+        if self._tree.is_named(node, OPEN_FRESH_SECONDS) or (
             node.content and node.content.is_dirty()
         ):
             return
         if await self.sweeper.is_current(node):
             return
         try:
-            await self._compare(node, namespace)
+            await self._compare(node, namespace, own)
         except m.NotConnected:
             if not namespace.sleeps:
                 raise
             log.debug("%r is opened as it was when the laptop was there", node.path)
 
-    async def _compare(self, node: Node, namespace: Namespace) -> None:
+    async def _compare(self, node: Node, namespace: Namespace, own: Content | None = None) -> None:
         await self._check_names(node, namespace)
         asked = self._tree.now()
         entry = await namespace.stat(node.path)
         content = node.content
-        if content is None:
+        if content is None or content is own:
             if stat.S_IFMT(entry.mode) != stat.S_IFMT(node.entry.mode):
                 self.lose(node)
                 raise Stale("the file was replaced on the remote")
@@ -208,6 +264,7 @@ class Files(Closing):
         asked = self._tree.now()
         handle = m.NO_HANDLE
         if namespace.writes_back:
+            await namespace.check_takes_writes()
             await self.backlog.make_room(None, 0)
             await self._look_once(parent, namespace)
             entry = self._entry_made_here(parent, name, mode, abilities)
@@ -272,7 +329,10 @@ class Files(Closing):
         if opened.content.namespace.writes_back and not opened.content.orphan:
             await self.backlog.make_room(opened.content, len(data))
         async with self._uploader.writing(opened.content):
-            await opened.content.write(offset, data)
+            if opened.appends:
+                await opened.content.append(data)
+            else:
+                await opened.content.write(offset, data)
         self._stamp(opened.node, opened.content)
         return len(data)
 
@@ -323,7 +383,7 @@ class Files(Closing):
                 await self._uploader.note_cut(content, size)
             changed = await content.truncate(size)
             if stamp and not changed:
-                content.resized, content.secured = True, False
+                content.mark_resized()
             if changed or stamp:
                 await self._uploader.note_writing(content)
         if changed or stamp:
@@ -360,6 +420,7 @@ class Files(Closing):
         content.base_size = row.base_size
         content.pending, content.resized = row.pending, row.resized
         content.new, content.replace, content.attempted = row.new, row.replace, row.attempted
+        content.changes = Changes.APPENDED if row.appended else Changes.ANY
         content.needs_disk = content.journaled = content.secured = True
         node.content = content
         self.backlog.take_up(content, row.reason)

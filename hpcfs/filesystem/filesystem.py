@@ -32,6 +32,7 @@ from hpcfs.filesystem.errors import (
 )
 from hpcfs.filesystem.files import Files
 from hpcfs.filesystem.links import Links
+from hpcfs.filesystem.makers import UNKNOWN_PROCESS, Makers
 from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.permissions import Permissions
 from hpcfs.filesystem.renaming import Renaming, check_empty
@@ -81,6 +82,7 @@ class Filesystem:
         self.permissions = Permissions(self._uid)
         self.files = Files(self.tree, store, uploader, nursery, self.permissions, self._gid)
         self._links = Links(self.tree, self.lookup, mountpoint)
+        self._makers = Makers()
         self._renaming = Renaming(self.tree, store, self.files)
         self._attributes = AttributeChanges(self.tree, store, self.files, self._uid)
         keeping = any(namespace.keeps_xattrs for namespace in self._namespaces)
@@ -93,8 +95,8 @@ class Filesystem:
 
     # --- looking --------------------------------------------------------------------------------
 
-    async def lookup(self, parent_ino: int, name: bytes) -> Node:
-        """Raises NoEntry where there is no such name."""
+    async def lookup(self, parent_ino: int, name: bytes, process: int = UNKNOWN_PROCESS) -> Node:
+        """For this process. Raises NoEntry where there is no such name."""
         parent = self._directory(parent_ino)
         if len(name) > MAX_NAME_BYTES:
             raise NameLong("names have at most 255 bytes")
@@ -105,26 +107,35 @@ class Filesystem:
         await self.permissions.check_directory(parent, os.X_OK)
         child = self.tree.child(parent, name)
         if child and (
-            child.is_namespace_root or self.tree.is_fresh(child) or self._is_ahead(child)
+            child.is_namespace_root or self.tree.is_named(child) or self._is_ahead(child)
         ):
             return child
         if parent.namespace is None:
             raise NoEntry("the mount's top has only namespaces")
-        if listed := self._listed(parent, name, child):
-            return listed
-        return await self._look_up(parent, name, child)
+        try:
+            if listed := self._listed(parent, name, child, process):
+                return listed
+            node = await self._look_up(parent, name, child)
+        except NoEntry:
+            self._makers.missed(process, (parent, name))
+            raise
+        if child is None:
+            self._makers.found(process)
+        return node
 
-    def _listed(self, parent: Node, name: bytes, child: Node | None) -> Node | None:
+    def _listed(self, parent: Node, name: bytes, child: Node | None, process: int) -> Node | None:
         """What a listing of a moment ago tells; None if the remote must be asked. No await. Raises
-        NoEntry if it has no such name."""
+        NoEntry if it has no such name, and the process would make it."""
         found = self.directories.find(parent, name)
         if found is None:
             return None
         asked, entry = found
         if entry is not None:
             node = self._adopt(parent, name, entry, asked)
-            return node if self.tree.is_fresh(node) else None
-        if child is not None and (child.content is not None or child.observed > asked):
+            return node if self.tree.is_named(node) else None
+        if not self._makers.is_making(process):
+            return None
+        if child is not None and (child.content is not None or child.named > asked):
             return None
         if child is not None:
             self._lose(parent, name, child)
@@ -143,7 +154,7 @@ class Filesystem:
             raise
         except m.NotFound as error:
             child = self.tree.child(parent, name)
-            if child and not self._is_ahead(child) and child.observed <= asked:
+            if child and not self._is_ahead(child) and child.named <= asked:
                 self._lose(parent, name, child)
             elif child:
                 return child
@@ -151,7 +162,7 @@ class Filesystem:
         if child and child.content and not child.others and not self._is_ahead(child):
             if await self.files.is_same(child.content, entry):
                 self.tree.update(child, entry, asked)
-            elif not self._is_ahead(child) and child.observed <= asked:
+            elif not self._is_ahead(child) and child.named <= asked:
                 self.files.lose(child)
         return self._adopt(parent, name, entry, asked)
 
@@ -172,7 +183,7 @@ class Filesystem:
         child = self.tree.child(parent, name)
         if child is None:
             return self.tree.add(parent, name, entry, asked)
-        if asked < child.observed or self._is_ahead(child) or child.is_namespace_root:
+        if asked < child.named or self._is_ahead(child) or child.is_namespace_root:
             return child
         if stat.S_IFMT(entry.mode) != stat.S_IFMT(child.entry.mode):
             self.files.lose(child)
@@ -237,7 +248,7 @@ class Filesystem:
             else:
                 self.tree.update(node, entry, asked)
                 return
-        node.observed = self.tree.now()
+        node.observed = node.named = self.tree.now()
 
     async def _refresh(self, node: Node) -> None:
         assert node.namespace
@@ -245,7 +256,7 @@ class Filesystem:
         if node.content:
             entry = await node.content.revalidate()
             if entry is not None:
-                self.tree.update(node, entry, asked)
+                self.tree.update_open(node, entry, asked)
                 return
         if not node.is_attached:
             return  # removed, and known by an open handle or as a working directory
@@ -325,11 +336,11 @@ class Filesystem:
         self.tree.note_made(parent, name)
         return parent, namespace
 
-    def _made(self, parent: Node, name: bytes, entry: m.Entry, asked: float) -> Node:
+    def _made(self, parent: Node, name: bytes, entry: m.Entry, asked: float, process: int) -> Node:
+        self._makers.made(process, (parent, name))
         if known := self.tree.child(parent, name):
             self.tree.detach(known)
         self.tree.note_made(parent, name)
-        self.directories.filled(parent)
         self.tree.expire(parent)
         return self.tree.add(parent, name, entry, asked)
 
@@ -339,23 +350,27 @@ class Filesystem:
         if known and known.content and known.content.may_be_missing:
             raise Exists("the name is taken")
 
-    async def mkdir(self, parent_ino: int, name: bytes, mode: int) -> Node:
+    async def mkdir(
+        self, parent_ino: int, name: bytes, mode: int, process: int = UNKNOWN_PROCESS
+    ) -> Node:
         parent, namespace = await self._about_to_change(parent_ino, name)
         asked = self.tree.now()
         self._refuse_pending(parent, name)
         request = m.MakeDirectory(join(parent, name), stat.S_IMODE(mode))
-        node = self._made(parent, name, await namespace.entry(request), asked)
+        node = self._made(parent, name, await namespace.entry(request), asked, process)
         self.directories.made(node)
         return node
 
-    async def symlink(self, parent_ino: int, name: bytes, target: bytes) -> Node:
+    async def symlink(
+        self, parent_ino: int, name: bytes, target: bytes, process: int = UNKNOWN_PROCESS
+    ) -> Node:
         parent, namespace = await self._about_to_change(parent_ino, name)
         if namespace.symlinks == "hide":
             raise NoSuchKind(f"{namespace.name} does not show symbolic links, so none are made")
         self._refuse_pending(parent, name)
         asked = self.tree.now()
         request = m.MakeSymlink(join(parent, name), target)
-        node = self._made(parent, name, await namespace.entry(request), asked)
+        node = self._made(parent, name, await namespace.entry(request), asked, process)
         self._links.made(node, target)
         return node
 
@@ -372,7 +387,7 @@ class Filesystem:
         except m.NotSupported as error:
             raise NoSuchKind(error.message) from None
         if not node.is_attached or self._is_ahead(node):
-            return self._made(parent, name, entry, asked)
+            return self._made(parent, name, entry, asked, UNKNOWN_PROCESS)
         self.tree.note_gone(parent, name)
         self.tree.expire(parent)
         self.tree.update(node, entry, asked)
@@ -380,7 +395,9 @@ class Filesystem:
         self.tree.note_changed(node)
         return node
 
-    async def create(self, parent_ino: int, name: bytes, mode: int, flags: int) -> tuple[int, Node]:
+    async def create(
+        self, parent_ino: int, name: bytes, mode: int, flags: int, process: int = UNKNOWN_PROCESS
+    ) -> tuple[int, Node]:
         """-> (handle, node). Without O_EXCL, a file that has just come into being is opened."""
         parent, _ = await self._about_to_change(parent_ino, name)
         if known := self.tree.child(parent, name):
@@ -390,13 +407,14 @@ class Filesystem:
         try:
             handle, node = await self.files.create(parent, name, mode, flags)
             self.tree.note_made(parent, name)
+            self._makers.made(process, (parent, name))
         except m.AlreadyExists:
+            self._makers.found(process)
             self.tree.note_made(parent, name)
             if flags & os.O_EXCL:
                 raise
             node = await self.lookup(parent_ino, name)
             return (await self.files.open(node, flags))[0], node
-        self.directories.filled(parent)
         if node.content and node.content.new:
             self.tree.touch(parent)
         else:
@@ -433,7 +451,14 @@ class Filesystem:
     # --- rename -----------------------------------------------------------------------------------
 
     async def rename(
-        self, parent_ino: int, name: bytes, new_parent_ino: int, new_name: bytes, *, replace: bool
+        self,
+        parent_ino: int,
+        name: bytes,
+        new_parent_ino: int,
+        new_name: bytes,
+        *,
+        replace: bool,
+        process: int = UNKNOWN_PROCESS,
     ) -> None:
         parent, namespace = await self._parent(parent_ino, name)
         new_parent, new_namespace = await self._parent(new_parent_ino, new_name)
@@ -442,7 +467,7 @@ class Filesystem:
         if (parent, name) == (new_parent, new_name):
             return
         node = await self.lookup(parent_ino, name)
-        target = await self._target_of(new_parent, new_name, node)
+        target = await self._target_of(new_parent, new_name, node, process)
         if target is node:
             return  # two links of one file: rename(2) leaves both
         self.tree.note_made(parent, name)
@@ -451,13 +476,14 @@ class Filesystem:
             namespace, node, (parent, name), new_parent, new_name, target, replace=replace
         )
         self._links.moved(namespace, join(parent, name), join(new_parent, new_name))
+        self._makers.made(process, (new_parent, new_name))
 
-    async def _target_of(self, parent: Node, name: bytes, node: Node) -> Node | None:
+    async def _target_of(self, parent: Node, name: bytes, node: Node, process: int) -> Node | None:
         """What will be replaced. Only where the remote is not asked to rename must it be known."""
         child = self.tree.child(parent, name)
         if child is None and node.content is not None and node.content.new:
             try:
-                return await self.lookup(parent.ino, name)
+                return await self.lookup(parent.ino, name, process)
             except NoEntry:
                 return None
         return child

@@ -1,8 +1,8 @@
 """What is known of names from listings, and when to list a directory for that. No I/O, no clock.
 
-A complete listing that is at most a second old says which names there are, with their attributes,
-and which there are not: programs ask for hundreds of names that are missing (a compiler its include
-paths, rsync what it is to copy), one after the other.
+A complete listing that is at most a second old says which names there are, with their attributes.
+Which there are not it tells only to programs that are about to make them (makers.py): others may
+have made one since.
 """
 
 from __future__ import annotations
@@ -109,11 +109,6 @@ class Known:
             self._make_room(listing.count)
         return listing.asked, listing.find(name)
 
-    def is_guess(self, node: Node) -> bool:
-        """Whether what is known is only that the directory was just made here."""
-        listing = self._listings.get(node)
-        return listing is not None and listing.is_guess
-
     def unshown(self, node: Node, now: float) -> Listing | None:
         """A listing that no program has read yet, if it still says how the directory is."""
         listing = self._listings.get(node)
@@ -165,8 +160,6 @@ class _Use:
     entries: int = 0
     not_before: float = -math.inf
     under_way: bool = False
-    fills: float = 0.0
-    filled: float = -math.inf
 
     def count(self, now: float) -> None:
         self.score = self.score * 2 ** ((self.last - now) / HALF_LIFE) + 1
@@ -178,8 +171,6 @@ class Uses:
 
     def __init__(self) -> None:
         self._uses: OrderedDict[Node, _Use] = OrderedDict()
-        self._asked = _Use()
-        """Names asked for in any directory."""
 
     def note(self, node: Node, now: float) -> bool:
         """A name in this directory was asked for. Whether to list it now."""
@@ -190,23 +181,6 @@ class Uses:
             return False
         needed = FEW_USES if age < RECENT_SECONDS else MANY_USES
         return use.score > max(needed, use.entries / ENTRIES_PER_USE)
-
-    def are_many(self, now: float) -> bool:
-        """A name is asked for. Whether many are, one after the other: who asks for one only may
-        just have heard that others made it, and can wait for the remote's word."""
-        self._asked.count(now)
-        return self._asked.score > MANY_USES
-
-    def filled(self, node: Node, now: float) -> None:
-        """A name was made in it here."""
-        use = self._of(node)
-        use.fills = use.fills * 2 ** ((use.filled - now) / HALF_LIFE) + 1
-        use.filled = now
-
-    def is_filled(self, node: Node, now: float) -> bool:
-        """Whether a program is filling it: several names were made in it, a moment ago."""
-        use = self._of(node)
-        return use.fills * 2 ** ((use.filled - now) / HALF_LIFE) > FEW_USES
 
     def begin(self, node: Node, now: float) -> bool:
         """Whether nobody listed it for a while."""

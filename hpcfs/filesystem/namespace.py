@@ -28,6 +28,7 @@ not shown."""
 
 DEFAULT_TIMEOUT = 30.0
 """Seconds without an answer or progress, for every call."""
+LOGIN_TIMEOUT = 90.0
 
 
 _entries = msgspec.msgpack.Decoder(list[m.Entry])
@@ -157,13 +158,26 @@ class Namespace:
     async def abilities(self) -> m.Abilities:
         """Connects on first use. Raises RemoteError."""
         if self._abilities is None:
-            self._abilities = await self.call(m.Connect(), m.Abilities, timeout=90)
+            self._abilities = await self.call(m.Connect(), m.Abilities, timeout=LOGIN_TIMEOUT)
         return self._abilities
+
+    async def check_takes_writes(self) -> None:
+        """Before something is changed that the remote will hear of later. Raises ReadOnlyRemote."""
+        if not (await self.abilities()).read_only:
+            return
+        self._abilities = await self.call(m.Connect(), m.Abilities)  # perhaps it no longer is
+        if self._abilities.read_only:
+            raise m.ReadOnlyRemote(f"{self.name} is read-only on the remote")
 
     @property
     def dates_directories(self) -> bool:
         """Taken to be so as long as the remote was not asked."""
         return self._abilities is None or self._abilities.dates_directories
+
+    async def try_now(self) -> None:
+        """Somebody waits for the site: a connection is tried now, whenever the last attempt was.
+        Raises RemoteError."""
+        await self.call(m.Connect(now=True), m.Abilities, timeout=LOGIN_TIMEOUT)
 
     async def stat(self, path: bytes) -> m.Entry:
         asked = self.link.now()

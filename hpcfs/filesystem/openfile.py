@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hpcfs.cache.readahead import Readahead
 from hpcfs.filesystem.content import Content
 from hpcfs.filesystem.errors import BadHandle, Stale
 from hpcfs.filesystem.tree import Node
+
+
+class Opened(NamedTuple):
+    """What open(2) tells the kernel: whether it may keep the pages and the attributes that it has.
+
+    It believes attributes for a second whatever open(2) found out, so it would cut what is read at
+    the old size."""
+
+    handle: int
+    keep_pages: bool
+    keep_attributes: bool
 
 
 @dataclass(eq=False)
@@ -33,6 +45,10 @@ class OpenFile:
     @property
     def is_writable(self) -> bool:
         return self.flags & os.O_ACCMODE != os.O_RDONLY
+
+    @property
+    def appends(self) -> bool:
+        return bool(self.flags & os.O_APPEND)
 
     def check_writable(self) -> None:
         if not self.is_writable:

@@ -83,16 +83,19 @@ class Pending:
             "",
         )
 
-    async def sync(self, namespace: str | None, path: bytes, tell: Tell) -> None:
+    async def sync(
+        self, namespace: str | None, path: bytes, tell: Tell, patience: float = 0.0
+    ) -> None:
         """Return when the remote has all of it. `path` is a file or a directory; None and b"" are
-        all. Raises RemoteError, the first; the others go on."""
+        all. Raises RemoteError, the first, where it was refused or out of reach for `patience`
+        seconds; the others go on."""
         wanted = [
             content
             for content in self._files.dirty()
             if namespace is None
             or (content.namespace.name == namespace and is_below(content.place.path, path))
         ]
-        await self._files.backlog.wait_for(wanted, tell)
+        await self._files.backlog.wait_for(wanted, tell, patience)
 
     async def retry(self, ids: Sequence[str]) -> None:
         """They are tried again now. Raises RemoteError for what is kept and can't be shown."""

@@ -10,7 +10,9 @@ import os
 import stat
 
 from hpcfs.filesystem.errors import NotPermitted
+from hpcfs.filesystem.namespace import Namespace
 from hpcfs.filesystem.tree import Node
+from hpcfs.transfer import messages as m
 
 _FMODE_EXEC = 0x20  # linux/fs.h: opened to be executed, which needs no permission to read
 _BITS = {os.R_OK: stat.S_IRUSR, os.W_OK: stat.S_IWUSR, os.X_OK: stat.S_IXUSR}
@@ -34,6 +36,8 @@ class Permissions:
         if mask & os.X_OK and node.is_regular and not node.entry.mode & 0o111:
             raise NotPermitted("it is not executable")
         await self._check_own(node, mask)
+        if mask & os.W_OK and node.is_regular and node.namespace:
+            await self._check_writable(node, node.namespace)
 
     async def check_open(self, node: Node, flags: int) -> None:
         """open(2), and with O_WRONLY truncate(2), of a regular file."""
@@ -43,6 +47,17 @@ class Permissions:
         if flags & os.O_ACCMODE != os.O_WRONLY and not flags & _FMODE_EXEC:
             mask |= os.R_OK
         await self._check_own(node, mask)
+        if mask & os.W_OK and node.namespace:
+            await self._check_writable(node, node.namespace)
+
+    async def _check_writable(self, node: Node, namespace: Namespace) -> None:
+        """Asks the remote about files of others: close(2) would be late to say it."""
+        await namespace.check_takes_writes()
+        abilities = await namespace.abilities()
+        if node.entry.uid == self.uid or abilities.privileged or not abilities.checks_permissions:
+            return
+        if node.is_attached and not (node.content and node.content.is_dirty()):
+            await namespace.do(m.CheckWritable(node.path))
 
     async def _check_own(self, node: Node, mask: int) -> None:
         if self._lacks(node, mask) and not (

@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 FETCH_TIMEOUT = 90.0
 """Seconds without progress. Ranges share a link that may be slow; a dead link is noticed earlier,
 by the connection's keepalive."""
+WHOLE_AT_OPEN_BYTES = 1024 * 1024
+"""A file of this size at most comes with its open(2) where the remote can't hold it open: who
+replaces it then does not cut it short for who reads it."""
 FETCH_ALL_BYTES = 32 * 1024 * 1024
 """At once, of a file that is needed whole."""
 VOUCH_SECONDS = 10.0
@@ -250,11 +253,8 @@ class RemoteContent(ABC):
         """
         if not self.abilities.handles or self.orphan:
             return None
-        if not self.held:
-            try:
-                await self._fetch_once(0, 0)
-            except (m.Changed, m.NotFound):
-                return await self._adopt_unread()
+        if not self.held and (found := await self.hold()) is not self.place.entry:
+            return found
         wanted, version = m.StatOpen(self.handle), self.version
         entry: m.Entry | None = await self.namespace.call(wanted, m.Entry | None)  # type: ignore[arg-type]
         if entry is None:
@@ -266,22 +266,70 @@ class RemoteContent(ABC):
         return entry
 
     async def _follows(self) -> bool:
-        """Whether to fetch again after the remote said that the version changed."""
-        if self.is_dirty():
+        """Whether to fetch again after the remote said that the version changed. Another file than
+        the one that is held may be longer, and the kernel would cut it at the size it knows."""
+        if self.is_dirty() or not self.held:
             return False
         entry = await self.revalidate()
         return entry is not None and entry.version == self.version
 
-    async def _adopt_unread(self) -> m.Entry | None:
-        """The file changed between open(2) and its first byte: as nothing of the open version was
-        served yet, the remote's current one takes its place. A log that never rests needs this."""
+    @property
+    def lacks_bytes(self) -> bool:
+        """Whether something of the remote's content is not in the cache."""
+        return any(map(self._is_needed, self._blocks(0, self.base_size)))
+
+    def can_hold(self, *, read_only: bool) -> bool:
+        """Whether the file can be kept readable from open(2) on, whatever has its name then. Who
+        may write does not wait for bytes that it will perhaps replace."""
+        if self.is_dirty() or self.orphan or self.replaced or self.held or not self.lacks_bytes:
+            return False
+        return self.abilities.handles or (read_only and self.base_size <= WHOLE_AT_OPEN_BYTES)
+
+    async def hold(self) -> m.Entry | None:
+        """Have the remote hold the file open, or where it can't, bring all of it here. The entry
+        of what is held: `place.entry`, or another that took its place, as nothing of this version
+        was served yet (a log that never rests needs this). None where nothing can be held."""
+        version, entry = self.version, self.place.entry
+        try:
+            if self.abilities.handles:
+                await self._fetch_once(0, 0)
+            else:
+                await self.fetch_all()
+        except m.NotFound:
+            return None
+        except m.Changed:
+            return await self._adopt_unread(version) if self.abilities.handles else None
+        return entry if self.version == version else None
+
+    async def follow_name(self) -> bool:
+        """Whether it goes on as what has the name now, of which this was nothing but a look."""
+        if self.held:
+            self.held = False
+            await self.let_go()
         version = self.version
+        if self.abilities.handles:
+            return await self.hold() is not None
         try:
             entry = await self.namespace.stat(self.place.path)
         except m.NotFound:
-            return None
-        taken = self.served or self.is_dirty() or self.orphan or self.version != version
-        if taken or not stat.S_ISREG(entry.mode):
+            return False
+        if self._is_taken(version) or not stat.S_ISREG(entry.mode):
+            return False
+        self._adopt(entry)
+        return True
+
+    def _is_taken(self, version: bytes) -> bool:
+        """Whether what is here is more than a look at this version."""
+        return self.served or self.is_dirty() or self.orphan or self.version != version
+
+    async def _adopt_unread(self, version: bytes) -> m.Entry | None:
+        """What is there now may be open on the remote under our handle."""
+        self.held = True
+        wanted = m.StatOpen(self.handle)
+        entry: m.Entry | None = await self.namespace.call(wanted, m.Entry | None)  # type: ignore[arg-type]
+        if entry is None or self._is_taken(version) or not stat.S_ISREG(entry.mode):
+            self.held = False
+            await self.let_go()
             return None
         self._adopt(entry)
         return entry

@@ -252,6 +252,7 @@ class Sweeper:
             return
         if hold.current:
             node.observed = max(node.observed, hold.asked)
+            node.named = max(node.named, hold.asked)
         else:
             self._tree.expire(node)
 

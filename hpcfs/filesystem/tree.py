@@ -39,7 +39,8 @@ class Node:
     """`entry` is what the mount shows; for a file being written it is ahead of the remote.
 
     `observed` is when the remote was asked for it (or when it changed here), in the clock's
-    seconds: an answer to an older question must not overwrite it.
+    seconds: an answer to an older question must not overwrite it. `named` is when it was asked for
+    the name: an open file may be asked for by itself, and another one have its name.
     """
 
     __slots__ = (
@@ -48,8 +49,10 @@ class Node:
         "content",
         "entry",
         "ino",
+        "kernel_is_behind",
         "lookups",
         "name",
+        "named",
         "namespace",
         "observed",
         "others",
@@ -67,7 +70,10 @@ class Node:
         self.namespace = namespace
         self.entry = entry
         self.observed = 0.0
+        self.named = 0.0
         self.lookups = 0
+        self.kernel_is_behind = False
+        """The remote's answer is newer than the attributes that the kernel was given."""
         self.changed_ns = 0
         """When attributes or names were last changed here (ctime), 0 if they were not."""
         self.others: list[tuple[Node, bytes]] = []
@@ -171,6 +177,10 @@ class Tree:
     def is_fresh(self, node: Node, seconds: float = ATTRIBUTE_SECONDS) -> bool:
         return self.now() - node.observed < seconds
 
+    def is_named(self, node: Node, seconds: float = ATTRIBUTE_SECONDS) -> bool:
+        """Whether its name was that file's so many seconds ago."""
+        return self.now() - node.named < seconds
+
     def add(
         self,
         parent: Node,
@@ -182,7 +192,7 @@ class Tree:
         """A node for a name that has none. `asked` is `now()` before the remote was asked."""
         ino = self._new_ino(parent, name, namespace)
         node = Node(ino, parent, name, namespace or parent.namespace, entry)
-        node.observed = asked
+        node.observed = node.named = asked
         self._give_name(node, parent, name)
         self._nodes[node.ino] = node
         return node
@@ -205,20 +215,32 @@ class Tree:
         return self._prefix[1]
 
     def update(self, node: Node, entry: Entry, asked: float) -> None:
-        """What the remote said when asked at `asked`, unless something newer is known. It was asked
-        for the name that the node goes by: another version may be another file than the other
-        names'."""
+        """What the remote said when asked at `asked` for the name that the node goes by, unless
+        something newer is known. Another version may be another file than the other names'."""
+        node.named = max(node.named, asked)
+        self.update_open(node, entry, asked)
+
+    def update_open(self, node: Node, entry: Entry, asked: float) -> None:
+        """The same of the file that is open on the remote, whatever has its name now."""
         if asked >= node.observed:
             if node.others and entry.version != node.entry.version:
                 for other in list(node.others):
                     self.note_gone(*other)
+            self.note_news(node, entry)
             node.entry = entry
             node.observed = asked
+
+    def note_news(self, node: Node, entry: Entry) -> None:
+        """The remote has this of the node. What the kernel does by itself it knows: its own writes
+        and truncations."""
+        known = node.entry
+        if (entry.size, entry.mtime_ns) != (known.size, known.mtime_ns):
+            node.kernel_is_behind = True
 
     def set_local(self, node: Node, entry: Entry) -> None:
         """The entry as it is now through what was done here."""
         node.entry = entry
-        node.observed = self.now()
+        node.observed = node.named = self.now()
         self.note_attributes(node)
 
     def touch(self, directory: Node) -> None:
@@ -229,7 +251,7 @@ class Tree:
 
     def expire(self, node: Node) -> None:
         """Ask the remote before believing the attributes again; answers under way don't count."""
-        node.observed = self.now() - ATTRIBUTE_SECONDS
+        node.observed = node.named = self.now() - ATTRIBUTE_SECONDS
         self.note_attributes(node)
 
     def note_attributes(self, node: Node) -> None:

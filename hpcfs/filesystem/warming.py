@@ -36,7 +36,7 @@ async def _warm(fs: Filesystem, store: Store, path: bytes, tell: Tell) -> int:
     nodes: list[Node] = []
     try:
         node = await _walk(fs, path, nodes)
-        handle, _ = await fs.files.open(node, os.O_RDONLY)
+        handle = (await fs.files.open(node, os.O_RDONLY)).handle
         try:
             return await _read(fs, store, handle, tell)
         finally:

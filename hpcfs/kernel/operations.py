@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import pyfuse3
 
 from hpcfs.filesystem.errors import Invalid, NoEntry
+from hpcfs.filesystem.files import OPEN_FRESH_SECONDS
 from hpcfs.filesystem.filesystem import Filesystem
 from hpcfs.filesystem.tree import ATTRIBUTE_SECONDS, Node
 from hpcfs.kernel.errno import errno_of
@@ -94,6 +95,23 @@ def _attributes(node: Node, ino: int | None = None) -> pyfuse3.EntryAttributes:
     return shown
 
 
+def _told(node: Node) -> pyfuse3.EntryAttributes:
+    """The attributes, about to be given to the kernel."""
+    node.kernel_is_behind = False
+    return _attributes(node)
+
+
+def _drop_attributes(node: Node) -> None:
+    """The kernel asks for them before it uses them again. Without pages this waits for nothing, so
+    a handler may call it."""
+    try:
+        pyfuse3.invalidate_inode(node.ino, attr_only=True)
+    except OSError as error:
+        if error.errno != errno.ENOENT:  # the kernel has just forgotten it
+            raise
+    node.kernel_is_behind = False
+
+
 class KernelOperations(pyfuse3.Operations):
     """pyfuse3 calls these. Names and targets are bytes."""
 
@@ -109,16 +127,16 @@ class KernelOperations(pyfuse3.Operations):
     @_answering
     async def lookup(self, parent: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
         try:
-            return self._counted(await self._fs.lookup(parent, name))
+            return self._counted(await self._fs.lookup(parent, name, ctx.pid))
         except NoEntry:
             missing = pyfuse3.EntryAttributes()
             missing.st_ino = 0  # lets the kernel remember for a while that there is no such name
-            missing.entry_timeout = ATTRIBUTE_SECONDS
+            missing.entry_timeout = OPEN_FRESH_SECONDS
             return missing
 
     def _counted(self, node: Node) -> pyfuse3.EntryAttributes:
         self._fs.tree.count_lookup(node)
-        return _attributes(node)
+        return _told(node)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for ino, lookups in inode_list:
@@ -126,7 +144,7 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def getattr(self, inode: int, ctx: Any) -> pyfuse3.EntryAttributes:
-        return _attributes(await self._fs.getattr(inode))
+        return _told(await self._fs.getattr(inode))
 
     @_answering
     async def setattr(
@@ -140,7 +158,7 @@ class KernelOperations(pyfuse3.Operations):
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
         size = attr.st_size if fields.update_size else None
-        return _attributes(await self._fs.setattr(inode, wanted, size, fh))
+        return _told(await self._fs.setattr(inode, wanted, size, fh))
 
     @_answering
     async def readlink(self, inode: int, ctx: Any) -> bytes:
@@ -196,7 +214,7 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def mkdir(self, parent: int, name: bytes, mode: int, ctx: Any) -> Any:
-        return self._counted(await self._fs.mkdir(parent, name, mode & ~ctx.umask))
+        return self._counted(await self._fs.mkdir(parent, name, mode & ~ctx.umask, ctx.pid))
 
     @_answering
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Any) -> Any:
@@ -204,7 +222,7 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def symlink(self, parent: int, name: bytes, target: bytes, ctx: Any) -> Any:
-        return self._counted(await self._fs.symlink(parent, name, target))
+        return self._counted(await self._fs.symlink(parent, name, target, ctx.pid))
 
     @_answering
     async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: Any) -> Any:
@@ -231,19 +249,27 @@ class KernelOperations(pyfuse3.Operations):
         if flags & ~_RENAME_NOREPLACE:
             raise Invalid("two names can't be exchanged")
         replace = not flags & _RENAME_NOREPLACE
-        await self._fs.rename(parent_old, name_old, parent_new, name_new, replace=replace)
+        await self._fs.rename(
+            parent_old, name_old, parent_new, name_new, replace=replace, process=ctx.pid
+        )
 
     # --- files ----------------------------------------------------------------------------------
 
     @_answering
     async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
-        handle, keep = await self._fs.files.open(self._fs.tree.get(inode), flags)
-        direct = self._fs.files.get(handle).is_unsized
-        return pyfuse3.FileInfo(fh=handle, keep_cache=keep, direct_io=direct)
+        node = self._fs.tree.get(inode)
+        opened = await self._fs.files.open(node, flags)
+        if not opened.keep_attributes:
+            _drop_attributes(node)
+        return pyfuse3.FileInfo(
+            fh=opened.handle,
+            keep_cache=opened.keep_pages,
+            direct_io=self._fs.files.get(opened.handle).is_unsized,
+        )
 
     @_answering
     async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
-        handle, node = await self._fs.create(parent, name, mode & ~ctx.umask, flags)
+        handle, node = await self._fs.create(parent, name, mode & ~ctx.umask, flags, ctx.pid)
         return pyfuse3.FileInfo(fh=handle), self._counted(node)
 
     @_answering
@@ -280,6 +306,7 @@ class KernelOperations(pyfuse3.Operations):
         for following, name, node, counts in await self._fs.directories.read(fh, start_id):
             sent = pyfuse3.readdir_reply(token, name, _attributes(node), following)
             if sent and counts:
+                node.kernel_is_behind = False
                 self._fs.tree.count_lookup(node)
             elif not sent:
                 self._fs.tree.drop_if_unused(node)

@@ -10,9 +10,18 @@ directory, in which only the administrator makes files, the second. (`-I` would 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 SAFE_DIRECTORY = "/"
 """To be the current directory of each Python that is started."""
+
+
+def given_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a program of the user's: with PYTHONPATH as it was before `hpcfs`, the
+    shell script, cleaned it."""
+    theirs = dict(environ)
+    given = theirs.pop("HPCFS_PYTHONPATH", None)
+    return theirs if given is None else {**theirs, "PYTHONPATH": given}
 
 
 def command(module: str, *arguments: str) -> list[str]:

@@ -1,13 +1,39 @@
-"""The log file of a process that serves: a mount's daemon, a tunnel."""
+"""The log file of a process that serves: a mount's daemon, a tunnel.
+
+What is logged may come from a server. It gets one line, and no control character reaches the file,
+nor the terminal of who reads it: no escape sequence, no line that looks like another message.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 MAX_LOG_BYTES = 10 * 1024 * 1024
 """A larger one is put aside when the next process begins."""
+
+
+FORMAT = "%(asctime)s {who}[%(process)d] %(levelname)s %(message)s"
+
+
+def escaped(text: str) -> str:
+    """One line of printable characters; what is none is written as in Python's source."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+class Formatter(logging.Formatter):
+    """`who` is the kind of process."""
+
+    def __init__(self, who: str) -> None:
+        super().__init__(FORMAT.format(who=who))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return escaped(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        return "\n".join(map(escaped, super().formatException(ei).split("\n")))
 
 
 def set_up(file: Path, level: str, who: str, *, to_stderr: bool) -> None:
@@ -18,9 +44,6 @@ def set_up(file: Path, level: str, who: str, *, to_stderr: bool) -> None:
     handlers: list[logging.Handler] = [logging.FileHandler(file)]
     if to_stderr:
         handlers.append(logging.StreamHandler())
-    logging.basicConfig(
-        level=level,
-        handlers=handlers,
-        format=f"%(asctime)s {who}[%(process)d] %(levelname)s %(message)s",
-        force=True,
-    )
+    for handler in handlers:
+        handler.setFormatter(Formatter(who))
+    logging.basicConfig(level=level, handlers=handlers, force=True)

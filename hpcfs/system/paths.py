@@ -1,8 +1,8 @@
 """Where hpcfs keeps its files: the XDG base directories, and what belongs to one mount.
 
 Everything is made for the user alone (0700). A directory in /tmp, whose name anybody can guess,
-is used only if it is ours and no symbolic link. Two mounts share no file: each one's names carry
-its `mount_id`.
+is used only if it is ours and no symbolic link; else the next place is. Two mounts share no file:
+each one's names carry its `mount_id`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hpcfs.errors import SetupError
+from hpcfs.system import ownership
 
+SHARED_TMP = Path("/tmp")  # noqa: S108 - what others made there is not used
+RUN_USER = Path("/run/user")
+"""logind's, for shells that were not told of it: cron's, sudo's, a job's."""
 MAX_SOCKET_PATH_BYTES = 107
 """sun_path has 108 bytes, the last one NUL (unix(7))."""
 
@@ -39,20 +43,40 @@ def home(environ: Mapping[str, str] = os.environ) -> Path:
 
 def shared_tmp_dir() -> Path:
     """The place in /tmp for users without a runtime directory or a usable home."""
-    return Path(f"/tmp/hpcfs-{os.getuid()}")  # noqa: S108 - make_private refuses a foreign one
+    return SHARED_TMP / f"hpcfs-{os.getuid()}"
 
 
 def runtime_dirs(environ: Mapping[str, str] = os.environ) -> list[Path]:
-    """Where sockets may be, the preferred place first.
+    """Where sockets may be, the preferred place first; none that somebody else has taken.
 
-    Both are searched, since the shell that asks need not be the one that mounted: cron and sudo
-    give no XDG_RUNTIME_DIR, or another user's.
+    All are searched, since the shell that asks need not be the one that mounted: cron and sudo give
+    no XDG_RUNTIME_DIR, or another user's. The last one, in the home directory, is for machines on
+    which somebody made the one in /tmp; homes are shared, so it carries the machine's name.
     """
-    places = [shared_tmp_dir()]
-    given = Path(environ.get("XDG_RUNTIME_DIR") or "")
-    if given.is_absolute() and given.is_dir() and given.stat().st_uid == os.getuid():
-        places.insert(0, given / "hpcfs")
-    return places
+    bases = [Path(environ.get("XDG_RUNTIME_DIR") or ""), RUN_USER / str(os.getuid())]
+    places = [base / "hpcfs" for base in bases if _is_runtime_base(base)]
+    machine = os.uname().nodename.partition(".")[0]
+    places += [shared_tmp_dir(), home(environ) / ".hpcfs" / f"run-{machine}"]
+    return [place for place in dict.fromkeys(places) if _is_free_or_ours(place)]
+
+
+def _is_runtime_base(place: Path) -> bool:
+    try:
+        found = place.stat()
+    except OSError:
+        return False
+    is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    return place.is_absolute() and is_ours and not found.st_mode & 0o022
+
+
+def _is_free_or_ours(place: Path) -> bool:
+    try:
+        found = place.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 def mount_id(mountpoint: Path) -> str:
@@ -63,20 +87,26 @@ def mount_id(mountpoint: Path) -> str:
 
 def socket_path(mountpoint: Path, environ: Mapping[str, str] = os.environ) -> Path:
     """Where a new daemon listens."""
-    return _socket_paths(mountpoint, environ)[0]
+    return socket_paths(mount_id(mountpoint), environ)[0]
 
 
 def find_socket(mountpoint: Path, environ: Mapping[str, str] = os.environ) -> Path:
     """Where the daemon of this mount listens, or would."""
-    places = _socket_paths(mountpoint, environ)
-    return next((path for path in places if path.is_socket()), places[0])
+    places = socket_paths(mount_id(mountpoint), environ)
+    return next((path for path in places if ownership.is_socket(path)), places[0])
 
 
-def _socket_paths(mountpoint: Path, environ: Mapping[str, str]) -> list[Path]:
-    """The preferred one first; the one in /tmp is never too long."""
-    name = f"{mount_id(mountpoint)}.sock"
-    places = [place / name for place in runtime_dirs(environ)]
-    return [path for path in places if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES]
+def socket_paths(name: str, environ: Mapping[str, str] = os.environ) -> list[Path]:
+    """Where a socket of this name may be, the preferred place first. Raises SetupError where there
+    is none."""
+    places = [place / f"{name}.sock" for place in runtime_dirs(environ)]
+    short = [path for path in places if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES]
+    if not short:
+        raise SetupError(
+            f"there is no place for a socket: {shared_tmp_dir()} is not yours, and other places "
+            "have names that are too long: set XDG_RUNTIME_DIR to a directory of your own"
+        )
+    return short
 
 
 def log_file(mountpoint: Path, environ: Mapping[str, str] = os.environ) -> Path:
@@ -98,7 +128,7 @@ def make_private(directory: Path) -> Path:
     Raises SetupError when it is a symbolic link, someone else's, or can't be made.
     """
     try:
-        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        ownership.make_directories(directory.parent)
         directory.mkdir(mode=0o700, exist_ok=True)
         found = directory.lstat()
     except FileExistsError:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -66,6 +68,13 @@ def _run_delay() -> float:
         os.close(fd)
 
 
+Borrow = Callable[[str], int]
+
+
+def lend_nothing(name: str) -> int:
+    raise m.CacheFileGone("there are no cache files in memory")
+
+
 @dataclass(frozen=True)
 class Stored:
     checksums: list[int]
@@ -95,7 +104,14 @@ class CacheDisk:
     SLOW_SECONDS = 0.02
     PAUSE_SECONDS = 10.0
 
-    def __init__(self, now: Clock = time.monotonic, waited: Clock = waiting_clock) -> None:
+    def __init__(
+        self,
+        now: Clock = time.monotonic,
+        waited: Clock = waiting_clock,
+        borrow: Borrow = lend_nothing,
+    ) -> None:
+        """`borrow` gives a descriptor for the name of a file in memory."""
+        self._borrow = borrow
         self._now = now
         self._waited = waited
         self._slow_until = 0.0
@@ -112,7 +128,7 @@ class CacheDisk:
         length = sum(map(len, pieces))
         clock = self._waited if length > self.SMALL_BYTES else self._now
         began = clock()
-        fd, in_memory = _open(path)
+        fd, in_memory = _open(path, self._borrow)
         try:
             _write(fd, offset, pieces)
             written = clock()
@@ -134,18 +150,43 @@ class CacheDisk:
             os.posix_fadvise(fd, offset - self.DISTANCE, length, os.POSIX_FADV_DONTNEED)
 
 
-def _open(path: str) -> tuple[int, bool]:
+def _open(path: str, borrow: Borrow) -> tuple[int, bool]:
     """-> (descriptor, whether it is a file in memory), see messages.Fetch."""
-    link, _, name = path.rpartition("/")
-    in_memory = path.startswith("/proc/")
+    if path.startswith(m.IN_MEMORY):
+        return borrow(path.removeprefix(m.IN_MEMORY)), True
     try:
-        fd = os.open(link if in_memory else path, os.O_WRONLY | os.O_CLOEXEC)
-    except (FileNotFoundError, PermissionError) as error:  # /proc of a process that hides itself
+        return os.open(path, os.O_WRONLY | os.O_CLOEXEC), False
+    except FileNotFoundError as error:
         raise m.CacheFileGone(f"the cache file can't be opened: {error.strerror}") from None
-    if in_memory and os.readlink(f"/proc/self/fd/{fd}") != f"/memfd:{name} (deleted)":
-        os.close(fd)
-        raise m.CacheFileGone("the cache file in memory is another one by now")
-    return fd, in_memory
+
+
+class Borrower:
+    """Asks the daemon for its files in memory, over a socket of their own: /proc/PID/fd is closed
+    to us, as the daemon dumps no memory (system/dumps.py). Called in threads, too."""
+
+    SECONDS = 5.0
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._lock = threading.Lock()
+        sock.settimeout(self.SECONDS)
+
+    def borrow(self, name: str) -> int:
+        """A descriptor, to be closed by the caller. Raises CacheFileGone."""
+        try:
+            with self._lock:
+                self._socket.send(name.encode())
+                while True:
+                    answer, lent, _, _ = socket.recv_fds(self._socket, len(name) + 1, 1)
+                    if not answer or answer == name.encode():
+                        break
+                    for fd in lent:  # for a question that was given up
+                        os.close(fd)
+        except OSError as error:
+            raise m.CacheFileGone(f"the daemon lends no file: {error}") from None
+        if not lent:
+            raise m.CacheFileGone("the cache file in memory is another one by now")
+        return lent[0]
 
 
 def _write(fd: int, offset: int, pieces: Sequence[bytes | bytearray]) -> None:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 import math
 import socket
+import struct
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -26,37 +28,56 @@ log = logging.getLogger(__name__)
 _END_SECONDS = 3.0
 """How long a process may take to end by itself once its socket is closed."""
 _RECEIVE_BYTES = 256 * 1024
+MAX_NAME_BYTES = 256
+_INT = struct.Struct("i")
 _GONE = "the transfer process of this site ended; try again"
+
+
+Lend = Callable[[str], int | None]
+
+
+def lend_nothing(name: str) -> int | None:
+    return None
 
 
 class Child:
     """Made by `Child.start`; lives as long as `run`."""
 
-    def __init__(self, process: trio.Process, ours: socket.socket) -> None:
+    def __init__(
+        self,
+        process: trio.Process,
+        ours: socket.socket,
+        files: socket.socket,
+        lend: Lend = lend_nothing,
+    ) -> None:
         self.pid = process.pid
         self.ended = False
         self._process = process
         self._socket = ours
+        self._files = trio.socket.from_stdlib_socket(files)
+        self._lend = lend
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
         self._waiting = 0
         """Frames in the outbox, and perhaps a part of one on its way."""
         self._outbox, self._frames = trio.open_memory_channel[bytes](math.inf)
 
     @classmethod
-    async def start(cls, start: m.Start, log_file: Path) -> Child:
-        """Its output goes to the log file."""
+    async def start(cls, start: m.Start, log_file: Path, lend: Lend = lend_nothing) -> Child:
+        """Its output goes to the log file. `lend` tells the descriptor of a file in memory."""
         ours, theirs = socket.socketpair()
-        with theirs, log_file.open("ab") as log_stream:
+        files, their_files = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, their_files, log_file.open("ab") as log_stream:
+            passed = (theirs.fileno(), their_files.fileno())
             process = await trio.lowlevel.open_process(
-                interpreter.command("hpcfs.transfer.process", str(theirs.fileno())),
+                interpreter.command("hpcfs.transfer.process", *map(str, passed)),
                 cwd=interpreter.SAFE_DIRECTORY,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=passed,
                 stdin=subprocess.DEVNULL,
                 stdout=log_stream,
                 stderr=log_stream,
                 start_new_session=True,  # Ctrl-C on the terminal is the daemon's to handle
             )
-        child = cls(process, ours)
+        child = cls(process, ours, files, lend)
         child.send(start)
         return child
 
@@ -89,6 +110,7 @@ class Child:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._write)
+                nursery.start_soon(self._lend_files)
                 await self._read(dispatch)
                 nursery.cancel_scope.cancel()
         finally:
@@ -98,6 +120,7 @@ class Child:
         log.warning("the transfer process %d ended (%s)", self.pid, self._process.returncode)
 
     async def _reap(self) -> None:
+        self._files.close()
         await trio.aclose_forcefully(self._stream)
         with trio.move_on_after(_END_SECONDS):
             await self._process.wait()
@@ -112,6 +135,15 @@ class Child:
                 self._waiting -= 1
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             log.debug("the transfer process %d reads no more", self.pid)
+
+    async def _lend_files(self) -> None:
+        """Each question is the name of a file in memory, each answer that name, and the file's
+        descriptor if there is one."""
+        with suppress(OSError):
+            while name := await self._files.recv(MAX_NAME_BYTES):
+                fd = self._lend(name.decode(errors="replace"))
+                lent = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _INT.pack(fd))]
+                await self._files.sendmsg([name], lent)
 
     async def _read(self, dispatch: Callable[[m.FromTransfer], None]) -> None:
         decoder = msgspec.msgpack.Decoder(m.FromTransfer)

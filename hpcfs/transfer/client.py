@@ -18,7 +18,7 @@ import msgspec
 import trio
 
 from hpcfs.transfer import messages as m
-from hpcfs.transfer.child import Child, gone
+from hpcfs.transfer.child import Child, Lend, gone, lend_nothing
 
 T = TypeVar("T")
 
@@ -57,9 +57,16 @@ class _Pending:
 
 
 class SiteClient:
-    """Calls run concurrently. `log_file` receives what the process logs."""
+    """Calls run concurrently. `log_file` receives what the process logs; `lend` tells the
+    descriptor of a file in memory that a Fetch names."""
 
-    def __init__(self, start: m.Start, log_file: Path, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        start: m.Start,
+        log_file: Path,
+        nursery: trio.Nursery,
+        lend: Lend = lend_nothing,
+    ) -> None:
         self.ask: Ask | None = None
         """Who answers the site's questions; None when the terminal is gone."""
         self._state: State = "idle"
@@ -68,6 +75,7 @@ class SiteClient:
         self._namespace_reasons: dict[str, str] = {}
         self._start_message = start
         self._log_file = log_file
+        self._lend = lend
         self._nursery = nursery
         self._child: Child | None = None
         self._starting = trio.Lock()
@@ -208,7 +216,7 @@ class SiteClient:
                 raise m.NotConnected(gone().message)
             self._last_start = trio.current_time()
             self._state = "connecting"
-            self._child = await Child.start(self._start_message, self._log_file)
+            self._child = await Child.start(self._start_message, self._log_file, self._lend)
             self._nursery.start_soon(self._supervise, self._child)
             return self._child
 

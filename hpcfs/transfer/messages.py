@@ -52,6 +52,8 @@ from hpcfs.transfer.errors import (
 from hpcfs.transfer.measures import (
     Abilities as Abilities,
     DiskUsage as DiskUsage,
+    Fetched as Fetched,
+    Progress as Progress,
     Traffic as Traffic,
 )
 from hpcfs.transfer.xattrs import (
@@ -107,23 +109,6 @@ class Attributes(msgspec.Struct, frozen=True):
 
     def __bool__(self) -> bool:
         return any(getattr(self, field) is not None for field in self.__struct_fields__)
-
-
-class Fetched(msgspec.Struct, frozen=True):
-    """`checksums` has one xxh3_64 for each block of the range, in order (see cache/store.py)."""
-
-    length: int
-    checksums: list[int]
-    fetch_seconds: float = 0.0
-    """Until the remote had sent it all,"""
-    store_seconds: float = 0.0
-    """and what writing it to the cache file took."""
-
-
-class Progress(msgspec.Struct, frozen=True):
-    """Bytes of an upload or a fetch that are done; each one also renews the request's deadline."""
-
-    done: int
 
 
 # --- what a transfer process is told when it starts -----------------------------------------------
@@ -211,7 +196,10 @@ class Start(msgspec.Struct, frozen=True):
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True):
-    """Connect if need be and look at the root -> Abilities."""
+    """Connect if need be and look at the root -> Abilities. With `now`, the pause after an attempt
+    that failed is over: somebody waits."""
+
+    now: bool = False
 
 
 class Stat(msgspec.Struct, frozen=True, tag=True):
@@ -245,6 +233,9 @@ PART_COPY_BYTES = 16 * 1024 * 1024
 """Smaller objects are sent whole: that takes less time than the requests that would spare it."""
 
 
+IN_MEMORY = "memory:"
+
+
 class Fetch(msgspec.Struct, frozen=True, tag=True):
     """Bring a range of one version into a cache file, at the same offset -> Fetched.
 
@@ -254,7 +245,8 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
     longer has that version; but with `growing`, the reader follows a file that others append to,
     and a file that has grown since is still that version as far as its old size. An `urgent` fetch,
     for which a program waits, goes before those that only run ahead. `cache_file` is a path, or
-    /proc/PID/fd/NUMBER/NAME for a file in the daemon's memory that was made with this name.
+    IN_MEMORY and the name of a file in the daemon's memory, which the daemon lends when it is asked
+    (child.py).
     """
 
     path: bytes
@@ -305,6 +297,11 @@ class Upload(msgspec.Struct, frozen=True, tag=True):
     changed. `times_set` tells that a program set the `mtime_ns` among the attributes; otherwise it
     is that of the last write, and where keeping it would cost a copy of the object, the server's
     counts.
+
+    With `append` (only where the remote has partial writes) the ranges are one, from `base_size`
+    to `size`: programs appended it. It goes where the file ends by then, without a Conflict, and
+    the entry's size tells where that was. `base_version` None then says that an earlier attempt may
+    have brought it, or a part of it.
     """
 
     path: bytes
@@ -320,6 +317,7 @@ class Upload(msgspec.Struct, frozen=True, tag=True):
     handle: int = NO_HANDLE
     whole: bool = True
     times_set: bool = True
+    append: bool = False
 
 
 class UploadAhead(msgspec.Struct, frozen=True, tag=True):
@@ -405,6 +403,12 @@ class Truncate(msgspec.Struct, frozen=True, tag=True):
     size: int
 
 
+class CheckWritable(msgspec.Struct, frozen=True, tag=True):
+    """Whether the remote user may write to this file -> None, or why not."""
+
+    path: bytes
+
+
 class GetDiskUsage(msgspec.Struct, frozen=True, tag=True):
     """-> DiskUsage | None (None: this remote knows no limit)."""
 
@@ -416,7 +420,7 @@ class GetTraffic(msgspec.Struct, frozen=True, tag=True):
 Request = (
     Connect | Stat | StatOpen | List | ReadLink | Fetch | ReadUnsized | Release | Upload
     | UploadAhead | Create | MakeDirectory | MakeSymlink | MakeLink | Rename | Remove
-    | RemoveDirectory | SetAttributes | Truncate | GetDiskUsage | GetTraffic
+    | RemoveDirectory | SetAttributes | Truncate | CheckWritable | GetDiskUsage | GetTraffic
 )  # fmt: skip
 
 

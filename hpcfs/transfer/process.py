@@ -26,9 +26,9 @@ import msgspec
 import uvloop
 
 from hpcfs.remotes.base import MAX_FILE_BYTES, Remote, ReportProgress, Site, no_report
-from hpcfs.system import signals
+from hpcfs.system import dumps, logs, signals
 from hpcfs.transfer import messages as m
-from hpcfs.transfer.cachefile import CacheDisk, CacheSource
+from hpcfs.transfer.cachefile import Borrower, CacheDisk, CacheSource
 
 log = logging.getLogger(__name__)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -81,10 +81,10 @@ class Connection:
 class Worker:
     """Runs calls against a site, each in a task of its own."""
 
-    def __init__(self, connection: Connection, site: Site) -> None:
+    def __init__(self, connection: Connection, site: Site, disk: CacheDisk) -> None:
         self._connection = connection
         self._site = site
-        self._disk = CacheDisk()
+        self._disk = disk
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -132,6 +132,8 @@ class Worker:
     async def _reply(self, call: m.Call) -> m.Reply:
         if isinstance(call.request, m.GetTraffic):
             return m.Reply(call.id, m.pack(self._site.traffic()))
+        if isinstance(call.request, m.Connect) and call.request.now:
+            self._site.try_now()
         remote = self._site.remote(call.namespace)
         match call.request:
             case m.List(path):
@@ -240,6 +242,8 @@ def perform(
             return remote.set_attributes(path, attributes)
         case m.Truncate(path, size):
             return remote.truncate(path, size)
+        case m.CheckWritable(path):
+            return remote.check_writable(path)
         case m.GetDiskUsage():
             return remote.disk_usage()
     raise m.InvalidRequest(f"an unknown request: {type(request).__name__}")
@@ -260,7 +264,8 @@ def open_site(start: m.Start, connection: Connection) -> Site:
     return S3SiteConnection(start)
 
 
-async def serve(sock: socket.socket) -> None:
+async def serve(sock: socket.socket, files: socket.socket) -> None:
+    """`files` is where the daemon lends its files in memory."""
     reader, writer = await asyncio.open_unix_connection(sock=sock, limit=4 * 1024 * 1024)
     connection = Connection(reader, writer)
     start = await connection.receive(m.Start)
@@ -270,7 +275,8 @@ async def serve(sock: socket.socket) -> None:
     site = open_site(start, connection)
     spare_the_collector()
     try:
-        await Worker(connection, site).run()
+        disk = CacheDisk(borrow=Borrower(files).borrow)
+        await Worker(connection, site, disk).run()
     finally:
         await site.close()
         writer.close()
@@ -285,9 +291,9 @@ def spare_the_collector() -> None:
 
 def set_up_logging(level: str) -> None:
     """To stderr, which the daemon made its log file."""
-    logging.basicConfig(
-        level=level, format="%(asctime)s transfer[%(process)d] %(levelname)s %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(logs.Formatter("transfer"))
+    logging.basicConfig(level=level, handlers=[handler])
     for noisy in ("asyncssh", "botocore", "aiobotocore", "urllib3", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -312,9 +318,11 @@ def keep_freed_memory() -> None:
 
 
 def main() -> None:
+    dumps.forbid()
     signals.outlive_job()  # a shutdown sends SIGTERM to all, while the daemon has yet to upload
     keep_freed_memory()
-    uvloop.run(serve(socket.socket(fileno=int(sys.argv[1]))))
+    messages, files = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
+    uvloop.run(serve(messages, files))
 
 
 if __name__ == "__main__":

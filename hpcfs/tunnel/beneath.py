@@ -22,6 +22,11 @@ from pathlib import Path
 
 MAX_LINKS = 40
 """As Linux (path_resolution(7))."""
+MAX_STEPS = 2048
+"""Names on the way, those in links included: 40 links of 4 KiB each lead through 55,000, which
+takes 0.1 s, and a request of some bytes asks for it."""
+MAX_DEPTH = 256
+"""Directories that are open meanwhile; a process may have 1024 files."""
 _PATH_ONLY = getattr(os, "O_PATH", os.O_RDONLY)
 _DIRECTORY = _PATH_ONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PROC = Path("/proc/self/fd")
@@ -113,6 +118,7 @@ class _Walk:
         self._top = top
         self._opened: list[int] = []
         self._links = 0
+        self._steps = 0
 
     def close(self) -> None:
         for descriptor in self._opened:
@@ -127,6 +133,7 @@ class _Walk:
         todo = deque(path)
         while todo:
             name = todo.popleft()
+            self._count_step()
             if name == b"..":
                 self._up()
             elif todo:
@@ -158,6 +165,11 @@ class _Walk:
                 if not stat.S_ISDIR(Entry(self._here, name).stat().st_mode):
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
             todo.extendleft(reversed(target))
+
+    def _count_step(self) -> None:
+        self._steps += 1
+        if self._steps > MAX_STEPS or len(self._opened) > MAX_DEPTH:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
     def _count_link(self) -> None:
         self._links += 1

@@ -8,7 +8,6 @@ import fcntl
 import logging
 import os
 import socket
-import struct
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -16,14 +15,13 @@ from pathlib import Path
 import msgspec
 
 from hpcfs.errors import SetupError
-from hpcfs.system import paths
+from hpcfs.system import ownership, paths
 from hpcfs.tunnel import status
 from hpcfs.tunnel.status import Reply, TunnelStatus
 
 log = logging.getLogger(__name__)
 
 REQUEST_SECONDS = 10.0
-_CREDENTIALS = struct.Struct("3i")
 
 
 class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,6 +117,4 @@ class _Answerer:
 
 
 def _peer(writer: asyncio.StreamWriter) -> int:
-    connection = writer.get_extra_info("socket")
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return int(_CREDENTIALS.unpack(credentials)[1])
+    return ownership.peer_uid(writer.get_extra_info("socket"))

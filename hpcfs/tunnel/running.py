@@ -14,7 +14,7 @@ import uvloop
 
 from hpcfs.config.tunnel import Wishes
 from hpcfs.errors import SetupError
-from hpcfs.system import logs, paths
+from hpcfs.system import dumps, logs, paths
 from hpcfs.transfer.messages import RemoteError
 from hpcfs.tunnel import control
 from hpcfs.tunnel.shares import Share
@@ -50,6 +50,7 @@ def run(
         bind=wishes.bind,
         log_file=str(log_file(wishes.name)),
     )
+    dumps.forbid()
     paths.make_private(paths.state_dir())
     logs.set_up(log_file(plan.name), wishes.log_level, "tunnel", to_stderr=to_stderr)
     logging.getLogger("asyncssh").setLevel(logging.WARNING)

@@ -33,7 +33,9 @@ MAX_OPEN_FILES = 1000
 are connections."""
 MAX_PATH_BYTES = 4096
 """PATH_MAX of Linux: a packet holds a path with a million components, each to be opened."""
-LISTED_AT_ONCE = 500
+LISTED_AT_ONCE = 128
+"""As many as an answer has (asyncssh). All of a large directory's are never held: a mount may list
+it hundreds of times at once."""
 LISTING_DESCRIPTORS = 2
 """os.scandir has one of its own."""
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
@@ -278,8 +280,10 @@ class ShareServer(asyncssh.SFTPServer):
                 self._shares.folders[share.name].directory(parts) as descriptor,
                 os.scandir(descriptor) as entries,
             ):
-                while page := await asyncio.to_thread(_page, entries):
-                    for name in await asyncio.to_thread(_looked_at, descriptor, page):
+                over = False
+                while not over:
+                    page, over = await asyncio.to_thread(_page, descriptor, entries)
+                    for name in page:
                         yield name
         finally:
             self._shares.give_descriptors_back(LISTING_DESCRIPTORS)
@@ -446,17 +450,12 @@ def _seconds(nanoseconds: int) -> int:
     return min(max(nanoseconds // 1_000_000_000, 0), 2**32 - 1)
 
 
-def _page(entries: Iterator[os.DirEntry[str]]) -> list[str]:
-    """The next names. All of a large directory's are never held: a mount may list it a thousand
-    times at once."""
-    return [entry.name for entry in itertools.islice(entries, LISTED_AT_ONCE)]
-
-
-def _looked_at(descriptor: int, names: Sequence[str]) -> list[SFTPName]:
-    """Those that are still there."""
+def _page(descriptor: int, entries: Iterator[os.DirEntry[str]]) -> tuple[list[SFTPName], bool]:
+    """The next names, of those that are still there, and whether they were the last."""
+    names = [entry.name for entry in itertools.islice(entries, LISTED_AT_ONCE)]
     found = []
     for name in names:
         with suppress(FileNotFoundError):
             attrs = _attrs(os.stat(name, dir_fd=descriptor, follow_symlinks=False))
             found.append(SFTPName(os.fsencode(name), b"", attrs))
-    return found
+    return found, len(names) < LISTED_AT_ONCE

@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 
 from hpcfs.errors import SetupError
-from hpcfs.system import paths
+from hpcfs.system import ownership, paths
 
 ANSWER_SECONDS = 5.0
 STOP_SECONDS = 20.0
@@ -69,8 +69,7 @@ class NotRunning(SetupError):
 
 def socket_path(name: str) -> Path:
     """Where a new tunnel of that name listens."""
-    places = [place / f"{_PREFIX}{name}.sock" for place in paths.runtime_dirs()]
-    return next(path for path in places if len(bytes(path)) <= paths.MAX_SOCKET_PATH_BYTES)
+    return paths.socket_paths(f"{_PREFIX}{name}")[0]
 
 
 def running() -> list[str]:
@@ -79,6 +78,7 @@ def running() -> list[str]:
         path.stem.removeprefix(_PREFIX)
         for place in paths.runtime_dirs()
         for path in place.glob(f"{_PREFIX}*.sock")
+        if ownership.is_socket(path)
     }
     return sorted(found)
 
@@ -106,17 +106,13 @@ def stop(name: str) -> None:
 
 
 def _connect(name: str) -> socket.socket:
-    for place in paths.runtime_dirs():
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(ANSWER_SECONDS)
+    for path in paths.socket_paths(f"{_PREFIX}{name}"):
         try:
-            connection.connect(str(place / f"{_PREFIX}{name}.sock"))
+            return ownership.connect(path, ANSWER_SECONDS)
         except OSError as error:
-            connection.close()
             if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
                 continue
             raise SetupError(f"the tunnel {name} can't be asked: {error.strerror}") from error
-        return connection
     raise NotRunning(f"no tunnel named {name} runs here")
 
 

@@ -53,7 +53,8 @@ class Unconfirmed(msgspec.Struct, frozen=True, omit_defaults=True):
     what the mount shows, `pending` what is to be set besides times. The flags are Content's: the
     remote has no such file yet (`new`), it was open and
     more was to come (`writing`), what has the name there is to be replaced in one step
-    (`replace`), an upload may have begun to write (`attempted`), the size changed (`resized`).
+    (`replace`), an upload may have begun to write (`attempted`), the size changed (`resized`),
+    what is dirty was appended, and belongs to the remote's end (`appended`).
     `reason` is empty while nothing was refused.
     """
 
@@ -73,6 +74,7 @@ class Unconfirmed(msgspec.Struct, frozen=True, omit_defaults=True):
     replace: bool = False
     resized: bool = False
     attempted: bool = False
+    appended: bool = False
     writing: bool = False
     reason: str = ""
     since: float = 0.0

@@ -146,7 +146,9 @@ class Uploader:
             file.use_disk()
             with file.pinned():
                 confirmed(await self._send_somehow(file, sync=sync))
-            if not file.is_dirty() and not file.writers:
+            if file.is_dirty():
+                await self.note_progress(file)  # the row has what just arrived
+            elif not file.writers:
                 await self.forget(file)
 
     async def _send_somehow(self, file: Uploadable, *, sync: bool) -> Entry:
@@ -161,19 +163,18 @@ class Uploader:
     async def _send(self, file: Uploadable, *, sync: bool) -> Entry:
         snapshot = await file.begin_upload()
         entry = None
-        attempted, file.attempted = file.attempted, True
         try:
-            await self.note_progress(file, durable=file.holds_base)
-            file.attempted = attempted  # what the remote is told; a killed daemon can't know
-            entry = await file.send(snapshot, sync=sync)
+            try:
+                await self.note_progress(file, durable=file.holds_base)
+                entry = await file.send(snapshot, sync=sync)
+            finally:
+                file.end_upload(snapshot, entry)
         except RemoteError as error:
             if not isinstance(error, Conflict | NotConnected | NotSupported):
                 file.attempted = True
             elif not file.attempted:
                 await self.note_progress(file)
             raise
-        finally:
-            file.end_upload(snapshot, entry)
         file.attempted = False
         return entry
 

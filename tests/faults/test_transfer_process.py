@@ -144,11 +144,12 @@ def test_nonsense_ends_the_process_alone(
 
     async def story() -> None:
         ours, theirs = socket.socketpair()
-        with theirs:
+        files, their_files = socket.socketpair()
+        with theirs, their_files:
             process = await trio.lowlevel.open_process(
                 [sys.executable, "-c", code, str(theirs.fileno())], pass_fds=(theirs.fileno(),)
             )
-        child = Child(process, ours)
+        child = Child(process, ours, files)
         with trio.fail_after(SECONDS):
             await child.run(lambda message: None)
         assert child.ended

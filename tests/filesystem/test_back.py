@@ -15,6 +15,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from hpcfs.cache.file import CacheFile
 from hpcfs.filesystem.errors import Exists, JournalFull
+from hpcfs.filesystem.makers import RUN
 from hpcfs.filesystem.namespace import WriteMode
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.messages import BLOCK_BYTES
@@ -172,9 +173,10 @@ async def test_what_replaces_another_file_is_more_than_a_new_one(w: World) -> No
 @back()
 async def test_a_directory_that_is_filled_here_costs_no_questions(w: World) -> None:
     """What rsync asks for each file: is it there, a temporary name, mode and times, the name."""
+    w.kernel.process = 7
     await w.kernel.mkdir("ns/d")
-    for number in range(20):
-        if number == 5:
+    for number in range(RUN):
+        if number == RUN // 2:
             w.cues.calls.clear()
         await w.kernel.exists(f"ns/d/{number}")
         await w.kernel.write_file(f"ns/d/.{number}.tmp", NEW)
@@ -183,7 +185,7 @@ async def test_a_directory_that_is_filled_here_costs_no_questions(w: World) -> N
     asked = [call for call in w.cues.calls if not isinstance(call, m.List | m.Upload)]
     assert asked == []
     await synced(w)
-    assert len(w.remote.paths()) == 21
+    assert len(w.remote.paths()) == RUN + 1
 
 
 @back()

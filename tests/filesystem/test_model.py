@@ -70,6 +70,7 @@ class Walk:
         self.draw = data.draw
         self.names: dict[str, Ref | bytes | None] = {}
         self.handles: dict[int, Ref] = {}
+        self.reading: set[int] = set()
         self.appending: set[int] = set()
         self._fill = 0
 
@@ -125,6 +126,8 @@ class Walk:
         there.seen = there.seen and self.is_open(there)
         self.handles[handle] = there
         if flags & os.O_ACCMODE == os.O_RDONLY:
+            self.reading.add(handle)
+        if flags & os.O_APPEND:
             self.appending.add(handle)
         return None
 
@@ -148,10 +151,10 @@ class Walk:
         ref = self.handles[handle]
         offset, data = self.draw(positions), self.bytes(self.draw(lengths))
         if self.draw(st.booleans()):
-            offset = self.k.node_of(handle).entry.size  # O_APPEND: the kernel asks the attributes
+            offset = self.k.node_of(handle).entry.size
             if not ref.lost:
                 assert offset == len(ref.content)
-        if handle in self.appending:
+        if handle in self.reading:
             return await self.refused(self.k.pwrite(handle, offset, data))
         if ref.lost:
             return None
@@ -160,6 +163,8 @@ class Walk:
         except Stale:
             assert ref.removed, "stale, though nobody else changed it"
             return None
+        if handle in self.appending:  # whatever offset the kernel says
+            offset = len(ref.content)
         if offset > len(ref.content):
             ref.content.extend(bytes(offset - len(ref.content)))
         ref.content[offset : offset + len(data)] = data
@@ -170,7 +175,7 @@ class Walk:
         handle = self.pick_handle()
         if handle is not None and self.draw(st.booleans()):
             ref = self.handles[handle]
-            if ref.lost or handle in self.appending:
+            if ref.lost or handle in self.reading:
                 return
             await self.k.ftruncate(handle, size)
         elif path := self.pick_file():
@@ -204,6 +209,7 @@ class Walk:
         if (handle := self.pick_handle()) is None:
             return
         ref = self.handles.pop(handle)
+        self.reading.discard(handle)
         self.appending.discard(handle)
         if self.draw(st.booleans()) and not ref.lost:
             await self.k.close(handle)

@@ -279,3 +279,42 @@ def test_a_version_that_is_saved_beside_gets_no_mode_that_nobody_set(tmp_path: P
         assert stat.S_IMODE(beside.mode) == 0o640
 
     on_sftp("back", tmp_path, body)
+
+
+@pytest.mark.parametrize("write", WRITE_MODES)
+def test_a_file_of_others_is_not_opened_for_writing_in_vain(
+    write: WriteMode, tmp_path: Path
+) -> None:
+    async def body(w: World) -> None:
+        w.remote.put(b"f", b"content", 0o644)
+        at(w, b"f").uid = COLLEAGUE
+        with pytest.raises(m.PermissionDenied):
+            await w.kernel.open("ns/f", os.O_WRONLY)
+        with pytest.raises(m.PermissionDenied):
+            await w.kernel.truncate("ns/f", 3)
+        node = await w.kernel.walk("ns/f")
+        with pytest.raises(m.PermissionDenied):
+            await w.fs.access(node.ino, os.W_OK)
+        await w.fs.access(node.ino, os.R_OK)
+        assert await w.kernel.read_file("ns/f") == b"content"
+
+    on_sftp(write, tmp_path, body)
+
+
+@pytest.mark.parametrize("write", WRITE_MODES)
+def test_a_remote_that_is_read_only_for_a_while(write: WriteMode, tmp_path: Path) -> None:
+    async def body(w: World) -> None:
+        w.remote.put(b"f", b"content")
+        w.remote.read_only = True
+        with pytest.raises(m.ReadOnlyRemote):
+            await w.kernel.open("ns/f", os.O_WRONLY)
+        with pytest.raises(m.ReadOnlyRemote):
+            await w.kernel.write_file("ns/new", b"")
+        with pytest.raises(m.ReadOnlyRemote):
+            await w.fs.access((await w.kernel.walk("ns/f")).ino, os.W_OK)
+        w.remote.read_only = False
+        await w.kernel.write_file("ns/new", b"new")
+        await uploaded(w)
+        assert w.remote.get(b"new") == b"new"
+
+    on_sftp(write, tmp_path, body)

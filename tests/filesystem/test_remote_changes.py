@@ -10,7 +10,8 @@ import trio
 from hpcfs.filesystem.errors import Stale
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.messages import BLOCK_BYTES
-from tests.filesystem.world import RW, World, live
+from tests.filesystem.test_uploads import MANY
+from tests.filesystem.world import RW, World, live, until
 
 OLD, NEW = b"o" * BLOCK_BYTES, b"n" * BLOCK_BYTES
 
@@ -90,7 +91,7 @@ async def test_growth_during_a_fetch_is_not_mixed_in(w: World) -> None:
 
 @live()
 async def test_what_is_missing_of_a_cut_file_is_stale(w: World) -> None:
-    w.remote.put(b"f", OLD * 3)
+    w.remote.put(b"f", OLD * MANY)
     handle = await w.kernel.open("ns/f", os.O_RDONLY)
     assert await w.kernel.pread(handle, 0, 10) == OLD[:10]
     w.remote.overwrite(b"f", OLD[:10])
@@ -103,7 +104,7 @@ async def test_what_is_missing_of_a_cut_file_is_stale(w: World) -> None:
 
 @live("s3")
 async def test_what_is_missing_of_a_removed_object_is_stale(w: World) -> None:
-    w.remote.put(b"f", OLD * 3)
+    w.remote.put(b"f", OLD * MANY)
     handle = await w.kernel.open("ns/f", os.O_RDONLY)
     assert await w.kernel.pread(handle, 0, 10) == OLD[:10]
     await w.remote.remove(b"f")
@@ -155,3 +156,98 @@ async def test_a_file_that_became_a_directory_is_one(w: World) -> None:
     w.clock.expire_attributes()
     assert await w.kernel.listdir("ns/f") == {}
     await w.kernel.close(handle)
+
+
+# --- between a look, an open and a read -----------------------------------------------------------
+
+
+@live()
+async def test_what_is_replaced_after_open_is_read_as_it_was(w: World) -> None:
+    """A file of settings that a job replaces all the time: old or new, never cut and no error."""
+    for old, new in [(OLD, NEW * 3), (OLD * 3, NEW), (OLD, NEW)]:
+        w.remote.put(b"f", old)
+        w.clock.expire_attributes()
+        handle = await w.kernel.open("ns/f", os.O_RDONLY)
+        size = (await w.kernel.fstat(handle)).size
+        w.remote.put(b"f", new)
+        assert (size, await w.kernel.pread(handle, 0, size)) == (len(old), old)
+        w.clock.expire_attributes()
+        assert (await w.kernel.fstat(handle)).size == len(old)
+        await w.kernel.close(handle)
+        assert await w.kernel.read_file("ns/f") == new
+
+
+@live()
+async def test_what_is_removed_after_open_is_read_as_it_was(w: World) -> None:
+    w.remote.put(b"f", OLD * 2)
+    handle = await w.kernel.open("ns/f", os.O_RDONLY)
+    await w.remote.remove(b"f")
+    assert await w.kernel.pread(handle, 0, 3 * BLOCK_BYTES) == OLD * 2
+    await w.kernel.close(handle)
+
+
+@live()
+async def test_open_tells_that_the_kernels_attributes_are_old(w: World) -> None:
+    """The kernel would cut what is read at the size it was told a moment before."""
+    for old, new in [(b"old", b"new and longer"), (b"old and longer", b"new")]:
+        w.remote.put(b"f", old)
+        w.clock.expire_attributes()
+        node = await w.kernel.walk("ns/f")
+        node.kernel_is_behind = False  # as after each answer to the kernel
+        for flags in (os.O_RDONLY, os.O_WRONLY | os.O_APPEND):
+            opened = await w.fs.files.open(node, flags)
+            assert opened.keep_attributes
+            await w.fs.files.release(opened.handle)
+        w.remote.put(b"f", new)
+        w.clock.seconds += 0.3
+        for flags in (os.O_RDONLY, os.O_WRONLY | os.O_APPEND):
+            opened = await w.fs.files.open(node, flags)
+            assert not opened.keep_attributes
+            assert node.entry.size == w.fs.files.get(opened.handle).content.size == len(new)
+            await w.fs.files.release(opened.handle)
+
+
+@live("sftp")
+async def test_a_file_that_is_open_elsewhere_is_opened_as_it_is_now(w: World) -> None:
+    w.remote.put(b"log", b"line\n")
+    follower = await w.kernel.open("ns/log", os.O_RDONLY)
+    assert await w.kernel.pread(follower, 0, 100) == b"line\n"
+    w.kernel.node_of(follower).kernel_is_behind = False
+    w.remote.append(b"log", b"another\n")
+    w.clock.seconds += 0.3
+    node = await w.kernel.walk("ns/log")
+    opened = await w.fs.files.open(node, os.O_RDONLY)
+    assert not opened.keep_attributes
+    assert await w.kernel.pread(opened.handle, 0, 100) == b"line\nanother\n"
+    for handle in (opened.handle, follower):
+        await w.kernel.close(handle)
+
+
+@live()
+async def test_a_file_replaced_while_it_is_opened_is_one_or_the_other(w: World) -> None:
+    """Between any two steps of open(2)."""
+    for step in range(1, 5):
+        w.remote.put(b"f", OLD)
+        w.clock.expire_attributes()
+        await w.kernel.stat("ns/f")
+        w.remote.put(b"f", NEW * 2)
+        w.clock.seconds += 0.3
+        handles: list[int] = []
+        calls = len(w.cues.calls)
+
+        async def open_it(handles: list[int] = handles) -> None:
+            handles.append(await w.kernel.open("ns/f", os.O_RDONLY))
+
+        held = w.cues.hold(m.Request.__args__, nth=step, stage="after")  # type: ignore[attr-defined]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(open_it)
+            await until(lambda held=held, handles=handles: held.reached.is_set() or bool(handles))
+            w.remote.put(b"f", b"last")
+            held.go.set()
+        w.cues.clear()
+        assert len(w.cues.calls) > calls
+        (handle,) = handles
+        found = await w.kernel.pread(handle, 0, 1 << 20)
+        assert found in (OLD, NEW * 2, b"last")
+        assert len(found) == (await w.kernel.fstat(handle)).size
+        await w.kernel.close(handle)

@@ -138,8 +138,8 @@ async def test_memory_is_bounded_and_what_came_first_goes_first(w: World) -> Non
 @live(max_blocks=200)
 async def test_reading_goes_on_where_the_disk_has_no_room_at_all(w: World) -> None:
     w.remote.put(b"f", DATA)
-    w.cues.fail(m.Fetch, FULL)
     handle = await w.kernel.open("ns/f", os.O_RDONLY)
+    w.cues.fail(m.Fetch, FULL)
     assert await _read(w, handle) == DATA
     assert _file(w, handle).in_memory
     await w.kernel.close(handle)
@@ -222,8 +222,8 @@ async def test_a_renamed_file_in_memory_goes_by_its_new_name(w: World) -> None:
 async def test_where_memory_cannot_be_used_the_slow_disk_is(w: World) -> None:
     w.remote.put(b"f", DATA)
     w.set_slow_disk()
-    w.cues.fail(m.Fetch, m.CacheFileGone("the cache file can't be opened: Permission denied"))
     handle = await w.kernel.open("ns/f", os.O_RDONLY)
+    w.cues.fail(m.Fetch, m.CacheFileGone("the cache file can't be opened: Permission denied"))
     assert await _read(w, handle) == DATA
     assert not _file(w, handle).in_memory
     await w.kernel.close(handle)

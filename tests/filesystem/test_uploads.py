@@ -9,11 +9,14 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from hpcfs.filesystem.errors import Stale
+from hpcfs.filesystem.reading import WHOLE_AT_OPEN_BYTES
 from hpcfs.transfer import messages as m
 from hpcfs.transfer.messages import BLOCK_BYTES
 from tests.filesystem.world import RW, World, live
 
 OLD, NEW = b"o" * BLOCK_BYTES, b"n" * BLOCK_BYTES
+MANY = 1 + WHOLE_AT_OPEN_BYTES // BLOCK_BYTES
+"""Blocks of a file of which nothing comes with open(2)."""
 
 
 @live()
@@ -134,7 +137,7 @@ async def test_a_prefetch_under_way_does_not_overwrite_what_is_written(w: World)
 @live()
 async def test_a_prefetch_that_outlives_its_reader_does_not_either(w: World) -> None:
     """The transfer process writes into the cache file for a while after the reader closed."""
-    w.remote.put(b"f", OLD * 4)
+    w.remote.put(b"f", OLD * MANY)
     reader = await w.kernel.open("ns/f", os.O_RDONLY)
     content = w.kernel.node_of(reader).content
     assert content
@@ -144,13 +147,13 @@ async def test_a_prefetch_that_outlives_its_reader_does_not_either(w: World) -> 
     await w.kernel.close(reader)
     await w.store.save()
     writer = await w.kernel.open("ns/f")
-    await w.kernel.pwrite(writer, 4 * BLOCK_BYTES, b"elsewhere")
+    await w.kernel.pwrite(writer, MANY * BLOCK_BYTES, b"elsewhere")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(w.kernel.pwrite, writer, BLOCK_BYTES, NEW)
         await wait_all_tasks_blocked()
         held.go.set()
-    expected = OLD + NEW + OLD * 2 + b"elsewhere"
-    assert await w.kernel.pread(writer, 0, 5 * BLOCK_BYTES) == expected
+    expected = OLD + NEW + OLD * (MANY - 2) + b"elsewhere"
+    assert await w.kernel.pread(writer, 0, 2 * MANY * BLOCK_BYTES) == expected
     await w.kernel.close(writer)
     assert w.remote.get(b"f") == expected
 

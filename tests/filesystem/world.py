@@ -78,6 +78,7 @@ class World:
     nursery: trio.Nursery
     clock: Clock
     pending: Pending
+    namespaces: list[Namespace]
     kernel: Kernel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -115,6 +116,8 @@ async def world(
     remotes = {"ns": MemoryRemote(kind)} if isinstance(kind, str) else kind
     sites = sites or {name: MemorySite({name: remote}) for name, remote in remotes.items()}
     store = Store.open(directory, max_bytes, "a test")
+    for site in sites.values():
+        site.lend = store.in_memory
     journal = Journal.open(directory)
     clock = Clock()
     async with trio.open_nursery() as nursery:
@@ -145,7 +148,9 @@ async def world(
         await restoring.restore(journal.rows)
         nursery.start_soon(store.evict_forever)
         nursery.start_soon(fs.files.backlog.run)
-        yield World(directory, store, journal, fs, remotes, sites, nursery, clock, pending)
+        yield World(
+            directory, store, journal, fs, remotes, sites, nursery, clock, pending, namespaces
+        )
         for site in sites.values():
             site.cues.clear()
         await fs.files.close_all()
@@ -186,6 +191,8 @@ class Kernel:
         self._world = world
         self._fs = world.fs
         self.lookups: dict[int, int] = {}
+        self.process = 0
+        """Whose calls these are; 0 is one of which nothing is known."""
 
     def _count(self, node: Node) -> Node:
         self._fs.tree.count_lookup(node)
@@ -201,7 +208,7 @@ class Kernel:
         """`path` starts with the namespace; "" is the mount's top."""
         node = self._fs.tree.get(ROOT_INO)
         for name in os.fsencode(path).split(b"/") if path else []:
-            node = self._count(await self._fs.lookup(node.ino, name))
+            node = self._count(await self._fs.lookup(node.ino, name, self.process))
         return node
 
     async def parent(self, path: str) -> tuple[int, bytes]:
@@ -237,7 +244,7 @@ class Kernel:
                 node = await self.walk(path)
                 return (await self._fs.files.open(node, flags))[0]
             parent, name = await self.parent(path)
-            handle, node = await self._fs.create(parent, name, 0o644, flags)
+            handle, node = await self._fs.create(parent, name, 0o644, flags, self.process)
             self._count(node)
             return handle
 
@@ -298,7 +305,7 @@ class Kernel:
 
     async def mkdir(self, path: str) -> None:
         await self._must_be_free(path)
-        self._count(await self._fs.mkdir(*await self.parent(path), 0o755))
+        self._count(await self._fs.mkdir(*await self.parent(path), 0o755, self.process))
 
     async def rmdir(self, path: str) -> None:
         await self._fs.rmdir(*await self.parent(path))
@@ -310,13 +317,13 @@ class Kernel:
 
     async def symlink(self, path: str, target: bytes) -> None:
         await self._must_be_free(path)
-        self._count(await self._fs.symlink(*await self.parent(path), target))
+        self._count(await self._fs.symlink(*await self.parent(path), target, self.process))
 
     async def rename(self, path: str, target: str, *, replace: bool = True) -> None:
         await self.walk(path)
         await self.exists(target)
         old, new = await self.parent(path), await self.parent(target)
-        await self._fs.rename(*old, *new, replace=replace)
+        await self._fs.rename(*old, *new, replace=replace, process=self.process)
 
     async def listdir(self, path: str) -> dict[bytes, m.Entry]:
         """opendir, readdirplus in small replies, closedir."""

@@ -122,8 +122,9 @@ def test_a_tour_that_fails_says_so_and_leaves_nothing(demo: Demo) -> None:
     (bad / "cp").write_text("#!/bin/sh\necho no >&2; exit 3\n")
     (bad / "cp").chmod(0o755)
     hpcfs = bad / "hpcfs"  # what stands beside it is found first
-    hpcfs.write_text(HPCFS.read_text())
-    hpcfs.chmod(0o755)
+    for name in (hpcfs.name, "hpcfs-main"):
+        (bad / name).write_text(HPCFS.with_name(name).read_text())
+        (bad / name).chmod(0o755)
     result = subprocess.run(
         [hpcfs, "demo", "--tour"],
         env=demo.environment(),

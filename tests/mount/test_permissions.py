@@ -24,10 +24,12 @@ from tests.support.mounts import (
     in_write_mode,
     mounted,
     run,
+    served_by_s3,
     served_by_ssh,
     until,
 )
-from tests.support.sshd import ordinary_user
+from tests.support.s3 import moto_s3, with_credentials_that_read
+from tests.support.sshd import ordinary_user, ssh_server
 
 COLLEAGUE, PROJECT = 23456, 34567
 REFUSED = "setattr: .*(may not be accessed|only root)"
@@ -210,3 +212,60 @@ def test_copies_into_a_directory_of_a_group_are_as_on_the_server(
             assert_shown(mount.path / "ns" / right.name, right)
         told = run("rsync", "-ai", source, mount.path / "ns" / "rsync -a")
         assert told == "", "a second one finds nothing to do"
+
+
+# --- read-only ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", WRITE_MODES)
+def test_a_server_that_only_reads(write: str, real_home: RealHome, tmp_path: Path) -> None:
+    with ssh_server(tmp_path / "server", subsystem="internal-sftp -R") as server:
+        served = in_write_mode(served_by_ssh(server), write)
+        folder = Path(str(served.keys["path"]))
+        (folder / "file").write_bytes(b"content")
+        (folder / "d").mkdir()
+        with mounted(
+            real_home, {"ns": served}, expected=["only lets read|read-only on the remote"]
+        ) as mount:
+            top = mount.path / "ns"
+            for attempt in (
+                (os.mkdir, top / "new"),
+                (os.rmdir, top / "d"),
+                (os.unlink, top / "file"),
+                (os.rename, top / "file", top / "new"),
+                (os.symlink, "file", top / "new"),
+                (os.chmod, top / "file", 0o600),
+                (os.utime, top / "file", (1, 1)),
+                (os.truncate, top / "file", 3),
+                ((top / "new").write_bytes, b"content"),
+                ((top / "file").write_bytes, b"other"),
+                ((top / "file").open, "r+b"),
+            ):
+                assert errno_of(*attempt) == errno.EROFS, attempt
+            assert (top / "file").read_bytes() == b"content"
+            sync(mount)
+
+
+@pytest.mark.parametrize("write", WRITE_MODES)
+def test_credentials_for_s3_that_only_read(write: str, real_home: RealHome) -> None:
+    with moto_s3() as server:
+        with server.client() as client:
+            client.put_object(Bucket=server.bucket, Key="file", Body=b"content")
+        reading = served_by_s3("s3-moto", with_credentials_that_read(server)).but(prefix="")
+        served = in_write_mode(reading, write)
+        with mounted(real_home, {"ns": served}, expected=["denies|not uploaded"]) as mount:
+            top = mount.path / "ns"
+            for attempt in (
+                (os.mkdir, top / "new"),
+                (os.unlink, top / "file"),
+                (os.rename, top / "file", top / "new"),
+                (os.symlink, "file", top / "new"),
+                (os.chmod, top / "file", 0o600),
+                (os.truncate, top / "file", 3),
+            ):
+                assert errno_of(*attempt) == errno.EACCES, attempt
+            assert (top / "file").read_bytes() == b"content"
+            refused = None if write == "back" else errno.EACCES
+            assert errno_of((top / "new").write_bytes, b"content") == refused
+            assert mount.home.run("sync", mount.path).returncode == 1
+            assert "denies access" in mount.home.run("status", mount.path).stdout

@@ -217,6 +217,8 @@ def test_what_only_the_owner_may_do(real_home: RealHome, tmp_path: Path) -> None
         (Path(folder) / "roots").write_bytes(b"content")
         roots = mount.path / "ns" / "roots"
         until(roots.exists, 5)
+        assert errno_of(roots.open, "r+b") == errno.EACCES
+        assert errno_of(os.truncate, roots, 3) == errno.EACCES
         assert errno_of(roots.chmod, 0o600) == errno.EPERM
         assert errno_of(os.utime, roots, (1, 1)) == errno.EPERM
         assert errno_of(roots.unlink) == errno.EPERM

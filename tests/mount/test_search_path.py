@@ -39,6 +39,19 @@ def test_a_mount_and_the_processes_that_it_starts(
     assert planted.executed == ""
 
 
+@pytest.mark.parametrize("search_path", [*SEARCH_PATHS, "lib:/opt/lib"])
+def test_a_command_has_the_search_path_that_it_was_given(
+    servers: Servers, tmp_path: Path, search_path: str
+) -> None:
+    """`hpcfs run` runs nothing of the directory; what the user runs in it may."""
+    home = make_real_home(tmp_path / "home")
+    planted = plant(home.path)
+    with mounted(home, {"home": servers.serve("sftp")}):
+        told = home.run("run", "--", "sh", "-c", 'echo "$PYTHONPATH"', PYTHONPATH=search_path)
+    assert (told.returncode, told.stdout) == (0, f"{search_path}\n"), told.stderr
+    assert planted.executed == ""
+
+
 @pytest.mark.parametrize("search_path", SEARCH_PATHS)
 def test_a_tunnel(tmp_path: Path, search_path: str) -> None:
     with seed(tmp_path) as found:

@@ -127,6 +127,15 @@ def test_absolute_links_below_the_root_are_translated(
         assert errno_of(os.readlink, place / "out") == errno.EPERM
 
 
+def test_absolute_links_of_a_laptop_mean_its_own_paths(
+    servers: Servers, real_home: RealHome
+) -> None:
+    """What a tunnel shows at its top is not what the laptop has there."""
+    with with_links("tunnel", servers, real_home) as (_, place, plant):
+        plant("out", "/data/file")
+        assert errno_of(os.readlink, place / "out") == errno.EPERM
+
+
 @pytest.mark.parametrize("kind", REMOTES)
 def test_follow_and_hide(servers: Servers, real_home: RealHome, kind: str) -> None:
     local = real_home.path / "local"

@@ -29,6 +29,7 @@ REQUESTS: list[m.Request] = [
     m.RemoveDirectory(NAME),
     m.SetAttributes(NAME, ATTRIBUTES),
     m.Truncate(NAME, 2**62),
+    m.CheckWritable(NAME),
     m.GetDiskUsage(),
     m.GetTraffic(),
 ]

@@ -44,10 +44,24 @@ def test_a_socket_path_always_fits(tmp_path: Path) -> None:
 
 def test_a_runtime_directory_that_is_not_ours_is_left_aside(tmp_path: Path) -> None:
     assert paths.runtime_dirs({"XDG_RUNTIME_DIR": str(tmp_path)})[0] == tmp_path / "hpcfs"
-    gone = {"XDG_RUNTIME_DIR": str(tmp_path / "gone")}
-    assert paths.runtime_dirs(gone) == [paths.shared_tmp_dir()]
+    without = paths.runtime_dirs({})
+    assert paths.runtime_dirs({"XDG_RUNTIME_DIR": str(tmp_path / "gone")}) == without
     foreign = "/proc/1" if os.getuid() else _given_away(tmp_path / "foreign")
-    assert paths.runtime_dirs({"XDG_RUNTIME_DIR": foreign}) == [paths.shared_tmp_dir()]
+    assert paths.runtime_dirs({"XDG_RUNTIME_DIR": foreign}) == without
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    assert paths.runtime_dirs({"XDG_RUNTIME_DIR": str(open_to_all)}) == without
+
+
+def test_the_runtime_directory_is_found_without_its_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "RUN_USER", tmp_path)
+    own = tmp_path / str(os.getuid())
+    own.mkdir(mode=0o700)
+    assert paths.runtime_dirs({})[0] == own / "hpcfs"
+    assert paths.runtime_dirs({"XDG_RUNTIME_DIR": str(own)})[0] == own / "hpcfs"
 
 
 def _given_away(directory: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs.config import config, rclone_conf, ssh_config, urls
+from hpcfs.config import config, rclone_conf, ssh_config, tunnel, urls
 from hpcfs.errors import SetupError
 from hpcfs.transfer import sshwords
 
@@ -80,6 +80,18 @@ def test_a_hostile_user_comes_in_nowhere(user: str, tmp_path: Path) -> None:
         table(tmp_path, f"host = '{user}@h'")
     with pytest.raises(SetupError, match="ssh takes in none"):
         rclone(f"host = h\nuser = {user}", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "host", ["a;id", "a;id@h", "me@h|id", "sftp://a%3Bid@h", "x$(id)", "-oProxyCommand=id"]
+)
+def test_a_hostile_host_of_a_tunnel_comes_in_neither(host: str, tmp_path: Path) -> None:
+    (tmp_path / "config").write_text("")
+    with pytest.raises(SetupError, match=r"no host name|no user name|no URL"):
+        tunnel.load(tmp_path / "config", host, "laptop", [str(tmp_path)])
+    (tmp_path / "config").write_text(f"[tunnel]\nhost = '{host}'\nshares = ['{tmp_path}']\n")
+    with pytest.raises(SetupError, match=r"no host name|no user name|no URL|host"):
+        tunnel.load(tmp_path / "config", None)
 
 
 def test_a_user_that_is_escaped_in_a_url_is_looked_at_as_it_will_be_used() -> None:

@@ -7,10 +7,12 @@ import itertools
 import os
 import socket
 import stat
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -326,3 +328,45 @@ def test_changes_hit_no_target_of_a_link(folder: Folder, top: Path, tmp_path: Pa
                     os.close(entry.open(os.O_WRONLY | os.O_TRUNC))
     found = secret.stat()
     assert (stat.S_IMODE(found.st_mode), found.st_mtime, found.st_size) == (0o600, 1, len(SECRET))
+
+
+def test_a_maze_of_links_is_left_soon(
+    folder: Folder, top: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 links, each of which leads up and down 580 times before it comes to the next: 55,000 steps
+    for a request of some bytes."""
+    for number in range(40):
+        (top / f"link{number}").symlink_to("dir/../" * 580 + f"link{number + 1}")
+    (top / "link40").touch()
+    (top / "dir").mkdir(exist_ok=True)
+    opened = 0
+    open_it = os.open
+
+    def counted(*arguments: Any, **options: Any) -> int:
+        nonlocal opened
+        opened += 1
+        return open_it(*arguments, **options)
+
+    monkeypatch.setattr(os, "open", counted)
+    with pytest.raises(OSError, match="File name too long"), folder.entry([b"link0"], follow=True):
+        pytest.fail("it was walked to the end")
+    assert 500 < opened < 3000
+    with folder.entry([b"link40"], follow=True) as entry:
+        entry.stat()
+
+
+def test_a_deep_path_opens_few_directories_at_once(folder: Folder, top: Path) -> None:
+    names = [b"d"] * 600
+    inner = os.open(top, os.O_RDONLY)
+    for name in names:
+        os.mkdir(name, dir_fd=inner)
+        outer, inner = inner, os.open(name, os.O_RDONLY, dir_fd=inner)
+        os.close(outer)
+    os.close(inner)
+    try:
+        with pytest.raises(OSError, match="File name too long"), folder.entry(names):
+            pytest.fail("it was walked to the end")
+        with folder.entry(names[:200]) as entry:
+            entry.stat()
+    finally:
+        subprocess.run(["rm", "-r", top / "d"], check=True)

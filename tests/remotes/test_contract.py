@@ -366,8 +366,8 @@ async def test_many_requests_at_once(remote: Remote, subject: Subject) -> None:
 
 @contract
 async def test_create_makes_an_empty_file_once(remote: Remote, subject: Subject) -> None:
-    entry = await remote.create(b"file", 0o666)
-    assert (entry.name, entry.size, entry.mode) == (b"file", 0, stat.S_IFREG | 0o666)
+    entry = await remote.create(b"file", 0o640)
+    assert (entry.name, entry.size, entry.mode) == (b"file", 0, stat.S_IFREG | 0o640)
     await put(remote, b"file", b"now it is there", base_size=0)
     with pytest.raises(AlreadyExists):
         await remote.create(b"file", 0o644)

@@ -289,14 +289,14 @@ def test_a_refused_removal_is_an_error(moto: S3Server, prefix: str, tmp_path: Pa
 
     async def test() -> None:
         async with remote_of(moto, prefix, tmp_path) as remote:
-            real = remote._bucket.call
+            real = remote._bucket._by_client
 
-            async def refused(operation: str, subject: str, **parameters: Any) -> Any:
+            async def refused(operation: str, parameters: dict[str, Any]) -> Any:
                 if operation == "delete_objects":
                     return {"Errors": [{"Key": "k", "Code": "AccessDenied", "Message": "no"}]}
-                return await real(operation, subject, **parameters)
+                return await real(operation, parameters)
 
-            remote._bucket.call = refused  # type: ignore[method-assign]
+            remote._bucket._by_client = refused  # type: ignore[method-assign]
             with pytest.raises(Exception, match=r"denies access.*not finished"):
                 await remote.rename(b"a", b"b", replace=True)
 

@@ -26,6 +26,7 @@ from hpcfs.transfer.messages import (
     CrossDevice,
     DirectoryNotEmpty,
     IsADirectory,
+    NameTooLong,
     NoService,
     NoSpace,
     NotADirectory,
@@ -723,3 +724,95 @@ def test_a_rename_that_fails_half_way_puts_the_target_back(tmp_path: Path) -> No
         }
 
     on_evil(tmp_path, evil_sftp.RenameRefused, story, EXTENSIONS)
+
+
+# --- long paths -----------------------------------------------------------------------------------
+
+
+def deep_path(length: int) -> list[bytes]:
+    """All directories on the way, and an entry's path of that many bytes."""
+    names, left = [], length
+    while left > 200:
+        names.append(b"d" * 99)
+        left -= 100
+    names.append(b"f" * left)
+    return [b"/".join(names[: count + 1]) for count in range(len(names))]
+
+
+def test_paths_that_are_longer_than_the_server_takes(sshd: SshServer) -> None:
+    """As long as programs may name below the folder, whose own path comes before them."""
+    folder = sshd.root / "long"
+    folder.mkdir()
+    *above, path = deep_path(4095)
+    parent = above[-1]
+
+    async def story(remote: SftpRemote) -> None:
+        for directory in above:
+            await remote.make_directory(directory, 0o755)
+        await remote.create(path, 0o644, 1)
+        entry = await put(remote, path, b"content", handle=1)
+        assert (entry.name, entry.size) == (path[len(parent) + 1 :], 7)
+        assert await get(remote, path) == b"content"
+        await put(remote, path, b"replaced", replace=True)
+        await remote.set_attributes(path, Attributes(mode=0o600))
+        assert stat.S_IMODE((await remote.truncate(path, 3)).mode) == 0o600
+        with pytest.raises(AlreadyExists):
+            await remote.create(path, 0o644)
+        await remote.rename(path, b"short", replace=True)
+        assert (folder / "short").read_bytes() == b"rep"
+        await remote.make_link(b"short", path)
+        await remote.rename(path, path[:-1] + b"x", replace=True)
+        await remote.make_symlink(path, b"target")
+        assert await remote.read_link(path) == b"target"
+        assert set(await listed(remote, parent)) == {b"f" * 194 + end for end in (b"f", b"x")}
+        with pytest.raises(NotFound):
+            await remote.stat(path[:-1] + b"y")
+        for name in (path, path[:-1] + b"x"):
+            await remote.remove(name)
+        for directory in reversed(above):
+            await remote.remove_directory(directory)
+        assert os.listdir(folder) == ["short"]
+
+    on(sshd.start_message(str(folder)), story)
+
+
+def test_a_long_path_leads_nowhere_else_after_a_rename(sshd: SshServer) -> None:
+    folder = sshd.root / "renamed"
+    folder.mkdir()
+    *above, path = deep_path(4095)
+
+    async def story(remote: SftpRemote) -> None:
+        for directory in above:
+            await remote.make_directory(directory, 0o755)
+        await put(remote, path, b"content")
+        await remote.rename(above[0], b"other", replace=True)
+        with pytest.raises(NotFound):
+            await remote.stat(path)
+        moved = b"other" + path[len(above[0]) :]
+        assert await get(remote, moved) == b"content"
+
+    on(sshd.start_message(str(folder)), story)
+
+
+def test_a_path_that_no_server_takes_is_too_long(sshd: SshServer) -> None:
+    async def story(remote: SftpRemote) -> None:
+        with pytest.raises(NameTooLong):
+            await remote.stat(b"d/" * 8000)
+
+    on(sshd.start_message(), story)
+
+
+def test_where_descriptors_have_no_names_long_paths_are_too_long(tmp_path: Path) -> None:
+    """A path that the server takes itself is not: not even where what is below it may be."""
+
+    async def story(remote: SftpRemote, evil: EvilSite) -> None:
+        *above, path = deep_path(4090)
+        for directory in above:
+            await remote.make_directory(directory, 0o755)
+        await put(remote, path[:3850], b"content")
+        assert await get(remote, path[:3850]) == b"content"
+        assert list(await listed(remote, above[-1])) == []
+        with pytest.raises(NameTooLong):
+            await remote.stat(path + b"/longer")
+
+    on_evil(tmp_path, Plain, story)

@@ -201,6 +201,11 @@ def test_a_refused_owner_leaves_the_mode(tmp_path: Path) -> None:
 # --- read-only --------------------------------------------------------------------------------
 
 
+async def changes_refused(remote: SftpRemote) -> dict[str, type[RemoteError] | None]:
+    assert (await remote.connect()).read_only
+    return await changes(remote)
+
+
 async def changes(remote: SftpRemote) -> dict[str, type[RemoteError] | None]:
     """What becomes of every way to change something, where "file" and "d" are."""
     attempts = {
@@ -212,6 +217,7 @@ async def changes(remote: SftpRemote) -> dict[str, type[RemoteError] | None]:
         "mkdir": remote.make_directory(b"new", 0o755),
         "symlink": remote.make_symlink(b"new", b"file"),
         "link": remote.make_link(b"file", b"new"),
+        "open": remote.check_writable(b"file"),
         "rename": remote.rename(b"file", b"new", replace=True),
         "rename to new": remote.rename(b"file", b"new", replace=False),
         "remove": remote.remove(b"file"),
@@ -234,7 +240,7 @@ def test_an_sftp_server_that_only_reads(tmp_path: Path) -> None:
     (folder / "d").mkdir(parents=True)
     (folder / "file").write_bytes(b"content")
     with ssh_server(tmp_path / "server", subsystem="internal-sftp -R") as server:
-        found = on(server.start_message(str(folder)), changes)
+        found = on(server.start_message(str(folder)), changes_refused)
     del found["link"]  # an extension that it does not offer then
     assert set(found.values()) == {ReadOnlyRemote}, found
     assert sorted(os.listdir(folder)) == ["d", "file"]
@@ -261,7 +267,7 @@ def test_a_file_system_that_the_server_mounted_read_only(tmp_path: Path) -> None
     async def story(remote: SftpRemote, evil: EvilSite) -> None:
         (evil.directory / "d").mkdir()
         (evil.directory / "file").write_bytes(b"content")
-        found = await changes(remote)
+        found = await changes_refused(remote)
         assert set(found.values()) == {ReadOnlyRemote}, found
 
     on_evil(tmp_path, ReadOnlyDisk, story)
@@ -276,5 +282,6 @@ def test_a_server_without_extensions_is_not_taken_for_one_that_only_reads(tmp_pa
         with pytest.raises(PermissionDenied) as raised:
             await remote.make_directory(b"d", 0o755)
         assert not isinstance(raised.value, ReadOnlyRemote)
+        assert not (await remote.connect()).read_only
 
     on_evil(tmp_path, Refusing, story, EXTENSIONS)

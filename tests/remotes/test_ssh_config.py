@@ -105,8 +105,8 @@ def files(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class agent:  # noqa: N801 (a context manager, named as what it is)
-    def __init__(self, place: Path, key: Path) -> None:
-        self._place, self._key = place, key
+    def __init__(self, place: Path, *keys: Path) -> None:
+        self._place, self._keys = place, keys
 
     def __enter__(self) -> str:
         line = ["ssh-agent", "-D", "-a", str(self._place)]
@@ -116,7 +116,8 @@ class agent:  # noqa: N801 (a context manager, named as what it is)
             assert time.monotonic() < deadline, "no agent"
             time.sleep(0.01)
         environ = os.environ | {"SSH_AUTH_SOCK": str(self._place)}
-        subprocess.run(["ssh-add", "-q", str(self._key)], env=environ, check=True, timeout=10)
+        for key in self._keys:
+            subprocess.run(["ssh-add", "-q", str(key)], env=environ, check=True, timeout=10)
         return str(self._place)
 
     def __exit__(self, *_: object) -> None:
@@ -405,6 +406,36 @@ def test_a_server_with_weak_algorithms_only(tmp_path: Path, weak: str) -> None:
             enter(plain, server.ssh_config)
         server.ssh_config.write_text(server.config_text("cl", weak))
         enter(plain, server.ssh_config)
+
+
+def test_an_agent_of_many_keys_shows_the_named_one_first(tmp_path: Path) -> None:
+    """Servers end the connection after a few."""
+    with ssh_server(tmp_path / "s", "MaxAuthTries 2") as server:
+        others = [write_key(tmp_path / f"other{number}") for number in range(4)]
+        with agent(tmp_path / "agent", *others, server.key) as place:
+            crowd = World(server, tmp_path, place)
+            (tmp_path / "known_hosts").write_text(server.known_hosts_line(server.host_key))
+            text = "Host cl\n  IdentityAgent {agent}\n  IdentityFile {u}\n{nokeys}"
+            for named, gets_in in ((f"{server.key}.pub", True), (f"{others[0]}.pub", False)):
+                config = crowd.write(text.replace("{u}", named))
+                assert ssh_gets_in(config) == gets_in, "the case is wrong"
+                assert hpcfs_gets_in(crowd, config) == gets_in
+
+
+def test_a_locked_key_that_an_agent_holds_is_known_without_its_public_file(tmp_path: Path) -> None:
+    with ssh_server(tmp_path / "s") as server:
+        locked = tmp_path / "locked"
+        shutil.copyfile(server.key, locked)
+        locked.chmod(0o600)
+        line = ["ssh-keygen", "-q", "-p", "-N", "open sesame", "-f", str(locked)]
+        subprocess.run(line, check=True, timeout=10, capture_output=True)
+        with agent(tmp_path / "agent", server.key) as place:
+            holder = World(server, tmp_path, place)
+            (tmp_path / "known_hosts").write_text(server.known_hosts_line(server.host_key))
+            text = "Host cl\n  IdentityAgent {agent}\n  IdentityFile {d}/locked\n{nokey}"
+            config = holder.write(text)
+            assert ssh_gets_in(config), "the case is wrong"
+            assert hpcfs_gets_in(holder, config)
 
 
 # --- without ssh ----------------------------------------------------------------------------------

@@ -598,6 +598,36 @@ def test_mounts_together_are_given_little_memory(
     asyncio.run(main())
 
 
+def test_a_large_directory_is_held_in_pages(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount may list it hundreds of times at once, and never ask for the rest."""
+    for number in range(1000):
+        (directory / "rw" / "dir" / str(number)).touch()
+    pages: list[int] = []
+    page_of = served._page
+
+    def counted(*arguments: Any) -> Any:
+        found = page_of(*arguments)
+        pages.append(len(found[0]))
+        return found
+
+    monkeypatch.setattr(served, "_page", counted)
+
+    async def main() -> None:
+        shares = Shares([Share("rw", directory / "rw")])
+        listing = ShareServer(shares).scandir(b"/rw/dir")
+        first = [(await anext(listing)).filename for _ in range(served.LISTED_AT_ONCE)]
+        assert pages == [served.LISTED_AT_ONCE]
+        rest = [entry.filename async for entry in listing]
+        assert sorted(map(int, first + rest)) == list(range(1000))
+        assert shares.open_files == 0
+        shares.close()
+
+    asyncio.run(main())
+    assert max(pages) == served.LISTED_AT_ONCE
+
+
 def test_a_mount_opens_few_channels(tmp_path: Path) -> None:
     """Each would be given memory of its own."""
     (tmp_path / "data").mkdir()

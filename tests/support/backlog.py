@@ -72,7 +72,11 @@ class FakeBacklog:
             self.rows[one.id] = replace(one, state="uploading", left=one.left - sent)
 
     async def sync(
-        self, namespace: str | None, path: bytes, tell: Callable[[Progress], Awaitable[None]]
+        self,
+        namespace: str | None,
+        path: bytes,
+        tell: Callable[[Progress], Awaitable[None]],
+        patience: float = 0.0,
     ) -> None:
         self.synced.append((namespace, path))
         mine = {one.id: one for one in self.rows.values() if _is_of(one, namespace, path)}

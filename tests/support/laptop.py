@@ -92,6 +92,7 @@ class Laptop:
         closing.result(WAIT_SECONDS)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(WAIT_SECONDS)
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.close()
         self.served.close()
 

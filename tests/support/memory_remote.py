@@ -9,6 +9,7 @@ or wait at a chosen call, so that a test can put two things in a chosen order.
 from __future__ import annotations
 
 import hashlib
+import os
 import stat
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -61,6 +62,9 @@ class MemoryRemote:
         self.distinct = distinct
         self._clock_ns = 1_700_000_000 * SECOND
         self.root = Item(stat.S_IFDIR | 0o755, self._clock_ns)
+        self.read_only = False
+        """As a server is for which nothing can be changed: no more than its abilities and `create`
+        know of it."""
         self.umask = 0
         """SFTP: what new entries don't get, whatever they are asked for with."""
         self.groups = {GID}
@@ -205,6 +209,7 @@ class MemoryRemote:
             mtime_resolution_ns=SECOND if self.is_sftp else 1,
             part_copies=self.copies_parts,
             checks_permissions=self.is_sftp,
+            read_only=self.read_only,
             dates_directories=self.is_sftp,
             roots=self.roots,
         )
@@ -270,6 +275,8 @@ class MemoryRemote:
         if item is not None and not (item.is_file or (request.replace and not item.is_directory)):
             raise m.IsADirectory(f"{request.path!r} is no file")
         ahead = self.ahead.pop(request.handle, {})
+        if request.append:
+            return self._appended(item, request, source)
         self._check_base(item, request, ahead)
         if request.replace:
             item = None
@@ -287,6 +294,19 @@ class MemoryRemote:
         self._touch(item)
         self._set(item, request.attributes)
         report(request.size)
+        return self._entry(request.path, item)
+
+    def _appended(self, item: Item | None, request: m.Upload, source: Source) -> m.Entry:
+        assert self.is_sftp
+        assert request.ranges == [(request.base_size, request.size - request.base_size)]
+        if item is None:
+            raise m.Conflict(f"{request.path!r} was removed")
+        ours = source.read(*request.ranges[0])
+        added = bytes(item.content[request.base_size :])
+        if request.base_version is not None or ours not in added:
+            item.content += ours
+        self._touch(item)
+        self._set(item, request.attributes)
         return self._entry(request.path, item)
 
     def _check_base(
@@ -348,6 +368,8 @@ class MemoryRemote:
 
     async def create(self, path: bytes, mode: int, handle: int = m.NO_HANDLE) -> m.Entry:
         parent, name = self._free_place(path)
+        if self.read_only:
+            raise m.ReadOnlyRemote("it is read-only")
         item = self._made(parent, stat.S_IFREG | mode)
         item.changes = self._clock_ns
         if self.is_sftp:
@@ -425,6 +447,11 @@ class MemoryRemote:
         item.content.extend(bytes(size - len(item.content)))
         self._touch(item)
         return self._entry(path, item)
+
+    async def check_writable(self, path: bytes) -> None:
+        item = self._file(path)
+        if self.is_sftp and item.uid != UID and not item.mode & 0o022:
+            raise m.PermissionDenied(f"{path!r} is somebody else's")
 
     async def disk_usage(self) -> m.DiskUsage | None:
         return m.DiskUsage(10**12, 10**11, 10**11, 10**6, 10**5) if self.is_sftp else None
@@ -507,7 +534,15 @@ class MemorySite:
     def __init__(self, remotes: dict[str, MemoryRemote]) -> None:
         self.remotes = remotes
         self.cues = Cues()
-        self._disk = CacheDisk()
+        self.lend: Callable[[str], int | None] = lambda name: None
+        """Of the store's files in memory."""
+        self._disk = CacheDisk(borrow=self._borrow)
+
+    def _borrow(self, name: str) -> int:
+        lent = self.lend(name)
+        if lent is None:
+            raise m.CacheFileGone("the cache file in memory is another one by now")
+        return os.dup(lent)
 
     async def call(
         self,

@@ -33,7 +33,9 @@ class Seed:
         return self.laptop.share
 
     def served(self, **keys: str | bool | float) -> Served:
-        return Served("tunnel", {"type": "tunnel", "tunnel": NAME}, OnDisk(self.shared)).but(**keys)
+        """Links are handed out as they are, since trees with links to anywhere are copied."""
+        named = {"type": "tunnel", "tunnel": NAME, "symlinks": "follow"}
+        return Served("tunnel", {**named}, OnDisk(self.shared)).but(**keys)
 
     def place(self) -> str:
         """Another one after each login of the tunnel; empty where none is up."""

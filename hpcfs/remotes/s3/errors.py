@@ -26,8 +26,10 @@ from hpcfs.transfer.messages import (
     Changed,
     InvalidName,
     InvalidRequest,
+    IsADirectory,
     NameTooLong,
     NoSpace,
+    NotADirectory,
     NotConnected,
     NotFound,
     NotSupported,
@@ -82,6 +84,8 @@ _CODES: dict[str, tuple[type[RemoteError], str]] = {
     ),
     "SlowDown": (Throttled, "S3 asks to slow down, and went on doing so: try again later"),
     "ServiceUnavailable": (Unreachable, "S3 is not available now: try again later"),
+    "ExistingObjectIsDirectory": (IsADirectory, "the server has a directory of this name"),
+    "ObjectParentIsFile": (NotADirectory, "a part of the path is a file on the server"),
     "BucketAlreadyExists": (AlreadyExists, "the name is taken"),
 }
 
@@ -102,9 +106,11 @@ _SAME = {
     "NotFound": "NoSuchKey",
     "409": "PreconditionFailed",
     "ConditionalRequestConflict": "PreconditionFailed",
+    "OperationAborted": "PreconditionFailed",
     "412": "PreconditionFailed",
     "416": "InvalidRange",
     "XMinioInvalidObjectName": "InvalidObjectName",
+    "XMinioParentIsObject": "ObjectParentIsFile",
     "MaxSizeExceeded": "EntityTooLarge",
     "XMinioStorageFull": "QuotaExceeded",
     "507": "QuotaExceeded",
@@ -221,7 +227,8 @@ def _from_answer(error: boto.ClientError, subject: str) -> RemoteError:
             f"the S3 endpoint redirects to {elsewhere}, which is not asked: if that is where the "
             "bucket is, set `endpoint_url` to it and mount again"
         )
-    for name in (code, status):
+    # A conflict of another kind (409) than that of a condition is none of versions.
+    for name in (code,) if status == "409" and code else (code, status):
         known = _CODES.get(_SAME.get(name, name))
         if known is not None:
             cls, text = known
@@ -289,6 +296,10 @@ class Health:
         if self._down is not None and self._clock() < self._until:
             kind = NotConnected if type(self._down) is Unreachable else type(self._down)
             raise kind(*self._down.args)
+
+    def try_now(self) -> None:
+        """The pause is over: the next request asks the server."""
+        self._until = 0.0
 
     def failed(self, error: RemoteError) -> RemoteError:
         """Remember what concerns the whole site; returns the error."""

@@ -9,7 +9,8 @@ Which kind the server is shows in an object that is there already, or in the fir
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.known import Known
@@ -17,7 +18,7 @@ from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.remotes.s3.names import MARKER
 from hpcfs.remotes.s3.objects import Info, Page
 
-HEADERS = {"ContentType": "application/x-directory"}
+HEADERS: Mapping[str, Any] = {"ContentType": "application/x-directory"}
 REMEMBERED_SECONDS = 2.0
 """Shorter than a user notices that a change made elsewhere is late, longer than `ls -l` takes."""
 
@@ -52,12 +53,14 @@ class Markers:
             self._read.put(directory, known)
         return known[0]
 
-    async def write(self, directory: str, metadata: Metadata) -> None:
+    async def write(
+        self, directory: str, metadata: Metadata, headers: Mapping[str, Any] = HEADERS
+    ) -> None:
         self._read.drop(directory)
         if await self._is_inside():
-            await self._bucket.put(directory + MARKER, b"", metadata, HEADERS)
+            await self._bucket.put(directory + MARKER, b"", metadata, headers)
         else:
-            await self._bucket.put(directory, b"", metadata, HEADERS)
+            await self._bucket.put(directory, b"", metadata, headers)
         if self._inside is None:
             await self._learn_from(directory, metadata)
 

@@ -147,10 +147,12 @@ class _Move:
         self._failure = self._failure or TimedOut("the rename was given up")
 
     async def _copy(self, item: Summary, rest: str, notes: IO[str]) -> None:
+        key = checked_key(self.target + rest)
         try:
-            etag = await self._transfer.copy_listed(
-                item, checked_key(self.target + rest), no_report
-            )
+            if item.size == 0 and item.key.endswith("/"):
+                await self._transfer.copy_marker(item, key)
+                return
+            etag = await self._transfer.copy_listed(item, key, no_report)
         except RemoteError as error:
             self._failure = self._failure or error
             return

@@ -24,7 +24,7 @@ from hpcfs.remotes.base import ReportProgress, Source, last_name, no_report
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.directory import Lister, Parents
 from hpcfs.remotes.s3.entries import Entries
-from hpcfs.remotes.s3.markers import Markers
+from hpcfs.remotes.s3.markers import HEADERS, Markers
 from hpcfs.remotes.s3.metadata import (
     DIRECTORY_MODE,
     FILE_MODE,
@@ -183,6 +183,9 @@ class S3Remote:
         """What was sent of files that nobody completes any more is removed."""
         await self._uploads.streams.close()
 
+    async def check_writable(self, path: bytes) -> None:
+        """Nothing forbids it before it is tried."""
+
     async def disk_usage(self) -> DiskUsage | None:
         return None
 
@@ -277,7 +280,8 @@ class S3Remote:
             await self._download(found, file, min(size, found.size))
             await asyncio.to_thread(file.truncate, size)
             source = FileSource(file, size)
-            return await self._store(look.place, source, metadata, found.headers)
+            headers = await self._transfer.belongings.of(found)
+            return await self._store(look.place, source, metadata, headers)
 
     async def rename(
         self, path: bytes, target: bytes, *, replace: bool, report: ReportProgress = no_report
@@ -305,7 +309,7 @@ class S3Remote:
         if source.is_directory:
             await self._rename_directory(source.place, goal.place, report)
         else:
-            await self._rename_file(source.place, file_of(source), goal.place)
+            await self._rename_file(source.place, file_of(source), goal)
 
     async def remove(self, path: bytes) -> None:
         self._check_writable()
@@ -368,7 +372,12 @@ class S3Remote:
         self._lister.cache.drop(place.key)
         self._paths.changed(place)
         stored = await self._transfer.copy(found, place.key, metadata)
-        self._paths.saw_file(place, info_of_stored(stored, metadata, found.headers))
+        self._paths.saw_file(
+            place,
+            with_changes(
+                info_of_stored(stored, metadata, found.headers), tag_count=found.tag_count
+            ),
+        )
         return self._entries.file(last_name(place.path), stored, metadata)
 
     async def _directory_metadata(
@@ -389,7 +398,9 @@ class S3Remote:
             self._root_metadata = metadata
         elif metadata != old:
             self._paths.changed(place)
-            await self._markers.write(place.directory, metadata)
+            marker = await self._markers.read(place.directory)
+            kept = await self._transfer.belongings.of(marker) if marker is not None else HEADERS
+            await self._markers.write(place.directory, metadata, kept)
             self._parents.made(place.directory)
         return self._entries.directory(last_name(place.path), metadata)
 
@@ -406,11 +417,20 @@ class S3Remote:
             await self._bucket.delete(found.key)
         self._paths.changed(place)
 
-    async def _rename_file(self, source: Place, found: Info, target: Place) -> None:
+    async def _rename_file(self, source: Place, found: Info, goal: Look) -> None:
+        """Editors and rsync write beside a file, and rename over it: the tags, by which lifecycle
+        rules go, stay with the name."""
+        target = goal.place
         self._lister.cache.drop(target.key)
         self._paths.changed(target)
-        stored = await self._transfer.copy(found, target.key)
-        self._paths.saw_file(target, with_changes(found, key=target.key, etag=stored.etag))
+        tags: dict[str, Any] = {}
+        if goal.file is not None and not found.is_tagged:
+            tags = await self._transfer.belongings.tags(goal.file)
+        stored = await self._transfer.copy(found, target.key, tags=tags)
+        headers = {**found.headers, **tags}
+        self._paths.saw_file(
+            target, with_changes(found, key=target.key, etag=stored.etag, headers=headers)
+        )
         await self._delete_file(source, found)
 
     async def _rename_directory(self, source: Place, target: Place, report: ReportProgress) -> None:

@@ -16,6 +16,8 @@ class Server:
     being_tried: bool = False
     """Somebody is finding out one of these two."""
     copies_parts: bool | None = None
+    copies_markers: bool | None = None
+    """An object "a/" can be copied."""
     deletes_many: bool | None = None
     answers_crcs: bool | None = None
     """A CRC-32 that goes with a body is compared, and answered."""

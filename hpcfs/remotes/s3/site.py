@@ -52,6 +52,9 @@ class S3SiteConnection:
     def traffic(self) -> Traffic:
         return Traffic(connections=self._direct.connections, requests=self.health.under_way)
 
+    def try_now(self) -> None:
+        self.health.try_now()
+
     async def close(self) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_SECONDS):

@@ -87,22 +87,24 @@ async def open_target(place: Place, attempt: Attempt, mode: int, attempts: Attem
         try:
             return await open_new(place, mode)
         except AlreadyExists:
-            return await _open_existing(place, attempt, attempts)
+            return await open_existing(place, attempt, attempts)
     try:
-        return await _open_existing(place, attempt, attempts)
+        return await open_existing(place, attempt, attempts)
     except NotFound:
         if attempt.base_version is not None:
             raise Conflict(f"{place} was removed meanwhile") from None
     return await open_new(place, mode)
 
 
-async def _open_existing(place: Place, attempt: Attempt, attempts: Attempts) -> Target:
+async def open_existing(
+    place: Place, attempt: Attempt, attempts: Attempts, flags: int = FXF_WRITE
+) -> Target:
     """Refusals to open it count only once it is known to be the right file."""
     handle: bytes | None = None
     refusal: RemoteError | None = None
     looking = send(place.attrs(place.session.bulk))
     try:
-        handle = await _open(place, FXF_WRITE)
+        handle = await _open(place, flags)
     except RemoteError as error:
         refusal = error
     finally:
@@ -113,7 +115,7 @@ async def _open_existing(place: Place, attempt: Attempt, attempts: Attempts) -> 
         await check_version(place, attrs, attempt, attempts)
         if handle is None:
             assert refusal is not None
-            handle, restored = await _open_read_only(place, attrs, refusal)
+            handle, restored = await _open_read_only(place, attrs, refusal, flags)
             earlier.append(restored)
         return Target(place, handle, checked_size(attrs.size, place.full), attrs, earlier)
     except BaseException:
@@ -152,7 +154,7 @@ async def _open(place: Place, flags: int, mode: int | None = None) -> bytes:
 
 
 async def _open_read_only(
-    place: Place, attrs: SFTPAttrs, refusal: RemoteError
+    place: Place, attrs: SFTPAttrs, refusal: RemoteError, flags: int
 ) -> tuple[bytes, Sent]:
     """`cp -a` of a read-only file and git's objects write through a descriptor that is older than
     the mode. Here the descriptor is younger, so the owner may write for as long as opening takes.
@@ -167,7 +169,7 @@ async def _open_read_only(
     writable = SFTPAttrs(permissions=stat.S_IMODE(mode) | stat.S_IWUSR)
     send(bulk.setstat(place.full, writable))  # where that is refused, so is the open
     try:
-        handle = await _open(place, FXF_WRITE)
+        handle = await _open(place, flags)
     except BaseException as error:
         await _restore_quietly(place, read_only)
         if isinstance(error, PermissionDenied):

@@ -160,9 +160,16 @@ async def _usage(place: Place) -> asyncssh.SFTPVFSAttrs | None:
     """Of the file system that it is in; None where the server does not tell."""
     try:
         with place.asking():
-            return await place.session.meta.statvfs(place.parent().full or b"/")
+            directory = place.parent() if place.path else place
+            return await place.session.meta.statvfs(directory.full or b"/")
     except (NotSupported, RemoteFailure):
         return None
+
+
+async def is_read_only(place: Place) -> bool:
+    """Whether nothing can be changed in what has this root."""
+    usage = await _usage(place)
+    return place.session.is_read_only or (usage is not None and bool(usage.flags & os.ST_RDONLY))
 
 
 async def explain_read_only(place: Place, error: RemoteError) -> RemoteError:

@@ -10,6 +10,7 @@ links, and a link that replaced a file must not redirect a change to something e
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import stat
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -19,8 +20,9 @@ from typing import Any
 import asyncssh
 import msgspec
 from asyncssh import SFTPAttrs
+from asyncssh.constants import FXF_WRITE
 
-from hpcfs.remotes.base import Prompter, ReportProgress, Source, no_report
+from hpcfs.remotes.base import MAX_NAME_BYTES, Prompter, ReportProgress, Source, no_report
 from hpcfs.remotes.sftp import links, listing, read, rename as renaming
 from hpcfs.remotes.sftp.attrs import (
     full_mode,
@@ -30,6 +32,7 @@ from hpcfs.remotes.sftp.attrs import (
     rest_to_set,
 )
 from hpcfs.remotes.sftp.errors import MAX_PATH_BYTES, shown
+from hpcfs.remotes.sftp.long_paths import LongPaths
 from hpcfs.remotes.sftp.place import (
     Place,
     explain_device,
@@ -40,6 +43,7 @@ from hpcfs.remotes.sftp.place import (
     explain_rmdir,
     explain_size,
     explain_sticky,
+    is_read_only,
     learn_user,
 )
 from hpcfs.remotes.sftp.session import SftpSession, open_session, together, traffic_of
@@ -53,6 +57,7 @@ from hpcfs.transfer.messages import (
     Entry,
     InvalidName,
     InvalidRequest,
+    NameTooLong,
     NotFound,
     NotOwner,
     NotSupported,
@@ -81,10 +86,11 @@ ABILITIES = Abilities(
 class SftpSite:
     """All namespaces that one kept session reaches: a base.Site."""
 
-    def __init__(self, start: Start, kept: Kept[SftpSession]):
+    def __init__(self, start: Start, kept: Kept[SftpSession], *, is_virtual: bool = False):
+        """`is_virtual`: the paths that it serves are not those of the machine that serves them."""
         self._kept = kept
         self._remotes = {
-            name: SftpRemote(self._kept, root)
+            name: SftpRemote(self._kept, root, is_virtual=is_virtual)
             for name, root in start.roots.items()
             if isinstance(root, SftpRoot)
         }
@@ -97,6 +103,9 @@ class SftpSite:
 
     def traffic(self) -> Traffic:
         return traffic_of(self._kept)
+
+    def try_now(self) -> None:
+        self._kept.try_now()
 
     async def close(self) -> None:
         await self._kept.close()
@@ -112,19 +121,22 @@ class SshSiteConnection(SftpSite):
 class SftpRemote:
     """One namespace on an SSH site: a base.Remote."""
 
-    def __init__(self, kept: Kept[SftpSession], root: SftpRoot):
+    def __init__(self, kept: Kept[SftpSession], root: SftpRoot, *, is_virtual: bool = False):
         self._kept = kept
+        self._is_virtual = is_virtual
         self._root = root
         self._rooted: tuple[SftpSession, bytes] | None = None
         self._roots: tuple[bytes, ...] = ()
         """What links on the server may call the root: as it was named, and without links."""
         self._files = read.OpenFiles()
         self._uploads = Uploads(root.verify)
+        self._long_paths = LongPaths()
 
     # --- where ----------------------------------------------------------------------------------
 
-    async def _place(self, path: bytes) -> Place:
-        """The path on the server, with a connection; the root is looked at once per connection."""
+    async def _place(self, path: bytes, *, room: int = 0) -> Place:
+        """The path on the server, with a connection; the root is looked at once per connection.
+        `room` is how many bytes longer paths will be that the server makes of this one, or we."""
         if b"\0" in path:
             raise InvalidName(f"{shown(path)} has a NUL byte")
         session = await self._kept.get()
@@ -132,12 +144,26 @@ class SftpRemote:
             self._rooted = (session, await self._find_root(session))
         root = self._rooted[1]
         full = root.rstrip(b"/") + b"/" + path if path else root
+        if len(full) + room > MAX_PATH_BYTES:
+            try:
+                return await self._long_paths.place(session, path, full)
+            except NameTooLong:
+                if len(full) > MAX_PATH_BYTES:
+                    raise
         return Place(session, path, full)
 
+    async def _both(self, path: bytes, other: bytes) -> tuple[Place, Place]:
+        """Of a request that names two: on the channel of that with a long path, if there is one."""
+        one, two = await self._place(path), await self._place(other)
+        main = await self._kept.get()
+        session = two.session if one.session is main else one.session
+        one, two = (dataclasses.replace(place, session=session) for place in (one, two))
+        return one, two
+
     @asynccontextmanager
-    async def _changing(self, path: bytes) -> AsyncIterator[Place]:
+    async def _changing(self, path: bytes, *, room: int = 0) -> AsyncIterator[Place]:
         """The same, for what changes something there: refusals tell a remote that is read-only."""
-        place = await self._place(path)
+        place = await self._place(path, room=room)
         try:
             yield place
         except RemoteError as error:
@@ -158,13 +184,19 @@ class SftpRemote:
             raise WrongSettings(f"the folder {place} may not be entered by that user") from None
         if kind != stat.S_IFDIR:
             raise WrongSettings(f"{place} is not a folder")
-        self._roots = (full, real) if real not in (None, full) else (full,)
+        if not self._is_virtual:
+            self._roots = (full, real) if real not in (None, full) else (full,)
         return full
 
     async def connect(self) -> Abilities:
         place = await self._place(b"")
         is_root = place.session.owners.remote_uid == 0
-        return msgspec.structs.replace(ABILITIES, privileged=is_root, roots=self._roots)
+        return msgspec.structs.replace(
+            ABILITIES,
+            privileged=is_root,
+            read_only=await is_read_only(place),
+            roots=self._roots,
+        )
 
     # --- looking --------------------------------------------------------------------------------
 
@@ -183,7 +215,7 @@ class SftpRemote:
                 return place.entry_of(await root.session.bulk.fstat(remote, 0))
 
     async def list(self, path: bytes) -> AsyncIterator[Sequence[Entry]]:
-        place = await self._place(path)
+        place = await self._place(path, room=1 + MAX_NAME_BYTES)
         meta = place.session.meta
         try:
             with place.asking():
@@ -261,7 +293,7 @@ class SftpRemote:
         self._uploads.release(handle)
 
     async def upload(self, request: Upload, source: Source, report: ReportProgress) -> Entry:
-        async with self._changing(request.path) as place:
+        async with self._changing(request.path, room=MAX_NAME_BYTES) as place:
             return await self._uploads.upload(place, request, source, report)
 
     async def upload_ahead(self, request: UploadAhead, source: Source) -> None:
@@ -278,6 +310,15 @@ class SftpRemote:
                 return await self._changed(place, SFTPAttrs(size=size))
             except RemoteError as error:
                 raise await explain_size(place, await explain_file(place, error), size) from error
+
+    async def check_writable(self, path: bytes) -> None:
+        async with self._changing(path) as place:
+            bulk = place.session.bulk
+            try:
+                with place.asking():
+                    bulk.close_soon(await bulk.kept(bulk.open(place.full, FXF_WRITE, SFTPAttrs())))
+            except RemoteError as error:
+                raise await explain_file(place, error) from error
 
     # --- names ----------------------------------------------------------------------------------
 
@@ -316,8 +357,8 @@ class SftpRemote:
             return place.entry_of(await self._made(place, making))
 
     async def make_link(self, existing: bytes, path: bytes) -> Entry:
-        async with self._changing(path) as place:
-            old = await self._place(existing)
+        async with self._changing(path):
+            old, place = await self._both(existing, path)
             try:
                 attrs = await self._made(place, place.session.meta.link(old.full, place.full))
             except NotFound:
@@ -331,9 +372,10 @@ class SftpRemote:
     async def rename(
         self, path: bytes, target: bytes, *, replace: bool, report: ReportProgress = no_report
     ) -> None:
-        async with self._changing(path) as place:
+        async with self._changing(path):
             await self._uploads.settled(path)
-            await renaming.rename(place, await self._place(target), replace=replace)
+            source, place = await self._both(path, target)
+            await renaming.rename(source, place, replace=replace)
 
     async def remove(self, path: bytes) -> None:
         async with self._changing(path) as place:

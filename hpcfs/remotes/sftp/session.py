@@ -83,6 +83,8 @@ class SftpSession:
     reads_target_first: bool | None = None
     """The order of a symlink request's paths (links.py); None until it was looked for."""
     uploading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_UPLOADS))
+    appends: bool = True
+    """Whether files can be opened for appending; false once that has failed."""
     shared_handles: bool = False
     """A handle counts on all channels, so that a file can be read over several."""
     open_channel: Callable[[], Awaitable[Requests]] | None = None

@@ -24,6 +24,7 @@ from asyncssh import SFTPAttrs
 
 from hpcfs.remotes.base import ReportProgress, Source, last_name
 from hpcfs.remotes.sftp import rename as renaming
+from hpcfs.remotes.sftp.appending import append
 from hpcfs.remotes.sftp.attempts import Attempt, Attempts
 from hpcfs.remotes.sftp.attrs import NANOSECONDS, full_mode, version_of
 from hpcfs.remotes.sftp.held import HeldFile, HeldFiles
@@ -155,6 +156,8 @@ class Uploads:
         """Raises Changed when the remote lost bytes that are still meant to be there."""
         if request.size < 0 or request.base_size < 0:
             raise InvalidRequest("a size can't be negative")
+        if request.append:
+            return await self._append(place, request, source, report)
         file = self._taken(place, request)
         try:
             async with place.session.uploading:
@@ -167,6 +170,16 @@ class Uploads:
         self._attempts.end(place.path)
         self._held.note_complete(request.handle)
         return place.entry_of(attrs)
+
+    async def _append(
+        self, place: Place, request: Upload, source: Source, report: ReportProgress
+    ) -> Entry:
+        self._held.release(request.handle)
+        async with place.session.uploading:
+            appended = await append(place, request, source, report, self._attempts)
+            if self._verify and appended.is_alone:
+                await _compare(place, appended.request, appended.source, report)
+        return place.entry_of(appended.attrs)
 
     def _remember(self, place: Place, request: Upload, source: Source) -> None:
         """After a failure that is being reported already."""

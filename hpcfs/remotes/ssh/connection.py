@@ -100,6 +100,10 @@ class Kept(Generic[S]):
             else:
                 await session.ended.wait()
 
+    def try_now(self) -> None:
+        """The pause after a failed attempt is over; what only the user can mend stays as it is."""
+        self._retry_at = 0.0
+
     def _attempting(self) -> asyncio.Task[S]:
         if self._attempt is None:
             self._attempt = asyncio.create_task(self._connect())

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import asyncssh
+from asyncssh.packet import SSHPacket
 from asyncssh.public_key import load_keypairs
 
 from hpcfs.remotes.ssh.said import Said
@@ -18,6 +22,9 @@ from hpcfs.transfer.messages import SshSite, WrongSettings
 
 log = logging.getLogger(__name__)
 
+MOST_BYTES = 256 * 1024
+"""Of a key file: what is longer is none."""
+_MAGIC = b"openssh-key-v1\0"
 DEFAULT_KEY_NAMES = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 
@@ -30,10 +37,61 @@ class _Keys(list[asyncssh.SSHKeyPair]):
 
 @dataclass(frozen=True)
 class Identities:
-    """`key_files` are private keys that exist, some of which may need a passphrase."""
+    """`key_files` are private keys that exist, some of which may need a passphrase; `pairs` those
+    that need none, and `public` the public halves of all, as far as they are known. `agent` is a
+    socket, or empty; with `only` it shows nothing but what `public` has."""
 
-    key_files: tuple[Path, ...]
-    options: dict[str, Any] = field(repr=False)
+    key_files: tuple[Path, ...] = ()
+    pairs: tuple[asyncssh.SSHKeyPair, ...] = field(default=(), repr=False)
+    public: frozenset[bytes] = field(default=frozenset(), repr=False)
+    agent: str = ""
+    only: bool = False
+    provider: str | None = None
+
+    @asynccontextmanager
+    async def options(self) -> AsyncIterator[dict[str, Any]]:
+        """asyncssh's, for one login. The keys come in ssh's order, which counts where a server ends
+        the connection after a few: certificates, those of the agent that are also named, its other
+        ones, then what only files have."""
+        async with _connected(self.agent) as held:
+            named = [pair for pair in held if pair.public_data in self.public]
+            others = [] if self.only else [pair for pair in held if pair not in named]
+            certified = [pair for pair in self.pairs if pair.public_data != pair.key_public_data]
+            shown = {pair.public_data for pair in held}
+            rest = [pair for pair in self.pairs if pair not in certified]
+            files = [pair for pair in rest if pair.public_data not in shown]
+            yield {
+                "client_keys": _Keys([*certified, *named, *others, *files]),
+                "agent_path": "",
+                "pkcs11_provider": self.provider,
+            }
+
+
+@asynccontextmanager
+async def _connected(place: str) -> AsyncIterator[Sequence[asyncssh.SSHKeyPair]]:
+    """What an agent holds. One that does not answer has nothing, as with ssh."""
+    if not place:
+        yield ()
+        return
+    try:
+        agent = await asyncssh.connect_agent(place)
+    except OSError as error:
+        log.info("no agent at %s: %s", place, error)
+        yield ()
+        return
+    try:
+        yield await _held(agent)
+    finally:
+        agent.close()
+        await agent.wait_closed()
+
+
+async def _held(agent: asyncssh.SSHAgentClient) -> Sequence[asyncssh.SSHKeyPair]:
+    try:
+        return await agent.get_keys()
+    except (OSError, ValueError) as error:
+        log.warning("the agent does not tell its keys: %s", error)
+        return ()
 
 
 def read(site: SshSite, answer: Said, tokens: Tokens) -> Identities:
@@ -41,22 +99,22 @@ def read(site: SshSite, answer: Said, tokens: Tokens) -> Identities:
     and is not there is passed over, as ssh does."""
     named = _named(site, answer, tokens)
     existing = [path for path in named if path.is_file() and os.access(path, os.R_OK)]
-    private = [path for path in existing if b"PRIVATE KEY" in path.read_bytes()]
+    private = [path for path in existing if b"PRIVATE KEY" in _beginning(path)]
     paths = [tokens.path(name) for name in answer.all("certificatefile") if name.lower() != "none"]
     certificates = list(_certificates(paths))
-    agent = _agent(answer)
-    only = list(_public(named, certificates)) if answer.is_on("identitiesonly") else None
-    if only == []:
-        agent = ""
     return Identities(
-        tuple(private),
-        {
-            "client_keys": _Keys(_unlocked(private, certificates)),
-            "agent_path": agent,
-            "agent_identities": only or None,
-            "pkcs11_provider": _provider(answer),
-        },
+        key_files=tuple(private),
+        pairs=tuple(_unlocked(private, certificates)),
+        public=frozenset(_public(named, certificates)),
+        agent=_agent(answer),
+        only=answer.is_on("identitiesonly"),
+        provider=_provider(answer),
     )
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(MOST_BYTES)
 
 
 def _named(site: SshSite, answer: Said, tokens: Tokens) -> list[Path]:
@@ -94,7 +152,7 @@ def _certificates(files: Sequence[Path]) -> Iterator[asyncssh.SSHCertificate]:
 def _public(
     named: Sequence[Path], certificates: Sequence[asyncssh.SSHCertificate]
 ) -> Iterator[bytes]:
-    """What IdentitiesOnly lets an agent show: the keys of the files, told by their public half."""
+    """By which an agent's keys are told to be those of the files."""
     for path in named:
         for name in (path.with_name(f"{path.name}.pub"), path):
             try:
@@ -102,11 +160,29 @@ def _public(
                 break
             except (asyncssh.KeyImportError, OSError, ValueError):
                 continue
+        else:
+            yield from _public_half(path)
         try:
             yield asyncssh.read_certificate(f"{path}-cert.pub").public_data
         except (asyncssh.KeyImportError, OSError, ValueError):
             continue
     yield from (certificate.public_data for certificate in certificates)
+
+
+def _public_half(path: Path) -> Iterator[bytes]:
+    """OpenSSH's form of a private key has it in the clear, also under a passphrase (PROTOCOL.key in
+    OpenSSH's sources)."""
+    try:
+        text = _beginning(path)
+        body = re.search(rb"BEGIN OPENSSH PRIVATE KEY-+(.*?)-+END", text, re.DOTALL)
+        packet = SSHPacket(base64.b64decode(body[1] if body else b""))
+        if packet.get_bytes(len(_MAGIC)) == _MAGIC:
+            for _ in ("cipher", "derivation", "its options"):
+                packet.get_string()
+            packet.get_uint32()
+            yield packet.get_string()
+    except (OSError, ValueError):
+        return
 
 
 def _agent(answer: Said) -> str:

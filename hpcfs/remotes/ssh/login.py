@@ -177,9 +177,10 @@ class _HopLogin:
         """Raises RemoteErrors, and HostKeyNotVerifiable."""
         hop = self._hop
         try:
-            async with self._clock.running():
+            async with self._clock.running(), hop.identities.options() as keys:
+                options = way | hop.options | keys
                 return await asyncssh.connect(
-                    hop.host, hop.port, client_factory=lambda: client, **way, **hop.options
+                    hop.host, hop.port, client_factory=lambda: client, **options
                 )
         except asyncssh.HostKeyNotVerifiable:
             raise
@@ -255,7 +256,7 @@ class _Client(asyncssh.SSHClient):
         self._clock = clock
         self.ended = asyncio.Event()
         self.proxy: Proxy | None = None
-        self._key_files = list(hop.key_files)
+        self._key_files = list(hop.identities.key_files)
         self._passwords_left = self._dialogues_left = hop.prompts
         self._said: deque[str] = deque(maxlen=MOST_SAID)
         self.judgement: Judgement | None = None

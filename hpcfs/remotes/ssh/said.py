@@ -120,7 +120,7 @@ def no_ssh(error: OSError) -> WrongSettings:
 def _reason(complaint: str) -> str:
     """Its first line says what is wrong, with file and line; the last only that it ends."""
     lines = [program.one_line(line) for line in complaint.splitlines() if line.strip()]
-    shown = [line for line in lines if not line.startswith("terminating,")] or lines
+    shown = [line for line in lines if "terminating, " not in line] or lines
     text = "; ".join(shown[:3]) or "ssh says nothing"
     return text.replace("/dev/stdin", "~/.ssh/config")
 

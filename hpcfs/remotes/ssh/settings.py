@@ -32,6 +32,8 @@ from hpcfs.transfer.messages import SshSite, WrongSettings
 
 KEEPALIVE_SECONDS = 15
 KEEPALIVES_MISSED = 3
+KEY_EXCHANGE = "curve25519-sha256"
+"""Between a mount and a laptop, which are both ours."""
 CHANNEL_WINDOW_BYTES = 80 * 1024 * 1024
 """What one channel may carry before we say that we have it, which asyncssh says at half of it. So
 more than twice what is ever asked for at once (sftp/flow.py), and that is what bounds memory.
@@ -62,7 +64,7 @@ class Hop:
     port: int
     user: str
     jumps: tuple[str, ...]
-    key_files: tuple[Path, ...]
+    identities: Identities = field(compare=False)
     host_keys: HostKeys = field(compare=False)
     options: dict[str, Any] = field(compare=False, repr=False)
     proxy_command: str | None = None
@@ -151,7 +153,7 @@ def _read_hop(site: SshSite, answer: Said, is_behind: bool) -> Hop:
         port=port,
         user=user,
         jumps=jumps,
-        key_files=(),
+        identities=identities.read(site, answer, tokens),
         host_keys=HostKeys(Rules(host)),
         options={},
         proxy_command=command,
@@ -164,13 +166,11 @@ def _read_hop(site: SshSite, answer: Said, is_behind: bool) -> Hop:
     )
     is_direct = hop.is_direct and not is_behind
     host_keys = HostKeys(_rules(answer, hop, alias, is_direct=is_direct))
-    mine = identities.read(site, answer, tokens)
-    options = _options(answer, hop, host_keys, mine)
-    return replace(hop, key_files=mine.key_files, host_keys=host_keys, options=options)
+    return replace(hop, host_keys=host_keys, options=_options(answer, hop, host_keys))
 
 
-def _options(answer: Said, hop: Hop, host_keys: HostKeys, mine: Identities) -> dict[str, Any]:
-    """asyncssh's. Where nothing else is said, ssh's own defaults."""
+def _options(answer: Said, hop: Hop, host_keys: HostKeys) -> dict[str, Any]:
+    """asyncssh's, but for the keys. Where nothing else is said, ssh's own defaults."""
     offered = algorithms.host_keys(answer)
     named = answer.names("hostkeyalgorithms")
     default = Said(answer.defaults).names("hostkeyalgorithms")
@@ -189,7 +189,6 @@ def _options(answer: Said, hop: Hop, host_keys: HostKeys, mine: Identities) -> d
         "compression_algs": None,
         "tcp_keepalive": answer.one("tcpkeepalive") != "no",
         **_ways_in(answer, hop),
-        **mine.options,
         "agent_forwarding": False,
         "x11_forwarding": False,
         "env": [line for line in answer.all("setenv") if "=" in line],

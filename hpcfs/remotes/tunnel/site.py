@@ -33,7 +33,7 @@ class TunnelSiteConnection(SftpSite):
         self._meeting = Meeting(Path(start.site.directory), start.site.name)
         self._start = start
         self._tried: Stamp | None = None
-        super().__init__(start, Kept(self._open))
+        super().__init__(start, Kept(self._open), is_virtual=True)
         self._tending = asyncio.create_task(self._kept.tend(self._worth_trying))
 
     async def _open(self) -> SftpSession:

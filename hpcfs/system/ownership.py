@@ -1,0 +1,145 @@
+"""Whose a file, a directory or a socket is: what tells our own from what others put in its place.
+
+On a machine that many people share, whoever comes first may make a directory or a link in /tmp or
+/scratch under a name that somebody else will use.
+"""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import pwd
+import socket
+import stat
+import struct
+from pathlib import Path
+from typing import Protocol
+
+_CREDENTIALS = struct.Struct("3i")
+"""unix(7)'s struct ucred: pid, uid, gid."""
+NOBODY = 65534
+"""How a user namespace shows the owner of what is the administrator's. Nobody logs in so."""
+MAX_LINKS = 40
+"""As many as the kernel follows in one path."""
+
+
+def is_private(directory: Path) -> bool:
+    """A directory of ours, and no link, that nobody else can enter."""
+    try:
+        found = directory.lstat()
+    except OSError:
+        return False
+    private = stat.S_ISDIR(found.st_mode) and stat.S_IMODE(found.st_mode) & 0o077 == 0
+    return private and found.st_uid == os.getuid()
+
+
+def is_socket(path: Path) -> bool:
+    """A socket of ours, and no link, in a directory that nobody else can enter."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISSOCK(found.st_mode) and found.st_uid == os.getuid() and is_private(path.parent)
+
+
+def connect(path: Path, timeout: float) -> socket.socket:
+    """A connection to a process of ours, `timeout` seconds long at each step.
+
+    Raises OSError; ECONNREFUSED or ENOENT where there is nothing of ours.
+    """
+    if not is_socket(path):
+        raise FileNotFoundError(errno.ENOENT, "there is no socket of yours", str(path))
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(timeout)
+    try:
+        connection.connect(str(path))
+        _check_peer(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _check_peer(connection: socket.socket, path: Path) -> None:
+    uid = peer_uid(connection)
+    if uid != os.getuid():
+        raise ConnectionRefusedError(errno.ECONNREFUSED, f"user {uid} listens there", str(path))
+
+
+class _HasOptions(Protocol):
+    """A socket, of trio's too."""
+
+    def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes: ...
+
+
+def peer_uid(connection: _HasOptions) -> int:
+    """Of the process that connected, or that listened."""
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(found)[1])
+
+
+def why_not(directory: Path) -> str | None:
+    """Why what is in this directory, there already or not, may be changed by others: somebody who
+    may write to a directory on the way there, or whose link leads there. None where nobody can.
+
+    A place in a directory like /tmp is safe once it is ours: there nobody renames what is others'.
+    """
+    here, parent = Path("/"), os.lstat("/")
+    ahead = list(reversed(directory.parts[1:]))
+    links = 0
+    while ahead:
+        part = ahead.pop()
+        if part == "..":
+            here = here.parent
+            parent = here.lstat()
+            continue
+        place = here / part
+        try:
+            found = place.lstat()
+        except FileNotFoundError:
+            return None  # to be made, in what was looked at
+        except OSError as error:
+            return f"{place} can't be looked at ({error.strerror})"
+        if _is_open(parent) and found.st_uid not in (0, os.getuid(), NOBODY):
+            return f"user {found.st_uid} made {place}"
+        if stat.S_ISLNK(found.st_mode):
+            links += 1
+            if links > MAX_LINKS:
+                return f"{place} is a link without an end"
+            target = Path(os.readlink(place))
+            if target.is_absolute():
+                here, parent = Path("/"), os.lstat("/")
+            ahead.extend(reversed(target.parts[1:] if target.is_absolute() else target.parts))
+            continue
+        if stat.S_ISDIR(found.st_mode) and _is_open(found) and not found.st_mode & stat.S_ISVTX:
+            return f"others may write to {place}, mode {stat.S_IMODE(found.st_mode):04o}"
+        here, parent = place, found
+    return None
+
+
+def _is_open(directory: os.stat_result) -> bool:
+    """Whether somebody but its owner and the administrator may make entries there."""
+    if directory.st_mode & stat.S_IWOTH:
+        return True
+    return bool(directory.st_mode & stat.S_IWGRP) and not _is_own_group(directory.st_gid)
+
+
+def _is_own_group(gid: int) -> bool:
+    """Root's, or one that only this user is in: many systems give each user one."""
+    if gid == 0:
+        return True
+    try:
+        user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(gid)
+    except KeyError:
+        return False
+    own = user.pw_gid == gid and group.gr_name == user.pw_name
+    return own and set(group.gr_mem) <= {user.pw_name}
+
+
+def make_directories(directory: Path) -> None:
+    """With all that is missing on the way, for this user alone whatever the umask. Raises
+    OSError."""
+    if not directory.is_dir():
+        make_directories(directory.parent)
+        directory.mkdir(mode=0o700, exist_ok=True)
