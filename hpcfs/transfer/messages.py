@@ -103,6 +103,8 @@ class Abilities(msgspec.Struct, frozen=True):
     """The remote user is root: the modes of its files don't bind it."""
     checks_directories: bool = True
     """The remote refuses what the modes of directories forbid."""
+    remark: str = ""
+    """For the status: how it is reached, where that is out of the ordinary."""
 
 
 class Attributes(msgspec.Struct, frozen=True):
@@ -171,6 +173,8 @@ class S3Site(msgspec.Struct, frozen=True, tag="s3"):
     access_key: Secret | None = None
     secret_key: Secret | None = None
     connect_timeout: float = 10.0
+    anonymous: bool = False
+    """Ask without credentials even where there are some."""
 
 
 class TunnelSite(msgspec.Struct, frozen=True, tag="tunnel"):

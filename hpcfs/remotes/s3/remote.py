@@ -24,6 +24,7 @@ from hpcfs.remotes.base import ReportProgress, Source, last_name, no_report
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.directory import Lister, Parents
 from hpcfs.remotes.s3.entries import Entries
+from hpcfs.remotes.s3.errors import is_refusal, not_public
 from hpcfs.remotes.s3.markers import HEADERS, Markers
 from hpcfs.remotes.s3.metadata import (
     DIRECTORY_MODE,
@@ -65,6 +66,7 @@ from hpcfs.transfer.messages import (
     NotSupported,
     PermissionDenied,
     ProtocolError,
+    RemoteFailure,
     S3Root,
     Start,
     Upload,
@@ -112,13 +114,19 @@ class S3Remote:
     async def connect(self) -> Abilities:
         try:
             self._markers.saw(await self._bucket.first(self._base, 1))
-        except PermissionDenied as error:
-            refused = AccessRefused(f"{error.message} to list it, then remount")
+        except (PermissionDenied, RemoteFailure) as error:
+            if self._bucket.login.anonymous and is_refusal(error):
+                refused = AccessRefused(not_public(self._bucket.name))
+            elif isinstance(error, PermissionDenied):
+                refused = AccessRefused(f"{error.message} to list it, then remount")
+            else:
+                raise
             raise self._bucket.remember(refused) from error
         except NotFound as error:
             raise self._bucket.remember(WrongSettings(error.message)) from error
         can_copy_parts = self._bucket.server.copies_parts is not False
-        return msgspec.structs.replace(ABILITIES, part_copies=can_copy_parts)
+        remark = self._bucket.login.remark
+        return msgspec.structs.replace(ABILITIES, part_copies=can_copy_parts, remark=remark)
 
     async def stat(self, path: bytes) -> Entry:
         look = await self._paths.look(await self._paths.place(path))
