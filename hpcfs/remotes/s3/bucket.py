@@ -242,9 +242,8 @@ class Bucket:
         return await _with_belongings(asked, send)
 
     async def _make_room(self, key: str, base: bytes | None) -> None:
-        """versitygw takes an object whose name has more than 237 bytes for a directory when it is
-        to be replaced: only what is not there can be written. Raises IsADirectory where it is one,
-        and Conflict."""
+        """versitygw takes an object with a name of more than 237 bytes for a directory when it is
+        to be replaced. Raises IsADirectory where it is one, and Conflict."""
         found = await self.head(key)
         if found is None:
             raise IsADirectory(f"{key}: the server has a directory of this name")

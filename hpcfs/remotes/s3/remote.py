@@ -259,6 +259,7 @@ class S3Remote:
         async with self._changing.setdefault(path, asyncio.Lock()):
             look = await self._paths.recall(await self._paths.place(path))
             if look.is_directory:
+                await self._renew_marker(look)
                 return await self._set_directory_attributes(look.place, attributes)
             found = file_of(look)
             if not _is_worth_a_copy(attributes):
@@ -308,7 +309,10 @@ class S3Remote:
                 raise AlreadyExists(f"{text(target)} is there already")
             check_replaceable(source, goal)
         if source.is_directory:
+            await self._renew_marker(source)
             await self._rename_directory(source.place, goal.place, report)
+            if goal.old_marker is not None:
+                await self._bucket.delete(goal.old_marker)
         else:
             await self._rename_file(source.place, file_of(source), goal)
 
@@ -404,6 +408,20 @@ class S3Remote:
             await self._markers.write(place.directory, metadata, kept)
             self._parents.made(place.directory)
         return self._entries.directory(last_name(place.path), metadata)
+
+    async def _renew_marker(self, look: Look) -> None:
+        """One that s3fs wrote once becomes one of the form that all understand."""
+        if look.old_marker is None:
+            return
+        directory = look.place.directory
+        old = await self._bucket.head(look.old_marker)
+        if old is not None and directory not in look.markers:
+            headers = await self._transfer.belongings.of(old)
+            await self._markers.write(directory, old.metadata, headers)
+        self._paths.changed(look.place)
+        self._lister.cache.drop(look.old_marker)
+        await self._bucket.delete(look.old_marker)
+        self._parents.made(directory)
 
     async def _download(self, found: Info, file: IO[bytes], size: int) -> None:
         for offset in range(0, size, DOWNLOAD_BYTES):
