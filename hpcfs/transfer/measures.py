@@ -27,6 +27,8 @@ class Abilities(msgspec.Struct, frozen=True):
     """Nothing could be changed there when it was connected to."""
     dates_directories: bool = True
     """A name that comes or goes changes its directory's mtime."""
+    remark: str = ""
+    """For the status: how it is reached, where that is out of the ordinary."""
     roots: tuple[bytes, ...] = ()
     """Absolute paths of the namespace's root, as symbolic links on the remote may name it."""
 

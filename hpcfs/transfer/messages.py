@@ -145,6 +145,8 @@ class S3Site(msgspec.Struct, frozen=True, tag="s3"):
     access_key: Secret | None = None
     secret_key: Secret | None = None
     connect_timeout: float = 10.0
+    anonymous: bool = False
+    """Ask without credentials even where there are some."""
 
 
 class TunnelSite(msgspec.Struct, frozen=True, tag="tunnel"):

@@ -18,6 +18,7 @@ from hpcfs.remotes.base import checked_size
 from hpcfs.remotes.s3.checksums import CRC32, Checks, PartSent, proof_of
 from hpcfs.remotes.s3.direct import Direct
 from hpcfs.remotes.s3.errors import Health, is_throttling, s3_code, translate, translating
+from hpcfs.remotes.s3.login import Login
 from hpcfs.remotes.s3.metadata import Metadata, encode
 from hpcfs.remotes.s3.names import checked_key
 from hpcfs.remotes.s3.objects import (
@@ -59,9 +60,9 @@ DELETED_AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class Access:
-    """What a site's buckets share. `client` gives botocore's, making it at its first use."""
+    """What a site's buckets share."""
 
-    client: Callable[[], Awaitable[Any]]
+    login: Login
     direct: Direct
     gate: Gate
     sending: Gate
@@ -86,7 +87,7 @@ class Bucket:
     def __init__(self, name: str, access: Access) -> None:
         self.name = name
         self._access = access
-        self.server = access.server
+        self.login, self.server = access.login, access.server
         self._checks = Checks(access.server)
         self._lasting: RemoteError | None = None
 
@@ -119,7 +120,7 @@ class Bucket:
             return await self._access.pacing.asked(ask)
 
     async def _by_client(self, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        client = await self._access.client()
+        client = await self._access.login.client()
         body: Any = parameters.get("Body")
         if hasattr(body, "seek"):  # it may have been sent before
             body.seek(0)
@@ -241,9 +242,8 @@ class Bucket:
         return await _with_belongings(asked, send)
 
     async def _make_room(self, key: str, base: bytes | None) -> None:
-        """versitygw takes an object whose name has more than 237 bytes for a directory when it is
-        to be replaced: only what is not there can be written. Raises IsADirectory where it is one,
-        and Conflict."""
+        """versitygw takes an object with a name of more than 237 bytes for a directory when it is
+        to be replaced. Raises IsADirectory where it is one, and Conflict."""
         found = await self.head(key)
         if found is None:
             raise IsADirectory(f"{key}: the server has a directory of this name")

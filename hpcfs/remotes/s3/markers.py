@@ -39,16 +39,28 @@ class Markers:
         self._sample = page.objects[0].key if page.objects else None
 
     async def read(
-        self, directory: str, *, urgent: bool = True, listed: Sequence[str] | None = None
+        self,
+        directory: str,
+        *,
+        urgent: bool = True,
+        listed: Sequence[str] | None = None,
+        old: bool = False,
     ) -> Info | None:
         """`listed` are the markers with which a listing of the directory begins: its own key comes
-        before all others, so one that is not among them need not be asked for."""
+        before all others, so one that is not among them need not be asked for. `old`: there may be
+        one without a slash (see objects.Info.is_directory)."""
         known = self._read.get(directory)
         if known is None:
             key = directory + MARKER if await self._is_inside() else directory
-            if listed is not None and key == directory and key not in listed:
+            old = old or (listed is not None and directory[:-1] in listed)
+            found = None
+            if listed is None or key != directory or key in listed:
+                found = await self._bucket.head(key, urgent=urgent)
+            elif not old:
                 return None
-            found = await self._bucket.head(key, urgent=urgent)
+            if found is None and old:
+                found = await self._bucket.head(directory[:-1], urgent=urgent)
+                found = found if found is not None and found.is_directory else None
             known = (found if found is not None and found.size == 0 else None,)
             self._read.put(directory, known)
         return known[0]

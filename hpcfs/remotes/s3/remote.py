@@ -24,6 +24,7 @@ from hpcfs.remotes.base import ReportProgress, Source, last_name, no_report
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.directory import Lister, Parents
 from hpcfs.remotes.s3.entries import Entries
+from hpcfs.remotes.s3.errors import is_refusal, not_public
 from hpcfs.remotes.s3.markers import HEADERS, Markers
 from hpcfs.remotes.s3.metadata import (
     DIRECTORY_MODE,
@@ -65,6 +66,7 @@ from hpcfs.transfer.messages import (
     NotSupported,
     PermissionDenied,
     ProtocolError,
+    RemoteFailure,
     S3Root,
     Start,
     Upload,
@@ -113,13 +115,19 @@ class S3Remote:
     async def connect(self) -> Abilities:
         try:
             self._markers.saw(await self._bucket.first(self._base, 1))
-        except PermissionDenied as error:
-            refused = AccessRefused(f"{error.message} to list it, then remount")
+        except (PermissionDenied, RemoteFailure) as error:
+            if self._bucket.login.anonymous and is_refusal(error):
+                refused = AccessRefused(not_public(self._bucket.name))
+            elif isinstance(error, PermissionDenied):
+                refused = AccessRefused(f"{error.message} to list it, then remount")
+            else:
+                raise
             raise self._bucket.remember(refused) from error
         except NotFound as error:
             raise self._bucket.remember(WrongSettings(error.message)) from error
         can_copy_parts = self._bucket.server.copies_parts is not False
-        return msgspec.structs.replace(ABILITIES, part_copies=can_copy_parts)
+        remark = self._bucket.login.remark
+        return msgspec.structs.replace(ABILITIES, part_copies=can_copy_parts, remark=remark)
 
     async def stat(self, path: bytes) -> Entry:
         look = await self._paths.look(await self._paths.place(path))
@@ -258,6 +266,7 @@ class S3Remote:
         async with self._changing.setdefault(path, asyncio.Lock()):
             look = await self._paths.recall(await self._paths.place(path))
             if look.is_directory:
+                await self._renew_marker(look)
                 return await self._set_directory_attributes(look.place, attributes)
             found = file_of(look)
             if not _is_worth_a_copy(attributes):
@@ -307,7 +316,10 @@ class S3Remote:
                 raise AlreadyExists(f"{text(target)} is there already")
             check_replaceable(source, goal)
         if source.is_directory:
+            await self._renew_marker(source)
             await self._rename_directory(source.place, goal.place, report)
+            if goal.old_marker is not None:
+                await self._bucket.delete(goal.old_marker)
         else:
             await self._rename_file(source.place, file_of(source), goal)
 
@@ -403,6 +415,20 @@ class S3Remote:
             await self._markers.write(place.directory, metadata, kept)
             self._parents.made(place.directory)
         return self._entries.directory(last_name(place.path), metadata)
+
+    async def _renew_marker(self, look: Look) -> None:
+        """One that s3fs wrote once becomes one of the form that all understand."""
+        if look.old_marker is None:
+            return
+        directory = look.place.directory
+        old = await self._bucket.head(look.old_marker)
+        if old is not None and directory not in look.markers:
+            headers = await self._transfer.belongings.of(old)
+            await self._markers.write(directory, old.metadata, headers)
+        self._paths.changed(look.place)
+        self._lister.cache.drop(look.old_marker)
+        await self._bucket.delete(look.old_marker)
+        self._parents.made(directory)
 
     async def _download(self, found: Info, file: IO[bytes], size: int) -> None:
         for offset in range(0, size, DOWNLOAD_BYTES):
