@@ -82,7 +82,7 @@ class Filesystem:
         self.permissions = Permissions(self._uid)
         self.files = Files(self.tree, store, uploader, nursery, self.permissions, self._gid)
         self._links = Links(self.tree, self.lookup, mountpoint)
-        self._makers = Makers()
+        self.makers = Makers()
         self._renaming = Renaming(self.tree, store, self.files)
         self._attributes = AttributeChanges(self.tree, store, self.files, self._uid)
         keeping = any(namespace.keeps_xattrs for namespace in self._namespaces)
@@ -117,10 +117,10 @@ class Filesystem:
                 return listed
             node = await self._look_up(parent, name, child)
         except NoEntry:
-            self._makers.missed(process, (parent, name))
+            self.makers.missed(process, (parent, name))
             raise
         if child is None:
-            self._makers.found(process)
+            self.makers.does_else(process)
         return node
 
     def _listed(self, parent: Node, name: bytes, child: Node | None, process: int) -> Node | None:
@@ -133,7 +133,7 @@ class Filesystem:
         if entry is not None:
             node = self._adopt(parent, name, entry, asked)
             return node if self.tree.is_named(node) else None
-        if not self._makers.is_making(process):
+        if not self.makers.is_making(process):
             return None
         if child is not None and (child.content is not None or child.named > asked):
             return None
@@ -337,7 +337,7 @@ class Filesystem:
         return parent, namespace
 
     def _made(self, parent: Node, name: bytes, entry: m.Entry, asked: float, process: int) -> Node:
-        self._makers.made(process, (parent, name))
+        self.makers.made(process, (parent, name))
         if known := self.tree.child(parent, name):
             self.tree.detach(known)
         self.tree.note_made(parent, name)
@@ -407,9 +407,9 @@ class Filesystem:
         try:
             handle, node = await self.files.create(parent, name, mode, flags)
             self.tree.note_made(parent, name)
-            self._makers.made(process, (parent, name))
+            self.makers.made(process, (parent, name))
         except m.AlreadyExists:
-            self._makers.found(process)
+            self.makers.does_else(process)
             self.tree.note_made(parent, name)
             if flags & os.O_EXCL:
                 raise
@@ -476,7 +476,7 @@ class Filesystem:
             namespace, node, (parent, name), new_parent, new_name, target, replace=replace
         )
         self._links.moved(namespace, join(parent, name), join(new_parent, new_name))
-        self._makers.made(process, (new_parent, new_name))
+        self.makers.made(process, (new_parent, new_name))
 
     async def _target_of(self, parent: Node, name: bytes, node: Node, process: int) -> Node | None:
         """What will be replaced. Only where the remote is not asked to rename must it be known."""

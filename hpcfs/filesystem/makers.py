@@ -3,8 +3,7 @@
 A name that a listing of a moment ago lacks may have been made by others since, so who asks for it
 hears what the remote says. But cp, tar and rsync ask for each name that they are about to make, and
 the remote is asked then: it makes only what is new. Once a program has done so many times in a row,
-and asked for nothing else that was missing, the listing will do for it. FUSE does not tell what a
-name is looked up for.
+and nothing else, the listing will do for it. FUSE does not tell what a name is looked up for.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 
 from hpcfs.filesystem.tree import Node
 
-RUN = 32
+RUN = 128
 """Names made in a row."""
 MOST_WANTED = 4
 """Names that were asked for and are still to be made: rsync's temporary one and the last one."""
@@ -60,8 +59,8 @@ class Makers:
             found.wanted.remove(name)
             found.run += 1
 
-    def found(self, process: int) -> None:
-        """It asked for a name that others had made."""
+    def does_else(self, process: int) -> None:
+        """It opened, removed or found what it had not made, or read a directory."""
         self._processes.pop(process, None)
 
     def _of(self, process: int) -> _Process:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import stat
 from abc import ABC, abstractmethod
@@ -359,9 +360,17 @@ class RemoteContent(ABC):
         except m.NotFound as error:
             raise Stale(error.message) from None
         self.held = True
-        if not data and not offset and self.version == version:
+        if data:
+            await self._look_again()
+        elif not offset and self.version == version:
             namespace.note_empty(self)
         return data
+
+    async def _look_again(self) -> None:
+        """A file that was empty had bytes: has it grown? Who reads on must see a size that fits
+        them: tail(1) takes a smaller one for a file that was cut, and shows all again."""
+        await self.revalidate()
+        self.place.observed = -math.inf
 
     async def let_go(self) -> None:
         """The remote need not keep the file open any more."""

@@ -230,10 +230,12 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def unlink(self, parent: int, name: bytes, ctx: Any) -> None:
+        self._fs.makers.does_else(ctx.pid)
         await self._fs.unlink(parent, name)
 
     @_answering
     async def rmdir(self, parent: int, name: bytes, ctx: Any) -> None:
+        self._fs.makers.does_else(ctx.pid)
         await self._fs.rmdir(parent, name)
 
     @_answering
@@ -258,6 +260,7 @@ class KernelOperations(pyfuse3.Operations):
     @_answering
     async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
         node = self._fs.tree.get(inode)
+        self._fs.makers.does_else(ctx.pid)
         opened = await self._fs.files.open(node, flags)
         if not opened.keep_attributes:
             _drop_attributes(node)
@@ -298,6 +301,7 @@ class KernelOperations(pyfuse3.Operations):
     @_answering
     async def opendir(self, inode: int, ctx: Any) -> int:
         node = self._fs.tree.get(inode)
+        self._fs.makers.does_else(ctx.pid)
         await self._fs.permissions.check_directory(node, os.R_OK)
         return self._fs.directories.open(node)
 

@@ -116,3 +116,18 @@ def test_who_reads_an_empty_file_sees_what_is_written_to_it_here(tmp_path: Path)
         await w.kernel.close(reader)
 
     on_pseudo(tmp_path, story)
+
+
+def test_a_log_that_grows_from_nothing_has_the_size_of_what_was_read(tmp_path: Path) -> None:
+    """tail(1) takes a file that is smaller than what it has read for one that was cut."""
+
+    async def run() -> None:
+        async with world(tmp_path, "sftp") as w:
+            w.remote.put(b"log", b"")
+            handle = await w.kernel.open("ns/log", os.O_RDONLY)
+            w.remote.append(b"log", b"line\n")
+            assert await w.kernel.pread(handle, 0, 8192) == b"line\n"
+            assert (await w.kernel.fstat(handle)).size == 5
+            await w.kernel.close(handle)
+
+    trio.run(run)
