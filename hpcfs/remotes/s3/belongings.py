@@ -18,10 +18,13 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from hpcfs.remotes.s3.bucket import Bucket
+from hpcfs.remotes.s3.known import Known
 from hpcfs.remotes.s3.objects import PRIVATE, Info
 from hpcfs.transfer.messages import NotFound, PermissionDenied, RemoteError, Unreachable
 
 log = logging.getLogger(__name__)
+SEEN_SECONDS = 1.0
+SEEN = 10_000
 _GROUPS = "http://acs.amazonaws.com/groups/global/"
 _CANNED = {
     frozenset({("AllUsers", "READ")}): "public-read",
@@ -44,6 +47,8 @@ class Belongings:
         self._bucket = bucket
         self._has_lists: bool | None = None
         self._lock = asyncio.Lock()
+        self._seen: Known[dict[str, Any]] = Known(SEEN_SECONDS, SEEN)
+        """A program that writes a file changes it several times in a row."""
 
     async def of(self, found: Info) -> dict[str, Any]:
         """The headers with which the object keeps what it has."""
@@ -54,6 +59,9 @@ class Belongings:
         """The part of them that a copy on the server does not keep by itself. `key` is there."""
         if not await self._may_have_lists():
             return {}
+        known = self._seen.get(key)
+        if known is not None:
+            return known
         try:
             answer = await self._bucket.call("get_object_acl", key, Key=key)
         except NotFound:
@@ -64,7 +72,13 @@ class Belongings:
             self._has_lists = False
             log.info("access lists are not kept: %s", error.message)
             return {}
-        return parameters_of(answer)
+        found = parameters_of(answer)
+        self._seen.put(key, found)
+        return found
+
+    def has(self, key: str, access: dict[str, Any]) -> None:
+        """The object was written here."""
+        self._seen.put(key, access or {"ACL": PRIVATE})
 
     async def tags(self, found: Info) -> dict[str, Any]:
         """Of an object that another one replaces under its name."""

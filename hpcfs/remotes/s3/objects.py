@@ -21,8 +21,9 @@ KEPT_HEADERS = (
     *("SSEKMSKeyId", "BucketKeyEnabled"),
 )
 """What belongs to an object beside its metadata, by the names that requests and answers share."""
+ACCESS = ("ACL", "GrantFullControl", "GrantRead", "GrantReadACP", "GrantWriteACP")
 BELONGINGS = (
-    *("Tagging", "ACL", "GrantFullControl", "GrantRead", "GrantReadACP", "GrantWriteACP"),
+    *("Tagging", *ACCESS),
     *("ObjectLockMode", "ObjectLockRetainUntilDate", "ObjectLockLegalHoldStatus"),
 )
 """The same, of what needs permissions of its own, or servers that know it (see belongings.py)."""
@@ -106,8 +107,12 @@ def is_md5(etag: str) -> bool:
     return bool(_MD5.match(etag))
 
 
+def access_of(headers: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: headers[name] for name in ACCESS if name in headers}
+
+
 def without_access(headers: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: headers[name] for name in headers if name not in BELONGINGS[1:6]}
+    return {name: headers[name] for name in headers if name not in ACCESS}
 
 
 def settable(headers: Mapping[str, Any]) -> dict[str, Any]:

@@ -155,8 +155,11 @@ class Transfer:
         server says of the copy tells that it is whole; where it does not, it is asked again.
         `tags` are for the copy of an object without any."""
         if source.size <= self._limits.single_copy:
-            headers = {**source.headers, **await self.belongings.access(source.key), **tags}
-            etag = await self._bucket.copy(source, key, metadata, headers)
+            access = await self.belongings.access(source.key)
+            etag = await self._bucket.copy(
+                source, key, metadata, {**source.headers, **access, **tags}
+            )
+            self.belongings.has(key, access)
             if etag and (key == source.key or etag == source.etag):
                 return Summary(key, source.size, etag, 0)
             return await checked(self._bucket, key, source.size)

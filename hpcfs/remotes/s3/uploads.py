@@ -16,7 +16,7 @@ from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.entries import Entries
 from hpcfs.remotes.s3.metadata import PERMISSIONS, Metadata, encode
 from hpcfs.remotes.s3.multipart import Target, check_base
-from hpcfs.remotes.s3.objects import Info, Summary, without_access
+from hpcfs.remotes.s3.objects import Info, Summary, access_of, without_access
 from hpcfs.remotes.s3.parts import Limits
 from hpcfs.remotes.s3.patch import Patcher
 from hpcfs.remotes.s3.paths import Look
@@ -60,6 +60,7 @@ class Uploads:
             if found is None or not await self._transfer.holds(found, source, metadata, request):
                 raise
             stored, metadata = await self._with_metadata(found, target, request)
+        self._transfer.belongings.has(target.key, access_of(headers))
         return stored, info_of_stored(stored, metadata, headers)
 
     async def ahead(
