@@ -48,7 +48,16 @@ SFTP_KEYS = (
     *COMMON_KEYS, "host", "path", "user", "port", "identity_file", "ssh_config", "transport",
 )  # fmt: skip
 TUNNEL_KEYS = (*COMMON_KEYS, "tunnel", "path", "directory")
-S3_KEYS = (*COMMON_KEYS, "bucket", "prefix", "endpoint_url", "region", "profile", "xattrs")
+S3_KEYS = (
+    *COMMON_KEYS,
+    "bucket",
+    "prefix",
+    "endpoint_url",
+    "region",
+    "profile",
+    "anonymous",
+    "xattrs",
+)
 CREDENTIAL_KEYS = re.compile(
     r"pass(word|phrase|wd)?|pwd|(.*_)?secret(_.*)?|(.*_)?access_key(_.*)?|(.*_)?token|credentials?|key",
     re.IGNORECASE,
@@ -370,7 +379,10 @@ def _s3(table: _Table) -> tuple[AnySite, AnyRoot]:
         region=table.get("region", values.text, None),
         profile=table.get("profile", values.text, None),
         connect_timeout=table.get("connect_timeout", values.seconds, DEFAULT_CONNECT_TIMEOUT),
+        anonymous=table.get("anonymous", values.boolean, False),
     )
+    if site.anonymous and site.profile:
+        table.fail("profile", "profile names credentials, and anonymous = true uses none")
     return site, S3Root(bucket, table.get("prefix", values.prefix, ""))
 
 

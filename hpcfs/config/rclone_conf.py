@@ -111,7 +111,13 @@ class RcloneRemote:
             access_key=Secret(access) if access and has_keys else None,
             secret_key=Secret(secret) if secret and has_keys else None,
             connect_timeout=connect_timeout,
+            anonymous=not has_keys and not self._uses_environment(),
         )
+
+    def _uses_environment(self) -> bool:
+        """Without that, and without keys, rclone asks without credentials."""
+        env_auth = self.options.get("env_auth", "").lower() in ("1", "t", "true")
+        return env_auth or bool(self.options.get("profile"))
 
 
 def default_file(environ: Mapping[str, str] = os.environ) -> Path | None:

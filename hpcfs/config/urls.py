@@ -48,7 +48,12 @@ _SCP = re.compile(
 _AUTHORITY = re.compile(
     r"(?:(?P<user>[^@:]+)@)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^@:\s\[\]]+)(?::(?P<port>\d{1,5}))?"
 )
-_S3_OPTIONS = ("endpoint_url", "region", "profile", "read_only", "symlinks")
+_BUCKET = re.compile(r"(?!arn:)([^/:\s]*:)?[^/:\s]+")
+_ACCESS_POINT = re.compile(
+    r"(arn:[^:/\s]+:s3:[^:/\s]+:[0-9]*:accesspoint)[:/]([^:/\s]+)(|/.*)\Z", re.DOTALL
+)
+"""docs.aws.amazon.com/AmazonS3/latest/userguide/access-points-naming.html"""
+_S3_OPTIONS = ("endpoint_url", "region", "profile", "anonymous", "read_only", "symlinks")
 _SFTP_OPTIONS = ("symlinks",)
 _SECRET_WORD = re.compile(r"passw|secret|access_?key|token|credential", re.IGNORECASE)
 
@@ -125,6 +130,7 @@ def show(site: AnySite, root: AnyRoot) -> str:
         return f"tunnel:{site.name}{root.path}".rstrip("/")
     assert isinstance(root, S3Root)
     options = {"endpoint_url": site.endpoint_url, "region": site.region, "profile": site.profile}
+    options["anonymous"] = "true" if site.anonymous else None
     query = "&".join(f"{key}={quote(v, safe=':/')}" for key, v in options.items() if v)
     return f"s3://{root.bucket}/{root.prefix}" + (f"?{query}" if query else "")
 
@@ -180,11 +186,27 @@ def _parse_sftp(rest: str, around: Surroundings, *, read_only: bool) -> Target:
     return Target(site, SftpRoot(shown, read_only), symlinks=options.get("symlinks"))
 
 
+def split_bucket(place: str) -> tuple[str, str]:
+    """Bucket and prefix. A bucket may be another tenant's (Ceph's TENANT:BUCKET), or an access
+    point's ARN, whose last part may follow a slash or a colon: here it is a colon.
+
+    Raises SetupError.
+    """
+    if found := _ACCESS_POINT.match(place):
+        return f"{found[1]}:{found[2]}", found[3].strip("/")
+    bucket, _, prefix = place.partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise SetupError("name a bucket: s3://BUCKET/PREFIX")
+    return bucket, prefix.strip("/")
+
+
+def _is_true(text: str) -> bool:
+    return text.lower() in ("1", "true", "yes")
+
+
 def _parse_s3(rest: str, around: Surroundings, *, read_only: bool) -> Target:
     place, options = _options(rest, "an s3://", _S3_OPTIONS)
-    bucket, _, prefix = place.partition("/")
-    if not bucket:
-        raise SetupError("name a bucket: s3://BUCKET/PREFIX")
+    bucket, prefix = split_bucket(place)
     endpoint = options.get("endpoint_url") or None
     if endpoint:
         check_endpoint(endpoint)
@@ -193,8 +215,11 @@ def _parse_s3(rest: str, around: Surroundings, *, read_only: bool) -> Target:
         region=options.get("region") or None,
         profile=options.get("profile") or None,
         connect_timeout=around.connect_timeout,
+        anonymous=_is_true(options.get("anonymous", "")),
     )
-    is_read_only = read_only or options.get("read_only", "").lower() in ("1", "true", "yes")
+    if site.anonymous and site.profile:
+        raise SetupError("profile names credentials, and anonymous=true uses none: leave one out")
+    is_read_only = read_only or _is_true(options.get("read_only", ""))
     root = S3Root(bucket, prefix.strip("/"), is_read_only)
     return Target(site, root, symlinks=options.get("symlinks"))
 

@@ -196,9 +196,15 @@ def sftp_path(value: object) -> str:
 
 
 def bucket(value: object) -> str:
-    name = text(value)
-    if "/" in name or ":" in name:
-        raise BadValue(f"must be the bucket's bare name, not {_shown(value)}")
+    try:
+        name, rest = urls.split_bucket(text(value))
+    except SetupError:
+        name, rest = "", ""
+    if rest or not name:
+        raise BadValue(
+            f"must be the bucket's bare name, TENANT:BUCKET or an access point's ARN, "
+            f"not {_shown(value)}"
+        )
     return name
 
 

@@ -45,8 +45,8 @@ class OutOfTime(SetupError):
 
 
 class NamespaceStatus(msgspec.Struct, frozen=True):
-    """`reason` says why a namespace failed, else it is empty. `url` holds no secret. `write` is
-    "through" or "back"."""
+    """`reason` says why a namespace failed, or what is special about its connection. `url`
+    holds no secret. `write` is "through" or "back"."""
 
     name: str
     kind: str

@@ -36,6 +36,8 @@ class Permissions:
         if mask & os.X_OK and node.is_regular and not node.entry.mode & 0o111:
             raise NotPermitted("it is not executable")
         await self._check_own(node, mask)
+        if mask & os.W_OK and node.is_regular and node.namespace:
+            await self._check_writable(node, node.namespace)
 
     async def check_open(self, node: Node, flags: int) -> None:
         """open(2), and with O_WRONLY truncate(2), of a regular file."""

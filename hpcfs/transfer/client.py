@@ -84,6 +84,7 @@ class SiteClient:
         self._next_id = 0
         self._questions = 0
         self._is_silent = False
+        self._remarks: dict[str, str] = {}
 
     # --- calls --------------------------------------------------------------------------------
 
@@ -98,7 +99,10 @@ class SiteClient:
         """The answer to `request`, decoded as `kind`. `on_progress` hears how many bytes of a long
         one are done. Raises RemoteError."""
         reply = await self._exchange(namespace, request, timeout, None, on_progress)
-        return msgspec.msgpack.decode(reply.result, type=kind)
+        answer = msgspec.msgpack.decode(reply.result, type=kind)
+        if isinstance(answer, m.Abilities):
+            self._remarks[namespace] = answer.remark
+        return answer
 
     async def call_pages(
         self,
@@ -184,7 +188,8 @@ class SiteClient:
         """For the status: the state, and why where it failed."""
         if reason := self._namespace_reasons.get(namespace):
             return "failed", reason
-        return self._state, self._reason
+        remark = self._remarks.get(namespace, "") if self._state == "connected" else ""
+        return self._state, self._reason or remark
 
     async def traffic(self) -> m.Traffic | None:
         """For the status: nothing is connected or started for it. None where the process is too

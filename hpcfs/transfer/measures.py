@@ -1,5 +1,5 @@
-"""What is found out of a remote or of its site, as it crosses the socket; messages.py shows it to
-both sides."""
+"""What is found out of a remote, of its site and of its work, as it crosses the socket; messages.py
+shows it to both sides."""
 
 from __future__ import annotations
 
@@ -27,8 +27,27 @@ class Abilities(msgspec.Struct, frozen=True):
     """Nothing could be changed there when it was connected to."""
     dates_directories: bool = True
     """A name that comes or goes changes its directory's mtime."""
+    remark: str = ""
+    """For the status: how it is reached, where that is out of the ordinary."""
     roots: tuple[bytes, ...] = ()
     """Absolute paths of the namespace's root, as symbolic links on the remote may name it."""
+
+
+class Fetched(msgspec.Struct, frozen=True):
+    """`checksums` has one xxh3_64 for each block of the range, in order (see cache/store.py)."""
+
+    length: int
+    checksums: list[int]
+    fetch_seconds: float = 0.0
+    """Until the remote had sent it all,"""
+    store_seconds: float = 0.0
+    """and what writing it to the cache file took."""
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """Bytes of an upload or a fetch that are done; each one also renews the request's deadline."""
+
+    done: int
 
 
 class DiskUsage(msgspec.Struct, frozen=True):

@@ -52,6 +52,8 @@ from hpcfs.transfer.errors import (
 from hpcfs.transfer.measures import (
     Abilities as Abilities,
     DiskUsage as DiskUsage,
+    Fetched as Fetched,
+    Progress as Progress,
     Traffic as Traffic,
 )
 from hpcfs.transfer.xattrs import (
@@ -109,23 +111,6 @@ class Attributes(msgspec.Struct, frozen=True):
         return any(getattr(self, field) is not None for field in self.__struct_fields__)
 
 
-class Fetched(msgspec.Struct, frozen=True):
-    """`checksums` has one xxh3_64 for each block of the range, in order (see cache/store.py)."""
-
-    length: int
-    checksums: list[int]
-    fetch_seconds: float = 0.0
-    """Until the remote had sent it all,"""
-    store_seconds: float = 0.0
-    """and what writing it to the cache file took."""
-
-
-class Progress(msgspec.Struct, frozen=True):
-    """Bytes of an upload or a fetch that are done; each one also renews the request's deadline."""
-
-    done: int
-
-
 # --- what a transfer process is told when it starts -----------------------------------------------
 
 
@@ -160,6 +145,8 @@ class S3Site(msgspec.Struct, frozen=True, tag="s3"):
     access_key: Secret | None = None
     secret_key: Secret | None = None
     connect_timeout: float = 10.0
+    anonymous: bool = False
+    """Ask without credentials even where there are some."""
 
 
 class TunnelSite(msgspec.Struct, frozen=True, tag="tunnel"):

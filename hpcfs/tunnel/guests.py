@@ -15,7 +15,7 @@ from typing import Any
 
 import asyncssh
 
-from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES, FAST_CIPHER
+from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES, FAST_CIPHER, KEY_EXCHANGE
 from hpcfs.rendezvous.proof import NotProved, prove_as_server
 from hpcfs.rendezvous.pump import WAITING_BYTES, socket_of
 from hpcfs.rendezvous.stream import Stream
@@ -32,6 +32,8 @@ MOST_UNTAKEN_BYTES = 32 * 1024 * 1024
 """Of answers on a stream. With an SSH connection on it, as many as its pump lets in."""
 MAX_CHANNELS = 8
 """On an SSH connection. A mount opens two, and some more for a large upload (sftp/session.py)."""
+LEAST_PACKET_BYTES = 4096
+"""OpenSSH and asyncssh take 32 KiB."""
 SERVER_VERSION = "hpcfs_as_OpenSSH"
 """Clients look for the second name, and then give a symlink's paths in the order of channel.py."""
 
@@ -127,9 +129,11 @@ class Guests:
                 server_factory=lambda: _SshServer(self, stream),
                 server_version=SERVER_VERSION,
                 server_host_keys=[self._identity.host_key],
+                kex_algs=[KEY_EXCHANGE],
                 encryption_algs=[FAST_CIPHER],
                 compression_algs=None,
                 allow_pty=False,
+                line_editor=False,  # one would stand between us and the channel
                 agent_forwarding=False,
                 gss_host=None,  # its default asks DNS for this machine's name, and waits
                 login_timeout=0,  # the acceptor ends who proves nothing in time
@@ -225,10 +229,15 @@ class _SshChannel(asyncssh.SSHServerSession[bytes]):
         self._channel: ServedChannel | None = None
 
     def connection_made(self, chan: asyncssh.SSHServerChannel[bytes]) -> None:
+        """Variables are of no use here, and asyncssh would keep as many as a client sends."""
         self._chan = chan
+        vars(chan)["_process_env_request"] = lambda packet: False
 
     def subsystem_requested(self, subsystem: str) -> bool:
-        return subsystem == "sftp"
+        """Asyncssh cuts what is sent into the packets that the client wants: a megabyte in packets
+        of one byte takes half a minute, in which nobody else is served."""
+        packet_bytes = getattr(self._chan, "_send_pktsize", LEAST_PACKET_BYTES)
+        return subsystem == "sftp" and packet_bytes >= LEAST_PACKET_BYTES
 
     def session_started(self) -> None:
         self._channel = self._guests.open_channel(self._stream, self._guest, self._chan)

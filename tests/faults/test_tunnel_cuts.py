@@ -98,9 +98,8 @@ def test_copies_both_ways(way: str, mode: str, kind: str, tmp_path: Path) -> Non
     with seed(tmp_path, *KINDS[kind]) as found, link_to(found.node.server.port) as link:
         lead_through(link, found)
         found.start()
-        with mounted(
-            found.home, {"laptop": found.served(write=mode)}, expected=["not uploaded yet"]
-        ) as mount:
+        served = found.served(write=mode, symlinks="follow")
+        with mounted(found.home, {"laptop": served}, expected=["not uploaded yet"]) as mount:
             folder = mount.path / "laptop" / "data"
             with cutting(found, link, CUTS) as cutter:
                 rounds = 0

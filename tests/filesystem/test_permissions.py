@@ -292,6 +292,10 @@ def test_a_file_of_others_is_not_opened_for_writing_in_vain(
             await w.kernel.open("ns/f", os.O_WRONLY)
         with pytest.raises(m.PermissionDenied):
             await w.kernel.truncate("ns/f", 3)
+        node = await w.kernel.walk("ns/f")
+        with pytest.raises(m.PermissionDenied):
+            await w.fs.access(node.ino, os.W_OK)
+        await w.fs.access(node.ino, os.R_OK)
         assert await w.kernel.read_file("ns/f") == b"content"
 
     on_sftp(write, tmp_path, body)
@@ -306,6 +310,8 @@ def test_a_remote_that_is_read_only_for_a_while(write: WriteMode, tmp_path: Path
             await w.kernel.open("ns/f", os.O_WRONLY)
         with pytest.raises(m.ReadOnlyRemote):
             await w.kernel.write_file("ns/new", b"")
+        with pytest.raises(m.ReadOnlyRemote):
+            await w.fs.access((await w.kernel.walk("ns/f")).ino, os.W_OK)
         w.remote.read_only = False
         await w.kernel.write_file("ns/new", b"new")
         await uploaded(w)

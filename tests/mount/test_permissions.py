@@ -24,9 +24,11 @@ from tests.support.mounts import (
     in_write_mode,
     mounted,
     run,
+    served_by_s3,
     served_by_ssh,
     until,
 )
+from tests.support.s3 import moto_s3, with_credentials_that_read
 from tests.support.sshd import ordinary_user, ssh_server
 
 COLLEAGUE, PROJECT = 23456, 34567
@@ -242,3 +244,28 @@ def test_a_server_that_only_reads(write: str, real_home: RealHome, tmp_path: Pat
                 assert errno_of(*attempt) == errno.EROFS, attempt
             assert (top / "file").read_bytes() == b"content"
             sync(mount)
+
+
+@pytest.mark.parametrize("write", WRITE_MODES)
+def test_credentials_for_s3_that_only_read(write: str, real_home: RealHome) -> None:
+    with moto_s3() as server:
+        with server.client() as client:
+            client.put_object(Bucket=server.bucket, Key="file", Body=b"content")
+        reading = served_by_s3("s3-moto", with_credentials_that_read(server)).but(prefix="")
+        served = in_write_mode(reading, write)
+        with mounted(real_home, {"ns": served}, expected=["denies|not uploaded"]) as mount:
+            top = mount.path / "ns"
+            for attempt in (
+                (os.mkdir, top / "new"),
+                (os.unlink, top / "file"),
+                (os.rename, top / "file", top / "new"),
+                (os.symlink, "file", top / "new"),
+                (os.chmod, top / "file", 0o600),
+                (os.truncate, top / "file", 3),
+            ):
+                assert errno_of(*attempt) == errno.EACCES, attempt
+            assert (top / "file").read_bytes() == b"content"
+            refused = None if write == "back" else errno.EACCES
+            assert errno_of((top / "new").write_bytes, b"content") == refused
+            assert mount.home.run("sync", mount.path).returncode == 1
+            assert "denies access" in mount.home.run("status", mount.path).stdout

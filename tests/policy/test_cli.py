@@ -432,15 +432,20 @@ def test_check_tells_what_is_wrong_with_a_bucket(tmp_path: Path) -> None:
     assert "correct the credentials" in refused[-1].text
 
 
-def test_check_misses_credentials(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_misses_credentials(
+    home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for variable in list(os.environ):
         if variable.startswith("AWS_"):
             monkeypatch.delenv(variable)
     monkeypatch.setenv("HOME", str(home.path))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    found = list(check_s3.s3_namespace("b", S3Site(), S3Root("b")))
-    assert [one.level for one in found] == ["fail"]
-    assert "aws configure" in found[0].text
+    with s3.rclone_s3(tmp_path / "buckets") as server:
+        site = S3Site(server.endpoint_url, server.region)
+        found = list(check_s3.s3_namespace("b", site, S3Root(server.bucket)))
+    assert [one.level for one in found] == ["ok", "fail"]
+    assert "not public" in found[1].text
+    assert "aws configure" in found[1].text
     found = list(check_s3.s3_namespace("b", S3Site(profile="no-such"), S3Root("b")))
     assert [one.level for one in found] == ["fail"]
     assert "no-such" in found[0].text

@@ -38,6 +38,7 @@ profile = work
 type = drive
 token = {"access_token":"tok"}
 """
+POINT = "arn:aws:s3:us-west-2:123456789012:accesspoint"
 REMOTES = rclone_conf.parse(RCLONE, Path("/c/rclone.conf"))
 AROUND = urls.Surroundings(ssh_aliases=["login3"], remotes=lambda: REMOTES)
 
@@ -85,6 +86,11 @@ def test_ssh_urls(text: str, site: SshSite, path: str) -> None:
             S3Root("b", "p"),
         ),
         ("s3://b?read_only=true", S3Site(), S3Root("b", "", read_only=True)),
+        ("s3://b?anonymous=true", S3Site(anonymous=True), S3Root("b")),
+        ("s3://team:b/p", S3Site(), S3Root("team:b", "p")),
+        ("s3://:b", S3Site(), S3Root(":b")),
+        (f"s3://{POINT}:ap", S3Site(), S3Root(f"{POINT}:ap")),
+        (f"s3://{POINT}/ap/p/q?region=x", S3Site(region="x"), S3Root(f"{POINT}:ap", "p/q")),
     ],
 )
 def test_s3_urls(text: str, site: S3Site, root: S3Root) -> None:

@@ -13,9 +13,13 @@ import pytest
 
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
 from hpcfs.remotes.sftp.ways import WIDE_BYTES
-from hpcfs.transfer.messages import AHEAD_BYTES, AheadLost, NotSupported, RemoteFailure
+from hpcfs.remotes.tunnel.site import TunnelSiteConnection
+from hpcfs.transfer.messages import AHEAD_BYTES, AheadLost, NotSupported, RemoteFailure, Start
+from hpcfs.tunnel.acceptor import Kind
+from hpcfs.tunnel.shares import Share
 from tests.remotes.contract import get, listed, put, put_ahead
 from tests.support.evil_sftp import EvilSite, Plain, evil_site
+from tests.support.laptop import laptop
 from tests.support.sshd import ScriptedPrompter, sftp_server_binary, ssh_server
 
 FEW = 16
@@ -147,6 +151,37 @@ def test_more_files_sent_ahead_than_handles(tmp_path: Path) -> None:
             assert (folder / f"f{number}").read_bytes() == piece + b"end"
 
     on_few(tmp_path, story)
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_a_laptop_that_grants_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    """Its own bound, or its system's: macOS gives a process 256."""
+    monkeypatch.setattr("hpcfs.tunnel.served.MAX_OPEN_FILES", FEW)
+    folder = tmp_path / "data"
+    folder.mkdir()
+
+    async def main(start: Start) -> None:
+        site = TunnelSiteConnection(start)
+        remote = site.remote("ns")
+        try:
+            async with asyncio.timeout(60):
+                await read_all(remote, folder, 1000)
+                for number in range(MANY):
+                    await remote.create(b"new%d" % number, 0o644, 1 + number)
+                await asyncio.gather(
+                    *(put(remote, b"new%d" % n, b"x", handle=1 + n) for n in range(MANY)),
+                    *(listed(remote, b"") for _ in range(MANY)),
+                )
+                assert len(await listed(remote, b"")) == 2 * MANY
+        finally:
+            await site.close()
+
+    with laptop(tmp_path, Share("data", folder), kind=kind) as running:
+        asyncio.run(main(running.start_message("/data", tmp_path)))
+    for number in range(MANY):
+        assert (folder / f"new{number}").read_bytes() == b"x"
 
 
 # --- a server that counts -------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from hpcfs.rendezvous.proof import (
 )
 from hpcfs.rendezvous.pump import socket_of
 from hpcfs.rendezvous.stream import Stream
+from hpcfs.tunnel import guests
 from hpcfs.tunnel.acceptor import Kind
 from hpcfs.tunnel.shares import Share
 from tests.support.command import REPOSITORY
@@ -435,3 +436,66 @@ def test_openssh_understands_the_server(tcp: Laptop, tmp_path: Path, share: Shar
     assert os.readlink(share.directory / "link") == "file"
     assert not (tmp_path / "leaked").exists()
     assert "Remote working directory: /\n" in said.stdout
+
+
+def test_variables_are_not_kept(tcp: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing bounds how many a client sends."""
+    seen: list[Any] = []
+    opened = guests.Guests.open_channel
+
+    def open_channel(*arguments: Any) -> Any:
+        seen.append(arguments[-1])
+        return opened(*arguments)
+
+    monkeypatch.setattr(guests.Guests, "open_channel", open_channel)
+
+    async def story() -> None:
+        async with ssh_to(tcp) as connection:
+            variables = {f"NAME{number}": "x" * 1000 for number in range(100)}
+            async with connection.start_sftp_client(env=variables) as sftp:
+                assert await sftp.listdir("/data") == ["file"]
+
+    run(story())
+    (channel,) = seen
+    assert channel._env == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kex_algs": ["diffie-hellman-group14-sha1"]},
+        {"kex_algs": ["ecdh-sha2-nistp256"]},
+        {"encryption_algs": ["aes128-ctr"]},
+        {"compression_algs": ["zlib@openssh.com"]},
+    ],
+)
+def test_nothing_but_what_mounts_speak_is_spoken(tcp: Laptop, options: dict[str, Any]) -> None:
+    async def story() -> None:
+        with pytest.raises((asyncssh.KeyExchangeFailed, asyncssh.ConnectionLost)):
+            async with ssh_to(tcp, **options):
+                pytest.fail("it is spoken")
+
+    run(story())
+    assert nobody_is_in(tcp)
+
+
+async def sftp_channel(
+    connection: asyncssh.SSHClientConnection, packet_bytes: int
+) -> asyncssh.SSHClientChannel[bytes]:
+    channel, _ = await connection.create_session(
+        asyncssh.SSHClientSession, subsystem="sftp", encoding=None, max_pktsize=packet_bytes
+    )
+    return channel
+
+
+def test_tiny_packets_are_not_made(tcp: Laptop) -> None:
+    """A megabyte of them would keep everybody else waiting for half a minute."""
+
+    async def story() -> None:
+        async with ssh_to(tcp) as connection:
+            for size in (1, guests.LEAST_PACKET_BYTES - 1):
+                with pytest.raises(asyncssh.ChannelOpenError):
+                    await sftp_channel(connection, size)
+            (await sftp_channel(connection, guests.LEAST_PACKET_BYTES)).close()
+
+    run(story())

@@ -29,6 +29,8 @@ class Relay:
     server: S3Server
     own: Callable[[Asked], bytes | None] = lambda asked: None
     asked: list[Asked] = field(default_factory=list)
+    rewrite: Callable[[str], str] = lambda text: text
+    """Of what goes on to the server: the head."""
 
     def count(self, *words: str) -> int:
         """The requests in whose first line all of these are."""
@@ -58,7 +60,7 @@ async def relay_before(server: S3Server) -> AsyncIterator[Relay]:
             answer = answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
         if answer is None:
             back, forth = await asyncio.open_connection(LOOPBACK, port)
-            forth.write(head + asked.body)
+            forth.write(relay.rewrite(head.decode()).encode() + asked.body)
             answer = await back.read()
             forth.close()
         writer.write(answer.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))

@@ -6,14 +6,16 @@ Each runs as a child process on a loopback port of its own, and is gone when its
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -98,6 +100,32 @@ def moto_s3() -> Iterator[S3Server]:
         with server.client() as client:
             client.create_bucket(Bucket=server.bucket)
         yield server
+
+
+READING = {
+    "Version": "2012-10-17",
+    "Statement": {"Effect": "Allow", "Action": ["s3:Get*", "s3:List*"], "Resource": "*"},
+}
+
+
+def with_credentials_that_read(server: S3Server) -> S3Server:
+    """The same, of moto's, for somebody who may only read. Nobody else gets in afterwards."""
+    iam = botocore.session.Session().create_client(
+        "iam",
+        endpoint_url=server.endpoint_url,
+        region_name=server.region,
+        aws_access_key_id=server.access_key,
+        aws_secret_access_key=server.secret_key,
+    )
+    iam.create_user(UserName="reader")
+    policy = {"PolicyName": "reading", "PolicyDocument": json.dumps(READING)}
+    iam.put_user_policy(UserName="reader", **policy)
+    key = iam.create_access_key(UserName="reader")["AccessKey"]
+    enforcing = urllib.request.Request(
+        f"{server.endpoint_url}/moto-api/reset-auth", b"0", {"Content-Type": "text/plain"}
+    )
+    urllib.request.urlopen(enforcing).close()
+    return replace(server, access_key=key["AccessKeyId"], secret_key=key["SecretAccessKey"])
 
 
 def free_port() -> int:

@@ -24,6 +24,8 @@ _TEXTS = {
     "content-type": "ContentType",
     "etag": "ETag",
     "x-amz-checksum-crc32": "ChecksumCRC32",
+    "x-amz-object-lock-legal-hold": "ObjectLockLegalHoldStatus",
+    "x-amz-object-lock-mode": "ObjectLockMode",
     "x-amz-server-side-encryption": "ServerSideEncryption",
     "x-amz-server-side-encryption-aws-kms-key-id": "SSEKMSKeyId",
     "x-amz-storage-class": "StorageClass",
@@ -55,6 +57,11 @@ def of_object(headers: Mapping[str, str]) -> dict[str, Any]:
     if "x-amz-server-side-encryption-bucket-key-enabled" in headers:
         enabled = headers["x-amz-server-side-encryption-bucket-key-enabled"]
         answer["BucketKeyEnabled"] = enabled.lower() == "true"
+    if "x-amz-tagging-count" in headers:
+        answer["TagCount"] = int(headers["x-amz-tagging-count"])
+    if "x-amz-object-lock-retain-until-date" in headers:
+        until = headers["x-amz-object-lock-retain-until-date"]
+        answer["ObjectLockRetainUntilDate"] = _xml_time(until)
     if "expires" in headers:
         answer |= _expiry(headers["expires"])
     return answer

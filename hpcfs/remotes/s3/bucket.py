@@ -10,7 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from botocore.exceptions import ClientError
 
@@ -18,16 +18,20 @@ from hpcfs.remotes.base import checked_size
 from hpcfs.remotes.s3.checksums import CRC32, Checks, PartSent, proof_of
 from hpcfs.remotes.s3.direct import Direct
 from hpcfs.remotes.s3.errors import Health, is_throttling, s3_code, translate, translating
+from hpcfs.remotes.s3.login import Login
 from hpcfs.remotes.s3.metadata import Metadata, encode
 from hpcfs.remotes.s3.names import checked_key
 from hpcfs.remotes.s3.objects import (
+    BELONGINGS,
     Info,
     Page,
     Summary,
     check_range,
+    condition,
     if_match,
     info_of,
     plain_etag,
+    read_body,
     settable,
     summary_of,
 )
@@ -37,24 +41,28 @@ from hpcfs.remotes.s3.server import Server
 from hpcfs.transfer.messages import (
     Changed,
     Conflict,
+    InvalidRequest,
     IsADirectory,
     NotFound,
     NotSupported,
+    PermissionDenied,
     ProtocolError,
     RemoteError,
+    RemoteFailure,
     WrongSettings,
 )
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 DELETED_AT_ONCE = 1000
 """What S3 takes in one request."""
 
 
 @dataclass(frozen=True)
 class Access:
-    """What a site's buckets share. `client` gives botocore's, making it at its first use."""
+    """What a site's buckets share."""
 
-    client: Callable[[], Awaitable[Any]]
+    login: Login
     direct: Direct
     gate: Gate
     sending: Gate
@@ -79,7 +87,7 @@ class Bucket:
     def __init__(self, name: str, access: Access) -> None:
         self.name = name
         self._access = access
-        self.server = access.server
+        self.login, self.server = access.login, access.server
         self._checks = Checks(access.server)
         self._lasting: RemoteError | None = None
 
@@ -112,7 +120,7 @@ class Bucket:
             return await self._access.pacing.asked(ask)
 
     async def _by_client(self, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        client = await self._access.client()
+        client = await self._access.login.client()
         body: Any = parameters.get("Body")
         if hasattr(body, "seek"):  # it may have been sent before
             body.seek(0)
@@ -177,7 +185,7 @@ class Bucket:
             if isinstance(body, bytearray):
                 return body
             with translating(key):
-                data = await _read(body, length) if body is not None else b""
+                data = await read_body(body, length) if body is not None else b""
         if len(data) != length:
             raise Changed(f"{key} ended after {len(data)} of {length} bytes: open it again")
         return data
@@ -214,26 +222,28 @@ class Bucket:
                 stored = await self._put(asked, headers, sent)
             except IsADirectory:
                 await self._make_room(key, base)
-                asked = {**asked, **condition(b"")}
                 asked.pop("IfMatch", None)
-                stored = await self._put(asked, headers, sent)
+                stored = await self._put(asked | condition(b""), headers, sent)
         return stored.etag
 
     async def _put(
         self, asked: dict[str, Any], headers: Mapping[str, Any], sent: Callable[[], None] | None
     ) -> PartSent:
         with_crc = self._checks.want_crc(headers)
-        try:
-            return await self._send("put_object", asked, sent, with_crc=with_crc)
-        except RemoteError as error:
-            if not with_crc or not self._checks.refused_crc(error):
-                raise
-        return await self._send("put_object", asked, sent, with_crc=False)
+
+        async def send(asked: dict[str, Any]) -> PartSent:
+            try:
+                return await self._send("put_object", asked, sent, with_crc=with_crc)
+            except RemoteError as error:
+                if not with_crc or not self._checks.refused_crc(error):
+                    raise
+            return await self._send("put_object", asked, sent, with_crc=False)
+
+        return await _with_belongings(asked, send)
 
     async def _make_room(self, key: str, base: bytes | None) -> None:
-        """versitygw takes an object whose name has more than 237 bytes for a directory when it is
-        to be replaced: only what is not there can be written. Raises IsADirectory where it is one,
-        and Conflict."""
+        """versitygw takes an object with a name of more than 237 bytes for a directory when it is
+        to be replaced. Raises IsADirectory where it is one, and Conflict."""
         found = await self.head(key)
         if found is None:
             raise IsADirectory(f"{key}: the server has a directory of this name")
@@ -265,27 +275,36 @@ class Bucket:
     ) -> str:
         """Within the bucket, on the server; returns the ETag.
 
-        `metadata` and `headers` together replace the source's.
+        `metadata` and `headers` together replace the source's. Without `metadata` those of
+        `headers` count that the server does not copy by itself.
         """
-        parameters: dict[str, Any] = {"MetadataDirective": "COPY"}
+        kept = settable(headers or {})
+        parameters = {name: kept[name] for name in BELONGINGS if name in kept}
+        parameters["MetadataDirective"] = "COPY"
         if metadata is not None:
             parameters = {"MetadataDirective": "REPLACE", "Metadata": encode(metadata)}
-            parameters |= settable(headers or {})
-        elif source.storage_class:  # COPY does not copy this one
-            parameters["StorageClass"] = source.storage_class
+            parameters |= kept
+        elif storage := source.storage_class or kept.get("StorageClass"):  # COPY leaves it behind
+            parameters["StorageClass"] = storage
+        if "Tagging" in parameters:
+            parameters["TaggingDirective"] = "REPLACE"
         asked = {
             "Key": checked_key(key),
             "CopySource": {"Bucket": self.name, "Key": source.key},
             **if_match(source),
             **parameters,
         }
+
+        async def send(asked: dict[str, Any]) -> dict[str, Any]:
+            return await self._directly("copy_object", key, asked)
+
         try:
-            answer = await self._directly("copy_object", key, asked)
+            answer = await _with_belongings(asked, send)
         except IsADirectory:
             if key == source.key:
                 raise
             await self._make_room(key, None)
-            answer = await self._directly("copy_object", key, asked)
+            answer = await _with_belongings(asked, send)
         return plain_etag(answer.get("CopyObjectResult", {}).get("ETag"))
 
     @contextmanager
@@ -367,17 +386,22 @@ class Bucket:
         self, key: str, metadata: Metadata, headers: Mapping[str, Any]
     ) -> Begun:
         asked = {"Key": checked_key(key), "Metadata": encode(metadata), **settable(headers)}
-        operation = "create_multipart_upload"
-        if self._checks.want_crc(headers):
-            try:
-                answer = await self.call(operation, key, **asked, ChecksumAlgorithm=CRC32)
-            except RemoteError as error:
-                if not self._checks.refused_crc(error):
-                    raise
-            else:
-                return Begun(str(answer["UploadId"]), answer.get("ChecksumAlgorithm") == CRC32)
-        answer = await self.call(operation, key, **asked)
-        return Begun(str(answer["UploadId"]))
+        with_crc = self._checks.want_crc(headers)
+
+        async def begin(asked: dict[str, Any]) -> Begun:
+            operation = "create_multipart_upload"
+            if with_crc:
+                try:
+                    answer = await self.call(operation, key, **asked, ChecksumAlgorithm=CRC32)
+                except RemoteError as error:
+                    if not self._checks.refused_crc(error):
+                        raise
+                else:
+                    return Begun(str(answer["UploadId"]), answer.get("ChecksumAlgorithm") == CRC32)
+            answer = await self.call(operation, key, **asked)
+            return Begun(str(answer["UploadId"]))
+
+        return await _with_belongings(asked, begin)
 
     async def upload_part(
         self,
@@ -458,16 +482,19 @@ class Bucket:
         await self.call("abort_multipart_upload", key, Key=key, UploadId=upload.id)
 
 
-async def _read(body: Any, length: int) -> bytes:
-    """No more than one byte more than `length`, which tells that it is too much."""
-    data = bytearray()
-    while len(data) <= length and (piece := await body.read(length + 1 - len(data))):
-        data += piece
-    return bytes(data)
-
-
-def condition(base: bytes | None) -> dict[str, str]:
-    """A version that is no ETag can't be asked for."""
-    if base is None or b":" in base:
-        return {}
-    return {"IfMatch": f'"{base.decode()}"'} if base else {"IfNoneMatch": "*"}
+async def _with_belongings(
+    asked: dict[str, Any], send: Callable[[dict[str, Any]], Awaitable[T]]
+) -> T:
+    """Where a server does not take what the object had beside its headers, it is stored without,
+    and the log says so."""
+    try:
+        return await send(asked)
+    except (PermissionDenied, NotSupported, InvalidRequest, RemoteFailure) as error:
+        lost = [name for name in BELONGINGS if name in asked]
+        if not lost or not s3_code(error):
+            raise
+        plain = {name: value for name, value in asked.items() if name not in lost}
+        plain.pop("TaggingDirective", None)
+        stored = await send(plain)
+        log.warning("%s loses %s: %s", asked["Key"], ", ".join(lost), error.message)
+        return stored

@@ -84,7 +84,7 @@ class Login(Protocol):
 
     async def prepared(self, bucket: str) -> Any: ...
 
-    async def keys(self) -> Keys: ...
+    async def keys(self) -> Keys | None: ...
 
     def trusted(self) -> str | bool: ...
 
@@ -97,7 +97,8 @@ class Route:
     host: str
     path: str
     user_agent: str
-    signer: Signer
+    signer: Signer | None
+    """None where requests are not signed."""
 
 
 class Direct:
@@ -137,6 +138,8 @@ class Direct:
         """
         route = await self._route(bucket)
         if route is None or not parameters.keys() <= _HEADERS.keys() | _ELSEWHERE:
+            return None
+        if "CopySource" in parameters and ":" in bucket:  # a tenant's, or an access point's
             return None
         if operation != "get_object":
             limit = LISTING_BYTES if operation == "list_objects_v2" else ERROR_BYTES
@@ -212,7 +215,8 @@ class Direct:
         headers = {name.lower(): _text(value) for name, value in request.headers.items()}
         scope = _SCOPE.match(headers.get("authorization", ""))
         proxied = parts.scheme in get_environ_proxies(request.url)
-        if scope is None or parts.query or proxied or not parts.hostname:
+        unsigned = await self._login.keys() is None and "authorization" not in headers
+        if (scope is None and not unsigned) or parts.query or proxied or not parts.hostname:
             log.info("S3 objects are read by way of botocore: a proxy, or another signature")
             return None
         default = {"http": 80, "https": 443}[parts.scheme]
@@ -223,7 +227,7 @@ class Direct:
             host=name if port == default else f"{name}:{port}",
             path=parts.path.rstrip("/") + "/",
             user_agent=headers.get("user-agent", "hpcfs"),
-            signer=Signer(scope[1], scope[2]),
+            signer=Signer(scope[1], scope[2]) if scope is not None else None,
         )
 
     async def _pool(self, scheme: str, name: str, port: int) -> Pool:
@@ -262,7 +266,7 @@ def _head(
     operation: str,
     bucket: str,
     parameters: Mapping[str, Any],
-    keys: Keys,
+    keys: Keys | None,
     payload: str,
 ) -> bytes:
     """All of a request but its body. Raises ValueError for what can't be sent."""
@@ -281,7 +285,9 @@ def _head(
     for name, value in headers.items():
         if not _is_sendable(name) or not _is_sendable(value):
             raise ValueError("a header that can't be sent")
-    signed = route.signer.sign(method, path, query, headers, keys, payload=payload)
+    signed = headers
+    if route.signer is not None and keys is not None:
+        signed = route.signer.sign(method, path, query, headers, keys, payload=payload)
     lines = [
         f"{method} {path}{'?' if query else ''}{query} HTTP/1.1",
         *(f"{name}: {value}" for name, value in signed.items()),

@@ -65,7 +65,10 @@ class Lister:
             yield entries
 
     async def _refuse(self, place: Place) -> None:
-        if place.key and await self._bucket.head(place.key) is not None:
+        found = await self._bucket.head(place.key) if place.key else None
+        if found is not None and found.is_directory:
+            return
+        if found is not None:
             raise NotADirectory(f"{text(place.path)} is not a directory")
         raise NotFound(f"{text(place.path)}: there is no such directory")
 
@@ -74,8 +77,11 @@ class Lister:
     ) -> list[list[Entry]]:
         entries: list[Entry | None] = [None] * len(found)
 
+        old = {one.component for one in found if one.beside and one.item and not one.item.size}
+
         async def fill(index: int) -> None:
-            entries[index] = await self._entry(found[index], directory, read_only)
+            one = found[index]
+            entries[index] = await self._entry(one, directory, read_only, one.component in old)
 
         await each(range(len(found)), fill, min(len(found), HEADS_IN_FLIGHT))
         there = [entry for entry in entries if entry is not None]
@@ -83,16 +89,20 @@ class Lister:
         return [there[start : start + LIST_PAGE_ENTRIES] for start in starts]
 
     async def _entry(
-        self, listed: Listed[Summary], directory: str, read_only: bool
+        self, listed: Listed[Summary], directory: str, read_only: bool, old: bool
     ) -> Entry | None:
-        """None where the object has gone since it was listed."""
+        """None where the object has gone since it was listed, or is no entry of its own: `old` may
+        be what s3fs wrote for this directory once."""
         name = shown(listed.component, beside=listed.beside)
         if listed.item is None:
             marker = None
             if not read_only:
-                marker = await self._markers.read(f"{directory}{listed.component}/", urgent=False)
+                prefix = f"{directory}{listed.component}/"
+                marker = await self._markers.read(prefix, urgent=False, old=old)
             return self._entries.directory(name, marker.metadata if marker else None)
         found = listed.item if read_only else await self._info(listed.item)
+        if isinstance(found, Info) and found.is_directory:
+            return None if listed.beside else self._entries.directory(name, found.metadata)
         return self._entries.file(name, found) if found is not None else None
 
     async def _info(self, listed: Summary) -> Summary | None:
@@ -148,9 +158,12 @@ class Parents:
         page = await self._bucket.first(parent, 1)
         if not page.objects:
             shown_parent = text(place.path.rpartition(b"/")[0])
-            if await self._bucket.head(parent[:-1]) is not None:
+            found = await self._bucket.head(parent[:-1])
+            if found is None:
+                raise NotFound(f"{shown_parent}: there is no such directory")
+            if not found.is_directory:
                 raise NotADirectory(f"{shown_parent} is not a directory")
-            raise NotFound(f"{shown_parent}: there is no such directory")
+            return
         self._there.put(parent, True)
 
     @asynccontextmanager

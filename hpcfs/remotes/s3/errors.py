@@ -261,6 +261,18 @@ def _redirected(answer: Mapping[str, Any]) -> str | None:
     return "".join(char if char.isprintable() else "?" for char in place[:300])
 
 
+def not_public(bucket: str) -> str:
+    """Why a bucket that was asked without credentials refuses."""
+    return f"no usable S3 credentials were found, and {bucket} is not public: {LOGIN_ADVICE}"
+
+
+def is_refusal(error: RemoteError) -> bool:
+    """Whether the server does not want the request as it was made: without credentials, the codes
+    are many."""
+    answer = getattr(error.__cause__, "response", {})
+    return answer.get("ResponseMetadata", {}).get("HTTPStatusCode") in (400, 401, 403)
+
+
 def is_throttling(error: boto.ClientError) -> bool:
     """Whether the same request is to be made again, later. A 503 without a word is one, too: an
     answer to HEAD has no words."""

@@ -8,19 +8,25 @@ request and not of the process.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import logging
 import os
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from contextvars import ContextVar
 from typing import Any
+from urllib.parse import urlsplit
 
 from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession
+from botocore import UNSIGNED
 from botocore.exceptions import ClientError, NoCredentialsError
+from botocore.handlers import validate_bucket_name
 
 from hpcfs.remotes.s3.signing import Keys
 from hpcfs.remotes.s3.wire import guard
-from hpcfs.transfer.messages import S3Site, Unreachable
+from hpcfs.transfer.messages import S3Site, Unreachable, WrongSettings
 
+log = logging.getLogger(__name__)
 READ_TIMEOUT = 60.0
 """Without a byte. Completing a large object takes longer, but S3 sends blanks meanwhile."""
 ATTEMPTS = 3
@@ -43,6 +49,28 @@ class _Prepared(Exception):
         self.request = request
 
 
+def check_secrecy(endpoint_url: str, keys: Keys | None) -> str:
+    """What is to be said of the endpoint. Raises WrongSettings where a session token would be sent
+    without encryption: it is a secret, other than a signature."""
+    parts = urlsplit(endpoint_url)
+    if parts.scheme != "http" or _is_loopback(parts.hostname or ""):
+        return ""
+    where = f"{parts.scheme}://{parts.netloc}"
+    if keys is not None and keys.token is not None:
+        raise WrongSettings(
+            f"{where} is not encrypted, and these S3 credentials have a session token, which "
+            "everybody on the way could use: set `endpoint_url` to an https:// URL"
+        )
+    log.warning("%s is not encrypted: everybody on the way can read and change the files", where)
+    return "not encrypted"
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost" or host.endswith(".localhost")
+
+
 def _stop(request: Any, **_: object) -> None:
     if _preparing.get():
         raise _Prepared(request)
@@ -60,6 +88,9 @@ class Login:
         self._session: AioSession | None = None
         self._made: Any = None
         self._closed = False
+        self.anonymous = site.anonymous
+        """Known once there is a client; so is `remark`, for the status."""
+        self.remark = ""
 
     async def close(self) -> None:
         self._closed = True
@@ -73,10 +104,20 @@ class Login:
                 if self._closed:
                     raise Unreachable("the connection to S3 was closed")
                 if self._made is None:
-                    client = await self._stack.enter_async_context(self._creation())
-                    client.meta.events.register(f"before-send.s3.{PREPARED}", _stop)
-                    self._made = client
+                    self._made = await self._make()
         return self._made
+
+    async def _make(self) -> Any:
+        keys = await self._find_keys()
+        self.anonymous = keys is None
+        client = await self._stack.enter_async_context(self._creation())
+        said = ["without credentials, as anybody may"] if self.anonymous else []
+        said.append(check_secrecy(client.meta.endpoint_url, keys))
+        self.remark = ", ".join(filter(None, said))
+        events = client.meta.events
+        events.register(f"before-send.s3.{PREPARED}", _stop)
+        events.unregister("before-parameter-build.s3", validate_bucket_name)  # servers know better
+        return client
 
     async def prepared(self, bucket: str) -> Any:
         """A request to this bucket as botocore would send it."""
@@ -90,14 +131,23 @@ class Login:
             _preparing.reset(token)
         raise AssertionError("botocore sent what was only to be prepared")
 
-    async def keys(self) -> Keys:
+    async def keys(self) -> Keys | None:
         """Those to sign with now: credentials that expire are renewed by their provider."""
+        await self.client()
+        return None if self.anonymous else await self._find_keys()
+
+    async def _find_keys(self) -> Keys | None:
+        """None where there are none: public buckets want none."""
         site = self._site
+        if site.anonymous:
+            return None
         if site.access_key is not None and site.secret_key is not None:
             return Keys(site.access_key.value, site.secret_key.value, None)
         found: Any = await self._the_session().get_credentials()
-        if found is None:
+        if found is None and site.profile is not None:
             raise NoCredentialsError
+        if found is None:
+            return None
         return Keys(*(await found.get_frozen_credentials())[:3])
 
     def trusted(self) -> str | bool:
@@ -133,8 +183,10 @@ class Login:
     def _config(self) -> AioConfig:
         """Other servers than AWS's know neither buckets as host names nor the newer checksums."""
         compatible: dict[str, Any] = {}
+        if self.anonymous:
+            compatible["signature_version"] = UNSIGNED
         if self._site.endpoint_url:
-            compatible = {
+            compatible |= {
                 "s3": {"addressing_style": "path"},
                 "request_checksum_calculation": "when_required",
                 "response_checksum_validation": "when_required",

@@ -9,7 +9,8 @@ Which kind the server is shows in an object that is there already, or in the fir
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.known import Known
@@ -17,7 +18,7 @@ from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.remotes.s3.names import MARKER
 from hpcfs.remotes.s3.objects import Info, Page
 
-HEADERS = {"ContentType": "application/x-directory"}
+HEADERS: Mapping[str, Any] = {"ContentType": "application/x-directory"}
 REMEMBERED_SECONDS = 2.0
 """Shorter than a user notices that a change made elsewhere is late, longer than `ls -l` takes."""
 
@@ -38,26 +39,40 @@ class Markers:
         self._sample = page.objects[0].key if page.objects else None
 
     async def read(
-        self, directory: str, *, urgent: bool = True, listed: Sequence[str] | None = None
+        self,
+        directory: str,
+        *,
+        urgent: bool = True,
+        listed: Sequence[str] | None = None,
+        old: bool = False,
     ) -> Info | None:
         """`listed` are the markers with which a listing of the directory begins: its own key comes
-        before all others, so one that is not among them need not be asked for."""
+        before all others, so one that is not among them need not be asked for. `old`: there may be
+        one without a slash (see objects.Info.is_directory)."""
         known = self._read.get(directory)
         if known is None:
             key = directory + MARKER if await self._is_inside() else directory
-            if listed is not None and key == directory and key not in listed:
+            old = old or (listed is not None and directory[:-1] in listed)
+            found = None
+            if listed is None or key != directory or key in listed:
+                found = await self._bucket.head(key, urgent=urgent)
+            elif not old:
                 return None
-            found = await self._bucket.head(key, urgent=urgent)
+            if found is None and old:
+                found = await self._bucket.head(directory[:-1], urgent=urgent)
+                found = found if found is not None and found.is_directory else None
             known = (found if found is not None and found.size == 0 else None,)
             self._read.put(directory, known)
         return known[0]
 
-    async def write(self, directory: str, metadata: Metadata) -> None:
+    async def write(
+        self, directory: str, metadata: Metadata, headers: Mapping[str, Any] = HEADERS
+    ) -> None:
         self._read.drop(directory)
         if await self._is_inside():
-            await self._bucket.put(directory + MARKER, b"", metadata, HEADERS)
+            await self._bucket.put(directory + MARKER, b"", metadata, headers)
         else:
-            await self._bucket.put(directory, b"", metadata, HEADERS)
+            await self._bucket.put(directory, b"", metadata, headers)
         if self._inside is None:
             await self._learn_from(directory, metadata)
 

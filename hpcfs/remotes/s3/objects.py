@@ -21,7 +21,16 @@ KEPT_HEADERS = (
     *("SSEKMSKeyId", "BucketKeyEnabled"),
 )
 """What belongs to an object beside its metadata, by the names that requests and answers share."""
+BELONGINGS = (
+    *("Tagging", "ACL", "GrantFullControl", "GrantRead", "GrantReadACP", "GrantWriteACP"),
+    *("ObjectLockMode", "ObjectLockRetainUntilDate", "ObjectLockLegalHoldStatus"),
+)
+"""The same, of what needs permissions of its own, or servers that know it (see belongings.py)."""
+_LOCK = ("ObjectLockMode", "ObjectLockRetainUntilDate")
+PRIVATE = "private"
+"""The access list that objects have by themselves: known, and not sent."""
 
+DIRECTORY_TYPES = ("application/x-directory", "httpd/unix-directory")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/")
 _MD5 = re.compile(r"[0-9a-f]{32}\Z")
 
@@ -51,6 +60,17 @@ class Info(Summary):
     metadata: Metadata = field(default_factory=Metadata)
     headers: Mapping[str, Any] = field(default_factory=dict)
     server_time_ns: int | None = None
+    tag_count: int = 0
+
+    @property
+    def is_directory(self) -> bool:
+        """As s3fs wrote them once: "a" instead of "a/", told by their content type."""
+        kind = str(self.headers.get("ContentType", ""))
+        return self.size == 0 and kind in DIRECTORY_TYPES and not self.key.endswith(("/", MARKER))
+
+    @property
+    def is_tagged(self) -> bool:
+        return bool(self.tag_count) or "Tagging" in self.headers
 
     def has_version(self, version: bytes) -> bool:
         sized = f"{self.size}:{self.modified_ns // NANOSECONDS}".encode()
@@ -63,6 +83,13 @@ class Page:
 
     objects: list[Summary]
     prefixes: list[str]
+
+
+def condition(base: bytes | None) -> dict[str, str]:
+    """A version that is no ETag can't be asked for."""
+    if base is None or b":" in base:
+        return {}
+    return {"IfMatch": f'"{base.decode()}"'} if base else {"IfNoneMatch": "*"}
 
 
 def if_match(source: Summary) -> dict[str, str]:
@@ -79,8 +106,19 @@ def is_md5(etag: str) -> bool:
     return bool(_MD5.match(etag))
 
 
+def without_access(headers: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: headers[name] for name in headers if name not in BELONGINGS[1:6]}
+
+
 def settable(headers: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: headers[name] for name in KEPT_HEADERS if name in headers}
+    names = (*KEPT_HEADERS, *BELONGINGS)
+    found = {name: headers[name] for name in names if name in headers}
+    if found.get("ACL") == PRIVATE:
+        del found["ACL"]
+    until = found.get("ObjectLockRetainUntilDate")
+    if isinstance(until, datetime) and until <= datetime.now(UTC):  # which servers refuse
+        found = {name: value for name, value in found.items() if name not in _LOCK}
+    return found
 
 
 def _nanoseconds(moment: object) -> int:
@@ -100,9 +138,8 @@ def _storage_class(found: Mapping[str, Any]) -> str:
 def summary_of(found: Mapping[str, Any]) -> Summary:
     key = str(found.get("Key", ""))
     size = checked_size(found.get("Size"), key.encode())
-    return Summary(
-        key, size, plain_etag(found.get("ETag")), _nanoseconds(found.get("LastModified"))
-    )
+    modified_ns = _nanoseconds(found.get("LastModified"))
+    return Summary(key, size, plain_etag(found.get("ETag")), modified_ns, _storage_class(found))
 
 
 def info_of(key: str, answer: Mapping[str, Any]) -> Info:
@@ -113,9 +150,13 @@ def info_of(key: str, answer: Mapping[str, Any]) -> Info:
         etag=plain_etag(answer.get("ETag")),
         modified_ns=_nanoseconds(answer.get("LastModified")),
         storage_class=_storage_class(answer),
-        metadata=decode(answer.get("Metadata", {}), directory=key.endswith(("/", MARKER))),
-        headers={name: answer[name] for name in KEPT_HEADERS if answer.get(name)},
+        metadata=decode(
+            answer.get("Metadata", {}),
+            directory=key.endswith(("/", MARKER)) or answer.get("ContentType") in DIRECTORY_TYPES,
+        ),
+        headers={name: answer[name] for name in (*KEPT_HEADERS, *BELONGINGS) if answer.get(name)},
         server_time_ns=_date(http_headers.get("date")),
+        tag_count=int(answer.get("TagCount") or 0),
     )
 
 
@@ -140,3 +181,11 @@ def check_range(key: str, answer: Mapping[str, Any], offset: int, length: int) -
     if begins != offset or sent != length:
         raise ProtocolError(f"{key}: the S3 server sent other bytes than the range asked for")
     return whole
+
+
+async def read_body(body: Any, length: int) -> bytes:
+    """No more than one byte more than `length`, which tells that it is too much."""
+    data = bytearray()
+    while len(data) <= length and (piece := await body.read(length + 1 - len(data))):
+        data += piece
+    return bytes(data)

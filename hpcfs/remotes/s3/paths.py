@@ -60,12 +60,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Look:
-    """What was found at a place. `markers` is complete only where there are no `children`."""
+    """What was found at a place. `markers` is complete only where there are no `children`; an old
+    one, without a slash, comes last."""
 
     place: Place
     object: Info | None
     children: bool
     markers: list[str]
+
+    @property
+    def old_marker(self) -> str | None:
+        """As s3fs wrote them once (see objects.Info.is_directory)."""
+        return self.place.key if self.place.key and self.place.key in self.markers else None
 
     @property
     def is_directory(self) -> bool:
@@ -199,6 +205,9 @@ class Paths:
         if found is not None and found.size == 0 and found.key == place.parent:
             found = None  # the parent's marker: its name in there would be empty
         children = len(markers) < len(page.objects) + len(page.prefixes)
+        if found is not None and found.is_directory:
+            markers.append(found.key)
+            found = None
         return Look(place, found, children, markers)
 
     async def _object(self, place: Place) -> Info | None:

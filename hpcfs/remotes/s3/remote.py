@@ -24,7 +24,8 @@ from hpcfs.remotes.base import ReportProgress, Source, last_name, no_report
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.directory import Lister, Parents
 from hpcfs.remotes.s3.entries import Entries
-from hpcfs.remotes.s3.markers import Markers
+from hpcfs.remotes.s3.errors import is_refusal, not_public
+from hpcfs.remotes.s3.markers import HEADERS, Markers
 from hpcfs.remotes.s3.metadata import (
     DIRECTORY_MODE,
     FILE_MODE,
@@ -65,6 +66,7 @@ from hpcfs.transfer.messages import (
     NotSupported,
     PermissionDenied,
     ProtocolError,
+    RemoteFailure,
     S3Root,
     Start,
     Upload,
@@ -113,13 +115,19 @@ class S3Remote:
     async def connect(self) -> Abilities:
         try:
             self._markers.saw(await self._bucket.first(self._base, 1))
-        except PermissionDenied as error:
-            refused = AccessRefused(f"{error.message} to list it, then remount")
+        except (PermissionDenied, RemoteFailure) as error:
+            if self._bucket.login.anonymous and is_refusal(error):
+                refused = AccessRefused(not_public(self._bucket.name))
+            elif isinstance(error, PermissionDenied):
+                refused = AccessRefused(f"{error.message} to list it, then remount")
+            else:
+                raise
             raise self._bucket.remember(refused) from error
         except NotFound as error:
             raise self._bucket.remember(WrongSettings(error.message)) from error
         can_copy_parts = self._bucket.server.copies_parts is not False
-        return msgspec.structs.replace(ABILITIES, part_copies=can_copy_parts)
+        remark = self._bucket.login.remark
+        return msgspec.structs.replace(ABILITIES, part_copies=can_copy_parts, remark=remark)
 
     async def stat(self, path: bytes) -> Entry:
         look = await self._paths.look(await self._paths.place(path))
@@ -258,6 +266,7 @@ class S3Remote:
         async with self._changing.setdefault(path, asyncio.Lock()):
             look = await self._paths.recall(await self._paths.place(path))
             if look.is_directory:
+                await self._renew_marker(look)
                 return await self._set_directory_attributes(look.place, attributes)
             found = file_of(look)
             if not _is_worth_a_copy(attributes):
@@ -280,7 +289,8 @@ class S3Remote:
             await self._download(found, file, min(size, found.size))
             await asyncio.to_thread(file.truncate, size)
             source = FileSource(file, size)
-            return await self._store(look.place, source, metadata, found.headers)
+            headers = await self._transfer.belongings.of(found)
+            return await self._store(look.place, source, metadata, headers)
 
     async def rename(
         self, path: bytes, target: bytes, *, replace: bool, report: ReportProgress = no_report
@@ -306,9 +316,12 @@ class S3Remote:
                 raise AlreadyExists(f"{text(target)} is there already")
             check_replaceable(source, goal)
         if source.is_directory:
+            await self._renew_marker(source)
             await self._rename_directory(source.place, goal.place, report)
+            if goal.old_marker is not None:
+                await self._bucket.delete(goal.old_marker)
         else:
-            await self._rename_file(source.place, file_of(source), goal.place)
+            await self._rename_file(source.place, file_of(source), goal)
 
     async def remove(self, path: bytes) -> None:
         self._check_writable()
@@ -371,7 +384,12 @@ class S3Remote:
         self._lister.cache.drop(place.key)
         self._paths.changed(place)
         stored = await self._transfer.copy(found, place.key, metadata)
-        self._paths.saw_file(place, info_of_stored(stored, metadata, found.headers))
+        self._paths.saw_file(
+            place,
+            with_changes(
+                info_of_stored(stored, metadata, found.headers), tag_count=found.tag_count
+            ),
+        )
         return self._entries.file(last_name(place.path), stored, metadata)
 
     async def _directory_metadata(
@@ -392,9 +410,25 @@ class S3Remote:
             self._root_metadata = metadata
         elif metadata != old:
             self._paths.changed(place)
-            await self._markers.write(place.directory, metadata)
+            marker = await self._markers.read(place.directory)
+            kept = await self._transfer.belongings.of(marker) if marker is not None else HEADERS
+            await self._markers.write(place.directory, metadata, kept)
             self._parents.made(place.directory)
         return self._entries.directory(last_name(place.path), metadata)
+
+    async def _renew_marker(self, look: Look) -> None:
+        """One that s3fs wrote once becomes one of the form that all understand."""
+        if look.old_marker is None:
+            return
+        directory = look.place.directory
+        old = await self._bucket.head(look.old_marker)
+        if old is not None and directory not in look.markers:
+            headers = await self._transfer.belongings.of(old)
+            await self._markers.write(directory, old.metadata, headers)
+        self._paths.changed(look.place)
+        self._lister.cache.drop(look.old_marker)
+        await self._bucket.delete(look.old_marker)
+        self._parents.made(directory)
 
     async def _download(self, found: Info, file: IO[bytes], size: int) -> None:
         for offset in range(0, size, DOWNLOAD_BYTES):
@@ -409,11 +443,20 @@ class S3Remote:
             await self._bucket.delete(found.key)
         self._paths.changed(place)
 
-    async def _rename_file(self, source: Place, found: Info, target: Place) -> None:
+    async def _rename_file(self, source: Place, found: Info, goal: Look) -> None:
+        """Editors and rsync write beside a file, and rename over it: the tags, by which lifecycle
+        rules go, stay with the name."""
+        target = goal.place
         self._lister.cache.drop(target.key)
         self._paths.changed(target)
-        stored = await self._transfer.copy(found, target.key)
-        self._paths.saw_file(target, with_changes(found, key=target.key, etag=stored.etag))
+        tags: dict[str, Any] = {}
+        if goal.file is not None and not found.is_tagged:
+            tags = await self._transfer.belongings.tags(goal.file)
+        stored = await self._transfer.copy(found, target.key, tags=tags)
+        headers = {**found.headers, **tags}
+        self._paths.saw_file(
+            target, with_changes(found, key=target.key, etag=stored.etag, headers=headers)
+        )
         await self._delete_file(source, found)
 
     async def _rename_directory(self, source: Place, target: Place, report: ReportProgress) -> None:

@@ -39,7 +39,7 @@ class S3SiteConnection:
 
         self._direct = Direct(self._login, answered_in, start.site.connect_timeout, READ_TIMEOUT)
         self.health = Health()
-        access = Access(self._login.client, self._direct, gate, sending, self.health)
+        access = Access(self._login, self._direct, gate, sending, self.health)
         self._remotes = {
             namespace: S3Remote(Bucket(root.bucket, access), root, start, limits or Limits())
             for namespace, root in start.roots.items()

@@ -6,10 +6,12 @@ import asyncio
 import hashlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import IO
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import IO, Any
 
 from hpcfs.remotes.base import ReportProgress, Source, no_report
+from hpcfs.remotes.s3.belongings import Belongings
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.checksums import is_kms
 from hpcfs.remotes.s3.metadata import Metadata, encode
@@ -55,6 +57,7 @@ class Transfer:
 
     def __init__(self, bucket: Bucket, limits: Limits, *, verify: bool = False) -> None:
         self._bucket, self._limits, self._verify = bucket, limits, verify
+        self.belongings = Belongings(bucket)
 
     def check_size(self, key: str, size: int) -> None:
         if size > self._limits.largest_object:
@@ -146,21 +149,27 @@ class Transfer:
         key: str,
         metadata: Metadata | None = None,
         report: ReportProgress = no_report,
+        tags: Mapping[str, Any] = MappingProxyType({}),
     ) -> Summary:
         """Copy on the server, or rewrite the metadata where `key` is the source's own. What the
-        server says of the copy tells that it is whole; where it does not, it is asked again."""
+        server says of the copy tells that it is whole; where it does not, it is asked again.
+        `tags` are for the copy of an object without any."""
         if source.size <= self._limits.single_copy:
-            etag = await self._bucket.copy(source, key, metadata, source.headers)
+            headers = {**source.headers, **await self.belongings.access(source.key), **tags}
+            etag = await self._bucket.copy(source, key, metadata, headers)
             if etag and (key == source.key or etag == source.etag):
                 return Summary(key, source.size, etag, 0)
             return await checked(self._bucket, key, source.size)
-        return await self._copy_parts(source, key, metadata or source.metadata, report)
+        headers = {**await self.belongings.of(source), **tags}
+        target = Target(key, metadata or source.metadata, headers)
+        return await self._copy_parts(source, target, report)
 
     async def copy_listed(self, source: Summary, key: str, report: ReportProgress) -> str:
         """Copy what a listing showed, without asking for its headers where that can be spared.
         Returns the copy's ETag."""
         if source.size <= self._limits.single_copy:
-            etag = await self._bucket.copy(source, key)
+            access = await self.belongings.access(source.key)
+            etag = await self._bucket.copy(source, key, headers=access)
             return etag or (await checked(self._bucket, key, source.size)).etag
         info = await self._bucket.head(source.key)
         if info is None:
@@ -172,7 +181,8 @@ class Transfer:
         server = self._bucket.server
         if server.copies_markers is not False:
             try:
-                await self._bucket.copy(source, key)
+                access = await self.belongings.access(source.key)
+                await self._bucket.copy(source, key, headers=access)
             except (NotSupported, RemoteFailure, InvalidRequest) as error:
                 log.debug("a marker is written anew: %s", error.message)
             else:
@@ -180,12 +190,10 @@ class Transfer:
         info = await self._bucket.head(source.key)
         if info is None:
             raise Changed(f"{source.key} was removed on the server while it was renamed")
-        await self._bucket.put(key, b"", info.metadata, info.headers)
+        await self._bucket.put(key, b"", info.metadata, await self.belongings.of(info))
         server.copies_markers = False
 
-    async def _copy_parts(
-        self, source: Info, key: str, metadata: Metadata, report: ReportProgress
-    ) -> Info:
+    async def _copy_parts(self, source: Info, target: Target, report: ReportProgress) -> Info:
         progress = Progress(report)
 
         async def send(upload: Multipart, part: Part) -> None:
@@ -199,7 +207,6 @@ class Transfer:
             progress.add(part.length)
 
         parts = even(source.size, self._limits.part_size(source.size, self._limits.copy_part))
-        target = Target(key, metadata, source.headers)
         return await self._by_parts(target, source.size, parts, send, progress)
 
     async def _by_parts(

@@ -16,7 +16,7 @@ from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.entries import Entries
 from hpcfs.remotes.s3.metadata import PERMISSIONS, Metadata, encode
 from hpcfs.remotes.s3.multipart import Target, check_base
-from hpcfs.remotes.s3.objects import Info, Summary
+from hpcfs.remotes.s3.objects import Info, Summary, without_access
 from hpcfs.remotes.s3.parts import Limits
 from hpcfs.remotes.s3.patch import Patcher
 from hpcfs.remotes.s3.paths import Look
@@ -47,7 +47,7 @@ class Uploads:
         """What the server says of the object as it is then, and what it carries. Raises Conflict
         only where what is there is not what this upload makes: one whose answer was lost is asked
         for again."""
-        old, headers = self._kept_of(look)
+        old, headers = await self._kept_of(look, replaced=request.replace)
         if request.replace:  # another file: the old one's went with it
             old = with_changes(old, xattrs=())
         mode = stat.S_IFREG | (request.mode & PERMISSIONS)
@@ -68,7 +68,7 @@ class Uploads:
         async def target() -> Target:
             """Without times, which are known at the end."""
             found = await look()
-            old, headers = self._kept_of(found)
+            old, headers = await self._kept_of(found)
             mode = stat.S_IFREG | (request.mode & PERMISSIONS)
             metadata = with_changes(old, mtime_ns=None, atime_ns=None).changed(Attributes(), mode)
             return Target(found.place.key, metadata, headers, request.base_version)
@@ -126,12 +126,20 @@ class Uploads:
             return found, found.metadata
         return await self._transfer.copy(found, target.key, target.metadata), target.metadata
 
-    def _kept_of(self, look: Look) -> tuple[Metadata, Mapping[str, Any]]:
-        """What the object that is replaced hands on."""
-        headers = _guessed_headers(look.place.path)
+    async def _kept_of(
+        self, look: Look, *, replaced: bool = False
+    ) -> tuple[Metadata, Mapping[str, Any]]:
+        """What the object that is written anew hands on. To another file that is renamed over it
+        (`replaced`) not who may read it: that file may be more private."""
+        guessed = _guessed_headers(look.place.path)
         if look.file is None:
-            return self._entries.fresh(), headers
-        return look.file.metadata, dict(look.file.headers) or headers
+            return self._entries.fresh(), guessed
+        belongings = self._transfer.belongings
+        if replaced:
+            found = {**without_access(look.file.headers), **await belongings.tags(look.file)}
+        else:
+            found = await belongings.of(look.file)
+        return look.file.metadata, found if look.file.headers else {**guessed, **found}
 
 
 def info_of_stored(stored: Summary, metadata: Metadata, headers: Mapping[str, Any]) -> Info:

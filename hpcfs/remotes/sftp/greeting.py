@@ -36,5 +36,11 @@ async def greet(requests: Requests, shown: str) -> None:
     except asyncssh.SFTPOpUnsupported:
         log.debug("%s announces limits and does not tell them", shown)
     limits = requests.limits
-    limits.max_read_len = min(limits.max_read_len, MAX_PIECE_BYTES)
-    limits.max_write_len = min(limits.max_write_len, MAX_PIECE_BYTES)
+    limits.max_read_len = _piece(limits.max_read_len)
+    limits.max_write_len = _piece(limits.max_write_len)
+
+
+def _piece(told: int) -> int:
+    """A server that tells of less than the protocol promises would have a megabyte asked for in a
+    million requests."""
+    return max(SAFE_PIECE_BYTES, min(told, MAX_PIECE_BYTES))

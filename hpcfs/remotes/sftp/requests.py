@@ -147,7 +147,11 @@ class Requests(SFTPClientHandler):
 
     async def opendir(self, path: bytes) -> bytes:
         explained = partial(self._is_explained, path, stat.S_IFDIR)
-        return await self.handles.granted(partial(super().opendir, path), self._can_open, explained)
+        return await self.handles.granted(partial(super().opendir, path), self._can_list, explained)
+
+    async def _can_list(self, path: bytes | None) -> bool | None:
+        """Some servers bound files and directories apart."""
+        return await self._can_open(None)
 
     async def _is_explained(self, path: bytes, kind: int | None) -> bool:
         """Whether a refusal of this path is no wonder, as it is of another kind, or (None) is not

@@ -32,6 +32,8 @@ from hpcfs.transfer.messages import SshSite, WrongSettings
 
 KEEPALIVE_SECONDS = 15
 KEEPALIVES_MISSED = 3
+KEY_EXCHANGE = "curve25519-sha256"
+"""Between a mount and a laptop, which are both ours."""
 CHANNEL_WINDOW_BYTES = 80 * 1024 * 1024
 """What one channel may carry before we say that we have it, which asyncssh says at half of it. So
 more than twice what is ever asked for at once (sftp/flow.py), and that is what bounds memory.

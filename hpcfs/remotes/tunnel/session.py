@@ -28,7 +28,7 @@ from hpcfs.remotes.sftp.session import SftpSession, begin, together
 from hpcfs.remotes.ssh.login import Login
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
-from hpcfs.remotes.ssh.settings import FAST_CIPHER
+from hpcfs.remotes.ssh.settings import FAST_CIPHER, KEY_EXCHANGE
 from hpcfs.remotes.ssh.shell import Shell
 from hpcfs.remotes.tunnel.line import Line, Meeting, Pulse
 from hpcfs.rendezvous.file import Rendezvous
@@ -156,6 +156,7 @@ async def _ssh_channels(login: TunnelLogin) -> list[Requests]:
             client_keys=[keys.client],
             agent_path=None,
             server_host_key_algs=["ssh-ed25519"],
+            kex_algs=[KEY_EXCHANGE],
             encryption_algs=[FAST_CIPHER],
             compression_algs=None,
             client_factory=lambda: _Client(login.ended.set),
