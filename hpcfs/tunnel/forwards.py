@@ -20,6 +20,7 @@ from hpcfs.rendezvous.file import Place, TcpPlace, UnixPlace
 from hpcfs.transfer.messages import WrongSettings
 from hpcfs.tunnel import listening, probing
 from hpcfs.tunnel.acceptor import Acceptor, Incoming, Kind
+from hpcfs.tunnel.guests import takes_packets
 
 log = logging.getLogger(__name__)
 
@@ -190,20 +191,24 @@ class _ChannelPipe:
 class _Arrival(asyncssh.SSHTCPSession[bytes], asyncssh.SSHUNIXSession[bytes]):
     """Somebody connected to one of our places."""
 
-    _incoming: Incoming
-
     def __init__(self, ends: Ends, kind: Kind) -> None:
         self._ends = ends
         self._kind = kind
+        self._incoming: Incoming | None = None
 
     def connection_made(self, chan: Any) -> None:
-        self._incoming = self._ends.acceptor.pipe(_ChannelPipe(chan), self._kind)
+        if takes_packets(chan):
+            self._incoming = self._ends.acceptor.pipe(_ChannelPipe(chan), self._kind)
+        else:
+            chan.abort()
 
     def data_received(self, data: bytes | memoryview, datatype: int | None) -> None:
-        self._incoming.received(data)
+        if self._incoming is not None:
+            self._incoming.received(data)
 
     def eof_received(self) -> bool:
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._incoming.lost()
+        if self._incoming is not None:
+            self._incoming.lost()

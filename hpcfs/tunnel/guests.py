@@ -175,6 +175,13 @@ class Guests:
         return channel
 
 
+def takes_packets(channel: object) -> bool:
+    """Asyncssh cuts what is sent into the packets that the other end wants: a megabyte in packets
+    of one byte takes half a minute, in which nobody else is served."""
+    wanted: int = getattr(channel, "_send_pktsize", LEAST_PACKET_BYTES)
+    return wanted >= LEAST_PACKET_BYTES
+
+
 class _SshServer(asyncssh.SSHServer):
     """An SSH connection on a stream: one mount."""
 
@@ -234,10 +241,7 @@ class _SshChannel(asyncssh.SSHServerSession[bytes]):
         vars(chan)["_process_env_request"] = lambda packet: False
 
     def subsystem_requested(self, subsystem: str) -> bool:
-        """Asyncssh cuts what is sent into the packets that the client wants: a megabyte in packets
-        of one byte takes half a minute, in which nobody else is served."""
-        packet_bytes = getattr(self._chan, "_send_pktsize", LEAST_PACKET_BYTES)
-        return subsystem == "sftp" and packet_bytes >= LEAST_PACKET_BYTES
+        return subsystem == "sftp" and takes_packets(self._chan)
 
     def session_started(self) -> None:
         self._channel = self._guests.open_channel(self._stream, self._guest, self._chan)

@@ -6,7 +6,9 @@ An sshd that may not bind the address it was asked for binds loopback and does n
 from __future__ import annotations
 
 import ipaddress
+import re
 import struct
+from contextlib import suppress
 from typing import Any
 
 import asyncssh
@@ -16,6 +18,8 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
 LISTENING = "0A"
 READ_BYTES = 64 * 1024
+_HOST_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""hostname(7). It goes into the tunnel's file, and from there to people."""
 MAX_TABLE_BYTES = 8 * 1024 * 1024
 
 
@@ -34,13 +38,15 @@ async def addresses(sftp: asyncssh.SFTPClient, port: int) -> list[Address] | Non
 
 
 def listeners(table: str, port: int) -> list[Address]:
+    """Lines that make no sense are left out: a server may tell what it likes."""
     found = []
     for line in table.splitlines()[1:]:
         fields = line.split()
         if len(fields) > 3 and fields[3] == LISTENING:
             address, _, number = fields[1].partition(":")
-            if int(number, 16) == port:
-                found.append(_address(address))
+            with suppress(ValueError, struct.error):
+                if int(number, 16) == port:
+                    found.append(_address(address))
     return found
 
 
@@ -64,9 +70,10 @@ async def host_name(sftp: asyncssh.SFTPClient) -> str:
     """What the login node calls itself, as gethostname(2) does; empty where that is not told. One
     name may lead to several login nodes, and the tunnel is on one of them."""
     try:
-        return (await _read(sftp, "/proc/sys/kernel/hostname")).strip()
+        told = (await _read(sftp, "/proc/sys/kernel/hostname")).strip()
     except asyncssh.SFTPError:
         return ""
+    return told if _HOST_NAME.fullmatch(told) else ""
 
 
 def _address(text: str) -> Address:

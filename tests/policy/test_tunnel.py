@@ -165,6 +165,49 @@ TCP6 = """  sl  local_address                         remote_address            
 """
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "0: 0100007F:XYZ 00000000:0000 0A",
+        "0: 0100007F 00000000:0000 0A",
+        "0: 01:A411 00000000:0000 0A",
+        "0: nonsense:A411 00000000:0000 0A",
+        "0: 0100007F0100:A411 00000000:0000 0A",
+        "0: :A411 x 0A",
+        "0A 0A 0A 0A",
+        "\x1b[2J",
+    ],
+)
+def test_what_proc_can_not_say_is_left_out(line: str) -> None:
+    """A login node may tell what it likes."""
+    assert (
+        listening.listeners(f"head\n{line}\n{TCP.splitlines()[1]}", 0xA411)
+        == (listening.listeners(TCP, 0xA411)[:1])
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        (b"login01\n", "login01"),
+        (b"\x1b]0;x\x07", ""),
+        (b"a\nb", ""),
+        (b"x" * 100_000, ""),
+        (b"\xff", ""),
+        (b"", ""),
+    ],
+)
+def test_a_login_node_s_name_is_one(
+    told: bytes, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def read(*_: object) -> str:
+        return told.decode("ascii", "replace")
+
+    monkeypatch.setattr(listening, "_read", read)
+    sftp: asyncssh.SFTPClient = object()  # type: ignore[assignment]
+    assert asyncio.run(listening.host_name(sftp)) == name
+
+
 def test_who_listens_is_read_from_proc() -> None:
     assert [str(found) for found in listening.listeners(TCP, 0xA411)] == ["127.0.0.1", "192.0.0.2"]
     found = listening.listeners(TCP6, 0xA411)
