@@ -9,7 +9,7 @@ again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import trio
@@ -141,18 +141,19 @@ class Ahead:
 
     def _ask(self, namespace: Namespace, walk: Walk) -> None:
         has_room = self._size < MAX_BYTES
-        for key in walk.wanted():
+        wanted = walk.wanted()
+        for key in wanted:
             if has_room and len(self._flights) < MOST_HELD and key not in self._flights:
                 flight = self._flights[key] = Flight(namespace, walk, self._new_listing())
                 self._nursery.start_soon(self._fly, key, flight)
-        self._tell_of_next(namespace, walk)
+        self._tell_of_next(namespace, wanted[:NEXT])
         if self._flights and not self._sweeping:
             self._sweeping = True
             self._nursery.start_soon(self._sweep)
 
-    def _tell_of_next(self, namespace: Namespace, walk: Walk) -> None:
+    def _tell_of_next(self, namespace: Namespace, keys: Sequence[bytes]) -> None:
         """What the program reads next, and what is in it, as far as that is known."""
-        for key in walk.wanted()[:NEXT]:
+        for key in keys:
             flight = self._flights.get(key)
             if flight is not None and flight.is_news and flight.found(self._now()) is Found.READY:
                 flight.is_news = False

@@ -42,7 +42,7 @@ class Found(enum.Enum):
     READY = enum.auto()
 
 
-class Order(enum.Enum):
+class Order(enum.IntEnum):  # hashed without Python
     LISTED = enum.auto()
     NAME = enum.auto()
     NUMBER = enum.auto()
@@ -52,15 +52,13 @@ class _Folder:
     """A directory's subdirectories, and which of them was read last."""
 
     def __init__(self, path: bytes, names: Sequence[bytes], number: Number) -> None:
+        self.count = len(names)
         self.last: bytes | None = None
         self._read: set[bytes] = set()
         self._path = path
         self._number = number
         self._orders: dict[Order, list[bytes]] = {Order.LISTED: list(names)}
         self._ranks: dict[Order, dict[bytes, int]] = {}
-
-    def __len__(self) -> int:
-        return len(self._orders[Order.LISTED])
 
     def __contains__(self, name: bytes) -> bool:
         return name in self._rank(Order.LISTED)
@@ -93,10 +91,8 @@ class _Folder:
 
     def following(self, order: Order) -> Iterator[bytes]:
         """Without those that were read while the order seemed to be another one."""
-        names = self._names(order)
-        for rank in range(self._next(order), len(names)):
-            if names[rank] not in self._read:
-                yield names[rank]
+        names = islice(self._names(order), self._next(order), None)
+        return (name for name in names if name not in self._read)
 
 
 class Walk:
@@ -174,7 +170,7 @@ class Walk:
     def listed(self, path: bytes, subdirectories: Sequence[bytes], took: float) -> None:
         """For the program or ahead of it, in `took` seconds."""
         self._took = _smoothed(self._took, took)
-        names = sum(len(folder) for folder in self._folders.values())
+        names = sum(folder.count for folder in self._folders.values())
         if names + len(subdirectories) <= _MAX_NAMES:
             self._folders[path] = _Folder(path, subdirectories, self._number)
 
@@ -199,11 +195,20 @@ class Walk:
             yield from self._below(path)
 
     def _below(self, path: bytes) -> Iterator[bytes]:
+        """Depth first. This runs for each directory that a program reads: without recursion, it
+        costs as much in a deep tree as in a flat one."""
         folder = self._folders.get(path)
-        if folder is not None:
-            for name in folder.following(self.order):
-                yield _join(path, name)
-                yield from self._below(_join(path, name))
+        stack = [] if folder is None else [(path, folder.following(self.order))]
+        while stack:
+            above, names = stack[-1]
+            name = next(names, None)
+            if name is None:
+                stack.pop()
+                continue
+            inside = _join(above, name)
+            yield inside
+            if (folder := self._folders.get(inside)) is not None:
+                stack.append((inside, folder.following(self.order)))
 
 
 class Walks:
