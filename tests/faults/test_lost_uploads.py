@@ -18,7 +18,7 @@ from tests.support.mounts import Mount, RealHome, kill, mounted, run, until
 
 KINDS = ("sftp", "s3-rclone")
 EXPECTED = ("reach|nothing answers|connection|ended|no answer|lost|closed|not all is uploaded",)
-FILES = 40
+FILES = 12
 
 Starts = Callable[[str], Linked]
 
