@@ -3,6 +3,7 @@ tried for as long as he waits."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -17,25 +18,35 @@ from tests.support.mounts import Mount, RealHome, kill, mounted, run, until
 
 KINDS = ("sftp", "s3-rclone")
 EXPECTED = ("reach|nothing answers|connection|ended|no answer|lost|closed|not all is uploaded",)
-FILES = 40
+FILES = 12
 
 Starts = Callable[[str], Linked]
 
 
 @contextmanager
-def written(kind: str, linked: Starts, home: RealHome) -> Iterator[tuple[Linked, Mount]]:
-    """Files that are closed and on their way."""
+def written(
+    kind: str, linked: Starts, home: RealHome, *, frozen: bool = False
+) -> Iterator[tuple[Linked, Mount]]:
+    """Files that are closed and on their way; `frozen`, none gets far."""
     far = linked(kind)
     with mounted(home, {"ns": far.served.but(write="back")}, expected=EXPECTED) as mount:
-        for number in range(FILES):
-            (mount.path / "ns" / f"f{number}").write_bytes(b"%d" % number * 1000)
+        (mount.path / "ns" / "folder").mkdir()
+        flags = os.O_WRONLY | os.O_CREAT
+        names = [mount.path / "ns" / "folder" / f"f{number}" for number in range(FILES)]
+        files = [os.open(name, flags) for name in names]  # each name is asked for
+        if frozen:
+            far.link.freeze()
+        for number, file in enumerate(files):
+            os.write(file, b"%d" % number * 1000)
+            os.close(file)
         yield far, mount
 
 
 def arrived(far: Linked) -> int:
     inside = far.served.inside
     return sum(
-        inside.exists(f"f{number}") and inside.read(f"f{number}") == b"%d" % number * 1000
+        inside.exists(f"folder/f{number}")
+        and inside.read(f"folder/f{number}") == b"%d" % number * 1000
         for number in range(FILES)
     )
 
@@ -45,10 +56,11 @@ def arrived(far: Linked) -> int:
 def test_a_connection_lost_just_before_the_end(
     kind: str, how: str, linked: Starts, real_home: RealHome
 ) -> None:
-    with written(kind, linked, real_home) as (far, mount):
+    """All are under way then, and the server takes new connections at once."""
+    with written(kind, linked, real_home, frozen=True) as (far, mount):
         pid = mount.status.pid
-        far.link.cut()
-        far.link.mend()
+        losing = threading.Timer(2.0, lambda: (far.link.cut(), far.link.mend()))
+        losing.start()
         if how == "hpcfs umount":
             done = real_home.run("umount", mount.path)
             assert (done.returncode, done.stdout) == (0, "")
@@ -57,6 +69,7 @@ def test_a_connection_lost_just_before_the_end(
             run("fusermount3", "-u", mount.path)
         else:
             kill(pid, signal.SIGTERM)
+        losing.join()
         until(lambda: not Path(f"/proc/{pid}").exists(), 30)
         assert arrived(far) == FILES
 

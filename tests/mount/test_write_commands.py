@@ -362,3 +362,14 @@ def test_who_uses_the_mount_is_told_before_the_wait_is_over(home: Home) -> None:
     assert f"(pid {os.getpid()}): end them" in first
     assert f"(pid {os.getpid()}): end them" in second
     assert is_mounted(home)
+
+
+# --- sync --timeout -----------------------------------------------------------------------------
+
+
+def test_sync_waits_no_longer_than_its_timeout(home: Home) -> None:
+    mount(home, {"path": "a", "size": LARGE}, rate=LARGE / 1000)
+    result = home.run("sync", "--timeout", "1", "mnt")
+    assert (result.returncode, result.stdout) == (3, "")
+    assert "still to be uploaded; the mount goes on with that" in said(result)
+    assert is_mounted(home)
