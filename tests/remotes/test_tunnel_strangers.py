@@ -138,7 +138,15 @@ class Squatter(asyncio.Protocol):
 async def squatted(port: int, greeting: bytes, answer: bytes) -> AsyncIterator[list[bytearray]]:
     heard: list[bytearray] = []
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Squatter(greeting, answer, heard), "127.0.0.1", port)
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                server = await loop.create_server(
+                    lambda: Squatter(greeting, answer, heard), "127.0.0.1", port
+                )
+                break
+            except OSError:  # sshd has not heard yet that the tunnel is dead
+                await asyncio.sleep(0.01)
     try:
         yield heard
     finally:
