@@ -117,11 +117,14 @@ def test_a_missing_device(
 
 def test_a_missing_helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(os, "getuid", lambda: 1000)
-    with pytest.raises(SetupError, match=r"apt install fuse3.*dnf install fuse3"):
-        mountpoint.check_helper()
-    with pytest.raises(SetupError, match="fusermount3 is missing"):
-        mountpoint.unmount(tmp_path)
+
+    def check() -> None:
+        with pytest.raises(SetupError, match=r"apt install fuse3.*dnf install fuse3"):
+            mountpoint.check_helper()
+        with pytest.raises(SetupError, match="fusermount3 is missing"):
+            mountpoint.unmount(tmp_path)
+
+    assert exit_code_as_user(check) == 0
 
 
 # --- mounts -------------------------------------------------------------------------------------

@@ -126,6 +126,7 @@ def test_a_server_that_makes_no_links_is_told_so(tmp_path: Path) -> None:
 def test_the_order_is_looked_for_once_per_connection(tmp_path: Path) -> None:
     async def story(remote: SftpRemote, evil: EvilSite) -> None:
         session = (await remote._place(b"")).session
+        await remote.make_directory(b"first", 0o755)  # which tells whose the login is
         with counting(session) as counter:
             trips = []
             for number in range(3):
