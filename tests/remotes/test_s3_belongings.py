@@ -204,6 +204,26 @@ def test_a_server_without_access_lists_is_not_asked_for_them_again(
     asyncio.run(test())
 
 
+def test_a_fault_of_the_server_does_not_end_it(
+    moto: S3Server, prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    full(moto, prefix)
+    put(moto, f"{prefix}/d/g", b"content", ACL="public-read")
+
+    async def test() -> None:
+        async with relayed(moto, prefix, tmp_path) as (relay, remote):
+            relay.own = lambda asked: (
+                refusal(500, "InternalError") if "/g?acl" in asked.target else None
+            )
+            await remote.truncate(b"d/g", 2)
+            await remote.truncate(b"d/f", 2)
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(test())
+    assert "d/g loses its access list" in caplog.text
+    assert belongings(moto, f"{prefix}/d/f")[1] == [("AllUsers", "READ")]
+
+
 def test_where_access_lists_are_switched_off_none_is_asked_for(
     moto: S3Server, prefix: str, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from hpcfs.remotes.s3.bucket import Bucket
+from hpcfs.remotes.s3.errors import is_fault
 from hpcfs.remotes.s3.known import Known
 from hpcfs.remotes.s3.objects import PRIVATE, Info
 from hpcfs.transfer.messages import NotFound, PermissionDenied, RemoteError, Unreachable
@@ -69,8 +70,11 @@ class Belongings:
         except Unreachable:
             raise
         except RemoteError as error:
-            self._has_lists = False
-            log.info("access lists are not kept: %s", error.message)
+            if is_fault(error):  # of the moment: others may be answered
+                log.warning("%s loses its access list, if it has one: %s", key, error.message)
+            else:
+                self._has_lists = False
+                log.info("access lists are not kept: %s", error.message)
             return {}
         found = parameters_of(answer)
         self._seen.put(key, found)

@@ -273,6 +273,13 @@ def is_refusal(error: RemoteError) -> bool:
     return answer.get("ResponseMetadata", {}).get("HTTPStatusCode") in (400, 401, 403)
 
 
+def is_fault(error: RemoteError) -> bool:
+    """Whether the server failed (500 and the like), other than to say that it can't do that."""
+    answer = getattr(error.__cause__, "response", {})
+    status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return status >= 500 and status != 501
+
+
 def is_throttling(error: boto.ClientError) -> bool:
     """Whether the same request is to be made again, later. A 503 without a word is one, too: an
     answer to HEAD has no words."""
