@@ -36,6 +36,7 @@ from hpcfs.control.server import Tell
 from hpcfs.errors import SetupError
 from hpcfs.filesystem.backlog import Progress
 from hpcfs.filesystem.pending import PendingRow, is_below
+from hpcfs.system import ownership
 from hpcfs.transfer.messages import RemoteError
 from hpcfs.writeback.journal import Journal, Unconfirmed
 
@@ -259,15 +260,21 @@ async def _recover(
 def make_target(to: Path, namespace: str, path: bytes, ending: str = "") -> Path:
     """A new empty file at `to`/`namespace`/`path`, with a number in its name where there is one.
 
-    Raises SetupError for a path that would lead out of `to`, or OSError.
+    Raises SetupError for a path that would lead out of `to`, or to where others may write; or
+    OSError.
     """
     parts = [os.fsdecode(part) for part in path.split(b"/")]
     if any(part in ("", ".", "..") or "\0" in part for part in [namespace, *parts]):
         raise SetupError(f"{_text(path)!r} is no path that can be copied")
     directory = to
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    ownership.make_directories(directory)
     for part in [namespace, *parts[:-1]]:
         directory = _first_free(directory, part, "", _as_directory)
+    if reason := ownership.why_not(directory):  # they could put a link in the copy's place
+        raise SetupError(
+            f"{directory} is not safe from others ({reason}): name a directory that only you can "
+            "change"
+        )
     return _first_free(directory, parts[-1], ending, _as_new_file)
 
 

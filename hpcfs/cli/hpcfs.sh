@@ -1,20 +1,30 @@
 #!/bin/sh
-# The command `hpcfs`: starts hpcfs-main, the Python program beside it, once PYTHONPATH is clean.
-# An entry that is empty or relative means the current directory, and `PYTHONPATH=/opt/lib:$PYTHONPATH`
-# leaves an empty one. Python would run what lies there under the name of any module, before a line
-# of ours: in a directory that others can write to, theirs. HPCFS_PYTHONPATH is what was given.
+# The command `hpcfs`: starts hpcfs-main, the Python program beside it, once PATH and PYTHONPATH are
+# clean. An entry that is empty or relative means the current directory, and
+# `PYTHONPATH=/opt/lib:$PYTHONPATH` leaves an empty one. Python would run what lies there under the
+# name of any module, before a line of ours, and we would run the `fusermount3` that lies there: in a
+# directory that others can write to, theirs. HPCFS_PATH and HPCFS_PYTHONPATH are what was given:
+# `hpcfs run` gives them on.
+absolute() {
+    kept=
+    IFS=:
+    set -f
+    for entry in $1; do
+        case $entry in /*) kept=${kept:+$kept:}$entry ;; esac
+    done
+    unset IFS
+    printf %s "$kept"
+}
 self=$0
+HPCFS_PATH=${PATH-/usr/bin:/bin}
+PATH=$(absolute "$HPCFS_PATH")
+PATH=${PATH:-/usr/bin:/bin}
+export PATH HPCFS_PATH
 if [ -L "$self" ]; then self=$(readlink -f -- "$self"); fi
 case $self in */*) ;; *) self=./$self ;; esac
 if [ -n "${PYTHONPATH-}" ]; then
     HPCFS_PYTHONPATH=$PYTHONPATH
-    PYTHONPATH=
-    IFS=:
-    set -f
-    for entry in $HPCFS_PYTHONPATH; do
-        case $entry in /*) PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$entry ;; esac
-    done
-    unset IFS
+    PYTHONPATH=$(absolute "$PYTHONPATH")
     export PYTHONPATH HPCFS_PYTHONPATH
 fi
 exec "${self%/*}/hpcfs-main" "$@"

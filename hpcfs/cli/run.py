@@ -26,7 +26,7 @@ from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import Request
 from hpcfs.errors import SetupError
-from hpcfs.system import interpreter, signals, user_namespace
+from hpcfs.system import interpreter, signals, temporary, user_namespace
 
 VARIABLE = "HPCFS_MOUNT"
 NOT_RUN, CANNOT_RUN, NOT_FOUND = 125, 126, 127
@@ -90,9 +90,9 @@ def run(
 
 @contextmanager
 def _directory() -> Iterator[Path]:
-    """For this user alone, in $TMPDIR or /tmp: gone afterwards, unless it is still mounted."""
+    """For this user alone: gone afterwards, unless it is still mounted."""
     try:
-        made = Path(os.path.realpath(tempfile.mkdtemp(prefix="hpcfs-run-")))
+        made = Path(os.path.realpath(temporary.make("hpcfs-run-")))
     except OSError as error:
         raise SetupError(
             f"no directory can be made in {tempfile.gettempdir()} ({error.strerror}): "
@@ -199,7 +199,9 @@ def _run(command: Sequence[str], environ: dict[str, str]) -> int:
     """Its exit code, or 128 and the signal that ended it, as a shell has it."""
     watched = {signal.SIGCHLD, *FORWARDED}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    ours = os.environ.get("PATH", os.defpath)
     try:
+        os.environ["PATH"] = environ.get("PATH", os.defpath)  # by which the command is found
         pid = os.posix_spawnp(
             command[0],
             list(command),
@@ -216,6 +218,7 @@ def _run(command: Sequence[str], environ: dict[str, str]) -> int:
     else:
         return _wait(pid, watched)
     finally:
+        os.environ["PATH"] = ours
         sys.stdout.flush()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

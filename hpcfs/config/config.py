@@ -21,7 +21,7 @@ from hpcfs.config import rclone_conf, ssh_config, urls, values
 from hpcfs.config.toml_lines import KeyPath, find_lines
 from hpcfs.config.values import SymlinkMode, WriteMode
 from hpcfs.errors import SetupError
-from hpcfs.system import paths
+from hpcfs.system import ownership, paths
 from hpcfs.system.disk import DEFAULT_MIN_FREE, MinFree
 from hpcfs.transfer.messages import (
     AnyRoot,
@@ -159,8 +159,10 @@ def load(file: Path | None, named_urls: Sequence[tuple[str | None, str]] = ()) -
 
 
 def read(file: Path) -> str:
+    """Raises SetupError, also where somebody else may have written what is in it: it names hosts
+    that get passwords, and files whose lines are commands."""
     try:
-        raw = file.read_bytes()
+        raw = ownership.read_ours(file, chosen=file != paths.config_file())
     except FileNotFoundError:
         raise SetupError(f"there is no configuration file {file}") from None
     except OSError as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcfs.errors import SetupError
-from hpcfs.system import paths
+from hpcfs.system import ownership, paths
 from hpcfs.transfer import sshwords
 from hpcfs.transfer.messages import S3Root, S3Site, Secret, SftpRoot, SshSite
 
@@ -137,7 +137,7 @@ def load(environ: Mapping[str, str] = os.environ) -> dict[str, RcloneRemote]:
     if file is None or not file.exists():
         return {}
     try:
-        text = file.read_text(encoding="utf-8")
+        text = ownership.read_ours(file, chosen="RCLONE_CONFIG" in environ).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SetupError(f"{file} can't be read: {error}") from error
     return parse(text, file)

@@ -10,13 +10,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hpcfs.errors import SetupError
-from hpcfs.system import interpreter
+from hpcfs.system import interpreter, temporary
 
 STOP_SECONDS = 10.0
 
@@ -27,8 +26,8 @@ def remotes() -> Iterator[Path]:
 
     Changes this process's environment to one in which the mount finds only the demo's files.
     """
-    with tempfile.TemporaryDirectory(prefix="hpcfs-demo-") as name:
-        directory = Path(name).resolve()
+    with temporary.directory("hpcfs-demo-") as made:
+        directory = made.resolve()
         seclude(os.environ, directory)
         with _process("servers", directory), _process("laptop", directory):
             yield directory

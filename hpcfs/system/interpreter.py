@@ -17,11 +17,14 @@ SAFE_DIRECTORY = "/"
 
 
 def given_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a program of the user's: with PYTHONPATH as it was before `hpcfs`, the
-    shell script, cleaned it."""
+    """The environment for a program of the user's: with PATH and PYTHONPATH as they were before
+    `hpcfs`, the shell script, cleaned them."""
     theirs = dict(environ)
-    given = theirs.pop("HPCFS_PYTHONPATH", None)
-    return theirs if given is None else {**theirs, "PYTHONPATH": given}
+    for name in ("PATH", "PYTHONPATH"):
+        given = theirs.pop(f"HPCFS_{name}", None)
+        if given is not None:
+            theirs[name] = given
+    return theirs
 
 
 def command(module: str, *arguments: str) -> list[str]:

@@ -13,13 +13,16 @@ from typing import Any
 
 MAX_LOG_BYTES = 10 * 1024 * 1024
 """A larger one is put aside when the next process begins."""
-
+MAX_LINE = 4000
+"""Letters: a server that says a lot fills no disk."""
 
 FORMAT = "%(asctime)s {who}[%(process)d] %(levelname)s %(message)s"
 
 
 def escaped(text: str) -> str:
     """One line of printable characters; what is none is written as in Python's source."""
+    if len(text) > MAX_LINE:
+        text = f"{text[:MAX_LINE]}… (cut)"
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 

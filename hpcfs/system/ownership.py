@@ -16,10 +16,14 @@ import struct
 from pathlib import Path
 from typing import Protocol
 
+from hpcfs.errors import SetupError
+
 _CREDENTIALS = struct.Struct("3i")
 """unix(7)'s struct ucred: pid, uid, gid."""
 NOBODY = 65534
 """How a user namespace shows the owner of what is the administrator's. Nobody logs in so."""
+MAX_CONFIGURATION = 16 * 1024 * 1024
+"""Bytes."""
 MAX_LINKS = 40
 """As many as the kernel follows in one path."""
 
@@ -83,7 +87,8 @@ def why_not(directory: Path) -> str | None:
     """Why what is in this directory, there already or not, may be changed by others: somebody who
     may write to a directory on the way there, or whose link leads there. None where nobody can.
 
-    A place in a directory like /tmp is safe once it is ours: there nobody renames what is others'.
+    A place in a directory like /tmp is safe once it is ours: there nobody renames what is others'
+    but the owner of that directory.
     """
     here, parent = Path("/"), os.lstat("/")
     ahead = list(reversed(directory.parts[1:]))
@@ -112,10 +117,50 @@ def why_not(directory: Path) -> str | None:
                 here, parent = Path("/"), os.lstat("/")
             ahead.extend(reversed(target.parts[1:] if target.is_absolute() else target.parts))
             continue
-        if stat.S_ISDIR(found.st_mode) and _is_open(found) and not found.st_mode & stat.S_ISVTX:
-            return f"others may write to {place}, mode {stat.S_IMODE(found.st_mode):04o}"
+        if stat.S_ISDIR(found.st_mode) and _is_open(found):
+            if not found.st_mode & stat.S_ISVTX:
+                return f"others may write to {place}, mode {stat.S_IMODE(found.st_mode):04o}"
+            if found.st_uid not in (0, os.getuid(), NOBODY):
+                return f"{place} is user {found.st_uid}'s, who may rename what others have there"
         here, parent = place, found
     return None
+
+
+def why_not_believe(found: os.stat_result, *, chosen: bool = False) -> str | None:
+    """Why what a file says may be another user's word: ssh's own rule for ~/.ssh/config, of which
+    each line could run a command. None where it is the user's or the administrator's.
+
+    One that was `chosen` by its name may be a colleague's, but nobody else may have written it.
+    """
+    mode = f"mode {stat.S_IMODE(found.st_mode):04o}"
+    if found.st_mode & stat.S_IWOTH and stat.S_ISREG(found.st_mode):
+        return f"all users may write to it, {mode}"
+    if chosen:
+        return None
+    if found.st_uid not in (0, os.getuid(), NOBODY):
+        return f"it belongs to user {found.st_uid}"
+    if stat.S_ISREG(found.st_mode) and _is_open(found):
+        return f"its group may write to it, {mode}"
+    return None
+
+
+def read_ours(file: Path, *, chosen: bool = False) -> bytes:
+    """A configuration that can be believed (see `why_not_believe`). Raises OSError, and SetupError
+    where it can't be."""
+    with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
+        found = os.fstat(opened.fileno())
+        os.set_blocking(opened.fileno(), True)
+        if reason := why_not_believe(found, chosen=chosen):
+            raise SetupError(
+                f"{file} may be somebody else's word ({reason}): make it yours alone with "
+                f"'chmod go-w {file}', or a copy of your own"
+            )
+        if stat.S_ISREG(found.st_mode) and found.st_size > MAX_CONFIGURATION:
+            raise SetupError(f"{file} has {found.st_size} bytes: that is no configuration")
+        text = opened.read(MAX_CONFIGURATION + 1)
+    if len(text) > MAX_CONFIGURATION:
+        raise SetupError(f"{file} does not end: that is no configuration")
+    return text
 
 
 def _is_open(directory: os.stat_result) -> bool:

@@ -8,6 +8,9 @@ from typing import ClassVar
 
 import msgspec
 
+MAX_MESSAGE = 1000
+"""Letters. A server's own words may be a part of a message, and there is no end to those."""
+
 
 class RemoteError(Exception):
     """A request that the remote, or the way to it, did not carry out.
@@ -20,7 +23,8 @@ class RemoteError(Exception):
 
     @property
     def message(self) -> str:
-        return str(self.args[0]) if self.args else type(self).__name__
+        text = str(self.args[0]) if self.args else type(self).__name__
+        return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}… (cut)"
 
 
 class NotFound(RemoteError):

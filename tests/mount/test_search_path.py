@@ -3,7 +3,9 @@ they start, tunnels, the demo with its servers and its tour."""
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,37 @@ def test_the_demo_with_its_servers_and_its_tour(tmp_path: Path, search_path: str
     more = {"PYTHONPATH": search_path, "TMPDIR": str(home.path / "tmp")}
     result = home.run("demo", "--tour", **more)
     assert (result.returncode, planted.executed) == (0, ""), result.stderr
+
+
+PROGRAMS = ("fusermount3", "id", "python3", "readlink", "rsync", "sh", "ssh", "ssh-keygen", "umount")
+
+
+@pytest.mark.parametrize("entry", ["", ".", "bin"])
+def test_no_program_of_the_current_directory_is_run(
+    servers: Servers, tmp_path: Path, entry: str
+) -> None:
+    """By a PATH with an entry that is empty or relative, where that would come first."""
+    home = make_real_home(tmp_path / "home")
+    marks = tmp_path / "executed"
+    for name in PROGRAMS:
+        program = home.path / entry / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\necho {name} >> {marks}\nexit 1\n")
+        program.chmod(0o755)
+    linked = tmp_path / "linked"
+    linked.symlink_to(home.command()[0])
+    home.environ["PATH"] = f"{entry}:{os.environ['PATH']}"
+    with mounted(home, {"home": servers.serve("sftp").but(transport="openssh")}) as mount:
+        (mount.path / "home" / "file").write_bytes(b"content")
+        home.run("check")
+        told = home.run("run", "--", "id")
+        run = subprocess.run(
+            [linked, "--version"],
+            cwd=home.path,
+            env=home.environment(),
+            capture_output=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+    assert told.returncode == 1, "the user's own command is found as PATH has it"
+    assert marks.read_text() == "id\n"

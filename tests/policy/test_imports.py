@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "control": {"errors", "system"},
     "config": {"errors", "system", "rendezvous", "transfer.messages", "transfer.sshwords"},
     "rendezvous": {"transfer.messages"},
-    "remotes": {"transfer.messages", "transfer.sshwords", "rendezvous"},
+    "remotes": {"errors", "system", "transfer.messages", "transfer.sshwords", "rendezvous"},
     "tunnel": SET_UP | {"rendezvous", "remotes", "transfer.messages"},
     "transfer.cachefile": {"transfer.messages"},
     "transfer.process": {"system", "remotes", "transfer.messages", "transfer.cachefile"},

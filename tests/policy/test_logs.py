@@ -40,6 +40,14 @@ def test_a_log_has_one_printable_line_for_each_message(tmp_path: Path, restored:
     assert line.isprintable()
 
 
+def test_who_says_a_lot_fills_no_disk(tmp_path: Path, restored: object) -> None:
+    file = tmp_path / "log"
+    logs.set_up(file, "INFO", "mount", to_stderr=False)
+    logging.getLogger("hpcfs").warning("the server says %s", "x" * 1_000_000)
+    assert file.read_text().endswith("x… (cut)\n")
+    assert file.stat().st_size < logs.MAX_LINE + 100
+
+
 def test_so_has_a_traceback(tmp_path: Path, restored: object) -> None:
     file = tmp_path / "log"
     logs.set_up(file, "INFO", "mount", to_stderr=False)

@@ -32,6 +32,7 @@ _TEXTS = {
     "x-amz-website-redirect-location": "WebsiteRedirectLocation",
 }
 _METADATA = "x-amz-meta-"
+MAX_TIME_LETTERS = 100
 _MONTHS = {
     name: number
     for number, name in enumerate(
@@ -79,6 +80,8 @@ def _expiry(text: str) -> dict[str, Any]:
 def http_time(text: str) -> datetime:
     """Servers send one form; for the others that HTTP knows there is the standard library."""
     # Sun, 06 Nov 1994 08:49:37 GMT
+    if len(text) > MAX_TIME_LETTERS:  # it would be kept
+        raise ValueError("a time that is too long")
     if len(text) == 29 and text.endswith(" GMT") and text[8:11] in _MONTHS:
         day, year = int(text[5:7]), int(text[12:16])
         clock = int(text[17:19]), int(text[20:22]), int(text[23:25])
@@ -89,8 +92,22 @@ def http_time(text: str) -> datetime:
 
 @lru_cache(maxsize=4096)
 def _xml_time(text: str) -> datetime:
+    if len(text) > MAX_TIME_LETTERS:
+        raise ValueError("a time that is too long")
     found = datetime.fromisoformat(text)
     return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+MOST_MARKS = 300_000
+"""Tags, and attributes, of one answer: a page has 1000 keys, with some ten elements each. In memory
+an element takes a hundred times its shortest text."""
+
+
+def is_fit_to_parse(body: bytes | bytearray) -> bool:
+    """Whether it is small once it is parsed, too. Entities can be defined in UTF-16 as well, where
+    every letter of the keyword has a zero beside it; S3 speaks UTF-8."""
+    defines = b"<!DOCTYPE" in body or b"\0" in body
+    return not defines and body.count(b"<") <= MOST_MARKS and body.count(b"=") <= MOST_MARKS
 
 
 def of_copy(body: bytes | bytearray) -> dict[str, Any]:
@@ -99,8 +116,8 @@ def of_copy(body: bytes | bytearray) -> dict[str, Any]:
 
 
 def _root(body: bytes | bytearray, tag: str) -> ElementTree.Element:
-    if b"<!DOCTYPE" in body:
-        raise ValueError("an answer that defines entities")
+    if not is_fit_to_parse(body):
+        raise ValueError("an answer that defines entities, or has too many elements")
     try:
         root = ElementTree.fromstring(bytes(body))  # noqa: S314 - without entities it is safe
     except ElementTree.ParseError as error:

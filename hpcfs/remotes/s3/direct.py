@@ -24,7 +24,7 @@ from botocore.httpsession import create_urllib3_context, get_cert_path
 from botocore.parsers import create_parser
 from botocore.utils import get_environ_proxies
 
-from hpcfs.remotes.s3.answers import of_copy, of_listing, of_object
+from hpcfs.remotes.s3.answers import is_fit_to_parse, of_copy, of_listing, of_object
 from hpcfs.remotes.s3.http import ERROR_BYTES, Answer, Question, Unusual
 from hpcfs.remotes.s3.pool import Host, Pool
 from hpcfs.remotes.s3.signing import ALGORITHM, EMPTY_SHA256, UNSIGNED, Keys, Signer
@@ -187,7 +187,7 @@ class Direct:
 
     def _refusal(self, answer: Answer) -> dict[str, Any]:
         """In botocore's form, by its own parser. Answers to HEAD have no body to parse."""
-        if not answer.body:
+        if not answer.body or not is_fit_to_parse(answer.body):
             return {
                 "Error": {"Code": str(answer.status)},
                 "ResponseMetadata": {"HTTPStatusCode": answer.status},
@@ -282,12 +282,12 @@ def _head(
     if "CopySource" in parameters:
         source = quote(parameters["CopySource"]["Key"], safe="/~")
         headers["x-amz-copy-source"] = f"{bucket}/{source}"
-    for name, value in headers.items():
-        if not _is_sendable(name) or not _is_sendable(value):
-            raise ValueError("a header that can't be sent")
     signed = headers
     if route.signer is not None and keys is not None:
         signed = route.signer.sign(method, path, query, headers, keys, payload=payload)
+    for name, value in signed.items():  # who provides credentials may be a server, too
+        if not _is_sendable(name) or not _is_sendable(value):
+            raise ValueError("a header that can't be sent")
     lines = [
         f"{method} {path}{'?' if query else ''}{query} HTTP/1.1",
         *(f"{name}: {value}" for name, value in signed.items()),

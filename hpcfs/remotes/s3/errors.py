@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from botocore import exceptions as boto
 
-from hpcfs.remotes.s3.wire import TooLong
+from hpcfs.remotes.s3.wire import Unfit
 from hpcfs.transfer.messages import (
     AccessRefused,
     AlreadyExists,
@@ -47,7 +47,10 @@ from hpcfs.transfer.messages import (
 FIRST_DELAY = 1.0
 LONGEST_DELAY = 30.0
 
-CAUGHT = (boto.BotoCoreError, boto.ClientError, aiohttp.ClientError, OSError, ValueError)
+CAUGHT = (
+    *(boto.BotoCoreError, boto.ClientError, aiohttp.ClientError, OSError, ValueError),
+    RecursionError,  # botocore's parsers, and json's, call themselves for what is inside
+)
 """ValueError is what botocore raises for an endpoint that is no URL; TimeoutError is an OSError."""
 
 LOGIN_ADVICE = "check the profile or keys (for single sign-on: run `aws sso login`), then remount"
@@ -182,8 +185,10 @@ def translate(error: Exception, subject: str) -> RemoteError:
         text = " ".join(str(error).split())
         wrong = not isinstance(error, boto.ParamValidationError) or "bucket" in text.lower()
         return (WrongSettings if wrong else InvalidRequest)(f"{subject}: S3 can't be asked: {text}")
-    if isinstance(_inner(error), TooLong):
-        return ProtocolError(f"{subject}: the answer of the S3 server is too long")
+    if isinstance(error, RecursionError):
+        return ProtocolError(f"{subject}: the answer of the S3 server is nested too deep")
+    if isinstance(inner := _inner(error), Unfit):
+        return ProtocolError(f"{subject}: {inner}")
     if isinstance(error, _TIMEOUTS):
         return TimedOut(f"the S3 endpoint{_endpoint(error)} did not answer in time")
     if isinstance(error, _UNREACHABLE):

@@ -20,6 +20,8 @@ from typing import cast
 HEAD_BYTES = 32 * 1024
 """S3 allows 2 KiB of metadata, and 8 KiB of headers in all."""
 ERROR_BYTES = 64 * 1024
+MOST_INTERIM = 100
+"""Interim answers (1xx) to one question: S3 sends at most one, before a body."""
 PIECE_BYTES = 512 * 1024
 """What of a body is handed to the loop at once: over TLS it is encrypted there and then."""
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: |\Z)")
@@ -67,7 +69,7 @@ class Connection(asyncio.BufferedProtocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._head = bytearray(HEAD_BYTES)
-        self._filled = 0
+        self._filled = self._interim = 0
         self._body: bytearray | None = None
         self._received = 0
         self._chunks: _Chunks | None = None
@@ -92,6 +94,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._transport is None or not self.reusable:
             raise Lost("the connection is closed")
         self._question, self._filled, self._answer = question, 0, None
+        self._interim = 0
         self._waiter = self._loop.create_future()
         self.asked = self.heard = self._loop.time()
         try:
@@ -177,20 +180,19 @@ class Connection(asyncio.BufferedProtocol):
     def _extend_head(self, count: int) -> None:
         start = max(0, self._filled - 3)
         self._filled += count
-        end = self._head.find(b"\r\n\r\n", start, self._filled)
-        if end < 0:
-            if self._filled == HEAD_BYTES:
-                raise Unusual("the headers of the answer do not end")
-            return
-        status, headers = self._parsed(bytes(memoryview(self._head)[:end]))
-        rest = bytes(memoryview(self._head)[end + 4 : self._filled])
-        if status < 200:  # an interim answer: the real one follows
+        while (end := self._head.find(b"\r\n\r\n", start, self._filled)) >= 0:
+            status, headers = self._parsed(bytes(memoryview(self._head)[:end]))
+            rest = bytes(memoryview(self._head)[end + 4 : self._filled])
+            if status >= 200:
+                self._begin_body(Answer(status, headers, None), rest)
+                return
+            self._interim += 1  # the real one follows
+            if self._interim > MOST_INTERIM:
+                raise Unusual("the answer only announces another one")
             self._head[: len(rest)] = rest
-            self._filled = 0
-            if rest:
-                self._extend_head(len(rest))
-            return
-        self._begin_body(Answer(status, headers, None), rest)
+            start, self._filled = 0, len(rest)
+        if self._filled == HEAD_BYTES:
+            raise Unusual("the headers of the answer do not end")
 
     def _parsed(self, head: bytes) -> tuple[int, dict[str, str]]:
         first, *lines = head.split(b"\r\n")

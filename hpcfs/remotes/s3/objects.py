@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any
 
 from hpcfs.remotes.base import checked_size
-from hpcfs.remotes.s3.metadata import NANOSECONDS, Metadata, decode
+from hpcfs.remotes.s3.answers import http_time
+from hpcfs.remotes.s3.metadata import MAX_TIME_NS, NANOSECONDS, Metadata, decode
 from hpcfs.remotes.s3.names import MARKER
 from hpcfs.transfer.messages import Changed, ProtocolError
 
@@ -33,6 +33,7 @@ PRIVATE = "private"
 
 DIRECTORY_TYPES = ("application/x-directory", "httpd/unix-directory")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MD5 = re.compile(r"[0-9a-f]{32}\Z")
 
 
@@ -127,11 +128,12 @@ def settable(headers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _nanoseconds(moment: object) -> int:
-    """To the microsecond, without a float's rounding."""
+    """To the microsecond, without a float's rounding. A time that no file has counts as none."""
     if not isinstance(moment, datetime):
         return 0
-    since = moment.astimezone(UTC) - datetime(1970, 1, 1, tzinfo=UTC)
-    return ((since.days * 86400 + since.seconds) * 1_000_000 + since.microseconds) * 1000
+    since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH
+    found = ((since.days * 86400 + since.seconds) * 1_000_000 + since.microseconds) * 1000
+    return found if abs(found) <= MAX_TIME_NS else 0
 
 
 def _storage_class(found: Mapping[str, Any]) -> str:
@@ -168,7 +170,7 @@ def info_of(key: str, answer: Mapping[str, Any]) -> Info:
 @lru_cache(maxsize=1024)
 def _date(text: str | None) -> int | None:
     try:
-        return _nanoseconds(parsedate_to_datetime(text)) if text else None
+        return (_nanoseconds(http_time(text)) or None) if text else None
     except ValueError:
         return None
 

@@ -14,14 +14,16 @@ from typing import Any
 
 from aiobotocore.httpsession import AIOHTTPSession
 
+from hpcfs.remotes.s3.answers import is_fit_to_parse
+
 ANSWER_BYTES = 16 * 1024 * 1024
 """Of listings, refusals and credentials; a page has 1000 keys of at most 1 KiB, thrice that when
 quoted. What is read of an object is bounded by who reads it."""
 PIECE_BYTES = 64 * 1024
 
 
-class TooLong(Exception):
-    """An answer of more than ANSWER_BYTES."""
+class Unfit(Exception):
+    """An answer that is not parsed: of more than ANSWER_BYTES, or one that would become so."""
 
 
 class _Answer:
@@ -37,21 +39,30 @@ class _Answer:
     async def read(self) -> bytes:
         if self._body is None:
             try:
-                self._body = await _bounded(self._answer.content)
+                body = await _bounded(self._answer.content)
+                if not is_fit_to_parse(body):
+                    body = self._without()
+                self._body = body
             except BaseException:
                 self._answer.close()
                 raise
             self._answer.release()
         return self._body
 
+    def _without(self) -> bytes:
+        """A refusal's status says enough, and proxies send pages of HTML beside it."""
+        if self._answer.status < 300:
+            raise Unfit("the answer of the S3 server is not safe to parse")
+        return b""
+
 
 async def _bounded(content: Any) -> bytes:
-    """Raises TooLong."""
+    """Raises Unfit."""
     body = bytearray()
     while piece := await content.read(PIECE_BYTES):
         body += piece
         if len(body) > ANSWER_BYTES:
-            raise TooLong(f"more than {ANSWER_BYTES} bytes")
+            raise Unfit("the answer of the S3 server is too long")
     return bytes(body)
 
 

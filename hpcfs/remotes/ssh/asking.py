@@ -13,13 +13,14 @@ import os
 import re
 import shlex
 import sys
-import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
+from hpcfs.errors import SetupError
 from hpcfs.remotes.ssh import askpass
 from hpcfs.remotes.ssh.clock import Clock
+from hpcfs.system import temporary
 from hpcfs.transfer.messages import WrongSettings
 
 log = logging.getLogger(__name__)
@@ -91,8 +92,12 @@ def is_decision(question: str) -> bool:
 @asynccontextmanager
 async def asking(clock: Clock) -> AsyncIterator[Asking]:
     """Raises WrongSettings where there is no place for a socket and a program."""
-    with tempfile.TemporaryDirectory(prefix="hpcfs-ssh-") as folder:
-        answerer = Asking(clock, Path(folder))
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(temporary.directory("hpcfs-ssh-"))
+        except SetupError as error:
+            raise WrongSettings(f"ssh could ask nothing: {error}") from error
+        answerer = Asking(clock, folder)
         try:
             answerer.write_program()
             server = await asyncio.start_unix_server(answerer.answer, answerer.socket)

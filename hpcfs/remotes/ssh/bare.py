@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcfs.remotes.ssh.tokens import local_user
+from hpcfs.system import ownership
 from hpcfs.transfer import sshwords
 from hpcfs.transfer.messages import SshSite, WrongSettings
 
@@ -137,7 +138,9 @@ class _Reader:
 
 def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
     try:
-        text = path.read_text(errors="surrogateescape")
+        with path.open(errors="surrogateescape") as file:
+            check_owner(path, os.fstat(file.fileno()))
+            text = file.read()
     except FileNotFoundError:
         return
     except OSError as error:
@@ -152,6 +155,16 @@ def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
             words = ["proxycommand", *_raw(line)]
         if words:
             yield place, words
+
+
+def check_owner(path: Path, found: os.stat_result) -> None:
+    """As ssh looks at ~/.ssh/config; that an ssh of one's own could be named with -F, and is not
+    looked at then, makes a ProxyCommand of somebody else's no safer. Raises WrongSettings."""
+    if reason := ownership.why_not_believe(found):
+        raise WrongSettings(
+            f"{path} may be somebody else's word ({reason}), and an SSH configuration runs "
+            "commands: make a copy of your own that only you can write to"
+        )
 
 
 def _raw(line: str) -> list[str]:

@@ -130,7 +130,8 @@ def _must_be_readable(name: str | None) -> None:
         return
     file = Path(name).expanduser()
     try:
-        file.open("rb").close()
+        with file.open("rb") as opened:
+            bare.check_owner(file, os.fstat(opened.fileno()))
     except OSError as error:
         raise WrongSettings(f"{file} can't be read: {error.strerror}") from None
 

@@ -1,0 +1,40 @@
+"""Where directories that go again are made: $TMPDIR, unless others may exchange what is in it.
+
+Who may rename an entry of the directory that holds ours can put another one in its place: with a
+program that ssh runs (remotes/ssh/asking.py), or with files that a job takes for its own.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hpcfs.errors import SetupError
+from hpcfs.system import ownership, paths
+
+
+def make(prefix: str) -> Path:
+    """A new directory for this user alone; it stays. Raises OSError, and SetupError where there is
+    no safe place."""
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=_place()))
+
+
+@contextmanager
+def directory(prefix: str) -> Iterator[Path]:
+    """Likewise; it goes with all that is in it."""
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=_place()) as name:
+        yield Path(name)
+
+
+def _place() -> Path:
+    given = Path(tempfile.gettempdir())
+    reason = ownership.why_not(given)
+    if not reason:
+        return given
+    if not ownership.why_not(paths.SHARED_TMP):
+        return paths.SHARED_TMP
+    raise SetupError(
+        f"{given} is not safe from others ({reason}): set TMPDIR to a directory of your own"
+    )
