@@ -23,7 +23,7 @@ from asyncssh.constants import FXF_APPEND, FXF_READ, FXF_WRITE
 from hpcfs.remotes.base import ReportProgress, Source, no_report
 from hpcfs.remotes.sftp.attempts import Attempt, Attempts
 from hpcfs.remotes.sftp.opening import open_existing
-from hpcfs.remotes.sftp.place import Place
+from hpcfs.remotes.sftp.place import Place, explain_full
 from hpcfs.remotes.sftp.session import all_of
 from hpcfs.remotes.sftp.write import Target, bring, close_quietly, write_ranges
 from hpcfs.transfer.messages import (
@@ -31,6 +31,7 @@ from hpcfs.transfer.messages import (
     NotFound,
     NotSupported,
     PermissionDenied,
+    RemoteError,
     RemoteFailure,
     Upload,
 )
@@ -136,8 +137,10 @@ async def _bring(
                 told = partial(_report_more, report, done - keep)
                 await write_ranges(target, [(done, length)], source, told, wide=False)
                 done += length
-    except BaseException:
+    except BaseException as error:
         await close_quietly(place, target.handle)
+        if isinstance(error, RemoteError):
+            raise await explain_full(place, error) from error
         raise
     last = msgspec.structs.replace(request, ranges=[(done, end - done)] if end > done else [])
     target.size = max(keep, done)
