@@ -119,9 +119,14 @@ class Questions:
             if text in self._decided:
                 return self._decided[text]
             answer = self._ask(text, echo)
-            if answer and echo and DECISION in text:  # nothing else that is typed is kept
+            if answer and echo and _is_decision(text):  # nothing else that is typed is kept
                 self._decided[text] = answer
             return answer
+
+
+def _is_decision(text: str) -> bool:
+    """What a server asks begins with "(user@host)"."""
+    return DECISION in text and not text.startswith("(")
 
 
 class _Daemon:

@@ -12,6 +12,7 @@ import pytest
 from hpcfs.remotes.s3.answers import MOST_MARKS, of_listing
 from hpcfs.remotes.s3.direct import Direct
 from hpcfs.remotes.s3.http import HEAD_BYTES, MOST_INTERIM
+from hpcfs.remotes.s3.objects import check_range
 from hpcfs.remotes.s3.remote import S3Remote
 from hpcfs.remotes.s3.signing import Keys
 from hpcfs.transfer.messages import ProtocolError, RemoteFailure
@@ -109,6 +110,30 @@ def test_an_answer_that_is_nested_too_deep_makes_no_sense(way: str) -> None:
         async with remote_at(answer(body, 400), way) as (remote, _):
             with pytest.raises(ProtocolError, match="nested too deep"):
                 await remote._bucket.get("k", b"e", 0, 9)
+
+    asyncio.run(test())
+
+
+NO_RANGE = ["bytes 0-8/²", f"bytes 0-8/{'1' * 5000}", f"bytes {'1' * 5000}-8/9", "bytes ٣-8/9"]
+
+
+@pytest.mark.parametrize("said", NO_RANGE, ids=range(len(NO_RANGE)))
+def test_a_range_that_is_none_is_no_failure_of_ours(said: str) -> None:
+    """The first two name the right bytes of a file whose size is unknown."""
+    parts = {"ContentLength": 9, "ContentRange": said}
+    try:
+        assert check_range("k", parts, 0, 9) == 9
+    except ProtocolError:
+        assert said in NO_RANGE[2:]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_no_xml_makes_no_sense(way: str) -> None:
+    async def test() -> None:
+        async with remote_at(answer(b"<<nothing>>", 400), way) as (remote, _):
+            with pytest.raises(ProtocolError, match="can't be understood"):
+                async for _ in remote.list(b""):
+                    pass
 
     asyncio.run(test())
 
