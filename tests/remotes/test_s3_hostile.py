@@ -130,7 +130,7 @@ def test_a_range_that_is_none_is_no_failure_of_ours(said: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_no_xml_makes_no_sense(way: str) -> None:
     async def test() -> None:
-        async with remote_at(answer(b"<<nothing>>", 400), way) as (remote, _):
+        async with remote_at(answer(b"<<nothing>>", 206), way) as (remote, _):
             with pytest.raises(ProtocolError, match="can't be understood"):
                 async for _ in remote.list(b""):
                     pass
