@@ -85,7 +85,10 @@ def serve(
     it do so once it is mounted. Raises MountFailed before `on_ready` was called.
     """
     dumps.forbid()
-    logs.set_up(settings.log_file, settings.log_level, "mount", to_stderr=foreground)
+    try:
+        logs.set_up(settings.log_file, settings.log_level, "mount", to_stderr=foreground)
+    except SetupError as refused:
+        raise MountFailed(str(refused)) from None
     logging.getLogger("pyfuse3").setLevel(logging.WARNING)
     try:
         trio.run(_Daemon(settings, ask, on_ready, owner).run)
