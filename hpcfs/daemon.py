@@ -85,7 +85,10 @@ def serve(
     it do so once it is mounted. Raises MountFailed before `on_ready` was called.
     """
     dumps.forbid()
-    logs.set_up(settings.log_file, settings.log_level, "mount", to_stderr=foreground)
+    try:
+        logs.set_up(settings.log_file, settings.log_level, "mount", to_stderr=foreground)
+    except SetupError as refused:
+        raise MountFailed(str(refused)) from None
     logging.getLogger("pyfuse3").setLevel(logging.WARNING)
     try:
         trio.run(_Daemon(settings, ask, on_ready, owner).run)
@@ -119,9 +122,14 @@ class Questions:
             if text in self._decided:
                 return self._decided[text]
             answer = self._ask(text, echo)
-            if answer and echo and DECISION in text:  # nothing else that is typed is kept
+            if answer and echo and _is_decision(text):  # nothing else that is typed is kept
                 self._decided[text] = answer
             return answer
+
+
+def _is_decision(text: str) -> bool:
+    """What a server asks begins with "(user@host)"."""
+    return DECISION in text and not text.startswith("(")
 
 
 class _Daemon:

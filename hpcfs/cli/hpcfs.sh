@@ -15,6 +15,9 @@ absolute() {
     unset IFS
     printf %s "$kept"
 }
+{ true 9<&0; } 2>/dev/null || exec </dev/null # what is closed would become another file's number
+{ true 9>&1; } 2>/dev/null || exec >/dev/null
+{ true 9>&2; } || exec 2>/dev/null
 self=$0
 HPCFS_PATH=${PATH-/usr/bin:/bin}
 PATH=$(absolute "$HPCFS_PATH")

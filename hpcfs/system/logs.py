@@ -6,10 +6,15 @@ nor the terminal of who reads it: no escape sequence, no line that looks like an
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import stat
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
+
+from hpcfs.errors import SetupError
 
 MAX_LOG_BYTES = 10 * 1024 * 1024
 """A larger one is put aside when the next process begins."""
@@ -39,12 +44,36 @@ class Formatter(logging.Formatter):
         return "\n".join(map(escaped, super().formatException(ei).split("\n")))
 
 
+def open_ours(file: Path) -> int:
+    """A descriptor that appends to this log, which is made if there is none. Raises OSError.
+
+    No link is followed, nor is a file taken that has another name: whoever may rename in a
+    directory above could have what is logged appended to any file of the user's.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(file, flags, 0o600)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or found.st_nlink != 1:
+        os.close(descriptor)
+        raise PermissionError(errno.EPERM, "this is no file of yours alone", str(file))
+    return descriptor
+
+
+class _OwnFile(logging.FileHandler):
+    def _open(self) -> TextIOWrapper:
+        descriptor = open_ours(Path(self.baseFilename))
+        return os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace")
+
+
 def set_up(file: Path, level: str, who: str, *, to_stderr: bool) -> None:
-    """From now on what is logged goes into the file, which is the user's alone."""
+    """From now on what is logged goes into the file, which is the user's alone. Raises
+    SetupError."""
     if file.exists() and file.stat().st_size > MAX_LOG_BYTES:
         file.replace(file.with_suffix(".log.1"))
-    os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    handlers: list[logging.Handler] = [logging.FileHandler(file)]
+    try:
+        handlers: list[logging.Handler] = [_OwnFile(file)]
+    except OSError as error:
+        raise SetupError(f"the log {file} can't be written: {error.strerror}") from None
     if to_stderr:
         handlers.append(logging.StreamHandler())
     for handler in handlers:

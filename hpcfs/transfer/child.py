@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import socket
 import struct
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 import trio
 
-from hpcfs.system import interpreter
+from hpcfs.system import interpreter, logs
 from hpcfs.transfer import messages as m
 
 log = logging.getLogger(__name__)
@@ -66,7 +68,7 @@ class Child:
         """Its output goes to the log file. `lend` tells the descriptor of a file in memory."""
         ours, theirs = socket.socketpair()
         files, their_files = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, their_files, log_file.open("ab") as log_stream:
+        with theirs, their_files, _log(log_file) as log_stream:
             passed = (theirs.fileno(), their_files.fileno())
             process = await trio.lowlevel.open_process(
                 interpreter.command("hpcfs.transfer.process", *map(str, passed)),
@@ -162,6 +164,15 @@ class Child:
             return bytes(await self._stream.receive_some(_RECEIVE_BYTES))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             return b""
+
+
+def _log(file: Path) -> BinaryIO:
+    """A process whose words can't be kept is started all the same."""
+    try:
+        return os.fdopen(logs.open_ours(file), "ab")
+    except OSError as error:
+        log.warning("what the transfer process says is not logged: %s", error)
+        return Path(os.devnull).open("wb")
 
 
 def gone() -> m.Unreachable:

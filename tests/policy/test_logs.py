@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from hpcfs.cli import output
+from hpcfs.errors import SetupError
 from hpcfs.system import dumps, logs
-from hpcfs.transfer import process
+from hpcfs.transfer import child, process
 
 EVIL = "a\x1b]0;title\x07\r\nb\x9b2J\u202ec\udcff"
 ESCAPED = r"a\x1b]0;title\x07\r\nb\x9b2J\u202ec\udcff"
@@ -46,6 +47,28 @@ def test_who_says_a_lot_fills_no_disk(tmp_path: Path, restored: object) -> None:
     logging.getLogger("hpcfs").warning("the server says %s", "x" * 1_000_000)
     assert file.read_text().endswith("x… (cut)\n")
     assert file.stat().st_size < logs.MAX_LINE + 100
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "theirs", "fifo"])
+def test_a_log_is_no_other_file(tmp_path: Path, restored: object, kind: str) -> None:
+    """Whoever may rename in a directory above could put one there."""
+    other, file = tmp_path / ".bashrc", tmp_path / "log"
+    other.write_text("")
+    if kind == "link":
+        file.symlink_to(other)
+    elif kind == "hard link":
+        file.hardlink_to(other)
+    elif kind == "theirs":
+        file.touch()
+        os.chown(file, 12345, -1)
+    else:
+        os.mkfifo(file)
+    with pytest.raises(SetupError, match="log can't be written"):
+        logs.set_up(file, "INFO", "mount", to_stderr=False)
+    with child._log(file) as stream:
+        stream.write(b"what the server says")
+    assert other.read_text() == ""
+    assert kind == "fifo" or file.stat().st_size == 0
 
 
 def test_so_has_a_traceback(tmp_path: Path, restored: object) -> None:

@@ -161,3 +161,12 @@ def _run(
         timeout=60,
         check=False,
     )
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_descriptor_becomes_no_other_file(home: RealHome, closed: str) -> None:
+    """The cache's index would get number 2, and then what programs write on stderr."""
+    line = ["sh", "-c", f'"$@" {closed}', "sh", *home.command("--version")]
+    told = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    assert (told.returncode, told.stderr) == (0, "")
+    assert told.stdout.startswith("hpcfs ") == (">&-" not in closed.replace("2>&-", ""))

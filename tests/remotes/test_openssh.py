@@ -31,7 +31,7 @@ from hpcfs.transfer.messages import (
 )
 from tests.remotes.contract import get, put
 from tests.remotes.test_sftp_uploads import verify_uploads, verifying
-from tests.support.evil_sftp import EvilSite, Login, Plain, evil_site
+from tests.support.evil_sftp import USER, EvilSite, Login, Plain, evil_site
 from tests.support.sshd import (
     ALIAS,
     LOOPBACK,
@@ -236,6 +236,23 @@ def test_a_second_factor_is_asked_for(tmp_path: Path) -> None:
         (first, _echo), (second, _echo) = await enter(start, "pw", "123456")
         assert "Password: " in first
         assert "Code: " in second
+
+    on_evil(tmp_path, login, story)
+
+
+IMITATED = "Passphrase for the key /home/me/.ssh/id_ed25519: "
+
+
+def test_a_server_s_question_passes_for_nobody_else_s(tmp_path: Path) -> None:
+    """A line of its own without the server's name could be that of a key, or of another host."""
+    login = Login(dialogue=[(f"one\r\n{IMITATED}\nTrust it? (yes/no): ", True, "secret")])
+
+    async def story(start: Start, _: EvilSite) -> None:
+        ((text, echo),) = await enter(start, "secret")
+        lines = text.split("\n")
+        assert len(lines) == 3
+        assert all(line.startswith(f"({USER}@127.0.0.1) ") for line in lines)
+        assert not echo, "what a server asks is no question of ssh's about a host key"
 
     on_evil(tmp_path, login, story)
 

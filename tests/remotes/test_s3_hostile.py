@@ -4,6 +4,7 @@ that nobody foresaw. (Redirects and answers without end: test_s3_redirects.py.)"
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
@@ -12,9 +13,18 @@ import pytest
 from hpcfs.remotes.s3.answers import MOST_MARKS, of_listing
 from hpcfs.remotes.s3.direct import Direct
 from hpcfs.remotes.s3.http import HEAD_BYTES, MOST_INTERIM
+from hpcfs.remotes.s3.objects import check_range
 from hpcfs.remotes.s3.remote import S3Remote
 from hpcfs.remotes.s3.signing import Keys
-from hpcfs.transfer.messages import ProtocolError, RemoteFailure
+from hpcfs.remotes.s3.site import S3SiteConnection
+from hpcfs.transfer.messages import (
+    AccessRefused,
+    ProtocolError,
+    RemoteFailure,
+    S3Root,
+    S3Site,
+    Start,
+)
 from tests.remotes.test_s3_direct import remote_of
 from tests.remotes.test_s3_redirects import FIRST, WAYS, Listener, listening
 from tests.support.s3 import S3Server
@@ -113,6 +123,30 @@ def test_an_answer_that_is_nested_too_deep_makes_no_sense(way: str) -> None:
     asyncio.run(test())
 
 
+NO_RANGE = ["bytes 0-8/²", f"bytes 0-8/{'1' * 5000}", f"bytes {'1' * 5000}-8/9", "bytes ٣-8/9"]
+
+
+@pytest.mark.parametrize("said", NO_RANGE, ids=range(len(NO_RANGE)))
+def test_a_range_that_is_none_is_no_failure_of_ours(said: str) -> None:
+    """The first two name the right bytes of a file whose size is unknown."""
+    parts = {"ContentLength": 9, "ContentRange": said}
+    try:
+        assert check_range("k", parts, 0, 9) == 9
+    except ProtocolError:
+        assert said in NO_RANGE[2:]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_no_xml_makes_no_sense(way: str) -> None:
+    async def test() -> None:
+        async with remote_at(answer(b"<<nothing>>", 206), way) as (remote, _):
+            with pytest.raises(ProtocolError, match="can't be understood"):
+                async for _ in remote.list(b""):
+                    pass
+
+    asyncio.run(test())
+
+
 # --- times ----------------------------------------------------------------------------------------
 
 IMPOSSIBLE = {
@@ -193,6 +227,39 @@ def test_credentials_add_no_header(keys: Keys, monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setattr(direct._login, "keys", given)
             where: Mapping[str, str] = {"Key": "k"}
             assert await direct.answer("head_object", remote._bucket.name, where, 0) is None
+            assert server.asked == []
+
+    asyncio.run(test())
+
+
+NO_CREDENTIALS = {
+    "a header more": {"AccessKeyId": "AKIA\r\nx-evil: 1"},
+    "no text": {"Token": ["t"]},
+    "expired": {"Expiration": "1970-01-01T00:00:00Z"},
+    "before all time": {"Expiration": "0001-01-01T00:00:00+14:00"},
+    "after it": {"Expiration": "9" * 5000},
+}
+
+
+@pytest.mark.parametrize("wrong", NO_CREDENTIALS.values(), ids=NO_CREDENTIALS)
+def test_a_provider_that_gives_no_credentials_is_told_of(
+    wrong: Mapping[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = {"AccessKeyId": "A", "SecretAccessKey": "s", "Token": "t", "Expiration": "2099-01-01"}
+    said = answer(json.dumps({**right, **wrong}).encode())
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+    async def test() -> None:
+        async with listening(FIRST, said) as provider, listening(FIRST, answer(b"")) as server:
+            monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{provider.url}/c")
+            site = S3Site(endpoint_url=server.url)
+            start = Start(site, {"data": S3Root("bucket", "")}, "/nonexistent", 1000, 1000)
+            connection = S3SiteConnection(start)
+            with pytest.raises(AccessRefused, match="no usable S3 credentials"):
+                await connection.remote("data").connect()
+            await connection.close()
+            assert provider.asked
             assert server.asked == []
 
     asyncio.run(test())

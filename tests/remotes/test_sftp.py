@@ -643,6 +643,15 @@ def test_a_refused_listing_is_a_permission_error(tmp_path: Path) -> None:
     on_evil(tmp_path, evil_sftp.NoLooking, story)
 
 
+def test_a_disk_without_end_has_one(tmp_path: Path) -> None:
+    async def story(remote: SftpRemote, _: EvilSite) -> None:
+        usage = await remote.disk_usage()
+        assert usage is not None
+        assert (usage.total, usage.available, usage.files) == (2**63 - 1,) * 3
+
+    on_evil(tmp_path, evil_sftp.EndlessDisk, story)
+
+
 # --- servers without extensions -----------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
+from hpcfs.remotes.ssh.clock import MOST_LETTERS, MOST_QUESTIONS
 from hpcfs.remotes.ssh.connection import LONGEST_PAUSE_SECONDS, Kept
 from hpcfs.remotes.ssh.hostkeys import HostKeys, Rules
 from hpcfs.remotes.ssh.settings import FAST_CIPHER, jump_site, read_hop
@@ -28,7 +29,7 @@ from hpcfs.transfer.messages import (
     WrongSettings,
 )
 from tests.remotes.contract import get, listed, put
-from tests.support.evil_sftp import EvilSite, Login, Plain, evil_site
+from tests.support.evil_sftp import USER, EvilSite, Login, Plain, evil_site
 from tests.support.sshd import (
     ALIAS,
     LOOPBACK,
@@ -290,6 +291,41 @@ def test_a_second_factor_is_asked_for(tmp_path: Path) -> None:
         assert (hidden, visible) == (False, True)
 
     on_evil(tmp_path, login, story)
+
+
+IMITATED = "Passphrase for the key /home/me/.ssh/id_ed25519: "
+
+
+def test_a_server_s_question_passes_for_nobody_else_s(tmp_path: Path) -> None:
+    """A line of its own without the server's name could be that of a key, or of another host."""
+    login = Login(dialogue=[(f"one\r\n{IMITATED}\nTrust it? (yes/no): ", True, "secret")])
+
+    async def story(start: Start, _: EvilSite) -> None:
+        ((text, _),) = (await enter(start, "secret")).asked
+        lines = text.split("\n")
+        assert len(lines) >= 3
+        assert all(line.startswith(f"({USER}@127.0.0.1) ") for line in lines)
+
+    on_evil(tmp_path, login, story)
+
+
+@pytest.mark.parametrize(
+    "dialogue",
+    [[("Code: ", True, "1")] * 500, [("?" * 100_000 + "Code: ", True, "1")]],
+    ids=["many", "long"],
+)
+def test_a_server_asks_only_so_much(tmp_path: Path, dialogue: list[tuple[str, bool, str]]) -> None:
+    async def story(start: Start, _: EvilSite) -> None:
+        prompter = ScriptedPrompter(*["1"] * 1000)
+        site = SshSiteConnection(start, prompter)
+        with contextlib.suppress(AccessRefused):
+            await site.remote("ns").connect()
+        await site.close()
+        assert 1 <= len(prompter.asked) <= MOST_QUESTIONS
+        assert all(len(text) < MOST_LETTERS + 100 for text, _ in prompter.asked)
+        assert prompter.asked[0][0].endswith("Code: ")
+
+    on_evil(tmp_path, Login(dialogue=dialogue), story)
 
 
 def test_the_clock_stands_still_while_the_user_types(tmp_path: Path) -> None:

@@ -298,6 +298,14 @@ def statvfs_of(**different: int) -> dict[str, int]:
     )
 
 
+class EndlessDisk(Plain):
+    """It says that it has as much as numbers allow."""
+
+    def statvfs(self, path: bytes) -> Any:
+        most = {f"f_{name}": HUGE for name in ("bsize", "frsize", "blocks", "bfree", "bavail")}
+        return mock.Mock(spec=os.statvfs_result, **statvfs_of(**most, f_files=HUGE))
+
+
 class BrokenDisk(Plain):
     """Writes fail, and nothing explains it."""
 

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 from botocore import exceptions as boto
+from botocore.parsers import ResponseParserError
 
 from hpcfs.remotes.s3.wire import Unfit
 from hpcfs.transfer.messages import (
@@ -49,6 +50,7 @@ LONGEST_DELAY = 30.0
 
 CAUGHT = (
     *(boto.BotoCoreError, boto.ClientError, aiohttp.ClientError, OSError, ValueError),
+    ResponseParserError,
     RecursionError,  # botocore's parsers, and json's, call themselves for what is inside
 )
 """ValueError is what botocore raises for an endpoint that is no URL; TimeoutError is an OSError."""
@@ -185,6 +187,8 @@ def translate(error: Exception, subject: str) -> RemoteError:
         text = " ".join(str(error).split())
         wrong = not isinstance(error, boto.ParamValidationError) or "bucket" in text.lower()
         return (WrongSettings if wrong else InvalidRequest)(f"{subject}: S3 can't be asked: {text}")
+    if isinstance(error, ResponseParserError):
+        return ProtocolError(f"{subject}: the answer of the S3 server can't be understood")
     if isinstance(error, RecursionError):
         return ProtocolError(f"{subject}: the answer of the S3 server is nested too deep")
     if isinstance(inner := _inner(error), Unfit):

@@ -11,15 +11,22 @@ import asyncio
 import ipaddress
 import logging
 import os
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession
 from botocore import UNSIGNED
-from botocore.exceptions import ClientError, NoCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    NoCredentialsError,
+)
 from botocore.handlers import validate_bucket_name
 
 from hpcfs.remotes.s3.signing import Keys
@@ -75,6 +82,27 @@ def _stop(request: Any, **_: object) -> None:
     if _preparing.get():
         raise _Prepared(request)
     raise ClientError({"Error": {}, "ResponseMetadata": {"HTTPHeaders": {}}}, PREPARED)
+
+
+@contextmanager
+def _unusable_refused() -> Iterator[None]:
+    """Who provides credentials may be a server that is wrong, or wicked; what it says may fail
+    anywhere in botocore, which checks none of it. Raises CredentialRetrievalError for that."""
+    try:
+        yield
+    except (BotoCoreError, ClientError, aiohttp.ClientError, OSError):
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        raise CredentialRetrievalError(provider="their provider", error_msg=said) from error
+
+
+def _checked(keys: Keys) -> Keys:
+    """Raises ValueError for what can't go into a header."""
+    for text in (keys.access_key, keys.secret_key, keys.token or ""):
+        if not isinstance(text, str) or not text.isascii() or not text.isprintable():
+            raise ValueError("what it gave are no credentials")
+    return keys
 
 
 class Login:
@@ -143,12 +171,13 @@ class Login:
             return None
         if site.access_key is not None and site.secret_key is not None:
             return Keys(site.access_key.value, site.secret_key.value, None)
-        found: Any = await self._the_session().get_credentials()
-        if found is None and site.profile is not None:
+        with _unusable_refused():
+            found: Any = await self._the_session().get_credentials()
+            if found is not None:
+                return _checked(Keys(*(await found.get_frozen_credentials())[:3]))
+        if site.profile is not None:
             raise NoCredentialsError
-        if found is None:
-            return None
-        return Keys(*(await found.get_frozen_credentials())[:3])
+        return None
 
     def trusted(self) -> str | bool:
         """The file of the authorities that servers' certificates may come from; True: the usual

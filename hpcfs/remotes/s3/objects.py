@@ -32,7 +32,8 @@ PRIVATE = "private"
 """The access list that objects have by themselves: known, and not sent."""
 
 DIRECTORY_TYPES = ("application/x-directory", "httpd/unix-directory")
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/")
+_NUMBER = re.compile(r"[0-9]{1,19}\Z")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MD5 = re.compile(r"[0-9a-f]{32}\Z")
 
@@ -181,8 +182,8 @@ def check_range(key: str, answer: Mapping[str, Any], offset: int, length: int) -
     given = str(answer.get("ContentRange") or "")
     found = _CONTENT_RANGE.match(given)
     begins = int(found[1]) if found else 0
-    total = given.rpartition("/")[2]
-    whole = int(total) if found and total.isdigit() else begins + sent
+    total = _NUMBER.match(given.rpartition("/")[2])
+    whole = int(total[0]) if found and total else begins + sent
     if begins == offset and sent < length:
         raise Changed(f"{key} has become shorter on the server: open it again")
     if begins != offset or sent != length:

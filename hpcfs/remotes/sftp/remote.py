@@ -22,7 +22,14 @@ import msgspec
 from asyncssh import SFTPAttrs
 from asyncssh.constants import FXF_WRITE
 
-from hpcfs.remotes.base import MAX_NAME_BYTES, Prompter, ReportProgress, Source, no_report
+from hpcfs.remotes.base import (
+    MAX_FILE_BYTES,
+    MAX_NAME_BYTES,
+    Prompter,
+    ReportProgress,
+    Source,
+    no_report,
+)
 from hpcfs.remotes.sftp import links, listing, read, rename as renaming
 from hpcfs.remotes.sftp.attrs import (
     full_mode,
@@ -250,13 +257,11 @@ class SftpRemote:
         except NotSupported:
             return None
         unit = usage.frsize or usage.bsize
-        return DiskUsage(
-            total=usage.blocks * unit,
-            free=usage.bfree * unit,
-            available=usage.bavail * unit,
-            files=usage.files,
-            files_free=usage.ffree,
+        bytes_and_files = (
+            *(count * unit for count in (usage.blocks, usage.bfree, usage.bavail)),
+            *(usage.files, usage.ffree),
         )
+        return DiskUsage(*(min(number, MAX_FILE_BYTES) for number in bytes_and_files))
 
     # --- bytes ----------------------------------------------------------------------------------
 

@@ -19,12 +19,14 @@ from pathlib import Path
 
 from hpcfs.errors import SetupError
 from hpcfs.remotes.ssh import askpass
-from hpcfs.remotes.ssh.clock import Clock
+from hpcfs.remotes.ssh.clock import Clock, said_by
 from hpcfs.system import temporary
 from hpcfs.transfer.messages import WrongSettings
 
 log = logging.getLogger(__name__)
 
+_OF_A_SERVER = re.compile(r"\(([^()\s]+@[^()\s]+)\) ")
+"""How ssh marks the beginning of what a server asks."""
 _DECISION = re.compile(r"\(yes/no|[Pp]lease type 'yes'")
 """ssh's question about a host key, whose answer is no secret."""
 
@@ -73,7 +75,10 @@ class Asking:
     async def _ask(self, text: str) -> str | None:
         if self.unanswered is not None:
             return None
-        answer = await self._clock.ask(text, echo=is_decision(text))
+        asked = text
+        if found := _OF_A_SERVER.match(text):
+            asked = said_by(found[1], text[found.end() :])
+        answer = await self._clock.ask(asked, echo=is_decision(text) and not found)
         if answer is None:
             self.unanswered = text
         return answer

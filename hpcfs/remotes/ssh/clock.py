@@ -1,12 +1,21 @@
-"""The time that a login may take, which stands still while the user is asked."""
+"""What one login may take: its time, which stands still while the user is asked, and how often and
+how long the user is asked. The questions may be a server's, who must not make them look like
+somebody else's.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from hpcfs.remotes.base import Prompter
+
+_LINE_END = re.compile(r"\r\n|[\n\r\v\f\x85\u2028\u2029]")
+MOST_QUESTIONS = 30
+MOST_LETTERS = 4000
+"""Of one question: a screen full."""
 
 
 class Clock:
@@ -14,6 +23,7 @@ class Clock:
         self._seconds = seconds
         self._prompter = prompter
         self._timeout: asyncio.Timeout | None = None
+        self._questions_left = MOST_QUESTIONS
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -24,6 +34,14 @@ class Clock:
             self._timeout = None
 
     async def ask(self, text: str, *, echo: bool = False) -> str | None:
+        """None where nobody answers, or where there were enough questions: who is asked without
+        end would at last type anything."""
+        if self._questions_left == 0:
+            return None
+        self._questions_left -= 1
+        if len(text) > MOST_LETTERS:
+            half = MOST_LETTERS // 2
+            text = f"{text[:half]} [...] {text[-half:]}"
         self._set(None)
         try:
             return await self._prompter.ask(text, echo=echo)
@@ -33,3 +51,9 @@ class Clock:
     def _set(self, when: float | None) -> None:
         if self._timeout is not None and not self._timeout.expired():
             self._timeout.reschedule(when)
+
+
+def said_by(who: str, text: str) -> str:
+    """Each line with the name of who says it: a line without one would pass for another program's
+    question, for the passphrase of a key or another host's password. `who` is user@host."""
+    return "\n".join(f"({who}) {line}" for line in _LINE_END.split(text))

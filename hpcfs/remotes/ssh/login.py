@@ -22,7 +22,7 @@ import asyncssh
 from asyncssh.public_key import KeyPairListArg
 
 from hpcfs.remotes.base import Prompter
-from hpcfs.remotes.ssh.clock import Clock
+from hpcfs.remotes.ssh.clock import Clock, said_by
 from hpcfs.remotes.ssh.errors import login_error
 from hpcfs.remotes.ssh.hostkeys import Judgement
 from hpcfs.remotes.ssh.proxy import Proxy
@@ -331,7 +331,8 @@ class _Client(asyncssh.SSHClient):
         heading = "".join(f"{text.strip()}\n" for text in (name, instructions) if text.strip())
         responses = []
         for text, echo in prompts:
-            answer = await self._ask(f"{heading}({self._hop.user}@{self._hop.host}) {text}", echo)
+            said = said_by(f"{self._hop.user}@{self._hop.host}", heading + text)
+            answer = await self._ask(said, echo)
             if answer is None:
                 return None
             responses.append(answer)
