@@ -310,11 +310,17 @@ OK = b"HTTP/1.1 200 OK\r\n"
 
 @asynccontextmanager
 async def pool_to(serve: Serve, read_timeout: float = 30) -> AsyncIterator[Pool]:
+    serving = set[asyncio.Task[None]]()
+    """Held, since the loop forgets a task that waits for nothing but itself."""
+
     async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        serving.add(task)
         try:
             await serve(reader, writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            return  # the client is done with this connection
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            return  # the client is done with this connection, or the test with the server
         finally:
             writer.close()
 
@@ -326,6 +332,9 @@ async def pool_to(serve: Serve, read_timeout: float = 30) -> AsyncIterator[Pool]
     finally:
         pool.close()
         listener.close()
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving)
 
 
 def always(answer: bytes, *, pieces: int = 1 << 20, then_close: bool = False) -> Serve:

@@ -19,7 +19,9 @@ from hpcfs.remotes.sftp.remote import SshSiteConnection
 from hpcfs.remotes.ssh import said
 from hpcfs.remotes.ssh.settings import read_hop
 from hpcfs.transfer.messages import RemoteError, SshSite, Unreachable, WrongSettings
+from tests.support.mounts import until
 from tests.support.sshd import LOOPBACK, ScriptedPrompter, SshServer, ssh_server, write_key
+from tests.support.steps import is_gone
 
 PASS_A_SOCKET = """
 import array, socket, sys
@@ -297,8 +299,7 @@ def test_a_match_exec_that_waits_has_a_deadline(world: World, tmp_path: Path) ->
     with pytest.raises(Unreachable, match=r"ssh -G cl.*Match exec"):
         hop(config, connect_timeout=1.0)
     assert time.monotonic() - began < 5
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
+    until(lambda: is_gone(int(pid.read_text())))
 
 
 def test_what_a_match_exec_leaves_behind_is_not_waited_for(world: World) -> None:
