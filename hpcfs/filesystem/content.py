@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 UPLOAD_TIMEOUT = 120.0
 """Seconds without progress."""
-APPEND_ATTEMPTS = 4
+APPEND_ATTEMPTS = 20
 """While others change the file all the time."""
 PIECE_TIMEOUT = 600.0
 """Seconds for what is sent ahead, which reports no progress: 28 kB/s."""
@@ -172,8 +172,11 @@ class Content(RemoteContent):
                 await self._prepare(offset, offset + length)
             except Stale:
                 attempts += 1
-                if attempts > APPEND_ATTEMPTS or not await self.follow_name():
+                version = self.version
+                if attempts > APPEND_ATTEMPTS:
                     raise
+                if not await self.follow_name() and self.version == version:
+                    raise  # else somebody who looked at it meanwhile has followed it
 
     async def _prepare(self, offset: int, end: int) -> None:
         """Make it safe to write [offset, end): what remains of partly covered blocks is here, and

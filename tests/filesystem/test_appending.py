@@ -78,6 +78,25 @@ def test_what_others_appended_since_the_open_stays(
 
 
 @live("sftp")
+async def test_an_end_that_somebody_else_looked_up_meanwhile_will_do(w: World) -> None:
+    """A look at the name and the append itself follow the same growth; whoever comes second finds
+    it followed."""
+    w.remote.put(b"log", SHORT)
+    handle = await w.kernel.open("ns/log", APPEND)
+    w.remote.append(b"log", SHORT)
+    looking = w.cues.hold(m.StatOpen)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(w.kernel.pwrite, handle, 0, LINE)
+        await looking.reached.wait()
+        w.remote.append(b"log", SHORT)
+        w.clock.expire_attributes()
+        await w.kernel.stat("ns/log")
+        looking.go.set()
+    await w.kernel.close(handle)
+    assert w.remote.get(b"log") == 3 * SHORT + LINE
+
+
+@live("sftp")
 async def test_the_kernel_drops_what_others_moved(w: World) -> None:
     """Pages that it has of a file whose end was elsewhere on the remote are not its content."""
     w.remote.put(b"log", SHORT)

@@ -92,7 +92,7 @@ def test_status_names_what_failed_and_counts_the_rest(home: Home) -> None:
     assert "the quota�[2J is used up" in shown
     assert "and 11 more: " in shown
     assert "'hpcfs recover --to DIR'" in shown
-    assert "f0" not in shown
+    assert "/home/f0" not in shown
     assert shown.count("\n") < 40
     (found,) = json.loads(home.run("status", "--json", home.mountpoint).stdout)
     assert (found["pending_files"], len(found["pending"])) == (3031, 1000)
