@@ -10,6 +10,7 @@ import socket
 
 import asyncssh
 
+from hpcfs.remotes.ssh.program import one_line
 from hpcfs.remotes.ssh.settings import Hop
 from hpcfs.transfer.messages import (
     AccessRefused,
@@ -27,7 +28,7 @@ SHOWN_LETTERS = 150
 def quoted(text: bytes | str) -> str:
     """What somebody there said, on one line; empty where there is nothing to show."""
     said = text if isinstance(text, str) else text.decode(errors="replace")
-    words = " ".join("".join(one if one.isprintable() else " " for one in said).split())
+    words = one_line(said)
     return f"'{words[:SHOWN_LETTERS]}'" if words else ""
 
 
