@@ -5,9 +5,9 @@ for each 64 MiB. What an earlier mount left stays packed (8 bytes a block) until
 looked at, so that opening a huge file takes no time. Nothing here awaits or does I/O.
 
 A block is *present* when its bytes are in the cache file, *trusted* when they were put there or
-verified by this process (trust.py remembers it while the file is closed), and *summed* when its
-checksum is known. What survives a restart is present and summed but not trusted until its checksum
-was compared (invariant 2).
+verified by this process (cache/verified_blocks.py remembers it while the file is closed), and
+*summed* when its checksum is known. What survives a restart is present and summed but not trusted
+until its checksum was compared (invariant 2).
 """
 
 from __future__ import annotations

@@ -24,10 +24,10 @@ import trio.lowlevel
 from hpcfs.cache.blocks import CHUNK_BLOCKS, pack_sums, unpack_sums
 from hpcfs.cache.file import CacheFile
 from hpcfs.cache.index import Record
-from hpcfs.cache.shelf import Shelf
+from hpcfs.cache.registry import Registry
+from hpcfs.model.entries import BLOCK_BYTES
 from hpcfs.system import disk
 from hpcfs.system.disk import MinFree
-from hpcfs.transfer.messages import BLOCK_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +49,11 @@ KEEP_FORGOTTEN_BYTES = 64 * MIB
 
 
 class Eviction:
-    def __init__(self, shelf: Shelf, max_bytes: int, min_free: MinFree) -> None:
-        self._shelf = shelf
+    def __init__(self, registry: Registry, max_bytes: int, min_free: MinFree) -> None:
+        self._registry = registry
         self.max_bytes = max_bytes
         self._min_free = min_free
-        self._estimate = shelf.used_bytes
+        self._estimate = registry.used_bytes
         """Brought down to what is true when it matters. Too small only by what files grew that were
         truncated to more within their last block, until the next save."""
         self._unchecked = 0
@@ -85,18 +85,18 @@ class Eviction:
 
     def recount(self) -> None:
         """Check what is true: for who looks at every open file anyway."""
-        self._estimate = self._shelf.used_bytes
+        self._estimate = self._registry.used_bytes
         self.check()
 
     def _excess(self) -> int:
         if self._estimate > self.max_bytes:
-            self._estimate = self._shelf.used_bytes
+            self._estimate = self._registry.used_bytes
         return max(self._estimate - self.max_bytes, self._missing())
 
     def _missing(self) -> int:
         """How much less is free on the disk than should be."""
         try:
-            found = disk.space(self._shelf.directory)
+            found = disk.space(self._registry.directory)
         except OSError as error:
             log.warning("the disk with the cache can't be asked for its room: %s", error)
             return 0
@@ -114,13 +114,13 @@ class Eviction:
                 log.error("the cache can't be kept small: %s", error)  # noqa: TRY400
 
     async def _make_enough_room(self) -> None:
-        self._estimate = self._shelf.used_bytes
+        self._estimate = self._registry.used_bytes
         excess = self._excess()
         if excess > 0:
             slack = min(_SLACK_BYTES, self.max_bytes // _SLACK_PART)
             if not await self.make_room(excess + slack):
                 self._retry = trio.current_time() + _RETRY_SECONDS
-            self._estimate = self._shelf.used_bytes
+            self._estimate = self._registry.used_bytes
             excess = self._excess()
         if excess > 0 and not self._is_short:
             log.info("the cache can't get smaller: the rest is pinned, not uploaded, or in use")
@@ -128,7 +128,7 @@ class Eviction:
 
     async def make_room(self, wanted: int) -> int:
         """Evict at least `wanted` bytes if that can be done; returns the bytes evicted."""
-        freed = await self._shelf.bury()
+        freed = await self._registry.bury()
         if freed < wanted:
             freed += await self._evict_idle(wanted - freed)
         if freed < wanted:
@@ -138,18 +138,21 @@ class Eviction:
     # --- idle files -----------------------------------------------------------------------------
 
     async def _evict_idle(self, wanted: int) -> int:
-        shelf = self._shelf
+        registry = self._registry
         freed, after = 0, (-1.0, 0)
         while freed < wanted:
-            async with shelf.lookup:
-                oldest = await shelf.in_thread(shelf.index.oldest, after, _VICTIMS_AT_ONCE)
+            async with registry.lookup:
+                oldest = await registry.in_thread(registry.index.oldest, after, _VICTIMS_AT_ONCE)
                 if not oldest:
                     break
-                victims = [record for record in oldest if shelf.is_idle(record.name)]
+                victims = [record for record in oldest if registry.is_idle(record.name)]
                 for record in victims:
-                    shelf.foresight.spoil(record.origin, record.key)
-                    shelf.trust.forget(record.name)  # the index may fail to hear what went
-                last, some = await shelf.change(self._evict_records, victims, wanted - freed)
+                    registry.record_cache.spoil(record.origin, record.key)
+                # Not to be believed if the index fails to hear what went.
+                known = {one.name: registry.verified_blocks.forget(one.name) for one in victims}
+                last, some = await registry.change(self._evict_records, victims, wanted - freed)
+                for name, verified in known.items():
+                    registry.verified_blocks.put_back(name, verified)
                 last = last or oldest[-1]
                 after = (last.last_used, last.row)
                 freed += some
@@ -167,13 +170,13 @@ class Eviction:
                 break
             last = record
             if record.cached_bytes - BLOCK_BYTES <= wanted - freed or not self._can_cut(record):
-                self._shelf.unlink(record.name)
+                self._registry.unlink(record.name)
                 whole.append(record.name)
                 freed += record.cached_bytes
             else:
                 freed += self._cut(record, wanted - freed)
         try:
-            self._shelf.index.delete(whole)
+            self._registry.index.delete(whole)
         except sqlite3.Error as error:
             log.warning("the cache's index still names evicted files: %s", error)
         return last, freed
@@ -181,13 +184,13 @@ class Eviction:
     def _can_cut(self, record: Record) -> bool:
         """Not what is gone, nor what is also a file of kept/ that a kill left with two names."""
         try:
-            return os.stat(self._shelf.path(record.name)).st_nlink == 1
+            return os.stat(self._registry.path(record.name)).st_nlink == 1
         except FileNotFoundError:
             return False
 
     def _cut(self, record: Record, wanted: int) -> int:
         """The file's last blocks go. What is cut off its local end reads as zeros, like a hole."""
-        index = self._shelf.index
+        index = self._registry.index
         left = -(-wanted // BLOCK_BYTES)
         blocks, cached = record.blocks, record.cached_bytes
         while left > 0:
@@ -205,7 +208,7 @@ class Eviction:
                     break
             if end is None:
                 break
-            os.truncate(self._shelf.path(record.name), end * BLOCK_BYTES)
+            os.truncate(self._registry.path(record.name), end * BLOCK_BYTES)
             cached = min(max(0, blocks) * BLOCK_BYTES, record.size)
             index.change_blocks(record.row, chunks, blocks, cached)
         return record.cached_bytes - cached
@@ -215,7 +218,7 @@ class Eviction:
     async def _evict_open(self, wanted: int) -> int:
         freed = 0
         for choose in (self._far, self._near, self._all):
-            for file in sorted(self._shelf.files.values(), key=lambda file: file.last_used):
+            for file in sorted(self._registry.files.values(), key=lambda file: file.last_used):
                 if freed < wanted:
                     freed += await _evict_runs(file, choose(file), wanted - freed)
         return freed

@@ -17,7 +17,7 @@ import xxhash
 
 from hpcfs.cache.blocks import BlockMap
 from hpcfs.cache.ranges import RangeSet
-from hpcfs.transfer.messages import BLOCK_BYTES
+from hpcfs.model.entries import BLOCK_BYTES
 
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2  # linux/falloc.h
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -1,6 +1,6 @@
 """What the cache holds, in SQLite, so that it is kept from mount to mount.
 
-Every call blocks on the disk and runs in a thread (cache/shelf.py sees to it), but `is_pinned`,
+Every call blocks on the disk and runs in a thread (cache/registry.py sees to it), but `is_pinned`,
 which is answered from memory. The index may lag behind the cache files: a block it doesn't know is
 fetched again, and a block it knows is served only after its checksum was compared. So nothing here
 needs to be synced, and a damaged index is thrown away.

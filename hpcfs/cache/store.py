@@ -28,12 +28,12 @@ import trio
 
 from hpcfs.cache.eviction import Eviction
 from hpcfs.cache.file import CacheFile
-from hpcfs.cache.foresight import MAX_FILES
 from hpcfs.cache.index import Index, Record
-from hpcfs.cache.memory import Memory
-from hpcfs.cache.shelf import Row, Shelf
+from hpcfs.cache.memory_files import MemoryFiles
+from hpcfs.cache.record_cache import MAX_FILES
+from hpcfs.cache.registry import Registry, Row
+from hpcfs.model.entries import BLOCK_BYTES
 from hpcfs.system.disk import MinFree
-from hpcfs.transfer.messages import BLOCK_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -49,16 +49,16 @@ class CacheUnusable(Exception):
 class Store:
     """Sizes in bytes. Use `Store.open`, which may raise CacheUnusable."""
 
-    def __init__(self, shelf: Shelf, eviction: Eviction, lock_fd: int) -> None:
-        self.shelf = shelf
+    def __init__(self, registry: Registry, eviction: Eviction, lock_fd: int) -> None:
+        self.registry = registry
         self.eviction = eviction
-        self.directory = shelf.directory
-        self._index = shelf.index
+        self.directory = registry.directory
+        self._index = registry.index
         self._lock_fd = lock_fd
         self._active: dict[tuple[str, bytes], CacheFile] = {}
         """By origin and key: the open files that have a name."""
         self._save_lock = trio.Lock()
-        self.memory = Memory(shelf)
+        self.memory = MemoryFiles(registry)
         self.note_added = eviction.note_added
         self.may_prefetch = eviction.may_prefetch
         self.check_bound = eviction.check
@@ -88,13 +88,13 @@ class Store:
         try:
             os.ftruncate(lock_fd, 0)
             os.pwrite(lock_fd, holder.encode(), 0)
-            shelf = Shelf(directory, Index(directory / "index.db"))
+            registry = Registry(directory, Index(directory / "index.db"))
         except OSError as error:
             os.close(lock_fd)
             raise CacheUnusable(
                 f"the cache directory {directory} can't be written: {error.strerror}"
             ) from None
-        return cls(shelf, Eviction(shelf, max_bytes, min_free or MinFree()), lock_fd)
+        return cls(registry, Eviction(registry, max_bytes, min_free or MinFree()), lock_fd)
 
     @property
     def max_bytes(self) -> int:
@@ -102,21 +102,21 @@ class Store:
 
     @property
     def used_bytes(self) -> int:
-        return self.shelf.used_bytes
+        return self.registry.used_bytes
 
     def spool(self, length: int) -> bool:
         """So many bytes of a long listing go to the disk, or (negative) have gone from it. False
         where all listings together would take more than the cache may."""
-        if length > 0 and self.shelf.spooled_bytes + length > self.max_bytes:
+        if length > 0 and self.registry.spooled_bytes + length > self.max_bytes:
             return False
-        self.shelf.spooled_bytes += length
+        self.registry.spooled_bytes += length
         if length > 0:
             self.note_added(length)
         return True
 
     async def in_thread(self, work: Callable[..., T], *args: object) -> T:
         """Disk work, one piece at a time."""
-        return await self.shelf.in_thread(work, *args)
+        return await self.registry.in_thread(work, *args)
 
     # --- files in use ---------------------------------------------------------------------------
 
@@ -129,8 +129,8 @@ class Store:
         """
         file = self._in_use(origin, key, version, size)
         if file is None:
-            lookup = self.shelf.lookup
-            known = None if lookup.locked() else self.shelf.foresight.ask(origin, key)
+            lookup = self.registry.lookup
+            known = None if lookup.locked() else self.registry.record_cache.ask(origin, key)
             if known is not None:
                 file = self._take(known.record, origin, key, version, size)
             else:
@@ -143,18 +143,18 @@ class Store:
         return file
 
     async def _look_up(self, origin: str, key: bytes) -> Record | None:
-        foresight = self.shelf.foresight
-        if foresight.wants(origin, key):
-            stamp, directory = foresight.stamp, key.rpartition(b"/")[0]
+        record_cache = self.registry.record_cache
+        if record_cache.wants(origin, key):
+            stamp, directory = record_cache.stamp, key.rpartition(b"/")[0]
             files = await self.in_thread(self._index.directory, origin, directory, MAX_FILES)
-            foresight.learn(origin, key, files, stamp)
+            record_cache.learn(origin, key, files, stamp)
             if files is not None and (key not in files or files[key].is_complete):
                 return files.get(key)
         return await self.in_thread(self._index.find, origin, key)
 
     def in_memory(self, name: str) -> int | None:
         """The descriptor of the file in memory that has this name now."""
-        file = self.shelf.files.get(name)
+        file = self.registry.files.get(name)
         return file.fd if file is not None and file.in_memory and file.fd >= 0 else None
 
     def is_open(self, origin: str, key: bytes) -> bool:
@@ -184,19 +184,19 @@ class Store:
         return file
 
     def _reopen(self, record: Record) -> CacheFile | None:
-        if not self.shelf.is_idle(record.name):
+        if not self.registry.is_idle(record.name):
             return None
         try:
-            found = os.stat(self.shelf.path(record.name))
+            found = os.stat(self.registry.path(record.name))
         except FileNotFoundError:
             return None
         if found.st_nlink != 1:
             return None  # a kill left it with a second name, in kept/: that one is not ours
         file = self._open_file(record.name, record.origin, record.key, record.version, record.size)
         file.last_used = record.last_used
-        trusted = self.shelf.trust.take(record.name, found)
+        trusted = self.registry.verified_blocks.take(record.name, found)
         file.blocks.load(record.chunks, record.blocks, trusted)
-        self.shelf.rows[file.name] = Row.of(record)
+        self.registry.rows[file.name] = Row.of(record)
         return file
 
     def create(self, origin: str, key: bytes, version: bytes, size: int) -> CacheFile:
@@ -205,15 +205,15 @@ class Store:
         try:
             return self._open_file(name, origin, key, version, size)
         except FileNotFoundError:
-            os.mkdir(os.path.dirname(self.shelf.path(name)), 0o700)
+            os.mkdir(os.path.dirname(self.registry.path(name)), 0o700)
             return self._open_file(name, origin, key, version, size)
 
     def _open_file(
         self, name: str, origin: str, key: bytes, version: bytes, size: int
     ) -> CacheFile:
-        file = CacheFile(self.shelf.path(name), name, origin, key, version, size)
+        file = CacheFile(self.registry.path(name), name, origin, key, version, size)
         file.pinned = self._index.is_pinned(origin, key)
-        self.shelf.files[name] = file
+        self.registry.files[name] = file
         return file
 
     async def take_up(
@@ -227,12 +227,12 @@ class Store:
     ) -> CacheFile:
         """The cache file in which an earlier mount left bytes that the remote does not have. What
         the index knows of its other blocks counts, once verified. Raises OSError, sqlite3.Error."""
-        async with self.shelf.lookup:
+        async with self.registry.lookup:
             record = await self.in_thread(self._index.find, origin, key)
             file = self._open_file(name, origin, key, version, size)
             if record and (record.name, record.version) == (name, version):
                 file.blocks.load(record.chunks, record.blocks)
-                self.shelf.rows[name] = Row.of(record)
+                self.registry.rows[name] = Row.of(record)
         for start, end in dirty:
             file.mark_written(start, end)
         file.users = 1
@@ -264,28 +264,28 @@ class Store:
     async def move(self, origin: str, key: bytes, target: bytes) -> None:
         """The remote renamed `key` (a file, or a directory and all below it)."""
         self._forget_under(origin, target)
-        self.shelf.foresight.spoil_all()
+        self.registry.record_cache.spoil_all()
         for file in self._under(origin, key):
             del self._active[origin, file.key]
             file.key = target + file.key[len(key) :]
             self._active[origin, file.key] = file
-        await self._drop_names(await self.shelf.change(self._index.move, origin, key, target))
+        await self._drop_names(await self.registry.change(self._index.move, origin, key, target))
         self.mark_pinned(origin, target)
 
     async def remove(self, origin: str, key: bytes) -> None:
         """The remote removed `key`."""
         self._forget_under(origin, key)
-        self.shelf.foresight.spoil_all()
-        await self._drop_names(await self.shelf.change(self._index.remove, origin, key))
+        self.registry.record_cache.spoil_all()
+        await self._drop_names(await self.registry.change(self._index.remove, origin, key))
 
     async def outdate(self, origin: str, key: bytes) -> None:
         """The remote changed the content of a file here: a later version may look like the one that
         is cached, where versions are sizes and seconds."""
         self._forget_under(origin, key)
-        self.shelf.foresight.spoil(origin, key)
+        self.registry.record_cache.spoil(origin, key)
         record = await self.in_thread(self._index.find, origin, key)
         if record is not None:
-            await self.shelf.change(self._index.delete, [record.name])
+            await self.registry.change(self._index.delete, [record.name])
             await self._drop_names([record.name])
 
     async def renew_version(self, origin: str, key: bytes, old: bytes, new: bytes) -> None:
@@ -295,12 +295,12 @@ class Store:
             if file.version == old:
                 file.version = new
             return
-        self.shelf.foresight.spoil(origin, key)
+        self.registry.record_cache.spoil(origin, key)
         await self.in_thread(self._index.renew_version, origin, key, old, new)
 
     def mark_pinned(self, origin: str, key: bytes) -> None:
         """The open files at and below `key` know whether they are pinned now."""
-        for file in self.shelf.under(origin, key):
+        for file in self.registry.under(origin, key):
             file.pinned = self._index.is_pinned(origin, file.key)
 
     def _forget_under(self, origin: str, key: bytes) -> None:
@@ -308,17 +308,17 @@ class Store:
             self.forget(file)
 
     def _under(self, origin: str, key: bytes) -> list[CacheFile]:
-        under = self.shelf.under(origin, key)
+        under = self.registry.under(origin, key)
         return [file for file in under if self._active.get((origin, file.key)) is file]
 
     async def _drop_names(self, names: list[str]) -> None:
         """The index has forgotten these files."""
         for name in names:
-            self.shelf.rows.pop(name, None)
+            self.registry.rows.pop(name, None)
         for name in names:
-            file = self.shelf.files.get(name)
+            file = self.registry.files.get(name)
             if file is None:
-                await self.in_thread(self.shelf.unlink, name)
+                await self.in_thread(self.registry.unlink, name)
             elif self._active.get((file.origin, file.key)) is not file:
                 self.forget(file)
 
@@ -333,15 +333,15 @@ class Store:
             await self._save()
 
     async def _save(self) -> None:
-        self.shelf.is_saving = True
+        self.registry.is_saving = True
         try:
             replaced = await self._save_changes()
         finally:
-            self.shelf.is_saving = False
-        for file in list(self.shelf.files.values()):
+            self.registry.is_saving = False
+        for file in list(self.registry.files.values()):
             if file.users == 0 and file.indexed and not self._has_news(file):
                 self._close_file(file)
-        await self.shelf.bury()
+        await self.registry.bury()
         await self._remove_abandoned()
         await self._drop_names(replaced)
         self.eviction.recount()
@@ -350,32 +350,32 @@ class Store:
         """Whether the index does not know yet what it should of this file."""
         if file.in_memory:
             return False
-        return file.blocks.has_changed or self.shelf.rows.get(file.name) != Row.of(file)
+        return file.blocks.has_changed or self.registry.rows.get(file.name) != Row.of(file)
 
     async def _save_changes(self) -> list[str]:
         """Returns the names of files that were replaced in the index."""
-        for file in list(self.shelf.files.values()):
+        for file in list(self.registry.files.values()):
             if file.indexed and not file.in_memory:
                 await self._sum_blocks(file)
         # No await from here to the index's own work.
-        files = self.shelf.files.values()
+        files = self.registry.files.values()
         news = [file for file in files if file.indexed and self._has_news(file)]
         if not news:
             return []
         for file in news:
-            self.shelf.foresight.spoil(file.origin, file.key)
+            self.registry.record_cache.spoil(file.origin, file.key)
         records = [self._record(file) for file in news]
         try:
-            replaced = await self.shelf.change(self._index.save, records)
+            replaced = await self.registry.change(self._index.save, records)
         except BaseException:
             for file, record in zip(news, records, strict=True):
                 file.blocks.touch(record.chunks)
             raise
         for record in records:
-            if record.name in self.shelf.files:  # it may have left the disk meanwhile
-                self.shelf.rows[record.name] = Row.of(record)
+            if record.name in self.registry.files:  # it may have left the disk meanwhile
+                self.registry.rows[record.name] = Row.of(record)
         for name in replaced:
-            self.shelf.rows.pop(name, None)
+            self.registry.rows.pop(name, None)
         return replaced
 
     async def _remove_abandoned(self) -> None:
@@ -383,13 +383,13 @@ class Store:
         the index knows."""
         names, self.memory.abandoned = self.memory.abandoned, []
         for name in names:
-            folder = Path(self.shelf.path(name)).parent
+            folder = Path(self.registry.path(name)).parent
             await self.in_thread(self._remove_unknown, folder, [name])
 
     def _close_file(self, file: CacheFile) -> None:
         if self._active.get((file.origin, file.key)) is file:
             del self._active[file.origin, file.key]
-        self.shelf.close(file)
+        self.registry.close(file)
 
     async def _sum_blocks(self, file: CacheFile) -> None:
         """Checksums of what was written here and is on the remote; a block written meanwhile stays
@@ -428,7 +428,7 @@ class Store:
         try:
             await self.save()
         finally:
-            for file in list(self.shelf.files.values()):
+            for file in list(self.registry.files.values()):
                 self._close_file(file)
             self._index.close()
             os.close(self._lock_fd)
@@ -438,7 +438,7 @@ class Store:
         that the journal knows were moved to kept/ when it was opened. One folder at a time."""
         for folder in await self.in_thread(lambda: sorted((self.directory / "data").iterdir())):
             names = await self.in_thread(os.listdir, folder)
-            idle = [name for name in names if name not in self.shelf.files]
+            idle = [name for name in names if name not in self.registry.files]
             await self.in_thread(self._remove_unknown, folder, idle)
 
     def _remove_unknown(self, folder: Path, names: list[str]) -> None:

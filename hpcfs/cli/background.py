@@ -22,7 +22,7 @@ from hpcfs.cli.output import show_traceback
 from hpcfs.config.config import Settings
 from hpcfs.control import mountpoint
 from hpcfs.control.control import MountStatus
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 from hpcfs.system import mountinfo
 
 STOP_SECONDS = 5.0
@@ -196,10 +196,10 @@ def serve(
 
     trio wraps what ends it, Ctrl-C too, in groups: the first one inside says what happened.
     """
-    from hpcfs import daemon
+    from hpcfs.daemon import main
 
     try:
-        daemon.serve(
+        main.serve(
             settings, ask=terminal.ask, on_ready=on_ready, foreground=foreground, owner=owner
         )
     except BaseExceptionGroup as group:
@@ -213,9 +213,9 @@ def _first(error: BaseException) -> BaseException:
 
 
 def sentence_of(error: Exception) -> str:
-    from hpcfs import daemon
+    from hpcfs.daemon import main
 
-    if isinstance(error, daemon.MountFailed | SetupError):
+    if isinstance(error, main.MountFailed | SetupError):
         return str(error)
     return f"the daemon failed ({type(error).__name__}: {error}); 'hpcfs --debug mount' shows where"
 

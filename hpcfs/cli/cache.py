@@ -20,7 +20,7 @@ from hpcfs.cli.output import complain, count, json_line, printable, size
 from hpcfs.cli.progress import Bar
 from hpcfs.control import control
 from hpcfs.control.control import CacheFolder, CacheStatus, Outcome, Request
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 
 FULL_OF_PINS = 0.8
 """Of the cache: above it the user is told."""

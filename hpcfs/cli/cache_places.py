@@ -11,7 +11,7 @@ from hpcfs.cache import location
 from hpcfs.config import config
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import Reply, Request, Step
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 from hpcfs.system import paths
 
 
@@ -85,10 +85,10 @@ def find_all(cache_dir: Path | None) -> list[Place]:
 
 def answer(place: Place, request: Request, on_step: Callable[[Step], None]) -> Reply:
     """For a cache that is not mounted. Raises SetupError."""
-    from hpcfs import cacheservice  # it brings trio along, which mounted ones don't need
+    from hpcfs.daemon import cache_commands  # it brings trio along, which mounted ones don't need
 
     assert place.directory
-    return cacheservice.answer_unmounted(place.directory, request, on_step)
+    return cache_commands.answer_unmounted(place.directory, request, on_step)
 
 
 def _reachable_mounts() -> list[Path]:

@@ -15,8 +15,8 @@ from hpcfs.cli.output import count, printable
 from hpcfs.cli.tunnel import bind_option, name_option
 from hpcfs.config import config
 from hpcfs.config.config import Config, Namespace
-from hpcfs.errors import SetupError
-from hpcfs.transfer.messages import S3Root, S3Site, SftpRoot, SshSite, TunnelSite
+from hpcfs.model.errors import SetupError
+from hpcfs.model.sites import S3Root, S3Site, SftpRoot, SshSite, TunnelSite
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 

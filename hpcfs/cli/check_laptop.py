@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hpcfs.cli.findings import Finding
-from hpcfs.rendezvous import file as rendezvous
-from hpcfs.transfer.messages import RemoteError, SftpRoot, TunnelSite
+from hpcfs.model.errors import RemoteError
+from hpcfs.model.sites import SftpRoot, TunnelSite
+from hpcfs.tunnel import file as rendezvous
 
 
 def laptop_namespace(subject: str, site: TunnelSite, root: SftpRoot) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from hpcfs.cli.findings import Finding
 from hpcfs.cli.output import size
 from hpcfs.config.config import Config
 from hpcfs.control import mountpoint
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 from hpcfs.system import paths
 
 MIN_PYTHON = (3, 11)

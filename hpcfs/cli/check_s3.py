@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hpcfs.cli.findings import Finding
-from hpcfs.transfer.messages import S3Root, S3Site
+from hpcfs.model.sites import S3Root, S3Site
 
 _ADVICE = {
     "NoSuchBucket": "there is no such bucket: correct bucket or endpoint_url",

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from hpcfs.cli.findings import Finding
-from hpcfs.transfer.messages import RemoteError, SshSite
+from hpcfs.model.errors import RemoteError
+from hpcfs.model.sites import SshSite
 
 if TYPE_CHECKING:
     from hpcfs.remotes.ssh.settings import Hop

@@ -18,7 +18,7 @@ def check(
     show: Callable[[Finding], str],
 ) -> int:
     """The exit code. Raises SetupError for what makes no sense."""
-    from hpcfs.tunnel import checking  # brings asyncssh along
+    from hpcfs.laptop import checking  # brings asyncssh along
 
     wishes = tunnel_config.load(config_file, host, name, (), bind)
     levels: list[str] = []

@@ -25,7 +25,7 @@ from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import MountStatus
 from hpcfs.demo import running
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 from hpcfs.system import paths
 
 DEFAULT_MOUNTPOINT = "~/hpcfs-demo"

@@ -10,7 +10,7 @@ from hpcfs.cli import cache_places, pending
 from hpcfs.cli.output import printable, size
 from hpcfs.control import control
 from hpcfs.control.control import PendingList, Request
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 
 MAX_NAMED = 10
 

@@ -18,10 +18,10 @@ import click
 from hpcfs.cli.output import complain, printable
 from hpcfs.config import config, rclone_conf, ssh_config, urls
 from hpcfs.config.rclone_conf import RcloneRemote
-from hpcfs.errors import SetupError
-from hpcfs.rendezvous import file as rendezvous
+from hpcfs.model.errors import SetupError
+from hpcfs.model.sites import S3Site, SshSite
 from hpcfs.system import ownership, paths
-from hpcfs.transfer.messages import S3Site, SshSite
+from hpcfs.tunnel import file as rendezvous
 
 _HEAD = """\
 # hpcfs configuration; docs/configuration.md tells all keys. 'hpcfs check' finds mistakes.

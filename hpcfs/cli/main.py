@@ -17,7 +17,7 @@ import click
 
 from hpcfs import __version__
 from hpcfs.cli.output import complain, show_traceback
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from hpcfs.config import config, values as config_values
 from hpcfs.config.config import Config, Settings
 from hpcfs.control import mountpoint
 from hpcfs.control.control import MountStatus
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 from hpcfs.system import paths
 
 

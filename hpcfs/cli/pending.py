@@ -11,7 +11,7 @@ import msgspec
 from hpcfs.cli.output import ago, count, size
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import MountStatus, PendingFile, PendingList, PendingState
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 
 if TYPE_CHECKING:
     from hpcfs.cli.cache_places import Place

@@ -17,7 +17,7 @@ from hpcfs.cli.output import complain, printable
 from hpcfs.cli.progress import Bar
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import Outcome, Request
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 
 
 @click.command(short_help="Copy out what is not uploaded.")
@@ -68,9 +68,10 @@ def _recover(place: Place, target: Path) -> tuple[Outcome, list[Path]]:
             pending.query(place)
             request = Request("recover", place.path, to=os.fsencode(target))
             return control.work(place.socket, request, bar.show), []
-        from hpcfs import writeservice  # it brings trio along, which mounted ones don't need
+        # It brings trio along, which mounted ones don't need.
+        from hpcfs.daemon import write_commands
 
         assert place.directory
-        return writeservice.recover_unmounted(
+        return write_commands.recover_unmounted(
             place.directory, place.path, os.fsencode(target), bar.show
         )

@@ -8,7 +8,7 @@ from hpcfs.cli import cache_places, pending
 from hpcfs.cli.output import complain, printable
 from hpcfs.control import control
 from hpcfs.control.control import Request
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 
 
 @click.command(short_help="Try again what could not be uploaded.")

@@ -25,7 +25,7 @@ from hpcfs.cli.progress import Bar
 from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import Request
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 from hpcfs.system import interpreter, signals, temporary, user_namespace
 
 VARIABLE = "HPCFS_MOUNT"

@@ -18,7 +18,7 @@ from hpcfs.cli.output import ago, complain, count, json_line, printable, size
 from hpcfs.cli.pending import Silent
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import MountStatus, NamespaceStatus
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 from hpcfs.system import paths
 
 MAX_NOTICES = 10

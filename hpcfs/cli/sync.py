@@ -17,7 +17,7 @@ from hpcfs.cli.progress import Bar
 from hpcfs.cli.waiting import timeout_option
 from hpcfs.control import control
 from hpcfs.control.control import Step
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 
 
 @click.command(short_help="Wait until all is uploaded.")

@@ -15,11 +15,11 @@ from hpcfs.cli.output import ago, complain, json_line, printable, size
 from hpcfs.cli.tunnel_line import Line, sentence
 from hpcfs.config import tunnel as tunnel_config
 from hpcfs.config.tunnel import Wishes
-from hpcfs.errors import SetupError
+from hpcfs.laptop import status
+from hpcfs.laptop.shares import Share, collect
+from hpcfs.laptop.status import TunnelStatus
+from hpcfs.model.errors import SetupError
 from hpcfs.system import paths
-from hpcfs.tunnel import status
-from hpcfs.tunnel.shares import Share, collect
-from hpcfs.tunnel.status import TunnelStatus
 
 name_option = click.option(
     "--name",
@@ -98,7 +98,7 @@ def _serve(
     to_stderr: bool,
 ) -> None:
     """Imports what the other commands need not wait for."""
-    from hpcfs.tunnel import running
+    from hpcfs.laptop import running
 
     running.run(wishes, shares, ask, show, to_stderr=to_stderr)
 

@@ -14,8 +14,8 @@ import msgspec
 
 from hpcfs.cli import background
 from hpcfs.cli.output import show_traceback
-from hpcfs.errors import SetupError
-from hpcfs.tunnel.status import TunnelStatus
+from hpcfs.laptop.status import TunnelStatus
+from hpcfs.model.errors import SetupError
 
 Serve = Callable[[Callable[[TunnelStatus], None]], None]
 """Runs the tunnel; what it is given is called with each status."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from hpcfs.cli import terminal
 from hpcfs.cli.output import ago, complain, printable, size
-from hpcfs.tunnel.status import TunnelStatus
+from hpcfs.laptop.status import TunnelStatus
 
 _CLEAR = "\r\x1b[K"
 

@@ -24,7 +24,7 @@ from hpcfs.cli.progress import Bar
 from hpcfs.cli.waiting import timeout_option
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import MountStatus, Step
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 from hpcfs.system import mountinfo, paths
 
 PATIENCE_SECONDS = 2.0

@@ -20,7 +20,7 @@ from hpcfs.cli.output import complain
 from hpcfs.cli.progress import Bar
 from hpcfs.control import control
 from hpcfs.control.control import Request, Step
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 
 WORKERS = 8
 MAX_WAITING = 10_000

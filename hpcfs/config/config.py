@@ -20,18 +20,10 @@ import msgspec
 from hpcfs.config import rclone_conf, ssh_config, urls, values
 from hpcfs.config.toml_lines import KeyPath, find_lines
 from hpcfs.config.values import SymlinkMode, WriteMode
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
+from hpcfs.model.sites import AnyRoot, AnySite, S3Root, S3Site, SftpRoot, SshSite, TunnelSite
 from hpcfs.system import ownership, paths
 from hpcfs.system.disk import DEFAULT_MIN_FREE, MinFree
-from hpcfs.transfer.messages import (
-    AnyRoot,
-    AnySite,
-    S3Root,
-    S3Site,
-    SftpRoot,
-    SshSite,
-    TunnelSite,
-)
 
 DEFAULT_CACHE_SIZE = 20 * 1024**3
 DEFAULT_JOURNAL_SIZE = 10 * 1024**3

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcfs.errors import SetupError
+from hpcfs.model import ssh_syntax
+from hpcfs.model.errors import SetupError
+from hpcfs.model.sites import S3Root, S3Site, Secret, SftpRoot, SshSite
 from hpcfs.system import ownership, paths
-from hpcfs.transfer import sshwords
-from hpcfs.transfer.messages import S3Root, S3Site, Secret, SftpRoot, SshSite
 
 SUPPORTED = ("sftp", "s3")
 ENCRYPTED_MARK = "RCLONE_ENCRYPT_V"
@@ -71,7 +71,9 @@ class RcloneRemote:
                 "which hpcfs doesn't run: name the host instead, as HOST:PATH"
             )
         user = self.options.get("user") or None
-        if not sshwords.is_valid_host(host) or not (user is None or sshwords.is_valid_user(user)):
+        if not ssh_syntax.is_valid_host(host) or not (
+            user is None or ssh_syntax.is_valid_user(user)
+        ):
             raise SetupError(
                 f"{self.file}: the remote {self.name!r} has a host or user with characters that "
                 "ssh takes in none: correct it there"

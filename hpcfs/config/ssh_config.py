@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from hpcfs.model import ssh_syntax
 from hpcfs.system import paths
-from hpcfs.transfer import sshwords
 
 MAX_INCLUDE_DEPTH = 16
 """OpenSSH's own limit."""
@@ -29,7 +29,7 @@ def aliases(file: Path | None = None) -> list[str]:
     return [
         name
         for name in found
-        if not any(mark in name for mark in "*?!") and sshwords.is_valid_host(name)
+        if not any(mark in name for mark in "*?!") and ssh_syntax.is_valid_host(name)
     ]
 
 
@@ -54,8 +54,8 @@ def _lines(file: Path) -> Iterator[tuple[str, list[str]]]:
         return
     for line in text.splitlines():
         try:
-            words = sshwords.split(line)
-        except sshwords.BadQuotes:  # ssh will complain, we only list names
+            words = ssh_syntax.split(line)
+        except ssh_syntax.BadQuotes:  # ssh will complain, we only list names
             continue
         if words:
             yield words[0], words[1:]

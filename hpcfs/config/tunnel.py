@@ -14,9 +14,9 @@ from pathlib import Path
 
 from hpcfs.config import config, urls, values
 from hpcfs.config.config import Config
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
+from hpcfs.model.sites import SshSite
 from hpcfs.system import paths
-from hpcfs.transfer.messages import SshSite
 
 KEYS = ("host", "name", "shares", "bind")
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")

@@ -22,19 +22,11 @@ from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote
 
 from hpcfs.config.rclone_conf import RcloneRemote
-from hpcfs.errors import SetupError
-from hpcfs.rendezvous import file as rendezvous
+from hpcfs.model import ssh_syntax
+from hpcfs.model.errors import SetupError
+from hpcfs.model.sites import AnyRoot, AnySite, S3Root, S3Site, SftpRoot, SshSite, TunnelSite
 from hpcfs.system import paths
-from hpcfs.transfer import sshwords
-from hpcfs.transfer.messages import (
-    AnyRoot,
-    AnySite,
-    S3Root,
-    S3Site,
-    SftpRoot,
-    SshSite,
-    TunnelSite,
-)
+from hpcfs.tunnel import file as rendezvous
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,255}")
 FORMS = (
@@ -269,9 +261,9 @@ def check_endpoint(url: str) -> None:
 
 def _check_login(site: SshSite) -> None:
     """Nothing that a ProxyCommand's shell would read as more than a name."""
-    if not sshwords.is_valid_host(site.host):
+    if not ssh_syntax.is_valid_host(site.host):
         raise SetupError(f"{site.host!r} is no host name: ssh takes no such characters either")
-    if site.user is not None and not sshwords.is_valid_user(site.user):
+    if site.user is not None and not ssh_syntax.is_valid_user(site.user):
         raise SetupError(f"{site.user!r} is no user name: ssh takes no such characters either")
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from hpcfs.config import urls
-from hpcfs.errors import SetupError
-from hpcfs.rendezvous import file as rendezvous
+from hpcfs.model import ssh_syntax
+from hpcfs.model.errors import SetupError
 from hpcfs.system.disk import MinFree
-from hpcfs.transfer import sshwords
+from hpcfs.tunnel import file as rendezvous
 
 MIN_DISK_SIZE = 16 * 1024**2
 """Of the cache: below this a few files read at once would evict each other; of the journal: below
@@ -176,14 +176,14 @@ def host(value: object) -> str:
         raise BadValue("must be an alias, host or user@host, without port, path or password")
     if "@" in name:
         user(name.rpartition("@")[0])
-    if not sshwords.is_valid_host(name.rpartition("@")[2] or "-"):
+    if not ssh_syntax.is_valid_host(name.rpartition("@")[2] or "-"):
         raise BadValue(f"has characters that ssh takes in no host name: {_shown(value)}")
     return name
 
 
 def user(value: object) -> str:
     name = text(value)
-    if not sshwords.is_valid_user(name):
+    if not ssh_syntax.is_valid_user(name):
         raise BadValue(f"has characters that ssh takes in no user name: {_shown(value)}")
     return name
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 import msgspec
 
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 from hpcfs.system import ownership
 
 MAX_REQUEST_BYTES = 16 * 1024
@@ -193,7 +193,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 WRITE_COMMANDS = ("pending", "sync", "retry", "discard", "recover")
-"""About what is not uploaded (writeservice.py); the others are about the cache."""
+"""About what is not uploaded (daemon/write_commands.py); the others are about the cache."""
 
 
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

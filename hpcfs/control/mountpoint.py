@@ -16,7 +16,7 @@ import subprocess
 from pathlib import Path
 
 from hpcfs.control import control
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 from hpcfs.system import mountinfo, paths, user_namespace
 from hpcfs.system.mountinfo import Mounted
 

@@ -27,7 +27,7 @@ from hpcfs.control.control import (
     Step,
     open_wait,
 )
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 from hpcfs.system import ownership, paths
 
 REQUEST_SECONDS = 10.0

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 
 
 async def stopped() -> asyncio.StreamReader:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from hpcfs.demo import child, sample
 from hpcfs.demo.servers import HOST_ALIAS, TUNNEL
-from hpcfs.errors import SetupError
-from hpcfs.transfer.messages import RemoteError, SshSite
-from hpcfs.tunnel.shares import Share
-from hpcfs.tunnel.tunnel import Plan, Tunnel
+from hpcfs.laptop.shares import Share
+from hpcfs.laptop.tunnel import Plan, Tunnel
+from hpcfs.model.errors import RemoteError, SetupError
+from hpcfs.model.sites import SshSite
 
 
 class _Nobody:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 from hpcfs.system import interpreter, temporary
 
 STOP_SECONDS = 10.0

@@ -22,7 +22,7 @@ from pathlib import Path
 import asyncssh
 
 from hpcfs.demo import child, sample
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 
 LOOPBACK = "127.0.0.1"
 HOST_ALIAS = "demo-cluster"

@@ -7,12 +7,14 @@ import stat
 import msgspec
 
 from hpcfs.cache.store import Store
-from hpcfs.filesystem.errors import Stale
+from hpcfs.content.snapshot import merge_attributes, mode_without_ids
 from hpcfs.filesystem.files import Files
-from hpcfs.filesystem.namespace import Namespace
-from hpcfs.filesystem.snapshot import merge_attributes, mode_without_ids
-from hpcfs.filesystem.tree import Node, Tree
-from hpcfs.transfer import messages as m
+from hpcfs.inodes.tree import Node, Tree
+from hpcfs.model.entries import Attributes
+from hpcfs.model.errors import NotOwner, RemoteError, Stale
+from hpcfs.model.xattrs import changed_xattrs
+from hpcfs.protocol import messages as m
+from hpcfs.site.namespace import Namespace
 
 
 class AttributeChanges:
@@ -26,7 +28,7 @@ class AttributeChanges:
         self._groups: dict[Namespace, set[int]] = {}
         """That the remote was seen to let the user give files to."""
 
-    async def change(self, namespace: Namespace, node: Node, attributes: m.Attributes) -> None:
+    async def change(self, namespace: Namespace, node: Node, attributes: Attributes) -> None:
         """Raises FilesystemError, RemoteError."""
         if not attributes:
             return
@@ -38,7 +40,7 @@ class AttributeChanges:
             await self._change(namespace, node, attributes)
         self._tree.note_changed(node)
 
-    async def _change(self, namespace: Namespace, node: Node, attributes: m.Attributes) -> None:
+    async def _change(self, namespace: Namespace, node: Node, attributes: Attributes) -> None:
         await self._files.settled(node)
         if self._is_ahead(node):
             if await self._must_ask(namespace, node, attributes):
@@ -58,24 +60,24 @@ class AttributeChanges:
         """Of what the remote has: it must not be overwritten by the remote's answer."""
         return node.content is not None and (node.content.is_dirty() or node.content.orphan)
 
-    async def _must_ask(self, namespace: Namespace, node: Node, attributes: m.Attributes) -> bool:
+    async def _must_ask(self, namespace: Namespace, node: Node, attributes: Attributes) -> bool:
         """Whether the remote may refuse it: the program must hear that now, not with the upload.
 
         Raises NotOwner where it is sure to: only root gives files away.
         """
         content = node.content
-        abilities = await namespace.abilities()
-        if content is None or content.orphan or abilities.privileged:
+        capabilities = await namespace.capabilities()
+        if content is None or content.orphan or capabilities.privileged:
             return False
-        if not abilities.checks_permissions:
+        if not capabilities.checks_permissions:
             return False
         if node.entry.uid != self._uid:
             return True
         if attributes.uid is not None:
-            raise m.NotOwner("only root may give a file to somebody else")
+            raise NotOwner("only root may give a file to somebody else")
         return attributes.gid is not None and attributes.gid not in self._groups.get(namespace, ())
 
-    async def _ask(self, namespace: Namespace, node: Node, attributes: m.Attributes) -> None:
+    async def _ask(self, namespace: Namespace, node: Node, attributes: Attributes) -> None:
         """Set it on the remote while the file is dirty; one that is only here goes up before."""
         content = node.content
         assert content
@@ -85,7 +87,7 @@ class AttributeChanges:
         if attributes.gid is not None:
             self._groups.setdefault(namespace, set()).add(attributes.gid)
         if content.is_dirty():
-            self._show(node, attributes, content.abilities.mtime_resolution_ns)
+            self._show(node, attributes, content.capabilities.mtime_resolution_ns)
         else:
             self._tree.set_local(node, entry)
 
@@ -99,7 +101,7 @@ class AttributeChanges:
             if content and content.namespace.writes_back and content.is_dirty():
                 await self._files.flush(content)
 
-    def _without_same_owner(self, node: Node, attributes: m.Attributes) -> m.Attributes:
+    def _without_same_owner(self, node: Node, attributes: Attributes) -> Attributes:
         """chown to the owner that is shown changes nothing: cp -a and rsync do that."""
         entry = node.entry
         return msgspec.structs.replace(
@@ -108,15 +110,15 @@ class AttributeChanges:
             gid=None if attributes.gid == entry.gid else attributes.gid,
         )
 
-    def _set_later(self, node: Node, attributes: m.Attributes) -> None:
+    def _set_later(self, node: Node, attributes: Attributes) -> None:
         """The next upload of the file brings them along."""
         content = node.content
         assert content
         content.pending = merge_attributes(content.pending, attributes)
         content.secured = False
-        self._show(node, attributes, content.abilities.mtime_resolution_ns)
+        self._show(node, attributes, content.capabilities.mtime_resolution_ns)
 
-    def _show(self, node: Node, attributes: m.Attributes, resolution: int) -> None:
+    def _show(self, node: Node, attributes: Attributes, resolution: int) -> None:
         """With times of this resolution in nanoseconds."""
         entry = node.entry
         changed = {
@@ -130,10 +132,10 @@ class AttributeChanges:
             if field in changed:
                 changed[field] -= changed[field] % resolution
         if attributes.xattrs is not None:
-            changed["xattrs"] = m.changed_xattrs(entry.xattrs, attributes.xattrs)
+            changed["xattrs"] = changed_xattrs(entry.xattrs, attributes.xattrs)
         self._tree.set_local(node, msgspec.structs.replace(entry, **changed))
 
-    async def _set_now(self, namespace: Namespace, node: Node, attributes: m.Attributes) -> None:
+    async def _set_now(self, namespace: Namespace, node: Node, attributes: Attributes) -> None:
         """A new mtime makes a new version of the same content: what is cached of it is carried
         over, if the remote was seen to have that version a moment ago."""
         if node.content and node.content.replaced:
@@ -144,7 +146,7 @@ class AttributeChanges:
             times.put(node, attributes)
         try:
             entry = await namespace.entry(m.SetAttributes(node.path, attributes))
-        except m.RemoteError:
+        except RemoteError:
             times.forget(node)
             raise
         self._tree.set_local(node, entry)

@@ -1,7 +1,7 @@
 """Open files: what open(2), read(2), write(2), close(2) and truncate(2) mean.
 
 Close-to-open: open(2) asks the remote for the file's version; what close(2) and fsync(2) promise is
-closing.py's.
+writeback/close.py's.
 """
 
 from __future__ import annotations
@@ -14,27 +14,32 @@ import time
 import msgspec
 import trio
 
-from hpcfs.cache.fetcher import Budget
 from hpcfs.cache.file import CacheFile
 from hpcfs.cache.store import Store
-from hpcfs.filesystem.closing import Closing
-from hpcfs.filesystem.content import Content
-from hpcfs.filesystem.errors import (
-    BadHandle,
-    Exists,
-    IsDirectory,
-    Stale,
-    Unsupported,
-)
-from hpcfs.filesystem.namespace import Namespace
+from hpcfs.content.content import Content
+from hpcfs.content.fetcher import Budget
+from hpcfs.content.reader import Place
+from hpcfs.content.record import Unconfirmed
+from hpcfs.content.snapshot import Changes, merge_attributes, mode_without_ids
 from hpcfs.filesystem.openfile import Opened, OpenFile
-from hpcfs.filesystem.permissions import Permissions
-from hpcfs.filesystem.reading import Place
-from hpcfs.filesystem.snapshot import Changes, merge_attributes, mode_without_ids
-from hpcfs.filesystem.sweeper import Sweeper
-from hpcfs.filesystem.tree import Node, Tree, join
-from hpcfs.transfer import messages as m
-from hpcfs.writeback.journal import Unconfirmed
+from hpcfs.inodes.permissions import Permissions
+from hpcfs.inodes.tree import Node, Tree, join
+from hpcfs.model.capabilities import Capabilities
+from hpcfs.model.entries import NO_HANDLE, Attributes, Entry
+from hpcfs.model.errors import (
+    AlreadyExists,
+    BadHandle,
+    IsADirectory,
+    NotConnected,
+    NotFound,
+    NotSupported,
+    Stale,
+    Unreachable,
+)
+from hpcfs.prefetch.file_prefetcher import FilePrefetcher
+from hpcfs.protocol import messages as m
+from hpcfs.site.namespace import Namespace
+from hpcfs.writeback.close import Closer
 from hpcfs.writeback.uploader import Uploader
 
 log = logging.getLogger(__name__)
@@ -48,7 +53,7 @@ _CURRENT_ATTEMPTS = 8
 """A file may be replaced again and again."""
 
 
-class Files(Closing):
+class Files(Closer):
     """Handles are small numbers, never reused while the mount lives."""
 
     def __init__(
@@ -64,7 +69,7 @@ class Files(Closing):
         self._permissions = permissions
         self._gid = gid
         self._budget = Budget()
-        self.sweeper = Sweeper(tree, store, self._make_content, nursery)
+        self.file_prefetcher = FilePrefetcher(tree, store, self._make_content, nursery)
         self._open: dict[int, OpenFile] = {}
         self._next = 0
 
@@ -88,7 +93,7 @@ class Files(Closing):
         await self._permissions.check_open(node, flags)
         await self.settled(node)
         if not writing:
-            self.sweeper.opened(node)
+            self.file_prefetcher.opened(node)
         content = await self._current(node, namespace, flags)
         handle = self._add(OpenFile(node, content, flags))
         try:
@@ -109,7 +114,7 @@ class Files(Closing):
         reads = mode != os.O_WRONLY and not flags & os.O_TRUNC
         for _ in range(_CURRENT_ATTEMPTS):
             self._check_name(node)
-            if not reads or not node.entry.version or await self.sweeper.is_current(node):
+            if not reads or not node.entry.version or await self.file_prefetcher.is_current(node):
                 await self._revalidate(node, namespace)
                 reads = False
             content = await self._content(node, namespace)
@@ -139,7 +144,7 @@ class Files(Closing):
             await self._revalidate(node, namespace)
         try:
             entry = await content.hold()
-        except m.NotConnected:
+        except NotConnected:
             if not namespace.sleeps:
                 raise
             log.debug("%r is opened as it was when the laptop was there", node.path)
@@ -152,9 +157,9 @@ class Files(Closing):
 
     def _regular(self, node: Node) -> Namespace:
         if node.is_directory or node.namespace is None:
-            raise IsDirectory("a directory can't be opened as a file")
+            raise IsADirectory("a directory can't be opened as a file")
         if not node.is_regular:
-            raise Unsupported("only regular files can be opened")
+            raise NotSupported("only regular files can be opened")
         return node.namespace
 
     def _check_name(self, node: Node) -> None:
@@ -172,11 +177,11 @@ class Files(Closing):
             node.content and node.content.is_dirty()
         ):
             return
-        if await self.sweeper.is_current(node):
+        if await self.file_prefetcher.is_current(node):
             return
         try:
             await self._compare(node, namespace, own)
-        except m.NotConnected:
+        except NotConnected:
             if not namespace.sleeps:
                 raise
             log.debug("%r is opened as it was when the laptop was there", node.path)
@@ -203,18 +208,18 @@ class Files(Closing):
         for parent, name in list(node.others):
             try:
                 entry = await namespace.stat(join(parent, name))
-            except m.NotFound:
+            except NotFound:
                 self._tree.note_gone(parent, name)
             else:
                 if entry.version != node.entry.version and (parent, name) in node.others:
                     self._tree.note_gone(parent, name)
                     raise Stale("the file was replaced on the remote")
 
-    async def is_same(self, content: Content, entry: m.Entry) -> bool:
+    async def is_same(self, content: Content, entry: Entry) -> bool:
         """Whether the remote's `entry` is the file that is open here, perhaps grown."""
         if entry.version == content.version:
             return True
-        if entry.size > content.size and content.abilities.handles:
+        if entry.size > content.size and content.capabilities.handles:
             await content.revalidate()
         return entry.version == content.version
 
@@ -227,9 +232,9 @@ class Files(Closing):
                 continue
             if node.content:
                 return node.content
-            abilities = await namespace.abilities()
+            capabilities = await namespace.capabilities()
             entry = node.entry
-            file = await self.sweeper.take(node)
+            file = await self.file_prefetcher.take(node)
             if file is None:
                 file = await self._store.acquire(
                     namespace.origin, node.path, entry.version, entry.size
@@ -237,16 +242,16 @@ class Files(Closing):
             if node.content or node.entry.version != entry.version:
                 self._store.release(file)
                 continue
-            node.content = self._make_content(node, namespace, abilities, file)
+            node.content = self._make_content(node, namespace, capabilities, file)
             return node.content
 
     def _make_content(
-        self, place: Place, namespace: Namespace, abilities: m.Abilities, file: CacheFile
+        self, place: Place, namespace: Namespace, capabilities: Capabilities, file: CacheFile
     ) -> Content:
         return Content(
             place,
             namespace,
-            abilities,
+            capabilities,
             self._store,
             file,
             self._nursery,
@@ -259,29 +264,29 @@ class Files(Closing):
         the kernel has just been told that there is no such name."""
         namespace = parent.namespace
         assert namespace
-        abilities = await namespace.abilities()
+        capabilities = await namespace.capabilities()
         path = parent.path + b"/" + name if parent.path else name
         asked = self._tree.now()
-        handle = m.NO_HANDLE
+        handle = NO_HANDLE
         if namespace.writes_back:
             await namespace.check_takes_writes()
             await self.backlog.make_room(None, 0)
             await self._look_once(parent, namespace)
-            entry = self._entry_made_here(parent, name, mode, abilities)
+            entry = self._entry_made_here(parent, name, mode, capabilities)
         else:
             handle = namespace.new_handle()
             entry = await namespace.entry(m.Create(path, stat.S_IMODE(mode), handle))
         if (known := self._tree.child(parent, name)) is not None:
             if known.content is not None and known.content.may_be_missing:
-                raise Exists("another program is just creating this file")
+                raise AlreadyExists("another program is just creating this file")
             self._tree.detach(known)
         node = self._tree.add(parent, name, entry, asked)
         file = self._store.create(namespace.origin, path, entry.version, 0)
         file.users = 1
         self._store.adopt(file)
-        content = self._make_content(node, namespace, abilities, file)
+        content = self._make_content(node, namespace, capabilities, file)
         content.users = 1
-        content.new = abilities.creates_on_upload or namespace.writes_back
+        content.new = capabilities.creates_on_upload or namespace.writes_back
         if not content.new:
             content.made, content.write_handle = True, handle
         node.content = content
@@ -290,23 +295,23 @@ class Files(Closing):
 
     async def _look_once(self, directory: Node, namespace: Namespace) -> None:
         """Its group is that of what is made in it, if it has the set-group-ID bit."""
-        if directory.observed:
+        if directory.validated_at:
             return
         asked = self._tree.now()
         try:
             self._tree.update(directory, await namespace.stat(directory.path), asked)
-        except m.Unreachable as error:
+        except Unreachable as error:
             log.debug("%r is not known: %s", directory.path, error.message)
 
     def _entry_made_here(
-        self, parent: Node, name: bytes, mode: int, abilities: m.Abilities
-    ) -> m.Entry:
+        self, parent: Node, name: bytes, mode: int, capabilities: Capabilities
+    ) -> Entry:
         self._permissions.check_made_here(parent)
         now = time.time_ns()
-        now -= now % abilities.mtime_resolution_ns
+        now -= now % capabilities.mtime_resolution_ns
         shown = stat.S_IFREG | stat.S_IMODE(mode)
         gid = parent.entry.gid if parent.entry.mode & stat.S_ISGID else self._gid
-        return m.Entry(name, shown, 0, now, now, self._permissions.uid, gid)
+        return Entry(name, shown, 0, now, now, self._permissions.uid, gid)
 
     def _add(self, opened: OpenFile) -> int:
         self._next += 1
@@ -340,13 +345,13 @@ class Files(Closing):
         """The file was written to now: its size and mtime as the mount shows them, and its mode:
         for all but root, writing clears the set-ID bits (of others' files where it is written)."""
         now = time.time_ns()
-        now -= now % content.abilities.mtime_resolution_ns
+        now -= now % content.capabilities.mtime_resolution_ns
         is_own = self._permissions.uid and node.entry.uid == self._permissions.uid
         mode = mode_without_ids(node.entry) if is_own else None
         if content.pending:  # a time that was set before is not to come back with the upload
             content.pending = msgspec.structs.replace(content.pending, mtime_ns=None)
         if mode is not None:
-            content.pending = merge_attributes(content.pending, m.Attributes(mode=mode))
+            content.pending = merge_attributes(content.pending, Attributes(mode=mode))
         full = node.entry.mode if mode is None else stat.S_IFREG | mode
         self._tree.set_local(
             node, msgspec.structs.replace(node.entry, size=content.size, mtime_ns=now, mode=full)
@@ -416,7 +421,7 @@ class Files(Closing):
 
     def take_up(self, node: Node, namespace: Namespace, row: Unconfirmed, file: CacheFile) -> None:
         """An earlier mount left this file: it is written as far as the row says."""
-        content = self._make_content(node, namespace, row.abilities, file)
+        content = self._make_content(node, namespace, row.capabilities, file)
         content.base_size = row.base_size
         content.pending, content.resized = row.pending, row.resized
         content.new, content.replace, content.attempted = row.new, row.replace, row.attempted

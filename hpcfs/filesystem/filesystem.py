@@ -1,9 +1,9 @@
 """What each operation means. Runs with no mount (kernel/ calls it) and no network (a namespace's
-remote is behind filesystem/namespace.py).
+remote is behind site/namespace.py).
 
 Operations take inode numbers and handles, and return nodes, bytes or numbers. They raise
-FilesystemError (filesystem/errors.py) or RemoteError (transfer/messages.py) and nothing else that
-is expected. Open files are files.py's, open directories directories.py's.
+FilesystemError (model/errors.py) or RemoteError (protocol/messages.py) and nothing else that
+is expected. Open files are files.py's, open directories directories/directories.py's.
 """
 
 from __future__ import annotations
@@ -18,27 +18,33 @@ import msgspec
 import trio
 
 from hpcfs.cache.store import Store
+from hpcfs.directories.directories import Directories, directory_entry
 from hpcfs.filesystem.attributes import AttributeChanges
-from hpcfs.filesystem.directories import Directories, directory_entry
-from hpcfs.filesystem.errors import (
-    CrossNamespace,
-    Exists,
-    Invalid,
-    NameLong,
-    NoEntry,
-    NoSuchKind,
-    NotDirectory,
-    ReadOnly,
-)
 from hpcfs.filesystem.files import Files
-from hpcfs.filesystem.links import Links
 from hpcfs.filesystem.makers import UNKNOWN_PROCESS, Makers
-from hpcfs.filesystem.namespace import Namespace
-from hpcfs.filesystem.permissions import Permissions
-from hpcfs.filesystem.renaming import Renaming, check_empty
-from hpcfs.filesystem.tree import ROOT_INO, Node, Tree, join
+from hpcfs.filesystem.rename import Renamer, check_empty
+from hpcfs.filesystem.symlinks import Symlinks
 from hpcfs.filesystem.xattrs import ExtendedAttributes
-from hpcfs.transfer import messages as m
+from hpcfs.inodes.permissions import Permissions
+from hpcfs.inodes.tree import ROOT_INO, Node, Tree, join
+from hpcfs.model.entries import Attributes, Entry
+from hpcfs.model.errors import (
+    AlreadyExists,
+    CrossDevice,
+    InvalidRequest,
+    NameTooLong,
+    NoSuchKind,
+    NotADirectory,
+    NotConnected,
+    NotFound,
+    NotSupported,
+    ReadOnly,
+    RemoteError,
+    Unreachable,
+)
+from hpcfs.model.usage import DiskUsage
+from hpcfs.protocol import messages as m
+from hpcfs.site.namespace import Namespace
 from hpcfs.writeback.uploader import Uploader
 
 log = logging.getLogger(__name__)
@@ -47,7 +53,7 @@ MAX_NAME_BYTES = 255
 ROOT_PATIENCE = 1.0
 """Seconds that a look at a namespace's folder in the mount's top waits for the remote."""
 USAGE_PATIENCE = 2.0
-UNLIMITED = m.DiskUsage(1 << 50, 1 << 50, 1 << 50, 1 << 32, 1 << 32)
+UNLIMITED = DiskUsage(1 << 50, 1 << 50, 1 << 50, 1 << 32, 1 << 32)
 """What df shows of a remote that knows no limit: 1 PiB free."""
 
 
@@ -81,25 +87,30 @@ class Filesystem:
                 self.tree.add(self.tree.root, name, entry, 0.0, namespace)
         self.permissions = Permissions(self._uid)
         self.files = Files(self.tree, store, uploader, nursery, self.permissions, self._gid)
-        self._links = Links(self.tree, self.lookup, mountpoint)
+        self._links = Symlinks(self.tree, self.lookup, mountpoint)
         self.makers = Makers()
-        self._renaming = Renaming(self.tree, store, self.files)
+        self._renaming = Renamer(self.tree, store, self.files)
         self._attributes = AttributeChanges(self.tree, store, self.files, self._uid)
         keeping = any(namespace.keeps_xattrs for namespace in self._namespaces)
         self.xattrs = ExtendedAttributes(
             self.getattr, self._attributes, self.permissions, any_keeps=keeping
         )
         self.directories = Directories(
-            self.tree, self._adopt, self.files.sweeper, str(store.directory), store.spool, nursery
+            self.tree,
+            self._adopt,
+            self.files.file_prefetcher,
+            str(store.directory),
+            store.spool,
+            nursery,
         )
 
     # --- looking --------------------------------------------------------------------------------
 
     async def lookup(self, parent_ino: int, name: bytes, process: int = UNKNOWN_PROCESS) -> Node:
-        """For this process. Raises NoEntry where there is no such name."""
+        """For this process. Raises NotFound where there is no such name."""
         parent = self._directory(parent_ino)
         if len(name) > MAX_NAME_BYTES:
-            raise NameLong("names have at most 255 bytes")
+            raise NameTooLong("names have at most 255 bytes")
         if name == b".":
             return parent
         if name == b"..":
@@ -111,12 +122,12 @@ class Filesystem:
         ):
             return child
         if parent.namespace is None:
-            raise NoEntry("the mount's top has only namespaces")
+            raise NotFound("the mount's top has only namespaces")
         try:
             if listed := self._listed(parent, name, child, process):
                 return listed
             node = await self._look_up(parent, name, child)
-        except NoEntry:
+        except NotFound:
             self.makers.missed(process, (parent, name))
             raise
         if child is None:
@@ -125,7 +136,7 @@ class Filesystem:
 
     def _listed(self, parent: Node, name: bytes, child: Node | None, process: int) -> Node | None:
         """What a listing of a moment ago tells; None if the remote must be asked. No await. Raises
-        NoEntry if it has no such name, and the process would make it."""
+        NotFound if it has no such name, and the process would make it."""
         found = self.directories.find(parent, name)
         if found is None:
             return None
@@ -139,26 +150,26 @@ class Filesystem:
             return None
         if child is not None:
             self._lose(parent, name, child)
-        raise NoEntry("a listing of a moment ago does not have this name")
+        raise NotFound("a listing of a moment ago does not have this name")
 
     async def _look_up(self, parent: Node, name: bytes, child: Node | None) -> Node:
         asked = self.tree.now()
         assert parent.namespace
         try:
             entry = await parent.namespace.stat(join(parent, name))
-        except m.NotConnected:
+        except NotConnected:
             if parent.namespace.sleeps and child:
                 return child
             if parent.namespace.sleeps and self.directories.was_missing(parent, name):
-                raise NoEntry("this name was not there when the laptop was") from None
+                raise NotFound("this name was not there when the laptop was") from None
             raise
-        except m.NotFound as error:
+        except NotFound:
             child = self.tree.child(parent, name)
             if child and not self._is_ahead(child) and child.named <= asked:
                 self._lose(parent, name, child)
             elif child:
                 return child
-            raise NoEntry(error.message) from None
+            raise
         if child and child.content and not child.others and not self._is_ahead(child):
             if await self.files.is_same(child.content, entry):
                 self.tree.update(child, entry, asked)
@@ -178,7 +189,7 @@ class Filesystem:
         removed here while it is open."""
         return node.content is not None and (node.content.is_dirty() or node.content.orphan)
 
-    def _adopt(self, parent: Node, name: bytes, entry: m.Entry, asked: float) -> Node:
+    def _adopt(self, parent: Node, name: bytes, entry: Entry, asked: float) -> Node:
         """The node for what the remote listed or answered under this name. No await."""
         child = self.tree.child(parent, name)
         if child is None:
@@ -195,7 +206,7 @@ class Filesystem:
         if content is None or entry.version == content.version:
             self.tree.update(child, entry, asked)
             return child
-        if content.abilities.handles and entry.size > content.size:
+        if content.capabilities.handles and entry.size > content.size:
             return child  # perhaps it grew: a lookup or getattr of its own will ask
         self.files.lose(child)
         return self.tree.add(parent, name, entry, asked)
@@ -229,9 +240,9 @@ class Filesystem:
         once it is away."""
         try:
             await self._refresh(node)
-        except m.Unreachable as error:
+        except Unreachable as error:
             assert node.namespace
-            is_away = node.namespace.sleeps and isinstance(error, m.NotConnected)
+            is_away = node.namespace.sleeps and isinstance(error, NotConnected)
             if node.content is None and not is_away:
                 raise
             log.debug("attributes of %r are old: %s", node.path, error.message)
@@ -243,12 +254,12 @@ class Filesystem:
         with trio.move_on_after(ROOT_PATIENCE):
             try:
                 entry = await node.namespace.stat(b"")
-            except m.RemoteError as error:
+            except RemoteError as error:
                 log.debug("namespace %s: %s", node.namespace.name, error.message)
             else:
                 self.tree.update(node, entry, asked)
                 return
-        node.observed = node.named = self.tree.now()
+        node.validated_at = node.named = self.tree.now()
 
     async def _refresh(self, node: Node) -> None:
         assert node.namespace
@@ -262,7 +273,7 @@ class Filesystem:
             return  # removed, and known by an open handle or as a working directory
         try:
             entry = await node.namespace.stat(node.path)
-        except m.NotFound as error:
+        except NotFound:
             if node.content:
                 return  # it is open: it still is what it was
             if node.others and node.parent:
@@ -270,14 +281,14 @@ class Filesystem:
                 await self._refresh(node)
                 return
             self.tree.detach(node)
-            raise NoEntry(error.message) from None
+            raise
         if node.content is None or entry.version == node.content.version:
             self.tree.update(node, entry, asked)
 
     async def readlink(self, ino: int) -> bytes:
         node = self.tree.get(ino)
         if node.namespace is None or not node.is_link:
-            raise Invalid("only a symbolic link has a target")
+            raise InvalidRequest("only a symbolic link has a target")
         return await self._links.target(node)
 
     async def access(self, ino: int, mask: int) -> None:
@@ -287,14 +298,14 @@ class Filesystem:
             self._writable(node)
         await self.permissions.check_access(node, mask)
 
-    async def disk_usage(self) -> m.DiskUsage:
+    async def disk_usage(self) -> DiskUsage:
         """FUSE's statfs names no file: the roomiest namespace answers for all."""
-        found: list[m.DiskUsage] = []
+        found: list[DiskUsage] = []
 
         async def ask(namespace: Namespace) -> None:
             try:
-                usage = await namespace.call(m.GetDiskUsage(), m.DiskUsage | None)  # type: ignore[arg-type]
-            except m.RemoteError as error:
+                usage = await namespace.call(m.GetDiskUsage(), DiskUsage | None)  # type: ignore[arg-type]
+            except RemoteError as error:
                 log.debug("disk usage of %s: %s", namespace.name, error.message)
             else:
                 found.append(usage or UNLIMITED)
@@ -310,7 +321,7 @@ class Filesystem:
     def _directory(self, ino: int) -> Node:
         node = self.tree.get(ino)
         if not node.is_directory:
-            raise NotDirectory("a directory was needed")
+            raise NotADirectory("a directory was needed")
         return node
 
     def _writable(self, node: Node) -> Namespace:
@@ -324,7 +335,7 @@ class Filesystem:
         """The directory in which `name` is to be made or removed."""
         parent = self._directory(ino)
         if len(name) > MAX_NAME_BYTES:
-            raise NameLong("names have at most 255 bytes")
+            raise NameTooLong("names have at most 255 bytes")
         namespace = self._writable(parent)
         await self.permissions.check_directory(parent, os.W_OK | os.X_OK)
         self.files.backlog.directory_times.forget(parent)
@@ -336,7 +347,7 @@ class Filesystem:
         self.tree.note_made(parent, name)
         return parent, namespace
 
-    def _made(self, parent: Node, name: bytes, entry: m.Entry, asked: float, process: int) -> Node:
+    def _made(self, parent: Node, name: bytes, entry: Entry, asked: float, process: int) -> Node:
         self.makers.made(process, (parent, name))
         if known := self.tree.child(parent, name):
             self.tree.detach(known)
@@ -348,7 +359,7 @@ class Filesystem:
         """The remote does not know of a file that is to be made there."""
         known = self.tree.child(parent, name)
         if known and known.content and known.content.may_be_missing:
-            raise Exists("the name is taken")
+            raise AlreadyExists("the name is taken")
 
     async def mkdir(
         self, parent_ino: int, name: bytes, mode: int, process: int = UNKNOWN_PROCESS
@@ -378,13 +389,13 @@ class Filesystem:
         parent, namespace = await self._about_to_change(parent_ino, name)
         node = self.tree.get(ino)
         if node.namespace is not namespace:
-            raise CrossNamespace("a hard link can't lead to another namespace")
+            raise CrossDevice("a hard link can't lead to another namespace")
         self._refuse_pending(parent, name)
         await self._renaming.flush_below(node)
         asked = self.tree.now()
         try:
             entry = await namespace.entry(m.MakeLink(node.path, join(parent, name)))
-        except m.NotSupported as error:
+        except NotSupported as error:
             raise NoSuchKind(error.message) from None
         if not node.is_attached or self._is_ahead(node):
             return self._made(parent, name, entry, asked, UNKNOWN_PROCESS)
@@ -402,13 +413,13 @@ class Filesystem:
         parent, _ = await self._about_to_change(parent_ino, name)
         if known := self.tree.child(parent, name):
             if flags & os.O_EXCL:
-                raise Exists("the file exists")
+                raise AlreadyExists("the file exists")
             return (await self.files.open(known, flags))[0], known
         try:
             handle, node = await self.files.create(parent, name, mode, flags)
             self.tree.note_made(parent, name)
             self.makers.made(process, (parent, name))
-        except m.AlreadyExists:
+        except AlreadyExists:
             self.makers.does_else(process)
             self.tree.note_made(parent, name)
             if flags & os.O_EXCL:
@@ -463,7 +474,7 @@ class Filesystem:
         parent, namespace = await self._parent(parent_ino, name)
         new_parent, new_namespace = await self._parent(new_parent_ino, new_name)
         if namespace is not new_namespace:
-            raise CrossNamespace("a rename can't lead to another namespace")
+            raise CrossDevice("a rename can't lead to another namespace")
         if (parent, name) == (new_parent, new_name):
             return
         node = await self.lookup(parent_ino, name)
@@ -484,14 +495,14 @@ class Filesystem:
         if child is None and node.content is not None and node.content.new:
             try:
                 return await self.lookup(parent.ino, name, process)
-            except NoEntry:
+            except NotFound:
                 return None
         return child
 
     # --- attributes -------------------------------------------------------------------------------
 
     async def setattr(
-        self, ino: int, attributes: m.Attributes, size: int | None, handle: int | None
+        self, ino: int, attributes: Attributes, size: int | None, handle: int | None
     ) -> Node:
         node = self.tree.get(ino)
         namespace = self._writable(node)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from hpcfs.filesystem.tree import Node
+from hpcfs.inodes.tree import Node
 
 RUN = 128
 """Names made in a row."""

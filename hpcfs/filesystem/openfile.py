@@ -6,10 +6,10 @@ import os
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from hpcfs.cache.readahead import Readahead
-from hpcfs.filesystem.content import Content
-from hpcfs.filesystem.errors import BadHandle, Stale
-from hpcfs.filesystem.tree import Node
+from hpcfs.content.content import Content
+from hpcfs.inodes.tree import Node
+from hpcfs.model.errors import BadHandle, Stale
+from hpcfs.prefetch.readahead import Readahead
 
 
 class Opened(NamedTuple):
@@ -39,7 +39,7 @@ class OpenFile:
         content = self.content
         reads = not (self.is_writable or content.size or content.is_dirty())
         self.is_unsized = (
-            reads and content.abilities.handles and not content.namespace.is_empty(content)
+            reads and content.capabilities.handles and not content.namespace.is_empty(content)
         )
 
     @property

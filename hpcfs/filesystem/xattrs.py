@@ -10,11 +10,18 @@ import os
 from collections.abc import Awaitable, Callable
 
 from hpcfs.filesystem.attributes import AttributeChanges
-from hpcfs.filesystem.errors import AttributesFull, Invalid, NoAttribute, ReadOnly, Unsupported
-from hpcfs.filesystem.namespace import Namespace
-from hpcfs.filesystem.permissions import Permissions
-from hpcfs.filesystem.tree import Node
-from hpcfs.transfer import messages as m
+from hpcfs.inodes.permissions import Permissions
+from hpcfs.inodes.tree import Node
+from hpcfs.model.entries import Attributes
+from hpcfs.model.errors import (
+    AttributesFull,
+    InvalidRequest,
+    NoAttribute,
+    NotSupported,
+    ReadOnly,
+)
+from hpcfs.model.xattrs import XATTRS_TEXT_BYTES, changed_xattrs, xattrs_text
+from hpcfs.site.namespace import Namespace
 
 PREFIX = b"user."
 
@@ -57,8 +64,8 @@ class ExtendedAttributes:
     async def set(self, ino: int, name: bytes, value: bytes) -> None:
         _check_name(name)
         node = await self._get_node(ino)
-        after = m.changed_xattrs(node.entry.xattrs, {name: value})
-        if len(m.xattrs_text(after)) > m.XATTRS_TEXT_BYTES:
+        after = changed_xattrs(node.entry.xattrs, {name: value})
+        if len(xattrs_text(after)) > XATTRS_TEXT_BYTES:
             raise AttributesFull("the extended attributes of a file on S3 have some 1 KiB in all")
         await self._change(node, {name: value})
 
@@ -71,17 +78,17 @@ class ExtendedAttributes:
             raise ReadOnly("attributes can't be changed here")
         namespace = _keeper(node)
         await self._permissions.check_access(node, os.W_OK)
-        await self._changes.change(namespace, node, m.Attributes(xattrs=changes))
+        await self._changes.change(namespace, node, Attributes(xattrs=changes))
 
 
 def _check_name(name: bytes) -> None:
     if not name.startswith(PREFIX):
-        raise Unsupported("extended attributes have names that begin with user.")
+        raise NotSupported("extended attributes have names that begin with user.")
     if name == PREFIX:
-        raise Invalid("the attribute has no name")
+        raise InvalidRequest("the attribute has no name")
 
 
 def _keeper(node: Node) -> Namespace:
     if node.namespace is None or not node.namespace.keeps_xattrs:
-        raise Unsupported("there are no extended attributes here")
+        raise NotSupported("there are no extended attributes here")
     return node.namespace

@@ -16,12 +16,12 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import pyfuse3
 
-from hpcfs.filesystem.errors import Invalid, NoEntry
 from hpcfs.filesystem.files import OPEN_FRESH_SECONDS
 from hpcfs.filesystem.filesystem import Filesystem
-from hpcfs.filesystem.tree import ATTRIBUTE_SECONDS, Node
+from hpcfs.inodes.tree import ATTRIBUTE_SECONDS, Node
 from hpcfs.kernel.errno import errno_of
-from hpcfs.transfer.messages import Attributes, RemoteError
+from hpcfs.model.entries import Attributes
+from hpcfs.model.errors import InvalidRequest, NotFound, RemoteError
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,11 @@ def _deserves_line(number: int, message: str) -> bool:
     return True
 
 
-_EVERYDAY = frozenset({errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTSUP, errno.EXDEV})
+_EVERYDAY = frozenset(
+    {errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTSUP, errno.EXDEV}
+    | {errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENAMETOOLONG, errno.EROFS}
+)
+"""The program's own affair, whoever told it."""
 """Answers that programs provoke all the time; the log is for the others."""
 
 
@@ -128,7 +132,7 @@ class KernelOperations(pyfuse3.Operations):
     async def lookup(self, parent: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
         try:
             return self._counted(await self._fs.lookup(parent, name, ctx.pid))
-        except NoEntry:
+        except NotFound:
             missing = pyfuse3.EntryAttributes()
             missing.st_ino = 0  # lets the kernel remember for a while that there is no such name
             missing.entry_timeout = OPEN_FRESH_SECONDS
@@ -249,7 +253,7 @@ class KernelOperations(pyfuse3.Operations):
         ctx: Any,
     ) -> None:
         if flags & ~_RENAME_NOREPLACE:
-            raise Invalid("two names can't be exchanged")
+            raise InvalidRequest("two names can't be exchanged")
         replace = not flags & _RENAME_NOREPLACE
         await self._fs.rename(
             parent_old, name_old, parent_new, name_new, replace=replace, process=ctx.pid

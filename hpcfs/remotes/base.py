@@ -1,7 +1,7 @@
 """The Remote protocol: what a namespace's remote can be asked, whatever serves it.
 
 A remote runs in a transfer process, on asyncio. It knows nothing of inodes, FUSE or the cache's
-index. Its methods raise `RemoteError`s (transfer/messages.py) and nothing else: each remote
+index. Its methods raise `RemoteError`s (protocol/messages.py) and nothing else: each remote
 translates its library's errors once, at its own edge. What comes from the server (names, sizes,
 links) is checked here before it travels on: nothing from a remote is trusted.
 
@@ -14,17 +14,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
-from hpcfs.transfer.messages import (
-    NO_HANDLE,
-    Abilities,
-    Attributes,
-    DiskUsage,
-    Entry,
-    ProtocolError,
-    Traffic,
-    Upload,
-    UploadAhead,
-)
+from hpcfs.model.capabilities import Capabilities
+from hpcfs.model.entries import NO_HANDLE, Attributes, Entry
+from hpcfs.model.errors import ProtocolError
+from hpcfs.model.uploads import Upload, UploadAhead
+from hpcfs.model.usage import DiskUsage, Traffic
 
 MAX_NAME_BYTES = 255
 """NAME_MAX on Linux: longer names can't be shown through the kernel."""
@@ -60,9 +54,9 @@ def no_report(done: int) -> None:
 
 
 class Remote(Protocol):
-    """One namespace. Paths are bytes relative to its root (see transfer/messages.py)."""
+    """One namespace. Paths are bytes relative to its root (see protocol/messages.py)."""
 
-    async def connect(self) -> Abilities: ...
+    async def connect(self) -> Capabilities: ...
 
     async def stat(self, path: bytes) -> Entry: ...
 

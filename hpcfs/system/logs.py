@@ -14,7 +14,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 
 MAX_LOG_BYTES = 10 * 1024 * 1024
 """A larger one is put aside when the next process begins."""

@@ -16,7 +16,7 @@ import struct
 from pathlib import Path
 from typing import Protocol
 
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 
 _CREDENTIALS = struct.Struct("3i")
 """unix(7)'s struct ucred: pid, uid, gid."""

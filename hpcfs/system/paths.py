@@ -14,7 +14,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 from hpcfs.system import ownership
 
 SHARED_TMP = Path("/tmp")  # noqa: S108 - what others made there is not used

@@ -11,7 +11,7 @@ import ctypes
 import os
 from pathlib import Path
 
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000

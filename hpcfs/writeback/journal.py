@@ -3,7 +3,7 @@
 A row stands for a file with dirty bytes: it is made before the first byte of a file is dirty,
 brought up to date when the file is closed and when an upload begins, and removed when the remote
 confirmed it. The bytes themselves are in the cache file that the row names. What an earlier mount
-left is taken up by the next one (filesystem/restoring.py). A file that can be neither uploaded nor
+left is taken up by the next one (writeback/recovery.py). A file that can be neither uploaded nor
 shown is *kept*: its bytes move to `kept/`, and `hpcfs status` lists it with the reason.
 
 SQLite in WAL mode. A row survives the daemon's death at any moment. Loss of power survives what was
@@ -26,7 +26,7 @@ from typing import TypeVar
 import msgspec
 import trio
 
-from hpcfs.transfer.messages import Abilities, Attributes, Entry
+from hpcfs.content.record import Unconfirmed
 
 log = logging.getLogger(__name__)
 
@@ -42,46 +42,6 @@ CREATE TABLE synced (times INTEGER NOT NULL);
 INSERT INTO synced VALUES (0);
 """
 _COPY_BYTES = 1024 * 1024
-
-
-class Unconfirmed(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A file that the remote has not confirmed.
-
-    `name` is its cache file's, `data` the path of its bytes, `origin` names the remote folder
-    across mounts. `ranges` are the dirty (start, end) pairs in bytes, extended to whole blocks:
-    outside of them, and below `base_size`, the bytes of the remote's `version` count. `entry` is
-    what the mount shows, `pending` what is to be set besides times. The flags are Content's: the
-    remote has no such file yet (`new`), it was open and
-    more was to come (`writing`), what has the name there is to be replaced in one step
-    (`replace`), an upload may have begun to write (`attempted`), the size changed (`resized`),
-    what is dirty was appended, and belongs to the remote's end (`appended`).
-    `reason` is empty while nothing was refused.
-    """
-
-    name: str
-    namespace: str
-    origin: str
-    path: bytes
-    size: int
-    base_size: int
-    ranges: list[tuple[int, int]]
-    data: str
-    version: bytes
-    entry: Entry
-    abilities: Abilities
-    pending: Attributes = Attributes()
-    new: bool = False
-    replace: bool = False
-    resized: bool = False
-    attempted: bool = False
-    appended: bool = False
-    writing: bool = False
-    reason: str = ""
-    since: float = 0.0
-
-    @property
-    def is_kept(self) -> bool:
-        return Path(self.data).parent.name == "kept"
 
 
 class Journal:

@@ -14,21 +14,16 @@ from typing import Any, Protocol
 
 import trio
 
-from hpcfs.transfer.messages import (
-    CacheDiskFull,
-    Conflict,
-    Entry,
-    NotConnected,
-    NotSupported,
-    RemoteError,
-)
-from hpcfs.writeback.journal import Journal, Unconfirmed
+from hpcfs.content.record import Unconfirmed
+from hpcfs.model.entries import Entry
+from hpcfs.model.errors import CacheFull, Conflict, NotConnected, NotSupported, RemoteError
+from hpcfs.writeback.journal import Journal
 
 log = logging.getLogger(__name__)
 
 
 class Uploadable(Protocol):
-    """What the uploader needs of an open file (filesystem/content.py)."""
+    """What the uploader needs of an open file (content/content.py)."""
 
     upload_lock: trio.Lock
     journaled: bool
@@ -94,7 +89,7 @@ class Uploader:
     async def writing(self, file: Uploadable) -> AsyncIterator[None]:
         """Around whatever makes bytes dirty: the journal knows of the file before, and until then.
 
-        Raises CacheDiskFull when the journal can't be written.
+        Raises CacheFull when the journal can't be written.
         """
         file.writers += 1
         try:
@@ -112,7 +107,7 @@ class Uploader:
     async def secure(self, file: Uploadable, *, instead_of: str | None = None) -> None:
         """The journal has all that is dirty, and a loss of power does not take it away.
 
-        Raises CacheDiskFull when the journal can't be written.
+        Raises CacheFull when the journal can't be written.
         """
         file.use_disk()
         await self._note(file, durable=True, instead_of=instead_of)
@@ -129,7 +124,7 @@ class Uploader:
             row = row or file.unconfirmed()
             await self.journal.note(row, durable=durable, instead_of=instead_of)
         except (sqlite3.Error, OSError) as error:
-            raise CacheDiskFull(f"the journal in the cache can't be written: {error}") from None
+            raise CacheFull(f"the journal in the cache can't be written: {error}") from None
         file.journaled = True
 
     async def upload(
@@ -179,13 +174,13 @@ class Uploader:
         return entry
 
     async def note_writing(self, file: Uploadable) -> None:
-        """It is open and dirty: what is known of it so far. Raises CacheDiskFull."""
+        """It is open and dirty: what is known of it so far. Raises CacheFull."""
         await self._note(file, file.unconfirmed(writing=True))
 
     async def note_cut(self, file: Uploadable, size: int) -> None:
         """Before the file is cut: a row that claims bytes which are gone would make zeros of them.
 
-        Raises CacheDiskFull when the journal can't be written.
+        Raises CacheFull when the journal can't be written.
         """
         row = file.cut_to(size)
         if row is not None:
@@ -197,7 +192,7 @@ class Uploader:
         """A journal that can't be written is no reason not to bring the bytes to the remote."""
         try:
             await self._note(file, file.unconfirmed(reason), durable=durable)
-        except CacheDiskFull as error:
+        except CacheFull as error:
             log.error("%s", error.message)  # noqa: TRY400 - no bug: the message says it all
 
     async def forget(self, file: Uploadable) -> None:

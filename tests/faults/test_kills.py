@@ -23,7 +23,7 @@ import pytest
 
 from hpcfs.control import control
 from hpcfs.control.control import Request
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 from hpcfs.system import paths
 from tests.support.mounts import (
     Mount,

@@ -17,23 +17,15 @@ import trio
 import trio.testing
 import uvloop
 
-from hpcfs.transfer import client as client_module, messages as m
-from hpcfs.transfer.child import Child
-from hpcfs.transfer.client import SiteClient
-from hpcfs.transfer.messages import (
-    Entry,
-    Fetch,
-    Fetched,
-    RemoteError,
-    S3Root,
-    S3Site,
-    Secret,
-    Start,
-    Stat,
-    TimedOut,
-    Unreachable,
-)
-from hpcfs.transfer.process import Connection
+from hpcfs.model.entries import Entry
+from hpcfs.model.errors import RemoteError, TimedOut, Unreachable
+from hpcfs.model.sites import S3Root, S3Site, Secret, Start
+from hpcfs.protocol import messages as m
+from hpcfs.protocol.messages import Fetch, Fetched, Stat
+from hpcfs.site import client as client_module
+from hpcfs.site.client import SiteClient
+from hpcfs.site.worker_process import WorkerProcess
+from hpcfs.worker.main import Connection
 
 SECONDS = 30.0
 NOBODY = "http://127.0.0.1:1"
@@ -149,7 +141,7 @@ def test_nonsense_ends_the_process_alone(
             process = await trio.lowlevel.open_process(
                 [sys.executable, "-c", code, str(theirs.fileno())], pass_fds=(theirs.fileno(),)
             )
-        child = Child(process, ours, files)
+        child = WorkerProcess(process, ours, files)
         with trio.fail_after(SECONDS):
             await child.run(lambda message: None)
         assert child.ended

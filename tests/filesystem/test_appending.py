@@ -9,14 +9,16 @@ import pytest
 import trio
 import trio.lowlevel
 
-from hpcfs.filesystem.namespace import WriteMode
-from hpcfs.transfer import messages as m
-from hpcfs.transfer.messages import BLOCK_BYTES
+from hpcfs.model.entries import BLOCK_BYTES
+from hpcfs.model.errors import Conflict, Unreachable
+from hpcfs.model.uploads import Upload
+from hpcfs.protocol import messages as m
+from hpcfs.site.namespace import WriteMode
 from tests.filesystem.test_back import killed_and_mounted_again
 from tests.filesystem.world import KINDS, RW, World, live, world
 
 APPEND = os.O_WRONLY | os.O_APPEND
-LOST = m.Unreachable("the connection was lost")
+LOST = Unreachable("the connection was lost")
 LINE = b"from here\n"
 SHORT, LONG = b"line\n", b"a line of a log\n" * 9000
 """A part of a block, and several."""
@@ -60,7 +62,7 @@ def test_what_others_appended_since_the_open_stays(
             reader = await w.kernel.open("ns/log", os.O_RDONLY)
             assert await w.kernel.pread(reader, 0, 1 << 20) == old
             handle = await w.kernel.open("ns/log", APPEND)
-            held = w.cues.hold(m.Upload)
+            held = w.cues.hold(Upload)
             await w.kernel.pwrite(handle, 0, LINE)
             w.remote.append(b"log", LONG)
             held.go.set()
@@ -121,7 +123,7 @@ def test_a_log_that_was_cut_gets_no_zeros(write: WriteMode, tmp_path: Path) -> N
         async with world(tmp_path, "sftp", write=write) as w:
             w.remote.put(b"log", LONG)
             handle = await w.kernel.open("ns/log", APPEND)
-            held = w.cues.hold(m.Upload)
+            held = w.cues.hold(Upload)
             await w.kernel.pwrite(handle, 0, LINE)
             w.remote.overwrite(b"log", SHORT)
             held.go.set()
@@ -153,7 +155,7 @@ def test_what_is_appended_during_an_upload_follows_it(write: WriteMode, tmp_path
             w.remote.put(b"log", LONG)
             handle = await w.kernel.open("ns/log", APPEND)
             await w.kernel.pwrite(handle, 0, b"first\n")
-            held = w.cues.hold(m.Upload)
+            held = w.cues.hold(Upload)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(w.kernel.fsync, handle)
                 await held.reached.wait()
@@ -182,8 +184,8 @@ def test_an_answer_that_was_lost_appends_nothing_twice(
             w.remote.put(b"log", SHORT)
             handle = await w.kernel.open("ns/log", APPEND)
             await w.kernel.pwrite(handle, 0, LINE)
-            w.cues.fail(m.Upload, LOST, stage=stage)
-            with pytest.raises(m.Unreachable):
+            w.cues.fail(Upload, LOST, stage=stage)
+            with pytest.raises(Unreachable):
                 await w.kernel.fsync(handle)
             w.remote.append(b"log", b"theirs\n")
             await w.kernel.close(handle)
@@ -220,7 +222,7 @@ def test_the_next_mount_appends_nothing_twice(tmp_path: Path) -> None:
     async def left(w: World) -> None:
         w.cues.clear()
         w.remote.put(b"log", LONG)
-        w.cues.hold(m.Upload, stage="after")
+        w.cues.hold(Upload, stage="after")
         await _append(w, "ns/log")
         with trio.fail_after(10):
             while w.remote.get(b"log") != LONG + LINE:
@@ -253,7 +255,7 @@ def test_what_is_not_only_appended_is_a_conflict(
             if w.remote.is_sftp:
                 await w.kernel.pwrite(writer, 0, b"A")
             w.remote.append(b"log", b"theirs\n")
-            with pytest.raises(m.Conflict):
+            with pytest.raises(Conflict):
                 await w.kernel.fsync(appender)
             for handle in (writer, appender):
                 await w.fs.files.release(handle)
@@ -271,6 +273,6 @@ async def test_a_file_that_was_removed_is_not_made_again(w: World) -> None:
     handle = await w.kernel.open("ns/log", APPEND)
     await w.kernel.pwrite(handle, 0, LINE)
     await w.remote.remove(b"log")
-    with pytest.raises(m.Conflict):
+    with pytest.raises(Conflict):
         await w.kernel.close(handle)
     assert b"log" not in w.remote.paths()

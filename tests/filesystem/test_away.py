@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from hpcfs.filesystem.errors import NoEntry
-from hpcfs.transfer import messages as m
+from hpcfs.model.errors import NotConnected, NotFound
 from tests.filesystem.test_back import synced
 from tests.filesystem.world import World, live, until
 
@@ -18,12 +17,12 @@ async def laptop(w: World) -> None:
     namespace = (await w.kernel.walk("ns")).namespace
     assert namespace
     namespace.sleeps = True
-    await namespace.abilities()
+    await namespace.capabilities()
 
 
 @contextmanager
 def away(w: World) -> Iterator[None]:
-    w.cues.fail(object, m.NotConnected("the laptop does not answer"), times=10_000)
+    w.cues.fail(object, NotConnected("the laptop does not answer"), times=10_000)
     w.clock.expire_attributes()
     yield
     w.cues.clear()
@@ -40,7 +39,7 @@ async def test_cached_files_stay_readable(w: World) -> None:
     with away(w):
         assert await w.kernel.read_file("ns/seen") == b"content"
         assert (await w.kernel.stat("ns/seen")).size == 7
-        with pytest.raises(m.NotConnected):  # of what is not cached
+        with pytest.raises(NotConnected):  # of what is not cached
             await w.kernel.read_file("ns/unseen")
     w.remote.put(b"seen", b"changed meanwhile")
     assert await w.kernel.read_file("ns/seen") == b"changed meanwhile"
@@ -52,9 +51,9 @@ async def test_names_that_nobody_looked_at_are_neither_there_nor_missing(w: Worl
     await laptop(w)
     with away(w):
         for name in ("file", "missing"):
-            with pytest.raises(m.NotConnected):
+            with pytest.raises(NotConnected):
                 await w.kernel.stat(f"ns/{name}")
-        with pytest.raises(m.NotConnected):
+        with pytest.raises(NotConnected):
             await w.kernel.listdir("ns")
 
 
@@ -68,7 +67,7 @@ async def test_names_that_were_not_listed_are_missing(w: World) -> None:
     with away(w):
         assert await w.kernel.exists("ns/file")
         assert not await w.kernel.exists("ns/missing")
-        with pytest.raises(m.NotConnected):  # file servers have these and do not list them
+        with pytest.raises(NotConnected):  # file servers have these and do not list them
             await w.kernel.exists("ns/.snapshot")
 
 
@@ -103,7 +102,7 @@ async def test_a_cluster_out_of_reach_is_an_error(w: World) -> None:
     w.remote.put(b"seen", b"content")
     await w.kernel.read_file("ns/seen")
     with away(w):
-        with pytest.raises(m.NotConnected):
+        with pytest.raises(NotConnected):
             await w.kernel.stat("ns/seen")
-        with pytest.raises(NoEntry):
+        with pytest.raises(NotFound):
             await w.kernel.open("elsewhere", os.O_RDONLY)

@@ -14,16 +14,24 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from hpcfs.cache.file import CacheFile
-from hpcfs.filesystem.errors import Exists, JournalFull
 from hpcfs.filesystem.makers import RUN
-from hpcfs.filesystem.namespace import WriteMode
-from hpcfs.transfer import messages as m
-from hpcfs.transfer.messages import BLOCK_BYTES
+from hpcfs.model.entries import BLOCK_BYTES, Attributes, Entry
+from hpcfs.model.errors import (
+    AlreadyExists,
+    DirectoryNotEmpty,
+    JournalFull,
+    NoSpace,
+    NotConnected,
+    RemoteError,
+)
+from hpcfs.model.uploads import Upload, UploadAhead
+from hpcfs.protocol import messages as m
+from hpcfs.site.namespace import WriteMode
 from tests.filesystem.world import KINDS, RW, Story, World, live, until, world
 from tests.support.memory_remote import MemoryRemote
 
 OLD, NEW = b"o" * BLOCK_BYTES, b"n" * BLOCK_BYTES
-NOTHING_UPLOADED = (m.Upload, m.Create, m.UploadAhead)
+NOTHING_UPLOADED = (Upload, m.Create, UploadAhead)
 
 
 back = partial(live, write="back")
@@ -34,12 +42,12 @@ async def synced(w: World) -> None:
 
 
 def uploads(w: World) -> int:
-    return w.cues.count(m.Upload)
+    return w.cues.count(Upload)
 
 
 @back()
 async def test_close_returns_before_the_remote_heard_of_the_file(w: World) -> None:
-    held = w.cues.hold(m.Upload)
+    held = w.cues.hold(Upload)
     await w.kernel.write_file("ns/f", NEW)
     assert w.remote.paths() == {}
     assert w.cues.count(m.Create) == 0
@@ -120,8 +128,8 @@ async def test_fsync_returns_when_the_remote_has_it(w: World) -> None:
 async def test_a_file_goes_up_once_with_its_last_name_and_attributes(w: World) -> None:
     """As rsync does it: a temporary name, mode and times, and then the name."""
     await w.kernel.write_file("ns/.f.tmp", NEW)
-    await w.kernel.setattr("ns/.f.tmp", m.Attributes(mtime_ns=10**18))
-    await w.kernel.setattr("ns/.f.tmp", m.Attributes(mode=0o600))
+    await w.kernel.setattr("ns/.f.tmp", Attributes(mtime_ns=10**18))
+    await w.kernel.setattr("ns/.f.tmp", Attributes(mode=0o600))
     await w.kernel.rename("ns/.f.tmp", "ns/f")
     assert (await w.kernel.stat("ns/f")).mtime_ns == 10**18
     await synced(w)
@@ -141,7 +149,7 @@ async def test_a_file_renamed_over_another_takes_its_place_in_one_step(w: World)
     assert w.remote.get(b"f") == OLD
     await synced(w)
     assert {path: w.remote.get(path) for path in w.remote.paths()} == {b"f": NEW}
-    (upload,) = [call for call in w.cues.calls if isinstance(call, m.Upload)]
+    (upload,) = [call for call in w.cues.calls if isinstance(call, Upload)]
     assert upload.replace
 
 
@@ -180,9 +188,9 @@ async def test_a_directory_that_is_filled_here_costs_no_questions(w: World) -> N
             w.cues.calls.clear()
         await w.kernel.exists(f"ns/d/{number}")
         await w.kernel.write_file(f"ns/d/.{number}.tmp", NEW)
-        await w.kernel.setattr(f"ns/d/.{number}.tmp", m.Attributes(mode=0o600, mtime_ns=10**18))
+        await w.kernel.setattr(f"ns/d/.{number}.tmp", Attributes(mode=0o600, mtime_ns=10**18))
         await w.kernel.rename(f"ns/d/.{number}.tmp", f"ns/d/{number}")
-    asked = [call for call in w.cues.calls if not isinstance(call, m.List | m.Upload)]
+    asked = [call for call in w.cues.calls if not isinstance(call, m.List | Upload)]
     assert asked == []
     await synced(w)
     assert len(w.remote.paths()) == RUN + 1
@@ -202,27 +210,27 @@ async def test_a_temporary_file_never_goes_up(w: World) -> None:
 
 @back()
 async def test_what_waits_has_its_name(w: World) -> None:
-    held = w.cues.hold(m.Upload)
+    held = w.cues.hold(Upload)
     await w.kernel.mkdir("ns/d")
     await w.kernel.write_file("ns/d/f", b"x")
     for refused in (w.kernel.mkdir("ns/d/f"), w.kernel.symlink("ns/d/f", b"t")):
-        with pytest.raises(Exists):
+        with pytest.raises(AlreadyExists):
             await refused
-    with pytest.raises(m.DirectoryNotEmpty):
+    with pytest.raises(DirectoryNotEmpty):
         await w.kernel.rmdir("ns/d")
     await w.kernel.write_file("ns/g", b"y")
-    with pytest.raises(Exists):
+    with pytest.raises(AlreadyExists):
         await w.kernel.rename("ns/g", "ns/d/f", replace=False)
     held.go.set()
 
 
 @back()
 async def test_a_directory_with_what_waits_is_not_replaced(w: World) -> None:
-    held = w.cues.hold(m.Upload)
+    held = w.cues.hold(Upload)
     for name in ("d", "e"):
         await w.kernel.mkdir(f"ns/{name}")
     await w.kernel.write_file("ns/d/f", NEW)
-    with pytest.raises(m.DirectoryNotEmpty):
+    with pytest.raises(DirectoryNotEmpty):
         await w.kernel.rename("ns/e", "ns/d")
     assert await w.kernel.read_file("ns/d/f") == NEW
     held.go.set()
@@ -233,9 +241,9 @@ async def test_a_directory_is_read_only_once_what_waits_in_it_is_there(w: World)
     """As cp -a and tar leave it: afterwards nothing can be made in it."""
     await w.kernel.mkdir("ns/d")
     await w.kernel.write_file("ns/d/f", NEW)
-    await w.kernel.setattr("ns/d", m.Attributes(mode=0o555))
+    await w.kernel.setattr("ns/d", Attributes(mode=0o555))
     kinds = [type(call) for call in w.cues.calls]
-    assert kinds.index(m.Upload) < kinds.index(m.SetAttributes)
+    assert kinds.index(Upload) < kinds.index(m.SetAttributes)
     assert w.remote.get(b"d/f") == NEW
 
 
@@ -263,7 +271,7 @@ async def test_an_existing_file_is_changed_in_the_journal_first(w: World) -> Non
 
 @back()
 async def test_many_files_go_up_at_once(w: World) -> None:
-    held = [w.cues.hold(m.Upload) for _ in range(20)]
+    held = [w.cues.hold(Upload) for _ in range(20)]
     for number in range(20):
         await w.kernel.write_file(f"ns/{number}", b"%d" % number)
     w.fs.files.backlog._hurry_all()
@@ -278,7 +286,7 @@ async def test_many_files_go_up_at_once(w: World) -> None:
 @back()
 async def test_what_is_written_while_it_goes_up_goes_up_after_it(w: World) -> None:
     await w.kernel.write_file("ns/f", OLD)
-    held = w.cues.hold(m.Upload, stage="after")
+    held = w.cues.hold(Upload, stage="after")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(synced, w)
         await held.reached.wait()
@@ -292,11 +300,11 @@ async def test_what_is_written_while_it_goes_up_goes_up_after_it(w: World) -> No
 
 @back()
 async def test_without_a_connection_it_waits_and_is_readable(w: World) -> None:
-    down = m.NotConnected("the link is down")
+    down = NotConnected("the link is down")
     await w.kernel.write_file("ns/f", NEW)
-    w.cues.fail(m.Upload, down, times=2)
+    w.cues.fail(Upload, down, times=2)
     w.cues.fail(m.Stat, down, times=100)
-    with pytest.raises(m.RemoteError, match="ns/f: the link is down"):
+    with pytest.raises(RemoteError, match="ns/f: the link is down"):
         await synced(w)
     assert await w.kernel.read_file("ns/f") == NEW
     (row,) = w.journal.rows
@@ -309,16 +317,16 @@ async def test_without_a_connection_it_waits_and_is_readable(w: World) -> None:
 @back()
 async def test_what_the_remote_refuses_stays_is_listed_and_told_once(w: World) -> None:
     await w.kernel.write_file("ns/f", NEW)
-    w.cues.fail(m.Upload, m.NoSpace("the quota is used up"))
-    with pytest.raises(m.RemoteError, match="the quota is used up"):
+    w.cues.fail(Upload, NoSpace("the quota is used up"))
+    with pytest.raises(RemoteError, match="the quota is used up"):
         await synced(w)
     await until(lambda: bool(w.journal.rows) and bool(w.journal.rows[0].reason))
     assert w.journal.rows[0].reason == "the quota is used up"
     assert await w.kernel.read_file("ns/f") == NEW
     handle = await w.kernel.open("ns/f")
     await w.kernel.pwrite(handle, 0, b"more")
-    w.cues.fail(m.Upload, m.NoSpace("the quota is used up"))
-    with pytest.raises(m.NoSpace):
+    w.cues.fail(Upload, NoSpace("the quota is used up"))
+    with pytest.raises(NoSpace):
         await w.kernel.close(handle)
     await synced_in_the_end(w)
     assert w.remote.get(b"f") == b"more" + NEW[4:]
@@ -327,7 +335,7 @@ async def test_what_the_remote_refuses_stays_is_listed_and_told_once(w: World) -
 
 async def synced_in_the_end(w: World) -> None:
     """The user asks again, after the remote refused once more."""
-    with pytest.raises(m.RemoteError):
+    with pytest.raises(RemoteError):
         await synced(w)
     await synced(w)
 
@@ -336,7 +344,7 @@ async def synced_in_the_end(w: World) -> None:
 async def test_what_others_wrote_meanwhile_is_not_overwritten(w: World) -> None:
     w.remote.put(b"f", OLD)
     assert await w.kernel.read_file("ns/f") == OLD
-    held = w.cues.hold(m.Upload)
+    held = w.cues.hold(Upload)
     handle = await w.kernel.open("ns/f")
     await w.kernel.pwrite(handle, 0, b"mine")
     await w.kernel.close(handle)
@@ -353,10 +361,10 @@ async def test_what_others_wrote_meanwhile_is_not_overwritten(w: World) -> None:
 @back("sftp")
 async def test_times_of_a_directory_outlast_the_uploads_into_it(w: World) -> None:
     """rsync and tar set them last. Who waits for the uploads waits for that, too."""
-    held = w.cues.hold(m.Upload)
+    held = w.cues.hold(Upload)
     await w.kernel.mkdir("ns/d")
     await w.kernel.write_file("ns/d/f", NEW)
-    await w.kernel.setattr("ns/d", m.Attributes(mtime_ns=10**18))
+    await w.kernel.setattr("ns/d", Attributes(mtime_ns=10**18))
     directory = w.remote.paths()[b"d"]
     assert directory.mtime_ns == 10**18
     again = w.cues.hold(m.SetAttributes)
@@ -375,7 +383,7 @@ async def test_times_of_a_directory_outlast_the_uploads_into_it(w: World) -> Non
 @back("sftp")
 async def test_times_of_a_directory_outlast_an_upload_that_ends_meanwhile(w: World) -> None:
     """The remote set them first, and was heard last."""
-    upload = w.cues.hold(m.Upload)
+    upload = w.cues.hold(Upload)
     await w.kernel.mkdir("ns/d")
     await w.kernel.write_file("ns/d/f", NEW)
     setting = w.cues.hold(m.SetAttributes, stage="after")
@@ -383,7 +391,7 @@ async def test_times_of_a_directory_outlast_an_upload_that_ends_meanwhile(w: Wor
     async with trio.open_nursery() as nursery:
         nursery.start_soon(synced, w)
         await upload.reached.wait()
-        nursery.start_soon(w.kernel.setattr, "ns/d", m.Attributes(mtime_ns=10**18))
+        nursery.start_soon(w.kernel.setattr, "ns/d", Attributes(mtime_ns=10**18))
         await setting.reached.wait()
         assert directory.mtime_ns == 10**18
         directory.mtime_ns = 5  # what the file's upload makes of it
@@ -397,7 +405,7 @@ async def test_times_of_a_directory_outlast_an_upload_that_ends_meanwhile(w: Wor
 async def test_a_full_journal_makes_writers_wait(w: World) -> None:
     backlog = w.fs.files.backlog
     backlog.limit = 2 * BLOCK_BYTES
-    held = w.cues.hold(m.Upload)
+    held = w.cues.hold(Upload)
     await w.kernel.write_file("ns/f", NEW * 3)
     handle = await w.kernel.open("ns/g", RW | os.O_CREAT)
     written = trio.Event()
@@ -421,8 +429,8 @@ async def test_a_journal_full_of_what_is_refused_lets_write_on(w: World) -> None
     """Nothing could make room by itself: the disk decides then."""
     w.fs.files.backlog.limit = BLOCK_BYTES
     await w.kernel.write_file("ns/f", NEW * 3)
-    w.cues.fail(m.Upload, m.NoSpace("the quota is used up"))
-    with pytest.raises(m.RemoteError):
+    w.cues.fail(Upload, NoSpace("the quota is used up"))
+    with pytest.raises(RemoteError):
         await synced(w)
     await w.kernel.write_file("ns/g", NEW)
     await synced(w)
@@ -454,7 +462,7 @@ def test_a_journal_that_stays_full_is_an_error(tmp_path: Path) -> None:
         async with world(tmp_path, "sftp", write="back") as w:
             w.fs.files.backlog.limit = BLOCK_BYTES
             await w.kernel.write_file("ns/f", NEW * 3)
-            held = w.cues.hold(m.Upload)
+            held = w.cues.hold(Upload)
             handle = await w.kernel.open("ns/g", RW | os.O_CREAT)
             with pytest.raises(JournalFull):
                 await w.kernel.pwrite(handle, 0, NEW)
@@ -470,8 +478,8 @@ def test_a_journal_that_stays_full_is_an_error(tmp_path: Path) -> None:
 async def refused(w: World, path: str = "ns/f", data: bytes = NEW) -> str:
     """A file that the remote refused; returns its id."""
     await w.kernel.write_file(path, data)
-    w.cues.fail(m.Upload, m.NoSpace("the quota is used up"))
-    with pytest.raises(m.RemoteError):
+    w.cues.fail(Upload, NoSpace("the quota is used up"))
+    with pytest.raises(RemoteError):
         await synced(w)
     (row,) = w.pending.pending()
     assert (row.state, row.reason, row.size) == ("failed", "the quota is used up", len(data))
@@ -517,8 +525,8 @@ async def test_a_kept_file_is_shown_and_uploaded_again(w: World) -> None:
     """`through` mode: the program was told, and the mount shows what the remote has."""
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
     await w.kernel.pwrite(handle, 0, b"precious")
-    w.cues.fail(m.Upload, m.NoSpace("the quota is used up"), times=2)
-    with pytest.raises(m.NoSpace):
+    w.cues.fail(Upload, NoSpace("the quota is used up"), times=2)
+    with pytest.raises(NoSpace):
         await w.kernel.close(handle)
     (row,) = w.pending.pending()
     assert (row.state, row.path) == ("kept", b"f")
@@ -547,7 +555,7 @@ def killed_and_mounted_again(
 
     async def first() -> dict[str, MemoryRemote]:
         async with world(tmp_path / "cache", kind, write=write) as w:
-            w.cues.fail(m.Upload, m.NotConnected("the link is down"), times=1000)
+            w.cues.fail(Upload, NotConnected("the link is down"), times=1000)
             await left(w)
             await trio.run_process(["cp", "-a", str(tmp_path / "cache"), str(tmp_path / "crash")])
             found = dict(w.remotes)
@@ -573,10 +581,10 @@ def test_the_next_mount_shows_and_uploads_what_was_closed(kind: str, tmp_path: P
         await w.kernel.mkdir("ns/d")
         await w.kernel.write_file("ns/d/f", NEW)
         await w.kernel.write_file("ns/empty", b"")
-        await w.kernel.setattr("ns/d/f", m.Attributes(mode=0o600, mtime_ns=10**18))
+        await w.kernel.setattr("ns/d/f", Attributes(mode=0o600, mtime_ns=10**18))
 
     async def then(w: World) -> None:
-        held = w.cues.hold(m.Upload)
+        held = w.cues.hold(Upload)
         assert await w.kernel.read_file("ns/d/f") == NEW
         entry = await w.kernel.stat("ns/d/f")
         assert (stat.S_IMODE(entry.mode), entry.mtime_ns) == (0o600, 10**18)
@@ -603,7 +611,7 @@ def test_the_next_mount_shows_as_much_of_a_file_as_it_will_upload(
         await w.kernel.pwrite(handle, len(original), b"appended")
 
     async def then(w: World) -> None:
-        held = w.cues.hold(m.Upload)
+        held = w.cues.hold(Upload)
         assert (await w.kernel.stat("ns/f")).size == len(original) + 8
         assert await w.kernel.read_file("ns/f") == original + b"appended"
         held.go.set()
@@ -627,7 +635,7 @@ def test_what_goes_up_while_the_next_mount_lists_its_directory_is_listed(
         await w.kernel.close(handle)
 
     async def then(w: World) -> None:
-        listed: dict[bytes, m.Entry] = {}
+        listed: dict[bytes, Entry] = {}
         held = w.cues.hold(m.List, stage="after")
 
         async def read() -> None:
@@ -676,7 +684,7 @@ async def test_what_an_upload_replaces_is_in_the_journal_with_it(w: World) -> No
     handle = await w.kernel.open("ns/f")
     await w.kernel.pwrite(handle, BLOCK_BYTES, NEW)
     await w.kernel.close(handle)
-    held = w.cues.hold(m.Upload, stage="after")
+    held = w.cues.hold(Upload, stage="after")
     w.fs.files.backlog.retry(*w.fs.files.dirty())
     await held.reached.wait()
     (row,) = w.journal.rows

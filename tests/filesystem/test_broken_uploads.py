@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import trio
 
-from hpcfs.filesystem.errors import Exists
-from hpcfs.filesystem.namespace import WriteMode
-from hpcfs.transfer import messages as m
+from hpcfs.model.errors import AlreadyExists, DirectoryNotEmpty, NotConnected, Unreachable
+from hpcfs.model.uploads import Upload
+from hpcfs.site.namespace import WriteMode
 from tests.filesystem.test_back import killed_and_mounted_again
 from tests.filesystem.world import KINDS, RW, World, world
 
 MODES: tuple[WriteMode, ...] = ("through", "back")
-LOST = m.Unreachable("the connection was lost")
+LOST = Unreachable("the connection was lost")
 every_world = pytest.mark.parametrize(
     ("kind", "write", "stage"),
     [(kind, write, stage) for kind in KINDS for write in MODES for stage in ("before", "after")],
@@ -28,8 +28,8 @@ async def _broken(w: World, path: str, stage: str, data: bytes = b"content") -> 
     """A new file whose upload broke off, still open. Without another attempt by itself."""
     handle = await w.kernel.open(path, RW | os.O_CREAT)
     await w.kernel.pwrite(handle, 0, data)
-    w.cues.fail(m.Upload, LOST, stage=stage)
-    with pytest.raises(m.Unreachable):
+    w.cues.fail(Upload, LOST, stage=stage)
+    with pytest.raises(Unreachable):
         await w.kernel.fsync(handle)
     return handle
 
@@ -81,7 +81,7 @@ def test_a_file_that_is_renamed_over_goes(
         async with world(tmp_path, kind, write=write) as w:
             handle = await _broken(w, "ns/f", stage)
             await w.kernel.write_file("ns/new", b"another")
-            with pytest.raises((Exists, m.AlreadyExists)):
+            with pytest.raises((AlreadyExists, AlreadyExists)):
                 await w.kernel.rename("ns/new", "ns/f", replace=False)
             await w.kernel.rename("ns/new", "ns/f")
             await w.kernel.close(handle)
@@ -100,7 +100,7 @@ def test_its_directory_counts_as_full_until_it_is_removed(
         async with world(tmp_path, kind, write=write) as w:
             await w.kernel.mkdir("ns/d")
             handle = await _broken(w, "ns/d/f", stage)
-            with pytest.raises(m.DirectoryNotEmpty):
+            with pytest.raises(DirectoryNotEmpty):
                 await w.kernel.rmdir("ns/d")
             await w.kernel.unlink("ns/d/f")
             await w.kernel.close(handle)
@@ -135,13 +135,13 @@ def test_the_next_mount_removes_it_from_the_remote_too(kind: str, tmp_path: Path
     async def left(w: World) -> None:
         w.cues.clear()
         await _broken(w, "ns/f", "after")
-        w.cues.fail(m.Upload, m.NotConnected("the link is down"), times=1000)
+        w.cues.fail(Upload, NotConnected("the link is down"), times=1000)
         (row,) = w.journal.rows
         assert (row.new, row.attempted) == (True, True)
         assert w.remote.get(b"f") == b"content"
 
     async def then(w: World) -> None:
-        held = w.cues.hold(m.Upload)
+        held = w.cues.hold(Upload)
         await w.kernel.unlink("ns/f")
         assert w.remote.paths() == {}
         held.go.set()

@@ -15,13 +15,21 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from hpcfs.filesystem import listing as listing_module
-from hpcfs.filesystem.directories import LISTING_SECONDS
-from hpcfs.filesystem.errors import CacheFull, CrossNamespace, FilesystemError, ReadOnly
-from hpcfs.filesystem.listing import Listing
+from hpcfs.directories import listing as listing_module
+from hpcfs.directories.directories import LISTING_SECONDS
+from hpcfs.directories.listing import Listing
 from hpcfs.kernel.errno import errno_of
-from hpcfs.transfer import messages as m
-from hpcfs.transfer.messages import BLOCK_BYTES
+from hpcfs.model.entries import BLOCK_BYTES, Attributes, Entry
+from hpcfs.model.errors import (
+    CacheFull,
+    CrossDevice,
+    ReadOnly,
+    RemoteError,
+    TimedOut,
+    TooLarge,
+)
+from hpcfs.model.uploads import Upload
+from hpcfs.protocol import messages as m
 from tests.filesystem.world import RW, World, live, until, world
 from tests.support.memory_remote import GID, UID, Item, MemoryRemote
 
@@ -33,7 +41,7 @@ async def test_names_removed_and_made_while_a_directory_is_read(w: World) -> Non
     for number in range(20):
         w.remote.put(b"%02d" % number, b"")
     handle = w.fs.directories.open(await w.kernel.walk("ns"))
-    found: dict[bytes, m.Entry] = {}
+    found: dict[bytes, Entry] = {}
     position = await w.kernel.readdir(handle, 0, found, room=7)
     assert len(found) == 5
     await w.kernel.unlink("ns/10")
@@ -70,7 +78,7 @@ async def test_a_name_removed_during_the_listing_is_not_brought_back(w: World) -
     w.remote.put(b"f", b"")
     handle = w.fs.directories.open(await w.kernel.walk("ns"))
     held = w.cues.hold(m.List, stage="middle")
-    found: dict[bytes, m.Entry] = {}
+    found: dict[bytes, Entry] = {}
     async with trio.open_nursery() as nursery:
         nursery.start_soon(w.kernel.readdir, handle, 0, found)
         await held.reached.wait()
@@ -86,7 +94,7 @@ def test_a_file_that_is_just_being_uploaded_is_listed_once(tmp_path: Path) -> No
         async with world(tmp_path, "s3") as w:
             handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
             await w.kernel.pwrite(handle, 0, b"content")
-            held = w.cues.hold(m.Upload, stage="after")
+            held = w.cues.hold(Upload, stage="after")
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(w.kernel.fsync, handle)
                 await held.reached.wait()
@@ -102,7 +110,7 @@ def test_a_file_that_is_just_being_uploaded_is_listed_once(tmp_path: Path) -> No
 
 
 def _pages() -> list[bytes]:
-    entry = m.Entry(b"", stat.S_IFREG | 0o644, 1, 10**18, 10**18, UID, GID, b"1:1")
+    entry = Entry(b"", stat.S_IFREG | 0o644, 1, 10**18, 10**18, UID, GID, b"1:1")
     names = [b"a name of quite an ordinary length %06d" % number for number in range(TOTAL)]
     return [
         msgspec.msgpack.encode([msgspec.structs.replace(entry, name=n) for n in names[at:][:1000]])
@@ -144,7 +152,7 @@ async def test_a_directory_of_100000_entries_leaves_no_nodes(w: World) -> None:
             count += counts
             w.fs.tree.drop_if_unused(node)
     w.fs.directories.close(handle)
-    assert w.store.shelf.spooled_bytes == 0
+    assert w.store.registry.spooled_bytes == 0
     assert count == TOTAL
     assert len(w.fs.tree) == 2
 
@@ -155,13 +163,13 @@ class Endless(MemoryRemote):
     told = 0
     ended = 0
 
-    async def list(self, path: bytes) -> AsyncGenerator[Sequence[m.Entry], None]:
+    async def list(self, path: bytes) -> AsyncGenerator[Sequence[Entry], None]:
         if path != b"endless":
             async with aclosing(super().list(path)) as pages:
                 async for page in pages:
                     yield page
             return
-        entry = m.Entry(b"", stat.S_IFREG | 0o644, 1, 10**18, 10**18, UID, GID, b"1:1")
+        entry = Entry(b"", stat.S_IFREG | 0o644, 1, 10**18, 10**18, UID, GID, b"1:1")
         try:
             while True:
                 names = (b"%09d" % number for number in range(self.told, self.told + 1000))
@@ -188,7 +196,7 @@ def on_endless(
 
 
 async def read_on(
-    w: World, handle: int, found: dict[bytes, m.Entry], waits: list[float] | None = None
+    w: World, handle: int, found: dict[bytes, Entry], waits: list[float] | None = None
 ) -> None:
     """Until it ends or fails."""
     position, last = 0, -1
@@ -204,7 +212,7 @@ def test_an_endless_directory_is_read_as_it_comes_and_no_further(tmp_path: Path)
 
     async def story(w: World, remote: Endless) -> None:
         handle = w.fs.directories.open(await w.kernel.walk("ns/endless"))
-        found: dict[bytes, m.Entry] = {}
+        found: dict[bytes, Entry] = {}
         position = 0
         for _ in range(3):
             position = await w.kernel.readdir(handle, position, found, room=500)
@@ -213,7 +221,7 @@ def test_an_endless_directory_is_read_as_it_comes_and_no_further(tmp_path: Path)
         w.fs.directories.close(handle)
         await until(lambda: remote.ended == 1)
         assert remote.told < 200_000
-        assert w.store.shelf.spooled_bytes == 0
+        assert w.store.registry.spooled_bytes == 0
         assert set(await w.kernel.listdir("ns")) == {b"endless", b"other"}
 
     on_endless(tmp_path, story)
@@ -226,13 +234,13 @@ def test_an_endless_directory_ends_in_an_error(
 
     async def story(w: World, remote: Endless) -> None:
         handle = w.fs.directories.open(await w.kernel.walk("ns/endless"))
-        found: dict[bytes, m.Entry] = {}
-        with pytest.raises(m.TooLarge, match="50,000"):
+        found: dict[bytes, Entry] = {}
+        with pytest.raises(TooLarge, match="50,000"):
             await read_on(w, handle, found)
         assert len(found) == 50_000
         await until(lambda: remote.ended == 1)
         w.fs.directories.close(handle)
-        assert w.store.shelf.spooled_bytes == 0
+        assert w.store.registry.spooled_bytes == 0
 
     on_endless(tmp_path, story)
 
@@ -240,14 +248,14 @@ def test_an_endless_directory_ends_in_an_error(
 def test_a_listing_takes_no_more_of_the_disk_than_the_cache_may(tmp_path: Path) -> None:
     async def story(w: World, remote: Endless) -> None:
         handle = w.fs.directories.open(await w.kernel.walk("ns/endless"))
-        found: dict[bytes, m.Entry] = {}
+        found: dict[bytes, Entry] = {}
         with pytest.raises(CacheFull):
             await read_on(w, handle, found)
         assert found
-        assert 24 * BLOCK_BYTES < w.store.shelf.spooled_bytes <= 48 * BLOCK_BYTES
-        assert w.store.used_bytes >= w.store.shelf.spooled_bytes
+        assert 24 * BLOCK_BYTES < w.store.registry.spooled_bytes <= 48 * BLOCK_BYTES
+        assert w.store.used_bytes >= w.store.registry.spooled_bytes
         w.fs.directories.close(handle)
-        assert w.store.shelf.spooled_bytes == 0
+        assert w.store.registry.spooled_bytes == 0
 
     on_endless(tmp_path, story, max_blocks=48)
 
@@ -256,7 +264,7 @@ def test_a_slow_listing_is_read_as_it_comes_and_ends(tmp_path: Path) -> None:
     """Of a server that tells one page every 20 s."""
 
     class Slow(Endless):
-        async def list(self, path: bytes) -> AsyncGenerator[Sequence[m.Entry], None]:
+        async def list(self, path: bytes) -> AsyncGenerator[Sequence[Entry], None]:
             async with aclosing(super().list(path)) as pages:
                 async for page in pages:
                     if path == b"endless":
@@ -268,10 +276,10 @@ def test_a_slow_listing_is_read_as_it_comes_and_ends(tmp_path: Path) -> None:
         await remote.make_directory(b"endless", 0o755)
         async with world(tmp_path, {"ns": remote}) as w:
             handle = w.fs.directories.open(await w.kernel.walk("ns/endless"))
-            found: dict[bytes, m.Entry] = {}
+            found: dict[bytes, Entry] = {}
             waits: list[float] = []
             began = trio.current_time()
-            with pytest.raises(m.TimedOut):
+            with pytest.raises(TimedOut):
                 await read_on(w, handle, found, waits)
             assert max(waits) <= 21
             assert 60 < trio.current_time() - began <= LISTING_SECONDS + 1
@@ -292,7 +300,7 @@ def test_what_is_made_meanwhile_is_in_a_listing_that_is_read_as_it_comes(tmp_pat
             names: list[bytes] = []
 
             async def read(start: int) -> int:
-                found: dict[bytes, m.Entry] = {}
+                found: dict[bytes, Entry] = {}
                 following = await w.kernel.readdir(handle, start, found, room=20_000)
                 names.extend(found)
                 return following
@@ -352,7 +360,7 @@ async def _refuse_everything(w: World) -> None:
         kernel.open("ns/f", os.O_RDONLY | os.O_TRUNC),
         kernel.open("ns/new", RW | os.O_CREAT),
         kernel.truncate("ns/f", 0),
-        kernel.setattr("ns/f", m.Attributes(mode=0o600)),
+        kernel.setattr("ns/f", Attributes(mode=0o600)),
         kernel.unlink("ns/f"),
         kernel.rmdir("ns/d"),
         kernel.mkdir("ns/e"),
@@ -389,14 +397,14 @@ def test_nothing_moves_between_namespaces(tmp_path: Path) -> None:
     async def run() -> None:
         async with world(tmp_path, _two()) as w:
             w.remotes["good"].put(b"f", b"content")
-            with pytest.raises(CrossNamespace) as refused:
+            with pytest.raises(CrossDevice) as refused:
                 await w.kernel.rename("good/f", "dead/f")
             assert errno_of(refused.value) == errno.EXDEV
             node, folder = await w.kernel.walk("good/f"), await w.kernel.walk("dead")
-            with pytest.raises(CrossNamespace):
+            with pytest.raises(CrossDevice):
                 await w.fs.link(node.ino, folder.ino, b"f")
             for attempt in (w.kernel.mkdir("new"), w.kernel.rename("good", "bad")):
-                with pytest.raises(FilesystemError):
+                with pytest.raises(ReadOnly):
                     await attempt
 
     trio.run(run)
@@ -417,7 +425,7 @@ def test_a_dead_namespace_delays_no_other(tmp_path: Path) -> None:
             async def suffer() -> None:
                 try:
                     await w.kernel.read_file("dead/f")
-                except m.RemoteError as error:
+                except RemoteError as error:
                     outcome.append(error)
 
             async with trio.open_nursery() as nursery:
@@ -430,7 +438,7 @@ def test_a_dead_namespace_delays_no_other(tmp_path: Path) -> None:
                 assert trio.current_time() == start
                 assert not outcome
                 clock.jump(31)
-            assert [type(error) for error in outcome] == [m.TimedOut]
+            assert [type(error) for error in outcome] == [TimedOut]
 
     trio.run(run, clock=clock)
 

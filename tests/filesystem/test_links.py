@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from hpcfs.filesystem.errors import Exists, LeadsOut, NoEntry, NoSuchKind
-from hpcfs.filesystem.namespace import SymlinkMode
-from hpcfs.transfer import messages as m
+from hpcfs.model.errors import AlreadyExists, LeadsOut, NoSuchKind, NotFound
+from hpcfs.site.namespace import SymlinkMode
 from tests.filesystem.world import KINDS, World, world
 from tests.support.memory_remote import MemoryRemote
 
@@ -182,7 +181,7 @@ def test_whatever_a_server_tells_the_kernel_stays_in_the_namespace(
                 continue
             try:
                 child = await w.fs.lookup(at.ino, part.encode())
-            except NoEntry:
+            except NotFound:
                 return True
             w.fs.tree.count_lookup(child)
             if child.is_link:
@@ -257,12 +256,12 @@ def test_hide_shows_none_and_makes_none(tmp_path: Path, kind: str) -> None:
     async def story(w: World) -> None:
         await planted(w, ("l", "a"), ("a/l", "b"))
         assert sorted(await w.kernel.listdir("ns")) == [b"a", b"d"]
-        with pytest.raises(NoEntry):
+        with pytest.raises(NotFound):
             await w.kernel.walk("ns/l")
         assert not await w.kernel.exists("ns/a/l")
         with pytest.raises(NoSuchKind):
             await w.kernel.symlink("ns/new", b"a")
-        with pytest.raises((Exists, m.AlreadyExists)):
+        with pytest.raises((AlreadyExists, AlreadyExists)):
             await w.kernel.mkdir("ns/l")
 
     run(tmp_path, kind, story, "hide")

@@ -17,10 +17,10 @@ import pytest
 import trio
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
-from hpcfs.filesystem.errors import FilesystemError, Stale
-from hpcfs.filesystem.namespace import WriteMode
-from hpcfs.transfer import messages as m
-from hpcfs.transfer.messages import BLOCK_BYTES
+from hpcfs.model.entries import BLOCK_BYTES, Attributes
+from hpcfs.model.errors import FilesystemError, NoSpace, RemoteError, Stale
+from hpcfs.model.uploads import Upload
+from hpcfs.site.namespace import WriteMode
 from tests.filesystem.world import KINDS, World, until, world
 
 EXAMPLES = int(os.environ.get("HPCFS_MODEL_EXAMPLES", "0"))
@@ -102,7 +102,7 @@ class Walk:
         return self.draw(st.sampled_from(sorted(self.files()))) if self.files() else None
 
     async def refused(self, act: Awaitable[object]) -> None:
-        with pytest.raises((FilesystemError, m.RemoteError)):
+        with pytest.raises((FilesystemError, RemoteError)):
             await act
 
     # --- operations on open files -----------------------------------------------------------------
@@ -197,9 +197,9 @@ class Walk:
         dirty = self.k.node_of(handle).content
         is_dirty = dirty is not None and dirty.is_dirty()
         stage = self.draw(st.sampled_from(["before", "after"]))
-        self.w.cues.fail(m.Upload, m.NoSpace("the quota is used up"), stage=stage)
+        self.w.cues.fail(Upload, NoSpace("the quota is used up"), stage=stage)
         if is_dirty:
-            with pytest.raises(m.NoSpace):
+            with pytest.raises(NoSpace):
                 await self.k.fsync(handle)
         self.w.cues.clear()
         if is_dirty and stage == "after":  # the remote took it, though it said otherwise
@@ -280,7 +280,7 @@ class Walk:
             return
         seconds = self.draw(st.integers(1, 2_000_000_000))
         mode = self.draw(st.sampled_from([0o600, 0o755]))
-        await self.k.setattr(path, m.Attributes(mode=mode, mtime_ns=seconds * 10**9))
+        await self.k.setattr(path, Attributes(mode=mode, mtime_ns=seconds * 10**9))
         entry = await self.k.stat(path)
         assert (stat.S_IMODE(entry.mode), entry.mtime_ns) == (mode, seconds * 10**9)
 
@@ -413,7 +413,7 @@ class Walk:
     async def check_bound(self) -> None:
         """What is not dirty is evicted soon; of what was removed while open, a little stays."""
         store = self.w.store
-        files = [file for file in store.shelf.files.values() if not file.in_memory]
+        files = [file for file in store.registry.files.values() if not file.in_memory]
         dirty = sum(file.dirty.total + BLOCK_BYTES * file.pins for file in files)
         dirty += sum(file.cached_bytes for file in files if not file.indexed and file.users)
         step = store.max_bytes // 20

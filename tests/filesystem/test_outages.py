@@ -7,13 +7,15 @@ from functools import partial
 import pytest
 import trio
 
-from hpcfs.filesystem import backlog
-from hpcfs.transfer import messages as m
+from hpcfs.model.errors import AccessRefused, NoSpace, NotConnected, RemoteError, Unreachable
+from hpcfs.model.uploads import Upload
+from hpcfs.protocol import messages as m
+from hpcfs.writeback import queue
 from tests.filesystem.world import KINDS, World, live, until, world
 from tests.support.memory_remote import MemoryRemote
 
-LOST = m.Unreachable("the connection was lost")
-AWAY = m.NotConnected("nothing answers")
+LOST = Unreachable("the connection was lost")
+AWAY = NotConnected("nothing answers")
 FOR_EVER = 10**9
 back = partial(live, write="back")
 
@@ -31,15 +33,15 @@ async def wait(w: World, patience: float) -> None:
 async def go_away(w: World, name: str = "ns") -> None:
     """After the first connection."""
     (namespace,) = [one for one in w.namespaces if one.name == name]
-    await namespace.abilities()
+    await namespace.capabilities()
     cues = w.sites[name].cues
-    cues.fail(m.Upload, AWAY, times=FOR_EVER)
+    cues.fail(Upload, AWAY, times=FOR_EVER)
     cues.fail(m.Connect, AWAY, times=FOR_EVER)
 
 
 @back()
 async def test_a_lost_connection_uses_no_attempt_up(w: World) -> None:
-    w.cues.fail(m.Upload, LOST, times=3)
+    w.cues.fail(Upload, LOST, times=3)
     names = await write_files(w, 20)
     await wait(w, 15)
     assert set(w.remote.paths()) == names
@@ -53,9 +55,9 @@ async def test_it_is_tried_until_the_site_is_back(w: World) -> None:
 
     async def come_back() -> None:
         await until(lambda: w.cues.count(m.Connect) >= 3)
-        tried = w.cues.count(m.Upload)
+        tried = w.cues.count(Upload)
         await until(lambda: w.cues.count(m.Connect) >= 4)
-        assert w.cues.count(m.Upload) == tried, "the site is asked, not each file tried again"
+        assert w.cues.count(Upload) == tried, "the site is asked, not each file tried again"
         w.cues.clear()
 
     async with trio.open_nursery() as nursery:
@@ -69,7 +71,7 @@ async def test_patience_ends(w: World) -> None:
     await go_away(w)
     await write_files(w, 3)
     began = trio.current_time()
-    with pytest.raises(m.RemoteError, match="nothing answers"):
+    with pytest.raises(RemoteError, match="nothing answers"):
         await wait(w, 1.5)
     assert 1.5 <= trio.current_time() - began < 10
     assert len(w.journal.rows) == 3
@@ -80,28 +82,28 @@ async def test_patience_ends(w: World) -> None:
 async def test_who_has_no_patience_is_told_at_once(w: World) -> None:
     await go_away(w)
     await write_files(w, 1)
-    with pytest.raises(m.RemoteError, match="nothing answers"):
+    with pytest.raises(RemoteError, match="nothing answers"):
         await wait(w, 0)
 
 
 @back()
 async def test_a_refusal_is_told_at_once(w: World) -> None:
-    w.cues.fail(m.Upload, m.NoSpace("the quota is used up"))
+    w.cues.fail(Upload, NoSpace("the quota is used up"))
     await write_files(w, 1)
-    with trio.fail_after(5), pytest.raises(m.RemoteError, match="the quota is used up"):
+    with trio.fail_after(5), pytest.raises(RemoteError, match="the quota is used up"):
         await wait(w, 1000)
 
 
 @back()
 async def test_credentials_that_are_refused_meanwhile_are_told(w: World) -> None:
     """The site is back, and wants a second factor."""
-    refused = m.AccessRefused("there is no terminal to ask on")
-    await w.namespaces[0].abilities()
-    w.cues.fail(m.Upload, LOST)
+    refused = AccessRefused("there is no terminal to ask on")
+    await w.namespaces[0].capabilities()
+    w.cues.fail(Upload, LOST)
     w.cues.fail(m.Connect, refused, times=FOR_EVER)
-    w.cues.fail(m.Upload, refused, times=FOR_EVER)
+    w.cues.fail(Upload, refused, times=FOR_EVER)
     await write_files(w, 1)
-    with trio.fail_after(10), pytest.raises(m.RemoteError, match="no terminal"):
+    with trio.fail_after(10), pytest.raises(RemoteError, match="no terminal"):
         await wait(w, 1000)
 
 
@@ -111,10 +113,10 @@ async def test_who_waits_hears_why(w: World) -> None:
     await write_files(w, 1)
     told = set()
 
-    async def tell(progress: backlog.Progress) -> None:
+    async def tell(progress: queue.Progress) -> None:
         told.add(progress.reason)
 
-    with pytest.raises(m.RemoteError):
+    with pytest.raises(RemoteError):
         await w.fs.files.backlog.wait_for(w.fs.files.dirty(), tell, patience=1.0)
     assert "nothing answers" in told
 
@@ -122,10 +124,10 @@ async def test_who_waits_hears_why(w: World) -> None:
 @back()
 async def test_what_nobody_waits_for_goes_up_with_the_first_that_does(w: World) -> None:
     """Files that failed long ago have their next attempt half a minute later."""
-    w.cues.fail(m.Upload, AWAY, times=40)
+    w.cues.fail(Upload, AWAY, times=40)
     await write_files(w, 10)
     files = w.fs.files.backlog
-    await until(lambda: w.cues.count(m.Upload) >= 30)
+    await until(lambda: w.cues.count(Upload) >= 30)
     w.cues.clear()
     await until(lambda: not len(files.schedule))
     assert len(w.remote.paths()) == 10
@@ -135,7 +137,7 @@ async def test_what_nobody_waits_for_goes_up_with_the_first_that_does(w: World) 
 async def test_retry_asks_the_site_now(w: World) -> None:
     await go_away(w)
     await write_files(w, 2)
-    with pytest.raises(m.RemoteError):
+    with pytest.raises(RemoteError):
         await wait(w, 0)
     w.cues.clear()
     await w.pending.retry([row.id for row in w.pending.pending()])
@@ -153,7 +155,7 @@ def test_a_site_that_is_away_keeps_nothing_of_another(
             await go_away(w, "away")
             await write_files(w, 3, "away")
             names = await write_files(w, 30)
-            with trio.fail_after(15), pytest.raises(m.RemoteError, match="away/f0: nothing"):
+            with trio.fail_after(15), pytest.raises(RemoteError, match="away/f0: nothing"):
                 await wait(w, 1.0)
             assert set(remotes["ns"].paths()) == names
             assert remotes["away"].paths() == {}
@@ -167,7 +169,7 @@ def test_a_site_that_is_away_keeps_nothing_of_another(
 @back()
 async def test_a_lost_connection_is_made_anew_at_the_end(w: World) -> None:
     """However the mount ended: `fusermount3 -u`, a signal."""
-    w.cues.fail(m.Upload, LOST, times=5)
+    w.cues.fail(Upload, LOST, times=5)
     names = await write_files(w, 20)
     await w.fs.files.backlog.drain()
     assert set(w.remote.paths()) == names
@@ -180,6 +182,6 @@ async def test_the_end_does_not_wait_long_for_a_site_that_is_away(
     await go_away(w)
     await write_files(w, 2)
     with pytest.MonkeyPatch.context() as patch, trio.fail_after(10):
-        patch.setattr(backlog, "LAST_PATIENCE", 1.0)
+        patch.setattr(queue, "LAST_PATIENCE", 1.0)
         await w.fs.files.backlog.drain()
     assert len(w.journal.rows) == 2

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from hpcfs.filesystem.errors import NotPermitted
-from hpcfs.filesystem.namespace import WriteMode
-from hpcfs.transfer import messages as m
+from hpcfs.model.entries import Attributes
+from hpcfs.model.errors import Conflict, NotOwner, PermissionDenied, ReadOnly
+from hpcfs.protocol import messages as m
+from hpcfs.site.namespace import WriteMode
 from tests.filesystem.world import KINDS, World, world
 from tests.support.memory_remote import GID, UID, Item
 from tests.support.mounts import WRITE_MODES
@@ -38,16 +39,16 @@ def test_modes_of_own_files_are_heeded(kind: str, tmp_path: Path) -> None:
     async def body(w: World) -> None:
         kernel = w.kernel
         await kernel.write_file("ns/f", b"content")
-        await kernel.setattr("ns/f", m.Attributes(mode=0o200))
-        with pytest.raises(NotPermitted):
+        await kernel.setattr("ns/f", Attributes(mode=0o200))
+        with pytest.raises(PermissionDenied):
             await kernel.open("ns/f", os.O_RDONLY)
-        with pytest.raises(NotPermitted):
+        with pytest.raises(PermissionDenied):
             await w.fs.access((await kernel.walk("ns/f")).ino, os.R_OK)
         await kernel.close(await kernel.open("ns/f", os.O_WRONLY))
-        await kernel.setattr("ns/f", m.Attributes(mode=0o400))
-        with pytest.raises(NotPermitted):
+        await kernel.setattr("ns/f", Attributes(mode=0o400))
+        with pytest.raises(PermissionDenied):
             await kernel.open("ns/f", os.O_RDWR)
-        with pytest.raises(NotPermitted):
+        with pytest.raises(PermissionDenied):
             await kernel.truncate("ns/f", 3)
         assert await kernel.read_file("ns/f") == b"content"
 
@@ -62,19 +63,19 @@ def test_modes_of_directories_are_heeded_where_the_remote_does_not(
         kernel = w.kernel
         await kernel.mkdir("ns/d")
         await kernel.write_file("ns/d/f", b"content")
-        await kernel.setattr("ns/d", m.Attributes(mode=0o500))
+        await kernel.setattr("ns/d", Attributes(mode=0o500))
         if kind == "sftp":  # the server would say it, which the one in memory does not
             await kernel.unlink("ns/d/f")
             return
-        with pytest.raises(NotPermitted):
+        with pytest.raises(PermissionDenied):
             await kernel.unlink("ns/d/f")
-        with pytest.raises(NotPermitted):
+        with pytest.raises(PermissionDenied):
             await kernel.rename("ns/d/f", "ns/f")
-        with pytest.raises(NotPermitted):
+        with pytest.raises(PermissionDenied):
             await kernel.write_file("ns/d/new", b"")
         assert await kernel.read_file("ns/d/f") == b"content"
-        await kernel.setattr("ns/d", m.Attributes(mode=0o600))
-        with pytest.raises(NotPermitted):
+        await kernel.setattr("ns/d", Attributes(mode=0o600))
+        with pytest.raises(PermissionDenied):
             await kernel.stat("ns/d/f")
 
     run(kind, tmp_path, body)
@@ -86,7 +87,7 @@ def test_writing_clears_the_set_user_id_bit(kind: str, tmp_path: Path) -> None:
         kernel = w.kernel
         await kernel.write_file("ns/f", b"content")
         for mode, left in ((0o6755, 0o755), (0o2745, 0o2745), (0o1755, 0o1755)):
-            await kernel.setattr("ns/f", m.Attributes(mode=mode))
+            await kernel.setattr("ns/f", Attributes(mode=mode))
             handle = await kernel.open("ns/f", os.O_RDWR)
             assert await mode_of(w, "ns/f") == mode
             await kernel.pwrite(handle, 0, b"CON")
@@ -142,7 +143,7 @@ def test_a_mode_that_a_program_sets_is_the_mode(write: WriteMode, tmp_path: Path
         w.remote.umask = 0o077
         handle = await w.kernel.open("ns/f", NEW)
         await w.kernel.pwrite(handle, 0, b"content")
-        await w.kernel.setattr("ns/f", m.Attributes(mode=0o664))
+        await w.kernel.setattr("ns/f", Attributes(mode=0o664))
         await w.kernel.close(handle)
         await uploaded(w)
         assert stat.S_IMODE((await w.kernel.stat("ns/f")).mode) == 0o664
@@ -161,11 +162,11 @@ def test_nobody_gives_files_away(write: WriteMode, size: int, tmp_path: Path) ->
         for path in ("ns/f", "ns/g"):
             handle = await w.kernel.open(path, NEW)
             await w.kernel.pwrite(handle, 0, bytes(size))
-            with pytest.raises(m.NotOwner):
-                await w.kernel.setattr(path, m.Attributes(uid=COLLEAGUE, gid=PROJECT))
-            with pytest.raises(m.NotOwner):
-                await w.kernel.setattr(path, m.Attributes(gid=FOREIGN))
-            await w.kernel.setattr(path, m.Attributes(mode=0o640))
+            with pytest.raises(NotOwner):
+                await w.kernel.setattr(path, Attributes(uid=COLLEAGUE, gid=PROJECT))
+            with pytest.raises(NotOwner):
+                await w.kernel.setattr(path, Attributes(gid=FOREIGN))
+            await w.kernel.setattr(path, Attributes(mode=0o640))
             await w.kernel.close(handle)
         await uploaded(w)
         assert (at(w, b"f").uid, at(w, b"f").gid) == (UID, GID)
@@ -186,7 +187,7 @@ def test_files_are_given_to_groups_that_the_user_is_in(write: WriteMode, tmp_pat
             path = f"ns/{number}"
             handle = await w.kernel.open(path, NEW)
             await w.kernel.pwrite(handle, 0, b"content")
-            await w.kernel.setattr(path, m.Attributes(gid=PROJECT))
+            await w.kernel.setattr(path, Attributes(gid=PROJECT))
             assert (await w.kernel.stat(path)).gid == PROJECT
             await w.kernel.pwrite(handle, 7, b"!")
             await w.kernel.close(handle)
@@ -211,12 +212,12 @@ def test_what_only_the_owner_may_do_with_a_file_that_is_being_written(
         handle = await w.kernel.open("ns/f", os.O_WRONLY)
         await w.kernel.pwrite(handle, 0, b"CON")
         for attributes in (
-            m.Attributes(mode=0o600),
-            m.Attributes(gid=PROJECT),
-            m.Attributes(uid=UID),
-            m.Attributes(atime_ns=10**18, mtime_ns=10**18),
+            Attributes(mode=0o600),
+            Attributes(gid=PROJECT),
+            Attributes(uid=UID),
+            Attributes(atime_ns=10**18, mtime_ns=10**18),
         ):
-            with pytest.raises(m.NotOwner):
+            with pytest.raises(NotOwner):
                 await w.kernel.setattr("ns/f", attributes)
         await w.kernel.close(handle)
         await uploaded(w)
@@ -248,7 +249,7 @@ def test_chown_to_the_same_owner_sets_ctime(kind: str, tmp_path: Path) -> None:
         await w.kernel.write_file("ns/f", b"content")
         node = await w.kernel.walk("ns/f")
         node.changed_ns = 0
-        await w.kernel.setattr("ns/f", m.Attributes(uid=UID, gid=GID))
+        await w.kernel.setattr("ns/f", Attributes(uid=UID, gid=GID))
         assert node.changed_ns
         assert not [r for r in w.cues.calls if isinstance(r, m.SetAttributes)]
 
@@ -260,8 +261,8 @@ def test_what_is_refused_leaves_ctime(tmp_path: Path) -> None:
         await w.kernel.write_file("ns/f", b"content")
         node = await w.kernel.walk("ns/f")
         node.changed_ns = 0
-        with pytest.raises(m.NotOwner):
-            await w.kernel.setattr("ns/f", m.Attributes(uid=COLLEAGUE))
+        with pytest.raises(NotOwner):
+            await w.kernel.setattr("ns/f", Attributes(uid=COLLEAGUE))
         assert not node.changed_ns
 
     run("sftp", tmp_path, body)
@@ -273,7 +274,7 @@ def test_a_version_that_is_saved_beside_gets_no_mode_that_nobody_set(tmp_path: P
         handle = await w.kernel.open("ns/f", NEW)
         await w.kernel.pwrite(handle, 0, b"content")
         w.remote.put(b"f", b"others", 0o644)
-        with pytest.raises(m.Conflict):
+        with pytest.raises(Conflict):
             await w.kernel.fsync(handle)
         (beside,) = (item for path, item in w.remote.paths().items() if path != b"f")
         assert stat.S_IMODE(beside.mode) == 0o640
@@ -288,12 +289,12 @@ def test_a_file_of_others_is_not_opened_for_writing_in_vain(
     async def body(w: World) -> None:
         w.remote.put(b"f", b"content", 0o644)
         at(w, b"f").uid = COLLEAGUE
-        with pytest.raises(m.PermissionDenied):
+        with pytest.raises(PermissionDenied):
             await w.kernel.open("ns/f", os.O_WRONLY)
-        with pytest.raises(m.PermissionDenied):
+        with pytest.raises(PermissionDenied):
             await w.kernel.truncate("ns/f", 3)
         node = await w.kernel.walk("ns/f")
-        with pytest.raises(m.PermissionDenied):
+        with pytest.raises(PermissionDenied):
             await w.fs.access(node.ino, os.W_OK)
         await w.fs.access(node.ino, os.R_OK)
         assert await w.kernel.read_file("ns/f") == b"content"
@@ -306,11 +307,11 @@ def test_a_remote_that_is_read_only_for_a_while(write: WriteMode, tmp_path: Path
     async def body(w: World) -> None:
         w.remote.put(b"f", b"content")
         w.remote.read_only = True
-        with pytest.raises(m.ReadOnlyRemote):
+        with pytest.raises(ReadOnly):
             await w.kernel.open("ns/f", os.O_WRONLY)
-        with pytest.raises(m.ReadOnlyRemote):
+        with pytest.raises(ReadOnly):
             await w.kernel.write_file("ns/new", b"")
-        with pytest.raises(m.ReadOnlyRemote):
+        with pytest.raises(ReadOnly):
             await w.fs.access((await w.kernel.walk("ns/f")).ino, os.W_OK)
         w.remote.read_only = False
         await w.kernel.write_file("ns/new", b"new")

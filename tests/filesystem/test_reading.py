@@ -6,11 +6,11 @@ import os
 
 import trio
 
-from hpcfs.cache.readahead import FIRST_WINDOW_BYTES
-from hpcfs.filesystem.reading import VOUCH_SECONDS
-from hpcfs.filesystem.tree import ATTRIBUTE_SECONDS
-from hpcfs.transfer import messages as m
-from hpcfs.transfer.messages import BLOCK_BYTES
+from hpcfs.content.reader import VOUCH_SECONDS
+from hpcfs.inodes.tree import ATTRIBUTE_SECONDS
+from hpcfs.model.entries import BLOCK_BYTES
+from hpcfs.prefetch.readahead import FIRST_WINDOW_BYTES
+from hpcfs.protocol import messages as m
 from tests.filesystem.world import World, live, until
 
 READ = 2 * BLOCK_BYTES

@@ -7,9 +7,9 @@ import os
 import pytest
 import trio
 
-from hpcfs.filesystem.errors import Stale
-from hpcfs.transfer import messages as m
-from hpcfs.transfer.messages import BLOCK_BYTES
+from hpcfs.model.entries import BLOCK_BYTES, Attributes
+from hpcfs.model.errors import Stale
+from hpcfs.protocol import messages as m
 from tests.filesystem.test_uploads import MANY
 from tests.filesystem.world import RW, World, live, until
 
@@ -139,7 +139,7 @@ async def test_an_answer_overtaken_by_an_upload_changes_nothing(w: World) -> Non
 async def test_attributes_set_here_keep_the_cache(w: World) -> None:
     """rsync sets the mtime after writing: what is cached of the file is not fetched again."""
     await w.kernel.write_file("ns/f", OLD)
-    await w.kernel.setattr("ns/f", m.Attributes(mtime_ns=10**18))
+    await w.kernel.setattr("ns/f", Attributes(mtime_ns=10**18))
     await w.store.save()
     fetches = w.cues.count(m.Fetch)
     assert await w.kernel.read_file("ns/f") == OLD

@@ -9,16 +9,17 @@ import pytest
 import trio
 
 from hpcfs.cache.file import CacheFile
-from hpcfs.cache.memory import MAX_FILES
-from hpcfs.filesystem import warming
-from hpcfs.filesystem.content import Content
-from hpcfs.filesystem.errors import Stale
-from hpcfs.transfer import messages as m
-from hpcfs.transfer.messages import BLOCK_BYTES
+from hpcfs.cache.memory_files import MAX_FILES
+from hpcfs.content.content import Content
+from hpcfs.daemon import warm
+from hpcfs.model.entries import BLOCK_BYTES
+from hpcfs.model.errors import CacheFileGone, CacheFull, PermissionDenied, Stale
+from hpcfs.model.uploads import Upload
+from hpcfs.protocol import messages as m
 from tests.filesystem.world import RW, World, live
 
 DATA = random.Random(5).randbytes(40 * BLOCK_BYTES + 1000)
-FULL = m.CacheDiskFull("the local disk with the cache is full")
+FULL = CacheFull("the local disk with the cache is full")
 
 
 def _content(w: World, handle: int) -> Content:
@@ -54,7 +55,7 @@ async def test_a_file_that_is_read_stays_off_a_slow_disk(w: World) -> None:
     assert await w.kernel.read_file("ns/f") == DATA
     assert not [call for call in w.cues.calls[fetched:] if isinstance(call, m.Fetch)]
     await w.store.save()
-    assert not w.store.shelf.files, "it goes as soon as nobody uses it"
+    assert not w.store.registry.files, "it goes as soon as nobody uses it"
     assert not list((w.directory / "data").glob("*/*")), "and leaves nothing behind"
 
 
@@ -108,8 +109,8 @@ async def test_what_is_written_is_on_the_disk(w: World) -> None:
     expected[BLOCK_BYTES + 7 : BLOCK_BYTES + 14] = b"written"
     assert await _read(w, reader) == expected
     assert not file.in_memory, "nor does it leave the disk again"
-    w.cues.fail(m.Upload, m.PermissionDenied("no"), times=9)
-    with pytest.raises(m.PermissionDenied):
+    w.cues.fail(Upload, PermissionDenied("no"), times=9)
+    with pytest.raises(PermissionDenied):
         await w.kernel.close(writer)
     await w.fs.files.release(reader)
     (kept,) = w.kept_bytes()
@@ -200,7 +201,7 @@ async def test_what_the_user_wants_cached_goes_to_the_slow_disk(w: World) -> Non
 
     w.remote.put(b"f", DATA)
     w.set_slow_disk()
-    await warming.warm(w.fs, w.store, b"ns/f", tell)
+    await warm.warm(w.fs, w.store, b"ns/f", tell)
     await w.store.save()
     assert w.store.used_bytes == len(DATA)
 
@@ -223,7 +224,7 @@ async def test_where_memory_cannot_be_used_the_slow_disk_is(w: World) -> None:
     w.remote.put(b"f", DATA)
     w.set_slow_disk()
     handle = await w.kernel.open("ns/f", os.O_RDONLY)
-    w.cues.fail(m.Fetch, m.CacheFileGone("the cache file can't be opened: Permission denied"))
+    w.cues.fail(m.Fetch, CacheFileGone("the cache file can't be opened: Permission denied"))
     assert await _read(w, handle) == DATA
     assert not _file(w, handle).in_memory
     await w.kernel.close(handle)

@@ -9,7 +9,9 @@ from pathlib import Path
 import msgspec
 import trio
 
-from hpcfs.transfer import messages as m
+from hpcfs.model.entries import Entry
+from hpcfs.model.errors import Changed
+from hpcfs.protocol import messages as m
 from tests.filesystem.world import World, world
 from tests.support.memory_remote import Item, MemoryRemote
 
@@ -26,7 +28,7 @@ class Pseudo(MemoryRemote):
         self.put(b"sys", b"1500\n")
         self.put(b"empty", b"")
 
-    def _entry(self, path: bytes, item: Item) -> m.Entry:
+    def _entry(self, path: bytes, item: Item) -> Entry:
         entry = super()._entry(path, item)
         size = {bytes(CONTENT): 0, b"1500\n": PAGE, b"9000\n": PAGE}.get(bytes(item.content))
         if size is None:
@@ -40,7 +42,7 @@ class Pseudo(MemoryRemote):
             return await super().fetch(path, version, offset, length, handle, **more)
         self.handles[handle] = self._find(path)
         if length:
-            raise m.Changed("it is shorter than it was")
+            raise Changed("it is shorter than it was")
         return []
 
 

@@ -8,10 +8,11 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from hpcfs.filesystem.errors import Stale
-from hpcfs.filesystem.reading import WHOLE_AT_OPEN_BYTES
-from hpcfs.transfer import messages as m
-from hpcfs.transfer.messages import BLOCK_BYTES
+from hpcfs.content.reader import WHOLE_AT_OPEN_BYTES
+from hpcfs.model.entries import BLOCK_BYTES
+from hpcfs.model.errors import Conflict, NoSpace, NotSupported, Stale, Unreachable
+from hpcfs.model.uploads import PART_COPY_BYTES, Upload
+from hpcfs.protocol import messages as m
 from tests.filesystem.world import RW, World, live
 
 OLD, NEW = b"o" * BLOCK_BYTES, b"n" * BLOCK_BYTES
@@ -37,7 +38,7 @@ async def test_two_handles_see_each_others_bytes(w: World) -> None:
 async def test_bytes_written_during_an_upload_go_with_the_next(w: World) -> None:
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
     await w.kernel.pwrite(handle, 0, OLD)
-    held = w.cues.hold(m.Upload, stage="after")
+    held = w.cues.hold(Upload, stage="after")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(w.kernel.fsync, handle)
         await held.reached.wait()
@@ -55,8 +56,8 @@ async def test_bytes_written_during_an_upload_go_with_the_next(w: World) -> None
 async def test_a_failed_upload_leaves_newer_and_older_bytes_dirty(w: World) -> None:
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
     await w.kernel.pwrite(handle, 0, OLD)
-    held = w.cues.hold(m.Upload)
-    w.cues.fail(m.Upload, m.Unreachable("the link is down"))
+    held = w.cues.hold(Upload)
+    w.cues.fail(Upload, Unreachable("the link is down"))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_fsync_fails, w, handle)
         await held.reached.wait()
@@ -67,7 +68,7 @@ async def test_a_failed_upload_leaves_newer_and_older_bytes_dirty(w: World) -> N
 
 
 async def _fsync_fails(w: World, handle: int) -> None:
-    with pytest.raises(m.Unreachable):
+    with pytest.raises(Unreachable):
         await w.kernel.fsync(handle)
 
 
@@ -76,7 +77,7 @@ async def test_a_fetch_waits_for_the_end_of_an_upload(w: World) -> None:
     w.remote.put(b"f", OLD + NEW)
     handle = await w.kernel.open("ns/f")
     await w.kernel.pwrite(handle, 0, b"x")
-    held = w.cues.hold(m.Upload, stage="after")
+    held = w.cues.hold(Upload, stage="after")
     found: list[bytes] = []
 
     async def read() -> None:
@@ -100,8 +101,8 @@ async def test_a_hole_is_readable_though_the_upload_meanwhile_failed(w: World) -
     w.remote.put(b"f", b"short")
     handle = await w.kernel.open("ns/f")
     await w.kernel.ftruncate(handle, 3 * BLOCK_BYTES)
-    held = w.cues.hold(m.Upload)
-    w.cues.fail(m.Upload, m.Unreachable("the link is down"))
+    held = w.cues.hold(Upload)
+    w.cues.fail(Upload, Unreachable("the link is down"))
     found: list[bytes] = []
 
     async def read() -> None:
@@ -163,8 +164,8 @@ async def test_what_the_remote_refuses_is_kept_and_the_remotes_truth_is_shown(w:
     w.remote.put(b"f", b"what was there")
     handle = await w.kernel.open("ns/f", RW | os.O_TRUNC)
     await w.kernel.pwrite(handle, 0, b"precious bytes")
-    w.cues.fail(m.Upload, m.NoSpace("the quota is used up"), times=2)
-    with pytest.raises(m.NoSpace):
+    w.cues.fail(Upload, NoSpace("the quota is used up"), times=2)
+    with pytest.raises(NoSpace):
         await w.kernel.close(handle)
     (row,) = w.journal.kept
     assert (row.path, row.reason, row.ranges) == (b"f", "the quota is used up", [(0, 14)])
@@ -193,8 +194,8 @@ async def test_open_during_a_failing_last_close_sees_the_remotes_truth(w: World)
     w.remote.put(b"f", b"remote")
     handle = await w.kernel.open("ns/f")
     await w.kernel.pwrite(handle, 0, b"LOCAL and longer")
-    held = w.cues.hold(m.Upload)
-    w.cues.fail(m.Upload, m.NoSpace("the quota is used up"))
+    held = w.cues.hold(Upload)
+    w.cues.fail(Upload, NoSpace("the quota is used up"))
     found: list[bytes] = []
 
     async def read() -> None:
@@ -291,7 +292,7 @@ async def test_what_others_wrote_since_the_open_is_not_overwritten(w: World) -> 
     await w.kernel.pwrite(handle, 0, b"mine")
     w.remote.put(b"f", NEW)
     node = w.kernel.node_of(handle)
-    with pytest.raises(m.Conflict, match=r"is beside it as f\.hpcfs-conflict-"):
+    with pytest.raises(Conflict, match=r"is beside it as f\.hpcfs-conflict-"):
         await w.fs.files.flush_handle(handle)
     with pytest.raises(Stale):  # the kernel may still believe that the name is this file's
         await w.fs.files.open(node, os.O_RDONLY)
@@ -312,7 +313,7 @@ async def test_a_version_that_can_not_be_had_whole_any_more_is_kept(w: World) ->
     handle = await w.kernel.open("ns/f")
     await w.kernel.pwrite(handle, 0, NEW)
     w.remote.overwrite(b"f", b"theirs")
-    with pytest.raises(m.Conflict, match="is kept"):
+    with pytest.raises(Conflict, match="is kept"):
         await w.kernel.close(handle)
     assert {path: w.remote.get(path) for path in w.remote.paths()} == {b"f": b"theirs"}
     (row,) = w.journal.kept
@@ -328,7 +329,7 @@ async def test_a_file_that_others_made_at_the_same_time_is_not_overwritten(w: Wo
         await w.kernel.fsync(handle)
         await w.kernel.pwrite(handle, 0, b"MINE")
     w.remote.put(b"f", b"theirs")
-    with pytest.raises(m.Conflict):
+    with pytest.raises(Conflict):
         await w.kernel.close(handle)
     assert w.remote.get(b"f") == b"theirs"
     (beside,) = w.remote.paths().keys() - {b"f"}
@@ -358,8 +359,8 @@ async def test_an_upload_whose_answer_was_lost_can_be_repeated(w: World) -> None
     w.remote.put(b"f", OLD * 3)
     handle = await w.kernel.open("ns/f")
     await w.kernel.pwrite(handle, 0, b"new")
-    w.cues.fail(m.Upload, m.Unreachable("the link is down"), stage="after")
-    with pytest.raises(m.Unreachable):
+    w.cues.fail(Upload, Unreachable("the link is down"), stage="after")
+    with pytest.raises(Unreachable):
         await w.kernel.fsync(handle)
     await w.store.make_room(10**9)
     await w.kernel.pwrite(handle, 5, b"newer")
@@ -391,7 +392,7 @@ async def test_times_of_a_written_file_are_the_same_after_close_as_before(w: Wor
     assert (await w.kernel.stat("ns/f")).mtime_ns == open_times
 
 
-LARGE = OLD * (m.PART_COPY_BYTES // BLOCK_BYTES + 1)
+LARGE = OLD * (PART_COPY_BYTES // BLOCK_BYTES + 1)
 CHANGED_AT = 5 * BLOCK_BYTES + 7
 CHANGED = LARGE[:CHANGED_AT] + b"changed" + LARGE[CHANGED_AT + 7 :] + b"more"
 
@@ -411,7 +412,7 @@ async def test_of_a_large_object_only_what_changed_is_sent(w: World) -> None:
     """And only the blocks that it is in were fetched."""
     await w.kernel.close(await change_in_the_middle(w))
     assert w.remote.get(b"f") == CHANGED
-    (upload,) = [call for call in w.cues.calls if isinstance(call, m.Upload)]
+    (upload,) = [call for call in w.cues.calls if isinstance(call, Upload)]
     assert not upload.whole
     assert sum(length for _, length in upload.ranges) == 11
     fetched = sum(call.length for call in w.cues.calls if isinstance(call, m.Fetch))
@@ -421,10 +422,10 @@ async def test_of_a_large_object_only_what_changed_is_sent(w: World) -> None:
 
 @live("s3", max_blocks=1000)
 async def test_where_the_server_can_not_copy_parts_all_is_sent(w: World) -> None:
-    w.cues.fail(m.Upload, m.NotSupported("this server can't copy by parts"))
+    w.cues.fail(Upload, NotSupported("this server can't copy by parts"))
     await w.kernel.close(await change_in_the_middle(w))
     assert w.remote.get(b"f") == CHANGED
-    uploads = [call for call in w.cues.calls if isinstance(call, m.Upload)]
+    uploads = [call for call in w.cues.calls if isinstance(call, Upload)]
     assert [upload.whole for upload in uploads] == [False, True]
     assert uploads[0].base_version == uploads[1].base_version
 
@@ -433,8 +434,8 @@ async def test_where_the_server_can_not_copy_parts_all_is_sent(w: World) -> None
 async def test_an_upload_of_parts_that_failed_is_repeated_as_it_was(w: World) -> None:
     """What is not in the cache must not be sent from there."""
     handle = await change_in_the_middle(w)
-    w.cues.fail(m.Upload, m.Unreachable("the link is down"))
-    with pytest.raises(m.Unreachable):
+    w.cues.fail(Upload, Unreachable("the link is down"))
+    with pytest.raises(Unreachable):
         await w.kernel.fsync(handle)
     await w.kernel.close(handle)
     assert w.remote.get(b"f") == CHANGED
@@ -445,10 +446,10 @@ async def test_closing_a_second_descriptor_of_a_new_file_uploads_nothing(w: Worl
     """As the shell does it for `program > file`."""
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
     await w.fs.files.flush_handle(handle)
-    assert w.cues.count(m.Upload) == 0
+    assert w.cues.count(Upload) == 0
     await w.kernel.pwrite(handle, 0, b"content")
     await w.kernel.close(handle)
-    assert w.cues.count(m.Upload) == 1
+    assert w.cues.count(Upload) == 1
     assert w.remote.get(b"f") == b"content"
     empty = await w.kernel.open("ns/empty", RW | os.O_CREAT)
     times = (await w.kernel.fstat(empty)).mtime_ns

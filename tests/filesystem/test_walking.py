@@ -12,10 +12,11 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from hpcfs.filesystem import ahead, listing
-from hpcfs.filesystem.errors import NoEntry
+from hpcfs.directories import listing, listing_prefetcher
 from hpcfs.filesystem.makers import RUN
-from hpcfs.transfer import messages as m
+from hpcfs.model.entries import Attributes
+from hpcfs.model.errors import NotFound, PermissionDenied, RemoteError, RemoteFailure
+from hpcfs.protocol import messages as m
 from tests.filesystem.world import World, live, until, world
 from tests.support.memory_remote import Item
 
@@ -304,7 +305,7 @@ CHANGES = {
     "create": lambda k: k.write_file("ns/03/new", b"content"),
     "write": lambda k: k.write_file("ns/03/f1", b"content"),
     "mkdir": lambda k: k.mkdir("ns/03/new"),
-    "chmod": lambda k: k.setattr("ns/03/f1", m.Attributes(mode=0o600)),
+    "chmod": lambda k: k.setattr("ns/03/f1", Attributes(mode=0o600)),
     "rename": lambda k: k.rename("ns/03/f0", "ns/03/f9"),
     "move": lambda k: k.rename("ns/03/f0", "ns/f0"),
 }
@@ -347,7 +348,7 @@ async def test_a_listing_ahead_that_fails_is_nobodys_error(w: World) -> None:
     for path in ("ns", "ns/00"):
         await w.kernel.listdir(path)
     await wait_all_tasks_blocked()
-    w.cues.fail(m.List, m.RemoteFailure("it hiccups"))  # 02 or 03, ahead of who reads 01
+    w.cues.fail(m.List, RemoteFailure("it hiccups"))  # 02 or 03, ahead of who reads 01
     await w.kernel.listdir("ns/01")
     await wait_all_tasks_blocked()
     for folder in FOLDERS[2:6]:
@@ -362,15 +363,15 @@ async def test_who_waits_for_a_listing_that_fails_gets_its_error(w: World) -> No
         await w.kernel.listdir(path)
     await wait_all_tasks_blocked()
     held = w.cues.hold(m.List)
-    w.cues._cues[-1].error = m.PermissionDenied("not yours")
+    w.cues._cues[-1].error = PermissionDenied("not yours")
     await w.kernel.listdir("ns/01")
     await held.reached.wait()
-    outcome: list[m.RemoteError] = []
+    outcome: list[RemoteError] = []
 
     async def read(folder: str) -> None:
         try:
             await w.kernel.listdir(f"ns/{folder}")
-        except m.RemoteError as error:
+        except RemoteError as error:
             outcome.append(error)
 
     async with trio.open_nursery() as nursery:
@@ -379,7 +380,7 @@ async def test_who_waits_for_a_listing_that_fails_gets_its_error(w: World) -> No
         await wait_all_tasks_blocked()
         assert not outcome
         held.go.set()
-    assert [type(error) for error in outcome] == [m.PermissionDenied]
+    assert [type(error) for error in outcome] == [PermissionDenied]
     for folder in ("02", "03"):
         assert len(await w.kernel.listdir(f"ns/{folder}")) == 3
 
@@ -406,7 +407,7 @@ def test_when_the_walk_stops_all_is_cancelled_and_dropped(tmp_path: Path) -> Non
             flights = w.fs.directories._ahead
             assert len(flights) > 0
             w.clock.expire_attributes()
-            clock.jump(ahead.SWEEP_SECONDS * 1.1)
+            clock.jump(listing_prefetcher.SWEEP_SECONDS * 1.1)
             await wait_all_tasks_blocked()
             assert len(flights) == 0
             assert not flights._sweeping
@@ -426,11 +427,11 @@ async def test_what_is_listed_ahead_is_bounded(w: World) -> None:
     flights = w.fs.directories._ahead
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(listing, "MEMORY_BYTES", 10_000)
-        patch.setattr(ahead, "MAX_BYTES", 20_000)
+        patch.setattr(listing_prefetcher, "MAX_BYTES", 20_000)
         for path in ["ns", *(f"ns/{folder}" for folder in FOLDERS[:10])]:
             await w.kernel.listdir(path)
             await wait_all_tasks_blocked()
-            assert flights._size <= ahead.MAX_BYTES
+            assert flights._size <= listing_prefetcher.MAX_BYTES
     assert lists(w, "05") == 2
     assert w.cues.count(m.List) == 12
 
@@ -467,7 +468,7 @@ async def test_a_lookup_is_not_answered_by_a_listing_of_the_directory_before_it(
     await w.kernel.rmdir("ns/00")
     await w.kernel.mkdir("ns/00")
     w.remote.put(b"00/x", b"")
-    with pytest.raises(NoEntry):
+    with pytest.raises(NotFound):
         await w.kernel.walk("ns/00/f0")
     w.clock.expire_attributes()
     assert await w.kernel.exists("ns/00/x")

@@ -9,15 +9,19 @@ import msgspec
 import pytest
 import trio
 
-from hpcfs.filesystem.errors import (
+from hpcfs.model.entries import Attributes
+from hpcfs.model.errors import (
     AttributesFull,
-    Invalid,
+    Conflict,
+    InvalidRequest,
     NoAttribute,
-    NotPermitted,
+    NoSpace,
+    NotSupported,
+    PermissionDenied,
     ReadOnly,
-    Unsupported,
 )
-from hpcfs.transfer import messages as m
+from hpcfs.model.uploads import Upload
+from hpcfs.protocol import messages as m
 from tests.filesystem.world import World, live, world
 from tests.support.memory_remote import MemoryRemote
 
@@ -82,7 +86,7 @@ async def _with_the_upload(w: World) -> None:
     await w.kernel.fsync(handle)
     assert on_remote(w, b"file") == {NAME: b"red"}
     await w.kernel.pwrite(handle, 0, b"ABC")
-    await w.kernel.setattr("ns/file", m.Attributes(mode=0o600))
+    await w.kernel.setattr("ns/file", Attributes(mode=0o600))
     await w.kernel.close(handle)
     await w.fs.files.backlog.wait_for(w.fs.files.backlog.schedule)
     assert w.remote.get(b"file") == b"ABC"
@@ -103,8 +107,8 @@ async def test_they_go_up_with_a_new_file_in_back_mode(w: World) -> None:
 async def test_an_upload_that_fails_does_not_lose_them(w: World) -> None:
     handle = await w.kernel.open("ns/file", os.O_CREAT | os.O_RDWR)
     await set_on(w, "ns/file")
-    w.cues.fail(m.Upload, m.NoSpace("the quota is used up"))
-    with pytest.raises(m.NoSpace):
+    w.cues.fail(Upload, NoSpace("the quota is used up"))
+    with pytest.raises(NoSpace):
         await w.kernel.fsync(handle)
     await set_on(w, "ns/file", b"user.more")
     await w.kernel.close(handle)
@@ -132,7 +136,7 @@ async def test_a_version_set_aside_brings_them_along(w: World) -> None:
     await w.kernel.pwrite(handle, 0, b"ours")
     await set_on(w, "ns/file")
     w.remote.put(b"file", b"theirs")
-    with pytest.raises(m.Conflict):
+    with pytest.raises(Conflict):
         await w.kernel.close(handle)
     aside = next(path for path in w.remote.paths() if b"hpcfs-conflict" in path)
     assert (on_remote(w, aside), on_remote(w, b"file")) == ({NAME: b"red"}, {})
@@ -170,7 +174,7 @@ async def test_links_and_the_mounts_top_have_none(w: World) -> None:
     w.remote.paths()[b"link"].xattrs = ((NAME, b"red"),)
     w.clock.expire_attributes()
     assert await all_of(w, "ns/link") == {}
-    with pytest.raises(Unsupported):
+    with pytest.raises(NotSupported):
         await all_of(w, "")
     with pytest.raises(ReadOnly):
         await set_on(w, "")
@@ -179,9 +183,9 @@ async def test_links_and_the_mounts_top_have_none(w: World) -> None:
 @live("s3")
 async def test_the_files_mode_counts(w: World) -> None:
     w.remote.put(b"file", b"abc", 0o000)
-    with pytest.raises(NotPermitted):
+    with pytest.raises(PermissionDenied):
         await set_on(w, "ns/file")
-    with pytest.raises(NotPermitted):
+    with pytest.raises(PermissionDenied):
         await w.fs.xattrs.get((await w.kernel.walk("ns/file")).ino, NAME)
 
 
@@ -189,9 +193,9 @@ async def test_the_files_mode_counts(w: World) -> None:
 async def test_other_namespaces_are_not_supported(w: World) -> None:
     w.remote.put(b"file", b"abc")
     for name in (b"security.capability", b"system.posix_acl_access", b"trusted.x", b"colour"):
-        with pytest.raises(Unsupported):
+        with pytest.raises(NotSupported):
             await set_on(w, "ns/file", name)
-    with pytest.raises(Invalid):
+    with pytest.raises(InvalidRequest):
         await set_on(w, "ns/file", b"user.")
 
 
@@ -199,9 +203,9 @@ async def test_other_namespaces_are_not_supported(w: World) -> None:
 async def test_sftp_has_none(w: World) -> None:
     w.remote.put(b"file", b"abc")
     assert not w.fs.xattrs.any_keeps
-    with pytest.raises(Unsupported):
+    with pytest.raises(NotSupported):
         await set_on(w, "ns/file")
-    with pytest.raises(Unsupported):
+    with pytest.raises(NotSupported):
         await all_of(w, "ns/file")
 
 

@@ -17,17 +17,16 @@ import pytest
 import trio
 import trio.lowlevel
 
-from hpcfs.cache.pace import Pace
+from hpcfs.cache.slow_disk import SlowDisk
 from hpcfs.cache.store import Store
-from hpcfs.filesystem.errors import Exists, NoEntry, Stale
 from hpcfs.filesystem.filesystem import Filesystem
-from hpcfs.filesystem.namespace import Namespace, SymlinkMode, WriteMode
-from hpcfs.filesystem.pending import Pending
-from hpcfs.filesystem.restoring import Restoring
-from hpcfs.filesystem.tree import ATTRIBUTE_SECONDS, ROOT_INO, Node
-from hpcfs.transfer import messages as m
-from hpcfs.transfer.messages import BLOCK_BYTES
+from hpcfs.inodes.tree import ATTRIBUTE_SECONDS, ROOT_INO, Node
+from hpcfs.model.entries import BLOCK_BYTES, Attributes, Entry
+from hpcfs.model.errors import AlreadyExists, NotFound, Stale
+from hpcfs.site.namespace import Namespace, SymlinkMode, WriteMode
 from hpcfs.writeback.journal import Journal
+from hpcfs.writeback.pending import Pending
+from hpcfs.writeback.recovery import Recovery
 from hpcfs.writeback.uploader import Uploader
 from tests.support.memory_remote import GID, UID, Cues, MemoryRemote, MemorySite
 
@@ -43,7 +42,7 @@ async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
             await trio.lowlevel.checkpoint()
 
 
-class ToldPace(Pace):
+class ToldPace(SlowDisk):
     """The cache's disk is as slow as the test says."""
 
     told_slow = False
@@ -93,7 +92,7 @@ class World:
         return self.sites["ns"].cues
 
     def set_slow_disk(self, slow: bool = True) -> None:
-        pace = self.store.memory.pace = ToldPace()
+        pace = self.store.memory.slow_disk = ToldPace()
         pace.told_slow = slow
 
     def kept_bytes(self) -> list[bytes]:
@@ -143,7 +142,7 @@ async def world(
             mountpoint=mountpoint,
         )
         fs.tree.now = clock
-        restoring = Restoring(fs.tree, store, fs.files, journal, namespaces)
+        restoring = Recovery(fs.tree, store, fs.files, journal, namespaces)
         pending = Pending(fs.tree, store, fs.files, journal, restoring)
         await restoring.restore(journal.rows)
         nursery.start_soon(store.evict_forever)
@@ -225,12 +224,12 @@ class Kernel:
     async def exists(self, path: str) -> bool:
         try:
             await self.walk(path)
-        except NoEntry:
+        except NotFound:
             return False
         return True
 
-    async def stat(self, path: str) -> m.Entry:
-        async def act() -> m.Entry:
+    async def stat(self, path: str) -> Entry:
+        async def act() -> Entry:
             node = await self.walk(path)
             return (await self._fs.getattr(node.ino)).entry
 
@@ -253,7 +252,7 @@ class Kernel:
     def node_of(self, handle: int) -> Node:
         return self._fs.files.get(handle).node
 
-    async def fstat(self, handle: int) -> m.Entry:
+    async def fstat(self, handle: int) -> Entry:
         return (await self._fs.getattr(self.node_of(handle).ino)).entry
 
     async def pread(self, handle: int, offset: int, length: int) -> bytes:
@@ -264,13 +263,13 @@ class Kernel:
 
     async def ftruncate(self, handle: int, size: int) -> None:
         node = self.node_of(handle)
-        await self._fs.setattr(node.ino, m.Attributes(), size, handle)
+        await self._fs.setattr(node.ino, Attributes(), size, handle)
 
     async def truncate(self, path: str, size: int) -> None:
         node = await self.walk(path)
-        await self._fs.setattr(node.ino, m.Attributes(), size, None)
+        await self._fs.setattr(node.ino, Attributes(), size, None)
 
-    async def setattr(self, path: str, attributes: m.Attributes) -> None:
+    async def setattr(self, path: str, attributes: Attributes) -> None:
         node = await self.walk(path)
         await self._fs.setattr(node.ino, attributes, None, None)
 
@@ -313,7 +312,7 @@ class Kernel:
     async def _must_be_free(self, path: str) -> None:
         """Linux looks before it asks for something new."""
         if await self.exists(path):
-            raise Exists(path)
+            raise AlreadyExists(path)
 
     async def symlink(self, path: str, target: bytes) -> None:
         await self._must_be_free(path)
@@ -325,11 +324,11 @@ class Kernel:
         old, new = await self.parent(path), await self.parent(target)
         await self._fs.rename(*old, *new, replace=replace, process=self.process)
 
-    async def listdir(self, path: str) -> dict[bytes, m.Entry]:
+    async def listdir(self, path: str) -> dict[bytes, Entry]:
         """opendir, readdirplus in small replies, closedir."""
         node = await self.walk(path)
         handle = self._fs.directories.open(node)
-        found: dict[bytes, m.Entry] = {}
+        found: dict[bytes, Entry] = {}
         try:
             start, last = 0, -1
             while start != last:
@@ -340,7 +339,7 @@ class Kernel:
         return found
 
     async def readdir(
-        self, handle: int, start: int, found: dict[bytes, m.Entry], room: int = 5
+        self, handle: int, start: int, found: dict[bytes, Entry], room: int = 5
     ) -> int:
         """One getdents(2) with room for so many entries; returns where the next one starts."""
         for following, name, node, counts in await self._fs.directories.read(handle, start):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs.tunnel.shares import Share
+from hpcfs.laptop.shares import Share
 from tests.support.laptop import NAME, laptop
 from tests.support.mounts import OnDisk, Served, errno_of, make_real_home, mounted, run
 

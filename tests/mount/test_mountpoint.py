@@ -19,7 +19,7 @@ import pytest
 
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import MountStatus
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 from hpcfs.system import mountinfo, paths
 from tests.support.command import Home, Terminal, end_mounts_below, make_home
 

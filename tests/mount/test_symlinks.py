@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs.tunnel.shares import Share
+from hpcfs.laptop.shares import Share
 from tests.mount.conftest import Servers
 from tests.support.laptop import NAME, laptop
 from tests.support.mounts import (

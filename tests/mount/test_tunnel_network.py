@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs.rendezvous.file import TcpPlace, UnixPlace
+from hpcfs.tunnel.file import TcpPlace, UnixPlace
 from tests.support.mounts import RealHome, until
 from tests.support.nodes import Node, cable
 from tests.support.seed import Seed

@@ -1,7 +1,7 @@
 """What the user sees of uploads: sync, retry, discard, recover, status and umount.
 
 Over real mounts of the stub daemon, whose backlog uploads as a test wants it; what the daemon does
-with them is tested in tests/policy/test_writeservice.py.
+with them is tested in tests/policy/test_write_handlers.py.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from hpcfs.rendezvous import stream as streams
-from hpcfs.rendezvous.knock import KNOCK_BYTES, NONCE_BYTES, SEALED_BYTES, Door
-from hpcfs.rendezvous.stream import ID_BYTES, NEW_STREAM, Stream
-from hpcfs.tunnel import acceptor as acceptors, strangers
-from hpcfs.tunnel.acceptor import Acceptor, Incoming, Kind
+from hpcfs.laptop import acceptor as acceptors, strangers
+from hpcfs.laptop.acceptor import Acceptor, Incoming, Kind
+from hpcfs.tunnel import stream as streams
+from hpcfs.tunnel.knock import KNOCK_BYTES, NONCE_BYTES, SEALED_BYTES, Door
+from hpcfs.tunnel.stream import ID_BYTES, NEW_STREAM, Stream
 
 DOOR = Door("f" * 32, "5" * 64)
 NONCE = b"n" * NONCE_BYTES

@@ -20,7 +20,7 @@ import pytest
 from hpcfs.cli import arguments, check_s3, check_ssh, output
 from hpcfs.cli.arguments import Arguments
 from hpcfs.config import config
-from hpcfs.transfer.messages import S3Root, S3Site, Secret, SshSite
+from hpcfs.model.sites import S3Root, S3Site, Secret, SshSite
 from tests.support import s3
 from tests.support.command import Home, Terminal, make_home
 

@@ -12,10 +12,10 @@ import pytest
 from hpcfs.config import config, values as config_values
 from hpcfs.config.config import Config
 from hpcfs.config.toml_lines import KeyPath, find_lines
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
+from hpcfs.model.sites import S3Root, S3Site, SftpRoot, SshSite, TunnelSite
 from hpcfs.system import paths
 from hpcfs.system.disk import DEFAULT_MIN_FREE, MinFree
-from hpcfs.transfer.messages import S3Root, S3Site, SftpRoot, SshSite, TunnelSite
 
 FILE = Path("/c/config.toml")
 FULL = """\

@@ -29,7 +29,7 @@ from hpcfs.control.control import (
     Request,
     Step,
 )
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 
 STATUS = MountStatus(
     mountpoint="/m",

@@ -6,14 +6,15 @@ import errno
 
 import pytest
 
-from hpcfs.filesystem.errors import FilesystemError, Stale
 from hpcfs.kernel.errno import ERRNO, errno_of
-from hpcfs.transfer.messages import (
+from hpcfs.model.errors import (
     ERRORS,
     Changed,
     Failure,
+    FilesystemError,
     RemoteError,
     RemoteFailure,
+    Stale,
     TimedOut,
 )
 
@@ -26,7 +27,7 @@ def _is_ours(kind: type[Exception]) -> bool:
     """Tests define subclasses too, and so does `hpcfs tunnel`, which answers no kernel and no
     daemon."""
     module = kind.__module__
-    return module.startswith("hpcfs.") and not module.startswith("hpcfs.tunnel.")
+    return module.startswith("hpcfs.") and not module.startswith("hpcfs.laptop.")
 
 
 OURS = {kind for kind in _all(RemoteError) | _all(FilesystemError) if _is_ours(kind)}

@@ -18,9 +18,9 @@ from hpcfs.cache.blocks import CHUNK_BLOCKS
 from hpcfs.cache.file import CacheFile, checksum
 from hpcfs.cache.index import Index
 from hpcfs.cache.store import Store
+from hpcfs.model.entries import BLOCK_BYTES
 from hpcfs.system import disk
 from hpcfs.system.disk import MinFree, Space
-from hpcfs.transfer.messages import BLOCK_BYTES
 
 MANY = 1 << 50
 BLOCK = b"b" * BLOCK_BYTES
@@ -125,7 +125,7 @@ def test_killed_between_the_bytes_and_the_index(
         def killed(*_: object) -> None:
             raise sqlite3.OperationalError("killed here")
 
-        monkeypatch.setattr(store.shelf.index, "change_blocks", killed)
+        monkeypatch.setattr(store.registry.index, "change_blocks", killed)
         with pytest.raises(sqlite3.OperationalError):
             await store.make_room(3 * BLOCK_BYTES)
 
@@ -262,7 +262,7 @@ def test_what_is_pinned_stays(tmp_path: Path) -> None:
         await idle(store, b"d/idle", 4)
         await idle(store, b"other", 4)
         file = await fill(store, b"d/open", 4)
-        await store.in_thread(store.shelf.index.pin, "origin", b"d")
+        await store.in_thread(store.registry.index.pin, "origin", b"d")
         store.mark_pinned("origin", b"d")
         later = await fill(store, b"d/later", 4)
         assert await store.make_room(MANY) == 4 * BLOCK_BYTES
@@ -271,7 +271,7 @@ def test_what_is_pinned_stays(tmp_path: Path) -> None:
         store.release(later)
         await store.save()
         assert await store.make_room(MANY) == 0
-        (totals,) = store.shelf.index.totals()
+        (totals,) = store.registry.index.totals()
         assert (totals.pinned_files, totals.pinned_bytes) == (3, 12 * BLOCK_BYTES)
 
     run(tmp_path, story)
@@ -411,7 +411,7 @@ def test_a_large_cache_is_as_quick_as_a_small_one(tmp_path: Path) -> None:
         trio.run(Store.open(tmp_path, MANY, "a test").close)
 
     async def story(store: Store) -> None:
-        index = store.shelf.index
+        index = store.registry.index
         total = FILES * 3 * BLOCK_BYTES + HUGE_CHUNKS * CHUNK_BLOCKS * BLOCK_BYTES
         assert store.used_bytes == index.total_bytes() == total
         assert best(5, lambda: index.find("origin", b"d7/f7")) < 0.005

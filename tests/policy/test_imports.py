@@ -1,6 +1,7 @@
 """The architecture as imports: parsed from the sources, so that no import can hide in a function.
 
-Two processes share one module, transfer/messages.py; within each, imports run downward only.
+Each package may import those that are named here, which were named before it: so no package can
+need, over whatever way, one that needs it.
 """
 
 from __future__ import annotations
@@ -17,45 +18,38 @@ ROOT = Path(hpcfs.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 TRIO, ASYNCIO = {"trio"}, {"asyncio", "uvloop", "asyncssh", "aiobotocore", "botocore", "aiohttp"}
-SET_UP = {"errors", "system", "control", "config"}
-"""What reads the user's wishes and the machine's state, before and beside a mount."""
 
 MAY_IMPORT: dict[str, set[str]] = {
-    "errors": set(),
-    "transfer.errors": set(),
-    "transfer.measures": set(),
-    "transfer.xattrs": set(),
-    "transfer.sshwords": set(),
-    "transfer.messages": {"transfer.errors", "transfer.measures", "transfer.xattrs"},
-    "system": {"errors"},
-    "control": {"errors", "system"},
-    "config": {"errors", "system", "rendezvous", "transfer.messages", "transfer.sshwords"},
-    "rendezvous": {"transfer.messages"},
-    "remotes": {"errors", "system", "transfer.messages", "transfer.sshwords", "rendezvous"},
-    "tunnel": SET_UP | {"rendezvous", "remotes", "transfer.messages"},
-    "transfer.cachefile": {"transfer.messages"},
-    "transfer.process": {"system", "remotes", "transfer.messages", "transfer.cachefile"},
-    "transfer.child": {"system", "transfer.messages"},
-    "transfer.client": {"transfer.messages", "transfer.child"},
-    "cache": {"errors", "system", "transfer.messages"},
-    "writeback": {"cache", "transfer.messages", "transfer.client"},
-    "filesystem": {"cache", "writeback", "transfer.messages", "transfer.client"},
-    "cacheservice": SET_UP | {"filesystem", "cache", "writeback", "transfer.messages"},
-    "writeservice": SET_UP | {"cacheservice", "filesystem", "writeback", "transfer.messages"},
-    "kernel": {"filesystem", "transfer.messages"},
-    "daemon": SET_UP
-    | {"cacheservice", "writeservice", "kernel", "filesystem", "cache", "writeback"}
-    | {"transfer.client", "transfer.messages"},
-    "demo": {"errors", "system", "tunnel", "remotes", "transfer.messages", "rendezvous"},
-    "cli": SET_UP
-    | {"daemon", "cacheservice", "writeservice", "demo", "cache", "tunnel", "transfer.messages"}
-    | {"rendezvous", "remotes"},
+    "model": set(),
+    "system": {"model"},
+    "tunnel": {"model"},
+    "remotes": {"model", "system", "tunnel"},
+    "protocol": {"model"},
+    "worker": {"model", "system", "remotes", "protocol"},
+    "control": {"model", "system"},
+    "config": {"model", "system", "tunnel"},
+    "laptop": {"model", "system", "tunnel", "remotes", "config"},
+    "cache": {"model", "system"},
+    "site": {"model", "system", "protocol"},
+    "content": {"model", "protocol", "cache", "site"},
+    "inodes": {"model", "protocol", "site", "content"},
+    "prefetch": {"model", "cache", "site", "content", "inodes"},
+    "directories": {"model", "site", "inodes", "prefetch"},
+    "writeback": {"model", "protocol", "cache", "site", "content", "inodes", "directories"},
+    "filesystem": {"model", "protocol", "cache", "site", "content", "inodes", "prefetch"}
+    | {"directories", "writeback"},
+    "kernel": {"model", "inodes", "filesystem"},
+    "daemon": {"model", "system", "control", "config", "cache", "site", "content", "inodes"}
+    | {"writeback", "filesystem", "kernel"},
+    "demo": {"model", "system", "laptop"},
+    "cli": {"model", "system", "tunnel", "remotes", "control", "config", "laptop", "cache"}
+    | {"daemon", "demo"},
 }
+"""In the order of the layers, the lowest first."""
 MAY_USE: dict[str, set[str]] = {
-    **dict.fromkeys(["cache", "writeback", "filesystem", "transfer.child"], TRIO),
-    **dict.fromkeys(["transfer.client", "daemon", "cacheservice", "writeservice"], TRIO),
-    **dict.fromkeys(["remotes", "rendezvous", "tunnel", "transfer.process", "demo"], ASYNCIO),
-    "control": TRIO,
+    **dict.fromkeys(["remotes", "tunnel", "laptop", "worker", "demo"], ASYNCIO),
+    **dict.fromkeys(["cache", "site", "content", "inodes", "prefetch", "directories"], TRIO),
+    **dict.fromkeys(["writeback", "filesystem", "daemon", "control"], TRIO),
     "kernel": TRIO | {"pyfuse3"},
 }
 """Event loops and what brings one along. The demo's servers are a process of their own."""
@@ -68,9 +62,8 @@ CLI_LIBRARIES = {
 
 
 def _layer(module: str) -> str:
-    """Of a dotted module below hpcfs: its package, or for transfer/ the module."""
-    parts = module.split(".")
-    return ".".join(parts[:2]) if parts[0] == "transfer" and len(parts) > 1 else parts[0]
+    """The package of a dotted module below hpcfs."""
+    return module.partition(".")[0]
 
 
 def _imported(tree: ast.AST) -> Iterator[str]:
@@ -106,6 +99,13 @@ def test_imports_run_downward(file: Path) -> None:
     ours = {name.partition(".")[2] for name in _imported(_parse(file)) if name[:6] == "hpcfs."}
     allowed = MAY_IMPORT[layer] | {layer}
     assert {name for name in ours if _layer(name) not in allowed} == set()
+
+
+def test_the_packages_have_an_order() -> None:
+    below: set[str] = set()
+    for layer, allowed in MAY_IMPORT.items():
+        assert allowed <= below, f"{layer} may import what comes after it"
+        below.add(layer)
 
 
 @each_file
@@ -152,6 +152,6 @@ def test_modules_do_not_import_each_other_in_circles() -> None:
 
 
 def test_the_checker_sees_what_it_should_refuse() -> None:
-    hidden = ast.parse("def f():\n    from hpcfs.transfer import process\n    import asyncio.tasks")
-    assert set(_imported(hidden)) == {"hpcfs.transfer.process", "asyncio.tasks"}
-    assert _layer("transfer.process") not in MAY_IMPORT["filesystem"]
+    hidden = ast.parse("def f():\n    from hpcfs.worker import main\n    import asyncio.tasks")
+    assert set(_imported(hidden)) == {"hpcfs.worker.main", "asyncio.tasks"}
+    assert _layer("worker.main") not in MAY_IMPORT["filesystem"]

@@ -13,8 +13,10 @@ import msgspec
 import pytest
 import trio
 
-from hpcfs.transfer.messages import Abilities, Attributes, Entry
-from hpcfs.writeback.journal import Journal, Unconfirmed, recover
+from hpcfs.content.record import Unconfirmed
+from hpcfs.model.capabilities import Capabilities
+from hpcfs.model.entries import Attributes, Entry
+from hpcfs.writeback.journal import Journal, recover
 
 DATA = b"bytes that no remote has"
 
@@ -35,7 +37,7 @@ def reopened(directory: Path) -> list[Unconfirmed]:
 
 
 ENTRY = Entry("ä".encode("latin-1"), stat.S_IFREG | 0o640, 24, 5 * 10**9, 4 * 10**9, 1, 2, b"v")
-ABILITIES = Abilities(
+ABILITIES = Capabilities(
     partial_writes=True, creates_on_upload=False, handles=True, mtime_resolution_ns=10**9
 )
 

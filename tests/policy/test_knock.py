@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from hpcfs.rendezvous.knock import GREETING, NONCE_BYTES, OPENING, SEALED_BYTES, Door
-from hpcfs.rendezvous.stream import Garbled
+from hpcfs.tunnel.knock import GREETING, NONCE_BYTES, OPENING, SEALED_BYTES, Door
+from hpcfs.tunnel.stream import Garbled
 
 DOOR = Door("a" * 32, "5" * 64)
 ID = bytes(range(16))

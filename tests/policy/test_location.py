@@ -10,7 +10,7 @@ import pytest
 
 from hpcfs.cache import location
 from hpcfs.cache.location import Location
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 from hpcfs.system import mountinfo, paths
 
 TABLE = rb"""

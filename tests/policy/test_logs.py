@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from hpcfs.cli import output
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
+from hpcfs.site import worker_process
 from hpcfs.system import dumps, logs
-from hpcfs.transfer import child, process
+from hpcfs.worker import main
 
 EVIL = "a\x1b]0;title\x07\r\nb\x9b2J\u202ec\udcff"
 ESCAPED = r"a\x1b]0;title\x07\r\nb\x9b2J\u202ec\udcff"
@@ -65,7 +66,7 @@ def test_a_log_is_no_other_file(tmp_path: Path, restored: object, kind: str) -> 
         os.mkfifo(file)
     with pytest.raises(SetupError, match="log can't be written"):
         logs.set_up(file, "INFO", "mount", to_stderr=False)
-    with child._log(file) as stream:
+    with worker_process._log(file) as stream:
         stream.write(b"what the server says")
     assert other.read_text() == ""
     assert kind == "fifo" or file.stat().st_size == 0
@@ -88,7 +89,7 @@ def _fail() -> None:
 
 def test_so_has_the_transfer_process(restored: object) -> None:
     logging.getLogger().handlers.clear()
-    process.set_up_logging("INFO")
+    main.set_up_logging("INFO")
     (handler,) = logging.getLogger().handlers
     assert isinstance(handler.formatter, logs.Formatter)
 
@@ -124,8 +125,8 @@ def test_a_process_that_does_not_dump_still_reads_of_itself_in_proc(tmp_path: Pa
     file.write_text("content")
     place = os.open(file, os.O_PATH)
     reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
+    worker_process = os.fork()
+    if worker_process == 0:
         outcome = b"failed"
         try:
             if os.getuid() == 0:
@@ -140,7 +141,7 @@ def test_a_process_that_does_not_dump_still_reads_of_itself_in_proc(tmp_path: Pa
         finally:
             os.write(writer, outcome)
             os._exit(0)
-    os.waitpid(child, 0)
+    os.waitpid(worker_process, 0)
     told = os.read(reader, 1000)
     for fd in (reader, writer, place):
         os.close(fd)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpcfs.filesystem.makers import MOST_WANTED, RUN, UNKNOWN_PROCESS, Makers
-from tests.policy.test_known import folder
+from tests.policy.test_listing_cache import folder
 
 CP, OTHER = 100, 101
 

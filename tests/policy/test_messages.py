@@ -5,9 +5,13 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from hpcfs.transfer import messages as m
+from hpcfs.model.entries import BLOCK_BYTES, LIST_PAGE_ENTRIES, Attributes, Entry
+from hpcfs.model.errors import Failure, ProtocolError
+from hpcfs.model.sites import S3Root, S3Site, Secret, Start
+from hpcfs.model.uploads import AHEAD_BYTES, Upload, UploadAhead
+from hpcfs.protocol import messages as m
 
-ATTRIBUTES = m.Attributes(mode=0o640, mtime_ns=-1, xattrs={b"user.\xff": b"\0", b"user.b": None})
+ATTRIBUTES = Attributes(mode=0o640, mtime_ns=-1, xattrs={b"user.\xff": b"\0", b"user.b": None})
 NAME = b"h\xe4user/\xff"
 REQUESTS: list[m.Request] = [
     m.Connect(),
@@ -15,12 +19,12 @@ REQUESTS: list[m.Request] = [
     m.StatOpen(2**60),
     m.List(b""),
     m.ReadLink(NAME),
-    m.Fetch(NAME, b"\0v", 2**62, m.BLOCK_BYTES, "/cache/f", 7, growing=True),
+    m.Fetch(NAME, b"\0v", 2**62, BLOCK_BYTES, "/cache/f", 7, growing=True),
     m.Release(7),
-    m.Upload(NAME, "/cache/f", 2**62, 0, [(0, 1), (2**61, 5)], ATTRIBUTES, 0o644, sync=True),
+    Upload(NAME, "/cache/f", 2**62, 0, [(0, 1), (2**61, 5)], ATTRIBUTES, 0o644, sync=True),
     m.ReadUnsized(NAME, 2**40, 2**20, 5),
     m.Create(NAME, 0o7777),
-    m.UploadAhead(NAME, "/cache/f", m.AHEAD_BYTES, m.AHEAD_BYTES, 0o600, 5, b"v"),
+    UploadAhead(NAME, "/cache/f", AHEAD_BYTES, AHEAD_BYTES, 0o600, 5, b"v"),
     m.MakeDirectory(NAME, 0o755),
     m.MakeSymlink(NAME, b"\xff/.."),
     m.MakeLink(NAME, b"b"),
@@ -56,7 +60,7 @@ def test_every_request_was_tried() -> None:
     "message",
     [
         m.Reply(1, m.pack([1, 2]), more=True),
-        m.Reply(1, failure=m.Failure("Changed", "why")),
+        m.Reply(1, failure=Failure("Changed", "why")),
         m.Advance(1, m.Progress(2**40)),
         m.Question(1, "Password: ", echo=False),
     ],
@@ -73,25 +77,25 @@ def test_an_answer_without_result_is_none() -> None:
 
 
 def test_a_secret_never_shows() -> None:
-    secret = m.Secret("hunter2")
-    site = m.S3Site(access_key=secret, secret_key=secret)
-    start = m.Start(site, {"ns": m.S3Root("bucket")}, "/cache", 1, 1)
+    secret = Secret("hunter2")
+    site = S3Site(access_key=secret, secret_key=secret)
+    start = Start(site, {"ns": S3Root("bucket")}, "/cache", 1, 1)
     for thing in (secret, site, start, m.Answer(1, secret)):
         assert "hunter2" not in f"{thing!r} {thing!s}"
-    assert _over_the_wire(start, m.Start) == start
+    assert _over_the_wire(start, Start) == start
 
 
 def test_a_frame_has_a_limit() -> None:
-    with pytest.raises(m.ProtocolError, match="larger than"):
+    with pytest.raises(ProtocolError, match="larger than"):
         m.frame(m.Call(1, "ns", m.Stat(bytes(m.MAX_FRAME_BYTES))))
 
 
 def test_attributes_are_true_if_any_is_set_even_to_zero() -> None:
-    assert not m.Attributes()
-    for field in m.Attributes.__struct_fields__:
-        assert m.Attributes(**{field: 0})
+    assert not Attributes()
+    for field in Attributes.__struct_fields__:
+        assert Attributes(**{field: 0})
 
 
 def test_a_page_of_the_longest_names_fits_into_a_frame() -> None:
-    entry = m.Entry(b"n" * 255, 2**31, 2**62, 2**62, 2**62, 2**31, 2**31, b"v" * 100)
-    assert m.frame(m.Reply(1, m.pack([entry] * m.LIST_PAGE_ENTRIES), more=True))
+    entry = Entry(b"n" * 255, 2**31, 2**62, 2**62, 2**62, 2**31, 2**31, b"v" * 100)
+    assert m.frame(m.Reply(1, m.pack([entry] * LIST_PAGE_ENTRIES), more=True))

@@ -17,9 +17,9 @@ import pytest
 from hpcfs.cache import location
 from hpcfs.cache.location import Location
 from hpcfs.control import control, mountpoint
-from hpcfs.errors import SetupError
+from hpcfs.laptop import status as tunnel_status
+from hpcfs.model.errors import SetupError
 from hpcfs.system import ownership, paths
-from hpcfs.tunnel import status as tunnel_status
 from tests.support.command import Home, make_home
 
 OTHER = 12345

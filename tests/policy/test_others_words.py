@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from hpcfs.config import config, rclone_conf
-from hpcfs.errors import SetupError
+from hpcfs.daemon.write_commands import make_target
+from hpcfs.model.errors import SetupError, WrongSettings
+from hpcfs.model.sites import SshSite
 from hpcfs.remotes.ssh import said
 from hpcfs.system import ownership, paths, temporary
-from hpcfs.transfer.messages import SshSite, WrongSettings
-from hpcfs.writeservice import make_target
 from tests.policy.test_other_users import OTHER, base, shared_tmp
 
 __all__ = ["base", "shared_tmp"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError
 from hpcfs.system import paths
 
 

@@ -6,7 +6,7 @@ import random
 
 from hypothesis import given, settings, strategies as st
 
-from hpcfs.cache.readahead import FIRST_WINDOW_BYTES, Plan, Range, Readahead
+from hpcfs.prefetch.readahead import FIRST_WINDOW_BYTES, Plan, Range, Readahead
 
 repeatable = settings(deadline=None, derandomize=True, database=None)
 KIB, MIB = 1024, 1024 * 1024

@@ -12,11 +12,11 @@ import msgspec
 import pytest
 from hypothesis import given, strategies as st
 
-from hpcfs.rendezvous import file, proof
-from hpcfs.rendezvous.file import Rendezvous, TcpPlace, UnixPlace
-from hpcfs.rendezvous.proof import NotProved, prove_as_client, prove_as_server
-from hpcfs.rendezvous.stream import Stream
-from hpcfs.transfer.messages import Unreachable, WrongSettings
+from hpcfs.model.errors import Unreachable, WrongSettings
+from hpcfs.tunnel import file, proof
+from hpcfs.tunnel.file import Rendezvous, TcpPlace, UnixPlace
+from hpcfs.tunnel.proof import NotProved, prove_as_client, prove_as_server
+from hpcfs.tunnel.stream import Stream
 
 GOOD = Rendezvous(
     id="0" * 32,

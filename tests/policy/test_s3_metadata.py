@@ -11,14 +11,9 @@ import pytest
 from botocore import exceptions as boto
 from hypothesis import given, strategies as st
 
-from hpcfs.remotes.s3.errors import LONGEST_DELAY, Health, translate
-from hpcfs.remotes.s3.known import Known, MetadataCache
-from hpcfs.remotes.s3.metadata import MAX_TIME_NS, Metadata, decode, encode, format_time, parse_time
-from hpcfs.remotes.s3.objects import Info, Summary
-from hpcfs.remotes.s3.parts import Limits
-from hpcfs.transfer.messages import (
+from hpcfs.model.entries import Attributes
+from hpcfs.model.errors import (
     AccessRefused,
-    Attributes,
     Changed,
     NoSpace,
     NotConnected,
@@ -30,6 +25,11 @@ from hpcfs.transfer.messages import (
     Unreachable,
     WrongSettings,
 )
+from hpcfs.remotes.s3.errors import LONGEST_DELAY, Health, translate
+from hpcfs.remotes.s3.known import Known, MetadataCache
+from hpcfs.remotes.s3.metadata import MAX_TIME_NS, Metadata, decode, encode, format_time, parse_time
+from hpcfs.remotes.s3.objects import Info, Summary
+from hpcfs.remotes.s3.parts import Limits
 
 SECOND = 1_000_000_000
 times = st.integers(-MAX_TIME_NS, MAX_TIME_NS)

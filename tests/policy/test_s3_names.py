@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import example, given, strategies as st
 
+from hpcfs.model.errors import InvalidName, NameTooLong
 from hpcfs.remotes.base import is_valid_name
 from hpcfs.remotes.s3.listing import Collator, Listed, in_order, is_marker
 from hpcfs.remotes.s3.names import (
@@ -21,7 +22,6 @@ from hpcfs.remotes.s3.names import (
     shown,
     stands_for,
 )
-from hpcfs.transfer.messages import InvalidName, NameTooLong
 
 PIECES = ["", ".", "..", "a", "\0", "ü", "%", ESCAPE.decode(), BESIDE.decode(), MARKER, "0" * 16]
 characters = st.characters(exclude_characters="/", exclude_categories=["Cs"])

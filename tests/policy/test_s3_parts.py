@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hypothesis import given, settings, strategies as st
 
+from hpcfs.model.uploads import AHEAD_BYTES
 from hpcfs.remotes.s3.parts import GIB, MIB, Growing, Limits, Part, changed, even, merged
-from hpcfs.transfer.messages import AHEAD_BYTES
 
 LARGEST = 5 * 1024 * GIB
 GROWING = Growing(AHEAD_BYTES, 1024)

@@ -76,7 +76,7 @@ def test_scripts_start_python_without_the_current_directory(name: str) -> None:
 
 def test_a_module_of_ours_is_found_in_the_safe_directory(planted: Planted) -> None:
     """As it is installed here: editable, in a virtual environment."""
-    command = interpreter.command("hpcfs.transfer.process")
+    command = interpreter.command("hpcfs.worker.main")
     ended = subprocess.run(
         command,
         cwd=interpreter.SAFE_DIRECTORY,

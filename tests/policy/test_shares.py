@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from hpcfs.errors import SetupError
-from hpcfs.tunnel.shares import Share, collect, parse
+from hpcfs.laptop.shares import Share, collect, parse
+from hpcfs.model.errors import SetupError
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from hpcfs.config import config, rclone_conf, ssh_config, tunnel, urls
-from hpcfs.errors import SetupError
-from hpcfs.transfer import sshwords
+from hpcfs.model import ssh_syntax
+from hpcfs.model.errors import SetupError
 
 HOSTS = [
     "login3", "login3.example.org", "127.0.0.1", "::1", "fe80::1%eth0", "a_b", "höst", "a:b", "a,b",
@@ -38,19 +38,19 @@ def ssh_takes(*line: str) -> bool:
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_hosts_are_those_that_ssh_takes(host: str) -> None:
-    assert sshwords.is_valid_host(host) == ssh_takes("--", host)
+    assert ssh_syntax.is_valid_host(host) == ssh_takes("--", host)
 
 
 @pytest.mark.parametrize("user", USERS)
 def test_users_are_those_that_ssh_takes(user: str) -> None:
-    assert sshwords.is_valid_user(user) == ssh_takes("-l", user, "--", "host")
+    assert ssh_syntax.is_valid_user(user) == ssh_takes("-l", user, "--", "host")
 
 
 def test_control_characters_are_in_no_user_name() -> None:
     """OpenSSH refuses them since 10.1 (CVE-2025-61984)."""
-    assert not any(sshwords.is_valid_user(f"a{letter}b") for letter in "\n\0\x1b\x7f")
-    assert not sshwords.is_valid_user("")
-    assert not sshwords.is_valid_host("")
+    assert not any(ssh_syntax.is_valid_user(f"a{letter}b") for letter in "\n\0\x1b\x7f")
+    assert not ssh_syntax.is_valid_user("")
+    assert not ssh_syntax.is_valid_host("")
 
 
 AROUND = urls.Surroundings(ssh_aliases=[], remotes=dict)
@@ -127,9 +127,9 @@ def rclone(lines: str, tmp_path: Path) -> None:
     ],
 )
 def test_words_of_a_line(line: str, words: list[str]) -> None:
-    assert sshwords.split(line) == words
+    assert ssh_syntax.split(line) == words
 
 
 def test_a_quote_that_does_not_end() -> None:
-    with pytest.raises(sshwords.BadQuotes):
-        sshwords.split('User "me')
+    with pytest.raises(ssh_syntax.BadQuotes):
+        ssh_syntax.split('User "me')

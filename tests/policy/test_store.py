@@ -16,9 +16,9 @@ import trio.lowlevel
 from hpcfs.cache.file import CacheFile, checksum
 from hpcfs.cache.index import Record
 from hpcfs.cache.store import CacheUnusable, Store
-from hpcfs.filesystem.errors import CacheFull
-from hpcfs.transfer import messages as m
-from hpcfs.transfer.messages import BLOCK_BYTES
+from hpcfs.model.entries import BLOCK_BYTES
+from hpcfs.model.errors import CacheFull
+from hpcfs.protocol import messages as m
 from tests.filesystem.world import RW, World, live, world
 from tests.support.memory_remote import MemoryRemote
 
@@ -430,12 +430,12 @@ async def test_a_full_disk_evicts_and_tries_once_more(w: World) -> None:
     assert await w.kernel.read_file("ns/old") == BLOCK * 4
     w.remote.put(b"f", BLOCK)
     nth = 2 if w.remote.is_sftp else 1  # before that the server is to hold the file
-    w.cues.fail(m.Fetch, m.CacheDiskFull("the local disk with the cache is full"), nth=nth)
+    w.cues.fail(m.Fetch, CacheFull("the local disk with the cache is full"), nth=nth)
     assert await w.kernel.read_file("ns/f") == BLOCK
     w.remote.put(b"g", BLOCK)
-    full = m.CacheDiskFull("the local disk with the cache is full")
+    full = CacheFull("the local disk with the cache is full")
     w.cues.fail(m.Fetch, full, nth=nth, times=9)
-    with pytest.raises(m.CacheDiskFull):
+    with pytest.raises(CacheFull):
         await w.kernel.read_file("ns/g")
 
 
@@ -453,7 +453,7 @@ async def test_a_journal_that_cannot_be_written_refuses_writes_but_uploads(w: Wo
     await w.kernel.close(handle)
     assert w.remote.get(b"f") == b"journaled before"
     other = await w.kernel.open("ns/f")
-    with pytest.raises(m.CacheDiskFull):
+    with pytest.raises(CacheFull):
         await w.kernel.pwrite(other, 0, b"x")
     w.journal.note = working  # type: ignore[method-assign]
     await w.kernel.pwrite(other, 0, b"J")

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, strategies as st
 
-from hpcfs.rendezvous import stream as streams
-from hpcfs.rendezvous.stream import Garbled, Stream
+from hpcfs.tunnel import stream as streams
+from hpcfs.tunnel.stream import Garbled, Stream
 
 ID = b"0123456789abcdef"
 SIZES = st.one_of(st.integers(1, 300), st.integers(1, 2 * streams.FRAME_BYTES + 1))

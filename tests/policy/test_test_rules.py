@@ -56,13 +56,17 @@ def test_an_expected_failure_did_run(tmp_path: Path) -> None:
 
 
 def test_a_process_left_behind_fails_the_run_and_is_ended(tmp_path: Path) -> None:
-    """It says hpcfs in its arguments, as daemons do; it uses nothing of the run's files."""
+    """It says hpcfs in its arguments, as daemons do; it uses nothing of the run's files. Right
+    after exec(2) /proc does not tell its arguments yet: it says when it runs."""
     source = (
         "import subprocess, sys\n"
         "def test_a():\n"
-        "    wait = 'import signal; signal.pause()'\n"
-        "    subprocess.Popen([sys.executable, '-c', wait, 'hpcfs'], cwd='/',\n"
-        "        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode = 0\n"
+        "    wait = 'import signal; print(1, flush=True); signal.pause()'\n"
+        "    left = subprocess.Popen([sys.executable, '-c', wait, 'hpcfs'], cwd='/',\n"
+        "        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)\n"
+        "    assert left.stdout.readline()\n"
+        "    left.stdout.close()\n"
+        "    left.returncode = 0\n"
     )
     result = run_tests(tmp_path, source, HPCFS_GRACE="0.1")
     assert (result.returncode, "left this behind: pid" in result.stdout) == (1, True)

@@ -7,9 +7,9 @@ import stat
 import msgspec
 import pytest
 
-from hpcfs.filesystem.errors import Stale
-from hpcfs.filesystem.tree import ATTRIBUTE_SECONDS, ROOT_INO, Node, Tree
-from hpcfs.transfer.messages import Entry
+from hpcfs.inodes.tree import ATTRIBUTE_SECONDS, ROOT_INO, Node, Tree
+from hpcfs.model.entries import Entry
+from hpcfs.model.errors import Stale
 
 FILE = Entry(b"", stat.S_IFREG | 0o644, 1, 0, 0, 1, 1, b"v")
 FOLDER = msgspec.structs.replace(FILE, mode=stat.S_IFDIR | 0o755, version=b"")

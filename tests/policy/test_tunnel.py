@@ -12,12 +12,12 @@ import pytest
 
 from hpcfs.config import tunnel as tunnel_config
 from hpcfs.config.tunnel import Wishes
-from hpcfs.errors import SetupError
-from hpcfs.rendezvous.file import is_valid_name
-from hpcfs.transfer.messages import RemoteError, SshSite, Unreachable
-from hpcfs.tunnel import changes, listening
-from hpcfs.tunnel.pauses import Pauses
-from hpcfs.tunnel.rates import Rate
+from hpcfs.laptop import changes, listening
+from hpcfs.laptop.pauses import Pauses
+from hpcfs.laptop.rates import Rate
+from hpcfs.model.errors import RemoteError, SetupError, Unreachable
+from hpcfs.model.sites import SshSite
+from hpcfs.tunnel.file import is_valid_name
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from hpcfs.config import rclone_conf, urls
-from hpcfs.errors import SetupError
-from hpcfs.transfer.messages import S3Root, S3Site, Secret, SftpRoot, SshSite, TunnelSite
+from hpcfs.model.errors import SetupError
+from hpcfs.model.sites import S3Root, S3Site, Secret, SftpRoot, SshSite, TunnelSite
 
 RCLONE = """
 [cluster]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from hpcfs.laptop.acceptor import Kind
+from hpcfs.laptop.shares import Share
+from hpcfs.model.sites import S3Root, S3Site, Secret, Start
 from hpcfs.remotes.s3.site import S3SiteConnection
 from hpcfs.remotes.sftp.remote import SshSiteConnection
 from hpcfs.remotes.tunnel.site import TunnelSiteConnection
-from hpcfs.transfer.messages import S3Root, S3Site, Secret, Start
-from hpcfs.tunnel.acceptor import Kind
-from hpcfs.tunnel.shares import Share
 from tests.remotes.contract import Subject
 from tests.support.laptop import Laptop, laptop
 from tests.support.s3 import S3Server, moto_s3, rclone_s3

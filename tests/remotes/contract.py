@@ -13,15 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from hpcfs.model.entries import NO_HANDLE, Attributes, Entry
+from hpcfs.model.uploads import AHEAD_BYTES, Upload, UploadAhead
 from hpcfs.remotes.base import Remote, Site
-from hpcfs.transfer.messages import (
-    AHEAD_BYTES,
-    NO_HANDLE,
-    Attributes,
-    Entry,
-    Upload,
-    UploadAhead,
-)
 
 T = TypeVar("T")
 FILE_MODE = 0o644

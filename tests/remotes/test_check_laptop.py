@@ -13,12 +13,12 @@ import pytest
 
 from hpcfs.cli import check_laptop
 from hpcfs.cli.findings import Finding
+from hpcfs.laptop.acceptor import Kind
+from hpcfs.laptop.identity import Identity
+from hpcfs.laptop.shares import Share
+from hpcfs.model.sites import SftpRoot, TunnelSite
 from hpcfs.remotes.tunnel import pipe
-from hpcfs.rendezvous.file import UnixPlace
-from hpcfs.transfer.messages import SftpRoot, TunnelSite
-from hpcfs.tunnel.acceptor import Kind
-from hpcfs.tunnel.identity import Identity
-from hpcfs.tunnel.shares import Share
+from hpcfs.tunnel.file import UnixPlace
 from tests.support.command import Home, make_home
 from tests.support.laptop import NAME, Laptop, laptop
 

@@ -10,12 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs.remotes.base import Remote, Site
-from hpcfs.transfer.messages import (
-    BLOCK_BYTES,
-    LIST_PAGE_ENTRIES,
+from hpcfs.model.entries import BLOCK_BYTES, LIST_PAGE_ENTRIES, Attributes
+from hpcfs.model.errors import (
     AlreadyExists,
-    Attributes,
     Changed,
     Conflict,
     DirectoryNotEmpty,
@@ -27,8 +24,9 @@ from hpcfs.transfer.messages import (
     NotFound,
     NotSupported,
     TooLarge,
-    Traffic,
 )
+from hpcfs.model.usage import Traffic
+from hpcfs.remotes.base import Remote, Site
 from tests.remotes.contract import FILE_MODE, READER, Subject, contract, get, listed, put
 from tests.support.sshd import LOCAL_GID, LOCAL_UID
 
@@ -88,9 +86,9 @@ def test_a_site_tells_what_is_open_to_it(subject: Subject) -> None:
 
 @contract
 async def test_connect_tells_what_the_remote_can_do(remote: Remote, subject: Subject) -> None:
-    abilities = await remote.connect()
-    assert abilities.partial_writes == subject.is_sftp
-    assert abilities.handles == subject.is_sftp
+    capabilities = await remote.connect()
+    assert capabilities.partial_writes == subject.is_sftp
+    assert capabilities.handles == subject.is_sftp
 
 
 @contract

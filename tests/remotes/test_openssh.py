@@ -14,21 +14,19 @@ import asyncssh
 import msgspec
 import pytest
 
-from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
-from hpcfs.remotes.sftp.stdio import SshLogin
-from hpcfs.remotes.ssh.openssh import Target, command, read_target
-from hpcfs.remotes.ssh.words import ending
-from hpcfs.transfer.messages import (
+from hpcfs.model.errors import (
     AccessRefused,
     HostKeyRefused,
     NoService,
     RemoteError,
-    SftpRoot,
-    SshSite,
-    Start,
     Unreachable,
     WrongSettings,
 )
+from hpcfs.model.sites import SftpRoot, SshSite, Start
+from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
+from hpcfs.remotes.sftp.stdio import SshLogin
+from hpcfs.remotes.ssh.openssh import Target, command, read_target
+from hpcfs.remotes.ssh.stderr import ending
 from tests.remotes.contract import get, put
 from tests.remotes.test_sftp_uploads import verify_uploads, verifying
 from tests.support.evil_sftp import USER, EvilSite, Login, Plain, evil_site

@@ -12,12 +12,13 @@ import uvloop
 from asyncssh.channel import SSHChannel
 from hypothesis import given, strategies as st
 
-from hpcfs.remotes.sftp.inbox import Bytes, Inbox, Malformed
+from hpcfs.model.errors import Unreachable
+from hpcfs.model.sites import SshSite, Start
+from hpcfs.remotes.sftp.decoder import Bytes, Inbox, Malformed
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
 from hpcfs.remotes.ssh.login import log_in
 from hpcfs.remotes.ssh.receiver import Receiver, shorten
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES
-from hpcfs.transfer.messages import SshSite, Start, Unreachable
 from tests.support.sshd import ALIAS, ScriptedPrompter, SshServer, ssh_server
 
 MIB = 1024 * 1024

@@ -17,18 +17,12 @@ from typing import Any
 
 import pytest
 
-from hpcfs.remotes.s3.multipart import SourceWindow
-from hpcfs.remotes.s3.names import MARKER, shown
-from hpcfs.remotes.s3.parts import MIB, Limits
-from hpcfs.remotes.s3.remote import S3Remote
-from hpcfs.remotes.s3.site import S3SiteConnection
-from hpcfs.transfer.messages import (
+from hpcfs.model.entries import Attributes, Entry
+from hpcfs.model.errors import (
     AccessRefused,
     AlreadyExists,
-    Attributes,
     Changed,
     DirectoryNotEmpty,
-    Entry,
     InvalidName,
     IsADirectory,
     NoSpace,
@@ -37,15 +31,17 @@ from hpcfs.transfer.messages import (
     NotSupported,
     PermissionDenied,
     RemoteError,
-    S3Root,
-    S3Site,
-    Secret,
-    Start,
     TooLarge,
     Unreachable,
-    Upload,
     WrongSettings,
 )
+from hpcfs.model.sites import S3Root, S3Site, Secret, Start
+from hpcfs.model.uploads import Upload
+from hpcfs.remotes.s3.multipart import SourceWindow
+from hpcfs.remotes.s3.names import MARKER, shown
+from hpcfs.remotes.s3.parts import MIB, Limits
+from hpcfs.remotes.s3.remote import S3Remote
+from hpcfs.remotes.s3.site import S3SiteConnection
 from tests.support.s3 import BUCKET, S3Server, free_port, rclone_binary, rclone_s3
 
 TIME_NS = 1_700_000_000_123_456_789

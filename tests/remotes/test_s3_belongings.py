@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
+from hpcfs.model.entries import Attributes
+from hpcfs.model.uploads import Upload
 from hpcfs.remotes.base import no_report
 from hpcfs.remotes.s3.belongings import parameters_of
 from hpcfs.remotes.s3.objects import settable
 from hpcfs.remotes.s3.remote import S3Remote
-from hpcfs.transfer.messages import Attributes, Upload
 from tests.remotes.test_s3 import Bytes
 from tests.remotes.test_s3_direct import put, remote_of
 from tests.support.relay import Asked, refusal, relay_before

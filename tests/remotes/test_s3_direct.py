@@ -26,6 +26,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings, strategies as st
 
+from hpcfs.model.errors import Changed, ProtocolError, Unreachable
+from hpcfs.model.sites import S3Root, S3Site, Secret, Start
 from hpcfs.remotes.s3.direct import STRANGE_IN_A_ROW
 from hpcfs.remotes.s3.http import PIECE_BYTES, Answer, Lost, Question, Unusual
 from hpcfs.remotes.s3.login import Login
@@ -34,15 +36,6 @@ from hpcfs.remotes.s3.pool import MIB, Bounds, Gate, Host, Pool
 from hpcfs.remotes.s3.remote import S3Remote
 from hpcfs.remotes.s3.signing import UNSIGNED, Keys, Signer
 from hpcfs.remotes.s3.site import S3SiteConnection
-from hpcfs.transfer.messages import (
-    Changed,
-    ProtocolError,
-    S3Root,
-    S3Site,
-    Secret,
-    Start,
-    Unreachable,
-)
 from tests.support.s3 import S3Server, rclone_s3
 
 LOOPBACK = "127.0.0.1"

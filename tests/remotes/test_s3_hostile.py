@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from hpcfs.model.errors import AccessRefused, ProtocolError, RemoteFailure
+from hpcfs.model.sites import S3Root, S3Site, Start
 from hpcfs.remotes.s3.answers import MOST_MARKS, of_listing
 from hpcfs.remotes.s3.direct import Direct
 from hpcfs.remotes.s3.http import HEAD_BYTES, MOST_INTERIM
@@ -17,14 +19,6 @@ from hpcfs.remotes.s3.objects import check_range
 from hpcfs.remotes.s3.remote import S3Remote
 from hpcfs.remotes.s3.signing import Keys
 from hpcfs.remotes.s3.site import S3SiteConnection
-from hpcfs.transfer.messages import (
-    AccessRefused,
-    ProtocolError,
-    RemoteFailure,
-    S3Root,
-    S3Site,
-    Start,
-)
 from tests.remotes.test_s3_direct import remote_of
 from tests.remotes.test_s3_redirects import FIRST, WAYS, Listener, listening
 from tests.support.s3 import S3Server

@@ -10,20 +10,13 @@ from typing import Any
 
 import pytest
 
+from hpcfs.model.errors import AccessRefused, PermissionDenied, WrongSettings
+from hpcfs.model.sites import S3Root, S3Site, Secret, Start
 from hpcfs.remotes.base import no_report
 from hpcfs.remotes.s3.login import Login, check_secrecy
 from hpcfs.remotes.s3.remote import S3Remote
 from hpcfs.remotes.s3.signing import Keys
 from hpcfs.remotes.s3.site import S3SiteConnection
-from hpcfs.transfer.messages import (
-    AccessRefused,
-    PermissionDenied,
-    S3Root,
-    S3Site,
-    Secret,
-    Start,
-    WrongSettings,
-)
 from tests.remotes.test_s3_direct import count, put
 from tests.support.relay import relay_before
 from tests.support.s3 import S3Server
@@ -68,8 +61,8 @@ def test_a_public_bucket_is_read_without_credentials(
             site = S3Site(url, "us-east-1", anonymous=asked_for)
             async with remote_at(site, public.bucket, tmp_path) as remote:
                 by_botocore = count(remote)
-                abilities = await remote.connect()
-                assert abilities.remark == "without credentials, as anybody may"
+                capabilities = await remote.connect()
+                assert capabilities.remark == "without credentials, as anybody may"
                 entry = await remote.stat(b"open/f")
                 pieces = await remote.fetch(b"open/f", entry.version, 0, entry.size, 1)
                 assert b"".join(pieces) == b"public"

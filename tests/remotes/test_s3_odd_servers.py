@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from hpcfs.model.entries import Attributes
+from hpcfs.model.errors import Conflict, IsADirectory
 from hpcfs.remotes.base import no_report
 from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.remotes.s3.objects import Info
 from hpcfs.remotes.s3.remote import S3Remote
-from hpcfs.transfer.messages import Attributes, Conflict, IsADirectory
 from tests.remotes.test_s3_direct import put, remote_of
 from tests.support.relay import Asked, refusal, relay_before
 from tests.support.s3 import S3Server

@@ -10,16 +10,10 @@ from typing import Any
 
 import pytest
 
+from hpcfs.model.entries import Attributes, Entry
+from hpcfs.model.errors import AlreadyExists, DirectoryNotEmpty, IsADirectory, NotADirectory
 from hpcfs.remotes.base import no_report
 from hpcfs.remotes.s3.remote import S3Remote
-from hpcfs.transfer.messages import (
-    AlreadyExists,
-    Attributes,
-    DirectoryNotEmpty,
-    Entry,
-    IsADirectory,
-    NotADirectory,
-)
 from tests.remotes.test_s3 import keys_under, names
 from tests.remotes.test_s3_direct import put, remote_of
 from tests.support.s3 import S3Server

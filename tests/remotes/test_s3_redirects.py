@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from hpcfs.model.errors import ProtocolError, RemoteError, RemoteFailure
+from hpcfs.model.sites import S3Site
 from hpcfs.remotes.s3.login import Login
 from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.remotes.s3.objects import Info
 from hpcfs.remotes.s3.remote import S3Remote
-from hpcfs.transfer.messages import ProtocolError, RemoteError, RemoteFailure, S3Site
 from tests.remotes.test_s3_direct import remote_of, self_signed
 from tests.support.s3 import S3Server
 

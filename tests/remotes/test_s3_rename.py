@@ -13,16 +13,10 @@ from typing import Any
 
 import pytest
 
+from hpcfs.model.entries import Attributes
+from hpcfs.model.errors import AlreadyExists, DirectoryNotEmpty, NotFound, NotSupported, Unreachable
 from hpcfs.remotes.s3 import mover
 from hpcfs.remotes.s3.remote import S3Remote
-from hpcfs.transfer.messages import (
-    AlreadyExists,
-    Attributes,
-    DirectoryNotEmpty,
-    NotFound,
-    NotSupported,
-    Unreachable,
-)
 from tests.remotes.test_s3 import (
     MIB,
     SMALL,

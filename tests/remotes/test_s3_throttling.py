@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
+from hpcfs.model.errors import NotFound, Throttled, Unreachable
 from hpcfs.remotes.base import no_report
 from hpcfs.remotes.s3 import pacing
 from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.remotes.s3.pacing import LONGEST, LONGEST_ASKED, Pacing, retry_after
 from hpcfs.remotes.s3.remote import S3Remote
-from hpcfs.transfer.messages import NotFound, Throttled, Unreachable
 from tests.remotes.test_s3_direct import put, remote_of
 from tests.support.relay import Asked, Relay, refusal, relay_before
 from tests.support.s3 import S3Server

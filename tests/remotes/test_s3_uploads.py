@@ -13,22 +13,14 @@ import msgspec
 import pytest
 from botocore.exceptions import ClientError
 
+from hpcfs.model.entries import Attributes, Entry
+from hpcfs.model.errors import AheadLost, Conflict, NotSupported, RemoteFailure, Unreachable
+from hpcfs.model.sites import S3Root
+from hpcfs.model.uploads import Upload, UploadAhead
 from hpcfs.remotes.s3.bucket import Begun
 from hpcfs.remotes.s3.parts import MIB, Limits
 from hpcfs.remotes.s3.remote import S3Remote
 from hpcfs.remotes.s3.site import S3SiteConnection
-from hpcfs.transfer.messages import (
-    AheadLost,
-    Attributes,
-    Conflict,
-    Entry,
-    NotSupported,
-    RemoteFailure,
-    S3Root,
-    Unreachable,
-    Upload,
-    UploadAhead,
-)
 from tests.remotes.test_s3 import (
     TIME_NS,
     Bytes,

@@ -15,13 +15,9 @@ import pytest
 from asyncssh import FXF_READ, SFTPAttrs
 from asyncssh.constants import FXP_CLOSE, FXP_OPENDIR, FXP_READDIR
 
-from hpcfs.remotes.sftp.attrs import Owners
-from hpcfs.remotes.sftp.read import MAX_OPEN_HANDLES
-from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection, _root_path
-from hpcfs.transfer.messages import (
-    NO_HANDLE,
+from hpcfs.model.entries import NO_HANDLE, Attributes
+from hpcfs.model.errors import (
     AlreadyExists,
-    Attributes,
     Changed,
     CrossDevice,
     DirectoryNotEmpty,
@@ -35,11 +31,12 @@ from hpcfs.transfer.messages import (
     PermissionDenied,
     ProtocolError,
     RemoteFailure,
-    S3Root,
-    SftpRoot,
-    Start,
     WrongSettings,
 )
+from hpcfs.model.sites import S3Root, SftpRoot, Start
+from hpcfs.remotes.sftp.attrs import Owners
+from hpcfs.remotes.sftp.read import MAX_OPEN_HANDLES
+from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection, _root_path
 from tests.remotes.contract import get, listed, put
 from tests.support import evil_sftp
 from tests.support.evil_sftp import EvilSite, Plain, evil_site

@@ -12,17 +12,11 @@ from unittest import mock
 import asyncssh
 import pytest
 
+from hpcfs.model.entries import Attributes, Entry
+from hpcfs.model.errors import Conflict, RemoteFailure, Unreachable
+from hpcfs.model.sites import SftpRoot, Start
+from hpcfs.model.uploads import Upload
 from hpcfs.remotes.sftp.remote import SftpRemote
-from hpcfs.transfer.messages import (
-    Attributes,
-    Conflict,
-    Entry,
-    RemoteFailure,
-    SftpRoot,
-    Start,
-    Unreachable,
-    Upload,
-)
 from tests.remotes.contract import MemorySource
 from tests.remotes.test_sftp import on
 from tests.support.sshd import SshServer

@@ -11,12 +11,14 @@ from typing import Any
 import asyncssh
 import pytest
 
+from hpcfs.laptop.acceptor import Kind
+from hpcfs.laptop.shares import Share
+from hpcfs.model.errors import AheadLost, NotSupported, RemoteFailure
+from hpcfs.model.sites import Start
+from hpcfs.model.uploads import AHEAD_BYTES
+from hpcfs.remotes.sftp.parallel_channels import WIDE_BYTES
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
-from hpcfs.remotes.sftp.ways import WIDE_BYTES
 from hpcfs.remotes.tunnel.site import TunnelSiteConnection
-from hpcfs.transfer.messages import AHEAD_BYTES, AheadLost, NotSupported, RemoteFailure, Start
-from hpcfs.tunnel.acceptor import Kind
-from hpcfs.tunnel.shares import Share
 from tests.remotes.contract import get, listed, put, put_ahead
 from tests.support.evil_sftp import EvilSite, Plain, evil_site
 from tests.support.laptop import laptop
@@ -158,7 +160,7 @@ def test_a_laptop_that_grants_few(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
 ) -> None:
     """Its own bound, or its system's: macOS gives a process 256."""
-    monkeypatch.setattr("hpcfs.tunnel.served.MAX_OPEN_FILES", FEW)
+    monkeypatch.setattr("hpcfs.laptop.sftp_server.MAX_OPEN_FILES", FEW)
     folder = tmp_path / "data"
     folder.mkdir()
 

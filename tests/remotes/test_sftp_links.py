@@ -10,16 +10,9 @@ from pathlib import Path
 import asyncssh
 import pytest
 
+from hpcfs.model.errors import AlreadyExists, NotADirectory, NotFound, RemoteError, RemoteFailure
+from hpcfs.model.sites import SftpRoot, Start
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
-from hpcfs.transfer.messages import (
-    AlreadyExists,
-    NotADirectory,
-    NotFound,
-    RemoteError,
-    RemoteFailure,
-    SftpRoot,
-    Start,
-)
 from tests.support.evil_sftp import (
     EvilSite,
     NoLinks,

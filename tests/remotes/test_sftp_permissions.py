@@ -14,16 +14,9 @@ import asyncssh
 import pytest
 from asyncssh.constants import FXP_FSETSTAT, FXP_SETSTAT
 
+from hpcfs.model.entries import NO_HANDLE, Attributes, Entry
+from hpcfs.model.errors import NotOwner, PermissionDenied, ReadOnly, RemoteError
 from hpcfs.remotes.sftp.remote import SftpRemote
-from hpcfs.transfer.messages import (
-    NO_HANDLE,
-    Attributes,
-    Entry,
-    NotOwner,
-    PermissionDenied,
-    ReadOnlyRemote,
-    RemoteError,
-)
 from tests.remotes.contract import put
 from tests.remotes.test_sftp import EXTENSIONS, on, on_evil
 from tests.support import evil_sftp
@@ -242,7 +235,7 @@ def test_an_sftp_server_that_only_reads(tmp_path: Path) -> None:
     with ssh_server(tmp_path / "server", subsystem="internal-sftp -R") as server:
         found = on(server.start_message(str(folder)), changes_refused)
     del found["link"]  # an extension that it does not offer then
-    assert set(found.values()) == {ReadOnlyRemote}, found
+    assert set(found.values()) == {ReadOnly}, found
     assert sorted(os.listdir(folder)) == ["d", "file"]
 
 
@@ -268,7 +261,7 @@ def test_a_file_system_that_the_server_mounted_read_only(tmp_path: Path) -> None
         (evil.directory / "d").mkdir()
         (evil.directory / "file").write_bytes(b"content")
         found = await changes_refused(remote)
-        assert set(found.values()) == {ReadOnlyRemote}, found
+        assert set(found.values()) == {ReadOnly}, found
 
     on_evil(tmp_path, ReadOnlyDisk, story)
 
@@ -281,7 +274,7 @@ def test_a_server_without_extensions_is_not_taken_for_one_that_only_reads(tmp_pa
     async def story(remote: SftpRemote, evil: EvilSite) -> None:
         with pytest.raises(PermissionDenied) as raised:
             await remote.make_directory(b"d", 0o755)
-        assert not isinstance(raised.value, ReadOnlyRemote)
+        assert not isinstance(raised.value, ReadOnly)
         assert not (await remote.connect()).read_only
 
     on_evil(tmp_path, Refusing, story, EXTENSIONS)

@@ -18,28 +18,26 @@ import pytest
 from asyncssh import SFTPAttrs
 from asyncssh.constants import FXP_CLOSE, FXP_OPEN
 
-from hpcfs.remotes.sftp.held import MAX_HELD
-from hpcfs.remotes.sftp.opening import NEW
-from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
-from hpcfs.remotes.sftp.session import SftpSession
-from hpcfs.remotes.sftp.uploads import Uploads
-from hpcfs.remotes.sftp.ways import WIDE_BYTES
-from hpcfs.remotes.sftp.write import Target, write_ranges
-from hpcfs.transfer.messages import (
-    AHEAD_BYTES,
+from hpcfs.model.entries import Attributes
+from hpcfs.model.errors import (
     AheadLost,
     AlreadyExists,
-    Attributes,
     Conflict,
     InvalidRequest,
     NoSpace,
     RemoteError,
     RemoteFailure,
-    SftpRoot,
-    Start,
     Unreachable,
-    Upload,
 )
+from hpcfs.model.sites import SftpRoot, Start
+from hpcfs.model.uploads import AHEAD_BYTES, Upload
+from hpcfs.remotes.sftp.opening import NEW
+from hpcfs.remotes.sftp.parallel_channels import WIDE_BYTES
+from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
+from hpcfs.remotes.sftp.session import SftpSession
+from hpcfs.remotes.sftp.streaming_upload import MAX_HELD
+from hpcfs.remotes.sftp.uploads import Uploads
+from hpcfs.remotes.sftp.write import Target, write_ranges
 from tests.remotes.contract import MemorySource, get, put, put_ahead
 from tests.remotes.test_sftp import EXTENSIONS, on, on_evil
 from tests.support import evil_sftp

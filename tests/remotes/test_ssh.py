@@ -13,21 +13,20 @@ import asyncssh
 import msgspec
 import pytest
 
+from hpcfs.model.errors import (
+    AccessRefused,
+    HostKeyRefused,
+    RemoteError,
+    RemoteFailure,
+    Unreachable,
+    WrongSettings,
+)
+from hpcfs.model.sites import SshSite, Start
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
 from hpcfs.remotes.ssh.clock import MOST_LETTERS, MOST_QUESTIONS
 from hpcfs.remotes.ssh.connection import LONGEST_PAUSE_SECONDS, Kept
 from hpcfs.remotes.ssh.hostkeys import HostKeys, Rules
 from hpcfs.remotes.ssh.settings import FAST_CIPHER, jump_site, read_hop
-from hpcfs.transfer.messages import (
-    AccessRefused,
-    HostKeyRefused,
-    RemoteError,
-    RemoteFailure,
-    SshSite,
-    Start,
-    Unreachable,
-    WrongSettings,
-)
 from tests.remotes.contract import get, listed, put
 from tests.support.evil_sftp import USER, EvilSite, Login, Plain, evil_site
 from tests.support.sshd import (

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from hpcfs.model.errors import RemoteError, Unreachable, WrongSettings
+from hpcfs.model.sites import SshSite
 from hpcfs.remotes.sftp.remote import SshSiteConnection
 from hpcfs.remotes.ssh import said
 from hpcfs.remotes.ssh.settings import read_hop
-from hpcfs.transfer.messages import RemoteError, SshSite, Unreachable, WrongSettings
 from tests.support.mounts import until
 from tests.support.sshd import LOOPBACK, ScriptedPrompter, SshServer, ssh_server, write_key
 from tests.support.steps import is_gone

@@ -16,10 +16,11 @@ from pathlib import Path
 import asyncssh
 import pytest
 
+from hpcfs.model.errors import HostKeyRefused, RemoteError
+from hpcfs.model.sites import SshSite
 from hpcfs.remotes.sftp.remote import SshSiteConnection
 from hpcfs.remotes.ssh import knownhosts
 from hpcfs.remotes.ssh.hostkeys import HostKeys, Rules
-from hpcfs.transfer.messages import HostKeyRefused, RemoteError, SshSite
 from tests.support.evil_sftp import Login, Plain, evil_site
 from tests.support.sshd import LOOPBACK, ScriptedPrompter, SshServer, ssh_server, write_key
 

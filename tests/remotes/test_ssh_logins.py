@@ -12,8 +12,8 @@ import asyncssh
 import msgspec
 import pytest
 
+from hpcfs.model.sites import SshSite, Start
 from hpcfs.remotes.sftp.remote import SshSiteConnection
-from hpcfs.transfer.messages import SshSite, Start
 from tests.support.evil_sftp import Login, Plain, evil_site
 from tests.support.sshd import ALIAS, ScriptedPrompter, SshServer, ssh_server
 

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import uvloop
 
+from hpcfs.model.errors import AccessRefused, HostKeyRefused, Unreachable
+from hpcfs.model.sites import SshSite
 from hpcfs.remotes.sftp.remote import SshSiteConnection
 from hpcfs.remotes.ssh import reach
 from hpcfs.remotes.ssh.login import log_in
-from hpcfs.transfer.messages import AccessRefused, HostKeyRefused, SshSite, Unreachable
 from tests.support.sshd import ALIAS, ScriptedPrompter, SshServer, free_port
 
 NAME = "login.example.org"

@@ -11,10 +11,11 @@ from pathlib import Path
 import asyncssh
 import pytest
 
+from hpcfs.laptop.tunnel import Plan, Tunnel
+from hpcfs.model.errors import NoService, RemoteError, Unreachable
+from hpcfs.model.sites import SshSite, Start
 from hpcfs.remotes.sftp.remote import SshSiteConnection
 from hpcfs.remotes.ssh.connection import Kept
-from hpcfs.transfer.messages import NoService, RemoteError, SshSite, Start, Unreachable
-from hpcfs.tunnel.tunnel import Plan, Tunnel
 from tests.support.sshd import (
     ALIAS,
     LOOPBACK,

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs.rendezvous.file import TcpPlace, UnixPlace
-from hpcfs.rendezvous.knock import GREETING
-from hpcfs.transfer.messages import WrongSettings
-from hpcfs.tunnel import forwards
+from hpcfs.laptop import forwards
+from hpcfs.model.errors import WrongSettings
+from hpcfs.tunnel.file import TcpPlace, UnixPlace
+from hpcfs.tunnel.knock import GREETING
 from tests.support.tunnels import LoginNode, greeting, login_node, own_address, running
 
 
@@ -108,7 +108,7 @@ def test_a_path_that_is_taken_leads_to_a_port(
         taken = node.home / "taken.sock"
         taken.touch()
         monkeypatch.setattr(
-            "hpcfs.tunnel.publishing.Directory.new_socket", lambda self, name: str(taken)
+            "hpcfs.laptop.publishing.Directory.new_socket", lambda self, name: str(taken)
         )
         async with running(node) as found:
             (place,) = node.rendezvous().places
@@ -158,7 +158,7 @@ def test_a_bind_address_without_a_look_at_proc(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a chroot: connecting shows it."""
-    monkeypatch.setattr("hpcfs.tunnel.listening.TABLES", ("/proc/none",))
+    monkeypatch.setattr("hpcfs.laptop.listening.TABLES", ("/proc/none",))
 
     async def main(node: LoginNode) -> None:
         async with running(node, bind=own_address()) as found:

@@ -19,9 +19,12 @@ import asyncssh
 import msgspec
 import pytest
 
+from hpcfs.laptop import guests
+from hpcfs.laptop.acceptor import Kind
+from hpcfs.laptop.shares import Share
 from hpcfs.remotes.tunnel.line import Line, Meeting, Pulse
-from hpcfs.rendezvous.file import UnixPlace, read
-from hpcfs.rendezvous.proof import (
+from hpcfs.tunnel.file import UnixPlace, read
+from hpcfs.tunnel.proof import (
     NONCE_BYTES,
     SESSION_BYTES,
     Challenge,
@@ -32,11 +35,8 @@ from hpcfs.rendezvous.proof import (
     prove_as_client,
     prove_as_server,
 )
-from hpcfs.rendezvous.pump import socket_of
-from hpcfs.rendezvous.stream import Stream
-from hpcfs.tunnel import guests
-from hpcfs.tunnel.acceptor import Kind
-from hpcfs.tunnel.shares import Share
+from hpcfs.tunnel.pump import socket_of
+from hpcfs.tunnel.stream import Stream
 from tests.support.command import REPOSITORY
 from tests.support.laptop import NAME, Laptop, laptop
 

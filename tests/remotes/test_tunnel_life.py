@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs.transfer.messages import AccessRefused, Unreachable
-from hpcfs.tunnel import tunnel
+from hpcfs.laptop import tunnel
+from hpcfs.model.errors import AccessRefused, Unreachable
 from tests.support.command import Terminal
 from tests.support.sshd import ALIAS, write_key
 from tests.support.tunnels import (
@@ -325,7 +325,7 @@ def test_a_dead_connection_is_noticed_within_ten_seconds(node: LoginNode) -> Non
 def test_a_pause_ends_when_the_machine_wakes_up(
     node: LoginNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hpcfs.tunnel.pauses.SOON_SECONDS", (60.0,))
+    monkeypatch.setattr("hpcfs.laptop.pauses.SOON_SECONDS", (60.0,))
 
     async def main() -> None:
         async with running(node) as found:

@@ -10,18 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from hpcfs.laptop.acceptor import Kind
+from hpcfs.laptop.identity import Identity
+from hpcfs.laptop.shares import Share
+from hpcfs.model.errors import AccessRefused, RemoteError, Unreachable, WrongSettings
 from hpcfs.remotes.sftp.remote import SftpRemote
 from hpcfs.remotes.tunnel import line
 from hpcfs.remotes.tunnel.site import TunnelSiteConnection
-from hpcfs.transfer.messages import (
-    AccessRefused,
-    RemoteError,
-    Unreachable,
-    WrongSettings,
-)
-from hpcfs.tunnel.acceptor import Kind
-from hpcfs.tunnel.identity import Identity
-from hpcfs.tunnel.shares import Share
 from tests.remotes.contract import get, put
 from tests.support.laptop import Laptop, laptop
 

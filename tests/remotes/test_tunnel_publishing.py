@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs.transfer.messages import RemoteError, WrongSettings
-from hpcfs.tunnel import tunnel
-from hpcfs.tunnel.publishing import NameTaken
+from hpcfs.laptop import tunnel
+from hpcfs.laptop.publishing import NameTaken
+from hpcfs.model.errors import RemoteError, WrongSettings
 from tests.support.tunnels import NAME, LoginNode, is_root, login_node, make_laptop, running
 
 OTHER_USER = 12345

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs.tunnel.channel import OpenFiles, ServedChannel
-from hpcfs.tunnel.served import Shares
-from hpcfs.tunnel.shares import Share
+from hpcfs.laptop.channel import OpenFiles, ServedChannel
+from hpcfs.laptop.sftp_server import Shares
+from hpcfs.laptop.shares import Share
 from tests.support.wicked import Packets, packet, string
 
 REQUESTS = 1500

@@ -29,18 +29,18 @@ from asyncssh.constants import (
 )
 from asyncssh.sftp import SFTPClientHandler
 
+from hpcfs.laptop import channel as served_channel, guests, memory, sftp_server
+from hpcfs.laptop.acceptor import Kind
+from hpcfs.laptop.channel import OpenFiles, ServedChannel
+from hpcfs.laptop.sftp_server import Shares, ShareServer
+from hpcfs.laptop.shares import Share
+from hpcfs.model.errors import CrossDevice
 from hpcfs.remotes.sftp.remote import SftpRemote
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.session import SftpSession
 from hpcfs.remotes.tunnel.line import Meeting
 from hpcfs.remotes.tunnel.session import TunnelLogin, open_session
 from hpcfs.remotes.tunnel.site import TunnelSiteConnection
-from hpcfs.transfer.messages import CrossDevice
-from hpcfs.tunnel import channel as served_channel, guests, memory, served
-from hpcfs.tunnel.acceptor import Kind
-from hpcfs.tunnel.channel import OpenFiles, ServedChannel
-from hpcfs.tunnel.served import Shares, ShareServer
-from hpcfs.tunnel.shares import Share
 from tests.remotes.contract import put
 from tests.support.laptop import NAME, Laptop, laptop
 
@@ -446,7 +446,7 @@ def test_a_read_in_a_thread_is_of_its_own_file(
     """While it waits for the disk another channel closes the file and opens the next one, which
     gets the same number from the system."""
     (directory / "rw" / "other").write_bytes(SECRET)
-    monkeypatch.setattr(served, "_read_now", lambda *_: None)  # the disk is slow
+    monkeypatch.setattr(sftp_server, "_read_now", lambda *_: None)  # the disk is slow
     may_read = threading.Event()
 
     async def main() -> None:
@@ -474,7 +474,7 @@ def test_a_read_in_a_thread_is_of_its_own_file(
 def test_there_is_an_end_to_open_files_and_listings(
     running: Laptop, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served, "MAX_OPEN_FILES", 20)
+    monkeypatch.setattr(sftp_server, "MAX_OPEN_FILES", 20)
     monkeypatch.setattr(served_channel, "MAX_LISTINGS", 30)
     for number in range(200):
         (directory / "rw" / "dir" / str(number)).touch()
@@ -502,7 +502,7 @@ def test_there_is_an_end_to_open_files_and_listings(
 
 
 def test_failed_openings_are_not_counted(running: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served, "MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(sftp_server, "MAX_OPEN_FILES", 3)
 
     async def story(channel: Requests) -> None:
         for _ in range(10):
@@ -610,27 +610,27 @@ def test_a_large_directory_is_held_in_pages(
     for number in range(1000):
         (directory / "rw" / "dir" / str(number)).touch()
     pages: list[int] = []
-    page_of = served._page
+    page_of = sftp_server._page
 
     def counted(*arguments: Any) -> Any:
         found = page_of(*arguments)
         pages.append(len(found[0]))
         return found
 
-    monkeypatch.setattr(served, "_page", counted)
+    monkeypatch.setattr(sftp_server, "_page", counted)
 
     async def main() -> None:
         shares = Shares([Share("rw", directory / "rw")])
         listing = ShareServer(shares).scandir(b"/rw/dir")
-        first = [(await anext(listing)).filename for _ in range(served.LISTED_AT_ONCE)]
-        assert pages == [served.LISTED_AT_ONCE]
+        first = [(await anext(listing)).filename for _ in range(sftp_server.LISTED_AT_ONCE)]
+        assert pages == [sftp_server.LISTED_AT_ONCE]
         rest = [entry.filename async for entry in listing]
         assert sorted(map(int, first + rest)) == list(range(1000))
         assert shares.open_files == 0
         shares.close()
 
     asyncio.run(main())
-    assert max(pages) == served.LISTED_AT_ONCE
+    assert max(pages) == sftp_server.LISTED_AT_ONCE
 
 
 def test_a_mount_opens_few_channels(tmp_path: Path) -> None:

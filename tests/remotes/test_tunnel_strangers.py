@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from hpcfs.laptop.shares import Share
+from hpcfs.model.sites import SftpRoot, Start, TunnelSite
 from hpcfs.remotes.tunnel import line, pipe
 from hpcfs.remotes.tunnel.line import Line, Meeting, Pulse
 from hpcfs.remotes.tunnel.site import TunnelSiteConnection
-from hpcfs.rendezvous.file import TcpPlace
-from hpcfs.rendezvous.knock import GREETING, KNOCK_BYTES, SEALED_BYTES
-from hpcfs.transfer.messages import SftpRoot, Start, TunnelSite
-from hpcfs.tunnel.shares import Share
+from hpcfs.tunnel.file import TcpPlace
+from hpcfs.tunnel.knock import GREETING, KNOCK_BYTES, SEALED_BYTES
 from tests.support.laptop import NAME, Laptop, laptop
 from tests.support.tunnels import LoginNode, login_node, make_laptop, running
 

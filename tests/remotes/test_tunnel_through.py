@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from hpcfs.model.sites import SftpRoot, Start, TunnelSite
 from hpcfs.remotes.sftp.remote import SftpRemote
 from hpcfs.remotes.tunnel.site import TunnelSiteConnection
-from hpcfs.transfer.messages import SftpRoot, Start, TunnelSite
 from tests.remotes.contract import put
 from tests.support.sshd import LOCAL_GID, LOCAL_UID
 from tests.support.tunnels import NAME, LoginNode, login_node, running

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import trio
 
+from hpcfs.content.record import Unconfirmed
 from hpcfs.control.control import PendingState
-from hpcfs.transfer.messages import Abilities, Entry, RemoteError
-from hpcfs.writeback.journal import Journal, Unconfirmed
-from hpcfs.writeservice import PendingRow, Progress
+from hpcfs.daemon.write_commands import PendingRow, Progress
+from hpcfs.model.capabilities import Capabilities
+from hpcfs.model.entries import Entry
+from hpcfs.model.errors import RemoteError
+from hpcfs.writeback.journal import Journal
 
 STEP_SECONDS = 0.05
 
@@ -158,7 +161,7 @@ def unconfirmed(
     file.write_bytes(data)
     dirty = [(0, len(data))] if ranges is None else ranges
     entry = Entry(path.rpartition(b"/")[2], stat.S_IFREG | 0o644, len(data), 10**18, 10**18, 1, 1)
-    abilities = Abilities(
+    capabilities = Capabilities(
         partial_writes=True, creates_on_upload=False, handles=True, mtime_resolution_ns=10**9
     )
     return Unconfirmed(
@@ -172,5 +175,5 @@ def unconfirmed(
         str(file),
         b"v",
         entry,
-        abilities,
+        capabilities,
     )

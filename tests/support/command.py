@@ -77,7 +77,7 @@ def make_home(path: Path) -> Home:
 def end_mounts_below(path: Path) -> None:
     """What a failed test left behind: the daemon first, then the mount."""
     from hpcfs.control import control, mountpoint
-    from hpcfs.errors import SetupError
+    from hpcfs.model.errors import SetupError
     from hpcfs.system import paths
 
     for found in mountpoint.mounts():

@@ -20,7 +20,7 @@ from unittest import mock
 import asyncssh
 from asyncssh.sftp import SFTPServerHandler
 
-from hpcfs.transfer.messages import SftpRoot, SshSite, Start
+from hpcfs.model.sites import SftpRoot, SshSite, Start
 from tests.support.sshd import ALIAS, LOCAL_GID, LOCAL_UID, LOOPBACK, write_key
 
 USER = "tester"

@@ -14,14 +14,14 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from hpcfs.rendezvous import file
-from hpcfs.rendezvous.file import Place, Rendezvous, TcpPlace, UnixPlace
-from hpcfs.transfer.messages import SftpRoot, Start, TunnelSite
-from hpcfs.tunnel.acceptor import Incoming, Kind
-from hpcfs.tunnel.guests import Guests
-from hpcfs.tunnel.identity import Identity
-from hpcfs.tunnel.served import Shares
-from hpcfs.tunnel.shares import Share
+from hpcfs.laptop.acceptor import Incoming, Kind
+from hpcfs.laptop.guests import Guests
+from hpcfs.laptop.identity import Identity
+from hpcfs.laptop.sftp_server import Shares
+from hpcfs.laptop.shares import Share
+from hpcfs.model.sites import SftpRoot, Start, TunnelSite
+from hpcfs.tunnel import file
+from hpcfs.tunnel.file import Place, Rendezvous, TcpPlace, UnixPlace
 from tests.support.sshd import LOCAL_GID, LOCAL_UID
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ WAIT_SECONDS = 20.0
 
 
 class _SocketPipe:
-    """As forwards.py's: what can't be sent when it is closed is dropped."""
+    """As laptop/forwards.py's: what can't be sent when it is closed is dropped."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self.write = transport.write

@@ -20,10 +20,32 @@ from typing import TypeVar
 import msgspec
 import trio
 
+from hpcfs.model.capabilities import Capabilities
+from hpcfs.model.entries import LIST_PAGE_ENTRIES, NO_HANDLE, Attributes, Entry
+from hpcfs.model.errors import (
+    AlreadyExists,
+    CacheFileGone,
+    Changed,
+    Conflict,
+    DirectoryNotEmpty,
+    InvalidRequest,
+    IsADirectory,
+    NotADirectory,
+    NotFound,
+    NotOwner,
+    NotSupported,
+    PermissionDenied,
+    ReadOnly,
+    RemoteError,
+    TimedOut,
+)
+from hpcfs.model.uploads import Upload, UploadAhead
+from hpcfs.model.usage import DiskUsage
+from hpcfs.model.xattrs import Xattrs, changed_xattrs
+from hpcfs.protocol import messages as m
 from hpcfs.remotes.base import ReportProgress, Source, no_report
-from hpcfs.transfer import messages as m
-from hpcfs.transfer.cachefile import CacheDisk, CacheSource
-from hpcfs.transfer.process import perform
+from hpcfs.worker.cache_io import CacheDisk, CacheSource
+from hpcfs.worker.main import perform
 
 T = TypeVar("T")
 SECOND = 10**9
@@ -40,7 +62,7 @@ class Item:
     children: dict[bytes, Item] = field(default_factory=dict)
     atime_ns: int = 0
     changes: int = 0
-    xattrs: m.Xattrs = ()
+    xattrs: Xattrs = ()
     uid: int = UID
     gid: int = GID
 
@@ -63,8 +85,8 @@ class MemoryRemote:
         self._clock_ns = 1_700_000_000 * SECOND
         self.root = Item(stat.S_IFDIR | 0o755, self._clock_ns)
         self.read_only = False
-        """As a server is for which nothing can be changed: no more than its abilities and `create`
-        know of it."""
+        """As a server is for which nothing can be changed: no more than its capabilities and
+        `create` know of it."""
         self.umask = 0
         """SFTP: what new entries don't get, whatever they are asked for with."""
         self.groups = {GID}
@@ -127,9 +149,9 @@ class MemoryRemote:
         item = self.root
         for name in path.split(b"/") if path else []:
             if not item.is_directory:
-                raise m.NotADirectory(f"{path!r}: not a directory")
+                raise NotADirectory(f"{path!r}: not a directory")
             if name not in item.children:
-                raise m.NotFound(f"{path!r} is not there")
+                raise NotFound(f"{path!r} is not there")
             item = item.children[name]
         return item
 
@@ -137,19 +159,19 @@ class MemoryRemote:
         folder, _, name = path.rpartition(b"/")
         parent = self._find(folder)
         if not parent.is_directory:
-            raise m.NotADirectory(f"{folder!r}: not a directory")
+            raise NotADirectory(f"{folder!r}: not a directory")
         return parent, name
 
     def _file(self, path: bytes) -> Item:
         item = self._find(path)
         if item.is_directory:
-            raise m.IsADirectory(f"{path!r} is a directory")
+            raise IsADirectory(f"{path!r} is a directory")
         return item
 
     def _free_place(self, path: bytes) -> tuple[Item, bytes]:
         parent, name = self._parent(path)
         if name in parent.children:
-            raise m.AlreadyExists(f"{path!r} is there already")
+            raise AlreadyExists(f"{path!r} is there already")
         return parent, name
 
     def _version(self, item: Item) -> bytes:
@@ -161,12 +183,12 @@ class MemoryRemote:
             version = hashlib.blake2b(item.content, digest_size=8).hexdigest().encode()
         return version + b":%d" % item.changes if self.distinct else version
 
-    def _entry(self, path: bytes, item: Item) -> m.Entry:
+    def _entry(self, path: bytes, item: Item) -> Entry:
         name = path.rpartition(b"/")[2]
         size = 0 if item.is_directory else len(item.content)
         times = (item.mtime_ns, item.atime_ns)
         rest = item.uid, item.gid, self._version(item), item.xattrs
-        return m.Entry(name, item.mode, size, *times, *rest)
+        return Entry(name, item.mode, size, *times, *rest)
 
     def _made(self, parent: Item, mode: int, content: bytearray | None = None) -> Item:
         """New in that directory, as the server has it."""
@@ -177,13 +199,13 @@ class MemoryRemote:
             item.mode |= stat.S_ISGID if item.is_directory else 0
         return item
 
-    def _check_owner(self, item: Item, attributes: m.Attributes) -> None:
+    def _check_owner(self, item: Item, attributes: Attributes) -> None:
         others = attributes.uid not in (None, item.uid)
         foreign = attributes.gid not in (None, item.gid, *self.groups)
         if self.is_sftp and (item.uid != UID or others or foreign):
-            raise m.NotOwner("the file is somebody else's, or would be")
+            raise NotOwner("the file is somebody else's, or would be")
 
-    def _set(self, item: Item, attributes: m.Attributes) -> None:
+    def _set(self, item: Item, attributes: Attributes) -> None:
         resolution = SECOND if self.is_sftp else 1
         if attributes.mode is not None or attributes.uid is not None or attributes.gid is not None:
             self._check_owner(item, attributes)
@@ -197,12 +219,12 @@ class MemoryRemote:
             item.atime_ns = attributes.atime_ns - attributes.atime_ns % resolution
         if attributes.xattrs is not None:
             assert not self.is_sftp, "SFTP has no extended attributes"
-            item.xattrs = m.changed_xattrs(item.xattrs, attributes.xattrs)
+            item.xattrs = changed_xattrs(item.xattrs, attributes.xattrs)
 
     # --- Remote (remotes/base.py) ---------------------------------------------------------------
 
-    async def connect(self) -> m.Abilities:
-        return m.Abilities(
+    async def connect(self) -> Capabilities:
+        return Capabilities(
             partial_writes=self.is_sftp,
             creates_on_upload=not self.is_sftp,
             handles=self.is_sftp,
@@ -214,25 +236,25 @@ class MemoryRemote:
             roots=self.roots,
         )
 
-    async def stat(self, path: bytes) -> m.Entry:
+    async def stat(self, path: bytes) -> Entry:
         return self._entry(path, self._find(path))
 
-    async def stat_open(self, handle: int) -> m.Entry | None:
+    async def stat_open(self, handle: int) -> Entry | None:
         item = self.handles.get(handle)
         return None if item is None else self._entry(b"", item)
 
-    async def list(self, path: bytes) -> AsyncGenerator[Sequence[m.Entry], None]:
+    async def list(self, path: bytes) -> AsyncGenerator[Sequence[Entry], None]:
         item = self._find(path)
         if not item.is_directory:
-            raise m.NotADirectory(f"{path!r}: not a directory")
+            raise NotADirectory(f"{path!r}: not a directory")
         entries = [self._entry(name, child) for name, child in item.children.items()]
-        for start in range(0, len(entries), m.LIST_PAGE_ENTRIES):
-            yield entries[start : start + m.LIST_PAGE_ENTRIES]
+        for start in range(0, len(entries), LIST_PAGE_ENTRIES):
+            yield entries[start : start + LIST_PAGE_ENTRIES]
 
     async def read_link(self, path: bytes) -> bytes:
         item = self._find(path)
         if not stat.S_ISLNK(item.mode):
-            raise m.InvalidRequest(f"{path!r} is no link")
+            raise InvalidRequest(f"{path!r} is no link")
         return bytes(item.content)
 
     async def fetch(
@@ -249,14 +271,14 @@ class MemoryRemote:
         item = self.handles.get(handle) if self.is_sftp else None
         if item is None:
             item = self._file(path)
-            if self.is_sftp and handle != m.NO_HANDLE:
+            if self.is_sftp and handle != NO_HANDLE:
                 self.handles[handle] = item
         old_size = int(version.partition(b":")[0]) if self.is_sftp else 0
         grew = self.is_sftp and growing and len(item.content) > old_size
         if self._version(item) != version and not grew:
-            raise m.Changed(f"{path!r} was changed")
+            raise Changed(f"{path!r} was changed")
         if offset + length > len(item.content):
-            raise m.Changed(f"{path!r} is shorter than it was")
+            raise Changed(f"{path!r} is shorter than it was")
         assert length >= 0, "a fetch of a negative length"
         return [bytes(item.content[offset : offset + length])]
 
@@ -267,13 +289,11 @@ class MemoryRemote:
         self.handles.pop(handle, None)
         self.ahead.pop(handle, None)
 
-    async def upload(
-        self, request: m.Upload, source: Source, report: Callable[[int], None]
-    ) -> m.Entry:
+    async def upload(self, request: Upload, source: Source, report: Callable[[int], None]) -> Entry:
         parent, name = self._parent(request.path)
         item = parent.children.get(name)
         if item is not None and not (item.is_file or (request.replace and not item.is_directory)):
-            raise m.IsADirectory(f"{request.path!r} is no file")
+            raise IsADirectory(f"{request.path!r} is no file")
         ahead = self.ahead.pop(request.handle, {})
         if request.append:
             return self._appended(item, request, source)
@@ -296,11 +316,11 @@ class MemoryRemote:
         report(request.size)
         return self._entry(request.path, item)
 
-    def _appended(self, item: Item | None, request: m.Upload, source: Source) -> m.Entry:
+    def _appended(self, item: Item | None, request: Upload, source: Source) -> Entry:
         assert self.is_sftp
         assert request.ranges == [(request.base_size, request.size - request.base_size)]
         if item is None:
-            raise m.Conflict(f"{request.path!r} was removed")
+            raise Conflict(f"{request.path!r} was removed")
         ours = source.read(*request.ranges[0])
         added = bytes(item.content[request.base_size :])
         if request.base_version is not None or ours not in added:
@@ -310,16 +330,16 @@ class MemoryRemote:
         return self._entry(request.path, item)
 
     def _check_base(
-        self, item: Item | None, request: m.Upload | m.UploadAhead, ahead: dict[int, bytes]
+        self, item: Item | None, request: Upload | UploadAhead, ahead: dict[int, bytes]
     ) -> None:
         version = self._version(item) if item is not None else b""
         begun = self.is_sftp and bool(ahead)
-        if isinstance(request, m.Upload) and item is not None and not self.is_sftp:
+        if isinstance(request, Upload) and item is not None and not self.is_sftp:
             begun = len(item.content) == request.size and self._is_same(item, request)
         if request.base_version is not None and request.base_version != version and not begun:
-            raise m.Conflict(f"{request.path!r} was changed by others")
+            raise Conflict(f"{request.path!r} was changed by others")
 
-    def _content_of(self, item: Item | None, request: m.Upload, source: Source) -> bytearray:
+    def _content_of(self, item: Item | None, request: Upload, source: Source) -> bytearray:
         if request.whole:
             return bytearray(source.read(0, request.size))
         assert item is not None
@@ -330,11 +350,11 @@ class MemoryRemote:
             content[start : start + length] = source.read(start, length)
         return content[: request.size]
 
-    def _is_same(self, item: Item, request: m.Upload) -> bool:
+    def _is_same(self, item: Item, request: Upload) -> bool:
         """Whether an earlier attempt of this upload did its work, though its answer was lost."""
         return Path(request.cache_file).read_bytes()[: request.size] == item.content
 
-    async def upload_ahead(self, request: m.UploadAhead, source: Source) -> None:
+    async def upload_ahead(self, request: UploadAhead, source: Source) -> None:
         parent, name = self._parent(request.path)
         item = parent.children.get(name)
         ahead = self.ahead.setdefault(request.handle, {})
@@ -351,13 +371,13 @@ class MemoryRemote:
         ahead[request.offset] = piece
 
     def _write_in_place(
-        self, item: Item, request: m.Upload, source: Source, ahead: dict[int, bytes]
+        self, item: Item, request: Upload, source: Source, ahead: dict[int, bytes]
     ) -> None:
         covered = len(item.content)
         for start, length in sorted(request.ranges):
             covered = max(covered, start + length) if start <= covered else covered
         if covered < min(request.base_size, request.size):
-            raise m.Changed(f"{request.path!r} was cut meanwhile")
+            raise Changed(f"{request.path!r} was cut meanwhile")
         sent = max([0, *(offset + len(piece) for offset, piece in ahead.items())])
         del item.content[max(sent, request.base_size) :]
         for start, length in request.ranges:
@@ -366,33 +386,33 @@ class MemoryRemote:
         del item.content[request.size :]
         item.content.extend(bytes(request.size - len(item.content)))
 
-    async def create(self, path: bytes, mode: int, handle: int = m.NO_HANDLE) -> m.Entry:
+    async def create(self, path: bytes, mode: int, handle: int = NO_HANDLE) -> Entry:
         parent, name = self._free_place(path)
         if self.read_only:
-            raise m.ReadOnlyRemote("it is read-only")
+            raise ReadOnly("it is read-only")
         item = self._made(parent, stat.S_IFREG | mode)
         item.changes = self._clock_ns
         if self.is_sftp:
             parent.children[name] = item
-            if handle != m.NO_HANDLE:
+            if handle != NO_HANDLE:
                 self.ahead[handle] = {0: b""}  # its own, whatever its version is
                 return msgspec.structs.replace(self._entry(path, item), version=b"")
             return self._entry(path, item)
         return msgspec.structs.replace(self._entry(path, item), version=b"")
 
-    async def make_directory(self, path: bytes, mode: int) -> m.Entry:
+    async def make_directory(self, path: bytes, mode: int) -> Entry:
         parent, name = self._free_place(path)
         parent.children[name] = self._made(parent, stat.S_IFDIR | mode)
         return self._entry(path, parent.children[name])
 
-    async def make_symlink(self, path: bytes, target: bytes) -> m.Entry:
+    async def make_symlink(self, path: bytes, target: bytes) -> Entry:
         parent, name = self._free_place(path)
         parent.children[name] = Item(stat.S_IFLNK | 0o777, self._now(), bytearray(target))
         return self._entry(path, parent.children[name])
 
-    async def make_link(self, existing: bytes, path: bytes) -> m.Entry:
+    async def make_link(self, existing: bytes, path: bytes) -> Entry:
         if not self.is_sftp:
-            raise m.NotSupported("S3 has no hard links")
+            raise NotSupported("S3 has no hard links")
         parent, name = self._free_place(path)
         parent.children[name] = self._file(existing)
         return self._entry(path, parent.children[name])
@@ -402,7 +422,7 @@ class MemoryRemote:
     ) -> None:
         item = self._find(path)
         if target.startswith(path + b"/"):
-            raise m.InvalidRequest("a directory can't be moved into itself")
+            raise InvalidRequest("a directory can't be moved into itself")
         parent, name = self._parent(target)
         there = parent.children.get(name)
         if there is not None:
@@ -413,13 +433,13 @@ class MemoryRemote:
 
     def _check_replaceable(self, item: Item, there: Item, *, replace: bool) -> None:
         if not replace:
-            raise m.AlreadyExists("the name is taken")
+            raise AlreadyExists("the name is taken")
         if there.is_directory and not item.is_directory:
-            raise m.IsADirectory("a directory is there")
+            raise IsADirectory("a directory is there")
         if item.is_directory and not there.is_directory:
-            raise m.NotADirectory("something else than a directory is there")
+            raise NotADirectory("something else than a directory is there")
         if there.children:
-            raise m.DirectoryNotEmpty("the directory there is not empty")
+            raise DirectoryNotEmpty("the directory there is not empty")
 
     async def remove(self, path: bytes) -> None:
         self._file(path)
@@ -429,19 +449,19 @@ class MemoryRemote:
     async def remove_directory(self, path: bytes) -> None:
         item = self._find(path)
         if not item.is_directory:
-            raise m.NotADirectory(f"{path!r}: not a directory")
+            raise NotADirectory(f"{path!r}: not a directory")
         if item.children:
-            raise m.DirectoryNotEmpty(f"{path!r} is not empty")
+            raise DirectoryNotEmpty(f"{path!r} is not empty")
         parent, name = self._parent(path)
         del parent.children[name]
 
-    async def set_attributes(self, path: bytes, attributes: m.Attributes) -> m.Entry:
+    async def set_attributes(self, path: bytes, attributes: Attributes) -> Entry:
         item = self._find(path)
         self._check_owner(item, attributes)
         self._set(item, attributes)
         return self._entry(path, item)
 
-    async def truncate(self, path: bytes, size: int) -> m.Entry:
+    async def truncate(self, path: bytes, size: int) -> Entry:
         item = self._file(path)
         del item.content[size:]
         item.content.extend(bytes(size - len(item.content)))
@@ -451,10 +471,10 @@ class MemoryRemote:
     async def check_writable(self, path: bytes) -> None:
         item = self._file(path)
         if self.is_sftp and item.uid != UID and not item.mode & 0o022:
-            raise m.PermissionDenied(f"{path!r} is somebody else's")
+            raise PermissionDenied(f"{path!r} is somebody else's")
 
-    async def disk_usage(self) -> m.DiskUsage | None:
-        return m.DiskUsage(10**12, 10**11, 10**11, 10**6, 10**5) if self.is_sftp else None
+    async def disk_usage(self) -> DiskUsage | None:
+        return DiskUsage(10**12, 10**11, 10**11, 10**6, 10**5) if self.is_sftp else None
 
 
 # --- the site -------------------------------------------------------------------------------------
@@ -474,7 +494,7 @@ class _Cue:
     skip: int
     times: int
     stage: str
-    error: m.RemoteError | None = None
+    error: RemoteError | None = None
     held: Held | None = None
 
 
@@ -492,7 +512,7 @@ class Cues:
     def fail(
         self,
         kind: type[object],
-        error: m.RemoteError,
+        error: RemoteError,
         *,
         nth: int = 1,
         times: int = 1,
@@ -529,7 +549,7 @@ class Cues:
 
 
 class MemorySite:
-    """Satisfies SiteCalls (filesystem/namespace.py)."""
+    """Satisfies SiteCalls (site/namespace.py)."""
 
     def __init__(self, remotes: dict[str, MemoryRemote]) -> None:
         self.remotes = remotes
@@ -541,7 +561,7 @@ class MemorySite:
     def _borrow(self, name: str) -> int:
         lent = self.lend(name)
         if lent is None:
-            raise m.CacheFileGone("the cache file in memory is another one by now")
+            raise CacheFileGone("the cache file in memory is another one by now")
         return os.dup(lent)
 
     async def call(
@@ -558,7 +578,7 @@ class MemorySite:
             result = await self._perform(self.remotes[namespace], request, on_progress)
             await self.cues.reach(request, "after")
             return msgspec.msgpack.decode(msgspec.msgpack.encode(result), type=kind)
-        raise m.TimedOut(f"no answer to {type(request).__name__} within {timeout:g} s")
+        raise TimedOut(f"no answer to {type(request).__name__} within {timeout:g} s")
 
     async def _perform(
         self,
@@ -574,13 +594,13 @@ class MemorySite:
                 await self.cues.reach(request, "middle")
                 stored = self._disk.store(cache_file, offset, pieces)
                 return m.Fetched(length, stored.checksums)
-            case m.Upload():
+            case Upload():
                 source = CacheSource(request.cache_file, request.size)
                 try:
                     return await remote.upload(request, source, on_progress or (lambda done: None))
                 finally:
                     source.close()
-            case m.UploadAhead():
+            case UploadAhead():
                 source = CacheSource(request.cache_file, request.offset + request.length)
                 try:
                     return await remote.upload_ahead(request, source)
@@ -606,4 +626,4 @@ class MemorySite:
                     await self.cues.reach(request, "middle")
             await self.cues.reach(request, "after")
             return
-        raise m.TimedOut(f"no answer to List within {timeout:g} s")
+        raise TimedOut(f"no answer to List within {timeout:g} s")

@@ -282,7 +282,7 @@ class Mount:
         """Of the daemon that runs now."""
         children = Path(f"/proc/{self.status.pid}/task").glob("*/children")
         found = [int(pid) for file in children for pid in file.read_text().split()]
-        return [pid for pid in found if b"hpcfs.transfer" in _command_line(pid)]
+        return [pid for pid in found if b"hpcfs.worker" in _command_line(pid)]
 
     # --- its log ----------------------------------------------------------------------------------
 

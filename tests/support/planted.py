@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _MODULES = (
-    *("hpcfs/__init__.py", "hpcfs/cli/main.py", "hpcfs/transfer/process.py", "sitecustomize.py"),
+    *("hpcfs/__init__.py", "hpcfs/cli/main.py", "hpcfs/worker/main.py", "sitecustomize.py"),
     *("asyncio.py", "asyncssh.py", "botocore.py", "click.py", "msgspec.py", "pyfuse3.py", "re.py"),
     *("runpy.py", "socket.py", "trio.py", "uvloop.py"),
 )

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import asyncssh
 
-from hpcfs.transfer.messages import SftpRoot, SshSite, Start
+from hpcfs.model.sites import SftpRoot, SshSite, Start
 
 START_SECONDS = 20.0
 LOOPBACK = "127.0.0.1"

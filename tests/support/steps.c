@@ -41,7 +41,7 @@ static int runs_transfer(void)
     size_t length = file ? fread(line, 1, sizeof line, file) : 0;
     if (file)
         fclose(file);
-    return memmem(line, length, "hpcfs.transfer", 14) != NULL;
+    return memmem(line, length, "hpcfs.worker", 12) != NULL;
 }
 
 __attribute__((constructor)) static void start(void)

@@ -1,4 +1,4 @@
-"""A daemon with the API of hpcfs.daemon over an empty filesystem, to test what surrounds it.
+"""A daemon with the API of hpcfs.daemon.main over an empty filesystem, to test what surrounds it.
 
 It mounts for real and answers on the real control socket, but reaches no remote. What it does at
 start-up is set by HPCFS_STUB: fine, failed (one namespace), refused (MountFailed), crash, ask,
@@ -30,8 +30,8 @@ import hpcfs
 from hpcfs.config.config import Settings
 from hpcfs.control import server as control_server
 from hpcfs.control.control import MountStatus, NamespaceStatus
-from hpcfs.transfer.messages import RemoteError
-from hpcfs.writeservice import Progress, WriteService, summary
+from hpcfs.daemon.write_commands import Progress, WriteCommands, summary
+from hpcfs.model.errors import RemoteError
 from tests.support.backlog import FakeBacklog, row
 
 FILE_INODE = pyfuse3.InodeT(pyfuse3.ROOT_INODE + 1)
@@ -180,7 +180,7 @@ async def _run(
     on_ready: Callable[[MountStatus], None],
     backlog: FakeBacklog,
 ) -> None:
-    service = WriteService(settings, backlog)
+    service = WriteCommands(settings, backlog)
 
     async def told() -> MountStatus:
         return status()
@@ -210,7 +210,7 @@ async def _serve_until_unmounted(scope: trio.CancelScope, backlog: FakeBacklog) 
 
 
 if __name__ == "__main__":
-    sys.modules["hpcfs.daemon"] = hpcfs.daemon = sys.modules["__main__"]  # type: ignore[attr-defined]
+    sys.modules["hpcfs.daemon.main"] = hpcfs.daemon.main = sys.modules["__main__"]  # type: ignore[attr-defined]
     from hpcfs.cli.main import main
 
     main()

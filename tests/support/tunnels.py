@@ -16,11 +16,11 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcfs.rendezvous.file import Rendezvous, decode
-from hpcfs.rendezvous.knock import GREETING
-from hpcfs.tunnel.shares import Share
-from hpcfs.tunnel.status import TunnelStatus
-from hpcfs.tunnel.tunnel import Plan, Tunnel
+from hpcfs.laptop.shares import Share
+from hpcfs.laptop.status import TunnelStatus
+from hpcfs.laptop.tunnel import Plan, Tunnel
+from hpcfs.tunnel.file import Rendezvous, decode
+from hpcfs.tunnel.knock import GREETING
 from tests.support.command import Home
 from tests.support.sshd import ALIAS, ScriptedPrompter, SshServer, ssh_server
 

@@ -1,4 +1,4 @@
-"""An SFTP server that says what it likes: our own one (tunnel/channel.py) behind asyncssh, each of
+"""An SFTP server that says what it likes: our own one (laptop/channel.py) behind asyncssh, each of
 whose answers goes through `twist` before it is sent."""
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import asyncssh
 import msgspec
 
-from hpcfs.transfer.messages import SftpRoot, Start
-from hpcfs.tunnel.channel import OpenFiles, ServedChannel
-from hpcfs.tunnel.served import Shares
-from hpcfs.tunnel.shares import Share
+from hpcfs.laptop.channel import OpenFiles, ServedChannel
+from hpcfs.laptop.sftp_server import Shares
+from hpcfs.laptop.shares import Share
+from hpcfs.model.sites import SftpRoot, Start
 from tests.support.evil_sftp import Login, _site
 from tests.support.sshd import LOOPBACK, write_key
 

@@ -17,11 +17,11 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from hpcfs.model.errors import NotFound, PermissionDenied, RemoteError, Unreachable
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.errors import is_fault
 from hpcfs.remotes.s3.known import Known
 from hpcfs.remotes.s3.objects import PRIVATE, Info
-from hpcfs.transfer.messages import NotFound, PermissionDenied, RemoteError, Unreachable
 
 log = logging.getLogger(__name__)
 SEEN_SECONDS = 1.0

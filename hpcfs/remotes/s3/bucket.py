@@ -14,6 +14,19 @@ from typing import Any, BinaryIO, TypeVar
 
 from botocore.exceptions import ClientError
 
+from hpcfs.model.errors import (
+    Changed,
+    Conflict,
+    InvalidRequest,
+    IsADirectory,
+    NotFound,
+    NotSupported,
+    PermissionDenied,
+    ProtocolError,
+    RemoteError,
+    RemoteFailure,
+    WrongSettings,
+)
 from hpcfs.remotes.base import checked_size
 from hpcfs.remotes.s3.checksums import CRC32, Checks, PartSent, proof_of
 from hpcfs.remotes.s3.direct import Direct
@@ -38,19 +51,6 @@ from hpcfs.remotes.s3.objects import (
 from hpcfs.remotes.s3.pacing import Pacing
 from hpcfs.remotes.s3.pool import Gate
 from hpcfs.remotes.s3.server import Server
-from hpcfs.transfer.messages import (
-    Changed,
-    Conflict,
-    InvalidRequest,
-    IsADirectory,
-    NotFound,
-    NotSupported,
-    PermissionDenied,
-    ProtocolError,
-    RemoteError,
-    RemoteFailure,
-    WrongSettings,
-)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

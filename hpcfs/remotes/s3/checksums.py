@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hpcfs.model.errors import NotSupported, RemoteError, RemoteFailure
 from hpcfs.remotes.s3.direct import THREAD_BYTES
 from hpcfs.remotes.s3.errors import s3_code
 from hpcfs.remotes.s3.objects import is_md5, plain_etag
 from hpcfs.remotes.s3.server import Server
-from hpcfs.transfer.messages import NotSupported, RemoteError, RemoteFailure
 
 CRC32 = "CRC32"
 _REFUSALS = frozenset({"InvalidRequest", "InvalidArgument"})

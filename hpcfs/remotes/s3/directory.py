@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from itertools import chain
 from weakref import WeakValueDictionary
 
+from hpcfs.model.entries import LIST_MAX_ENTRIES, LIST_PAGE_ENTRIES, Entry
+from hpcfs.model.errors import NotADirectory, NotFound, PermissionDenied, TooLarge
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.entries import Entries
 from hpcfs.remotes.s3.known import Known, MetadataCache
@@ -19,15 +21,6 @@ from hpcfs.remotes.s3.multipart import each
 from hpcfs.remotes.s3.names import shown
 from hpcfs.remotes.s3.objects import Info, Page, Summary
 from hpcfs.remotes.s3.paths import Place, text
-from hpcfs.transfer.messages import (
-    LIST_MAX_ENTRIES,
-    LIST_PAGE_ENTRIES,
-    Entry,
-    NotADirectory,
-    NotFound,
-    PermissionDenied,
-    TooLarge,
-)
 
 HEADS_IN_FLIGHT = 96
 """Of one listing; the site's gate bounds those of all, and gives fewer to what is near."""

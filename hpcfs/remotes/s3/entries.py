@@ -6,14 +6,9 @@ import stat
 import time
 from dataclasses import dataclass
 
-from hpcfs.remotes.s3.metadata import (
-    DIRECTORY_MODE,
-    FILE_MODE,
-    NANOSECONDS,
-    Metadata,
-)
+from hpcfs.model.entries import Entry
+from hpcfs.remotes.s3.metadata import DIRECTORY_MODE, FILE_MODE, NANOSECONDS, Metadata
 from hpcfs.remotes.s3.objects import Info, Summary
-from hpcfs.transfer.messages import Entry
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ import aiohttp
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
-from hpcfs.remotes.s3.wire import Unfit
-from hpcfs.transfer.messages import (
+from hpcfs.model.errors import (
     AccessRefused,
     AlreadyExists,
     Changed,
@@ -44,6 +43,7 @@ from hpcfs.transfer.messages import (
     Unreachable,
     WrongSettings,
 )
+from hpcfs.remotes.s3.wire import Unfit
 
 FIRST_DELAY = 1.0
 LONGEST_DELAY = 30.0

@@ -29,9 +29,10 @@ from botocore.exceptions import (
 )
 from botocore.handlers import validate_bucket_name
 
+from hpcfs.model.errors import Unreachable, WrongSettings
+from hpcfs.model.sites import S3Site
 from hpcfs.remotes.s3.signing import Keys
 from hpcfs.remotes.s3.wire import guard
-from hpcfs.transfer.messages import S3Site, Unreachable, WrongSettings
 
 log = logging.getLogger(__name__)
 READ_TIMEOUT = 60.0

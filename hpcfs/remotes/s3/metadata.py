@@ -4,7 +4,7 @@
 after the point as nanoseconds); `mode` (a full st_mode), `uid` and `gid` are decimal. Reading is
 liberal: octal modes as `rclone --metadata` writes them are understood, what makes no sense counts
 as missing. Metadata that is not ours is kept. Extended attributes are in `xattr`, as s3fs has them
-(transfer/xattrs.py).
+(model/xattrs.py).
 """
 
 from __future__ import annotations
@@ -14,14 +14,9 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hpcfs.transfer.messages import (
-    Attributes,
-    NoSpace,
-    Xattrs,
-    changed_xattrs,
-    xattrs_of,
-    xattrs_text,
-)
+from hpcfs.model.entries import Attributes
+from hpcfs.model.errors import NoSpace
+from hpcfs.model.xattrs import Xattrs, changed_xattrs, xattrs_of, xattrs_text
 
 NANOSECONDS = 1_000_000_000
 MAX_TIME_NS = 2**63 - 1

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO
 from weakref import WeakValueDictionary
 
+from hpcfs.model.errors import NotSupported, RemoteError, TimedOut
 from hpcfs.remotes.base import ReportProgress, no_report
 from hpcfs.remotes.s3.bucket import DELETED_AT_ONCE, Bucket
 from hpcfs.remotes.s3.listing import is_marker
@@ -30,7 +31,6 @@ from hpcfs.remotes.s3.names import checked_key
 from hpcfs.remotes.s3.objects import Page, Summary
 from hpcfs.remotes.s3.parts import MIB
 from hpcfs.remotes.s3.transfer import Transfer
-from hpcfs.transfer.messages import NotSupported, RemoteError, TimedOut
 
 log = logging.getLogger(__name__)
 COPIES_IN_FLIGHT = 64

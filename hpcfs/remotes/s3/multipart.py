@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar, cast
 
+from hpcfs.model.errors import Changed, Conflict, NotSupported, RemoteError, RemoteFailure
 from hpcfs.remotes.base import ReportProgress, Source
 from hpcfs.remotes.s3.bucket import Begun, Bucket
 from hpcfs.remotes.s3.checksums import PartSent
@@ -23,7 +24,6 @@ from hpcfs.remotes.s3.errors import s3_code
 from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.remotes.s3.objects import Info, Summary, is_md5
 from hpcfs.remotes.s3.parts import MIB, Part
-from hpcfs.transfer.messages import Changed, Conflict, NotSupported, RemoteError, RemoteFailure
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

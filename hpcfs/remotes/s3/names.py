@@ -20,8 +20,8 @@ import re
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from hpcfs.model.errors import InvalidName, NameTooLong
 from hpcfs.remotes.base import MAX_NAME_BYTES, is_valid_name
-from hpcfs.transfer.messages import InvalidName, NameTooLong
 
 ESCAPE = b"%hpcfs-"
 BESIDE = ESCAPE + b"object"

@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
+from hpcfs.model.errors import Changed, ProtocolError
 from hpcfs.remotes.base import checked_size
 from hpcfs.remotes.s3.answers import http_time
 from hpcfs.remotes.s3.metadata import MAX_TIME_NS, NANOSECONDS, Metadata, decode
 from hpcfs.remotes.s3.names import MARKER
-from hpcfs.transfer.messages import Changed, ProtocolError
 
 KEPT_HEADERS = (
     *("CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType"),

@@ -27,7 +27,7 @@ LONGEST = 4.0
 LONGEST_ASKED = 10.0
 """What a server asks for (Retry-After) counts up to this."""
 PATIENCE = 20.0
-"""Of one request. Less than what the mount waits for an answer (transfer/client.py)."""
+"""Of one request. Less than what the mount waits for an answer (site/client.py)."""
 
 
 class Pacing:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from hpcfs.transfer.messages import AHEAD_BYTES
+from hpcfs.model.uploads import AHEAD_BYTES
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB

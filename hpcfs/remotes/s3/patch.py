@@ -11,19 +11,14 @@ import asyncio
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
+from hpcfs.model.errors import Changed, Conflict, NotSupported, RemoteFailure
+from hpcfs.model.uploads import Upload
 from hpcfs.remotes.base import ReportProgress, Source
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.errors import s3_code
 from hpcfs.remotes.s3.multipart import Multipart, Progress, Target, each, read
 from hpcfs.remotes.s3.objects import Info
 from hpcfs.remotes.s3.parts import Limits, Part, changed, merged
-from hpcfs.transfer.messages import (
-    Changed,
-    Conflict,
-    NotSupported,
-    RemoteFailure,
-    Upload,
-)
 
 _WHOLE = "this change can't be made on the server: the whole file must be sent"
 

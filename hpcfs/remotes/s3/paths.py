@@ -9,19 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from hpcfs.remotes.s3.bucket import Bucket
-from hpcfs.remotes.s3.known import Known
-from hpcfs.remotes.s3.listing import is_marker
-from hpcfs.remotes.s3.names import (
-    checked_key,
-    decoded,
-    is_plain,
-    parse,
-    search_prefix,
-    stands_for,
-)
-from hpcfs.remotes.s3.objects import Info, Page
-from hpcfs.transfer.messages import (
+from hpcfs.model.errors import (
     AlreadyExists,
     DirectoryNotEmpty,
     InvalidName,
@@ -29,6 +17,11 @@ from hpcfs.transfer.messages import (
     NotADirectory,
     NotFound,
 )
+from hpcfs.remotes.s3.bucket import Bucket
+from hpcfs.remotes.s3.known import Known
+from hpcfs.remotes.s3.listing import is_marker
+from hpcfs.remotes.s3.names import checked_key, decoded, is_plain, parse, search_prefix, stands_for
+from hpcfs.remotes.s3.objects import Info, Page
 
 LOOKED_AT = 3
 """Both kinds of marker and one thing more tell whether a directory is there and empty."""

@@ -20,19 +20,34 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
+from hpcfs.model.capabilities import Capabilities
+from hpcfs.model.entries import NO_HANDLE, Attributes, Entry
+from hpcfs.model.errors import (
+    AccessRefused,
+    AlreadyExists,
+    Changed,
+    DirectoryNotEmpty,
+    InvalidRequest,
+    IsADirectory,
+    NotADirectory,
+    NotFound,
+    NotOwner,
+    NotSupported,
+    PermissionDenied,
+    ProtocolError,
+    RemoteFailure,
+    WrongSettings,
+)
+from hpcfs.model.sites import S3Root, Start
+from hpcfs.model.uploads import Upload, UploadAhead
+from hpcfs.model.usage import DiskUsage
 from hpcfs.remotes.base import ReportProgress, Source, last_name, no_report
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.directory import Lister, Parents
 from hpcfs.remotes.s3.entries import Entries
 from hpcfs.remotes.s3.errors import is_refusal, not_public
 from hpcfs.remotes.s3.markers import HEADERS, Markers
-from hpcfs.remotes.s3.metadata import (
-    DIRECTORY_MODE,
-    FILE_MODE,
-    PERMISSIONS,
-    SYMLINK_MODE,
-    Metadata,
-)
+from hpcfs.remotes.s3.metadata import DIRECTORY_MODE, FILE_MODE, PERMISSIONS, SYMLINK_MODE, Metadata
 from hpcfs.remotes.s3.mover import Mover
 from hpcfs.remotes.s3.multipart import Target, stands_on
 from hpcfs.remotes.s3.objects import Info, Summary
@@ -48,33 +63,8 @@ from hpcfs.remotes.s3.paths import (
 )
 from hpcfs.remotes.s3.transfer import FileSource, Transfer
 from hpcfs.remotes.s3.uploads import Uploads, info_of_stored
-from hpcfs.transfer.messages import (
-    NO_HANDLE,
-    Abilities,
-    AccessRefused,
-    AlreadyExists,
-    Attributes,
-    Changed,
-    DirectoryNotEmpty,
-    DiskUsage,
-    Entry,
-    InvalidRequest,
-    IsADirectory,
-    NotADirectory,
-    NotFound,
-    NotOwner,
-    NotSupported,
-    PermissionDenied,
-    ProtocolError,
-    RemoteFailure,
-    S3Root,
-    Start,
-    Upload,
-    UploadAhead,
-    WrongSettings,
-)
 
-ABILITIES = Abilities(
+ABILITIES = Capabilities(
     partial_writes=False,
     creates_on_upload=True,
     handles=False,
@@ -112,7 +102,7 @@ class S3Remote:
 
     # --- looking ----------------------------------------------------------------------------
 
-    async def connect(self) -> Abilities:
+    async def connect(self) -> Capabilities:
         try:
             self._markers.saw(await self._bucket.first(self._base, 1))
         except (PermissionDenied, RemoteFailure) as error:

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from dataclasses import replace
 
+from hpcfs.model.sites import S3Root, S3Site, Start
+from hpcfs.model.usage import Traffic
 from hpcfs.remotes.s3.bucket import Access, Bucket
 from hpcfs.remotes.s3.direct import Direct
 from hpcfs.remotes.s3.errors import Health
@@ -13,7 +15,6 @@ from hpcfs.remotes.s3.login import READ_TIMEOUT, Login
 from hpcfs.remotes.s3.parts import Limits
 from hpcfs.remotes.s3.pool import MIB, Bounds, Gate
 from hpcfs.remotes.s3.remote import S3Remote
-from hpcfs.transfer.messages import S3Root, S3Site, Start, Traffic
 
 SENT_BYTES = 64 * MIB
 """Bodies that are in memory at once: four parts, more than any link needs under way."""

@@ -10,6 +10,17 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import IO, Any
 
+from hpcfs.model.entries import NO_HANDLE
+from hpcfs.model.errors import (
+    Changed,
+    Conflict,
+    InvalidRequest,
+    NotSupported,
+    RemoteError,
+    RemoteFailure,
+    TooLarge,
+)
+from hpcfs.model.uploads import Upload
 from hpcfs.remotes.base import ReportProgress, Source, no_report
 from hpcfs.remotes.s3.belongings import Belongings
 from hpcfs.remotes.s3.bucket import Bucket
@@ -18,17 +29,6 @@ from hpcfs.remotes.s3.metadata import Metadata, encode
 from hpcfs.remotes.s3.multipart import Multipart, Progress, Target, checked, each, read
 from hpcfs.remotes.s3.objects import Info, Summary, is_md5
 from hpcfs.remotes.s3.parts import MIB, Growing, Limits, Part, even
-from hpcfs.transfer.messages import (
-    NO_HANDLE,
-    Changed,
-    Conflict,
-    InvalidRequest,
-    NotSupported,
-    RemoteError,
-    RemoteFailure,
-    TooLarge,
-    Upload,
-)
 
 log = logging.getLogger(__name__)
 TRIED_BYTES = 64 * 1024

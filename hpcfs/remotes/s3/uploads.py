@@ -10,8 +10,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace as with_changes
 from typing import Any
 
+from hpcfs.model.entries import NO_HANDLE, Attributes
+from hpcfs.model.errors import Conflict, NotSupported
+from hpcfs.model.uploads import Upload, UploadAhead
 from hpcfs.remotes.base import ReportProgress, Source, last_name
-from hpcfs.remotes.s3.ahead import Ahead
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.entries import Entries
 from hpcfs.remotes.s3.metadata import PERMISSIONS, Metadata, encode
@@ -20,15 +22,8 @@ from hpcfs.remotes.s3.objects import Info, Summary, access_of, without_access
 from hpcfs.remotes.s3.parts import Limits
 from hpcfs.remotes.s3.patch import Patcher
 from hpcfs.remotes.s3.paths import Look
+from hpcfs.remotes.s3.streaming_upload import Ahead
 from hpcfs.remotes.s3.transfer import Transfer
-from hpcfs.transfer.messages import (
-    NO_HANDLE,
-    Attributes,
-    Conflict,
-    NotSupported,
-    Upload,
-    UploadAhead,
-)
 
 
 class Uploads:

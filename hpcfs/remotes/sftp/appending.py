@@ -20,21 +20,21 @@ import msgspec
 from asyncssh import SFTPAttrs
 from asyncssh.constants import FXF_APPEND, FXF_READ, FXF_WRITE
 
-from hpcfs.remotes.base import ReportProgress, Source, no_report
-from hpcfs.remotes.sftp.attempts import Attempt, Attempts
-from hpcfs.remotes.sftp.opening import open_existing
-from hpcfs.remotes.sftp.place import Place, explain_full
-from hpcfs.remotes.sftp.session import all_of
-from hpcfs.remotes.sftp.write import Target, bring, close_quietly, write_ranges
-from hpcfs.transfer.messages import (
+from hpcfs.model.errors import (
     Conflict,
     NotFound,
     NotSupported,
     PermissionDenied,
     RemoteError,
     RemoteFailure,
-    Upload,
 )
+from hpcfs.model.uploads import Upload
+from hpcfs.remotes.base import ReportProgress, Source, no_report
+from hpcfs.remotes.sftp.opening import open_existing
+from hpcfs.remotes.sftp.place import Place, explain_full
+from hpcfs.remotes.sftp.session import all_of
+from hpcfs.remotes.sftp.upload_resume import Attempt, Attempts
+from hpcfs.remotes.sftp.write import Target, bring, close_quietly, write_ranges
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from asyncssh import SFTPAttrs
 
+from hpcfs.model.entries import Attributes, Entry
+from hpcfs.model.errors import ProtocolError
 from hpcfs.remotes.base import checked_size
-from hpcfs.transfer.messages import Attributes, Entry, ProtocolError
 
 NANOSECONDS = 1_000_000_000
 MAX_SECONDS = 2**32 - 1

@@ -16,12 +16,12 @@ from typing import TypeVar
 import asyncssh
 from asyncssh.constants import OPEN_REQUEST_SESSION_FAILED
 
-from hpcfs.remotes.sftp.greeting import greet
+from hpcfs.model.errors import NoService, Unreachable
+from hpcfs.remotes.sftp.handshake import greet
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.ssh.errors import no_service
 from hpcfs.remotes.ssh.login import Login
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES
-from hpcfs.transfer.messages import NoService, Unreachable
 
 log = logging.getLogger(__name__)
 

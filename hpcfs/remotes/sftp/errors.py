@@ -30,8 +30,7 @@ from asyncssh.constants import (
     FX_WRITE_PROTECT,
 )
 
-from hpcfs.remotes.base import MAX_NAME_BYTES
-from hpcfs.transfer.messages import (
+from hpcfs.model.errors import (
     AlreadyExists,
     DirectoryNotEmpty,
     InvalidName,
@@ -44,11 +43,12 @@ from hpcfs.transfer.messages import (
     NotSupported,
     PermissionDenied,
     ProtocolError,
-    ReadOnlyRemote,
+    ReadOnly,
     RemoteError,
     RemoteFailure,
     Unreachable,
 )
+from hpcfs.remotes.base import MAX_NAME_BYTES
 
 MAX_PATH_BYTES = 4095
 
@@ -56,7 +56,7 @@ _BY_CODE: dict[int, tuple[type[RemoteError], str]] = {
     FX_NO_SUCH_FILE: (NotFound, "does not exist"),
     FX_NO_SUCH_PATH: (NotFound, "does not exist"),
     FX_PERMISSION_DENIED: (PermissionDenied, "may not be accessed this way"),
-    FX_WRITE_PROTECT: (ReadOnlyRemote, "is on a read-only file system"),
+    FX_WRITE_PROTECT: (ReadOnly, "is on a read-only file system"),
     FX_OP_UNSUPPORTED: (NotSupported, "can't be treated so: the server has no such operation"),
     FX_FILE_ALREADY_EXISTS: (AlreadyExists, "exists already"),
     FX_NO_SPACE_ON_FILESYSTEM: (NoSpace, "does not fit: the remote file system is full"),

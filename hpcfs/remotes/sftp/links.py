@@ -18,10 +18,10 @@ from typing import Any
 import asyncssh
 from asyncssh.constants import FX_NO_SUCH_FILE, FX_NO_SUCH_PATH
 
+from hpcfs.model.errors import RemoteFailure
 from hpcfs.remotes.sftp.place import Place
 from hpcfs.remotes.sftp.rename import name_beside
 from hpcfs.remotes.sftp.requests import Requests
-from hpcfs.transfer.messages import RemoteFailure
 
 log = logging.getLogger(__name__)
 

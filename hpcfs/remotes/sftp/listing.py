@@ -20,20 +20,14 @@ from typing import Any
 
 import asyncssh
 
+from hpcfs.model.entries import LIST_MAX_ENTRIES, LIST_PAGE_ENTRIES, Entry
+from hpcfs.model.errors import NotFound, RemoteError, TooLarge
 from hpcfs.remotes.base import is_valid_name
 from hpcfs.remotes.sftp.attrs import AnyAttrs, listed_entry, tells_type
 from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.sftp.names import Listed
 from hpcfs.remotes.sftp.place import Place
 from hpcfs.remotes.sftp.session import all_of, give_up
-from hpcfs.transfer.messages import (
-    LIST_MAX_ENTRIES,
-    LIST_PAGE_ENTRIES,
-    Entry,
-    NotFound,
-    RemoteError,
-    TooLarge,
-)
 
 log = logging.getLogger(__name__)
 

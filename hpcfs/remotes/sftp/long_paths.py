@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 
 import asyncssh
 
+from hpcfs.model.errors import NameTooLong
 from hpcfs.remotes.sftp.errors import MAX_PATH_BYTES, shown
 from hpcfs.remotes.sftp.place import Place
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.session import SftpSession
-from hpcfs.transfer.messages import NameTooLong
 
 log = logging.getLogger(__name__)
 

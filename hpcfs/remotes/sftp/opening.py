@@ -15,12 +15,7 @@ import asyncssh
 from asyncssh import SFTPAttrs
 from asyncssh.constants import FXF_CREAT, FXF_EXCL, FXF_WRITE
 
-from hpcfs.remotes.base import checked_size
-from hpcfs.remotes.sftp.attempts import Attempt, Attempts
-from hpcfs.remotes.sftp.attrs import full_mode, narrower, version_of
-from hpcfs.remotes.sftp.place import Place, explain_file, explain_new, learn_user
-from hpcfs.remotes.sftp.write import Sent, Target, answers, close_quietly, send
-from hpcfs.transfer.messages import (
+from hpcfs.model.errors import (
     AlreadyExists,
     Conflict,
     InvalidRequest,
@@ -29,6 +24,11 @@ from hpcfs.transfer.messages import (
     PermissionDenied,
     RemoteError,
 )
+from hpcfs.remotes.base import checked_size
+from hpcfs.remotes.sftp.attrs import full_mode, narrower, version_of
+from hpcfs.remotes.sftp.place import Place, explain_file, explain_new, learn_user
+from hpcfs.remotes.sftp.upload_resume import Attempt, Attempts
+from hpcfs.remotes.sftp.write import Sent, Target, answers, close_quietly, send
 
 log = logging.getLogger(__name__)
 

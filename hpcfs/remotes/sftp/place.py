@@ -16,16 +16,11 @@ from dataclasses import dataclass, replace
 import asyncssh
 from asyncssh import SFTPAttrs
 
-from hpcfs.remotes.base import last_name
-from hpcfs.remotes.sftp import attrs as sftp_attrs
-from hpcfs.remotes.sftp.errors import shown, translated
-from hpcfs.remotes.sftp.requests import Requests
-from hpcfs.remotes.sftp.session import SftpSession
-from hpcfs.transfer.messages import (
+from hpcfs.model.entries import Entry
+from hpcfs.model.errors import (
     AlreadyExists,
     CrossDevice,
     DirectoryNotEmpty,
-    Entry,
     InvalidRequest,
     IsADirectory,
     NoSpace,
@@ -34,11 +29,16 @@ from hpcfs.transfer.messages import (
     NotOwner,
     NotSupported,
     PermissionDenied,
-    ReadOnlyRemote,
+    ReadOnly,
     RemoteError,
     RemoteFailure,
     TooLarge,
 )
+from hpcfs.remotes.base import last_name
+from hpcfs.remotes.sftp import attrs as sftp_attrs
+from hpcfs.remotes.sftp.errors import shown, translated
+from hpcfs.remotes.sftp.requests import Requests
+from hpcfs.remotes.sftp.session import SftpSession
 
 ALMOST_NOTHING_BYTES = 1024 * 1024
 VAGUE = (RemoteFailure, PermissionDenied, NotFound)
@@ -181,12 +181,12 @@ async def explain_read_only(place: Place, error: RemoteError) -> RemoteError:
     if usage is not None and usage.flags & os.ST_RDONLY:
         return _on_read_only_disk(place)
     if isinstance(error, PermissionDenied) and place.session.is_read_only:
-        return ReadOnlyRemote(f"{place} can't be changed: the SFTP server only lets read")
+        return ReadOnly(f"{place} can't be changed: the SFTP server only lets read")
     return error
 
 
-def _on_read_only_disk(place: Place) -> ReadOnlyRemote:
-    return ReadOnlyRemote(f"{place} is on a file system that is mounted read-only there")
+def _on_read_only_disk(place: Place) -> ReadOnly:
+    return ReadOnly(f"{place} is on a file system that is mounted read-only there")
 
 
 async def explain_device(place: Place, target: Place, error: RemoteError) -> RemoteError:

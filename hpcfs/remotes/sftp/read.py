@@ -20,12 +20,13 @@ import asyncssh
 from asyncssh import SFTPAttrs
 from asyncssh.constants import FXF_READ
 
+from hpcfs.model.entries import NO_HANDLE
+from hpcfs.model.errors import Changed
 from hpcfs.remotes.sftp.attrs import version_of
 from hpcfs.remotes.sftp.flow import Flow
 from hpcfs.remotes.sftp.place import Place
 from hpcfs.remotes.sftp.requests import Chunks, Requests
 from hpcfs.remotes.sftp.session import SftpSession, all_of, give_up
-from hpcfs.transfer.messages import NO_HANDLE, Changed
 
 log = logging.getLogger(__name__)
 

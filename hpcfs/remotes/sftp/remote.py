@@ -22,6 +22,24 @@ import msgspec
 from asyncssh import SFTPAttrs
 from asyncssh.constants import FXF_WRITE
 
+from hpcfs.model.capabilities import Capabilities
+from hpcfs.model.entries import NO_HANDLE, Attributes, Entry
+from hpcfs.model.errors import (
+    InvalidName,
+    InvalidRequest,
+    NameTooLong,
+    NotFound,
+    NotOwner,
+    NotSupported,
+    PermissionDenied,
+    ProtocolError,
+    RemoteError,
+    RemoteFailure,
+    WrongSettings,
+)
+from hpcfs.model.sites import SftpRoot, Start
+from hpcfs.model.uploads import Upload, UploadAhead
+from hpcfs.model.usage import DiskUsage, Traffic
 from hpcfs.remotes.base import (
     MAX_FILE_BYTES,
     MAX_NAME_BYTES,
@@ -31,13 +49,7 @@ from hpcfs.remotes.base import (
     no_report,
 )
 from hpcfs.remotes.sftp import links, listing, read, rename as renaming
-from hpcfs.remotes.sftp.attrs import (
-    full_mode,
-    narrower,
-    needs_present,
-    owner_to_set,
-    rest_to_set,
-)
+from hpcfs.remotes.sftp.attrs import full_mode, narrower, needs_present, owner_to_set, rest_to_set
 from hpcfs.remotes.sftp.errors import MAX_PATH_BYTES, shown
 from hpcfs.remotes.sftp.long_paths import LongPaths
 from hpcfs.remotes.sftp.place import (
@@ -56,33 +68,10 @@ from hpcfs.remotes.sftp.place import (
 from hpcfs.remotes.sftp.session import SftpSession, open_session, together, traffic_of
 from hpcfs.remotes.sftp.uploads import Uploads
 from hpcfs.remotes.ssh.connection import Kept
-from hpcfs.transfer.messages import (
-    NO_HANDLE,
-    Abilities,
-    Attributes,
-    DiskUsage,
-    Entry,
-    InvalidName,
-    InvalidRequest,
-    NameTooLong,
-    NotFound,
-    NotOwner,
-    NotSupported,
-    PermissionDenied,
-    ProtocolError,
-    RemoteError,
-    RemoteFailure,
-    SftpRoot,
-    Start,
-    Traffic,
-    Upload,
-    UploadAhead,
-    WrongSettings,
-)
 
 log = logging.getLogger(__name__)
 
-ABILITIES = Abilities(
+ABILITIES = Capabilities(
     partial_writes=True,
     creates_on_upload=False,
     handles=True,
@@ -195,7 +184,7 @@ class SftpRemote:
             self._roots = (full, real) if real not in (None, full) else (full,)
         return full
 
-    async def connect(self) -> Abilities:
+    async def connect(self) -> Capabilities:
         place = await self._place(b"")
         is_root = place.session.owners.remote_uid == 0
         return msgspec.structs.replace(

@@ -13,9 +13,7 @@ import logging
 import secrets
 import stat
 
-from hpcfs.remotes.base import MAX_NAME_BYTES, last_name
-from hpcfs.remotes.sftp.place import Place, explain_device, explain_sticky
-from hpcfs.transfer.messages import (
+from hpcfs.model.errors import (
     AlreadyExists,
     DirectoryNotEmpty,
     InvalidRequest,
@@ -25,6 +23,8 @@ from hpcfs.transfer.messages import (
     NotSupported,
     RemoteError,
 )
+from hpcfs.remotes.base import MAX_NAME_BYTES, last_name
+from hpcfs.remotes.sftp.place import Place, explain_device, explain_sticky
 
 log = logging.getLogger(__name__)
 

@@ -1,10 +1,10 @@
 """Requests and their answers on one SFTP channel.
 
-The single requests and the encoding of attributes and errors are asyncssh's (SFTPClientHandler,
-the layer below its SFTPClient). What goes over the channel is ours, because reading is what a user
+The single requests and the encoding of attributes and errors are asyncssh's (SFTPClientHandler, the
+layer below its SFTPClient). What goes over the channel is ours, because reading is what a user
 waits for: answers come straight from the channel to who waits, without a stream reader and a task
-between; a file's bytes are not joined (inbox.py); a read is a future, not a task; and requests made
-in one turn of the event loop leave in one SSH packet.
+between; a file's bytes are not joined (remotes/sftp/decoder.py); a read is a future, not a task;
+and requests made in one turn of the event loop leave in one SSH packet.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from asyncssh.logging import SSHLogger
 from asyncssh.packet import PacketDecodeError, SSHPacket
 from asyncssh.sftp import SFTPClientHandler
 
+from hpcfs.remotes.sftp.decoder import Bytes, Inbox, Malformed
 from hpcfs.remotes.sftp.handles import Handles
-from hpcfs.remotes.sftp.inbox import Bytes, Inbox, Malformed
 from hpcfs.remotes.sftp.names import Listed, type_in_line, usual_names
 
 SFTP_VERSION = 3

@@ -14,6 +14,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from hpcfs.model.errors import ProtocolError, Unreachable, WrongSettings
+from hpcfs.model.sites import SshSite, Start
+from hpcfs.model.usage import Traffic
 from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.sftp.attrs import Owners
 from hpcfs.remotes.sftp.channels import of_service, open_channel, open_channels, open_more
@@ -28,14 +31,6 @@ from hpcfs.remotes.ssh.login import log_in
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
 from hpcfs.remotes.ssh.shell import Shell
-from hpcfs.transfer.messages import (
-    ProtocolError,
-    SshSite,
-    Start,
-    Traffic,
-    Unreachable,
-    WrongSettings,
-)
 
 UPLOAD_BYTES_UNDER_WAY = 16 * 1024 * 1024
 MAX_UPLOADS = 64

@@ -16,23 +16,17 @@ from typing import Any, cast
 import asyncssh
 from asyncssh.logging import SSHLogger, logger as asyncssh_logger
 
+from hpcfs.model.errors import RemoteError, Unreachable
+from hpcfs.model.sites import SshSite
 from hpcfs.remotes.base import Prompter
-from hpcfs.remotes.sftp.greeting import greet
+from hpcfs.remotes.sftp.handshake import greet
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.ssh.asking import asking
 from hpcfs.remotes.ssh.clock import Clock
-from hpcfs.remotes.ssh.openssh import (
-    Target,
-    command,
-    has_master,
-    read_target,
-    shell_command,
-    start,
-)
+from hpcfs.remotes.ssh.openssh import Target, command, has_master, read_target, shell_command, start
 from hpcfs.remotes.ssh.program import Program
 from hpcfs.remotes.ssh.shell import Shell, StreamShell
-from hpcfs.remotes.ssh.words import ending
-from hpcfs.transfer.messages import RemoteError, SshSite, Unreachable
+from hpcfs.remotes.ssh.stderr import ending
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,9 @@
 """Making files and bringing them to the server: what `Create`, `UploadAhead` and `Upload` mean.
 
-One object per namespace, which knows the files that are held open (held.py) and the attempts that
-were not seen to end (attempts.py). All of that may be lost with this process: an upload then opens
-its file again, and what was sent ahead is sent again (AheadLost).
+One object per namespace, which knows the files that are held open
+(remotes/sftp/streaming_upload.py) and the attempts that were not seen to end
+(remotes/sftp/upload_resume.py). All of that may be lost with this process: an upload then opens its
+file again, and what was sent ahead is sent again (AheadLost).
 
 Round trips of a small file: Create 1 and Upload 1 where its file is held; otherwise Upload 2 (the
 open, then everything else). With `replace` 3: the temporary file, its content, the rename.
@@ -22,14 +23,28 @@ from contextlib import contextmanager
 import msgspec
 from asyncssh import SFTPAttrs
 
+from hpcfs.model.entries import NO_HANDLE, Attributes, Entry
+from hpcfs.model.errors import (
+    AheadLost,
+    AlreadyExists,
+    Changed,
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    NotSupported,
+    RemoteError,
+    RemoteFailure,
+    Unreachable,
+)
+from hpcfs.model.uploads import Upload, UploadAhead
 from hpcfs.remotes.base import ReportProgress, Source, last_name
 from hpcfs.remotes.sftp import rename as renaming
 from hpcfs.remotes.sftp.appending import append
-from hpcfs.remotes.sftp.attempts import Attempt, Attempts
 from hpcfs.remotes.sftp.attrs import NANOSECONDS, full_mode, version_of
-from hpcfs.remotes.sftp.held import HeldFile, HeldFiles
 from hpcfs.remotes.sftp.opening import check_version, open_new, open_target
 from hpcfs.remotes.sftp.place import Place, explain_full
+from hpcfs.remotes.sftp.streaming_upload import HeldFile, HeldFiles
+from hpcfs.remotes.sftp.upload_resume import Attempt, Attempts
 from hpcfs.remotes.sftp.write import (
     Ranges,
     Sent,
@@ -42,23 +57,6 @@ from hpcfs.remotes.sftp.write import (
     touch,
     wait_quietly,
     write_ranges,
-)
-from hpcfs.transfer.messages import (
-    NO_HANDLE,
-    AheadLost,
-    AlreadyExists,
-    Attributes,
-    Changed,
-    Conflict,
-    Entry,
-    InvalidRequest,
-    NotFound,
-    NotSupported,
-    RemoteError,
-    RemoteFailure,
-    Unreachable,
-    Upload,
-    UploadAhead,
 )
 
 log = logging.getLogger(__name__)

@@ -22,12 +22,13 @@ from typing import Any
 
 from asyncssh import SFTPAttrs, SFTPOpUnsupported, SFTPPermissionDenied
 
+from hpcfs.model.errors import RemoteError, Unreachable
+from hpcfs.model.uploads import Upload
 from hpcfs.remotes.base import ReportProgress, Source
 from hpcfs.remotes.sftp.attrs import needs_present, owner_to_set, rest_to_set
+from hpcfs.remotes.sftp.parallel_channels import Way, Ways
 from hpcfs.remotes.sftp.place import Place, explain_full, explain_size
 from hpcfs.remotes.sftp.session import SftpSession
-from hpcfs.remotes.sftp.ways import Way, Ways
-from hpcfs.transfer.messages import RemoteError, Unreachable, Upload
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from asyncssh.public_key import (
     get_public_key_algs,
 )
 
+from hpcfs.model.errors import WrongSettings
 from hpcfs.remotes.ssh.said import Said
-from hpcfs.transfer.messages import WrongSettings
 
 FAST_CIPHER = "aes128-gcm@openssh.com"
 _GSS = "gss-"

@@ -17,11 +17,10 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
-from hpcfs.errors import SetupError
+from hpcfs.model.errors import SetupError, WrongSettings
 from hpcfs.remotes.ssh import askpass
 from hpcfs.remotes.ssh.clock import Clock, said_by
 from hpcfs.system import temporary
-from hpcfs.transfer.messages import WrongSettings
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hpcfs.model import ssh_syntax
+from hpcfs.model.errors import WrongSettings
+from hpcfs.model.sites import SshSite
 from hpcfs.remotes.ssh.tokens import local_user
 from hpcfs.system import ownership
-from hpcfs.transfer import sshwords
-from hpcfs.transfer.messages import SshSite, WrongSettings
 
 MAX_INCLUDE_DEPTH = 16
 
@@ -148,8 +149,8 @@ def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
     for number, line in enumerate(text.splitlines(), 1):
         place = f"{path} line {number}"
         try:
-            words = sshwords.split(line)
-        except sshwords.BadQuotes as error:
+            words = ssh_syntax.split(line)
+        except ssh_syntax.BadQuotes as error:
             raise WrongSettings(f"{place}: {error}") from None
         if words and words[0] == "proxycommand":
             words = ["proxycommand", *_raw(line)]

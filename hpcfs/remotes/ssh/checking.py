@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from hpcfs.model.sites import SshSite
 from hpcfs.remotes.ssh.settings import Hop, jump_site, read_hop
-from hpcfs.transfer.messages import SshSite
 
 
 def look(site: SshSite) -> list[Hop]:

@@ -15,13 +15,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
-from hpcfs.transfer.messages import (
-    NoService,
-    NotConnected,
-    RemoteError,
-    RemoteFailure,
-    Unreachable,
-)
+from hpcfs.model.errors import NoService, NotConnected, RemoteError, RemoteFailure, Unreachable
 
 log = logging.getLogger(__name__)
 

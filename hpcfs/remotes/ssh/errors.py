@@ -10,9 +10,7 @@ import socket
 
 import asyncssh
 
-from hpcfs.remotes.ssh.program import one_line
-from hpcfs.remotes.ssh.settings import Hop
-from hpcfs.transfer.messages import (
+from hpcfs.model.errors import (
     AccessRefused,
     HostKeyRefused,
     NoService,
@@ -21,6 +19,8 @@ from hpcfs.transfer.messages import (
     Unreachable,
     WrongSettings,
 )
+from hpcfs.remotes.ssh.program import one_line
+from hpcfs.remotes.ssh.settings import Hop
 
 SHOWN_LETTERS = 150
 

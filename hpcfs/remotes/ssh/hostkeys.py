@@ -18,10 +18,10 @@ from typing import Literal
 import asyncssh
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
+from hpcfs.model.errors import HostKeyRefused, WrongSettings
 from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.ssh import knownhosts, revoked
 from hpcfs.remotes.ssh.knownhosts import Entry
-from hpcfs.transfer.messages import HostKeyRefused, WrongSettings
 
 log = logging.getLogger(__name__)
 

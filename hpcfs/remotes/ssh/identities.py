@@ -16,9 +16,10 @@ import asyncssh
 from asyncssh.packet import SSHPacket
 from asyncssh.public_key import load_keypairs
 
+from hpcfs.model.errors import WrongSettings
+from hpcfs.model.sites import SshSite
 from hpcfs.remotes.ssh.said import Said
 from hpcfs.remotes.ssh.tokens import Tokens
-from hpcfs.transfer.messages import SshSite, WrongSettings
 
 log = logging.getLogger(__name__)
 

@@ -21,6 +21,8 @@ from typing import Any, cast
 import asyncssh
 from asyncssh.public_key import KeyPairListArg
 
+from hpcfs.model.errors import Unreachable, WrongSettings
+from hpcfs.model.sites import SshSite
 from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.ssh.clock import Clock, said_by
 from hpcfs.remotes.ssh.errors import login_error
@@ -29,7 +31,6 @@ from hpcfs.remotes.ssh.proxy import Proxy
 from hpcfs.remotes.ssh.reach import AddressInfo, Host, NoneAnswers, address_of, reach
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES, Hop, jump_site, read_hop
 from hpcfs.remotes.ssh.shell import ChannelShell, Shell
-from hpcfs.transfer.messages import SshSite, Unreachable, WrongSettings
 
 log = logging.getLogger(__name__)
 

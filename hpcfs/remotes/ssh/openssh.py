@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hpcfs.model.errors import Unreachable, WrongSettings
+from hpcfs.model.sites import SshSite
 from hpcfs.remotes.ssh import program, said
 from hpcfs.remotes.ssh.program import Program
 from hpcfs.remotes.ssh.settings import KEEPALIVE_SECONDS, KEEPALIVES_MISSED
 from hpcfs.remotes.ssh.shell import COMMAND
-from hpcfs.transfer.messages import SshSite, Unreachable, WrongSettings
 
 _OPTIONS = (
     "ClearAllForwardings=yes",

@@ -12,9 +12,9 @@ import os
 import socket
 from dataclasses import dataclass
 
+from hpcfs.model.errors import Unreachable, WrongSettings
 from hpcfs.remotes.ssh.program import Program
 from hpcfs.remotes.ssh.settings import Hop
-from hpcfs.transfer.messages import Unreachable, WrongSettings
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hpcfs.model.errors import Unreachable, WrongSettings
+from hpcfs.model.sites import SshSite
 from hpcfs.remotes.ssh import bare, program
-from hpcfs.transfer.messages import SshSite, Unreachable, WrongSettings
 
 SYSTEM_FILE = "/etc/ssh/ssh_config"
 _HASH = "/%C"

@@ -21,14 +21,15 @@ from typing import Any
 
 import asyncssh
 
+from hpcfs.model import ssh_syntax
+from hpcfs.model.errors import WrongSettings
+from hpcfs.model.sites import SshSite
 from hpcfs.remotes.ssh import algorithms, identities, said
 from hpcfs.remotes.ssh.algorithms import FAST_CIPHER as FAST_CIPHER
 from hpcfs.remotes.ssh.hostkeys import HostKeys, Rules, Strictness
 from hpcfs.remotes.ssh.identities import Identities
 from hpcfs.remotes.ssh.said import Said
 from hpcfs.remotes.ssh.tokens import Tokens
-from hpcfs.transfer import sshwords
-from hpcfs.transfer.messages import SshSite, WrongSettings
 
 KEEPALIVE_SECONDS = 15
 KEEPALIVES_MISSED = 3
@@ -129,9 +130,9 @@ def jump_site(jump: str, site: SshSite) -> SshSite:
 
 def _must_be_names(host: str, user: str | None, where: str = "") -> None:
     reason = "ssh takes no such characters either"
-    if not sshwords.is_valid_host(host):
+    if not ssh_syntax.is_valid_host(host):
         raise WrongSettings(f"{host!r}{where} is no host name: {reason}")
-    if user is not None and not sshwords.is_valid_user(user):
+    if user is not None and not ssh_syntax.is_valid_user(user):
         raise WrongSettings(f"{user!r}{where} is no user name: {reason}")
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import uvloop
 
+from hpcfs.model.errors import RemoteError, TimedOut
+from hpcfs.model.sites import SftpRoot, Start, TunnelSite
 from hpcfs.remotes.sftp.remote import SftpRemote
 from hpcfs.remotes.sftp.session import SftpSession
 from hpcfs.remotes.ssh.connection import Kept
 from hpcfs.remotes.tunnel.line import Meeting
 from hpcfs.remotes.tunnel.session import TunnelLogin, open_session
-from hpcfs.rendezvous.file import Rendezvous
-from hpcfs.transfer.messages import RemoteError, SftpRoot, Start, TimedOut, TunnelSite
+from hpcfs.tunnel.file import Rendezvous
 
 SECONDS = 30.0
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hpcfs.model.errors import RemoteError, Unreachable
 from hpcfs.remotes.tunnel.pipe import NoAnswer, Opened, PipeEnd, Silent, TurnedAway, connect
-from hpcfs.rendezvous import file
-from hpcfs.rendezvous.file import Place, Rendezvous, UnixPlace
-from hpcfs.rendezvous.knock import Door
-from hpcfs.rendezvous.stream import NEW_STREAM, Garbled, Stream
-from hpcfs.transfer.messages import RemoteError, Unreachable
+from hpcfs.tunnel import file
+from hpcfs.tunnel.file import Place, Rendezvous, UnixPlace
+from hpcfs.tunnel.knock import Door
+from hpcfs.tunnel.stream import NEW_STREAM, Garbled, Stream
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Line:
         self._stamp = stamp
         """Of the file, before it was read: what changes afterwards is another one."""
         self.is_private = isinstance(place, UnixPlace)
-        """Nobody but the user can reach the place: see rendezvous/proof.py."""
+        """Nobody but the user can reach the place: see tunnel/proof.py."""
         self._meeting = meeting
         self._loop = asyncio.get_running_loop()
 

@@ -1,6 +1,6 @@
 """One connection to a place where a tunnel's forward listens, up to where a stream goes on.
 
-Whoever answers there must show first that it is the tunnel (rendezvous/knock.py): after one has
+Whoever answers there must show first that it is the tunnel (tunnel/knock.py): after one has
 ended, its port may be another program's, or another user's who would like to be it.
 """
 
@@ -17,9 +17,9 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import cast
 
-from hpcfs.rendezvous.file import Place, TcpPlace, UnixPlace
-from hpcfs.rendezvous.knock import MAX_GREETING_BYTES, NONCE_BYTES, SEALED_BYTES, Door
-from hpcfs.rendezvous.stream import Garbled, Stream
+from hpcfs.tunnel.file import Place, TcpPlace, UnixPlace
+from hpcfs.tunnel.knock import MAX_GREETING_BYTES, NONCE_BYTES, SEALED_BYTES, Door
+from hpcfs.tunnel.stream import Garbled, Stream
 
 PLACE_SECONDS = 3.0
 """For one place to answer: a forward on the same machine and a round trip or two to the laptop."""

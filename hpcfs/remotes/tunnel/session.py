@@ -21,8 +21,10 @@ from typing import Any
 import asyncssh
 from asyncssh.logging import SSHLogger, logger as asyncssh_logger
 
+from hpcfs.model.errors import AccessRefused, Unreachable
+from hpcfs.model.sites import Start
 from hpcfs.remotes.sftp.channels import open_channels
-from hpcfs.remotes.sftp.greeting import greet
+from hpcfs.remotes.sftp.handshake import greet
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.session import SftpSession, begin, together
 from hpcfs.remotes.ssh.login import Login
@@ -31,11 +33,10 @@ from hpcfs.remotes.ssh.sender import shorten_sending
 from hpcfs.remotes.ssh.settings import FAST_CIPHER, KEY_EXCHANGE
 from hpcfs.remotes.ssh.shell import Shell
 from hpcfs.remotes.tunnel.line import Line, Meeting, Pulse
-from hpcfs.rendezvous.file import Rendezvous
-from hpcfs.rendezvous.proof import SESSION_BYTES, NotProved, prove_as_client
-from hpcfs.rendezvous.pump import socket_of
-from hpcfs.rendezvous.stream import Stream
-from hpcfs.transfer.messages import AccessRefused, Start, Unreachable
+from hpcfs.tunnel.file import Rendezvous
+from hpcfs.tunnel.proof import SESSION_BYTES, NotProved, prove_as_client
+from hpcfs.tunnel.pump import socket_of
+from hpcfs.tunnel.stream import Stream
 
 PROVE_SECONDS = 10.0
 READERS = 6

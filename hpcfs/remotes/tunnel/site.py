@@ -7,18 +7,15 @@ from pathlib import Path
 
 import msgspec
 
+from hpcfs.model.errors import RemoteError
+from hpcfs.model.sites import Start, TunnelSite
+from hpcfs.model.usage import Traffic
 from hpcfs.remotes.sftp.remote import SftpSite
 from hpcfs.remotes.sftp.session import SftpSession
 from hpcfs.remotes.ssh.connection import Kept
 from hpcfs.remotes.tunnel.line import Meeting
 from hpcfs.remotes.tunnel.session import open_session
-from hpcfs.rendezvous.file import Stamp
-from hpcfs.transfer.messages import (
-    RemoteError,
-    Start,
-    Traffic,
-    TunnelSite,
-)
+from hpcfs.tunnel.file import Stamp
 
 PAUSE_SECONDS = 1.0
 """Between attempts, each of which is a look at a file and a connection on this machine or its

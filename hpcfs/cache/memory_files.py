@@ -1,0 +1,85 @@
+"""Cache files in memory, for as long as the disk is slower than the remote, or full.
+
+A file that is only read here may leave the disk at any moment: it goes on, empty, in an anonymous
+file in memory (memfd_create(2)) under the same descriptor, and what is fetched next lands there.
+What the index has of it on the disk stays as it is. The transfer process opens it through /proc,
+with its name, as descriptors' numbers are used again. All of them together hold at most MAX_BYTES:
+what came first goes first, which is what lies behind the readers, as less than that is fetched
+ahead of them (fetcher.PREFETCH_BYTES).
+
+The index never hears of such a file. What is to be uploaded, kept or pinned must be on the disk:
+before anything of a file becomes dirty it moves there (`to_disk`), empty once more. Nothing is lost
+with what a move drops: it was clean.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections import deque
+
+from hpcfs.cache.file import CacheFile
+from hpcfs.cache.registry import Registry
+from hpcfs.cache.slow_disk import SlowDisk
+from hpcfs.model.entries import BLOCK_BYTES, IN_MEMORY
+
+MAX_BYTES = 64 * 1024 * 1024
+MAX_FILES = 32
+"""In use at once; others stay on the disk. What a reader waits for, and what is fetched ahead, must
+still be there when the last of it has come."""
+
+
+class MemoryFiles:
+    def __init__(self, registry: Registry, max_bytes: int = MAX_BYTES) -> None:
+        self._registry = registry
+        self.max_bytes = max_bytes
+        self.slow_disk = SlowDisk()
+        self.is_usable = True
+        """False once the transfer process could not open such a file."""
+        self._files: list[CacheFile] = []
+        self._arrived: deque[tuple[CacheFile, range]] = deque()
+        self._blocks = 0
+        """In `_arrived`."""
+        self.abandoned: list[str] = []
+        """Files on the disk that others go on without: the index may know them, or not."""
+
+    def to_memory(self, file: CacheFile) -> bool:
+        """Whether the file, whose bytes are clean, goes on in memory. No await."""
+        must_stay = file.pins or file.pinned or file.dirty or not file.indexed
+        if file.in_memory or must_stay or not self.is_usable:
+            return False
+        self._files = [other for other in self._files if other.in_memory and other.users]
+        if len(self._files) >= MAX_FILES:
+            return False
+        self._files.append(file)
+        name = secrets.token_hex(12)
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        self._registry.record_cache.spoil(file.origin, file.key)
+        self.abandoned.append(file.name)
+        self._move(file, fd, name, f"{IN_MEMORY}{name}", in_memory=True)
+        return True
+
+    def to_disk(self, file: CacheFile) -> None:
+        """The file goes on on the disk. No await. Raises OSError where that has no room for it."""
+        name = secrets.token_hex(12)
+        path = self._registry.path(name)
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._move(file, fd, name, path, in_memory=False)
+
+    def _move(self, file: CacheFile, fd: int, name: str, path: str, *, in_memory: bool) -> None:
+        del self._registry.files[file.name]
+        self._registry.rows.pop(file.name, None)
+        file.move(fd, name, path, in_memory=in_memory)
+        self._registry.files[name] = file
+
+    def arrived(self, file: CacheFile, offset: int, length: int) -> None:
+        """These blocks are about to be present in a file in memory: the oldest make room."""
+        blocks = range(offset // BLOCK_BYTES, -(-(offset + length) // BLOCK_BYTES))
+        self._arrived.append((file, blocks))
+        self._blocks += len(blocks)
+        while self._blocks * BLOCK_BYTES > self.max_bytes and len(self._arrived) > 1:
+            oldest, gone = self._arrived.popleft()
+            self._blocks -= len(gone)
+            if oldest.in_memory and oldest.fd >= 0:
+                oldest.evict(gone)

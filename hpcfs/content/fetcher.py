@@ -1,0 +1,244 @@
+"""Brings missing blocks into one cache file: each block once, however many readers wait for it.
+
+The fetcher knows of the remote only the callable that fetches a range. Its fetches run in the
+nursery it was given, so that a reader who gives up does not take the bytes from the others. What a
+reader waits for is asked for as urgent; what only runs ahead can be cancelled again, and is, before
+anything waits for it to end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Protocol
+
+import trio
+
+from hpcfs.cache.file import CacheFile
+from hpcfs.model.entries import BLOCK_BYTES
+from hpcfs.model.errors import RemoteError, RemoteFailure
+from hpcfs.protocol.messages import Fetched
+
+log = logging.getLogger(__name__)
+
+PREFETCH_BYTES = 48 * 1024 * 1024
+"""Of one mount: what runs ahead of all readers together. It passes through the memory of the
+transfer processes."""
+_SMALLEST_SHARE = 1024 * 1024
+
+
+class FetchRange(Protocol):
+    async def __call__(self, offset: int, length: int, *, urgent: bool) -> Fetched:
+        """-> what is now in the cache file; raises RemoteError."""
+        ...
+
+
+class Budget:
+    """What all fetchers of a mount may have under way ahead of their readers, in bytes."""
+
+    def __init__(self, total: int = PREFETCH_BYTES) -> None:
+        self._total = total
+        self._busy = 0
+
+    def share(self) -> int:
+        """Of one reader, who may be new."""
+        return max(_SMALLEST_SHARE, self._total // max(1, self._busy))
+
+    def begin(self) -> None:
+        """A fetcher has something under way."""
+        self._busy += 1
+
+    def end(self) -> None:
+        self._busy -= 1
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A request under way."""
+
+    blocks: range
+    urgent: bool
+    waiters: int = 0
+    landed: trio.Event = field(default_factory=trio.Event)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    error: RemoteError | None = None
+
+    @property
+    def can_go(self) -> bool:
+        return not self.urgent and not self.waiters
+
+
+class Fetcher:
+    """`is_needed` tells whether a block must come from the remote; `limit` is where the remote's
+    bytes end; `on_fetched` hears how many bytes came."""
+
+    def __init__(
+        self,
+        file: CacheFile,
+        fetch: FetchRange,
+        is_needed: Callable[[int], bool],
+        limit: Callable[[], int],
+        on_fetched: Callable[[int], None],
+        nursery: trio.Nursery,
+        budget: Budget,
+    ) -> None:
+        self._file = file
+        self._fetch = fetch
+        self._is_needed = is_needed
+        self._limit = limit
+        self._on_fetched = on_fetched
+        self._nursery = nursery
+        self._budget = budget
+        self._flights: dict[int, _Flight] = {}
+        self._queue: deque[_Flight] = deque()
+        """Those that did not leave yet."""
+
+    async def ensure(self, blocks: range, most_bytes: int) -> None:
+        """Return once all these blocks are in the cache file; raises RemoteError if one can't be.
+
+        A request asks for `most_bytes` at most. When this returns, nothing has been awaited since
+        the last check: a caller that reads at once finds the blocks there.
+        """
+        while waiting := self.start(blocks, most_bytes, urgent=True):
+            await self.wait(waiting)
+
+    async def wait(self, flights: Iterable[_Flight]) -> None:
+        """Return once they have landed; raises RemoteError."""
+        for flight in flights:
+            flight.waiters += 1
+            try:
+                await flight.landed.wait()
+            finally:
+                flight.waiters -= 1
+            if flight.error:
+                raise flight.error
+
+    def start(self, blocks: Iterable[int], most_bytes: int, *, urgent: bool) -> list[_Flight]:
+        """The flights that bring the missing ones of `blocks`, newly started ones included.
+
+        Errors of those that nobody waits for are for who needs the blocks.
+        """
+        flights: dict[int, _Flight] = {}
+        missing: list[int] = []
+        for block in blocks:
+            if not self._is_needed(block):
+                continue
+            if flight := self._flights.get(block):
+                flights[id(flight)] = flight
+            else:
+                missing.append(block)
+        most_blocks = max(1, most_bytes // BLOCK_BYTES)
+        launched = [_Flight(run, urgent) for run in _runs(missing, most_blocks)]
+        self._launch(launched)
+        return [*flights.values(), *launched]
+
+    def cancel(self, blocks: range) -> None:
+        """Nobody will read these: end what runs ahead for them alone."""
+        for flight in self._under_way(blocks):
+            inside = blocks.start <= flight.blocks.start and flight.blocks.stop <= blocks.stop
+            if flight.can_go and inside:
+                flight.scope.cancel()
+
+    def cancel_all(self) -> None:
+        for flight in self._under_way(None):
+            if flight.can_go:
+                flight.scope.cancel()
+
+    async def settle(self, blocks: range | None = None) -> None:
+        """Return once no fetch of these blocks (of any, if None) is under way: what is written to
+        them now won't be overwritten by bytes from the remote."""
+        while flights := self._under_way(blocks):
+            for flight in flights:
+                if flight.can_go:
+                    flight.scope.cancel()
+            for flight in flights:
+                await flight.landed.wait()
+
+    def is_idle(self, blocks: range | None) -> bool:
+        """Whether no fetch of these blocks (of any, if None) is under way."""
+        return not self._under_way(blocks)
+
+    def _under_way(self, blocks: range | None) -> set[_Flight]:
+        if blocks is None or len(blocks) > len(self._flights):
+            return {
+                flight
+                for block, flight in self._flights.items()
+                if blocks is None or block in blocks
+            }
+        return {self._flights[block] for block in blocks if block in self._flights}
+
+    def _launch(self, flights: list[_Flight]) -> None:
+        if not flights:
+            return
+        if not self._flights:
+            self._budget.begin()
+        for flight in flights:
+            self._flights.update(dict.fromkeys(flight.blocks, flight))
+        if not self._queue:
+            self._nursery.start_soon(self._fly_in_order)
+        self._queue.extend(flights)
+
+    async def _fly_in_order(self) -> None:
+        """Requests leave in the order in which they were started; trio would begin tasks of one
+        moment in any."""
+        try:
+            while len(self._queue) > 1:
+                await self._nursery.start(self._fly, self._queue.popleft())
+        except BaseException:
+            while self._queue:
+                self._end(self._queue.popleft())
+            raise
+        await self._fly(self._queue.popleft())
+
+    def _end(self, flight: _Flight) -> None:
+        for block in flight.blocks:
+            self._flights.pop(block, None)
+        if not self._flights:
+            self._budget.end()
+        flight.landed.set()
+
+    async def _fly(
+        self, flight: _Flight, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        task_status.started()
+        offset = flight.blocks.start * BLOCK_BYTES
+        length = min(flight.blocks.stop * BLOCK_BYTES, self._limit()) - offset
+        try:
+            with flight.scope:
+                fetched = await self._fetch(offset, length, urgent=flight.urgent)
+                self._landed(flight, offset + fetched.length, fetched.checksums)
+                self._on_fetched(fetched.length)
+        except RemoteError as error:
+            flight.error = error
+            log.debug("fetch of %d bytes at %d: %s", length, offset, error.message)
+        except Exception:
+            log.exception("fetch of %d bytes at %d failed in an unexpected way", length, offset)
+            flight.error = RemoteFailure("reading failed in an unexpected way; the log has details")
+        finally:
+            self._end(flight)
+
+    def _landed(self, flight: _Flight, end: int, checksums: list[int]) -> None:
+        """Mark what came, but for a last block that is longer by now: the file grew meanwhile.
+
+        The checksum of a block that goes on with zeros written here covers only a part of it.
+        """
+        for block, checksum in zip(flight.blocks, checksums, strict=False):
+            stop = (block + 1) * BLOCK_BYTES
+            if end >= min(stop, self._limit()):
+                whole = end >= min(stop, self._file.size)
+                self._file.blocks.put(block, checksum if whole else 0)
+
+
+def _runs(blocks: list[int], most: int) -> list[range]:
+    """Consecutive numbers as ranges of at most `most`."""
+    if not blocks:
+        return []
+    breaks = [at + 1 for at, (one, other) in enumerate(pairwise(blocks)) if other != one + 1]
+    runs = []
+    for first, last in pairwise([0, *breaks, len(blocks)]):
+        start, stop = blocks[first], blocks[last - 1] + 1
+        runs += [range(at, min(at + most, stop)) for at in range(start, stop, most)]
+    return runs

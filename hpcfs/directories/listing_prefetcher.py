@@ -1,0 +1,226 @@
+"""Lists directories ahead of a program that walks a tree, as walk_predictor.py says.
+
+They go by path, for their directories may have no node yet. Whatever is changed here in or above
+such a directory drops what was listed of it; so does the end of the walk, a second of age, and
+another way taken by the program. One that fails is nobody's error: who opens the directory asks
+again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import trio
+
+from hpcfs.directories.listing import Listing
+from hpcfs.directories.walk_predictor import MOST_HELD, Found, WalkPredictor, WalkPredictors
+from hpcfs.inodes.tree import ATTRIBUTE_SECONDS
+from hpcfs.model.entries import Entry
+from hpcfs.model.errors import FilesystemError, RemoteError
+from hpcfs.site.namespace import Namespace
+
+log = logging.getLogger(__name__)
+
+MAX_BYTES = 4 * 1024 * 1024
+"""Of all that is listed ahead and not used yet."""
+SWEEP_SECONDS = 0.25
+NEXT = 2
+"""Directories whose entries are told before the program reads them."""
+
+OnNext = Callable[[Namespace, bytes, Iterable[Entry], float], None]
+"""(namespace, directory, its entries, when the remote was asked for them)"""
+
+
+class Flight:
+    """One directory's listing, under way or complete. `walk` is whom it was made for."""
+
+    def __init__(self, namespace: Namespace, walk: WalkPredictor, listing: Listing) -> None:
+        self.namespace = namespace
+        self.walk = walk
+        self.listing = listing
+        self.scope = trio.CancelScope()
+        self.ended = trio.Event()
+        self.error: RemoteError | FilesystemError | None = None
+        self.taken = False
+        """A program waits for it, or has it."""
+        self.is_news = True
+        """Nobody was told yet that the program comes to it next."""
+        self.useless = False
+        """Failed, or too large to be kept. Not tried again while the walk would come by here."""
+
+    def found(self, now: float) -> Found:
+        if self.useless:
+            return Found.NOTHING
+        if not self.ended.is_set():
+            return Found.UNDER_WAY
+        return Found.READY if now - self.listing.asked <= ATTRIBUTE_SECONDS else Found.NOTHING
+
+    async def result(self) -> None:
+        """Return once it is complete."""
+        await self.ended.wait()
+        if self.error is not None:
+            raise self.error
+
+    @property
+    def size(self) -> int:
+        return 0 if self.useless else self.listing.size
+
+    def give_up(self) -> None:
+        self.useless = True
+        self.scope.cancel()
+        self.listing.release()
+
+
+class ListingPrefetcher:
+    def __init__(
+        self,
+        new_listing: Callable[[], Listing],
+        number: Callable[[bytes], int],
+        now: Callable[[], float],
+        on_next: OnNext,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._on_next = on_next
+        self._new_listing = new_listing
+        self._now = now
+        self._nursery = nursery
+        self._walks = WalkPredictors(number)
+        self._flights: dict[bytes, Flight] = {}
+        self._sweeping = False
+
+    def __len__(self) -> int:
+        """Listings under way or not used yet."""
+        return len(self._flights)
+
+    # --- what programs do -------------------------------------------------------------------------
+
+    def opened(self, namespace: Namespace, path: bytes) -> tuple[WalkPredictor, Flight | None]:
+        """A program reads this directory: what is there of its listing is taken, and what it will
+        read next is asked for."""
+        key, now = key_of(namespace, path), self._now()
+        flight = self._flights.pop(key, None)
+        found = flight.found(now) if flight is not None else Found.NOTHING
+        walk = self._walks.opened(key, found, self._flights, now)
+        if found is Found.NOTHING:
+            flight = None
+            self._drop_unwanted(walk)
+        if flight is not None:
+            flight.taken = True
+        self._ask(namespace, walk)
+        return walk, flight
+
+    def is_ready(self, namespace: Namespace, path: bytes) -> bool:
+        if not self._flights:
+            return False
+        flight = self._flights.get(key_of(namespace, path))
+        return flight is not None and flight.found(self._now()) is Found.READY
+
+    def closed(self, walk: WalkPredictor) -> None:
+        """What `opened` began is over: the program has its listing, or an error."""
+        walk.answered(self._now())
+
+    def listed(
+        self, namespace: Namespace, path: bytes, walk: WalkPredictor, listing: Listing
+    ) -> None:
+        """So the directory was listed; its subdirectories may come next."""
+        walk.listed(key_of(namespace, path), listing.walkable, self._now() - listing.asked)
+        self._ask(namespace, walk)
+
+    def changed(self, namespace: Namespace, path: bytes, name: bytes, *, below: bool) -> None:
+        """An entry of a directory was changed here; with `below`, what is below that name too."""
+        if not self._flights:
+            return
+        key = key_of(namespace, path)
+        self._drop(key)
+        if below:
+            inside = key + b"/" + name
+            for other in [k for k in self._flights if k == inside or k.startswith(inside + b"/")]:
+                self._drop(other)
+
+    # --- listings -------------------------------------------------------------------------------
+
+    def _ask(self, namespace: Namespace, walk: WalkPredictor) -> None:
+        has_room = self._size < MAX_BYTES
+        wanted = walk.wanted()
+        for key in wanted:
+            if has_room and len(self._flights) < MOST_HELD and key not in self._flights:
+                flight = self._flights[key] = Flight(namespace, walk, self._new_listing())
+                self._nursery.start_soon(self._fly, key, flight)
+        self._tell_of_next(namespace, wanted[:NEXT])
+        if self._flights and not self._sweeping:
+            self._sweeping = True
+            self._nursery.start_soon(self._sweep)
+
+    def _tell_of_next(self, namespace: Namespace, keys: Sequence[bytes]) -> None:
+        """What the program reads next, and what is in it, as far as that is known."""
+        for key in keys:
+            flight = self._flights.get(key)
+            if flight is not None and flight.is_news and flight.found(self._now()) is Found.READY:
+                flight.is_news = False
+                entries = [entry for _, entry in flight.listing.entries_from(0)]
+                self._on_next(namespace, key.partition(b"/")[2], entries, flight.listing.asked)
+
+    async def _fly(self, key: bytes, flight: Flight) -> None:
+        path = key.partition(b"/")[2]
+        is_complete = False
+        with flight.scope:
+            try:
+                await flight.namespace.list_pages(path, partial(self._add_page, flight))
+                flight.listing.check_complete()
+                is_complete = True
+            except (RemoteError, FilesystemError) as error:
+                flight.error = error
+        flight.ended.set()
+        if flight.taken or self._flights.get(key) is not flight:
+            return
+        if is_complete:
+            self.listed(flight.namespace, path, flight.walk, flight.listing)
+        else:
+            log.debug("%r was not listed ahead: %s", key, flight.error or "it is too large")
+            flight.give_up()
+
+    def _add_page(self, flight: Flight, page: bytes) -> None:
+        if flight.useless or flight.scope.cancel_called:
+            return  # what was on its way when it was given up
+        flight.listing.add_page(page)
+        if not flight.taken and (not flight.listing.is_small or self._size > MAX_BYTES):
+            flight.give_up()
+
+    @property
+    def _size(self) -> int:
+        return sum(flight.size for flight in self._flights.values())
+
+    def _drop(self, key: bytes) -> None:
+        flight = self._flights.pop(key, None)
+        if flight is not None:
+            flight.give_up()
+
+    def _drop_unwanted(self, walk: WalkPredictor) -> None:
+        wanted = set(walk.wanted())
+        for key, flight in list(self._flights.items()):
+            if flight.walk is walk and key not in wanted:
+                self._drop(key)
+
+    async def _sweep(self) -> None:
+        while self._flights:
+            await trio.sleep(SWEEP_SECONDS)
+            self._expire()
+        self._sweeping = False
+
+    def _expire(self) -> None:
+        now = self._now()
+        wasteful: set[WalkPredictor] = set()
+        for key, flight in list(self._flights.items()):
+            old = flight.ended.is_set() and now - flight.listing.asked > ATTRIBUTE_SECONDS
+            if old or flight.walk.is_quiet(now):
+                self._drop(key)
+                wasteful.add(flight.walk)
+        for walk in wasteful:
+            walk.wasted()
+
+
+def key_of(namespace: Namespace, path: bytes) -> bytes:
+    top = namespace.name.encode()
+    return top + b"/" + path if path else top

@@ -1,0 +1,237 @@
+"""rename(2) and unlink(2): what they mean for files that the remote does not have yet, or not as
+they are here.
+
+What the remote has is renamed there, once what is dirty in it has been uploaded. A file that the
+remote never had (`back` mode, and new files on S3) is renamed here alone: it goes up once, under
+its last name, and if it replaces another one there, in one step.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack, ExitStack, suppress
+
+from hpcfs.cache.store import Store
+from hpcfs.content.content import Content
+from hpcfs.filesystem.files import Files
+from hpcfs.inodes.tree import Node, Tree, join
+from hpcfs.model.errors import AlreadyExists, DirectoryNotEmpty, IsADirectory, NotFound
+from hpcfs.protocol import messages as m
+from hpcfs.site.namespace import Namespace
+
+
+class Renamer:
+    def __init__(self, tree: Tree, store: Store, files: Files) -> None:
+        self._tree = tree
+        self._store = store
+        self._files = files
+
+    async def rename(
+        self,
+        namespace: Namespace,
+        node: Node,
+        old: tuple[Node, bytes],
+        parent: Node,
+        name: bytes,
+        target: Node | None,
+        *,
+        replace: bool,
+    ) -> None:
+        """Give `node`, which is `old` (directory, name), this name, which is `target`'s now. Raises
+        FilesystemError, RemoteError."""
+        if target and target.content and target.content.may_be_missing and not replace:
+            raise AlreadyExists("the name is taken")
+        while content := node.content:
+            if not self._is_only_here(content):
+                break
+            async with content.upload_lock:
+                if self._is_only_here(content):
+                    if target is not None and not replace:
+                        raise AlreadyExists("the name is taken")
+                    await self._rename_here(content, node, parent, name, target)
+                    return
+        await self._rename_there(namespace, node, old, parent, name, target, replace=replace)
+
+    def _is_only_here(self, content: Content) -> bool:
+        only_here = content.is_only_here and not content.is_being_sent
+        return only_here and content.namespace.writes_back
+
+    # --- what only this mount has -----------------------------------------------------------------
+
+    async def _rename_here(
+        self, content: Content, node: Node, parent: Node, name: bytes, target: Node | None
+    ) -> None:
+        """Under the content's upload lock."""
+        if target is not None and target.is_directory:
+            raise IsADirectory("a file can't replace a directory")
+        lost = None if target is None or target.others else target
+        async with AsyncExitStack() as locks:
+            if lost is not None:
+                if lost.content:
+                    await locks.enter_async_context(lost.content.upload_lock)
+                await self._files.keep_readable(lost)
+            elif target is not None:  # it goes on under its other names
+                await self.flush_below(target)
+            old_path = node.path
+            # No await from here to the end of the move.
+            content.replace = content.replace or _is_there(target)
+            doomed = lost.content if lost else None
+            if lost is not None:
+                self._files.orphan(lost)
+            old_parent = node.parent
+            assert old_parent
+            self._tree.move(node, (old_parent, node.name), parent, name)
+            for directory in {old_parent, parent}:
+                self._tree.touch(directory)
+            row = doomed.file.name if doomed and doomed.journaled else None
+            content.secured = False  # the row has the old name
+            await self._files.backlog.secure(content, instead_of=row)
+            if doomed:
+                doomed.journaled = False
+        if target is not None:
+            self._tree.note_changed(target)
+        if lost is not None:
+            await self._files.forget_orphan(lost)
+        await self._store.move(content.namespace.origin, old_path, node.path)
+
+    # --- what the remote has ----------------------------------------------------------------------
+
+    async def _rename_there(
+        self,
+        namespace: Namespace,
+        node: Node,
+        old: tuple[Node, bytes],
+        parent: Node,
+        name: bytes,
+        target: Node | None,
+        *,
+        replace: bool,
+    ) -> None:
+        path, new_path = join(*old), join(parent, name)
+        if target:
+            check_empty(target)
+        if target and target.others:
+            await self.flush_below(target)
+        elif target:
+            await self._files.keep_readable(target)
+        await self.flush_below(node)
+        async with AsyncExitStack() as locks:
+            for content in _open_below(node, target):
+                await locks.enter_async_context(content.upload_lock)
+            with ExitStack() as motion:
+                linked = target if target and target.others else None
+                for content in _open_below(node, linked):
+                    motion.enter_context(content.in_motion())
+                if target and target.content and target.content.replace:
+                    await _make_way(namespace, new_path)
+                await namespace.do(m.Rename(path, new_path, replace))
+                # No await from here to the end of the move: a lookup must not come in between.
+                if target and not target.others:
+                    self._files.orphan(target)
+                self._tree.move(node, old, parent, name)
+        self._tree.expire(old[0])
+        self._tree.expire(parent)
+        for changed in (node, target):
+            if changed:
+                self._tree.note_changed(changed)
+        if target and not target.is_attached:
+            await self._files.forget_orphan(target)
+        await self._store.move(namespace.origin, path, new_path)
+
+    # --- removal ----------------------------------------------------------------------------------
+
+    async def unlink(
+        self, namespace: Namespace, node: Node | None, parent: Node, name: bytes
+    ) -> None:
+        """`node` has the name, if the mount knows it. Raises FilesystemError, RemoteError."""
+        if node and node.others:
+            await self._unlink_one(namespace, node, parent, name)
+            return
+        if node:
+            await self._files.keep_readable(node)
+        async with AsyncExitStack() as locks:
+            if node and node.content:
+                await locks.enter_async_context(node.content.upload_lock)
+            await self._remove_there(namespace, join(parent, name), node)
+            if node:
+                self._files.orphan(node)
+            self._tree.note_gone(parent, name)
+            self._tree.expire(parent)
+        if node:
+            await self._files.forget_orphan(node)
+        await self._store.remove(namespace.origin, join(parent, name))
+
+    async def _remove_there(self, namespace: Namespace, path: bytes, node: Node | None) -> None:
+        """After an upload that broke off, the remote may have the file or not."""
+        content = node.content if node else None
+        if content and content.is_only_here:
+            return
+        try:
+            await namespace.do(m.Remove(path))
+        except NotFound:
+            if not (content and content.may_be_missing):
+                raise
+
+    async def _unlink_one(
+        self, namespace: Namespace, node: Node, parent: Node, name: bytes
+    ) -> None:
+        """One of several names of a file goes; what is open or cached of it stays."""
+        path = join(parent, name)
+        await self.flush_below(node)
+        async with AsyncExitStack() as stack:
+            for content in _open_below(node):
+                await stack.enter_async_context(content.upload_lock)
+                stack.enter_context(content.in_motion())
+            await namespace.do(m.Remove(path))
+            # No await from here: a lookup must not come in between.
+            went_by = node.path == path
+            self._tree.note_gone(parent, name)
+            if not node.is_attached:  # the others went meanwhile
+                self._files.orphan(node)
+        self._tree.expire(parent)
+        self._tree.note_changed(node)
+        if node.is_attached and went_by:
+            await self._store.move(namespace.origin, path, node.path)
+            return
+        if not node.is_attached:
+            await self._files.forget_orphan(node)
+        await self._store.remove(namespace.origin, path)
+
+    async def flush_below(self, node: Node) -> None:
+        """What is renamed or linked on the remote must be there first."""
+        for below in list(node.below()):
+            if below.content and below.content.is_dirty():
+                await self._files.flush(below.content)
+
+
+async def _make_way(namespace: Namespace, path: bytes) -> None:
+    """What the remote still has of this name, and what waits was to replace, may be a link to the
+    file that is renamed over it: rename(2) would leave both. What waits is in the journal."""
+    with suppress(NotFound):
+        await namespace.do(m.Remove(path))
+
+
+def check_empty(directory: Node) -> None:
+    """Before it is removed or replaced: the remote may not know of files that wait."""
+    if directory.is_directory and any(
+        below.content and below.content.may_be_missing for below in directory.below()
+    ):
+        raise DirectoryNotEmpty("a file in it is not uploaded yet")
+
+
+def _is_there(target: Node | None) -> bool:
+    """Whether the remote has something of this name, which an upload would have to replace."""
+    if target is None:
+        return False
+    return target.content is None or not target.content.is_only_here
+
+
+def _open_below(*nodes: Node | None) -> list[Content]:
+    """All that is open in these, always in the same order."""
+    contents = {
+        id(below.content): below.content
+        for node in nodes
+        if node
+        for below in node.below()
+        if below.content
+    }
+    return sorted(contents.values(), key=lambda content: content.place.ino)

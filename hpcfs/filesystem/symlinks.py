@@ -1,0 +1,191 @@
+"""Symbolic links of a remote, and where they may lead the programs of this machine.
+
+The kernel follows what readlink answers, so a link on a server could make a local program read or
+write any file of this machine. In the mode "contain" what a server tells leads to places below the
+namespace's root only, and the answer proves it by its form: as many ".." at its beginning as there
+are directories above the link in the namespace, and none after a name, where it would be taken from
+wherever a further link has led. An absolute target that means a path below the root, on the server
+or in this mount, becomes a relative one. All else is refused, as sshfs does since CVE-2026-47187.
+
+A link that was made here leads where its maker wanted for as long as the mount lasts and the server
+shows the very same target: programs that copy links look at what they made.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Iterable
+
+from hpcfs.inodes.tree import Node, Tree
+from hpcfs.model.errors import LeadsOut, NotADirectory, NotFound
+from hpcfs.protocol import messages as m
+from hpcfs.site.namespace import Namespace
+
+MAX_LINKS = 40
+"""That one target leads through, as Linux allows (MAXSYMLINKS in linux/namei.h)."""
+REMEMBERED = 10_000
+"""Symlinks made here."""
+
+Lookup = Callable[[int, bytes], Awaitable[Node]]
+"""(inode of a directory, name). Raises NotFound and RemoteError."""
+
+
+class Symlinks:
+    """`mountpoint` is the mount's own absolute path; `lookup` finds names in it."""
+
+    def __init__(self, tree: Tree, lookup: Lookup, mountpoint: bytes | None) -> None:
+        self._tree = tree
+        self._lookup = lookup
+        self._mountpoint = mountpoint
+        self._made: OrderedDict[tuple[str, bytes], bytes] = OrderedDict()
+        """Targets by (namespace, path)."""
+
+    def made(self, node: Node, target: bytes) -> None:
+        """The link was made here."""
+        self._note(_key(node), target)
+
+    def _note(self, key: tuple[str, bytes], target: bytes) -> None:
+        self._made[key] = target
+        self._made.move_to_end(key)
+        if len(self._made) > REMEMBERED:
+            self._made.popitem(last=False)
+
+    def moved(self, namespace: Namespace, old: bytes, new: bytes) -> None:
+        """A name was renamed here, and all below it."""
+        for name, path in list(self._made):
+            if name == namespace.name and (path == old or path.startswith(old + b"/")):
+                self._note((name, new + path[len(old) :]), self._made.pop((name, path)))
+
+    async def target(self, node: Node) -> bytes:
+        """What readlink(2) answers. Raises LeadsOut, RemoteError."""
+        assert node.namespace
+        target = await self._read(node)
+        if node.namespace.symlinks == "follow" or self._made.get(_key(node)) == target:
+            return target
+        return await self._contained(node, target)
+
+    async def _read(self, node: Node) -> bytes:
+        """As the remote has it."""
+        assert node.namespace
+        return await node.namespace.call(m.ReadLink(node.path), bytes)
+
+    async def _contained(self, node: Node, target: bytes) -> bytes:
+        """The same place, in the form that leads nowhere else."""
+        assert node.parent
+        parts = _parts(target)
+        if target.startswith(b"/"):
+            parts = await self._below_root(node, parts)
+            start = _root_of(node)
+        else:
+            ups = _leading_ups(parts)
+            if b".." not in parts[ups:]:
+                if ups and ups > _depth(node):
+                    raise _leads_out(node)
+                return target
+            start = node.parent
+        found = await self._walked(node, start, deque(parts))
+        place = b"/".join([*[b".."] * _depth(node), *found]) or b"."  # no await from here on
+        return place + b"/" if target.endswith(b"/") and found else place
+
+    async def _below_root(self, node: Node, parts: list[bytes]) -> list[bytes]:
+        """What is left of an absolute path beyond the namespace's root."""
+        namespace = node.namespace
+        assert namespace
+        roots = [*(await namespace.capabilities()).roots]
+        if self._mountpoint is not None:
+            root = _root_of(node)
+            roots.append(self._mountpoint + (b"/" + root.name if root.parent else b""))
+        for root_parts in map(_parts, roots):
+            if parts[: len(root_parts)] == root_parts:
+                return parts[len(root_parts) :]
+        raise _leads_out(node)
+
+    async def _walked(self, link: Node, at: Node, todo: deque[bytes]) -> list[bytes]:
+        """The names from the namespace's root to the place that the path means, without "..".
+
+        Names before a ".." are looked at, as a link among them leads elsewhere; what is missing
+        counts as a directory: nobody gets anywhere through it.
+        """
+        beyond: list[bytes] = []
+        """Below `at`, as it is written."""
+        followed = 0
+        seen: list[Node] = []
+        try:
+            while todo:
+                part = todo.popleft()
+                if part == b"..":
+                    if beyond:
+                        beyond.pop()
+                    elif at.is_namespace_root or at.parent is None:
+                        raise _leads_out(link)
+                    else:
+                        at = at.parent
+                    continue
+                child = await self._child(at, part, seen) if b".." in todo and not beyond else None
+                if child is not None and child.is_directory:
+                    at = child
+                elif child is not None and child.is_link:
+                    followed += 1
+                    if followed > MAX_LINKS:
+                        raise _leads_out(link)
+                    target = await self._read(child)
+                    inner = _parts(target)
+                    if target.startswith(b"/"):
+                        at, inner = _root_of(at), await self._below_root(link, inner)
+                    todo.extendleft(reversed(inner))
+                else:
+                    beyond.append(part)
+            return [*_parts(at.path), *beyond]
+        finally:
+            for node in seen:
+                self._tree.drop_if_unused(node)
+
+    async def _child(self, directory: Node, name: bytes, seen: list[Node]) -> Node | None:
+        try:
+            child = await self._lookup(directory.ino, name)
+        except (NotFound, NotADirectory):
+            return None
+        seen.append(child)
+        return child
+
+
+def _key(node: Node) -> tuple[str, bytes]:
+    assert node.namespace
+    return node.namespace.name, node.path
+
+
+def _depth(node: Node) -> int:
+    """The directories between it and its namespace's root. Of a link with names in several none
+    counts: from each of them ".." leads elsewhere."""
+    parent = node.parent
+    if parent is None or any(other is not parent for other, _ in node.others):
+        raise _leads_out(node)
+    return len(_parts(parent.path))
+
+
+def _leads_out(node: Node) -> LeadsOut:
+    return LeadsOut(f"{_shown(node)} leads out of the namespace")
+
+
+def _root_of(node: Node) -> Node:
+    """Of its namespace."""
+    while not node.is_namespace_root and node.parent is not None:
+        node = node.parent
+    return node
+
+
+def _parts(path: bytes) -> list[bytes]:
+    return [part for part in path.split(b"/") if part not in (b"", b".")]
+
+
+def _leading_ups(parts: Iterable[bytes]) -> int:
+    count = 0
+    for part in parts:
+        if part != b"..":
+            break
+        count += 1
+    return count
+
+
+def _shown(node: Node) -> str:
+    return f"the symbolic link {node.path.decode(errors='backslashreplace')!r}"

@@ -1,0 +1,355 @@
+"""Inodes, names and attributes: what the kernel was told and may ask about again.
+
+The kernel decides how long a node lives: it holds lookups and forgets them. A node that is gone
+from its directory (removed, or replaced by another version of the file) lives on namelessly while
+it is open. Nothing here awaits.
+
+A file whose hard links were made here is one node with several names, as long as the remote shows
+one version under all of them. Links made elsewhere are files of their own: SFTP tells no inodes.
+
+Inode numbers come from the path, so that programs that remember them (git's index) find the same
+ones in the next mount. A file that was replaced on the remote while it is open here becomes
+another node: then two versions never share a node, nor the kernel's pages of one (invariant 1).
+"""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections.abc import Callable, Iterator
+from hashlib import blake2b
+
+from msgspec import structs
+
+from hpcfs.content.content import Content
+from hpcfs.model.entries import Entry
+from hpcfs.model.errors import Stale
+from hpcfs.site.namespace import Namespace
+
+ROOT_INO = 1
+ATTRIBUTE_SECONDS = 1.0
+"""How long attributes and names are believed without asking the remote, here and in the kernel."""
+
+
+OnChange = Callable[["Node", bytes, bool], None]
+"""(directory, name, whether what is below that name may be another too): the mount changed it."""
+
+
+class Node:
+    """`entry` is what the mount shows; for a file being written it is ahead of the remote.
+
+    `validated_at` is when the remote was asked for it (or when it changed here), in the clock's
+    seconds: an answer to an older question must not overwrite it. `named` is when it was asked for
+    the name: an open file may be asked for by itself, and another one have its name.
+    """
+
+    __slots__ = (
+        "changed_ns",
+        "children",
+        "content",
+        "entry",
+        "ino",
+        "kernel_is_behind",
+        "lookups",
+        "name",
+        "named",
+        "namespace",
+        "others",
+        "pages_version",
+        "parent",
+        "removals",
+        "validated_at",
+    )
+
+    def __init__(
+        self, ino: int, parent: Node | None, name: bytes, namespace: Namespace | None, entry: Entry
+    ) -> None:
+        self.ino = ino
+        self.parent = parent
+        self.name = name
+        self.namespace = namespace
+        self.entry = entry
+        self.validated_at = 0.0
+        self.named = 0.0
+        self.lookups = 0
+        self.kernel_is_behind = False
+        """The remote's answer is newer than the attributes that the kernel was given."""
+        self.changed_ns = 0
+        """When attributes or names were last changed here (ctime), 0 if they were not."""
+        self.others: list[tuple[Node, bytes]] = []
+        """Further names (directory, name), made by link(2) here."""
+        self.children: dict[bytes, Node] | None = None
+        self.content: Content | None = None
+        self.pages_version: bytes | None = None
+        """The version that the kernel's page cache may hold."""
+        self.removals: dict[bytes, int] | None = None
+        """While the directory is being read: names removed here, and when (Tree.clock)."""
+
+    @property
+    def is_directory(self) -> bool:
+        return stat.S_ISDIR(self.entry.mode)
+
+    @property
+    def is_regular(self) -> bool:
+        return stat.S_ISREG(self.entry.mode)
+
+    @property
+    def is_link(self) -> bool:
+        return stat.S_ISLNK(self.entry.mode)
+
+    @property
+    def is_namespace_root(self) -> bool:
+        return self.namespace is not None and (self.parent is None or self.parent.namespace is None)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the node still has its name."""
+        if self.parent is None:
+            return self.ino == ROOT_INO
+        return self.parent.children is not None and self.parent.children.get(self.name) is self
+
+    @property
+    def links(self) -> int:
+        """The names that are known here; SFTP tells nothing of others."""
+        if self.parent is None:
+            return 1
+        return 1 + len(self.others) if self.is_attached else 0
+
+    @property
+    def names(self) -> list[tuple[Node, bytes]]:
+        """(directory, name) of all links that are known; of a nameless node, the last one."""
+        return [*([(self.parent, self.name)] if self.parent else []), *self.others]
+
+    @property
+    def path(self) -> bytes:
+        """Relative to the namespace's root; of a nameless node, the last one it had. One of them,
+        where it has several."""
+        parts = []
+        node = self
+        while not node.is_namespace_root and node.parent is not None:
+            parts.append(node.name)
+            node = node.parent
+        return b"/".join(reversed(parts))
+
+    def below(self) -> Iterator[Node]:
+        """The node and all known nodes under it."""
+        yield self
+        for child in list((self.children or {}).values()):
+            yield from child.below()
+
+
+def number_of(path: bytes) -> int:
+    """The inode number of a path with its namespace before it, unless that is taken."""
+    return int.from_bytes(blake2b(path, digest_size=8).digest(), "big") >> 1
+
+
+def join(parent: Node, name: bytes) -> bytes:
+    """The path of a name in this directory."""
+    path = parent.path
+    return path + b"/" + name if path else name
+
+
+class Tree:
+    def __init__(self, root: Node, now: Callable[[], float] = time.monotonic) -> None:
+        self.root = root
+        self.now = now
+        self.clock = 0
+        """Counts removals; see Node.removals."""
+        self.moves = 0
+        """Counts renames of directories: paths may mean others since."""
+        self.on_change: OnChange = lambda parent, name, below: None
+        self._nodes: dict[int, Node] = {root.ino: root}
+        self._prefix: tuple[Node | None, bytes] = (None, b"")
+        """What the names in that directory are hashed with."""
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def get(self, ino: int) -> Node:
+        node = self._nodes.get(ino)
+        if node is None:
+            raise Stale(f"the kernel asked for inode {ino}, which was forgotten")
+        return node
+
+    def child(self, parent: Node, name: bytes) -> Node | None:
+        return None if parent.children is None else parent.children.get(name)
+
+    def is_fresh(self, node: Node, seconds: float = ATTRIBUTE_SECONDS) -> bool:
+        return self.now() - node.validated_at < seconds
+
+    def is_named(self, node: Node, seconds: float = ATTRIBUTE_SECONDS) -> bool:
+        """Whether its name was that file's so many seconds ago."""
+        return self.now() - node.named < seconds
+
+    def add(
+        self,
+        parent: Node,
+        name: bytes,
+        entry: Entry,
+        asked: float,
+        namespace: Namespace | None = None,
+    ) -> Node:
+        """A node for a name that has none. `asked` is `now()` before the remote was asked."""
+        ino = self._new_ino(parent, name, namespace)
+        node = Node(ino, parent, name, namespace or parent.namespace, entry)
+        node.validated_at = node.named = asked
+        self._give_name(node, parent, name)
+        self._nodes[node.ino] = node
+        return node
+
+    def _new_ino(self, parent: Node, name: bytes, namespace: Namespace | None) -> int:
+        if namespace is not None:
+            ino = number_of(namespace.name.encode())
+        else:
+            ino = number_of(self._prefix_of(parent) + name)
+        while ino <= ROOT_INO or ino in self._nodes:
+            ino += 1
+        return ino
+
+    def _prefix_of(self, directory: Node) -> bytes:
+        """A listing makes many nodes in one directory: its path is joined once."""
+        if self._prefix[0] is not directory:
+            top = directory.namespace.name.encode() if directory.namespace else b""
+            path = directory.path
+            self._prefix = directory, top + b"/" + path + b"/" if path else top + b"/"
+        return self._prefix[1]
+
+    def update(self, node: Node, entry: Entry, asked: float) -> None:
+        """What the remote said when asked at `asked` for the name that the node goes by, unless
+        something newer is known. Another version may be another file than the other names'."""
+        node.named = max(node.named, asked)
+        self.update_open(node, entry, asked)
+
+    def update_open(self, node: Node, entry: Entry, asked: float) -> None:
+        """The same of the file that is open on the remote, whatever has its name now."""
+        if asked >= node.validated_at:
+            if node.others and entry.version != node.entry.version:
+                for other in list(node.others):
+                    self.note_gone(*other)
+            self.note_news(node, entry)
+            node.entry = entry
+            node.validated_at = asked
+
+    def note_news(self, node: Node, entry: Entry) -> None:
+        """The remote has this of the node. What the kernel does by itself it knows: its own writes
+        and truncations."""
+        known = node.entry
+        if (entry.size, entry.mtime_ns) != (known.size, known.mtime_ns):
+            node.kernel_is_behind = True
+
+    def set_local(self, node: Node, entry: Entry) -> None:
+        """The entry as it is now through what was done here."""
+        node.entry = entry
+        node.validated_at = node.named = self.now()
+        self.note_attributes(node)
+
+    def touch(self, directory: Node) -> None:
+        """An entry of it came, went or was renamed here; the remote has not heard of it yet."""
+        if directory.namespace and not directory.namespace.dates_directories:
+            return
+        self.set_local(directory, structs.replace(directory.entry, mtime_ns=time.time_ns()))
+
+    def expire(self, node: Node) -> None:
+        """Ask the remote before believing the attributes again; answers under way don't count."""
+        node.validated_at = node.named = self.now() - ATTRIBUTE_SECONDS
+        self.note_attributes(node)
+
+    def note_attributes(self, node: Node) -> None:
+        """Older listings of its directory don't tell its attributes any more."""
+        for parent, name in node.names:
+            self.on_change(parent, name, False)
+
+    def note_changed(self, node: Node) -> None:
+        """The attributes or the names of what the node stands for changed now (ctime)."""
+        node.changed_ns = time.time_ns()
+
+    def detach(self, node: Node) -> None:
+        """The node loses its names; what was below it too."""
+        for parent, name in node.names:
+            self._take_name(node, parent, name)
+            self._note_removal(parent, name)
+        self.drop_if_unused(node)
+
+    def _take_name(self, node: Node, parent: Node, name: bytes) -> None:
+        """Of several names another becomes the one that the node goes by."""
+        if parent.children is not None and parent.children.get(name) is node:
+            del parent.children[name]
+        if (parent, name) in node.others:
+            node.others.remove((parent, name))
+        elif node.others:
+            node.parent, node.name = node.others.pop(0)
+
+    def add_name(self, node: Node, parent: Node, name: bytes) -> None:
+        """A hard link was made here; nothing has that name."""
+        node.others.append((parent, name))
+        self._give_name(node, parent, name)
+
+    def _give_name(self, node: Node, parent: Node, name: bytes) -> None:
+        if parent.children is None:
+            parent.children = {}
+        parent.children[name] = node
+        if parent.removals is not None:
+            parent.removals.pop(name, None)
+
+    def _note_removal(self, parent: Node, name: bytes) -> None:
+        self.clock += 1
+        if parent.removals is not None:
+            parent.removals[name] = self.clock
+        self.on_change(parent, name, True)
+
+    def note_made(self, parent: Node, name: bytes) -> None:
+        """What has this name may be another from now on."""
+        self.on_change(parent, name, False)
+
+    def note_gone(self, parent: Node, name: bytes) -> None:
+        """The name was removed here; it may have had no node. A node's other names stay."""
+        node = self.child(parent, name)
+        if node:
+            self._take_name(node, parent, name)
+        self._note_removal(parent, name)
+        if node:
+            self.drop_if_unused(node)
+
+    def move(self, node: Node, old: tuple[Node, bytes], parent: Node, name: bytes) -> None:
+        """Rename what was `old` (directory, name); whatever had the new name loses it."""
+        if node.is_directory:
+            self.moves += 1
+            self._prefix = (None, b"")
+        self.note_gone(parent, name)
+        self._note_removal(*old)
+        if old in node.others:
+            node.others[node.others.index(old)] = (parent, name)
+        else:
+            node.parent, node.name = parent, name
+        if old[0].children is not None and old[0].children.get(old[1]) is node:
+            del old[0].children[old[1]]
+        self._give_name(node, parent, name)
+
+    def count_lookup(self, node: Node) -> None:
+        """The kernel was given this node."""
+        node.lookups += 1
+
+    def forget(self, ino: int, lookups: int) -> None:
+        node = self._nodes.get(ino)
+        if node is not None:
+            node.lookups -= lookups
+            self.drop_if_unused(node)
+
+    def drop_if_unused(self, node: Node) -> None:
+        """After something that may have been the last use of the node."""
+        todo = [node]
+        while todo:
+            node = todo.pop()
+            if (
+                node.lookups > 0
+                or node.content is not None
+                or node.children
+                or node.is_namespace_root
+                or node.ino == ROOT_INO
+            ):
+                continue
+            self._nodes.pop(node.ino, None)
+            for parent, name in node.names:
+                if parent.children is not None and parent.children.get(name) is node:
+                    del parent.children[name]
+                    todo.append(parent)

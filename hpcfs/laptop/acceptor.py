@@ -1,0 +1,224 @@
+"""The laptop's end of every stream: which pipe carries which, and how long one waits for the next.
+
+Others can reach the port of a tunnel on a login node. Who comes is a stranger until it has knocked
+as only who read the tunnel's file can (tunnel/knock.py); until then nothing is made for it but
+the connection, and it is the first to go. A stream that was let in so has to prove its keys, which
+costs more: they too have little time, may say little, and are few.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from hpcfs.laptop.strangers import Admission, Strangers, Tally
+from hpcfs.tunnel.knock import KNOCK_BYTES, NONCE_BYTES, Door
+from hpcfs.tunnel.stream import ID_BYTES, NEW_STREAM, Garbled, Pipe, Stream
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["unix", "tcp"]
+"""Which kind of place a pipe came through: what is to be proved over it differs."""
+
+WAIT_SECONDS = 120.0
+"""How long a stream on which nothing is heard is kept; after half of it the mount is asked to say
+something, for its machine may be gone without a word. A mount gives up much earlier
+(remotes/tunnel/line.py); a laptop that wakes up should find the stream that the mount still has."""
+MAX_STRANGERS = 160
+"""Each is a channel of the login node's sshd, which goes through all of them for each that comes,
+and a file, of which it may have 1024."""
+ADMITTED_PER_SECOND = 400.0
+"""So each stranger has 0.4 s to knock, which takes a round trip between laptop and login node."""
+MAX_STREAMS = 512
+"""A mount has one, on the login node seven."""
+MAX_PROVING = 100
+"""The mounts of a job on many nodes come all at once."""
+MAX_PROVING_BYTES = 64 * 1024
+"""An SSH handshake takes a tenth of it."""
+
+
+class Incoming:
+    """A pipe at our end: feed `received` what comes on it, call `lost` when it broke."""
+
+    def __init__(self, acceptor: Acceptor, pipe: Pipe, kind: Kind) -> None:
+        self._acceptor = acceptor
+        self.pipe = pipe
+        self._nonce = secrets.token_bytes(NONCE_BYTES)
+        self._came = bytearray()
+        self._count = 0
+        self._over = False
+        self.kind = kind
+        self.stream: Stream | None = None
+        pipe.write(acceptor.door.greeting(self._nonce))
+
+    def received(self, data: bytes | memoryview) -> None:
+        if self._over or (self.stream is not None and not self.stream.is_on(self.pipe)):
+            return  # what was on its way when the stream went on elsewhere, where it comes again
+        try:
+            if self.stream is None:
+                data = self._knocked(memoryview(data))
+            if self.stream is not None:
+                self._check_amount(len(data))
+                self._acceptor.heard(self.stream)
+                self.stream.feed(data)
+        except Garbled as error:
+            self._acceptor.refused(self, error)
+            self.close()
+
+    def _check_amount(self, more: int) -> None:
+        self._count += more
+        if self._count > MAX_PROVING_BYTES and self._acceptor.is_proving(self):
+            raise Garbled("it says much and proves nothing")
+
+    def _knocked(self, data: memoryview) -> memoryview:
+        """What follows the knock. Raises Garbled."""
+        missing = KNOCK_BYTES - len(self._came)
+        self._came += data[:missing]
+        if len(self._came) == KNOCK_BYTES:
+            nonces = self._nonce + bytes(self._came[:NONCE_BYTES])
+            door = self._acceptor.door
+            wanted, seen = door.unseal(b"client", nonces, bytes(self._came[NONCE_BYTES:]))
+            stream = self._acceptor.find(wanted, self.kind)
+            found = (NEW_STREAM, 0) if stream is None else (stream.id, stream.received)
+            self.pipe.write(door.seal(b"server", nonces, *found))
+            if stream is None:
+                self.close()
+            else:
+                stream.attach(self.pipe, seen)
+                self.stream = stream
+                self._acceptor.attached(self)
+        return data[missing:]
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.lost()
+
+    def lost(self) -> None:
+        self._over = True
+        if self.stream is not None:
+            self.stream.detach(self.pipe)
+        self._acceptor.lost(self)
+
+
+@dataclass(eq=False)
+class _Kept:
+    """A stream whose client has proved itself: it outlives its pipes. `heard_at` and the timer are
+    the event loop's."""
+
+    stream: Stream
+    kind: Kind
+    heard_at: float
+    timer: asyncio.TimerHandle
+
+
+class Acceptor:
+    """`on_stream` gets each new stream, and calls `keep` once its client has proved itself."""
+
+    def __init__(self, door: Door, on_stream: Callable[[Stream, Kind], None]) -> None:
+        self.door = door
+        self._on_stream = on_stream
+        self._kept: dict[bytes, _Kept] = {}
+        self._strangers = Strangers(MAX_STRANGERS, self._drive_out)
+        self._proving = Strangers(MAX_PROVING, self._drive_out)
+        """They have knocked, and on their streams the keys are to be proved."""
+        self._admission = Admission(ADMITTED_PER_SECOND)
+        self._tally = Tally()
+
+    def has_room(self) -> bool:
+        """Whether another connection to a port, which anybody may have made, should be opened."""
+        if self._admission.admits():
+            return True
+        self._tally.note()
+        return False
+
+    def pipe(self, pipe: Pipe, kind: Kind) -> Incoming:
+        incoming = Incoming(self, pipe, kind)
+        self._strangers.add(incoming)
+        return incoming
+
+    def is_proving(self, incoming: Incoming) -> bool:
+        return incoming in self._proving
+
+    def keep(self, stream: Stream) -> None:
+        """Its client has proved itself: from now on it outlives its pipes."""
+        for incoming in self._proving.all():
+            if incoming.stream is stream:
+                self._proving.remove(incoming)
+                loop = asyncio.get_running_loop()
+                timer = loop.call_later(WAIT_SECONDS / 2, self._look, stream.id)
+                self._kept[stream.id] = _Kept(stream, incoming.kind, loop.time(), timer)
+                return
+
+    def close(self) -> None:
+        for incoming in (*self._strangers.all(), *self._proving.all()):
+            incoming.close()
+        for kept in list(self._kept.values()):
+            kept.stream.close()
+            self._forget(kept, "the tunnel ends")
+        self._tally.close()
+
+    # --- for Incoming -----------------------------------------------------------------------------
+
+    def find(self, stream_id: bytes, kind: Kind) -> Stream | None:
+        """The stream of that id, or a new one; None where there is no such one."""
+        if stream_id == NEW_STREAM:
+            full = len(self._kept) >= MAX_STREAMS
+            return None if full else Stream(secrets.token_bytes(ID_BYTES))
+        kept = self._kept.get(stream_id)
+        if kept is None or kept.kind != kind or kept.stream.ended:
+            return None
+        return kept.stream
+
+    def attached(self, incoming: Incoming) -> None:
+        stream = incoming.stream
+        assert stream is not None
+        self._strangers.remove(incoming)
+        if stream.id not in self._kept:
+            self._proving.add(incoming)
+            self._on_stream(stream, incoming.kind)
+
+    def heard(self, stream: Stream) -> None:
+        if stream.id in self._kept:
+            self._kept[stream.id].heard_at = asyncio.get_running_loop().time()
+
+    def refused(self, incoming: Incoming, error: Garbled) -> None:
+        if incoming in self._strangers:
+            self._tally.note()
+        else:
+            log.warning("a connection to the tunnel is closed: %s", error)
+
+    def lost(self, incoming: Incoming) -> None:
+        """The stream of one that had yet to prove its keys ends with it."""
+        self._strangers.remove(incoming)
+        if self._proving.remove(incoming) and incoming.stream is not None:
+            incoming.stream.end("the connection ended")
+
+    # --- ends -------------------------------------------------------------------------------------
+
+    def _drive_out(self, incoming: Incoming, reason: str) -> None:
+        self._tally.note()
+        incoming.close()
+        if incoming.stream is not None:
+            incoming.stream.end(reason)
+
+    def _look(self, stream_id: bytes) -> None:
+        kept = self._kept[stream_id]
+        loop = asyncio.get_running_loop()
+        silence = loop.time() - kept.heard_at
+        if kept.stream.ended or silence >= WAIT_SECONDS:
+            self._forget(kept, "the mount did not come back")
+            return
+        wait = WAIT_SECONDS / 2
+        if silence >= wait:
+            kept.stream.ask()
+            wait = WAIT_SECONDS
+        kept.timer = loop.call_later(wait - silence, self._look, stream_id)
+
+    def _forget(self, kept: _Kept, reason: str) -> None:
+        kept.timer.cancel()
+        del self._kept[kept.stream.id]
+        kept.stream.end(reason)

@@ -1,0 +1,123 @@
+"""`hpcfs check --tunnel`: logs in as a tunnel would, tries each thing that it needs, and leaves
+nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Literal
+
+import asyncssh
+import uvloop
+
+from hpcfs.config.tunnel import Wishes
+from hpcfs.laptop import forwards, listening, publishing
+from hpcfs.laptop.acceptor import Acceptor
+from hpcfs.laptop.forwards import Ends
+from hpcfs.laptop.identity import Identity
+from hpcfs.laptop.publishing import Directory
+from hpcfs.laptop.running import Ask, Asker
+from hpcfs.model.errors import RemoteError
+from hpcfs.remotes.sftp.errors import translated
+from hpcfs.remotes.ssh.login import Login, log_in
+from hpcfs.tunnel.file import DIRECTORY
+
+Level = Literal["ok", "warn", "fail"]
+Tell = Callable[[Level, str, str], None]
+"""Gets each finding, with what was looked at, as soon as it is known."""
+
+SECONDS = 30.0
+
+
+def check(wishes: Wishes, ask: Ask, tell: Tell) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_check(wishes, ask, tell))
+
+
+async def _check(wishes: Wishes, ask: Ask, tell: Tell) -> None:
+    if wishes.site.transport != "asyncssh":
+        tell("fail", wishes.shown, 'transport = "openssh" can\'t forward: leave that key out')
+        return
+    try:
+        login = await log_in(wishes.site, Asker(ask))
+    except RemoteError as error:
+        tell("fail", wishes.shown, error.message)
+        return
+    tell("ok", wishes.shown, f"lets {login.user} in")
+    try:
+        async with asyncio.timeout(SECONDS):
+            with translated(b"", login.shown):
+                await _look_around(wishes, login, tell)
+    except RemoteError as error:
+        tell("fail", wishes.shown, error.message)
+    except TimeoutError:
+        tell("fail", wishes.shown, f"does not answer within {SECONDS:g} s")
+    finally:
+        await login.close()
+
+
+async def _look_around(wishes: Wishes, login: Login, tell: Tell) -> None:
+    sftp = await publishing.start_sftp(login)
+    missing = await _missing_directories(sftp)
+    try:
+        directory = await publishing.open_directory(sftp, login.shown)
+        await directory.try_file(wishes.name)
+        tell("ok", "rendezvous", f"{directory.path} is yours alone{await _kind(directory)}")
+        await _look_for_others(wishes, directory, login, tell)
+        path = directory.new_socket(wishes.name)
+        door = Identity().door
+        acceptor = Acceptor(door, lambda stream, _: stream.end("this is a check"))
+        try:
+            await _try_forwards(wishes, Ends(login, sftp, acceptor), path, tell)
+        finally:
+            await directory.remove_socket(path)
+    finally:
+        with suppress(asyncssh.Error, OSError):
+            for name in missing:
+                await sftp.rmdir(name)
+
+
+async def _missing_directories(sftp: asyncssh.SFTPClient) -> list[str]:
+    """Of those that a tunnel makes, innermost first."""
+    found: list[str] = []
+    path = (await sftp.realpath(".")).rstrip("/")
+    for name in DIRECTORY.split("/"):
+        path = f"{path}/{name}"
+        if found or not await sftp.lexists(path):
+            found.insert(0, path)
+    return found
+
+
+async def _kind(directory: Directory) -> str:
+    """On a shared file system the socket is seen on all login nodes, and works on one."""
+    kind = await listening.filesystem(directory.sftp, directory.path)
+    return f" ({kind})" if kind else ""
+
+
+async def _look_for_others(wishes: Wishes, directory: Directory, login: Login, tell: Tell) -> None:
+    try:
+        await directory.check_free(login.connection, wishes.name, "")
+    except publishing.NameTaken as error:
+        tell("warn", "name", error.message)
+    else:
+        tell("ok", "name", f"no other tunnel named {wishes.name} is up")
+
+
+async def _try_forwards(wishes: Wishes, ends: Ends, path: str | None, tell: Tell) -> None:
+    unix, no_unix = await forwards.try_unix(ends, path)
+    tcp, no_tcp = await forwards.try_tcp(ends, forwards.LOOPBACK)
+    if unix is not None:
+        tell("ok", "forward", "a Unix socket, which only you can reach")
+    elif tcp is not None:
+        tell("warn", "forward", f"{no_unix}: a loopback port is used, with a layer of SSH on it")
+    else:
+        tell("fail", "forward", f"{no_unix}; {no_tcp}: {forwards.NO_WAY}")
+    if wishes.bind is None:
+        tell("ok", "compute nodes", "not tried: --bind ADDR names the address that they reach")
+        return
+    bound, obstacle = await forwards.try_bind(ends, wishes.bind)
+    if bound is None:
+        tell("warn", "compute nodes", obstacle)
+    else:
+        tell("ok", "compute nodes", f"a port of {ends.login.shown} on {bound.host}")

@@ -1,0 +1,109 @@
+"""What answers at a place on the cluster, found out from the laptop through its own login.
+
+We knock there as a mount does (tunnel/knock.py): so one look tells whether a forward leads to
+us, or whether another tunnel is alive. Who only says what that one said is found out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import Any, Literal
+
+import asyncssh
+from asyncssh.constants import OPEN_ADMINISTRATIVELY_PROHIBITED
+
+from hpcfs.tunnel.file import Place, UnixPlace
+from hpcfs.tunnel.knock import MAX_GREETING_BYTES, NONCE_BYTES, SEALED_BYTES, Door
+from hpcfs.tunnel.stream import ID_BYTES, Garbled
+
+PROBE_SECONDS = 3.0
+
+Answer = Literal["greets", "other", "refused", "forbidden"]
+"""greets: it is that tunnel; other: something else, or nothing, is said; refused: nobody listens;
+forbidden: the server lets nobody connect from here."""
+
+
+async def look(connection: asyncssh.SSHClientConnection, place: Place, door: Door) -> Answer:
+    """Raises asyncssh.Error and OSError where the login itself is lost."""
+    listener = _Listener()
+    try:
+        async with asyncio.timeout(PROBE_SECONDS):
+            await _connect(connection, place, listener)
+            return "greets" if await _is_ours(listener, door) else "other"
+    except asyncssh.ChannelOpenError as error:
+        return "forbidden" if error.code == OPEN_ADMINISTRATIVELY_PROHIBITED else "refused"
+    except TimeoutError:
+        return "other"
+    finally:
+        listener.close()
+
+
+async def _is_ours(listener: _Listener, door: Door) -> bool:
+    """Ask for a stream that there can't be: the answer shows who knows the secret."""
+    try:
+        nonce, ours = door.nonce_in(await listener.line()), secrets.token_bytes(NONCE_BYTES)
+        listener.write(ours + door.seal(b"client", nonce + ours, secrets.token_bytes(ID_BYTES), 0))
+        door.unseal(b"server", nonce + ours, await listener.read(SEALED_BYTES))
+    except Garbled:
+        return False
+    return True
+
+
+async def _connect(
+    connection: asyncssh.SSHClientConnection, place: Place, listener: _Listener
+) -> None:
+    if isinstance(place, UnixPlace):
+        await connection.create_unix_connection(lambda: listener, place.path)
+    else:
+        await connection.create_connection(lambda: listener, place.host, place.port)
+
+
+class _Listener(asyncssh.SSHTCPSession[bytes], asyncssh.SSHUNIXSession[bytes]):
+    """What is said; less where no more comes."""
+
+    def __init__(self) -> None:
+        self._heard = bytearray()
+        self._more = asyncio.Event()
+        self._over = False
+        self._channel: Any = None
+
+    def connection_made(self, chan: Any) -> None:
+        self._channel = chan
+
+    def data_received(self, data: bytes | memoryview, datatype: int | None) -> None:
+        if len(self._heard) < MAX_GREETING_BYTES + SEALED_BYTES:
+            self._heard += data
+            self._more.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._over = True
+        self._more.set()
+
+    async def line(self) -> bytes:
+        while (end := self._heard.find(b"\n")) < 0 and await self._may_come():
+            pass
+        line = bytes(self._heard[: max(end, 0)])
+        del self._heard[: end + 1]
+        return line
+
+    async def read(self, count: int) -> bytes:
+        while len(self._heard) < count and await self._may_come():
+            pass
+        return bytes(self._heard[:count])
+
+    async def _may_come(self) -> bool:
+        """Waits for more; whether it is worth waiting again."""
+        if self._over or len(self._heard) > MAX_GREETING_BYTES:
+            return False
+        self._more.clear()
+        await self._more.wait()
+        return True
+
+    def write(self, data: bytes) -> None:
+        if self._channel is not None and not self._channel.is_closing():
+            self._channel.write(data)
+
+    def close(self) -> None:
+        if self._channel is not None:
+            self._channel.close()

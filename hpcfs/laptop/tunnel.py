@@ -1,0 +1,346 @@
+"""The life of a tunnel: logged in, forwards, the file on the cluster; lost, and made again.
+
+What mounts have open outlives a connection (laptop/acceptor.py, tunnel/stream.py): a new one needs
+to stand soon, that is all. The first login must succeed; after that only what the user alone can
+mend ends the tunnel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import pwd
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import asyncssh
+
+from hpcfs import __version__
+from hpcfs.laptop import changes, forwards, publishing
+from hpcfs.laptop.changes import Change
+from hpcfs.laptop.forwards import Ends, Forwards
+from hpcfs.laptop.guests import Guests
+from hpcfs.laptop.identity import Identity
+from hpcfs.laptop.pauses import Pauses, is_unreached
+from hpcfs.laptop.publishing import Directory
+from hpcfs.laptop.rates import Rate
+from hpcfs.laptop.sftp_server import Shares
+from hpcfs.laptop.shares import Share
+from hpcfs.laptop.status import MountSeen, State, TunnelStatus
+from hpcfs.model.errors import (
+    NoService,
+    RemoteError,
+    RemoteFailure,
+    TimedOut,
+    Unreachable,
+    WrongSettings,
+)
+from hpcfs.model.sites import SshSite
+from hpcfs.remotes.base import Prompter
+from hpcfs.remotes.sftp.channels import check_service
+from hpcfs.remotes.sftp.errors import translated
+from hpcfs.remotes.ssh.login import Login, log_in
+from hpcfs.remotes.ssh.receiver import shorten
+from hpcfs.remotes.ssh.sender import shorten_sending
+from hpcfs.tunnel.file import Place, Rendezvous, UnixPlace
+
+log = logging.getLogger(__name__)
+
+KEEPALIVE_SECONDS = 2.5
+KEEPALIVES_MISSED = 3
+"""A dead connection is noticed within 10 s: a mount waits that long for the next."""
+REACH_SECONDS = 2.0
+"""What a further attempt has for its TCP connection: a lost SYN is sent again after 1 s, then only
+after 3 more, and the network may be back by then."""
+SETUP_SECONDS = 30.0
+WATCH_SECONDS = 15.0
+ANSWER_SECONDS = 10.0
+TEST_SECONDS = 2.0
+FAREWELL_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the user asked for. `shown` is the host as they named it."""
+
+    name: str
+    site: SshSite
+    shown: str
+    shares: tuple[Share, ...] = ()
+    bind: str | None = None
+    log_file: str = ""
+
+
+class Tunnel:
+    """`on_change` is called when the state has changed, or a mount came or went."""
+
+    def __init__(self, plan: Plan, prompter: Prompter, on_change: Callable[[], None]) -> None:
+        if plan.site.transport != "asyncssh":
+            raise WrongSettings(
+                f"a tunnel to {plan.shown} needs forwards, which transport = "
+                f'"{plan.site.transport}" can\'t make: name a host or namespace without that key'
+            )
+        self.plan = plan
+        self.identity = Identity()
+        self._shares = Shares(plan.shares)
+        self._guests = Guests(self._shares, self.identity, on_change)
+        self._prompter = prompter
+        self._on_change = on_change
+        self._started = self._since = time.time()
+        self._state: State = "connecting"
+        self._reason = ""
+        self._next_try: float | None = None
+        self._forwards = Forwards()
+        self._up, self._down = Rate(), Rate()
+        self._news = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._change: Change | None = None
+        self._hurries = False
+        """The connection did not survive a change: there is nothing to wait for."""
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._news.set()
+
+    async def run(self) -> None:
+        """Returns after `stop`. Raises the RemoteError that ends the tunnel: nothing is left on the
+        cluster then, as far as it can be reached."""
+        pauses = Pauses()
+        sampling = asyncio.create_task(self._sample())
+        try:
+            async with changes.watched(self._changed):
+                while not self._stopping.is_set():
+                    error = await self._fails(pauses)
+                    if error is not None and not self._stopping.is_set():
+                        await self._recover(error, pauses)
+        finally:
+            self._guests.acceptor.close()
+            self._shares.close()
+            sampling.cancel()
+            await asyncio.wait([sampling])
+
+    async def _fails(self, pauses: Pauses) -> RemoteError | None:
+        """Why a connection could not be made or was lost; None where the tunnel was to stop."""
+        try:
+            await self._one_login(pauses)
+        except RemoteError as error:
+            return error
+        except Exception as error:  # it must not end what runs for weeks
+            log.exception("the connection failed in a way that was not foreseen")
+            return RemoteFailure(f"the connection failed: {error}")
+        return None
+
+    async def _recover(self, error: RemoteError, pauses: Pauses) -> None:
+        """Raises the error where nothing is to be tried again. What let us in before is tried."""
+        if self._state == "connecting" or (error.lasting and not isinstance(error, NoService)):
+            raise error
+        pause = 0.0 if self._hurries else pauses.after(error)
+        self._hurries = False
+        self._next_try = time.time() + pause
+        self._tell("lost", error.message)
+        await self._pause(pause, cut_by_network=is_unreached(error))
+        self._next_try = None
+
+    async def _pause(self, seconds: float, *, cut_by_network: bool) -> None:
+        """A machine that woke up has another network; one whose network changed may have the same
+        reason to be refused as before."""
+        end = time.monotonic() + seconds
+        while not self._stopping.is_set() and (left := end - time.monotonic()) > 0:
+            change = self._take_change()
+            if change == "slept" or (change and cut_by_network):
+                return
+            await self._hear(left)
+
+    # --- one connection ---------------------------------------------------------------------------
+
+    async def _one_login(self, pauses: Pauses) -> None:
+        """Returns when the tunnel is to stop. Raises RemoteErrors."""
+        self._change = None
+        reach = None if self._state == "connecting" else REACH_SECONDS
+        login = await self._log_in(reach)
+        losing = asyncio.create_task(self._tell_of(login.ended))
+        directory: Directory | None = None
+        answers = True
+        try:
+            login.connection.set_keepalive(KEEPALIVE_SECONDS, KEEPALIVES_MISSED)
+            for connection in (*login.jumps, login.connection):
+                shorten(connection)
+                shorten_sending(connection)
+            directory = await self._set_up(login)
+            pauses.reset()
+            await self._hold(directory, login.ended)
+        except Unreachable:
+            answers = False
+            raise
+        finally:
+            losing.cancel()
+            if directory is not None and answers:
+                await self._take_leave(directory)
+            await login.close()
+
+    async def _log_in(self, reach: float | None) -> Login:
+        """Given up when the tunnel is to stop."""
+        logging_in = asyncio.create_task(log_in(self.plan.site, self._prompter, reach))
+        while not logging_in.done() and not self._stopping.is_set():
+            hearing = asyncio.create_task(self._news.wait())
+            await asyncio.wait([logging_in, hearing], return_when=asyncio.FIRST_COMPLETED)
+            self._news.clear()
+            hearing.cancel()
+        if not logging_in.done():
+            logging_in.cancel()
+            await asyncio.wait([logging_in])
+        if logging_in.cancelled():
+            raise Unreachable("the tunnel is being stopped")
+        return logging_in.result()
+
+    async def _set_up(self, login: Login) -> Directory:
+        """Forwards first: the file names them."""
+        try:
+            async with asyncio.timeout(SETUP_SECONDS):
+                with translated(b"", login.shown):
+                    return await self._publish(login)
+        except TimeoutError:
+            raise TimedOut(
+                f"{login.shown} let us in, but did not answer within {SETUP_SECONDS:g} s"
+            ) from None
+
+    async def _publish(self, login: Login) -> Directory:
+        name, identity = self.plan.name, self.identity
+        if self._state == "connecting":  # asyncssh's client would wait for what never comes
+            with suppress(asyncssh.ChannelOpenError):  # told below
+                await check_service(login)
+        sftp = await publishing.start_sftp(login)
+        directory = await publishing.open_directory(sftp, login.shown)
+        await directory.check_free(login.connection, name, identity.id)
+        ends = Ends(login, sftp, self._guests.acceptor)
+        path = directory.new_socket(name)
+        try:
+            self._forwards = await forwards.open_forwards(ends, path, self.plan.bind)
+            for place in self._forwards.places:
+                if isinstance(place, UnixPlace):
+                    await directory.secure_socket(place.path)
+            await directory.write(self._rendezvous(directory.host))
+        except BaseException:
+            await directory.remove_socket(path)
+            raise
+        await directory.remove_remains(name, path)
+        for note in self._forwards.notes:
+            log.warning("%s", note)
+        self._tell("up", "")
+        return directory
+
+    def _rendezvous(self, login_host: str) -> Rendezvous:
+        return Rendezvous(
+            id=self.identity.id,
+            secret=self.identity.secret,
+            name=self.plan.name,
+            laptop=socket.gethostname(),
+            user=pwd.getpwuid(os.getuid()).pw_name,
+            login_host=login_host,
+            since=time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self._started)),
+            places=self._forwards.places,
+            host_key=self.identity.host_key_line,
+            client_key=self.identity.client_key_text,
+            shares=[share.name for share in self.plan.shares],
+        )
+
+    async def _hold(self, directory: Directory, ended: asyncio.Event) -> None:
+        """Until the connection is lost, or the tunnel is to stop."""
+        shown = directory.shown
+        while not self._stopping.is_set():
+            await self._hear(WATCH_SECONDS)
+            if ended.is_set():
+                raise Unreachable(f"the connection to {shown} was lost")
+            if not self._stopping.is_set():
+                self._hurries = self._take_change() is not None
+                await self._look(directory, TEST_SECONDS if self._hurries else ANSWER_SECONDS)
+                self._hurries = False
+
+    async def _look(self, directory: Directory, limit: float) -> None:
+        """Whether the file is there, and so whether the login node still answers."""
+        try:
+            async with asyncio.timeout(limit):
+                if not await directory.is_ours(self.plan.name, self.identity.id):
+                    log.warning("the tunnel's file on %s is gone: written anew", directory.shown)
+                    await directory.write(self._rendezvous(directory.host))
+        except TimeoutError:
+            raise TimedOut(f"{directory.shown} did not answer within {limit:g} s") from None
+
+    async def _take_leave(self, directory: Directory) -> None:
+        """What can't be removed now is found to be stale by the next tunnel, or a mount."""
+        try:
+            async with asyncio.timeout(FAREWELL_SECONDS):
+                await directory.withdraw(self.plan.name, self.identity.id)
+                if self._stopping.is_set():  # mounts need not wait whether it comes back
+                    await self._guests.close()
+        except (RemoteError, TimeoutError) as error:
+            log.warning("the tunnel's file on %s could not be removed: %s", directory.shown, error)
+
+    # --- news -------------------------------------------------------------------------------------
+
+    async def _tell_of(self, ended: asyncio.Event) -> None:
+        await ended.wait()
+        self._news.set()
+
+    def _changed(self, change: Change) -> None:
+        if self._change != "slept":
+            self._change = change
+        self._news.set()
+
+    def _take_change(self) -> Change | None:
+        change, self._change = self._change, None
+        return change
+
+    async def _hear(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
+        self._news.clear()
+
+    # --- status -----------------------------------------------------------------------------------
+
+    def _tell(self, state: State, reason: str) -> None:
+        if state != self._state:
+            self._since = time.time()
+        self._state, self._reason = state, reason
+        if state == "up":
+            log.info("the tunnel %s to %s is up", self.plan.name, self.plan.shown)
+        else:
+            log.warning("the tunnel %s to %s: %s", self.plan.name, self.plan.shown, reason)
+        self._on_change()
+
+    async def _sample(self) -> None:
+        while True:
+            self._up.note(time.monotonic(), self._shares.traffic.sent)
+            self._down.note(time.monotonic(), self._shares.traffic.received)
+            await asyncio.sleep(1.0)
+
+    def status(self) -> TunnelStatus:
+        return TunnelStatus(
+            name=self.plan.name,
+            host=self.plan.shown,
+            pid=os.getpid(),
+            version=__version__,
+            started=self._started,
+            state=self._state,
+            since=self._since,
+            reason=self._reason,
+            next_try=self._next_try and max(0.0, self._next_try - time.time()),
+            places=[_shown(place) for place in self._forwards.places],
+            notes=self._forwards.notes,
+            shares=[str(share) for share in self.plan.shares],
+            mounts=[MountSeen(guest.host, guest.since) for guest in self._guests.all],
+            up=self._shares.traffic.sent,
+            down=self._shares.traffic.received,
+            up_rate=self._up.now(),
+            down_rate=self._down.now(),
+            log_file=self.plan.log_file,
+        )
+
+
+def _shown(place: Place) -> str:
+    return place.path if isinstance(place, UnixPlace) else f"{place.host} port {place.port}"

@@ -1,0 +1,57 @@
+"""Names with their attributes, as every kind of remote tells them.
+
+Paths are bytes, relative to the namespace's root, without leading or trailing slash; b"" is the
+root. Sizes and offsets are bytes, times are nanoseconds since the epoch.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from hpcfs.model.xattrs import Xattrs
+
+LIST_PAGE_ENTRIES = 1000
+LIST_MAX_ENTRIES = 1_000_000
+"""Of one directory: a server may go on for ever, and each name costs memory where it is shown."""
+BLOCK_BYTES = 64 * 1024
+"""The unit of presence in the cache and of its checksums. At 1 Gbit/s a block takes half a
+millisecond: a random read of a few bytes at 20 ms pays 3% for the rest of its block."""
+
+IN_MEMORY = "memory:"
+"""Before the name of a cache file that is in the daemon's memory, where others have a path."""
+NO_HANDLE = 0
+"""No file is kept open on the remote."""
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True):
+    """A name with its attributes.
+
+    `mode` is a full st_mode, type included. `uid` and `gid` are local ids: the remote user has
+    already become the local one. `version` identifies a regular file's content on the remote and
+    is b"" for everything else. `xattrs` are those of the namespace "user.".
+    """
+
+    name: bytes
+    mode: int
+    size: int
+    mtime_ns: int
+    atime_ns: int
+    uid: int
+    gid: int
+    version: bytes = b""
+    xattrs: Xattrs = ()
+
+
+class Attributes(msgspec.Struct, frozen=True):
+    """Attributes to set; None leaves one as it is. `mode` holds permission bits only (0o7777).
+    `xattrs` names those to set, and with None those to remove; the others stay."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+    xattrs: dict[bytes, bytes | None] | None = None
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, field) is not None for field in self.__struct_fields__)

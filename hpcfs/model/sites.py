@@ -1,0 +1,85 @@
+"""What it takes to open a site: where it is, who logs in, and which folders are shown."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Secret(msgspec.Struct, frozen=True):
+    """A value that must not appear in a log, a traceback or a status: its repr hides it."""
+
+    value: str
+
+    def __repr__(self) -> str:
+        return "Secret(…)"
+
+
+class SshSite(msgspec.Struct, frozen=True, tag="ssh"):
+    """One SSH login. `host` may be an alias of ~/.ssh/config; None leaves a value to that file.
+    `transport` is "asyncssh", or "openssh" for the user's own ssh as a child process."""
+
+    host: str
+    user: str | None = None
+    port: int | None = None
+    ssh_config: str | None = None
+    identity_file: str | None = None
+    connect_timeout: float = 10.0
+    transport: str = "asyncssh"
+
+
+class S3Site(msgspec.Struct, frozen=True, tag="s3"):
+    """One S3 endpoint and its credentials. Without `access_key` the AWS chain finds them."""
+
+    endpoint_url: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    access_key: Secret | None = None
+    secret_key: Secret | None = None
+    connect_timeout: float = 10.0
+    anonymous: bool = False
+    """Ask without credentials even where there are some."""
+
+
+class TunnelSite(msgspec.Struct, frozen=True, tag="tunnel"):
+    """The laptop at the other end of the tunnel of that name. `directory` is where the tunnel left
+    its rendezvous file (tunnel/file.py), an absolute path."""
+
+    name: str
+    directory: str
+    connect_timeout: float = 10.0
+
+
+AnySite = SshSite | S3Site | TunnelSite
+
+
+class SftpRoot(msgspec.Struct, frozen=True, tag="sftp"):
+    """The folder that a namespace shows; "~" and relative paths start at the remote home."""
+
+    path: str
+    read_only: bool = False
+    verify: bool = False
+    """Compare a hash that the remote computes of what was uploaded, where it can."""
+
+
+class S3Root(msgspec.Struct, frozen=True, tag="bucket"):
+    """The part of a bucket that a namespace shows. `prefix` has no leading or trailing slash."""
+
+    bucket: str
+    prefix: str = ""
+    read_only: bool = False
+    verify: bool = False
+
+
+AnyRoot = SftpRoot | S3Root
+
+
+class Start(msgspec.Struct, frozen=True):
+    """The first frame. `roots` are the site's namespaces by name; `cache_dir` holds the cache
+    files; `uid` and `gid` are the local user's, shown as owner of what the remote user owns."""
+
+    site: AnySite
+    roots: dict[str, AnyRoot]
+    cache_dir: str
+    uid: int
+    gid: int
+    log_level: str = "INFO"

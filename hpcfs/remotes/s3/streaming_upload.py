@@ -1,0 +1,166 @@
+"""Files that are sent while they are still being written: multipart uploads that begin before the
+size is known.
+
+Pieces come in any order. A part of several of them is sent when the last one is there, read again
+from the cache file: so memory stays bounded, and a piece counts as sent although it may still be
+only there. What was not sent, or was written again, is sent when the file is complete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from hpcfs.model.errors import AheadLost, Changed, InvalidRequest, NotSupported, RemoteFailure
+from hpcfs.remotes.base import ReportProgress, Source, no_report
+from hpcfs.remotes.s3.bucket import Bucket
+from hpcfs.remotes.s3.multipart import Multipart, Progress, Target, each
+from hpcfs.remotes.s3.objects import Info
+from hpcfs.remotes.s3.parts import Growing, Limits, Part
+
+log = logging.getLogger(__name__)
+MakeTarget = Callable[[], Awaitable[Target]]
+
+
+@dataclass(eq=False)
+class Stream:
+    """One file. `upload` is begun with its first part."""
+
+    path: bytes
+    upload: Multipart | None = None
+    gathered: dict[int, set[int]] = field(default_factory=dict)
+    """Of parts that are not sent yet, the offsets of the pieces that are there."""
+    beginning: asyncio.Lock = field(default_factory=asyncio.Lock)
+    under_way: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def at_rest(self) -> None:
+        while self.under_way:
+            await asyncio.wait(self.under_way)
+
+
+class Ahead:
+    """The streams of one namespace, by handle."""
+
+    def __init__(self, bucket: Bucket, limits: Limits) -> None:
+        self._bucket, self._limits = bucket, limits
+        self._growing = Growing(limits.upload_part, limits.parts_per_step)
+        self._streams: dict[int, Stream] = {}
+
+    def expect(self, handle: int, path: bytes) -> None:
+        """A file was created that may be sent ahead, or not."""
+        self._streams[handle] = Stream(path)
+
+    async def send(
+        self,
+        handle: int,
+        path: bytes,
+        offset: int,
+        length: int,
+        source: Source,
+        make_target: MakeTarget,
+    ) -> None:
+        unit = self._limits.upload_part
+        if offset % unit or length != unit or offset < 0:
+            raise InvalidRequest(f"{length} bytes at {offset} are no piece of {unit} to send ahead")
+        stream = self._streams.setdefault(handle, Stream(path))
+        if stream.path != path:
+            raise AheadLost("the file was renamed while it was sent: it is sent again at the end")
+        part = self._growing.part(self._growing.number_at(offset))
+        pieces = stream.gathered.setdefault(part.number, set())
+        pieces.add(offset)
+        if len(pieces) * unit < part.length:
+            return
+        sending = asyncio.create_task(self._send_part(stream, part, source, make_target))
+        stream.under_way.add(sending)
+        sending.add_done_callback(stream.under_way.discard)
+        try:
+            await sending
+        except BaseException:
+            pieces.discard(offset)  # this one counts as not sent, and its part is not
+            sending.cancel()
+            raise
+        stream.gathered.pop(part.number, None)
+
+    async def _send_part(
+        self, stream: Stream, part: Part, source: Source, make_target: MakeTarget
+    ) -> None:
+        async with stream.beginning:
+            if stream.upload is None:
+                stream.upload = await Multipart.begin(self._bucket, await make_target())
+        await stream.upload.send_from(part, source, self._limits.buffered_part, Progress(no_report))
+
+    async def finish(
+        self,
+        handle: int,
+        target: Target,
+        path: bytes,
+        ranges: Sequence[tuple[int, int]],
+        source: Source,
+        report: ReportProgress,
+    ) -> Info | None:
+        """The object, with the metadata of the time when it was begun. None where nothing of use
+        was sent, and the whole file must be, which the cache file still holds.
+
+        Raises AheadLost where this process knows nothing of the handle.
+        """
+        stream = self._streams.get(handle)
+        if stream is None:
+            raise AheadLost("what was sent of the file is gone: it must be sent again")
+        await stream.at_rest()
+        upload = stream.upload
+        if upload is None:
+            return None
+        if stream.path != path or source.size <= self._limits.upload_part:
+            stream.upload = None
+            await upload.abort()
+            return None
+        upload.target = Target(
+            upload.target.key, upload.target.metadata, upload.target.headers, target.base
+        )
+        progress = Progress(report)
+        parts = list(self._growing.parts(source.size))
+        again = self._touched(ranges, source.size)
+
+        async def send(part: Part) -> None:
+            await upload.send_from(part, source, self._limits.buffered_part, progress)
+            progress.add(part.length)
+
+        missing = [part for part in parts if part.number in again or not upload.has(part)]
+        try:
+            await each(missing, send, self._limits.parts_in_flight)
+            found = await upload.complete(source.size, len(parts), progress)
+        except (Changed, NotSupported, RemoteFailure) as error:
+            # Gone, or the server does not take a part again (rclone's), or wants equal ones (R2).
+            log.info("what was sent ahead is of no use: %s", error.message)
+            stream.upload = None
+            await upload.abort()
+            return None
+        del self._streams[handle]
+        return found
+
+    def _touched(self, ranges: Sequence[tuple[int, int]], size: int) -> set[int]:
+        """The numbers of the parts in which something lies that was written after it was sent."""
+        at = self._growing.number_at
+        return {
+            number
+            for offset, length in ranges
+            if length > 0 and offset < size
+            for number in range(at(offset), at(min(offset + length, size) - 1) + 1)
+        }
+
+    def forget(self, handle: int) -> None:
+        """The file was uploaded in another way."""
+        self._streams.pop(handle, None)
+
+    async def give_up(self, handle: int) -> None:
+        stream = self._streams.pop(handle, None)
+        if stream is None:
+            return
+        await stream.at_rest()
+        if stream.upload is not None:
+            await stream.upload.abort()
+
+    async def close(self) -> None:
+        await asyncio.gather(*(self.give_up(handle) for handle in list(self._streams)))

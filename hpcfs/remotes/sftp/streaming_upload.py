@@ -1,0 +1,143 @@
+"""Files that stay open on the server from a program's open(2) to the upload that completes them.
+
+`Create` and `UploadAhead` bring them here under the daemon's handle, an `Upload` takes them, and a
+`Release` closes them. They are few: the one that was made first is closed for want of room, as its
+upload can open the file again. One that bytes were sent ahead into can't be given up so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from hpcfs.model.errors import NotSupported
+from hpcfs.remotes.sftp.place import Place
+from hpcfs.remotes.sftp.write import Target, send
+
+MAX_HELD = 64
+"""Per namespace."""
+NOTED = 1024
+
+
+@dataclass(eq=False)
+class HeldFile:
+    """`ahead` are the ranges that the server confirmed; `writers` count those on their way."""
+
+    place: Place
+    opening: asyncio.Task[Target]
+    ahead: list[tuple[int, int]] = field(default_factory=list)
+    writers: int = 0
+    dropped: bool = False
+
+    @property
+    def end(self) -> int:
+        return max([0, *(offset + length for offset, length in self.ahead)])
+
+    @property
+    def is_usable(self) -> bool:
+        return not self.place.session.lost
+
+    def drop(self) -> None:
+        """Close it once nobody writes to it."""
+        self.dropped = True
+        if not self.writers:
+            self.opening.add_done_callback(_close)
+
+    def leave(self) -> None:
+        self.writers -= 1
+        if self.dropped and not self.writers:
+            self.opening.add_done_callback(_close)
+
+
+def _close(opening: asyncio.Task[Target]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        target = opening.result()
+        target.ways.close_soon()
+        target.session.bulk.close_soon(target.handle)
+
+
+class HeldFiles:
+    def __init__(self, limit: int = MAX_HELD) -> None:
+        self._limit = limit
+        self._files: OrderedDict[int, HeldFile] = OrderedDict()
+        self._completed: OrderedDict[int, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def get(self, handle: int) -> HeldFile | None:
+        return self._files.get(handle)
+
+    def hold(self, handle: int, place: Place, opening: Coroutine[Any, Any, Target]) -> HeldFile:
+        """Raises NotSupported where there is no room."""
+        self.release(handle)
+        granted = place.session.handles.limit
+        limit = self._limit if granted is None else min(self._limit, granted // 2)
+        try:
+            if len(self._files) >= limit:
+                self._make_room()
+        except NotSupported:
+            opening.close()
+            raise
+        file = self._files[handle] = HeldFile(place, send(opening))
+        return file
+
+    def rest(self, handle: int) -> None:
+        """Nobody uses it for now. Without the handle what was sent ahead is sent again."""
+        file = self._files.get(handle)
+        if file is not None and not file.writers:
+            give_up = partial(self.release, handle)
+            place = file.place
+            place.session.handles.rest(file, place.full, give_up, last=bool(file.ahead))
+
+    def _make_room(self) -> None:
+        for handle, file in self._files.items():
+            if not file.ahead and not file.writers:
+                self.release(handle)
+                return
+        raise NotSupported("too many files are being sent ahead")
+
+    def take(self, handle: int) -> HeldFile | None:
+        """It belongs to the caller from now on."""
+        file = self._files.pop(handle, None)
+        if file is not None:
+            file.place.session.handles.wake(file)
+        return file
+
+    def release(self, handle: int) -> None:
+        self._completed.pop(handle, None)
+        file = self.take(handle)
+        if file is not None:
+            file.drop()
+
+    async def settled(self, path: bytes) -> None:
+        """Return once what was sent with the making of this file is done: other requests about it
+        go another way, and must not be overtaken."""
+        for file in list(self._files.values()):
+            if file.place.path == path:
+                await asyncio.wait([file.opening])
+                if not file.opening.exception() and file.opening.result().earlier:
+                    await asyncio.wait(file.opening.result().earlier)
+
+    def forget(self, handle: int, file: HeldFile) -> None:
+        """It could not be opened."""
+        if self._files.get(handle) is file:
+            del self._files[handle]
+
+    # --- which handles can't have sent anything ahead ---------------------------------------------
+
+    def note_complete(self, handle: int) -> None:
+        """All of it was, or is about to be, in an upload's ranges."""
+        self._completed[handle] = None
+        while len(self._completed) > NOTED:
+            self._completed.popitem(last=False)
+
+    def note_ahead(self, handle: int) -> None:
+        self._completed.pop(handle, None)
+
+    def is_complete(self, handle: int) -> bool:
+        return handle in self._completed

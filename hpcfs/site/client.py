@@ -1,0 +1,297 @@
+"""The daemon's side of a transfer process: starts it, calls it, keeps every deadline.
+
+One `SiteClient` per site. The process is started on first use and again after it died; calls that
+were under way then fail with Unreachable, and nothing else is lost. Every call has a deadline that
+progress renews; a call that nobody waits for any more is cancelled in the process too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import msgspec
+import trio
+
+from hpcfs.model.capabilities import Capabilities
+from hpcfs.model.errors import Failure, NotConnected, RemoteError, TimedOut, Unreachable
+from hpcfs.model.sites import Secret, Start
+from hpcfs.model.uploads import Upload, UploadAhead
+from hpcfs.model.usage import Traffic
+from hpcfs.protocol import messages as m
+from hpcfs.site.worker_process import Lend, WorkerProcess, gone, lend_nothing
+
+T = TypeVar("T")
+
+State = Literal["idle", "connecting", "connected", "failed"]
+
+Ask = Callable[[str, bool], str | None]
+"""(text, echo) -> what the user typed, None if nobody can be asked. Called in a thread."""
+
+CALL_TIMEOUT = 30.0
+"""Seconds without an answer or progress. A login that waits for the user does not count."""
+_SILENT_TIMEOUT = 5.0
+"""The same, once the site has left a call without an answer and said nothing since."""
+_ANSWERED_HERE = (m.Release, m.StatOpen, m.GetDiskUsage, m.GetTraffic)
+"""The transfer process may answer these without the site: they don't tell that it is there."""
+_RESTART_PAUSE = 1.0
+_CONFIRM_SECONDS = 5.0
+_TRAFFIC_SECONDS = 0.5
+"""For an answer that takes a process less than a millisecond, unless it is busy."""
+
+
+@dataclass(eq=False)
+class _Pending:
+    scope: trio.CancelScope
+    timeout: float
+    on_page: Callable[[bytes], None] | None
+    on_progress: Callable[[int], None] | None
+    done: trio.Event
+    asks_site: bool
+    reply: m.Reply | None = None
+    given_up: bool = False
+    heard: bool = False
+    """Whether the site answered anything while this call waited."""
+
+    def renew(self) -> None:
+        self.scope.deadline = trio.current_time() + self.timeout
+
+
+class SiteClient:
+    """Calls run concurrently. `log_file` receives what the process logs; `lend` tells the
+    descriptor of a file in memory that a Fetch names."""
+
+    def __init__(
+        self,
+        start: Start,
+        log_file: Path,
+        nursery: trio.Nursery,
+        lend: Lend = lend_nothing,
+    ) -> None:
+        self.ask: Ask | None = None
+        """Who answers the site's questions; None when the terminal is gone."""
+        self._state: State = "idle"
+        self._reason = ""
+        self._away = ""
+        self._namespace_reasons: dict[str, str] = {}
+        self._start_message = start
+        self._log_file = log_file
+        self._lend = lend
+        self._nursery = nursery
+        self._child: WorkerProcess | None = None
+        self._starting = trio.Lock()
+        self._last_start = -math.inf
+        self._pending: dict[int, _Pending] = {}
+        self._next_id = 0
+        self._questions = 0
+        self._is_silent = False
+        self._remarks: dict[str, str] = {}
+
+    # --- calls --------------------------------------------------------------------------------
+
+    async def call(
+        self,
+        namespace: str,
+        request: m.Request,
+        kind: type[T],
+        timeout: float = CALL_TIMEOUT,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> T:
+        """The answer to `request`, decoded as `kind`. `on_progress` hears how many bytes of a long
+        one are done. Raises RemoteError."""
+        reply = await self._exchange(namespace, request, timeout, None, on_progress)
+        answer = msgspec.msgpack.decode(reply.result, type=kind)
+        if isinstance(answer, Capabilities):
+            self._remarks[namespace] = answer.remark
+        return answer
+
+    async def call_pages(
+        self,
+        namespace: str,
+        request: m.List,
+        on_page: Callable[[bytes], None],
+        timeout: float = CALL_TIMEOUT,
+    ) -> None:
+        """`on_page` gets each page, still encoded (list[Entry] in MessagePack)."""
+        await self._exchange(namespace, request, timeout, on_page)
+
+    async def _exchange(
+        self,
+        namespace: str,
+        request: m.Request,
+        timeout: float,
+        on_page: Callable[[bytes], None] | None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> m.Reply:
+        child = self._child or await self._start_process()
+        self._next_id += 1
+        call_id = self._next_id
+        if self._is_silent and not isinstance(request, m.Fetch | Upload | UploadAhead):
+            timeout = min(timeout, _SILENT_TIMEOUT)
+        with trio.CancelScope() as scope:
+            asks_site = not isinstance(request, _ANSWERED_HERE)
+            pending = _Pending(scope, timeout, on_page, on_progress, trio.Event(), asks_site)
+            if not self._questions:
+                pending.renew()
+            self._pending[call_id] = pending
+            try:
+                child.send(m.Call(call_id, namespace, request))
+                await pending.done.wait()
+            finally:
+                if not pending.done.is_set():
+                    await self._give_up(child, call_id, pending, request)
+                del self._pending[call_id]
+        return self._outcome(pending, namespace, request)
+
+    async def _give_up(
+        self, child: WorkerProcess, call_id: int, pending: _Pending, request: m.Request
+    ) -> None:
+        """Nobody waits for the answer any more.
+
+        A fetch may be about to write into the cache file, where somebody else may write next: it
+        counts as ended only when the process confirmed it, or was ended itself.
+        """
+        pending.given_up = True
+        if child.ended:
+            return
+        child.send(m.Cancel(call_id))
+        if not isinstance(request, m.Fetch):
+            return
+        with trio.move_on_after(_CONFIRM_SECONDS, shield=True):
+            await pending.done.wait()
+        if not pending.done.is_set():
+            child.kill()
+            with trio.CancelScope(shield=True):
+                await pending.done.wait()  # a killed process ends at once
+
+    def _outcome(self, pending: _Pending, namespace: str, request: m.Request) -> m.Reply:
+        reply = pending.reply
+        if reply is None or (pending.given_up and reply.failure):
+            what = type(request).__name__
+            error = TimedOut(f"no answer to {what} within {pending.timeout:g} s")
+            if not pending.heard and pending.asks_site:
+                self._is_silent = True
+                self._state, self._reason = "failed", error.message
+            raise error
+        if reply.failure is None:
+            if pending.asks_site:
+                self._state, self._reason = "connected", ""
+                self._namespace_reasons.pop(namespace, None)
+            return reply
+        failure = reply.failure.error()
+        if isinstance(failure, Unreachable):
+            self._state, self._reason = "failed", failure.message
+        elif failure.lasting or isinstance(request, m.Connect):
+            self._namespace_reasons[namespace] = failure.message
+        raise failure
+
+    def namespace_state(self, namespace: str) -> tuple[State, str]:
+        """For the status: the state, and why where it failed."""
+        if reason := self._namespace_reasons.get(namespace):
+            return "failed", reason
+        remark = self._remarks.get(namespace, "") if self._state == "connected" else ""
+        return self._state, self._reason or remark
+
+    async def traffic(self) -> Traffic | None:
+        """For the status: nothing is connected or started for it. None where the process is too
+        busy to tell."""
+        if self._child is None:
+            return Traffic()
+        with trio.move_on_after(_TRAFFIC_SECONDS):
+            try:
+                found = await self.call("", m.GetTraffic(), Traffic)
+            except RemoteError:  # it ended just now
+                return Traffic()
+            self._note_away(found.away)
+            return found
+        return None
+
+    def _note_away(self, away: str) -> None:
+        """A connection that is kept up is lost, or back, without a request that would tell."""
+        if away != self._away:
+            self._away = self._reason = away
+            self._state = "failed" if away else "connected"
+
+    # --- the process ---------------------------------------------------------------------------
+
+    async def _start_process(self) -> WorkerProcess:
+        async with self._starting:
+            if self._child:
+                return self._child
+            if trio.current_time() < self._last_start + _RESTART_PAUSE:
+                raise NotConnected(gone().message)
+            self._last_start = trio.current_time()
+            self._state = "connecting"
+            self._child = await WorkerProcess.start(self._start_message, self._log_file, self._lend)
+            self._nursery.start_soon(self._supervise, self._child)
+            return self._child
+
+    @property
+    def pid(self) -> int | None:
+        """Of the transfer process, if it runs."""
+        return self._child.pid if self._child else None
+
+    async def _supervise(self, child: WorkerProcess) -> None:
+        """When it ends, also by the mount's own end, fail what is under way."""
+        try:
+            await child.run(partial(self._dispatch, child))
+        finally:
+            self._child = None
+            error = gone()
+            self._state, self._reason = "failed", error.message
+            for call_id, pending in self._pending.items():
+                pending.reply = m.Reply(call_id, failure=Failure.of(error))
+                pending.done.set()
+
+    def _dispatch(self, child: WorkerProcess, message: m.FromTransfer) -> None:
+        match message:
+            case m.Question():
+                self._nursery.start_soon(self._put_question, child, message)
+            case m.Advance():
+                if pending := self._pending.get(message.id):
+                    self._heard(pending)
+                    pending.renew()
+                    if pending.on_progress:
+                        pending.on_progress(message.progress.done)
+            case m.Reply():
+                if pending := self._pending.get(message.id):
+                    self._heard(pending)
+                    self._replied(pending, message)
+
+    def _heard(self, answered: _Pending) -> None:
+        """The site is there, unless the process answered by itself."""
+        if answered.asks_site and not answered.given_up:
+            self._is_silent = False
+            for waiting in self._pending.values():
+                waiting.heard = True
+
+    def _replied(self, pending: _Pending, reply: m.Reply) -> None:
+        if reply.more:
+            pending.renew()
+            if pending.on_page:
+                pending.on_page(bytes(reply.result))
+            return
+        pending.reply = reply
+        pending.done.set()
+
+    async def _put_question(self, child: WorkerProcess, question: m.Question) -> None:
+        """While the user thinks, no deadline runs."""
+        text: str | None = None
+        if self.ask:
+            self._questions += 1
+            for pending in self._pending.values():
+                pending.scope.deadline = math.inf
+            try:
+                text = await trio.to_thread.run_sync(
+                    self.ask, question.text, question.echo, abandon_on_cancel=True
+                )
+            finally:
+                self._questions -= 1
+                for pending in self._pending.values():
+                    pending.renew()
+        if not child.ended:
+            child.send(m.Answer(question.id, Secret(text) if text is not None else None))

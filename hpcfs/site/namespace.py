@@ -1,0 +1,221 @@
+"""A namespace as the filesystem sees it: typed calls to its site, and what the remote can do.
+
+`SiteCalls` is all that the filesystem needs of site/client.py; tests put a remote in memory
+behind it.
+"""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Literal, Protocol, TypeVar
+
+import msgspec
+
+from hpcfs.model.capabilities import Capabilities
+from hpcfs.model.entries import Entry
+from hpcfs.model.errors import NotFound, ReadOnly
+from hpcfs.model.uploads import Upload
+from hpcfs.protocol import messages as m
+from hpcfs.site.bandwidth import Bandwidth
+from hpcfs.site.upload_rate import UploadRate
+
+T = TypeVar("T")
+WriteMode = Literal["through", "back"]
+"""What close(2) waits for: the remote, or the local journal."""
+SymlinkMode = Literal["contain", "follow", "hide"]
+"""Where symbolic links of the remote may lead: to what is in the namespace, anywhere; or they are
+not shown."""
+
+DEFAULT_TIMEOUT = 30.0
+"""Seconds without an answer or progress, for every call."""
+LOGIN_TIMEOUT = 90.0
+
+
+_entries = msgspec.msgpack.Decoder(list[Entry])
+
+
+class SiteCalls(Protocol):
+    """One site's transfer process."""
+
+    async def call(
+        self,
+        namespace: str,
+        request: m.Request,
+        kind: type[T],
+        timeout: float = ...,
+        on_progress: Callable[[int], None] | None = ...,
+    ) -> T: ...
+
+    async def call_pages(
+        self,
+        namespace: str,
+        request: m.List,
+        on_page: Callable[[bytes], None],
+        timeout: float = ...,
+    ) -> None: ...
+
+
+_EMPTY_NOTED = 10_000
+
+
+class _Named(Protocol):
+    @property
+    def path(self) -> bytes: ...
+
+
+class Versioned(Protocol):
+    """An open file's content."""
+
+    @property
+    def place(self) -> _Named: ...
+
+    @property
+    def version(self) -> bytes: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+class Namespace:
+    """`origin` names the remote folder across mounts: the cache is kept under it."""
+
+    def __init__(
+        self,
+        name: str,
+        origin: str,
+        site: SiteCalls,
+        bandwidth: Bandwidth | None = None,
+        *,
+        read_only: bool,
+        write: WriteMode = "through",
+        keeps_xattrs: bool = False,
+        sleeps: bool = False,
+        symlinks: SymlinkMode = "contain",
+    ) -> None:
+        self.name = name
+        self.origin = origin
+        self.read_only = read_only
+        self.writes_back = write == "back"
+        self.symlinks = symlinks
+        self.sleeps = sleeps
+        """The remote is a laptop: away at times. What was seen of it is believed meanwhile."""
+        self.keeps_xattrs = keeps_xattrs
+        """Known without asking the remote: the kernel wants to know with the first write."""
+        self.bandwidth = bandwidth or Bandwidth()
+        """Shared by all namespaces of the site."""
+        self._site = site
+        self.uploaded = UploadRate(time.monotonic)
+        self._capabilities: Capabilities | None = None
+        self._next_handle = 0
+        self._empty: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
+        """(path, version) of files without bytes that were read, and had none."""
+
+    def is_empty(self, content: Versioned) -> bool:
+        """Whether it was found to have no bytes; its size says nothing of a file in /proc."""
+        return not content.size and (content.place.path, content.version) in self._empty
+
+    def note_empty(self, content: Versioned) -> None:
+        if content.size:
+            return
+        self._empty[content.place.path, content.version] = None
+        if len(self._empty) > _EMPTY_NOTED:
+            self._empty.popitem(last=False)
+
+    def new_handle(self) -> int:
+        """Identifies an open file to the transfer process."""
+        self._next_handle += 1
+        return self._next_handle
+
+    def check_writable(self) -> None:
+        if self.read_only:
+            raise ReadOnly(f"{self.name} is mounted read-only")
+
+    async def call(self, request: m.Request, kind: type[T], timeout: float = DEFAULT_TIMEOUT) -> T:
+        """Raises RemoteError."""
+        return await self._site.call(self.name, request, kind, timeout)
+
+    def knows_capabilities(self, capabilities: Capabilities) -> None:
+        """As an earlier mount found them, for as long as the remote was not asked."""
+        self._capabilities = self._capabilities or capabilities
+
+    def knows_better(self, capabilities: Capabilities) -> None:
+        """One of them turned out to be missing."""
+        self._capabilities = capabilities
+
+    async def upload(
+        self, request: Upload, timeout: float, on_progress: Callable[[int], None]
+    ) -> Entry:
+        counted = 0
+
+        def progressed(done: int) -> None:
+            nonlocal counted
+            self.uploaded.add(max(0, done - counted))
+            counted = max(counted, done)
+            on_progress(done)
+
+        return await self._site.call(self.name, request, Entry, timeout, progressed)
+
+    async def capabilities(self) -> Capabilities:
+        """Connects on first use. Raises RemoteError."""
+        if self._capabilities is None:
+            self._capabilities = await self.call(m.Connect(), Capabilities, timeout=LOGIN_TIMEOUT)
+        return self._capabilities
+
+    async def check_takes_writes(self) -> None:
+        """Before something is changed that the remote will hear of later. Raises ReadOnly."""
+        if not (await self.capabilities()).read_only:
+            return
+        self._capabilities = await self.call(m.Connect(), Capabilities)  # perhaps it no longer is
+        if self._capabilities.read_only:
+            raise ReadOnly(f"{self.name} is read-only on the remote")
+
+    @property
+    def dates_directories(self) -> bool:
+        """Taken to be so as long as the remote was not asked."""
+        return self._capabilities is None or self._capabilities.dates_directories
+
+    async def try_now(self) -> None:
+        """Somebody waits for the site: a connection is tried now, whenever the last attempt was.
+        Raises RemoteError."""
+        await self.call(m.Connect(now=True), Capabilities, timeout=LOGIN_TIMEOUT)
+
+    async def stat(self, path: bytes) -> Entry:
+        asked = self.bandwidth.now()
+        entry = await self.call(m.Stat(path), Entry)
+        self.bandwidth.answered(self.bandwidth.now() - asked)
+        if self.symlinks == "hide" and stat.S_ISLNK(entry.mode):
+            raise NotFound(f"{self.name} does not show its symbolic links")
+        return entry
+
+    async def fetch(self, request: m.Fetch, timeout: float) -> m.Fetched:
+        mark = self.bandwidth.begin()
+        fetched = await self.call(request, m.Fetched, timeout)
+        self.bandwidth.delivered(mark, fetched.length)
+        return fetched
+
+    async def entry(self, request: m.Request) -> Entry:
+        """Requests whose answer is the entry as it is afterwards."""
+        return await self.call(request, Entry)
+
+    async def do(self, request: m.Request) -> None:
+        """Requests without an answer."""
+        await self.call(request, type(None))
+
+    async def list_pages(self, path: bytes, on_page: Callable[[bytes], None]) -> None:
+        if self.symlinks == "hide":
+            shown = on_page
+            on_page = lambda page: shown(_without_links(page))  # noqa: E731
+        await self._site.call_pages(self.name, m.List(path), on_page, DEFAULT_TIMEOUT)
+
+
+def _without_links(page: bytes) -> bytes:
+    """Of a MessagePack list[Entry]; what can't be read is for the listing to tell."""
+    try:
+        entries = _entries.decode(page)
+    except msgspec.DecodeError:
+        return page
+    left = [entry for entry in entries if not stat.S_ISLNK(entry.mode)]
+    return page if len(left) == len(entries) else msgspec.msgpack.encode(left)

@@ -1,0 +1,200 @@
+"""Where a tunnel's two sides meet: the file ~/.hpcfs/tunnels/NAME.json on the cluster.
+
+The laptop writes it when its forwards stand and removes it when it ends; a mount reads it to learn
+where to connect and with which keys. It holds the key that opens the laptop's shares: it is the
+user's alone (0600, in directories of 0700), and whatever else is there is refused. The keys are
+made for one run of `hpcfs tunnel` and end with it, so a copy is worth nothing afterwards.
+
+No times in it decide anything: clocks of a laptop and a cluster differ. `since` is for people.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+
+import msgspec
+
+from hpcfs.model.errors import RemoteError, Unreachable, WrongSettings
+
+DIRECTORY = ".hpcfs/tunnels"
+"""Below the home directory."""
+MAX_FILE_BYTES = 64 * 1024
+VERSION = 2
+SECRET_BYTES = 32
+MAX_SOCKET_PATH_BYTES = 107
+"""sun_path of unix(7), without the NUL at its end."""
+_ID = re.compile(r"[0-9a-f]{32}")
+_SECRET = re.compile(rf"[0-9a-f]{{{2 * SECRET_BYTES}}}")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+
+
+class UnixPlace(msgspec.Struct, frozen=True, tag="unix"):
+    """A socket on the login node; an absolute path."""
+
+    path: str
+
+
+class TcpPlace(msgspec.Struct, frozen=True, tag="tcp"):
+    """`host` as it is reached from where the mount runs."""
+
+    host: str
+    port: int
+
+
+Place = UnixPlace | TcpPlace
+Stamp = tuple[int, int, int]
+"""Changes with the file: inode number, mtime in nanoseconds, size in bytes."""
+
+
+class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
+    """`id` is 32 hex digits, new for each run of `hpcfs tunnel`. `places` are in the order in which
+    to try them. `secret` (in hex) is what tells mounts from strangers at the door
+    (tunnel/knock.py). `host_key` is a line as in authorized_keys, `client_key` a private key as in
+    ~/.ssh (both Ed25519). `user` is who shares, on the laptop. `laptop`, `login_host`, `since` and
+    `shares` are for people."""
+
+    version: int = VERSION
+    id: str
+    secret: str
+    name: str
+    laptop: str
+    user: str
+    login_host: str
+    since: str
+    places: list[Place]
+    host_key: str
+    client_key: str
+    shares: list[str] = []
+
+    def __repr__(self) -> str:
+        """Without the key: this may end in a log."""
+        return f"Rendezvous(name={self.name!r}, id={self.id!r}, places={self.places!r})"
+
+
+class _Version(msgspec.Struct):
+    """What every version of the file has."""
+
+    version: int
+
+
+def is_valid_name(name: str) -> bool:
+    """Of a tunnel: a file's name that needs no quoting, and is no hidden file."""
+    return _NAME.fullmatch(name) is not None
+
+
+def file_name(name: str) -> str:
+    return f"{name}.json"
+
+
+def encode(rendezvous: Rendezvous) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(rendezvous), indent=2) + b"\n"
+
+
+def decode(text: bytes) -> Rendezvous:
+    """Raises ValueError with the end of a sentence that begins with the file's name."""
+    try:
+        _check_version(msgspec.json.decode(text, type=_Version).version)
+        found = msgspec.json.decode(text, type=Rendezvous)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"is damaged or was not written by hpcfs ({error})") from None
+    if not _ID.fullmatch(found.id) or not is_valid_name(found.name):
+        raise ValueError("is damaged or was not written by hpcfs (its id or name)")
+    if not _SECRET.fullmatch(found.secret):
+        raise ValueError("is damaged or was not written by hpcfs (its secret)")
+    for place in found.places:
+        _check_place(place)
+    return found
+
+
+def _check_version(version: int) -> None:
+    if version < VERSION:
+        raise ValueError(f"is of an older hpcfs (version {version}): update hpcfs on the laptop")
+    if version > VERSION:
+        raise ValueError(f"is of a newer hpcfs (version {version}): update hpcfs here")
+
+
+def _check_place(place: Place) -> None:
+    if isinstance(place, TcpPlace):
+        if not 0 < place.port < 65536 or not place.host or place.host.startswith("-"):
+            raise ValueError(f"names a place that can't be: {place.host!r} port {place.port}")
+    elif not place.path.startswith("/") or "\0" in place.path:
+        raise ValueError(f"names a socket that can't be: {place.path!r}")
+
+
+def read(directory: Path, name: str) -> Rendezvous:
+    """What the tunnel of that name left there.
+
+    Raises Unreachable when there is none, and WrongSettings when what is there is not to be
+    trusted: only the user can mend that.
+    """
+    file = directory / file_name(name)
+    _check_directory(directory)
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise no_tunnel(name) from None
+    except OSError as error:
+        raise WrongSettings(f"{file} can't be read ({error.strerror}): remove it") from None
+    with os.fdopen(descriptor, "rb") as stream:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise WrongSettings(f"{file} is no regular file: remove it")
+        _check_owner(file, status, 0o077)
+        text = stream.read(MAX_FILE_BYTES + 1)
+    try:
+        found = decode(text[:MAX_FILE_BYTES])
+    except ValueError as error:
+        raise Unreachable(f"{file} {error}; 'hpcfs tunnel' on the laptop writes it anew") from None
+    if found.name != name:
+        raise Unreachable(f"{file} is of another tunnel, {found.name}: remove it")
+    return found
+
+
+def no_tunnel(name: str) -> RemoteError:
+    return Unreachable(
+        f"no tunnel named {name} is up: run 'hpcfs tunnel HOST --name {name}' on the laptop"
+    )
+
+
+def names(directory: Path) -> list[str]:
+    """Of the tunnels that left a file there."""
+    try:
+        found = sorted(file.stem for file in directory.glob("*.json"))
+    except OSError:
+        return []
+    return [name for name in found if is_valid_name(name)]
+
+
+def stamp(directory: Path, name: str) -> Stamp | None:
+    """Changes when the file does; None where there is none."""
+    try:
+        status = os.stat(directory / file_name(name), follow_symlinks=False)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _check_directory(directory: Path) -> None:
+    """Others must not be able to put a file of theirs in the place of ours."""
+    for place in (directory.parent, directory):
+        try:
+            status = os.stat(place, follow_symlinks=False)
+        except OSError:
+            return  # the file in it will be missing too
+        if not stat.S_ISDIR(status.st_mode):
+            raise WrongSettings(f"{place} is no directory: remove it")
+        _check_owner(place, status, 0o022)
+
+
+def _check_owner(place: Path, status: os.stat_result, forbidden: int) -> None:
+    if status.st_uid != os.getuid():
+        raise WrongSettings(f"{place} belongs to another user: it is not used")
+    if status.st_mode & forbidden:
+        what = "read or changed" if forbidden & 0o044 else "changed"
+        raise WrongSettings(
+            f"{place} could be {what} by other users: "
+            f"run 'chmod go-rwx {place}', and start the tunnel again"
+        )

@@ -1,0 +1,62 @@
+"""A stream as a socket, for what speaks over sockets only: asyncssh, at both ends of a tunnel's TCP
+forward."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import cast
+
+from hpcfs.tunnel.stream import Stream
+
+WAITING_BYTES = 8 * 1024 * 1024
+"""So much may wait on either side before its source is asked to pause: more than what travels in a
+round trip of 60 ms at 1 Gbit/s."""
+
+
+class Pump(asyncio.Protocol):
+    """Our end of a pair of sockets."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._paused = False
+        stream.on_seen.append(self._seen)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._stream.listen(self._to_socket, self._ended)
+
+    def data_received(self, data: bytes) -> None:
+        self._stream.write(data)
+        if self._stream.unseen > WAITING_BYTES and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stream.close()
+
+    def _seen(self) -> None:
+        if self._paused and self._stream.unseen < WAITING_BYTES // 2:
+            self._paused = False
+            if not self._transport.is_closing():
+                self._transport.resume_reading()
+
+    def _to_socket(self, data: memoryview) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(bytes(data))  # it may wait, and what it lies in is used again
+
+    def _ended(self, reason: str) -> None:
+        self._transport.abort()
+
+
+async def socket_of(stream: Stream) -> socket.socket:
+    """The other end of the pair, for asyncssh. Nothing of the stream must have been read yet."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    try:
+        await asyncio.get_running_loop().create_connection(lambda: Pump(stream), sock=ours)
+    except BaseException:
+        ours.close()
+        theirs.close()
+        raise
+    return theirs

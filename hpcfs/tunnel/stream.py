@@ -1,0 +1,246 @@
+"""A byte stream that outlives the connections that carry it.
+
+Two ends and, one after the other, any number of pipes between them: whatever carries bytes in order
+until it breaks. What an end wrote stays with it until the other end said that it came; with a new
+pipe both say how much they have, and the rest is sent once more. So nothing is lost or doubled
+where an ssh connection is cut, and a request whose answer was on its way is not asked twice.
+
+On a pipe (integers are big-endian):
+
+    server   GREETING, the tunnel's id and a nonce, both in hex, a newline
+    client   a nonce; sealed (tunnel/knock.py): the stream's id (16 bytes; zeros ask for a new one),
+             how many bytes it has (8 bytes)
+    server   sealed: the stream's id (zeros: no such stream any more), how many bytes it has
+    both     frames: a kind (1 byte) and a number (4 bytes): DATA is followed by that many bytes,
+             SEEN by 8 bytes with how many the sender of it has (the number is 0), ASK wants a SEEN,
+             END says that the stream is over
+
+No I/O here: pipes are given, and fed, by remotes/tunnel/line.py and laptop/acceptor.py.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+ID_BYTES = 16
+NEW_STREAM = bytes(ID_BYTES)
+
+DATA, SEEN, ASK, END = b"DSAE"
+HEAD = struct.Struct(">BI")
+_COUNT = struct.Struct(">Q")
+FRAME_BYTES = 1024 * 1024
+SEEN_EVERY_BYTES = 256 * 1024
+"""So much stays with the sender longer than it must."""
+MOST_UNSEEN_BYTES = 128 * 1024 * 1024
+"""More than the requests of a mount and their answers can come to (sftp/flow.py): an end that
+gathers more without the other one taking it gives the stream up."""
+
+ANSWERS_EVERY_SECONDS = 0.1
+"""An ASK that comes sooner after the last one is left: answers that the other end does not read
+would be gathered without end, since nothing says that they came. Who is honest asks each two
+seconds."""
+MOST_EARLY_BYTES = 1024 * 1024
+
+
+class Garbled(Exception):
+    """The other end said something that makes no sense."""
+
+
+class Pipe(Protocol):
+    def write(self, data: bytes) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Stream:
+    """One end. What comes before anybody listens is kept."""
+
+    def __init__(self, stream_id: bytes) -> None:
+        self.id = stream_id
+        self._early = bytearray()
+        self._on_data: Callable[[memoryview], None] = self._keep
+        self._on_end: Callable[[str], None] = _ignore
+        self._reason = ""
+        self.on_seen: list[Callable[[], None]] = []
+        """The other end took some of what was written: `unseen` is less now."""
+        self.received = 0
+        self.ended = False
+        self._pipe: Pipe | None = None
+        self._unseen: deque[bytes] = deque()
+        self._seen = 0
+        """How many of the bytes written here the other end is known to have."""
+        self._skip = 0
+        """Of those, how many are the beginning of the first one in `_unseen`."""
+        self.unseen = 0
+        self._told = 0
+        self._answered_at = 0.0
+        self._head = bytearray()
+        self._wanted = HEAD.size
+        self._data_left = 0
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def listen(self, on_data: Callable[[memoryview], None], on_end: Callable[[str], None]) -> None:
+        """`on_data` gets what comes, in pieces as they came, `on_end` why the stream is over, empty
+        where the other end closed it."""
+        self._on_data, self._on_end = on_data, on_end
+        early, self._early = self._early, bytearray()
+        if early:
+            on_data(memoryview(early))
+        if self.ended:
+            on_end(self._reason)
+
+    def listen_no_more(self, rest: bytes) -> None:
+        """The next listener gets `rest` first."""
+        self._on_data, self._on_end = self._keep, _ignore
+        self._keep(rest)
+
+    def _keep(self, data: bytes | memoryview) -> None:
+        self._early += data
+        if len(self._early) > MOST_EARLY_BYTES:
+            raise Garbled("too much came before anybody listened")
+
+    # --- writing --------------------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        if self.ended or not data:
+            return
+        self._unseen.append(data)
+        self.unseen += len(data)
+        if self._pipe is not None:
+            _send(self._pipe, data)
+        if self.unseen > MOST_UNSEEN_BYTES:
+            self.end("the other end takes nothing any more")
+
+    def ask(self) -> None:
+        """Have the other end say something."""
+        if self._pipe is not None:
+            self._pipe.write(HEAD.pack(ASK, 0))
+
+    def close(self) -> None:
+        """Tell the other end, if it can be told now, that the stream is over."""
+        if self._pipe is not None:
+            self._pipe.write(HEAD.pack(END, 0))
+        self.end("")
+
+    def end(self, reason: str) -> None:
+        if self.ended:
+            return
+        self.ended = True
+        self._unseen.clear()
+        self.unseen = 0
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+        self._reason = reason
+        self._on_end(reason)
+
+    # --- pipes ----------------------------------------------------------------------------------
+
+    @property
+    def attached(self) -> bool:
+        return self._pipe is not None
+
+    def is_on(self, pipe: Pipe) -> bool:
+        return self._pipe is pipe
+
+    def attach(self, pipe: Pipe, seen: int) -> None:
+        """Go on with this pipe, at whose other end `seen` of our bytes have come. Raises Garbled
+        for a number that can't be."""
+        if not self._seen <= seen <= self._seen + self.unseen:
+            raise Garbled("the other end can't have what it says it has")
+        self._forget(seen)
+        if self._pipe is not None and self._pipe is not pipe:
+            self._pipe.close()
+        self._pipe = pipe
+        self._head.clear()
+        self._wanted, self._data_left = HEAD.size, 0
+        self._told = self.received
+        self._answered_at = 0.0
+        for number, data in enumerate(tuple(self._unseen)):
+            _send(pipe, data[self._skip :] if number == 0 else data)
+        self._say_seen()
+
+    def detach(self, pipe: Pipe) -> None:
+        """That pipe broke, or is about to be closed."""
+        if self._pipe is pipe:
+            self._pipe = None
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """What came on the pipe. Raises Garbled."""
+        view = memoryview(data)
+        while view and not self.ended:
+            if self._data_left:
+                part = view[: self._data_left]
+                self._data_left -= len(part)
+                self.received += len(part)
+                view = view[len(part) :]
+                self._on_data(part)
+            else:
+                taken = min(len(view), self._wanted - len(self._head))
+                self._head += view[:taken]
+                view = view[taken:]
+                if len(self._head) == self._wanted:
+                    self._headed()
+        if self.received - self._told >= SEEN_EVERY_BYTES:
+            self._tell()
+
+    def _headed(self) -> None:
+        kind, number = HEAD.unpack_from(self._head)
+        if kind == SEEN and len(self._head) == HEAD.size:
+            self._wanted = HEAD.size + _COUNT.size
+            return
+        self._wanted = HEAD.size
+        head = bytes(self._head)
+        self._head.clear()
+        if kind == DATA and 0 < number <= FRAME_BYTES:
+            self._data_left = number
+        elif kind == SEEN:
+            self._other_has(_COUNT.unpack_from(head, HEAD.size)[0])
+        elif kind == ASK:
+            now = time.monotonic()
+            if now - self._answered_at >= ANSWERS_EVERY_SECONDS:
+                self._answered_at = now
+                self._tell()
+        elif kind == END:
+            self.end("")
+        else:
+            raise Garbled(f"a frame of kind {kind} with {number} bytes")
+
+    def _tell(self) -> None:
+        self._told = self.received
+        if self._pipe is not None:
+            self._pipe.write(HEAD.pack(SEEN, 0) + _COUNT.pack(self.received))
+
+    def _other_has(self, seen: int) -> None:
+        if not self._seen <= seen <= self._seen + self.unseen:
+            raise Garbled("the other end can't have what it says it has")
+        self._forget(seen)
+        self._say_seen()
+
+    def _say_seen(self) -> None:
+        for hear in self.on_seen:
+            hear()
+
+    def _forget(self, seen: int) -> None:
+        gone = seen - self._seen
+        self._seen = seen
+        self.unseen -= gone
+        gone += self._skip
+        while self._unseen and gone >= len(self._unseen[0]):
+            gone -= len(self._unseen.popleft())
+        self._skip = gone
+
+
+def _send(pipe: Pipe, data: bytes) -> None:
+    for start in range(0, len(data), FRAME_BYTES):
+        part = data[start : start + FRAME_BYTES]
+        pipe.write(HEAD.pack(DATA, len(part)) + part)
+
+
+def _ignore(_: object) -> None:
+    """Nobody listens yet."""

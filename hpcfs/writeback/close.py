@@ -1,0 +1,235 @@
+"""Open files, the closing half: what becomes of what was written, and of a content when its last
+user is gone. Opening, reading and writing are files.py's.
+
+In `through` mode close(2) returns once the remote has the bytes, or fails with the reason; in
+`back` mode once the journal has them, and writeback/queue.py does the rest. fsync(2) waits for the
+remote in both.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections import deque
+from functools import partial
+
+import msgspec
+import trio
+
+from hpcfs.cache.store import Store
+from hpcfs.content.content import Content
+from hpcfs.inodes.tree import Node, Tree
+from hpcfs.model.entries import Entry
+from hpcfs.model.errors import CacheFull, Changed, Conflict, RemoteError, Stale
+from hpcfs.writeback import conflict
+from hpcfs.writeback.queue import UploadQueue
+from hpcfs.writeback.uploader import Uploader
+
+log = logging.getLogger(__name__)
+
+MOST_NOTICES = 100
+KEEP_REMOVED_BYTES = 64 * 1024 * 1024
+"""Of a file that is removed while it is open, so much that is missing is fetched first."""
+
+
+class Closer(ABC):
+    def __init__(self, tree: Tree, store: Store, uploader: Uploader, nursery: trio.Nursery) -> None:
+        self._tree = tree
+        self._store = store
+        self._uploader = uploader
+        self._nursery = nursery
+        self.backlog = UploadQueue(uploader, self.flush, self._retire_if_done, nursery)
+        self.notices: deque[str] = deque(maxlen=MOST_NOTICES)
+        """What the user should know, the last ones: conflicts."""
+
+    @abstractmethod
+    def dirty(self) -> list[Content]:
+        """All that the remote does not have as it is here."""
+
+    # --- upload -----------------------------------------------------------------------------------
+
+    async def flush(self, content: Content, *, sync: bool = False) -> None:
+        """Return once the remote has what was written. Raises RemoteError."""
+        try:
+            await self._uploader.upload(content, partial(self._confirmed, content), sync=sync)
+        except (Conflict, Changed) as error:
+            raise Conflict(await self._set_aside(content, error.message)) from None
+
+    async def _set_aside(self, content: Content, reason: str) -> str:
+        """Others changed the file since it was opened: both versions stay. Returns the user's
+        sentence. Raises Unreachable when that can't be done now."""
+        node = self._node(content)
+        async with content.upload_lock:
+            if content.orphan:
+                return reason
+            told = await conflict.set_aside(content, self._uploader, reason)
+            content.give_up()
+            self._store.forget(content.file)
+        self.backlog.gone(content)
+        self.notices.append(f"{content.namespace.name}/{told}")
+        log.warning("%s", told)
+        self.lose(node)
+        if node.parent:
+            self._tree.expire(node.parent)
+        return told
+
+    def lose(self, node: Node) -> None:
+        """Others removed or replaced the node's file: the name is another file's from now on."""
+        if node.content:
+            node.content.replaced = True
+        self._tree.detach(node)
+
+    def _node(self, content: Content) -> Node:
+        """The node that it was made for, whether or not the tree still has it."""
+        assert isinstance(content.place, Node)
+        return content.place
+
+    def _confirmed(self, content: Content, entry: Entry) -> None:
+        node = self._node(content)
+        if content.is_dirty():  # written to meanwhile: the local view stays ahead
+            entry = msgspec.structs.replace(node.entry, version=content.version)
+        if entry.size != node.entry.size:  # others appended, too
+            node.kernel_is_behind, node.pages_version = True, None
+        elif node.pages_version is not None:
+            node.pages_version = content.version
+        self._tree.set_local(node, entry)
+        if node.parent:  # has another time now; the one that is known is believed for its second
+            self._tree.note_attributes(node.parent)
+
+    async def closed(self, content: Content) -> None:
+        """What close(2) promises in the namespace's mode. Raises RemoteError."""
+        if content.namespace.writes_back:
+            await self.backlog.closed(content)
+        else:
+            await self.flush(content)
+
+    async def changed(self, content: Content) -> None:
+        """Its attributes were set while it is dirty. Nobody may close it any more."""
+        if content in self.backlog.schedule and not content.orphan:
+            await self.backlog.closed(content)
+
+    async def note_dirty(self) -> None:
+        """So that a kill costs no more of what is still open than was written since the last call;
+        nobody was told that it is safe."""
+        for content in self.dirty():
+            if not content.secured and content.journaled and not content.upload_lock.locked():
+                await self._uploader.note_writing(content)
+
+    async def flush_all(self) -> None:
+        """Everything that is open, one after the other; errors are the close's to report."""
+        for content in self.dirty():
+            if not content.namespace.writes_back:
+                try:
+                    await self.flush(content)
+                except RemoteError as error:
+                    log.warning("%r is not uploaded yet: %s", content.place.path, error.message)
+
+    # --- the last user is gone --------------------------------------------------------------------
+
+    async def settled(self, node: Node) -> None:
+        """Return once no last close of the node's file is under way."""
+        while node.content and node.content.closing is not None:
+            await node.content.closing.wait()
+
+    async def _leave(self, content: Content) -> None:
+        """A user is done. After the last one, a fetch under way still writes to the cache file:
+        until it has ended the content stays the node's, for who opens the file again."""
+        content.users -= 1
+        if content.users:
+            return
+        content.stop_prefetch()
+        if content.namespace.writes_back and content.is_dirty():
+            await self._leave_to_backlog(content)
+            return
+        content.closing = trio.Event()
+        try:
+            uploaded = await self._last_close(content)
+        finally:
+            content.closing.set()
+            content.closing = None
+        if not uploaded:
+            self._retire(content)
+        else:
+            self._retire_if_done(content)
+
+    async def _leave_to_backlog(self, content: Content) -> None:
+        """Nobody hears of an error any more: what the journal did not take stays dirty here."""
+        try:
+            if not content.secured:
+                await self.backlog.secure(content)
+        except RemoteError as error:
+            log.warning("%r: %s", content.place.path, error.message)
+        self._retire_if_done(content)
+
+    def _retire_if_done(self, content: Content) -> None:
+        """After something that may have been the content's last use."""
+        if content.users or content.closing is not None or content.is_dirty():
+            return
+        if content.is_idle():
+            self._retire(content)
+        else:
+            self._nursery.start_soon(self._retire_when_idle, content)
+
+    async def _last_close(self, content: Content) -> bool:
+        """Whether nothing had to be kept. What can be neither uploaded nor kept raises, and stays
+        the node's."""
+        while content.is_dirty():
+            try:
+                await self.flush(content)
+            except Conflict:
+                continue  # both versions are safe
+            except RemoteError as error:
+                await self._uploader.keep(content, error.message)
+                self._store.forget(content.file)
+                node = self._node(content)
+                node.entry = msgspec.structs.replace(node.entry, version=b"")  # it was this mount's
+                self._tree.expire(node)
+                node.pages_version = None
+                return False
+        await self._uploader.forget(content)
+        return True
+
+    async def _retire_when_idle(self, content: Content) -> None:
+        await content.settle()
+        if not content.users and content.closing is None and not content.is_dirty():
+            self._retire(content)
+
+    def _retire(self, content: Content) -> None:
+        if content.retired:
+            return
+        content.retired = True
+        content.stop_sending()
+        self.backlog.gone(content)
+        node = self._node(content)
+        if node.content is content:
+            node.content = None
+        self._store.release(content.file)
+        self._tree.drop_if_unused(node)
+        if content.held:
+            self._nursery.start_soon(content.let_go)
+
+    # --- names change -----------------------------------------------------------------------------
+
+    async def keep_readable(self, node: Node) -> None:
+        """The node is about to lose its file: fetch what its readers may still want."""
+        if node.content is None:
+            return
+        try:
+            node.content.use_disk()  # in memory it would not stay
+            await node.content.fetch_all(KEEP_REMOVED_BYTES)
+        except (RemoteError, CacheFull, Stale) as error:
+            log.debug("%r is removed without its missing blocks: %s", node.path, error)
+
+    def orphan(self, node: Node) -> None:
+        """The node's file was removed: what is written to it from now on goes nowhere."""
+        if node.content:
+            node.content.orphan = True
+            node.content.stop_sending()
+
+    async def forget_orphan(self, node: Node) -> None:
+        """Call it after `orphan`, once that is certain."""
+        content = node.content
+        if content:
+            self.backlog.gone(content)
+            await self._uploader.forget(content)
+            self._retire_if_done(content)

@@ -1,0 +1,199 @@
+"""What the remotes do not have yet, as the user sees it: listed, waited for, tried again, copied
+out, given up. In `through` mode that is what is being written, and what was kept; in `back` mode
+also what waits in the backlog.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import trio
+
+from hpcfs.cache.store import Store
+from hpcfs.content.content import Content
+from hpcfs.content.record import Unconfirmed
+from hpcfs.filesystem.files import Files
+from hpcfs.inodes.tree import Node, Tree
+from hpcfs.model.errors import CacheFull, InvalidRequest, NotFound
+from hpcfs.writeback.journal import Journal, recover
+from hpcfs.writeback.queue import Tell
+from hpcfs.writeback.recovery import Recovery
+from hpcfs.writeback.schedule import Item
+
+log = logging.getLogger(__name__)
+
+State = Literal["writing", "waiting", "uploading", "failed", "kept"]
+
+
+@dataclass(frozen=True, slots=True)
+class PendingRow:
+    """A file that the remote has not confirmed. `size` and `left`, what is still to be sent, are
+    bytes; `since` is in seconds since the epoch. "failed" says that the remote refused it or is out
+    of reach, "kept" that the mount does not show it: then `data` is the local file with its bytes.
+    `id` is the journal's name for it."""
+
+    id: str
+    namespace: str
+    path: bytes
+    size: int
+    left: int
+    state: State
+    reason: str
+    since: float
+    data: str
+
+    @property
+    def is_stuck(self) -> bool:
+        return self.state in ("failed", "kept")
+
+
+class Pending:
+    """Of one mount. Ids that are pending no longer are ignored."""
+
+    def __init__(
+        self, tree: Tree, store: Store, files: Files, journal: Journal, restoring: Recovery
+    ) -> None:
+        self._tree = tree
+        self._store = store
+        self._files = files
+        self._journal = journal
+        self._restoring = restoring
+
+    def pending(self) -> list[PendingRow]:
+        rows = [self._row(content) for content in self._files.dirty()]
+        return rows + [_kept(row) for row in self._journal.kept]
+
+    def _row(self, content: Content) -> PendingRow:
+        noted = self._journal.find(content.file.name)
+        item = self._files.backlog.schedule.item(content)
+        return PendingRow(
+            content.file.name,
+            content.namespace.name,
+            content.place.path,
+            content.size,
+            content.bytes_left,
+            _state(item),
+            item.reason if item else "",
+            noted.since if noted else 0.0,
+            "",
+        )
+
+    async def sync(
+        self, namespace: str | None, path: bytes, tell: Tell, patience: float = 0.0
+    ) -> None:
+        """Return when the remote has all of it. `path` is a file or a directory; None and b"" are
+        all. Raises RemoteError, the first, where it was refused or out of reach for `patience`
+        seconds; the others go on."""
+        wanted = [
+            content
+            for content in self._files.dirty()
+            if namespace is None
+            or (content.namespace.name == namespace and is_below(content.place.path, path))
+        ]
+        await self._files.backlog.wait_for(wanted, tell, patience)
+
+    async def retry(self, ids: Sequence[str]) -> None:
+        """They are tried again now. Raises RemoteError for what is kept and can't be shown."""
+        backlog = self._files.backlog
+        found = self._contents(ids)
+        for name in ids:
+            kept = self._journal.find(name)
+            if name not in found and kept is not None and kept.is_kept:
+                found[name] = await self._take_back(kept)
+        for content in found.values():
+            backlog.retry(content)
+
+    async def _take_back(self, row: Unconfirmed) -> Content:
+        """A kept file is shown again, as it was written."""
+        namespace = self._restoring.namespace_of(row)
+        if namespace is None:
+            raise InvalidRequest(f"this mount has no namespace {row.namespace} to write to")
+        node = self._restoring.find(namespace, row.path)
+        if node is not None and node.content is not None:
+            raise InvalidRequest(f"{_text(row.path)} is in use: close it first")
+        try:
+            row = await self._journal.take_back(row, self._store.registry.path(row.name))
+        except (OSError, sqlite3.Error) as error:
+            raise CacheFull(f"the cache's disk failed: {error}") from None
+        if node is not None:
+            self._files.lose(node)
+        await self._restoring.restore([msgspec.structs.replace(row, reason="")])
+        return self._contents([row.name])[row.name]
+
+    async def discard(self, ids: Sequence[str]) -> None:
+        """Forget them. The mount shows what the remote has."""
+        found = self._contents(ids)
+        for name in ids:
+            if content := found.get(name):
+                await self._give_up(content)
+            elif self._journal.find(name) is not None:
+                await self._journal.discard(name)
+
+    async def _give_up(self, content: Content) -> None:
+        async with content.upload_lock:
+            content.give_up()
+            self._store.forget(content.file)
+            node = content.place
+            assert isinstance(node, Node)
+            self._files.lose(node)
+            if node.parent:
+                self._tree.expire(node.parent)
+        await self._files.forget_orphan(node)
+        log.warning("%r was discarded", node.path)
+
+    async def recover(self, name: str, target: Path, /) -> int:
+        """Write the local version into `target`; returns its bytes. It stays pending.
+
+        Raises RemoteError where the remote's part of it can't be had, or OSError.
+        """
+        content = self._contents([name]).get(name)
+        row = self._journal.find(name)
+        if content is not None:
+            await content.complete(whole=True)
+            row = content.unconfirmed()
+        if row is None:
+            raise NotFound("it is not pending any more")
+        with content.pinned() if content else trio.CancelScope():
+            return await trio.to_thread.run_sync(recover, row, target)
+
+    def _contents(self, ids: Iterable[str]) -> dict[str, Content]:
+        wanted = set(ids)
+        dirty = {content.file.name: content for content in self._files.dirty()}
+        return {name: dirty[name] for name in wanted & dirty.keys()}
+
+
+def _state(item: Item | None) -> State:
+    if item is None:
+        return "writing"
+    if item.state == "waiting" and item.attempts:
+        return "failed"
+    return item.state
+
+
+def _kept(row: Unconfirmed) -> PendingRow:
+    return PendingRow(
+        row.name,
+        row.namespace,
+        row.path,
+        row.size,
+        row.size,
+        "kept",
+        row.reason,
+        row.since,
+        row.data,
+    )
+
+
+def is_below(path: bytes, top: bytes) -> bool:
+    """Whether it is `top`, or in it; everything is in b""."""
+    return not top or path == top or path.startswith(top + b"/")
+
+
+def _text(path: bytes) -> str:
+    return path.decode(errors="replace")

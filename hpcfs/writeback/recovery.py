@@ -1,0 +1,136 @@
+"""Taking up what an earlier mount had not uploaded: the tree shows it again, the backlog brings it.
+
+Directories on the way to a file are placeholders until somebody asks for them: nothing here needs
+the remote. What belongs to no namespace of this mount is kept where the user finds it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import os
+import stat
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from hpcfs.cache.ranges import RangeSet
+from hpcfs.cache.store import Store
+from hpcfs.content.record import Unconfirmed
+from hpcfs.directories.directories import directory_entry
+from hpcfs.filesystem.files import Files
+from hpcfs.inodes.tree import Node, Tree
+from hpcfs.site.namespace import Namespace
+from hpcfs.writeback.journal import Journal
+
+log = logging.getLogger(__name__)
+
+
+class Recovery:
+    def __init__(
+        self,
+        tree: Tree,
+        store: Store,
+        files: Files,
+        journal: Journal,
+        namespaces: Sequence[Namespace],
+    ) -> None:
+        self._tree = tree
+        self._store = store
+        self._files = files
+        self._journal = journal
+        self._namespaces = namespaces
+
+    async def restore(self, rows: Iterable[Unconfirmed]) -> int:
+        """Returns how many files will be uploaded. Raises OSError or sqlite3.Error."""
+        count = 0
+        for row in rows:
+            if row.is_kept:
+                continue
+            namespace = self.namespace_of(row)
+            if namespace is None:
+                why = "is not in the configuration any more, or read-only now"
+                await self._keep(row, f"its namespace {row.namespace} {why}")
+            elif await self._restore(row, namespace):
+                count += not row.reason
+        return count
+
+    def namespace_of(self, row: Unconfirmed) -> Namespace | None:
+        """Where it can be uploaded to."""
+        fitting = (n for n in self._namespaces if n.origin == row.origin and not n.read_only)
+        return next(fitting, None)
+
+    def find(self, namespace: Namespace, path: bytes) -> Node | None:
+        """The node of this path, if the mount has one."""
+        node = self._root_of(namespace)
+        for name in path.split(b"/"):
+            child = self._tree.child(node, name)
+            if child is None:
+                return None
+            node = child
+        return node
+
+    def _root_of(self, namespace: Namespace) -> Node:
+        return next(n for n in self._tree.root.below() if n.namespace is namespace)
+
+    async def _keep(self, row: Unconfirmed, reason: str) -> None:
+        await self._journal.keep(msgspec.structs.replace(row, reason=reason))
+
+    async def _restore(self, row: Unconfirmed, namespace: Namespace) -> bool:
+        namespace.knows_capabilities(row.capabilities)
+        parent = self._directory(namespace, row)
+        name = row.path.rpartition(b"/")[2]
+        if parent is None or self._tree.child(parent, name) is not None:
+            await self._keep(row, "another file that was not uploaded has its name")
+            return False
+        if row.writing and not row.base_size:
+            row = _as_far_as_written(row)
+        elif os.stat(row.data).st_size > row.size:  # what is beyond must not come back
+            os.truncate(row.data, row.size)
+        file = await self._store.take_up(
+            row.name, row.origin, row.path, row.version, row.size, row.ranges
+        )
+        # A row that was noted in the middle of a write has the size before it in its entry.
+        entry = msgspec.structs.replace(row.entry, size=row.size)
+        node = self._tree.add(parent, name, entry, self._tree.now())
+        self._files.take_up(node, namespace, row, file)
+        return True
+
+    def _directory(self, namespace: Namespace, row: Unconfirmed) -> Node | None:
+        """The node of the file's directory; None where something else has the name of one."""
+        node = self._root_of(namespace)
+        for name in row.path.split(b"/")[:-1]:
+            child = self._tree.child(node, name)
+            if child is None:
+                entry = directory_entry(name, 0o755, row.entry.uid, row.entry.gid, 0)
+                child = self._tree.add(node, name, entry, -math.inf)
+            if not stat.S_ISDIR(child.entry.mode):
+                return None
+            node = child
+        return node
+
+
+def _as_far_as_written(row: Unconfirmed) -> Unconfirmed:
+    """Of a file that was still being written and of whose old content nothing counts: all that is
+    in its cache file was written by a program. lseek(2) tells data from holes."""
+    fd = os.open(row.data, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = max(row.size, os.fstat(fd).st_size)
+        written = RangeSet(row.ranges)
+        end = 0
+        while (start := _seek(fd, end, os.SEEK_DATA)) is not None:
+            end = _seek(fd, start, os.SEEK_HOLE) or size
+            written.add(start, end)
+    finally:
+        os.close(fd)
+    return msgspec.structs.replace(row, size=size, ranges=list(written))
+
+
+def _seek(fd: int, offset: int, whence: int) -> int | None:
+    try:
+        return os.lseek(fd, offset, whence)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # nothing but a hole from here on
+            return None
+        raise

@@ -1,0 +1,178 @@
+"""A large file is sent while it is still being written: what the upload at its close brings then,
+and what becomes of it when that was in vain."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from hpcfs.model.errors import AheadLost, Conflict, Unreachable
+from hpcfs.model.uploads import AHEAD_BYTES, Upload, UploadAhead
+from tests.filesystem.test_back import back
+from tests.filesystem.world import RW, World, live, until
+
+MIB = 1024 * 1024
+
+
+def piece(number: int) -> bytes:
+    return bytes([number]) * AHEAD_BYTES
+
+
+async def write_pieces(w: World, handle: int, count: int, first: int = 0) -> None:
+    """With writes of 1 MiB, as the kernel sends them."""
+    for number in range(first, count):
+        for at in range(0, AHEAD_BYTES, MIB):
+            data = piece(number)[at : at + MIB]
+            await w.kernel.pwrite(handle, number * AHEAD_BYTES + at, data)
+
+
+async def sent(w: World, handle: int, pieces: int) -> None:
+    content = w.kernel.node_of(handle).content
+    assert content
+    await until(lambda: content._sending.sent.total == pieces * AHEAD_BYTES)
+
+
+def the_upload(w: World) -> Upload:
+    (upload,) = [call for call in w.cues.calls if isinstance(call, Upload)]
+    return upload
+
+
+@live()
+async def test_what_was_sent_while_it_was_written_is_not_sent_again(w: World) -> None:
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await write_pieces(w, handle, 4)
+    await sent(w, handle, 3)
+    await w.kernel.pwrite(handle, 4 * AHEAD_BYTES, b"end")
+    await w.kernel.close(handle)
+    assert w.remote.get(b"f") == piece(0) + piece(1) + piece(2) + piece(3) + b"end"
+    assert the_upload(w).ranges == [(3 * AHEAD_BYTES, AHEAD_BYTES + 3)]
+    assert w.journal.rows == []
+    assert w.remote.ahead == {}
+
+
+@back()
+async def test_in_the_background_too(w: World) -> None:
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await write_pieces(w, handle, 3)
+    await sent(w, handle, 2)
+    await w.kernel.close(handle)
+    await w.fs.files.backlog.wait_for(w.fs.files.dirty())
+    assert w.remote.get(b"f") == piece(0) + piece(1) + piece(2)
+    assert the_upload(w).ranges == [(2 * AHEAD_BYTES, AHEAD_BYTES)]
+
+
+@live()
+async def test_a_small_file_is_not(w: World) -> None:
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await write_pieces(w, handle, 1)
+    await w.kernel.close(handle)
+    assert w.cues.count(UploadAhead) == 0
+
+
+@live()
+async def test_what_was_changed_since_goes_up_again(w: World) -> None:
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await write_pieces(w, handle, 4)
+    await sent(w, handle, 3)
+    await w.kernel.pwrite(handle, AHEAD_BYTES + 5, b"header")
+    await w.kernel.close(handle)
+    changed = piece(1)[:5] + b"header" + piece(1)[11:]
+    assert w.remote.get(b"f") == piece(0) + changed + piece(2) + piece(3)
+    assert the_upload(w).ranges == [
+        (AHEAD_BYTES, AHEAD_BYTES),
+        (3 * AHEAD_BYTES, AHEAD_BYTES),
+    ]
+
+
+@live()
+async def test_what_is_changed_while_it_is_sent_goes_up_again(w: World) -> None:
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    held = w.cues.hold(UploadAhead, stage="after")
+    await write_pieces(w, handle, 2)
+    await held.reached.wait()
+    await w.kernel.pwrite(handle, 7, b"header")
+    held.go.set()
+    await w.kernel.close(handle)
+    assert w.remote.get(b"f") == piece(0)[:7] + b"header" + piece(0)[13:] + piece(1)
+
+
+@live()
+async def test_what_is_on_its_way_at_the_close_counts(w: World) -> None:
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    held = w.cues.hold(UploadAhead, stage="after")
+    await write_pieces(w, handle, 2)
+    await held.reached.wait()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(w.kernel.close, handle)
+        await wait_all_tasks_blocked()
+        held.go.set()
+    assert the_upload(w).ranges == [(AHEAD_BYTES, AHEAD_BYTES)]
+    assert w.remote.get(b"f") == piece(0) + piece(1)
+
+
+@live()
+async def test_a_file_that_is_cut_begins_anew(w: World) -> None:
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await write_pieces(w, handle, 3)
+    await sent(w, handle, 2)
+    await w.kernel.ftruncate(handle, 5)
+    await w.kernel.close(handle)
+    assert w.remote.get(b"f") == piece(0)[:5]
+    await until(lambda: w.remote.ahead == {})
+
+
+@live()
+async def test_when_what_was_sent_is_lost_all_goes_up_again(w: World) -> None:
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await write_pieces(w, handle, 3)
+    await sent(w, handle, 2)
+    w.cues.fail(Upload, AheadLost("the transfer process was started anew"))
+    await w.kernel.close(handle)
+    assert w.remote.get(b"f") == piece(0) + piece(1) + piece(2)
+
+
+@live()
+async def test_a_piece_that_fails_goes_up_at_the_end(w: World) -> None:
+    w.cues.fail(UploadAhead, Unreachable("the link is down"), nth=2)
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await write_pieces(w, handle, 4)
+    await w.kernel.close(handle)
+    assert w.remote.get(b"f") == piece(0) + piece(1) + piece(2) + piece(3)
+
+
+@live()
+async def test_a_file_that_is_removed_while_it_is_sent_is_gone(w: World) -> None:
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await write_pieces(w, handle, 3)
+    await sent(w, handle, 2)
+    await w.kernel.unlink("ns/f")
+    await w.kernel.close(handle)
+    await until(lambda: w.remote.ahead == {})
+    assert w.remote.paths() == {}
+
+
+@live()
+async def test_what_others_made_meanwhile_is_not_overwritten(w: World) -> None:
+    if w.remote.is_sftp:  # there the file is made when it is opened, or with its first piece
+        return
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    await write_pieces(w, handle, 1)
+    w.remote.put(b"f", b"theirs")
+    await write_pieces(w, handle, 3, first=1)
+    with pytest.raises(Conflict):
+        await w.kernel.close(handle)
+    assert w.remote.get(b"f") == b"theirs"
+
+
+@live()
+async def test_an_existing_file_that_is_written_anew_is_sent_too(w: World) -> None:
+    w.remote.put(b"f", b"old" * MIB)
+    handle = await w.kernel.open("ns/f", RW | os.O_TRUNC)
+    await write_pieces(w, handle, 3)
+    await sent(w, handle, 2)
+    await w.kernel.close(handle)
+    assert w.remote.get(b"f") == piece(0) + piece(1) + piece(2)
+    await trio.lowlevel.checkpoint()
