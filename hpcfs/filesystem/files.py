@@ -20,12 +20,12 @@ from hpcfs.content.content import Content
 from hpcfs.content.fetcher import Budget
 from hpcfs.content.reader import Place
 from hpcfs.content.record import Unconfirmed
-from hpcfs.content.snapshot import Changes, merge_attributes, mode_without_ids
+from hpcfs.content.snapshot import mode_without_ids
 from hpcfs.filesystem.openfile import Opened, OpenFile
 from hpcfs.inodes.permissions import Permissions
 from hpcfs.inodes.tree import Node, Tree, join
 from hpcfs.model.capabilities import Capabilities
-from hpcfs.model.entries import NO_HANDLE, Attributes, Entry
+from hpcfs.model.entries import NO_HANDLE, Entry
 from hpcfs.model.errors import (
     AlreadyExists,
     BadHandle,
@@ -103,7 +103,8 @@ class Files(Closer):
             await self.release(handle)
             raise
         keep = node.pages_version == content.version
-        content.served = content.served or keep
+        if keep:
+            content.note_served()
         node.pages_version = content.version
         return Opened(handle, keep, not node.kernel_is_behind)
 
@@ -119,7 +120,7 @@ class Files(Closer):
                 reads = False
             content = await self._content(node, namespace)
             is_new = not content.users and not content.served
-            content.users += 1
+            content.enter()
             try:
                 if not reads:
                     return content
@@ -285,10 +286,11 @@ class Files(Closer):
         file.users = 1
         self._store.adopt(file)
         content = self._make_content(node, namespace, capabilities, file)
-        content.users = 1
-        content.new = capabilities.creates_on_upload or namespace.writes_back
-        if not content.new:
-            content.made, content.write_handle = True, handle
+        content.enter()
+        if capabilities.creates_on_upload or namespace.writes_back:
+            content.note_absent()
+        else:
+            content.note_created(handle)
         node.content = content
         node.pages_version = content.version
         return self._add(OpenFile(node, content, flags)), node
@@ -348,10 +350,7 @@ class Files(Closer):
         now -= now % content.capabilities.mtime_resolution_ns
         is_own = self._permissions.uid and node.entry.uid == self._permissions.uid
         mode = mode_without_ids(node.entry) if is_own else None
-        if content.pending:  # a time that was set before is not to come back with the upload
-            content.pending = msgspec.structs.replace(content.pending, mtime_ns=None)
-        if mode is not None:
-            content.pending = merge_attributes(content.pending, Attributes(mode=mode))
+        content.note_stamped(mode)
         full = node.entry.mode if mode is None else stat.S_IFREG | mode
         self._tree.set_local(
             node, msgspec.structs.replace(node.entry, size=content.size, mtime_ns=now, mode=full)
@@ -373,7 +372,7 @@ class Files(Closer):
             self._tree.set_local(node, entry)
             node.pages_version = None
             return False
-        content.users += 1
+        content.enter()
         try:
             changed = await self._cut(node, content, size)
             await self.closed(content)
@@ -422,10 +421,6 @@ class Files(Closer):
     def take_up(self, node: Node, namespace: Namespace, row: Unconfirmed, file: CacheFile) -> None:
         """An earlier mount left this file: it is written as far as the row says."""
         content = self._make_content(node, namespace, row.capabilities, file)
-        content.base_size = row.base_size
-        content.pending, content.resized = row.pending, row.resized
-        content.new, content.replace, content.attempted = row.new, row.replace, row.attempted
-        content.changes = Changes.APPENDED if row.appended else Changes.ANY
-        content.needs_disk = content.journaled = content.secured = True
+        content.take_up(row)
         node.content = content
         self.backlog.take_up(content, row.reason)

@@ -25,7 +25,7 @@ from hpcfs.content.content import Content
 from hpcfs.content.reader import Place
 from hpcfs.inodes.tree import ATTRIBUTE_SECONDS, Node, Tree, number_of
 from hpcfs.model.capabilities import Capabilities
-from hpcfs.model.entries import NO_HANDLE, Entry
+from hpcfs.model.entries import Entry
 from hpcfs.model.errors import FilesystemError, RemoteError
 from hpcfs.prefetch.file_predictor import PAUSE_SECONDS, FilePredictor
 from hpcfs.site.namespace import Namespace
@@ -238,7 +238,6 @@ class FilePrefetcher:
             namespace.origin, place.path, entry.version, entry.size
         )
         content = self._make_content(place, namespace, capabilities, hold.file)
-        content.handle = NO_HANDLE
         try:
             hold.current = await content.fetch_ahead(FETCH_BYTES)
         finally:

@@ -76,7 +76,7 @@ class Closer(ABC):
     def lose(self, node: Node) -> None:
         """Others removed or replaced the node's file: the name is another file's from now on."""
         if node.content:
-            node.content.replaced = True
+            node.content.supersede()
         self._tree.detach(node)
 
     def _node(self, content: Content) -> Node:
@@ -134,19 +134,14 @@ class Closer(ABC):
     async def _leave(self, content: Content) -> None:
         """A user is done. After the last one, a fetch under way still writes to the cache file:
         until it has ended the content stays the node's, for who opens the file again."""
-        content.users -= 1
-        if content.users:
+        if not content.leave():
             return
         content.stop_prefetch()
         if content.namespace.writes_back and content.is_dirty():
             await self._leave_to_backlog(content)
             return
-        content.closing = trio.Event()
-        try:
+        with content.last_close():
             uploaded = await self._last_close(content)
-        finally:
-            content.closing.set()
-            content.closing = None
         if not uploaded:
             self._retire(content)
         else:
@@ -195,10 +190,8 @@ class Closer(ABC):
             self._retire(content)
 
     def _retire(self, content: Content) -> None:
-        if content.retired:
+        if not content.retire():
             return
-        content.retired = True
-        content.stop_sending()
         self.backlog.gone(content)
         node = self._node(content)
         if node.content is content:
@@ -223,8 +216,7 @@ class Closer(ABC):
     def orphan(self, node: Node) -> None:
         """The node's file was removed: what is written to it from now on goes nowhere."""
         if node.content:
-            node.content.orphan = True
-            node.content.stop_sending()
+            node.content.unlink()
 
     async def forget_orphan(self, node: Node) -> None:
         """Call it after `orphan`, once that is certain."""
