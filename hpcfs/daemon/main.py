@@ -332,7 +332,9 @@ class _Daemon:
         except OSError as error:
             log.warning("old cache files could not be removed: %s", error)
 
-    async def _answer(self, request: control.Request, tell: control_server.Tell) -> control.Reply:
+    async def _answer(
+        self, request: control.ControlRequest, tell: control_server.ReportProgress
+    ) -> control.ControlReply:
         if request.command in control.WRITE_COMMANDS:
             return await self._writes.answer(request, tell)
         return await self._cache.answer(request, tell)
