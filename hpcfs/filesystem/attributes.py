@@ -7,7 +7,7 @@ import stat
 import msgspec
 
 from hpcfs.cache.store import Store
-from hpcfs.content.snapshot import merge_attributes, mode_without_ids
+from hpcfs.content.snapshot import mode_without_ids
 from hpcfs.inodes.tree import Node, Tree
 from hpcfs.model.entries import Attributes
 from hpcfs.model.errors import NotOwner, RemoteError, Stale
@@ -114,8 +114,7 @@ class AttributeChanges:
         """The next upload of the file brings them along."""
         content = node.content
         assert content
-        content.pending = merge_attributes(content.pending, attributes)
-        content.secured = False
+        content.set_with_upload(attributes)
         self._show(node, attributes, content.capabilities.mtime_resolution_ns)
 
     def _show(self, node: Node, attributes: Attributes, resolution: int) -> None:
@@ -155,6 +154,6 @@ class AttributeChanges:
         if node.pages_version == before:
             node.pages_version = entry.version
         if node.content and node.content.version == before:
-            node.content.file.version = entry.version
+            node.content.renew_version(entry.version)
         elif not node.content:
             await self._store.renew_version(namespace.origin, node.path, before, entry.version)

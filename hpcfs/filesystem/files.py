@@ -15,12 +15,12 @@ import msgspec
 
 from hpcfs.content.content import Content
 from hpcfs.content.factory import ContentFactory
-from hpcfs.content.snapshot import merge_attributes, mode_without_ids
+from hpcfs.content.snapshot import mode_without_ids
 from hpcfs.filesystem.openfile import Opened, OpenFile
 from hpcfs.inodes.permissions import Permissions
 from hpcfs.inodes.tree import Node, Tree, join
 from hpcfs.model.capabilities import Capabilities
-from hpcfs.model.entries import NO_HANDLE, Attributes, Entry
+from hpcfs.model.entries import NO_HANDLE, Entry
 from hpcfs.model.errors import (
     AlreadyExists,
     BadHandle,
@@ -97,7 +97,8 @@ class Files:
             await self.release(handle)
             raise
         keep = node.pages_version == content.version
-        content.served = content.served or keep
+        if keep:
+            content.note_served()
         node.pages_version = content.version
         return Opened(handle, keep, not node.kernel_is_behind)
 
@@ -266,9 +267,10 @@ class Files:
         self._store.adopt(file)
         content = self._contents.make(node, namespace, capabilities, file)
         self._closer.use(content)
-        content.new = capabilities.creates_on_upload or namespace.writes_back
-        if not content.new:
-            content.made, content.write_handle = True, handle
+        if capabilities.creates_on_upload or namespace.writes_back:
+            content.note_absent()
+        else:
+            content.note_created(handle)
         node.content = content
         node.pages_version = content.version
         return self._add(OpenFile(node, content, flags)), node
@@ -328,10 +330,7 @@ class Files:
         now -= now % content.capabilities.mtime_resolution_ns
         is_own = self._permissions.uid and node.entry.uid == self._permissions.uid
         mode = mode_without_ids(node.entry) if is_own else None
-        if content.pending:  # a time that was set before is not to come back with the upload
-            content.pending = msgspec.structs.replace(content.pending, mtime_ns=None)
-        if mode is not None:
-            content.pending = merge_attributes(content.pending, Attributes(mode=mode))
+        content.note_stamped(mode)
         full = node.entry.mode if mode is None else stat.S_IFREG | mode
         self._tree.set_local(
             node, msgspec.structs.replace(node.entry, size=content.size, mtime_ns=now, mode=full)

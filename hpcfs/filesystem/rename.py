@@ -73,7 +73,7 @@ class Renamer:
                 await self.flush_below(target)
             old_path = node.path
             # No await from here to the end of the move.
-            content.replace = content.replace or _is_there(target)
+            content.note_renamed(over_another=_is_there(target))  # the row has the old name
             doomed = lost.content if lost else None
             if lost is not None:
                 self._closer.orphan(lost)
@@ -83,10 +83,9 @@ class Renamer:
             for directory in {old_parent, parent}:
                 self._tree.touch(directory)
             row = doomed.file.name if doomed and doomed.journaled else None
-            content.secured = False  # the row has the old name
             await self._closer.queue.secure(content, instead_of=row)
             if doomed:
-                doomed.journaled = False
+                doomed.note_no_row()
         if target is not None:
             self._tree.note_changed(target)
         if lost is not None:

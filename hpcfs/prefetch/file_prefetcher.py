@@ -22,7 +22,7 @@ import trio
 from hpcfs.cache.file import CacheFile
 from hpcfs.content.factory import ContentFactory
 from hpcfs.inodes.tree import ATTRIBUTE_SECONDS, Node, Tree, number_of
-from hpcfs.model.entries import NO_HANDLE, Entry
+from hpcfs.model.entries import Entry
 from hpcfs.model.errors import FilesystemError, RemoteError
 from hpcfs.prefetch.file_predictor import PAUSE_SECONDS, FilePredictor
 from hpcfs.site.namespace import Namespace
@@ -231,7 +231,6 @@ class FilePrefetcher:
             namespace.origin, place.path, entry.version, entry.size
         )
         content = self._contents.make(place, namespace, capabilities, hold.file)
-        content.handle = NO_HANDLE
         try:
             hold.current = await content.fetch_ahead(FETCH_BYTES)
         finally:

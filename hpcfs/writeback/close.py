@@ -55,7 +55,7 @@ class Closer:
 
     def use(self, content: Content) -> None:
         """Count one user more; `leave` is to follow."""
-        content.users += 1
+        content.enter()
         self._in_use[content] = None
 
     def dirty(self) -> list[Content]:
@@ -93,7 +93,7 @@ class Closer:
     def lose(self, node: Node) -> None:
         """Others removed or replaced the node's file: the name is another file's from now on."""
         if node.content:
-            node.content.replaced = True
+            node.content.supersede()
         self._tree.detach(node)
 
     def _node(self, content: Content) -> Node:
@@ -154,20 +154,15 @@ class Closer:
 
         Raises OSError or sqlite3.Error where it can be neither uploaded nor stored elsewhere.
         """
-        content.users -= 1
-        if content.users:
+        if not content.leave():
             return
         self._in_use.pop(content, None)
         content.stop_prefetch()
         if content.namespace.writes_back and content.is_dirty():
             await self._leave_to_queue(content)
             return
-        content.closing = trio.Event()
-        try:
+        with content.last_close():
             uploaded = await self._last_close(content)
-        finally:
-            content.closing.set()
-            content.closing = None
         if not uploaded:
             self._retire(content)
         else:
@@ -216,10 +211,8 @@ class Closer:
             self._retire(content)
 
     def _retire(self, content: Content) -> None:
-        if content.retired:
+        if not content.retire():
             return
-        content.retired = True
-        content.stop_sending()
         self.queue.gone(content)
         node = self._node(content)
         if node.content is content:
@@ -244,8 +237,7 @@ class Closer:
     def orphan(self, node: Node) -> None:
         """The node's file was removed: what is written to it from now on goes nowhere."""
         if node.content:
-            node.content.orphan = True
-            node.content.stop_sending()
+            node.content.unlink()
 
     async def forget_orphan(self, node: Node) -> None:
         """Call it after `orphan`, once that is certain."""

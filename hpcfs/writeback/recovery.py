@@ -19,7 +19,6 @@ from hpcfs.cache.file import CacheFile
 from hpcfs.cache.ranges import RangeSet
 from hpcfs.content.factory import ContentFactory
 from hpcfs.content.record import Unconfirmed
-from hpcfs.content.snapshot import Changes
 from hpcfs.directories.directories import directory_entry
 from hpcfs.inodes.tree import Node, Tree
 from hpcfs.site.namespace import Namespace
@@ -103,11 +102,7 @@ class Recovery:
     def _resume(self, node: Node, namespace: Namespace, row: Unconfirmed, file: CacheFile) -> None:
         """Give the node a content that is written as far as the row says, and queue it."""
         content = self._contents.make(node, namespace, row.capabilities, file)
-        content.base_size = row.base_size
-        content.pending, content.resized = row.pending, row.resized
-        content.new, content.replace, content.attempted = row.new, row.replace, row.attempted
-        content.changes = Changes.APPENDED if row.appended else Changes.ANY
-        content.needs_disk = content.journaled = content.secured = True
+        content.take_up(row)
         node.content = content
         self._queue.resume(content, row.reason)
 
