@@ -39,8 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "filesystem": {"model", "protocol", "cache", "site", "content", "inodes", "prefetch"}
     | {"directories", "writeback"},
     "kernel": {"model", "inodes", "filesystem"},
-    "daemon": {"model", "system", "control", "config", "cache", "site", "content", "inodes"}
-    | {"writeback", "filesystem", "kernel"},
+    "daemon": {"model", "system", "protocol", "control", "config", "cache", "site", "content"}
+    | {"inodes", "writeback", "filesystem", "kernel"},
     "demo": {"model", "system", "laptop"},
     "cli": {"model", "system", "tunnel", "remotes", "control", "config", "laptop", "cache"}
     | {"daemon", "demo"},
