@@ -48,9 +48,8 @@ class Pump(asyncio.Protocol):
 
     def _to_socket(self, data: memoryview) -> None:
         if not self._transport.is_closing():
-            self._transport.write(
-                bytes(data)
-            )  # copied: the transport may keep it, and the buffer is reused
+            # Copied: the transport may keep it, and the buffer is used again.
+            self._transport.write(bytes(data))
 
     def _ended(self, reason: str) -> None:
         self._transport.abort()
