@@ -91,12 +91,13 @@ class UploadQueue:
         flush: Callable[[Content], Awaitable[None]],
         done: Callable[[Content], None],
         nursery: trio.Nursery,
+        limit: int = DEFAULT_LIMIT,
     ) -> None:
         self._uploader = uploader
         self._flush = flush
         self._done = done
         self._nursery = nursery
-        self.limit = DEFAULT_LIMIT
+        self.limit = limit
         self.schedule: Schedule[Content] = Schedule()
         self._counted: dict[Content, int] = {}
         """Bytes of what is dirty, as far as they count against the limit."""
@@ -141,7 +142,7 @@ class UploadQueue:
             self.schedule.changed(content, trio.current_time())
             self._wake.set()
 
-    def take_up(self, content: Content, reason: str) -> None:
+    def resume(self, content: Content, reason: str) -> None:
         """An earlier mount left it. What was refused then waits for the user."""
         self._count(content)
         if reason:
