@@ -27,7 +27,7 @@ _PAGE = 200
 _READ_BLOCKS = 64
 """4 MiB at once."""
 
-Tell = Callable[[int, int], Awaitable[None]]
+ReportBytes = Callable[[int, int], Awaitable[None]]
 """(bytes done, bytes in all)"""
 
 
@@ -77,7 +77,7 @@ async def _pages(
 
 
 async def clear(
-    store: Store, places: list[CachedPath] | None, tell: Tell, *, pinned: bool = False
+    store: Store, places: list[CachedPath] | None, tell: ReportBytes, *, pinned: bool = False
 ) -> tuple[int, int]:
     """Everything clean goes, what is pinned only if asked for; returns (files, bytes) that went."""
     await store.save()
@@ -127,7 +127,7 @@ def _is_in(file: CacheFile, places: list[CachedPath] | None) -> bool:
 # --- verify -------------------------------------------------------------------------------------
 
 
-async def verify(store: Store, tell: Tell) -> Verified:
+async def verify(store: Store, tell: ReportBytes) -> Verified:
     """Compare every block with its checksum; what is damaged goes, to be fetched anew."""
     await store.save()
     found = Verified()

@@ -29,7 +29,7 @@ STOP_SECONDS = 5.0
 """How long an interrupted child may take to tidy up before it is killed."""
 
 
-class Report(msgspec.Struct, frozen=True):
+class MountStartReport(msgspec.Struct, frozen=True):
     """Exactly one of them, from child to parent."""
 
     status: MountStatus | None = None
@@ -46,7 +46,7 @@ def start(settings: Settings, *, debug: bool, owner: tuple[int, int] | None = No
         partial(_serve, settings, debug=debug, owner=owner),
         partial(stop, settings=settings, patience=0.0),
     )
-    report = msgspec.json.decode(line, type=Report) if line else Report()
+    report = msgspec.json.decode(line, type=MountStartReport) if line else MountStartReport()
     if report.status is None:
         stop(child, settings, patience=STOP_SECONDS)
         raise SetupError(report.failure or _sudden_end(settings))
@@ -165,7 +165,7 @@ def _serve(settings: Settings, writer: int, *, debug: bool, owner: tuple[int, in
         os.close(owner[1])
 
     def leave_terminal(status: MountStatus) -> None:
-        send_line(writer, msgspec.json.encode(Report(status=status)))
+        send_line(writer, msgspec.json.encode(MountStartReport(status=status)))
         detach()
 
     try:
@@ -180,7 +180,7 @@ def _serve(settings: Settings, writer: int, *, debug: bool, owner: tuple[int, in
     except Exception as error:  # reported to the parent, which prints it
         if debug:
             show_traceback(error)
-        send_line(writer, msgspec.json.encode(Report(failure=sentence_of(error))))
+        send_line(writer, msgspec.json.encode(MountStartReport(failure=sentence_of(error))))
         return 1
     return 0
 

@@ -14,12 +14,12 @@ import click
 import msgspec
 
 from hpcfs.cli import cache_places, warming
-from hpcfs.cli.cache_places import Place
+from hpcfs.cli.cache_places import CacheTarget
 from hpcfs.cli.mount import cache_dir_option
 from hpcfs.cli.output import complain, count, json_line, printable, size
 from hpcfs.cli.progress import Bar
 from hpcfs.control import control
-from hpcfs.control.control import CacheFolder, CacheStatus, Outcome, Request
+from hpcfs.control.control import CacheFolder, CacheStatus, ControlRequest, Outcome
 from hpcfs.model.errors import SetupError
 
 FULL_OF_PINS = 0.8
@@ -53,7 +53,7 @@ def clear(place: str | None, cache_dir: Path | None, pinned: bool) -> int:
 
     What is not uploaded yet, what could not be uploaded, and what is pinned stays.
     """
-    return _on_each(place, cache_dir, Request("clear", pinned=pinned), _tell_cleared)
+    return _on_each(place, cache_dir, ControlRequest("clear", pinned=pinned), _tell_cleared)
 
 
 @cache.command(short_help="Look for damage in caches.")
@@ -62,7 +62,7 @@ def clear(place: str | None, cache_dir: Path | None, pinned: bool) -> int:
 def verify(place: str | None, cache_dir: Path | None) -> int:
     """Compare all that is cached with its checksums. What is damaged is dropped, to be fetched anew
     when it is read; the exit code is then 1."""
-    return _on_each(place, cache_dir, Request("verify"), _tell_verified)
+    return _on_each(place, cache_dir, ControlRequest("verify"), _tell_verified)
 
 
 @cache.command(short_help="Fetch files and directories into the cache.")
@@ -74,7 +74,7 @@ def warm(where: tuple[str, ...], wants_pin: bool) -> int:
     places = [cache_places.find_mounted(text) for text in where]
     if wants_pin:
         for place in places:
-            _ask(place, Request("pin", place.path))
+            _ask(place, ControlRequest("pin", place.path))
     found = warming.warm(places)
     print(printable(f"{size(found.bytes)} of {count(found.files, 'file')} are in the cache"))
     if wants_pin:
@@ -89,7 +89,7 @@ def pin(where: tuple[str, ...]) -> None:
     at once with 'hpcfs cache warm --pin'."""
     places = [cache_places.find_mounted(text) for text in where]
     for place in places:
-        _ask(place, Request("pin", place.path))
+        _ask(place, ControlRequest("pin", place.path))
     _tell_pins(places)
 
 
@@ -100,12 +100,12 @@ def unpin(where: tuple[str, ...]) -> None:
     for text in where:
         place = cache_places.find_mounted(text)
         try:
-            _ask(place, Request("unpin", place.path))
-        except control.Refused as refused:
+            _ask(place, ControlRequest("unpin", place.path))
+        except control.DaemonRefused as refused:
             raise SetupError(f"{text}: {refused}") from None
 
 
-def _ask(place: Place, request: Request) -> Outcome:
+def _ask(place: CacheTarget, request: ControlRequest) -> Outcome:
     assert place.socket
     return control.work(place.socket, request, lambda _: None)
 
@@ -116,8 +116,8 @@ def _ask(place: Place, request: Request) -> Outcome:
 def _on_each(
     text: str | None,
     cache_dir: Path | None,
-    request: Request,
-    tell: Callable[[Place, Outcome], int],
+    request: ControlRequest,
+    tell: Callable[[CacheTarget, Outcome], int],
 ) -> int:
     """On one cache or all; one that fails does not stop the others. The highest exit code."""
     if text is not None:
@@ -135,7 +135,7 @@ def _on_each(
     return max(codes)
 
 
-def _do(place: Place, request: Request) -> tuple[Place, Outcome]:
+def _do(place: CacheTarget, request: ControlRequest) -> tuple[CacheTarget, Outcome]:
     request = msgspec.structs.replace(request, path=place.path)
     with Bar(printable(place.name)) as bar:
         if place.socket is not None:
@@ -145,12 +145,12 @@ def _do(place: Place, request: Request) -> tuple[Place, Outcome]:
     return place, outcome
 
 
-def _tell_cleared(place: Place, outcome: Outcome) -> int:
+def _tell_cleared(place: CacheTarget, outcome: Outcome) -> int:
     print(printable(f"{place.name}: cleared {size(outcome.bytes)}"))
     return 0
 
 
-def _tell_verified(place: Place, outcome: Outcome) -> int:
+def _tell_verified(place: CacheTarget, outcome: Outcome) -> int:
     looked = f"{place.name}: {size(outcome.bytes)} in {count(outcome.files, 'file')}"
     if not outcome.damaged_files:
         print(printable(f"{looked}: all as it was stored"))
@@ -160,7 +160,7 @@ def _tell_verified(place: Place, outcome: Outcome) -> int:
     return 1
 
 
-def _tell_pins(places: list[Place]) -> None:
+def _tell_pins(places: list[CacheTarget]) -> None:
     """Pins that leave no room make the cache useless for all else."""
     for socket in {place.socket for place in places if place.socket}:
         found = control.query_cache(socket)
@@ -194,10 +194,10 @@ def show_all(text: str | None, cache_dir: Path | None, *, as_json: bool) -> int:
     return code
 
 
-def _query(place: Place) -> CacheStatus:
+def _query(place: CacheTarget) -> CacheStatus:
     if place.socket is not None:
         return control.query_cache(place.socket)
-    status = cache_places.answer(place, Request("cache"), lambda _: None).cache
+    status = cache_places.answer(place, ControlRequest("cache"), lambda _: None).cache
     assert status
     return status
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from hpcfs.cache import location
 from hpcfs.config import config
 from hpcfs.control import control, mountpoint
-from hpcfs.control.control import Reply, Request, Step
+from hpcfs.control.control import ControlReply, ControlRequest, WorkProgress
 from hpcfs.model.errors import SetupError
 from hpcfs.system import paths
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class CacheTarget:
     """With a socket it is mounted, and `path` is what of it is meant; b"" is all. Else `directory`
     is the cache's own."""
 
@@ -27,7 +27,7 @@ class Place:
     directory: Path | None = None
 
 
-def find(text: str, cache_dir: Path | None) -> Place:
+def find(text: str, cache_dir: Path | None) -> CacheTarget:
     """What a path or a mount point stands for. Raises SetupError."""
     if (place := _in_a_mount(text)) is not None:
         return place
@@ -35,10 +35,10 @@ def find(text: str, cache_dir: Path | None) -> Place:
     directory = _base(cache_dir) / paths.mount_id(target)
     if not (directory / "lock").is_file():
         raise SetupError(f"{text} is in no mount, and no mount point with a cache")
-    return Place(str(target), directory=directory)
+    return CacheTarget(str(target), directory=directory)
 
 
-def find_mounted(text: str) -> Place:
+def find_mounted(text: str) -> CacheTarget:
     """Raises SetupError also where it is not mounted."""
     place = find(text, None)
     if place.socket is None:
@@ -46,7 +46,7 @@ def find_mounted(text: str) -> Place:
     return place
 
 
-def find_below(text: str, cache_dir: Path | None) -> Place:
+def find_below(text: str, cache_dir: Path | None) -> CacheTarget:
     """As `find`, but also for a path below a mount point that is not mounted now."""
     if (place := _in_a_mount(text)) is not None:
         return place
@@ -55,18 +55,18 @@ def find_below(text: str, cache_dir: Path | None) -> Place:
         directory = base / paths.mount_id(target)
         if (directory / "lock").is_file():
             below = b"" if target == path else os.fsencode(path.relative_to(target))
-            return Place(str(path), path=below, directory=directory)
+            return CacheTarget(str(path), path=below, directory=directory)
     raise SetupError(f"{text} is in no mount, and below no mount point with a cache")
 
 
-def find_all_mounted() -> list[Place]:
+def find_all_mounted() -> list[CacheTarget]:
     """This user's. Root may reach other users' mounts, but must name them."""
     own = os.getuid()
     targets = [found.mountpoint for found in mountpoint.mounts() if found.user_id == own]
-    return [Place(str(target), target, paths.find_socket(target)) for target in targets]
+    return [CacheTarget(str(target), target, paths.find_socket(target)) for target in targets]
 
 
-def find_all(cache_dir: Path | None) -> list[Place]:
+def find_all(cache_dir: Path | None) -> list[CacheTarget]:
     """The caches of all of this user's mounts, then those that are not mounted."""
     places, in_use = find_all_mounted(), set()
     for place in places:
@@ -79,11 +79,13 @@ def find_all(cache_dir: Path | None) -> list[Place]:
     found = sorted(base.iterdir()) if base.is_dir() else []
     for directory in found:
         if (directory / "lock").is_file() and directory.resolve() not in in_use:
-            places.append(Place(str(directory), directory=directory))
+            places.append(CacheTarget(str(directory), directory=directory))
     return places
 
 
-def answer(place: Place, request: Request, on_step: Callable[[Step], None]) -> Reply:
+def answer(
+    place: CacheTarget, request: ControlRequest, on_step: Callable[[WorkProgress], None]
+) -> ControlReply:
     """For a cache that is not mounted. Raises SetupError."""
     from hpcfs.daemon import cache_commands  # it brings trio along, which mounted ones don't need
 
@@ -96,7 +98,7 @@ def _reachable_mounts() -> list[Path]:
     return [found.mountpoint for found in mountpoint.mounts() if own in (0, found.user_id)]
 
 
-def _in_a_mount(text: str) -> Place | None:
+def _in_a_mount(text: str) -> CacheTarget | None:
     """Looks into the mount only if the path leads below it."""
     lexical = paths.absolute_mountpoint(text)
     mounts = _reachable_mounts()
@@ -107,10 +109,10 @@ def _in_a_mount(text: str) -> Place | None:
     return _place(max(above, key=lambda target: len(target.parts)), path) if above else None
 
 
-def _place(target: Path, path: Path) -> Place:
+def _place(target: Path, path: Path) -> CacheTarget:
     socket = paths.find_socket(target)
     below = b"" if path == target else os.fsencode(path.relative_to(target))
-    return Place(str(path), target, socket, below)
+    return CacheTarget(str(path), target, socket, below)
 
 
 def _base(cache_dir: Path | None) -> Path:

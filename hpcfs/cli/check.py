@@ -14,7 +14,7 @@ from hpcfs.cli.findings import Finding
 from hpcfs.cli.output import count, printable
 from hpcfs.cli.tunnel import bind_option, name_option
 from hpcfs.config import config
-from hpcfs.config.config import Config, Namespace
+from hpcfs.config.config import Config, NamespaceConfig
 from hpcfs.model.errors import SetupError
 from hpcfs.model.sites import S3Root, S3Site, SftpRoot, SshSite, TunnelSite
 
@@ -84,7 +84,7 @@ def _namespaces(chosen: Config) -> Iterable[Finding]:
         yield from _namespace(found)
 
 
-def _namespace(found: Namespace) -> Iterator[Finding]:
+def _namespace(found: NamespaceConfig) -> Iterator[Finding]:
     if isinstance(found.site, SshSite):
         yield from check_ssh.ssh_namespace(found.name, found.site)
     elif isinstance(found.site, S3Site) and isinstance(found.root, S3Root):

@@ -9,7 +9,7 @@ import click
 from hpcfs.cli import cache_places, pending
 from hpcfs.cli.output import printable, size
 from hpcfs.control import control
-from hpcfs.control.control import PendingList, Request
+from hpcfs.control.control import ControlRequest, PendingList
 from hpcfs.model.errors import SetupError
 
 MAX_NAMED = 10
@@ -32,7 +32,7 @@ def discard(where: str, yes: bool) -> int:
         print("nothing was discarded")
         return 1
     # What was written while the user thought about it stays.
-    request = Request("discard", place.path, before=found.time)
+    request = ControlRequest("discard", place.path, before=found.time)
     outcome = control.work(place.socket, request, lambda _: None)
     print(printable(f"{place.name}: discarded {pending.amount(outcome.files, outcome.bytes)}"))
     return 0

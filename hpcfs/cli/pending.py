@@ -14,7 +14,7 @@ from hpcfs.control.control import MountStatus, PendingFile, PendingList, Pending
 from hpcfs.model.errors import SetupError
 
 if TYPE_CHECKING:
-    from hpcfs.cli.cache_places import Place
+    from hpcfs.cli.cache_places import CacheTarget
 
 MAX_NAMED = 20
 _STATES: tuple[PendingState, ...] = ("failed", "kept", "uploading", "waiting", "writing")
@@ -24,7 +24,7 @@ REMEDIES = (
 )
 
 
-class Silent(msgspec.Struct, frozen=True):
+class UnansweredMount(msgspec.Struct, frozen=True):
     """A mount whose daemon gave no status, as --json shows it."""
 
     mountpoint: str
@@ -78,13 +78,13 @@ def stuck_lines(status: MountStatus, file: PendingFile) -> list[str]:
     return [*found, f"      the bytes: {file.data}"] if file.data else found
 
 
-def query(place: Place, timeout: float = control.STEP_SECONDS) -> PendingList:
+def query(place: CacheTarget, timeout: float = control.STEP_SECONDS) -> PendingList:
     """Raises SetupError."""
     assert place.socket
     assert place.mountpoint
     try:
         return control.query_pending(place.socket, place.path, timeout)
-    except control.NotRunning:
+    except control.DaemonNotRunning:
         if not mountpoint.is_dead(place.mountpoint):
             raise
         raise SetupError(

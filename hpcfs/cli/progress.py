@@ -6,7 +6,7 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from hpcfs.control.control import Step
+from hpcfs.control.control import WorkProgress
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -59,7 +59,7 @@ class Bar:
         if self._progress is not None:
             self._progress.stop()
 
-    def show(self, step: Step) -> None:
+    def show(self, step: WorkProgress) -> None:
         if self._progress is not None and self._task is not None:
             total = max(step.total, step.done)
             files = f"{step.files_done}/{step.files_total} files" if step.files_total else ""

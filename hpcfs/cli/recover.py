@@ -11,12 +11,12 @@ from pathlib import Path
 import click
 
 from hpcfs.cli import cache_places, pending
-from hpcfs.cli.cache_places import Place
+from hpcfs.cli.cache_places import CacheTarget
 from hpcfs.cli.mount import cache_dir_option
 from hpcfs.cli.output import complain, printable
 from hpcfs.cli.progress import Bar
 from hpcfs.control import control, mountpoint
-from hpcfs.control.control import Outcome, Request
+from hpcfs.control.control import ControlRequest, Outcome
 from hpcfs.model.errors import SetupError
 
 
@@ -62,11 +62,11 @@ def _target(text: str) -> Path:
     return target
 
 
-def _recover(place: Place, target: Path) -> tuple[Outcome, list[Path]]:
+def _recover(place: CacheTarget, target: Path) -> tuple[Outcome, list[Path]]:
     with Bar("copying") as bar:
         if place.socket is not None:
             pending.query(place)
-            request = Request("recover", place.path, to=os.fsencode(target))
+            request = ControlRequest("recover", place.path, to=os.fsencode(target))
             return control.work(place.socket, request, bar.show), []
         # It brings trio along, which mounted ones don't need.
         from hpcfs.daemon import write_commands

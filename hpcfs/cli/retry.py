@@ -7,7 +7,7 @@ import click
 from hpcfs.cli import cache_places, pending
 from hpcfs.cli.output import complain, printable
 from hpcfs.control import control
-from hpcfs.control.control import Request
+from hpcfs.control.control import ControlRequest
 from hpcfs.model.errors import SetupError
 
 
@@ -24,7 +24,9 @@ def retry(where: str | None) -> int:
         assert place.socket
         try:
             pending.query(place)
-            outcome = control.work(place.socket, Request("retry", place.path), lambda _: None)
+            outcome = control.work(
+                place.socket, ControlRequest("retry", place.path), lambda _: None
+            )
         except SetupError as error:
             complain(f"{place.name}: {error}")
             code = 1

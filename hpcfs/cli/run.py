@@ -24,7 +24,7 @@ from hpcfs.cli.output import complain
 from hpcfs.cli.progress import Bar
 from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint
-from hpcfs.control.control import Request
+from hpcfs.control.control import ControlRequest
 from hpcfs.model.errors import SetupError
 from hpcfs.system import interpreter, signals, temporary, user_namespace
 
@@ -171,7 +171,7 @@ class _Run:
         problem = ""
         try:
             with Bar("uploading") as bar:
-                control.work(at, Request("sync"), bar.show)
+                control.work(at, ControlRequest("sync"), bar.show)
         except SetupError as error:
             problem = str(error)
         status = control.query_status(at)

@@ -15,7 +15,7 @@ import click
 
 from hpcfs.cli import pending
 from hpcfs.cli.output import ago, complain, count, json_line, printable, size
-from hpcfs.cli.pending import Silent
+from hpcfs.cli.pending import UnansweredMount
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import MountStatus, NamespaceStatus
 from hpcfs.model.errors import SetupError
@@ -39,7 +39,7 @@ def status(place: str | None, as_json: bool, live: bool) -> int:
     return watch.watch(query, show, draws=not as_json)
 
 
-def _find(place: str | None) -> Sequence[MountStatus | Silent]:
+def _find(place: str | None) -> Sequence[MountStatus | UnansweredMount]:
     targets = _own_mounts()
     if place is not None:
         wanted = paths.absolute_mountpoint(place)
@@ -47,7 +47,9 @@ def _find(place: str | None) -> Sequence[MountStatus | Silent]:
     return [_query(target) for target in targets]
 
 
-def _show(place: str | None, found: Sequence[MountStatus | Silent], *, as_json: bool) -> int:
+def _show(
+    place: str | None, found: Sequence[MountStatus | UnansweredMount], *, as_json: bool
+) -> int:
     """The exit code."""
     if as_json:
         print(json_line(found))
@@ -66,11 +68,11 @@ def _own_mounts() -> list[Path]:
     return [found.mountpoint for found in mountpoint.mounts() if own in (0, found.user_id)]
 
 
-def _query(target: Path) -> MountStatus | Silent:
+def _query(target: Path) -> MountStatus | UnansweredMount:
     try:
         return control.query_status(paths.find_socket(target))
     except SetupError as error:
-        return Silent(str(target), _why_silent(target, error))
+        return UnansweredMount(str(target), _why_silent(target, error))
 
 
 def _why_silent(target: Path, error: SetupError) -> str:
@@ -79,8 +81,8 @@ def _why_silent(target: Path, error: SetupError) -> str:
     return str(error)
 
 
-def _describe(found: MountStatus | Silent) -> str:
-    if isinstance(found, Silent):
+def _describe(found: MountStatus | UnansweredMount) -> str:
+    if isinstance(found, UnansweredMount):
         return printable(f"{found.mountpoint}: {found.error}")
     head = (
         f"{found.mountpoint}  (pid {found.pid}, hpcfs {found.version}, "

@@ -11,12 +11,12 @@ from contextlib import suppress
 import click
 
 from hpcfs.cli import cache_places, pending, waiting
-from hpcfs.cli.cache_places import Place
+from hpcfs.cli.cache_places import CacheTarget
 from hpcfs.cli.output import complain, printable
 from hpcfs.cli.progress import Bar
 from hpcfs.cli.waiting import timeout_option
 from hpcfs.control import control
-from hpcfs.control.control import Step
+from hpcfs.control.control import WorkProgress
 from hpcfs.model.errors import SetupError
 
 
@@ -32,14 +32,14 @@ def sync(where: str | None, timeout: float | None) -> int:
     return max([_sync(place, end) for place in places])
 
 
-def _sync(place: Place, end: float | None) -> int:
+def _sync(place: CacheTarget, end: float | None) -> int:
     assert place.socket
     notice = waiting.OutageNotice()
     try:
         pending.query(place)
         with Bar("uploading") as bar:
 
-            def show(step: Step) -> None:
+            def show(step: WorkProgress) -> None:
                 bar.show(step)
                 notice.show(step)
 
@@ -61,7 +61,7 @@ def _sync(place: Place, end: float | None) -> int:
     return 0
 
 
-def _tell_rest(place: Place) -> None:
+def _tell_rest(place: CacheTarget) -> None:
     with suppress(SetupError):  # it was asked to stop, not to tell why it can't say more
         found = pending.query(place, control.ANSWER_SECONDS)
         left = pending.amount(found.count, found.left)

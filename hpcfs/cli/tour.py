@@ -18,7 +18,7 @@ COMMAND_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class TourStep:
     """`silence` says what it means when the command prints nothing."""
 
     explanation: str
@@ -26,41 +26,43 @@ class Step:
     silence: str = ""
 
 
-def steps(target: Path) -> list[Step]:
+def steps(target: Path) -> list[TourStep]:
     found = [
-        Step(
+        TourStep(
             "Three remotes in one tree: a cluster over SSH, a bucket over S3, and a laptop that "
             "shares two folders through its login to the cluster.",
             ("ls", "-l", ".", "cluster", "bucket", "laptop", "cluster/results"),
         ),
-        Step(
+        TourStep(
             "From the laptop to the cluster: no SSH server and no open port on the laptop.",
             ("cp", "-rv", "laptop/data/inputs", "cluster/"),
         ),
-        Step(
+        TourStep(
             "From the cluster to the bucket with plain cp: it returns when the bucket has it all.",
             ("cp", "-v", "cluster/results/model.bin", "bucket/"),
         ),
-        Step(
+        TourStep(
             "A directory by rsync, with modes and times ...",
             ("rsync", "-ai", "cluster/results", "bucket/"),
         ),
-        Step(
+        TourStep(
             "... and again: nothing left to do.",
             ("rsync", "-ai", "cluster/results", "bucket/"),
             "(nothing was transferred)",
         ),
-        Step(
+        TourStep(
             "Both copies are the same.",
             ("diff", "-r", "cluster/results", "bucket/results"),
             "(no difference)",
         ),
-        Step("What is mounted, and how it is doing.", ("hpcfs", "status", str(target))),
+        TourStep("What is mounted, and how it is doing.", ("hpcfs", "status", str(target))),
     ]
     if shutil.which("rsync"):
         return found
     complain("rsync is not installed: the tour copies with 'cp -a' instead")
-    copying = Step("A directory, with modes and times.", ("cp", "-a", "cluster/results", "bucket/"))
+    copying = TourStep(
+        "A directory, with modes and times.", ("cp", "-a", "cluster/results", "bucket/")
+    )
     return [*found[:3], copying, *found[5:]]
 
 
@@ -69,7 +71,7 @@ def run(target: Path) -> bool:
     return all(_run_step(step, target) for step in steps(target))
 
 
-def _run_step(step: Step, target: Path) -> bool:
+def _run_step(step: TourStep, target: Path) -> bool:
     click.secho(f"\n# {step.explanation}", dim=True)
     click.secho(f"$ {shlex.join(step.command)}", bold=True)
     own_commands = Path(sys.argv[0]).resolve().parent

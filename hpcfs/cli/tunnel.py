@@ -12,7 +12,7 @@ from hpcfs.cli import tunnel_background
 from hpcfs.cli.arguments import read_by
 from hpcfs.cli.main import Invocation
 from hpcfs.cli.output import ago, complain, json_line, printable, size
-from hpcfs.cli.tunnel_line import Line, sentence
+from hpcfs.cli.tunnel_line import TunnelStatusLine, sentence
 from hpcfs.config import tunnel as tunnel_config
 from hpcfs.config.tunnel import Wishes
 from hpcfs.laptop import status
@@ -83,7 +83,7 @@ def tunnel(
     if daemon:
         _start(wishes, shared, debug=invocation.debug)
     else:
-        line = Line()
+        line = TunnelStatusLine()
         with line.drawn():
             _serve(wishes, shared, line.ask, line.show, to_stderr=not sys.stderr.isatty())
     return 0
@@ -104,7 +104,7 @@ def _serve(
 
 
 def _start(wishes: Wishes, shares: tuple[Share, ...], *, debug: bool) -> None:
-    line = Line()
+    line = TunnelStatusLine()
 
     def serve(show: Callable[[TunnelStatus], None]) -> None:
         _serve(wishes, shares, line.ask, show, to_stderr=False)
@@ -147,7 +147,7 @@ def _query(named: str | None) -> tuple[list[TunnelStatus], list[str]]:
     for name in [named] if named else status.running():
         try:
             found.append(status.query(name))
-        except status.NotRunning:
+        except status.TunnelNotRunning:
             continue
         except SetupError as error:
             failures.append(str(error))

@@ -21,7 +21,7 @@ Serve = Callable[[Callable[[TunnelStatus], None]], None]
 """Runs the tunnel; what it is given is called with each status."""
 
 
-class Report(msgspec.Struct, frozen=True):
+class TunnelStartReport(msgspec.Struct, frozen=True):
     """Exactly one of them, from child to parent."""
 
     status: TunnelStatus | None = None
@@ -31,7 +31,9 @@ class Report(msgspec.Struct, frozen=True):
 def start(serve: Serve, *, debug: bool) -> TunnelStatus:
     """The status of the tunnel, which a child serves. Raises SetupError when it failed."""
     child, received = background.run_child(partial(_serve, serve, debug=debug), _end)
-    report = msgspec.json.decode(received, type=Report) if received else Report()
+    report = (
+        msgspec.json.decode(received, type=TunnelStartReport) if received else TunnelStartReport()
+    )
     if report.status is None:
         _end(child)
         raise SetupError(report.failure or "the tunnel ended before it stood")
@@ -54,7 +56,7 @@ def _serve(serve: Serve, writer: int, *, debug: bool) -> int:
         nonlocal left
         if status.state == "up" and not left:
             left = True
-            background.send_line(writer, msgspec.json.encode(Report(status=status)))
+            background.send_line(writer, msgspec.json.encode(TunnelStartReport(status=status)))
             background.detach()
 
     try:
@@ -64,6 +66,6 @@ def _serve(serve: Serve, writer: int, *, debug: bool) -> int:
             show_traceback(error)
         text = str(error) if isinstance(error, SetupError) else f"the tunnel failed ({error!r})"
         if not left:
-            background.send_line(writer, msgspec.json.encode(Report(failure=text)))
+            background.send_line(writer, msgspec.json.encode(TunnelStartReport(failure=text)))
         return 1
     return 0

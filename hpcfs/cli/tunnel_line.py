@@ -15,7 +15,7 @@ from hpcfs.laptop.status import TunnelStatus
 _CLEAR = "\r\x1b[K"
 
 
-class Line:
+class TunnelStatusLine:
     """Questions have the terminal for themselves. Where stderr is no terminal nothing is drawn."""
 
     def __init__(self) -> None:

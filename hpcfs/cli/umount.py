@@ -23,7 +23,7 @@ from hpcfs.cli.output import complain, count, printable
 from hpcfs.cli.progress import Bar
 from hpcfs.cli.waiting import timeout_option
 from hpcfs.control import control, mountpoint
-from hpcfs.control.control import MountStatus, Step
+from hpcfs.control.control import MountStatus, WorkProgress
 from hpcfs.model.errors import SetupError
 from hpcfs.system import mountinfo, paths
 
@@ -105,7 +105,7 @@ class _Watcher:
         self._told = False
         self._outage = waiting.OutageNotice()
 
-    def show(self, step: Step) -> None:
+    def show(self, step: WorkProgress) -> None:
         self._bar.show(step)
         self._outage.show(step)
         if self._told or time.monotonic() < self._tell_at:

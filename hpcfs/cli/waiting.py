@@ -7,7 +7,7 @@ import time
 import click
 
 from hpcfs.cli.output import complain
-from hpcfs.control.control import Request, Step
+from hpcfs.control.control import ControlRequest, WorkProgress
 
 timeout_option = click.option(
     "--timeout",
@@ -28,10 +28,14 @@ def left(end: float | None) -> float | None:
     return None if end is None else max(0.0, end - time.monotonic())
 
 
-def sync_request(end: float | None, path: bytes = b"") -> Request:
+def sync_request(end: float | None, path: bytes = b"") -> ControlRequest:
     """A remote that is out of reach is tried until then."""
     patience = left(end)
-    return Request("sync", path) if patience is None else Request("sync", path, patience=patience)
+    return (
+        ControlRequest("sync", path)
+        if patience is None
+        else ControlRequest("sync", path, patience=patience)
+    )
 
 
 class OutageNotice:
@@ -40,7 +44,7 @@ class OutageNotice:
     def __init__(self) -> None:
         self._told = False
 
-    def show(self, step: Step) -> None:
+    def show(self, step: WorkProgress) -> None:
         if step.reason and not self._told:
             self._told = True
             complain(f"waiting for a connection ({step.reason}); Ctrl-C stops only waiting")

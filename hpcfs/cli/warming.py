@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpcfs.cli.cache_places import Place
+from hpcfs.cli.cache_places import CacheTarget
 from hpcfs.cli.output import complain
 from hpcfs.cli.progress import Bar
 from hpcfs.control import control
-from hpcfs.control.control import Request, Step
+from hpcfs.control.control import ControlRequest, WorkProgress
 from hpcfs.model.errors import SetupError
 
 WORKERS = 8
@@ -63,15 +63,15 @@ class _Work:
     def expect(self, length: int) -> None:
         with self.lock:
             self.total += length
-            self.bar.show(Step(self.done, self.total))
+            self.bar.show(WorkProgress(self.done, self.total))
 
     def advance(self, length: int) -> None:
         with self.lock:
             self.done += length
-            self.bar.show(Step(self.done, self.total))
+            self.bar.show(WorkProgress(self.done, self.total))
 
 
-def warm(places: list[Place]) -> Warmed:
+def warm(places: list[CacheTarget]) -> Warmed:
     """Returns when all is fetched that can be. Ctrl-C ends the process, and with it the requests:
     the daemon cancels those whose client is gone."""
     limits = {place.socket: _limit(place) for place in places}
@@ -99,7 +99,7 @@ def warm(places: list[Place]) -> Warmed:
     return work.found
 
 
-def _limit(place: Place) -> int:
+def _limit(place: CacheTarget) -> int:
     assert place.socket
     limit = control.query_cache(place.socket).limit
     assert limit is not None
@@ -144,14 +144,14 @@ def _run(work: _Work) -> None:
 def _fetch(file: _File, work: _Work) -> None:
     done = 0
 
-    def show(step: Step) -> None:
+    def show(step: WorkProgress) -> None:
         nonlocal done
         work.advance(step.done - done)
         done = step.done
 
     path = os.fsencode(os.path.relpath(file.path, file.mountpoint))
     try:
-        outcome = control.work(file.socket, Request("warm", path), show)
+        outcome = control.work(file.socket, ControlRequest("warm", path), show)
     except SetupError as error:
         work.problem(file.path, str(error))
         return

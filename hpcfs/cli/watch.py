@@ -21,7 +21,7 @@ import click
 
 from hpcfs.cli import pending
 from hpcfs.cli.output import ago, count, printable, size
-from hpcfs.cli.pending import Silent
+from hpcfs.cli.pending import UnansweredMount
 from hpcfs.control.control import MountStatus, NamespaceStatus, PendingFile, SiteStatus
 
 SECONDS = 1.0
@@ -30,7 +30,7 @@ _ENTER = "\x1b[?1049h\x1b[?25l\x1b[?7l"
 """The alternate screen, without a cursor, and without lines that wrap."""
 _LEAVE = "\x1b[?7h\x1b[?25h\x1b[?1049l"
 
-Found = Sequence[MountStatus | Silent]
+Found = Sequence[MountStatus | UnansweredMount]
 
 
 def watch(query: Callable[[], Found], show: Callable[[Found], int], *, draws: bool) -> int:
@@ -101,8 +101,8 @@ def frame(found: Found, rates: Rates, height: int) -> list[str]:
     return shown[:height]
 
 
-def _mount_lines(one: MountStatus | Silent) -> list[str]:
-    if isinstance(one, Silent):
+def _mount_lines(one: MountStatus | UnansweredMount) -> list[str]:
+    if isinstance(one, UnansweredMount):
         return [click.style(printable(f"{one.mountpoint}: {one.error}"), fg="red")]
     head = printable(f"{one.mountpoint}  (mounted {ago(one.started)} ago, log: {one.log_file})")
     uploads = "nothing is pending"

@@ -59,7 +59,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Namespace:
+class NamespaceConfig:
     """One top-level directory of the mount. `url` is for display and holds no secret. `write` is
     what close(2) waits for: the remote, or the local journal. `xattrs` is whether extended
     attributes are wanted, `symlinks` where symbolic links may lead."""
@@ -86,7 +86,7 @@ class Namespace:
 class Config:
     """What the user asked for. `notes` are things to tell the user once."""
 
-    namespaces: dict[str, Namespace]
+    namespaces: dict[str, NamespaceConfig]
     root_namespace: str | None = None
     mountpoint: Path | None = None
     cache_dir: Path | None = None
@@ -106,7 +106,7 @@ class Settings:
     mountpoint: Path
     cache_dir: Path
     cache_size: int
-    namespaces: dict[str, Namespace]
+    namespaces: dict[str, NamespaceConfig]
     root_namespace: str | None
     log_file: Path
     socket: Path
@@ -172,7 +172,7 @@ def with_urls(base: Config, named_urls: Sequence[tuple[str | None, str]]) -> Con
     if any(is_root) and len(named_urls) > 1:
         raise SetupError("with several remotes each needs a name: NAME=URL NAME=URL")
     around = urls.Surroundings(ssh_config.aliases(), rclone_conf.load, DEFAULT_CONNECT_TIMEOUT)
-    found: dict[str, Namespace] = {}
+    found: dict[str, NamespaceConfig] = {}
     notes: list[str] = []
     for name, url in named_urls:
         target = urls.parse(url, around)
@@ -180,7 +180,9 @@ def with_urls(base: Config, named_urls: Sequence[tuple[str | None, str]]) -> Con
         if key in found:
             raise SetupError(f"two remotes are named {key!r}: give each its own name")
         shown = urls.show(target.site, target.root)
-        found[key] = Namespace(key, target.site, target.root, shown, symlinks=_symlinks_of(target))
+        found[key] = NamespaceConfig(
+            key, target.site, target.root, shown, symlinks=_symlinks_of(target)
+        )
         notes += target.notes
     return replace(
         base,
@@ -190,7 +192,7 @@ def with_urls(base: Config, named_urls: Sequence[tuple[str | None, str]]) -> Con
     )
 
 
-def _symlinks_of(target: urls.Target) -> SymlinkMode:
+def _symlinks_of(target: urls.ParsedUrl) -> SymlinkMode:
     if target.symlinks is None:
         return DEFAULT_SYMLINKS
     try:
@@ -328,7 +330,7 @@ def tunnel_table(text: str, file: Path) -> _Table | None:
     return None if entries is None else _Table(entries, ("tunnel",), file, top.lines)
 
 
-def _namespace(table: _Table) -> Namespace:
+def _namespace(table: _Table) -> NamespaceConfig:
     kind = table.require("type", values.kind, '"sftp"')
     keys, read = _KINDS[kind]
     table.refuse_unknown(keys)
@@ -342,7 +344,7 @@ def _namespace(table: _Table) -> Namespace:
     xattrs = kind == "s3" and table.get("xattrs", values.boolean, True)
     symlinks = table.get("symlinks", values.symlink_mode, DEFAULT_SYMLINKS)
     name, url = str(table.path[-1]), urls.show(site, root)
-    return Namespace(name, site, root, url, write, xattrs, symlinks)
+    return NamespaceConfig(name, site, root, url, write, xattrs, symlinks)
 
 
 def _sftp(table: _Table) -> tuple[AnySite, AnyRoot]:

@@ -51,7 +51,7 @@ _SECRET_WORD = re.compile(r"passw|secret|access_?key|token|credential", re.IGNOR
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ParsedUrl:
     """What a URL names. `notes` are for the user."""
 
     site: AnySite
@@ -81,7 +81,7 @@ def is_valid_name(name: str) -> bool:
     return bool(NAME.fullmatch(name)) and name not in (".", "..")
 
 
-def parse(text: str, around: Surroundings, *, read_only: bool = False) -> Target:
+def parse(text: str, around: Surroundings, *, read_only: bool = False) -> ParsedUrl:
     """Raises SetupError when it is no URL that can be mounted."""
     _refuse_password(text)
     if match := _SCHEME.fullmatch(text):
@@ -136,14 +136,14 @@ def _show_path(path: str) -> str:
     return f"/%7E{escaped[2:]}" if escaped.startswith("/~") else escaped
 
 
-def _parse_scp(text: str, around: Surroundings, *, read_only: bool) -> Target:
+def _parse_scp(text: str, around: Surroundings, *, read_only: bool) -> ParsedUrl:
     name, colon, path = text.partition(":")
     if colon and "/" not in name and name not in around.ssh_aliases:
         remote = around.remotes().get(name)
         if remote is not None:
             site = remote.site(around.connect_timeout)
             shown_path = home_path(path) if remote.kind == "sftp" else path
-            return Target(site, remote.root(shown_path, read_only=read_only), remote.notes())
+            return ParsedUrl(site, remote.root(shown_path, read_only=read_only), remote.notes())
     match = _SCP.fullmatch(text)
     if match is None:
         raise SetupError(f"{_without_secrets(text)!r} is no URL that hpcfs knows: use {FORMS}")
@@ -151,10 +151,10 @@ def _parse_scp(text: str, around: Surroundings, *, read_only: bool) -> Target:
         host=match["host"].strip("[]"), user=match["user"], connect_timeout=around.connect_timeout
     )
     _check_login(site)
-    return Target(site, SftpRoot(home_path(match["path"]), read_only))
+    return ParsedUrl(site, SftpRoot(home_path(match["path"]), read_only))
 
 
-def _parse_sftp(rest: str, around: Surroundings, *, read_only: bool) -> Target:
+def _parse_sftp(rest: str, around: Surroundings, *, read_only: bool) -> ParsedUrl:
     rest, options = _options(rest, "an sftp://", _SFTP_OPTIONS)
     authority, slash, path = rest.partition("/")
     match = _AUTHORITY.fullmatch(authority)
@@ -175,7 +175,7 @@ def _parse_sftp(rest: str, around: Surroundings, *, read_only: bool) -> Target:
     _check_login(site)
     in_home = path == "~" or path.startswith("~/") or not slash  # before %7E becomes a ~
     shown = home_path(unquote(path)) if in_home else "/" + unquote(path)
-    return Target(site, SftpRoot(shown, read_only), symlinks=options.get("symlinks"))
+    return ParsedUrl(site, SftpRoot(shown, read_only), symlinks=options.get("symlinks"))
 
 
 def split_bucket(place: str) -> tuple[str, str]:
@@ -196,7 +196,7 @@ def _is_true(text: str) -> bool:
     return text.lower() in ("1", "true", "yes")
 
 
-def _parse_s3(rest: str, around: Surroundings, *, read_only: bool) -> Target:
+def _parse_s3(rest: str, around: Surroundings, *, read_only: bool) -> ParsedUrl:
     place, options = _options(rest, "an s3://", _S3_OPTIONS)
     bucket, prefix = split_bucket(place)
     endpoint = options.get("endpoint_url") or None
@@ -213,7 +213,7 @@ def _parse_s3(rest: str, around: Surroundings, *, read_only: bool) -> Target:
         raise SetupError("profile names credentials, and anonymous=true uses none: leave one out")
     is_read_only = read_only or _is_true(options.get("read_only", ""))
     root = S3Root(bucket, prefix.strip("/"), is_read_only)
-    return Target(site, root, symlinks=options.get("symlinks"))
+    return ParsedUrl(site, root, symlinks=options.get("symlinks"))
 
 
 def _options(rest: str, kind: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -228,7 +228,7 @@ def _options(rest: str, kind: str, known: Sequence[str]) -> tuple[str, dict[str,
     return place, options
 
 
-def _parse_tunnel(rest: str, around: Surroundings, *, read_only: bool) -> Target:
+def _parse_tunnel(rest: str, around: Surroundings, *, read_only: bool) -> ParsedUrl:
     rest, options = _options(rest, "a tunnel:", _SFTP_OPTIONS)
     name, _, path = rest.partition("/")
     if not rendezvous.is_valid_name(name):
@@ -238,7 +238,7 @@ def _parse_tunnel(rest: str, around: Surroundings, *, read_only: bool) -> Target
         )
     site = tunnel_site(name, around.connect_timeout)
     root = SftpRoot("/" + path.strip("/"), read_only)
-    return Target(site, root, symlinks=options.get("symlinks"))
+    return ParsedUrl(site, root, symlinks=options.get("symlinks"))
 
 
 def tunnel_site(name: str, connect_timeout: float, directory: Path | None = None) -> TunnelSite:

@@ -98,6 +98,127 @@ class Content(RemoteContent):
         """The remote holds the file open under it since it was made."""
         self._sending = StreamingUpload(self._send_piece, self._handle_for_sending, nursery)
 
+    # --- what becomes of it: others call these and assign nothing ---------------------------------
+
+    def enter(self) -> None:
+        """Count one user more."""
+        self.users += 1
+
+    def leave(self) -> bool:
+        """Count one user less; whether it was the last one."""
+        self.users -= 1
+        return not self.users
+
+    @contextmanager
+    def last_close(self) -> Iterator[None]:
+        """While the last handle closes; `closing` is set once it is through."""
+        self.closing = trio.Event()
+        try:
+            yield
+        finally:
+            self.closing.set()
+            self.closing = None
+
+    @contextmanager
+    def write_under_way(self) -> Iterator[None]:
+        """Around a write: it may make the file dirty at any moment."""
+        self.writers += 1
+        try:
+            yield
+        finally:
+            self.writers -= 1
+
+    def note_created(self, handle: int) -> None:
+        """The remote made the empty file a moment ago, and holds it open under this handle."""
+        self.made, self.write_handle = True, handle
+
+    def note_absent(self) -> None:
+        """The remote has no such file yet: the first upload makes it."""
+        self.new = True
+
+    def take_up(self, row: Unconfirmed) -> None:
+        """Go on with what an earlier mount left: it is written as far as the row says."""
+        self.base_size = row.base_size
+        self.pending, self.resized = row.pending, row.resized
+        self.new, self.replace, self.attempted = row.new, row.replace, row.attempted
+        self.changes = Changes.APPENDED if row.appended else Changes.ANY
+        self.needs_disk = self.journaled = self.secured = True
+
+    def unlink(self) -> None:
+        """The last name was removed here: what is written from now on goes nowhere."""
+        self.orphan = True
+        self.stop_sending()
+
+    def supersede(self) -> None:
+        """Others removed the file on the remote, or put another one in its place."""
+        self.replaced = True
+
+    def retire(self) -> bool:
+        """It is closed for good; False if it was before."""
+        if self.retired:
+            return False
+        self.retired = True
+        self.stop_sending()
+        return True
+
+    def note_renamed(self, *, over_another: bool) -> None:
+        """The file, which is only here, has another name now; `over_another`: the remote has
+        something of that name, which the upload replaces in one step."""
+        self.replace = self.replace or over_another
+        self.secured = False
+
+    def set_with_upload(self, attributes: Attributes) -> None:
+        """The next upload sets these."""
+        self.pending = merge_attributes(self.pending, attributes)
+        self.secured = False
+
+    def note_stamped(self, mode: int | None) -> None:
+        """The file was written to now: a time that was set before is not to come back with the
+        upload, and the mode is this one if not None."""
+        if self.pending:
+            self.pending = msgspec.structs.replace(self.pending, mtime_ns=None)
+        if mode is not None:
+            self.pending = merge_attributes(self.pending, Attributes(mode=mode))
+
+    def renew_version(self, version: bytes) -> None:
+        """The same content has another version on the remote: its time was set."""
+        self.file.version = version
+
+    def note_served(self) -> None:
+        """A program has read bytes of this version."""
+        self.served = True
+
+    def note_attempted(self) -> None:
+        """An upload may have begun to write: what the remote has is ours to overwrite."""
+        self.attempted = True
+
+    def note_row(self) -> None:
+        """The journal has a row for it now."""
+        self.journaled = True
+
+    def note_no_row(self) -> None:
+        """The journal has no row for it any more, or one that is another's."""
+        self.journaled = False
+
+    def begin_to_persist(self) -> None:
+        """The row that is about to be written has all; what is written meanwhile takes it back."""
+        self.secured = True
+
+    def note_not_persisted(self) -> None:
+        """The journal does not have all that is dirty."""
+        self.secured = False
+
+    def note_failure(self, error: RemoteError | None) -> None:
+        """An upload failed of which no program heard: the next close tells."""
+        self.failure = error
+
+    def take_failure(self) -> RemoteError | None:
+        """The failure that no program was told yet; it counts as told."""
+        failure, self.failure = self.failure, None
+        return failure
+
+    # --- what it is -----------------------------------------------------------------------------
+
     def is_dirty(self) -> bool:
         if self.orphan:
             return False
@@ -540,7 +661,7 @@ class Content(RemoteContent):
         """What was appended may stand elsewhere on the remote, after what others appended. Then
         what was written here meanwhile keeps its place after it, in the version that was here; the
         remote's is followed once nothing is dirty."""
-        self.new = self.made = self.replace = self.growing = False
+        self.new = self.made = self.replace = self.attempted = self.growing = False
         self.failure = None
         if not snapshot.append or entry.size == snapshot.size:
             self.file.version = entry.version

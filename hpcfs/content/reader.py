@@ -389,7 +389,9 @@ class RemoteContent(ABC):
             log.debug("releasing %r: %s", self.place.path, error.message)
 
     async def fetch_ahead(self, most: int) -> bool:
-        """Bring the first `most` bytes into the cache; whether the remote had this version."""
+        """Bring the first `most` bytes into the cache; whether the remote had this version. The
+        remote holds nothing open for it afterwards."""
+        self.handle = NO_HANDLE
         blocks = self._blocks(0, min(most, self.base_size))
         version, asked = self.version, self._now()
         try:

@@ -32,11 +32,11 @@ MAX_PENDING = 1000
 """Files named in one answer. Those that failed come first; the others are counted."""
 
 
-class NotRunning(SetupError):
+class DaemonNotRunning(SetupError):
     """No daemon listens there."""
 
 
-class NotAnswering(SetupError):
+class DaemonNotAnswering(SetupError):
     """A daemon is there, but does not answer, or answers nonsense."""
 
 
@@ -172,7 +172,7 @@ class CacheStatus(msgspec.Struct, frozen=True):
     min_free: int | None = None
 
 
-class Step(msgspec.Struct, frozen=True):
+class WorkProgress(msgspec.Struct, frozen=True):
     """How far the work has come, in bytes and, where it counts them, in files. The reason is why it
     does not move now."""
 
@@ -196,7 +196,7 @@ WRITE_COMMANDS = ("pending", "sync", "retry", "discard", "recover")
 """About what is not uploaded (daemon/write_commands.py); the others are about the cache."""
 
 
-class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class ControlRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """`path` is below the mount point, without slashes at its ends; b"" is the mount itself. `to`
     is the local directory for "recover". Only what was pending `before` that time is discarded. For
     "sync" a site may be out of reach for `patience` seconds."""
@@ -213,57 +213,64 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     patience: float = 30.0
 
 
-class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
+class ControlReply(msgspec.Struct, frozen=True, omit_defaults=True):
     """Exactly one of them, but none for "wait"."""
 
     status: MountStatus | None = None
     error: str | None = None
     cache: CacheStatus | None = None
-    step: Step | None = None
+    step: WorkProgress | None = None
     outcome: Outcome | None = None
     pending: PendingList | None = None
 
 
-class Refused(SetupError):
+class DaemonRefused(SetupError):
     """The daemon can't do what it was asked for, and says why."""
 
 
 def query_status(path: Path, timeout: float = ANSWER_SECONDS) -> MountStatus:
-    """Raises NotRunning or NotAnswering."""
+    """Raises DaemonNotRunning or DaemonNotAnswering."""
     with _connect(path, timeout) as connection:
-        reply = _ask(connection, Request("status"), timeout)
+        reply = _ask(connection, ControlRequest("status"), timeout)
     if reply.status is None:
-        raise NotAnswering(f"the daemon refused to answer: {reply.error}")
+        raise DaemonNotAnswering(f"the daemon refused to answer: {reply.error}")
     return reply.status
 
 
 def query_cache(path: Path, timeout: float = STEP_SECONDS) -> CacheStatus:
-    """Raises NotRunning, NotAnswering or Refused."""
+    """Ask the daemon what its cache holds.
+
+    Raises DaemonNotRunning, DaemonNotAnswering or DaemonRefused.
+    """
     with _connect(path, ANSWER_SECONDS) as connection:
-        reply = _ask(connection, Request("cache"), timeout)
+        reply = _ask(connection, ControlRequest("cache"), timeout)
     if reply.cache is None:
-        raise Refused(reply.error or "the daemon gave no answer")
+        raise DaemonRefused(reply.error or "the daemon gave no answer")
     return reply.cache
 
 
 def query_pending(path: Path, below: bytes, timeout: float = STEP_SECONDS) -> PendingList:
-    """What of that path of the mount is not uploaded. Raises NotRunning, NotAnswering or
-    Refused."""
+    """Return the files at and below that path of the mount that are not uploaded yet.
+
+    Raises DaemonNotRunning, DaemonNotAnswering or DaemonRefused.
+    """
     with _connect(path, ANSWER_SECONDS) as connection:
-        reply = _ask(connection, Request("pending", below), timeout)
+        reply = _ask(connection, ControlRequest("pending", below), timeout)
     if reply.pending is None:
-        raise Refused(reply.error or "the daemon gave no answer")
+        raise DaemonRefused(reply.error or "the daemon gave no answer")
     return reply.pending
 
 
 def work(
     path: Path,
-    request: Request,
-    on_step: Callable[[Step], None],
+    request: ControlRequest,
+    on_step: Callable[[WorkProgress], None],
     seconds: float | None = None,
 ) -> Outcome:
-    """Returns when it is done. Raises NotRunning, NotAnswering or Refused, or OutOfTime after so
-    many seconds."""
+    """Send a request for long work, call `on_step` for each step, return when the work is done.
+
+    Raises DaemonNotRunning, DaemonNotAnswering or DaemonRefused, and OutOfTime after `seconds`.
+    """
     end = None if seconds is None else time.monotonic() + seconds
     with _connect(path, ANSWER_SECONDS) as connection:
         reply = _ask(connection, request, STEP_SECONDS, end)
@@ -271,24 +278,24 @@ def work(
             on_step(reply.step)
             reply = _listen(connection, STEP_SECONDS, end)
     if reply.outcome is None:
-        raise Refused(reply.error or "the daemon gave no answer")
+        raise DaemonRefused(reply.error or "the daemon gave no answer")
     return reply.outcome
 
 
 def open_wait(path: Path, timeout: float = ANSWER_SECONDS) -> socket.socket:
     """A connection for `wait_until_gone`, made while the daemon still listens.
 
-    Raises NotRunning or NotAnswering.
+    Raises DaemonNotRunning or DaemonNotAnswering.
     """
     connection = _connect(path, timeout)
     try:
-        reply = _ask(connection, Request("wait"), timeout)
+        reply = _ask(connection, ControlRequest("wait"), timeout)
     except BaseException:
         connection.close()
         raise
     if reply.error is not None:
         connection.close()
-        raise NotAnswering(f"the daemon refused to answer: {reply.error}")
+        raise DaemonNotAnswering(f"the daemon refused to answer: {reply.error}")
     return connection
 
 
@@ -308,35 +315,36 @@ def _connect(path: Path, timeout: float) -> socket.socket:
         return ownership.connect(path, timeout)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
-            raise NotRunning(f"no hpcfs daemon listens at {path}") from error
+            raise DaemonNotRunning(f"no hpcfs daemon listens at {path}") from error
         reason = error.strerror or "it does not answer"
-        raise NotAnswering(f"the daemon at {path} can't be asked: {reason}") from error
+        raise DaemonNotAnswering(f"the daemon at {path} can't be asked: {reason}") from error
 
 
 def _ask(
-    connection: socket.socket, request: Request, timeout: float, end: float | None = None
-) -> Reply:
+    connection: socket.socket, request: ControlRequest, timeout: float, end: float | None = None
+) -> ControlReply:
     try:
         connection.sendall(msgspec.json.encode(request) + b"\n")
     except OSError as error:
-        raise NotAnswering(f"the daemon broke off: {error.strerror}") from error
+        raise DaemonNotAnswering(f"the daemon broke off: {error.strerror}") from error
     return _listen(connection, timeout, end)
 
 
-def _listen(connection: socket.socket, timeout: float, end: float | None = None) -> Reply:
-    """Raises NotAnswering after `timeout` seconds, or OutOfTime at `end` of time.monotonic()."""
+def _listen(connection: socket.socket, timeout: float, end: float | None = None) -> ControlReply:
+    """Read one answer. Raises DaemonNotAnswering after `timeout` seconds, and OutOfTime at `end`
+    (time.monotonic())."""
     deadline = time.monotonic() + timeout
     try:
         line = _read_line(connection, deadline if end is None else min(deadline, end))
-        return msgspec.json.decode(line, type=Reply)
+        return msgspec.json.decode(line, type=ControlReply)
     except TimeoutError:
         if end is not None and end <= deadline:
             raise OutOfTime("there was not enough time") from None
-        raise NotAnswering(f"the daemon did not answer within {timeout:g} s") from None
+        raise DaemonNotAnswering(f"the daemon did not answer within {timeout:g} s") from None
     except OSError as error:
-        raise NotAnswering(f"the daemon broke off: {error.strerror}") from error
+        raise DaemonNotAnswering(f"the daemon broke off: {error.strerror}") from error
     except msgspec.MsgspecError as error:
-        raise NotAnswering(
+        raise DaemonNotAnswering(
             f"the daemon's answer makes no sense ({error}): was hpcfs upgraded since the mount?"
         ) from error
 
@@ -351,8 +359,8 @@ def _read_line(connection: socket.socket, deadline: float) -> bytes:
         connection.settimeout(left)
         waiting = connection.recv(65536, socket.MSG_PEEK)
         if not waiting:
-            raise NotAnswering("the daemon ended before it answered")
+            raise DaemonNotAnswering("the daemon ended before it answered")
         received += connection.recv(waiting.find(b"\n") + 1 or len(waiting))
         if len(received) > MAX_REPLY_BYTES:
-            raise NotAnswering("the daemon's answer is too long to be one")
+            raise DaemonNotAnswering("the daemon's answer is too long to be one")
     return bytes(received)

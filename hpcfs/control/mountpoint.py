@@ -166,9 +166,9 @@ def _check_no_daemon(mountpoint: Path) -> None:
     second one must not use the same cache meanwhile."""
     try:
         control.open_wait(paths.find_socket(mountpoint)).close()
-    except control.NotRunning:
+    except control.DaemonNotRunning:
         return
-    except control.NotAnswering as error:
+    except control.DaemonNotAnswering as error:
         raise SetupError(
             f"an earlier daemon of {mountpoint} is still there, but does not answer ({error}): "
             "end it"

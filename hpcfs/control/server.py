@@ -20,11 +20,11 @@ import trio
 
 from hpcfs.control.control import (
     MAX_REQUEST_BYTES,
+    ControlReply,
+    ControlRequest,
+    DaemonNotRunning,
     MountStatus,
-    NotRunning,
-    Reply,
-    Request,
-    Step,
+    WorkProgress,
     open_wait,
 )
 from hpcfs.model.errors import SetupError
@@ -43,15 +43,15 @@ _held_until_exit: set[int] = set()
 left for the kernel to close when the process has ended: only then does the client see the end."""
 
 
-class Tell(Protocol):
-    """Tells the client how far the work is; the fields are those of Step."""
+class ReportProgress(Protocol):
+    """Tells the client how far the work is; the fields are those of WorkProgress."""
 
     def __call__(
         self, done: int, total: int, files_done: int = 0, files_total: int = 0, reason: str = "", /
     ) -> Awaitable[None]: ...
 
 
-Work = Callable[[Request, Tell], Awaitable[Reply]]
+Work = Callable[[ControlRequest, ReportProgress], Awaitable[ControlReply]]
 """Does what is asked for. Raises SetupError with a sentence for the user."""
 
 
@@ -100,7 +100,7 @@ def _remove_stale(path: Path) -> None:
         return
     try:
         open_wait(path, timeout=1.0).close()
-    except NotRunning:
+    except DaemonNotRunning:
         path.unlink(missing_ok=True)
     except SetupError as error:
         raise SetupError(f"{path} is held by a daemon that does not answer: end it") from error
@@ -115,7 +115,7 @@ async def _answer(
         if _peer_uid(stream) not in (0, os.getuid()):
             logger.warning("refused a control request by user %d", _peer_uid(stream))
             return
-        request: Request | None = None
+        request: ControlRequest | None = None
         with trio.move_on_after(REQUEST_SECONDS), suppress(trio.BrokenResourceError):
             line = await _read_line(stream)
             if line is None:
@@ -128,12 +128,12 @@ async def _answer(
         if request.command == "wait":
             await _hold(stream)
         elif work is None:
-            await _send(stream, Reply(error="this daemon can only tell its status"))
+            await _send(stream, ControlReply(error="this daemon can only tell its status"))
         else:
             await _work(stream, request, work)
 
 
-async def _send(stream: trio.SocketStream, reply: Reply) -> None:
+async def _send(stream: trio.SocketStream, reply: ControlReply) -> None:
     with suppress(trio.BrokenResourceError):
         await stream.send_all(msgspec.json.encode(reply) + b"\n")
 
@@ -144,29 +144,29 @@ class _Teller:
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self._lock = trio.Lock()
-        self._last = Step(0, 0)
+        self._last = WorkProgress(0, 0)
         self._told = trio.current_time() - STEP_INTERVAL
 
     async def tell(
         self, done: int, total: int, files_done: int = 0, files_total: int = 0, reason: str = "", /
     ) -> None:
-        self._last = Step(done, total, files_done, files_total, reason)
+        self._last = WorkProgress(done, total, files_done, files_total, reason)
         if trio.current_time() - self._told >= STEP_INTERVAL:
-            await self.send(Reply(step=self._last))
+            await self.send(ControlReply(step=self._last))
 
     async def repeat_forever(self) -> None:
         while True:
             await trio.sleep_until(self._told + HEARTBEAT_SECONDS)
             if trio.current_time() - self._told >= HEARTBEAT_SECONDS:
-                await self.send(Reply(step=self._last))
+                await self.send(ControlReply(step=self._last))
 
-    async def send(self, reply: Reply) -> None:
+    async def send(self, reply: ControlReply) -> None:
         async with self._lock:
             self._told = trio.current_time()
             await _send(self._stream, reply)
 
 
-async def _work(stream: trio.SocketStream, request: Request, work: Work) -> None:
+async def _work(stream: trio.SocketStream, request: ControlRequest, work: Work) -> None:
     """Until it is done, or the client has left."""
     teller = _Teller(stream)
     async with trio.open_nursery() as nursery:
@@ -175,10 +175,10 @@ async def _work(stream: trio.SocketStream, request: Request, work: Work) -> None
         try:
             reply = await work(request, teller.tell)
         except SetupError as refused:
-            reply = Reply(error=str(refused))
+            reply = ControlReply(error=str(refused))
         except Exception:  # what the user asks for must not end the mount
             logger.exception("%s failed in an unexpected way", request.command)
-            reply = Reply(error="it failed in an unexpected way; the mount's log says more")
+            reply = ControlReply(error="it failed in an unexpected way; the mount's log says more")
         await teller.send(reply)
         nursery.cancel_scope.cancel()
 
@@ -190,23 +190,25 @@ async def _cancel_when_gone(stream: trio.SocketStream, scope: trio.CancelScope) 
     scope.cancel()
 
 
-def _parse(line: bytes) -> Request | None:
+def _parse(line: bytes) -> ControlRequest | None:
     try:
-        return msgspec.json.decode(line, type=Request)
+        return msgspec.json.decode(line, type=ControlRequest)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
 
 
-async def _reply(request: Request | None, status: Callable[[], Awaitable[MountStatus]]) -> Reply:
+async def _reply(
+    request: ControlRequest | None, status: Callable[[], Awaitable[MountStatus]]
+) -> ControlReply:
     if request is None:
-        return Reply(error='a request is one line of JSON, such as {"command": "status"}')
+        return ControlReply(error='a request is one line of JSON, such as {"command": "status"}')
     if request.command == "wait":
-        return Reply()
+        return ControlReply()
     try:
-        return Reply(status=await status())
+        return ControlReply(status=await status())
     except Exception:  # a status that can't be told must not end the mount
         logger.exception("could not put the status together")
-        return Reply(error="it could not put its status together; its log says why")
+        return ControlReply(error="it could not put its status together; its log says why")
 
 
 async def _read_line(stream: trio.SocketStream) -> bytes | None:

@@ -10,17 +10,24 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
 
 from hpcfs.cache import maintenance
-from hpcfs.cache.maintenance import CachedPath
+from hpcfs.cache.maintenance import CachedPath, ReportBytes
 from hpcfs.cache.store import CacheUnusable, Store
 from hpcfs.config.config import Settings
-from hpcfs.control.control import CacheFolder, CacheStatus, Outcome, Reply, Request, Step
+from hpcfs.control.control import (
+    CacheFolder,
+    CacheStatus,
+    ControlReply,
+    ControlRequest,
+    Outcome,
+    WorkProgress,
+)
 from hpcfs.daemon import warm
 from hpcfs.filesystem.filesystem import Filesystem
 from hpcfs.model.errors import FilesystemError, RemoteError, SetupError
@@ -28,8 +35,6 @@ from hpcfs.system import disk
 from hpcfs.writeback.journal import Journal
 
 _UNLIMITED = 1 << 62
-
-Tell = Callable[[int, int], Awaitable[None]]
 
 
 class CacheCommands:
@@ -43,12 +48,12 @@ class CacheCommands:
         self._fs = fs
         self._origins = origins
 
-    async def answer(self, request: Request, tell: Tell) -> Reply:
+    async def answer(self, request: ControlRequest, tell: ReportBytes) -> ControlReply:
         """Raises SetupError."""
         try:
             if request.command == "cache":
-                return Reply(cache=await self._status())
-            return Reply(outcome=await self._work(request, tell))
+                return ControlReply(cache=await self._status())
+            return ControlReply(outcome=await self._work(request, tell))
         except (RemoteError, FilesystemError) as error:
             raise SetupError(error.message) from None
         except (OSError, sqlite3.Error) as error:
@@ -72,7 +77,7 @@ class CacheCommands:
             settings.cache_min_free.of(space.total),
         )
 
-    async def _work(self, request: Request, tell: Tell) -> Outcome:
+    async def _work(self, request: ControlRequest, tell: ReportBytes) -> Outcome:
         store = self._store
         if request.command == "verify":
             return await verify(store, tell)
@@ -86,7 +91,7 @@ class CacheCommands:
             return Outcome(*await maintenance.clear(store, places, tell, pinned=request.pinned))
         return await self._change_pin(request)
 
-    async def _change_pin(self, request: Request) -> Outcome:
+    async def _change_pin(self, request: ControlRequest) -> Outcome:
         places = self._places(request.path)
         if request.command == "pin":
             for place in places:
@@ -152,7 +157,7 @@ async def status(store: Store, mountpoint: str, names: Mapping[str, str]) -> Cac
     )
 
 
-async def verify(store: Store, tell: Tell) -> Outcome:
+async def verify(store: Store, tell: ReportBytes) -> Outcome:
     found = await maintenance.verify(store, tell)
     return Outcome(found.files, found.bytes, found.damaged_files, found.damaged_bytes)
 
@@ -171,7 +176,9 @@ def last_mountpoint(directory: Path) -> str:
     return match[1] if match else ""
 
 
-def answer_unmounted(directory: Path, request: Request, on_step: Callable[[Step], None]) -> Reply:
+def answer_unmounted(
+    directory: Path, request: ControlRequest, on_step: Callable[[WorkProgress], None]
+) -> ControlReply:
     """What the daemon would answer, for the cache in this directory.
 
     Raises SetupError, also where the cache is in use.
@@ -180,19 +187,19 @@ def answer_unmounted(directory: Path, request: Request, on_step: Callable[[Step]
 
 
 async def _answer_unmounted(
-    directory: Path, request: Request, on_step: Callable[[Step], None]
-) -> Reply:
+    directory: Path, request: ControlRequest, on_step: Callable[[WorkProgress], None]
+) -> ControlReply:
     async def tell(done: int, total: int) -> None:
-        on_step(Step(done, total))
+        on_step(WorkProgress(done, total))
 
     mountpoint = last_mountpoint(directory)
     async with unmounted(directory, "hpcfs cache") as store:
         if request.command == "cache":
-            return Reply(cache=await status(store, mountpoint, {}))
+            return ControlReply(cache=await status(store, mountpoint, {}))
         if request.command == "verify":
-            return Reply(outcome=await verify(store, tell))
+            return ControlReply(outcome=await verify(store, tell))
         assert request.command == "clear"
-        return Reply(
+        return ControlReply(
             outcome=Outcome(*await maintenance.clear(store, None, tell, pinned=request.pinned))
         )
 

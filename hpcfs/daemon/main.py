@@ -27,7 +27,7 @@ from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint, server as control_server
 from hpcfs.daemon.cache_commands import CacheCommands
 from hpcfs.daemon.write_commands import WriteCommands
-from hpcfs.filesystem.filesystem import Filesystem
+from hpcfs.filesystem.filesystem import Filesystem, MountOptions
 from hpcfs.kernel import operations as kernel
 from hpcfs.model.errors import RemoteError, SetupError
 from hpcfs.model.sites import AnyRoot, AnySite, S3Root, S3Site, SftpRoot, SshSite, Start, TunnelSite
@@ -137,7 +137,7 @@ class _Daemon:
         self._cache: CacheCommands
         self._writes: WriteCommands
         self._resumed_files = 0
-        self._restoring: Recovery
+        self._recovery: Recovery
         self._pending: Pending
 
     # --- from start to end ----------------------------------------------------------------------
@@ -157,13 +157,13 @@ class _Daemon:
             )
             await self._take_up()
             services.start_soon(self._store.evict_forever)
-            services.start_soon(self._fs.files.backlog.run)
+            services.start_soon(self._fs.closer.queue.run)
             services.start_soon(self._save_forever)
             services.start_soon(self._remove_strays)
             await self._serve_kernel()
             log.info("unmounted; finishing what is open")
             await self._fs.files.close_all()
-            await self._fs.files.backlog.drain()
+            await self._fs.closer.queue.drain()
 
     async def _open_cache(self, stack: AsyncExitStack) -> None:
         settings = self._settings
@@ -185,7 +185,7 @@ class _Daemon:
     async def _take_up(self) -> None:
         """What an earlier mount had not uploaded."""
         try:
-            count = self._resumed_files = await self._restoring.restore(self._journal.rows)
+            count = self._resumed_files = await self._recovery.restore(self._journal.rows)
         except (OSError, sqlite3.Error) as error:
             raise MountFailed(
                 f"what an earlier mount left in {self._settings.cache_dir} can't be read: {error}"
@@ -229,13 +229,17 @@ class _Daemon:
             self._store,
             Uploader(self._journal),
             services,
-            single=settings.root_namespace is not None,
-            mountpoint=os.fsencode(settings.mountpoint),
+            MountOptions(
+                single=settings.root_namespace is not None,
+                mountpoint=os.fsencode(settings.mountpoint),
+                journal_size=settings.journal_size,
+            ),
         )
-        tree, files = self._fs.tree, self._fs.files
-        files.backlog.limit = settings.journal_size
-        self._restoring = Recovery(tree, self._store, files, self._journal, self._namespaces)
-        self._pending = Pending(tree, self._store, files, self._journal, self._restoring)
+        tree, closer = self._fs.tree, self._fs.closer
+        self._recovery = Recovery(
+            tree, self._fs.contents, closer.queue, self._journal, self._namespaces
+        )
+        self._pending = Pending(tree, self._store, closer, self._journal, self._recovery)
 
     async def _serve_kernel(self) -> None:
         """Mounted from the first line to the last."""
@@ -281,7 +285,7 @@ class _Daemon:
         await self._stop()
 
     async def _stop(self) -> None:
-        await self._fs.files.flush_all()
+        await self._fs.closer.flush_all()
         kernel.stop()
 
     async def _get_ready(self) -> None:
@@ -312,7 +316,7 @@ class _Daemon:
         while True:
             await trio.sleep(SAVE_SECONDS)
             try:
-                await self._fs.files.note_dirty()
+                await self._fs.closer.note_dirty()
                 await self._journal.sync()
                 await self._store.save()
             except (OSError, sqlite3.Error) as error:
@@ -328,7 +332,9 @@ class _Daemon:
         except OSError as error:
             log.warning("old cache files could not be removed: %s", error)
 
-    async def _answer(self, request: control.Request, tell: control_server.Tell) -> control.Reply:
+    async def _answer(
+        self, request: control.ControlRequest, tell: control_server.ReportProgress
+    ) -> control.ControlReply:
         if request.command in control.WRITE_COMMANDS:
             return await self._writes.answer(request, tell)
         return await self._cache.answer(request, tell)
@@ -348,7 +354,7 @@ class _Daemon:
             cache_used=self._store.used_bytes,
             cache_size=settings.cache_size,
             open_files=self._fs.files.open_count,
-            dirty_files=self._fs.files.dirty_count,
+            dirty_files=len(self._fs.closer.dirty()),
             namespaces=[self._namespace_status(name) for name in settings.namespaces],
             pending=pending.files,
             pending_files=pending.count,
@@ -357,7 +363,7 @@ class _Daemon:
             uploaded_bytes=sum(namespace.uploaded.total for namespace in self._namespaces),
             upload_rate=sum(namespace.uploaded.rate() for namespace in self._namespaces),
             memory=self._memory(),
-            notices=list(self._fs.files.notices),
+            notices=list(self._fs.closer.notices),
             resumed_files=self._resumed_files,
             root_namespace=settings.root_namespace,
         )

@@ -8,8 +8,8 @@ more memory than a reader does.
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
 
+from hpcfs.cache.maintenance import ReportBytes
 from hpcfs.cache.store import Store
 from hpcfs.filesystem.filesystem import Filesystem
 from hpcfs.inodes.tree import ROOT_INO, Node
@@ -17,11 +17,8 @@ from hpcfs.model.errors import CacheFull, NotADirectory, Stale
 
 _READ_BYTES = 1024 * 1024
 
-Tell = Callable[[int, int], Awaitable[None]]
-"""(bytes done, bytes in all)"""
 
-
-async def warm(fs: Filesystem, store: Store, path: bytes, tell: Tell) -> int:
+async def warm(fs: Filesystem, store: Store, path: bytes, tell: ReportBytes) -> int:
     """Fetch what is missing of the file at this path of the mount; returns its size.
 
     Raises RemoteError and FilesystemError; CacheFull where it would not stay in the cache.
@@ -32,7 +29,7 @@ async def warm(fs: Filesystem, store: Store, path: bytes, tell: Tell) -> int:
         return await _warm(fs, store, path, tell)
 
 
-async def _warm(fs: Filesystem, store: Store, path: bytes, tell: Tell) -> int:
+async def _warm(fs: Filesystem, store: Store, path: bytes, tell: ReportBytes) -> int:
     nodes: list[Node] = []
     try:
         node = await _walk(fs, path, nodes)
@@ -58,7 +55,7 @@ async def _walk(fs: Filesystem, path: bytes, nodes: list[Node]) -> Node:
     return node
 
 
-async def _read(fs: Filesystem, store: Store, handle: int, tell: Tell) -> int:
+async def _read(fs: Filesystem, store: Store, handle: int, tell: ReportBytes) -> int:
     content = fs.files.get(handle).content
     content.use_disk()
     done = 0

@@ -24,15 +24,15 @@ from hpcfs.config.config import Settings
 from hpcfs.content.record import Unconfirmed
 from hpcfs.control.control import (
     MAX_PENDING,
+    ControlReply,
+    ControlRequest,
     Outcome,
     PendingFile,
     PendingList,
     PendingState,
-    Reply,
-    Request,
-    Step,
+    WorkProgress,
 )
-from hpcfs.control.server import Tell
+from hpcfs.control.server import ReportProgress
 from hpcfs.daemon import cache_commands
 from hpcfs.model.errors import RemoteError, SetupError
 from hpcfs.system import ownership
@@ -142,18 +142,18 @@ class WriteCommands:
         """Of all, for the status."""
         return summary(self._backlog.pending())
 
-    async def answer(self, request: Request, tell: Tell) -> Reply:
+    async def answer(self, request: ControlRequest, tell: ReportProgress) -> ControlReply:
         """For WRITE_COMMANDS. Raises SetupError."""
         try:
             if request.command == "pending":
-                return Reply(pending=summary(self._below(request.path)))
-            return Reply(outcome=await self._work(request, tell))
+                return ControlReply(pending=summary(self._below(request.path)))
+            return ControlReply(outcome=await self._work(request, tell))
         except RemoteError as error:
             raise SetupError(error.message) from None
         except (OSError, sqlite3.Error) as error:
             raise SetupError(f"the local disk failed: {error}") from None
 
-    async def _work(self, request: Request, tell: Tell) -> Outcome:
+    async def _work(self, request: ControlRequest, tell: ReportProgress) -> Outcome:
         if request.command == "sync":
             return await self._sync(request.path, tell, request.patience)
         if request.command == "retry":
@@ -165,7 +165,7 @@ class WriteCommands:
         assert request.command == "recover"
         return await _recover(self._below(request.path), request.to, self._backlog.recover, tell)
 
-    async def _sync(self, path: bytes, tell: Tell, patience: float) -> Outcome:
+    async def _sync(self, path: bytes, tell: ReportProgress, patience: float) -> Outcome:
         namespace, key = self._place(path)
         last = Progress(0, 0, 0, 0)
 
@@ -194,7 +194,7 @@ class WriteCommands:
         more = f"; {len(stuck)} files in all, which 'hpcfs status' lists" if len(stuck) > 1 else ""
         return f"{_text(self._shown(first))} is not uploaded: {first.reason}{more}"
 
-    async def _discard(self, request: Request) -> Outcome:
+    async def _discard(self, request: ControlRequest) -> Outcome:
         """Only what the user was shown: what was written since then stays."""
         rows = [row for row in self._below(request.path) if row.since <= request.before]
         if any(row.state == "writing" for row in rows):
@@ -240,7 +240,7 @@ async def _recover(
     rows: Sequence[PendingRow],
     to: bytes,
     copy: Callable[[str, Path], Awaitable[int]],
-    tell: Tell,
+    tell: ReportProgress,
 ) -> Outcome:
     """Copies to `to`/NAMESPACE/PATH. Raises SetupError or OSError; what is copied by then stays."""
     total, done = sum(row.size for row in rows), 0
@@ -315,7 +315,7 @@ def _as_new_file(path: Path) -> bool:
 
 
 def recover_unmounted(
-    directory: Path, path: bytes, to: bytes, on_step: Callable[[Step], None]
+    directory: Path, path: bytes, to: bytes, on_step: Callable[[WorkProgress], None]
 ) -> tuple[Outcome, list[Path]]:
     """Copies what the journal in this cache's directory has of `path`, which is as in the mount, or
     below its root namespace. Also returns the copies that are partial: without the remote there is
@@ -327,13 +327,13 @@ def recover_unmounted(
 
 
 async def _recover_unmounted(
-    directory: Path, path: bytes, to: bytes, on_step: Callable[[Step], None]
+    directory: Path, path: bytes, to: bytes, on_step: Callable[[WorkProgress], None]
 ) -> tuple[Outcome, list[Path]]:
     async with cache_commands.unmounted(directory, "hpcfs recover"):
         rows = [row for row in await _journal_rows(directory) if _may_be_below(row, path)]
         done, total, partial = 0, sum(row.size for row in rows), list[Path]()
         for number, row in enumerate(rows):
-            on_step(Step(done, total, number, len(rows)))
+            on_step(WorkProgress(done, total, number, len(rows)))
             target = await trio.to_thread.run_sync(_copy_out, row, Path(os.fsdecode(to)))
             if not _is_whole(row):
                 partial.append(target)

@@ -13,12 +13,12 @@ from pathlib import Path
 from hpcfs.demo import child, sample
 from hpcfs.demo.servers import HOST_ALIAS, TUNNEL
 from hpcfs.laptop.shares import Share
-from hpcfs.laptop.tunnel import Plan, Tunnel
+from hpcfs.laptop.tunnel import Tunnel, TunnelPlan
 from hpcfs.model.errors import RemoteError, SetupError
 from hpcfs.model.sites import SshSite
 
 
-class _Nobody:
+class _NoPrompter:
     """A Prompter (remotes/base.py) without anybody to ask: the demo's keys need no passphrase."""
 
     async def ask(self, text: str, *, echo: bool = False) -> str | None:
@@ -30,14 +30,14 @@ async def serve(directory: Path) -> None:
     stop = await child.stopped()
     home = directory / "laptop"
     sample.write_laptop(home)
-    plan = Plan(
+    plan = TunnelPlan(
         name=TUNNEL,
         site=SshSite(HOST_ALIAS, ssh_config=str(directory / "ssh_config")),
         shown=HOST_ALIAS,
         shares=(Share("data", home / "data"), Share("code", home / "src", read_only=True)),
     )
     stands = asyncio.Event()
-    tunnel = Tunnel(plan, _Nobody(), stands.set)
+    tunnel = Tunnel(plan, _NoPrompter(), stands.set)
     running = asyncio.create_task(tunnel.run())
     ending = asyncio.create_task(stop.read())
     standing = asyncio.create_task(stands.wait())

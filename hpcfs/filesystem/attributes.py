@@ -7,23 +7,23 @@ import stat
 import msgspec
 
 from hpcfs.cache.store import Store
-from hpcfs.content.snapshot import merge_attributes, mode_without_ids
-from hpcfs.filesystem.files import Files
+from hpcfs.content.snapshot import mode_without_ids
 from hpcfs.inodes.tree import Node, Tree
 from hpcfs.model.entries import Attributes
 from hpcfs.model.errors import NotOwner, RemoteError, Stale
 from hpcfs.model.xattrs import changed_xattrs
 from hpcfs.protocol import messages as m
 from hpcfs.site.namespace import Namespace
+from hpcfs.writeback.close import Closer
 
 
 class AttributeChanges:
     """`uid` is the user whose mount it is."""
 
-    def __init__(self, tree: Tree, store: Store, files: Files, uid: int) -> None:
+    def __init__(self, tree: Tree, store: Store, closer: Closer, uid: int) -> None:
         self._tree = tree
         self._store = store
-        self._files = files
+        self._closer = closer
         self._uid = uid
         self._groups: dict[Namespace, set[int]] = {}
         """That the remote was seen to let the user give files to."""
@@ -41,14 +41,14 @@ class AttributeChanges:
         self._tree.note_changed(node)
 
     async def _change(self, namespace: Namespace, node: Node, attributes: Attributes) -> None:
-        await self._files.settled(node)
+        await self._closer.settled(node)
         if self._is_ahead(node):
             if await self._must_ask(namespace, node, attributes):
                 await self._ask(namespace, node, attributes)
             else:
                 self._set_later(node, attributes)
             assert node.content
-            await self._files.changed(node.content)
+            await self._closer.changed(node.content)
         elif node.content is None and not node.is_attached:
             self._show(node, attributes, 1)  # a removed directory that is open
         else:
@@ -82,7 +82,7 @@ class AttributeChanges:
         content = node.content
         assert content
         if content.new:
-            await self._files.flush(content)
+            await self._closer.flush(content)
         entry = await namespace.entry(m.SetAttributes(node.path, attributes))
         if attributes.gid is not None:
             self._groups.setdefault(namespace, set()).add(attributes.gid)
@@ -99,7 +99,7 @@ class AttributeChanges:
         for below in list(directory.below()):
             content = below.content
             if content and content.namespace.writes_back and content.is_dirty():
-                await self._files.flush(content)
+                await self._closer.flush(content)
 
     def _without_same_owner(self, node: Node, attributes: Attributes) -> Attributes:
         """chown to the owner that is shown changes nothing: cp -a and rsync do that."""
@@ -114,8 +114,7 @@ class AttributeChanges:
         """The next upload of the file brings them along."""
         content = node.content
         assert content
-        content.pending = merge_attributes(content.pending, attributes)
-        content.secured = False
+        content.set_with_upload(attributes)
         self._show(node, attributes, content.capabilities.mtime_resolution_ns)
 
     def _show(self, node: Node, attributes: Attributes, resolution: int) -> None:
@@ -141,7 +140,7 @@ class AttributeChanges:
         if node.content and node.content.replaced:
             raise Stale("the file was replaced on the remote since it was opened")
         fresh, before = self._tree.is_fresh(node), node.entry.version
-        times = self._files.backlog.directory_times
+        times = self._closer.queue.directory_times
         if node.is_directory and namespace.writes_back and attributes.mtime_ns is not None:
             times.put(node, attributes)
         try:
@@ -155,6 +154,6 @@ class AttributeChanges:
         if node.pages_version == before:
             node.pages_version = entry.version
         if node.content and node.content.version == before:
-            node.content.file.version = entry.version
+            node.content.renew_version(entry.version)
         elif not node.content:
             await self._store.renew_version(namespace.origin, node.path, before, entry.version)

@@ -12,20 +12,15 @@ import stat
 import time
 
 import msgspec
-import trio
 
-from hpcfs.cache.file import CacheFile
-from hpcfs.cache.store import Store
 from hpcfs.content.content import Content
-from hpcfs.content.fetcher import Budget
-from hpcfs.content.reader import Place
-from hpcfs.content.record import Unconfirmed
-from hpcfs.content.snapshot import Changes, merge_attributes, mode_without_ids
+from hpcfs.content.factory import ContentFactory
+from hpcfs.content.snapshot import mode_without_ids
 from hpcfs.filesystem.openfile import Opened, OpenFile
 from hpcfs.inodes.permissions import Permissions
 from hpcfs.inodes.tree import Node, Tree, join
 from hpcfs.model.capabilities import Capabilities
-from hpcfs.model.entries import NO_HANDLE, Attributes, Entry
+from hpcfs.model.entries import NO_HANDLE, Entry
 from hpcfs.model.errors import (
     AlreadyExists,
     BadHandle,
@@ -53,23 +48,25 @@ _CURRENT_ATTEMPTS = 8
 """A file may be replaced again and again."""
 
 
-class Files(Closer):
-    """Handles are small numbers, never reused while the mount lives."""
+class Files:
+    """The open files by handle: small numbers, never reused while the mount lives."""
 
     def __init__(
         self,
         tree: Tree,
-        store: Store,
+        contents: ContentFactory,
+        closer: Closer,
         uploader: Uploader,
-        nursery: trio.Nursery,
+        file_prefetcher: FilePrefetcher,
         permissions: Permissions,
-        gid: int,
     ) -> None:
-        super().__init__(tree, store, uploader, nursery)
+        self._tree = tree
+        self._contents = contents
+        self._store = contents.store
+        self._closer = closer
+        self._uploader = uploader
+        self._file_prefetcher = file_prefetcher
         self._permissions = permissions
-        self._gid = gid
-        self._budget = Budget()
-        self.file_prefetcher = FilePrefetcher(tree, store, self._make_content, nursery)
         self._open: dict[int, OpenFile] = {}
         self._next = 0
 
@@ -77,11 +74,8 @@ class Files(Closer):
 
     @property
     def open_count(self) -> int:
+        """How many handles are open."""
         return len(self._open)
-
-    @property
-    def dirty_count(self) -> int:
-        return len(self.dirty())
 
     # --- open and create ---------------------------------------------------------------------
 
@@ -91,9 +85,9 @@ class Files(Closer):
         if writing or flags & os.O_TRUNC:
             namespace.check_writable()
         await self._permissions.check_open(node, flags)
-        await self.settled(node)
+        await self._closer.settled(node)
         if not writing:
-            self.file_prefetcher.opened(node)
+            self._file_prefetcher.opened(node)
         content = await self._current(node, namespace, flags)
         handle = self._add(OpenFile(node, content, flags))
         try:
@@ -103,7 +97,8 @@ class Files(Closer):
             await self.release(handle)
             raise
         keep = node.pages_version == content.version
-        content.served = content.served or keep
+        if keep:
+            content.note_served()
         node.pages_version = content.version
         return Opened(handle, keep, not node.kernel_is_behind)
 
@@ -114,12 +109,12 @@ class Files(Closer):
         reads = mode != os.O_WRONLY and not flags & os.O_TRUNC
         for _ in range(_CURRENT_ATTEMPTS):
             self._check_name(node)
-            if not reads or not node.entry.version or await self.file_prefetcher.is_current(node):
+            if not reads or not node.entry.version or await self._file_prefetcher.is_current(node):
                 await self._revalidate(node, namespace)
                 reads = False
             content = await self._content(node, namespace)
             is_new = not content.users and not content.served
-            content.users += 1
+            self._closer.use(content)
             try:
                 if not reads:
                     return content
@@ -131,9 +126,9 @@ class Files(Closer):
                 if is_current:
                     return content
             except BaseException:
-                await self._leave(content)
+                await self._closer.leave(content)
                 raise
-            await self._leave(content)
+            await self._closer.leave(content)
             await self._compare(node, namespace)
         raise Stale("the file is replaced on the remote again and again")
 
@@ -177,7 +172,7 @@ class Files(Closer):
             node.content and node.content.is_dirty()
         ):
             return
-        if await self.file_prefetcher.is_current(node):
+        if await self._file_prefetcher.is_current(node):
             return
         try:
             await self._compare(node, namespace, own)
@@ -193,13 +188,13 @@ class Files(Closer):
         content = node.content
         if content is None or content is own:
             if stat.S_IFMT(entry.mode) != stat.S_IFMT(node.entry.mode):
-                self.lose(node)
+                self._closer.lose(node)
                 raise Stale("the file was replaced on the remote")
             self._tree.update(node, entry, asked)
         elif await self.is_same(content, entry):
             self._tree.update(node, entry, asked)
         elif not content.is_dirty():
-            self.lose(node)  # the kernel looks the name up again and opens the new file
+            self._closer.lose(node)  # the kernel looks the name up again and opens the new file
             raise Stale("the file was replaced on the remote")
 
     async def _check_names(self, node: Node, namespace: Namespace) -> None:
@@ -227,14 +222,14 @@ class Files(Closer):
         """The node's content, made if this is its first handle."""
         while True:
             if node.content and node.content.closing is not None:
-                await self.settled(node)
+                await self._closer.settled(node)
                 await self._revalidate(node, namespace)
                 continue
             if node.content:
                 return node.content
             capabilities = await namespace.capabilities()
             entry = node.entry
-            file = await self.file_prefetcher.take(node)
+            file = await self._file_prefetcher.take(node)
             if file is None:
                 file = await self._store.acquire(
                     namespace.origin, node.path, entry.version, entry.size
@@ -242,22 +237,8 @@ class Files(Closer):
             if node.content or node.entry.version != entry.version:
                 self._store.release(file)
                 continue
-            node.content = self._make_content(node, namespace, capabilities, file)
+            node.content = self._contents.make(node, namespace, capabilities, file)
             return node.content
-
-    def _make_content(
-        self, place: Place, namespace: Namespace, capabilities: Capabilities, file: CacheFile
-    ) -> Content:
-        return Content(
-            place,
-            namespace,
-            capabilities,
-            self._store,
-            file,
-            self._nursery,
-            self._budget,
-            self._tree.now,
-        )
 
     async def create(self, parent: Node, name: bytes, mode: int, flags: int) -> tuple[int, Node]:
         """-> (handle, node) of a new empty file. In `back` mode the remote does not hear of it yet:
@@ -270,7 +251,7 @@ class Files(Closer):
         handle = NO_HANDLE
         if namespace.writes_back:
             await namespace.check_takes_writes()
-            await self.backlog.make_room(None, 0)
+            await self._closer.queue.make_room(None, 0)
             await self._look_once(parent, namespace)
             entry = self._entry_made_here(parent, name, mode, capabilities)
         else:
@@ -284,11 +265,12 @@ class Files(Closer):
         file = self._store.create(namespace.origin, path, entry.version, 0)
         file.users = 1
         self._store.adopt(file)
-        content = self._make_content(node, namespace, capabilities, file)
-        content.users = 1
-        content.new = capabilities.creates_on_upload or namespace.writes_back
-        if not content.new:
-            content.made, content.write_handle = True, handle
+        content = self._contents.make(node, namespace, capabilities, file)
+        self._closer.use(content)
+        if capabilities.creates_on_upload or namespace.writes_back:
+            content.note_absent()
+        else:
+            content.note_created(handle)
         node.content = content
         node.pages_version = content.version
         return self._add(OpenFile(node, content, flags)), node
@@ -310,7 +292,7 @@ class Files(Closer):
         now = time.time_ns()
         now -= now % capabilities.mtime_resolution_ns
         shown = stat.S_IFREG | stat.S_IMODE(mode)
-        gid = parent.entry.gid if parent.entry.mode & stat.S_ISGID else self._gid
+        gid = parent.entry.gid if parent.entry.mode & stat.S_ISGID else self._permissions.gid
         return Entry(name, shown, 0, now, now, self._permissions.uid, gid)
 
     def _add(self, opened: OpenFile) -> int:
@@ -332,7 +314,7 @@ class Files(Closer):
         opened = self.get(handle)
         opened.check_writable()
         if opened.content.namespace.writes_back and not opened.content.orphan:
-            await self.backlog.make_room(opened.content, len(data))
+            await self._closer.queue.make_room(opened.content, len(data))
         async with self._uploader.writing(opened.content):
             if opened.appends:
                 await opened.content.append(data)
@@ -348,10 +330,7 @@ class Files(Closer):
         now -= now % content.capabilities.mtime_resolution_ns
         is_own = self._permissions.uid and node.entry.uid == self._permissions.uid
         mode = mode_without_ids(node.entry) if is_own else None
-        if content.pending:  # a time that was set before is not to come back with the upload
-            content.pending = msgspec.structs.replace(content.pending, mtime_ns=None)
-        if mode is not None:
-            content.pending = merge_attributes(content.pending, Attributes(mode=mode))
+        content.note_stamped(mode)
         full = node.entry.mode if mode is None else stat.S_IFREG | mode
         self._tree.set_local(
             node, msgspec.structs.replace(node.entry, size=content.size, mtime_ns=now, mode=full)
@@ -365,7 +344,7 @@ class Files(Closer):
         if handle is not None:
             return not await self._cut(node, self.get(handle).content, size)
         await self._permissions.check_open(node, os.O_WRONLY)
-        await self.settled(node)
+        await self._closer.settled(node)
         content = node.content
         if content is None:
             entry = await namespace.entry(m.Truncate(node.path, size))
@@ -373,12 +352,12 @@ class Files(Closer):
             self._tree.set_local(node, entry)
             node.pages_version = None
             return False
-        content.users += 1
+        self._closer.use(content)
         try:
             changed = await self._cut(node, content, size)
-            await self.closed(content)
+            await self._closer.closed(content)
         finally:
-            await self._leave(content)
+            await self._closer.leave(content)
         return not changed
 
     async def _cut(self, node: Node, content: Content, size: int, *, stamp: bool = False) -> bool:
@@ -401,15 +380,9 @@ class Files(Closer):
         """fsync(2), or close(2), which is nothing to who only read: whoever wrote hears of it."""
         opened = self.get(handle)
         if sync:
-            await self.flush(opened.content, sync=True)
+            await self._closer.flush(opened.content, sync=True)
         elif opened.is_writable and not opened.content.is_as_made:
-            await self.closed(opened.content)
-
-    def dirty(self) -> list[Content]:
-        """All that the remote does not have as it is here."""
-        contents = {id(opened.content): opened.content for opened in self._open.values()}
-        contents.update((id(content), content) for content in self.backlog.schedule)
-        return [content for content in contents.values() if content.is_dirty()]
+            await self._closer.closed(opened.content)
 
     async def close_all(self) -> None:
         """The kernel is gone: close what it left open."""
@@ -417,15 +390,4 @@ class Files(Closer):
             await self.release(handle)
 
     async def release(self, handle: int) -> None:
-        await self._leave(self._open.pop(handle).content)
-
-    def take_up(self, node: Node, namespace: Namespace, row: Unconfirmed, file: CacheFile) -> None:
-        """An earlier mount left this file: it is written as far as the row says."""
-        content = self._make_content(node, namespace, row.capabilities, file)
-        content.base_size = row.base_size
-        content.pending, content.resized = row.pending, row.resized
-        content.new, content.replace, content.attempted = row.new, row.replace, row.attempted
-        content.changes = Changes.APPENDED if row.appended else Changes.ANY
-        content.needs_disk = content.journaled = content.secured = True
-        node.content = content
-        self.backlog.take_up(content, row.reason)
+        await self._closer.leave(self._open.pop(handle).content)

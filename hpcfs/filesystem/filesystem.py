@@ -12,12 +12,14 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 import trio
 
 from hpcfs.cache.store import Store
+from hpcfs.content.factory import ContentFactory
 from hpcfs.directories.directories import Directories, directory_entry
 from hpcfs.filesystem.attributes import AttributeChanges
 from hpcfs.filesystem.files import Files
@@ -43,8 +45,11 @@ from hpcfs.model.errors import (
     Unreachable,
 )
 from hpcfs.model.usage import DiskUsage
+from hpcfs.prefetch.file_prefetcher import FilePrefetcher
 from hpcfs.protocol import messages as m
 from hpcfs.site.namespace import Namespace
+from hpcfs.writeback.close import Closer
+from hpcfs.writeback.queue import DEFAULT_LIMIT
 from hpcfs.writeback.uploader import Uploader
 
 log = logging.getLogger(__name__)
@@ -57,9 +62,37 @@ UNLIMITED = DiskUsage(1 << 50, 1 << 50, 1 << 50, 1 << 32, 1 << 32)
 """What df shows of a remote that knows no limit: 1 PiB free."""
 
 
+@dataclass(frozen=True)
+class MountOptions:
+    """What a mount is asked to be.
+
+    `single` makes the only namespace the root of the mount itself, as with sshfs. `mountpoint` is
+    its absolute path, where there is one; `uid` and `gid` are the user's; `journal_size` is how
+    many bytes may wait to be uploaded; `now` is a monotonic clock in seconds.
+    """
+
+    single: bool = False
+    mountpoint: bytes | None = None
+    uid: int = field(default_factory=os.getuid)
+    gid: int = field(default_factory=os.getgid)
+    journal_size: int = DEFAULT_LIMIT
+    now: Callable[[], float] = time.monotonic
+
+
+def _make_tree(namespaces: Sequence[Namespace], options: MountOptions) -> Tree:
+    """The root, and below it a directory for each namespace unless it is the only one's."""
+    entry = directory_entry(b"", 0o755, options.uid, options.gid, time.time_ns())
+    top = Node(ROOT_INO, None, b"", namespaces[0] if options.single else None, entry)
+    tree = Tree(top, options.now)
+    if not options.single:
+        for namespace in namespaces:
+            name = namespace.name.encode()
+            tree.add(top, name, msgspec.structs.replace(entry, name=name), 0.0, namespace)
+    return tree
+
+
 class Filesystem:
-    """`single` makes the only namespace the root of the mount itself, as with sshfs. `mountpoint`
-    is its absolute path, where there is one."""
+    """The operations of one mount on inode numbers, names and handles."""
 
     def __init__(
         self,
@@ -67,30 +100,22 @@ class Filesystem:
         store: Store,
         uploader: Uploader,
         nursery: trio.Nursery,
-        *,
-        single: bool = False,
-        mountpoint: bytes | None = None,
-        uid: int | None = None,
-        gid: int | None = None,
+        options: MountOptions | None = None,
     ) -> None:
-        self._uid = os.getuid() if uid is None else uid
-        self._gid = os.getgid() if gid is None else gid
+        options = options or MountOptions()
         self._namespaces = list(namespaces)
-        self._uploader = uploader
-        now = time.time_ns()
-        top = directory_entry(b"", 0o755, self._uid, self._gid, now)
-        self.tree = Tree(Node(ROOT_INO, None, b"", self._namespaces[0] if single else None, top))
-        if not single:
-            for namespace in self._namespaces:
-                name = namespace.name.encode()
-                entry = directory_entry(name, 0o755, self._uid, self._gid, now)
-                self.tree.add(self.tree.root, name, entry, 0.0, namespace)
-        self.permissions = Permissions(self._uid)
-        self.files = Files(self.tree, store, uploader, nursery, self.permissions, self._gid)
-        self._links = Symlinks(self.tree, self.lookup, mountpoint)
+        self.tree = _make_tree(self._namespaces, options)
+        self.permissions = Permissions(options.uid, options.gid)
+        self.contents = ContentFactory(store, nursery, options.now)
+        self.closer = Closer(self.tree, store, uploader, nursery, options.journal_size)
+        self.file_prefetcher = FilePrefetcher(self.tree, self.contents)
+        self.files = Files(
+            self.tree, self.contents, self.closer, uploader, self.file_prefetcher, self.permissions
+        )
+        self._links = Symlinks(self.tree, self.lookup, options.mountpoint)
         self.makers = Makers()
-        self._renaming = Renamer(self.tree, store, self.files)
-        self._attributes = AttributeChanges(self.tree, store, self.files, self._uid)
+        self._renaming = Renamer(self.tree, store, self.closer)
+        self._attributes = AttributeChanges(self.tree, store, self.closer, options.uid)
         keeping = any(namespace.keeps_xattrs for namespace in self._namespaces)
         self.xattrs = ExtendedAttributes(
             self.getattr, self._attributes, self.permissions, any_keeps=keeping
@@ -98,7 +123,7 @@ class Filesystem:
         self.directories = Directories(
             self.tree,
             self._adopt,
-            self.files.file_prefetcher,
+            self.file_prefetcher,
             str(store.directory),
             store.spool,
             nursery,
@@ -174,7 +199,7 @@ class Filesystem:
             if await self.files.is_same(child.content, entry):
                 self.tree.update(child, entry, asked)
             elif not self._is_ahead(child) and child.named <= asked:
-                self.files.lose(child)
+                self.closer.lose(child)
         return self._adopt(parent, name, entry, asked)
 
     def _lose(self, parent: Node, name: bytes, child: Node) -> None:
@@ -182,7 +207,7 @@ class Filesystem:
         if child.others:
             self.tree.note_gone(parent, name)
         else:
-            self.files.lose(child)
+            self.closer.lose(child)
 
     def _is_ahead(self, node: Node) -> bool:
         """Whether the mount knows better than the remote: the file is being written, or was
@@ -197,7 +222,7 @@ class Filesystem:
         if asked < child.named or self._is_ahead(child) or child.is_namespace_root:
             return child
         if stat.S_IFMT(entry.mode) != stat.S_IFMT(child.entry.mode):
-            self.files.lose(child)
+            self.closer.lose(child)
             return self.tree.add(parent, name, entry, asked)
         if child.others and entry.version != child.entry.version:
             self.tree.note_gone(parent, name)  # its names may be those of several files now
@@ -208,7 +233,7 @@ class Filesystem:
             return child
         if content.capabilities.handles and entry.size > content.size:
             return child  # perhaps it grew: a lookup or getattr of its own will ask
-        self.files.lose(child)
+        self.closer.lose(child)
         return self.tree.add(parent, name, entry, asked)
 
     async def getattr(self, ino: int) -> Node:
@@ -338,7 +363,7 @@ class Filesystem:
             raise NameTooLong("names have at most 255 bytes")
         namespace = self._writable(parent)
         await self.permissions.check_directory(parent, os.W_OK | os.X_OK)
-        self.files.backlog.directory_times.forget(parent)
+        self.closer.queue.directory_times.forget(parent)
         return parent, namespace
 
     async def _about_to_change(self, ino: int, name: bytes) -> tuple[Node, Namespace]:

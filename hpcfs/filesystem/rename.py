@@ -12,18 +12,18 @@ from contextlib import AsyncExitStack, ExitStack, suppress
 
 from hpcfs.cache.store import Store
 from hpcfs.content.content import Content
-from hpcfs.filesystem.files import Files
 from hpcfs.inodes.tree import Node, Tree, join
 from hpcfs.model.errors import AlreadyExists, DirectoryNotEmpty, IsADirectory, NotFound
 from hpcfs.protocol import messages as m
 from hpcfs.site.namespace import Namespace
+from hpcfs.writeback.close import Closer
 
 
 class Renamer:
-    def __init__(self, tree: Tree, store: Store, files: Files) -> None:
+    def __init__(self, tree: Tree, store: Store, closer: Closer) -> None:
         self._tree = tree
         self._store = store
-        self._files = files
+        self._closer = closer
 
     async def rename(
         self,
@@ -68,29 +68,28 @@ class Renamer:
             if lost is not None:
                 if lost.content:
                     await locks.enter_async_context(lost.content.upload_lock)
-                await self._files.keep_readable(lost)
+                await self._closer.keep_readable(lost)
             elif target is not None:  # it goes on under its other names
                 await self.flush_below(target)
             old_path = node.path
             # No await from here to the end of the move.
-            content.replace = content.replace or _is_there(target)
+            content.note_renamed(over_another=_is_there(target))  # the row has the old name
             doomed = lost.content if lost else None
             if lost is not None:
-                self._files.orphan(lost)
+                self._closer.orphan(lost)
             old_parent = node.parent
             assert old_parent
             self._tree.move(node, (old_parent, node.name), parent, name)
             for directory in {old_parent, parent}:
                 self._tree.touch(directory)
             row = doomed.file.name if doomed and doomed.journaled else None
-            content.secured = False  # the row has the old name
-            await self._files.backlog.secure(content, instead_of=row)
+            await self._closer.queue.secure(content, instead_of=row)
             if doomed:
-                doomed.journaled = False
+                doomed.note_no_row()
         if target is not None:
             self._tree.note_changed(target)
         if lost is not None:
-            await self._files.forget_orphan(lost)
+            await self._closer.forget_orphan(lost)
         await self._store.move(content.namespace.origin, old_path, node.path)
 
     # --- what the remote has ----------------------------------------------------------------------
@@ -112,7 +111,7 @@ class Renamer:
         if target and target.others:
             await self.flush_below(target)
         elif target:
-            await self._files.keep_readable(target)
+            await self._closer.keep_readable(target)
         await self.flush_below(node)
         async with AsyncExitStack() as locks:
             for content in _open_below(node, target):
@@ -126,7 +125,7 @@ class Renamer:
                 await namespace.do(m.Rename(path, new_path, replace))
                 # No await from here to the end of the move: a lookup must not come in between.
                 if target and not target.others:
-                    self._files.orphan(target)
+                    self._closer.orphan(target)
                 self._tree.move(node, old, parent, name)
         self._tree.expire(old[0])
         self._tree.expire(parent)
@@ -134,7 +133,7 @@ class Renamer:
             if changed:
                 self._tree.note_changed(changed)
         if target and not target.is_attached:
-            await self._files.forget_orphan(target)
+            await self._closer.forget_orphan(target)
         await self._store.move(namespace.origin, path, new_path)
 
     # --- removal ----------------------------------------------------------------------------------
@@ -147,17 +146,17 @@ class Renamer:
             await self._unlink_one(namespace, node, parent, name)
             return
         if node:
-            await self._files.keep_readable(node)
+            await self._closer.keep_readable(node)
         async with AsyncExitStack() as locks:
             if node and node.content:
                 await locks.enter_async_context(node.content.upload_lock)
             await self._remove_there(namespace, join(parent, name), node)
             if node:
-                self._files.orphan(node)
+                self._closer.orphan(node)
             self._tree.note_gone(parent, name)
             self._tree.expire(parent)
         if node:
-            await self._files.forget_orphan(node)
+            await self._closer.forget_orphan(node)
         await self._store.remove(namespace.origin, join(parent, name))
 
     async def _remove_there(self, namespace: Namespace, path: bytes, node: Node | None) -> None:
@@ -186,21 +185,21 @@ class Renamer:
             went_by = node.path == path
             self._tree.note_gone(parent, name)
             if not node.is_attached:  # the others went meanwhile
-                self._files.orphan(node)
+                self._closer.orphan(node)
         self._tree.expire(parent)
         self._tree.note_changed(node)
         if node.is_attached and went_by:
             await self._store.move(namespace.origin, path, node.path)
             return
         if not node.is_attached:
-            await self._files.forget_orphan(node)
+            await self._closer.forget_orphan(node)
         await self._store.remove(namespace.origin, path)
 
     async def flush_below(self, node: Node) -> None:
         """What is renamed or linked on the remote must be there first."""
         for below in list(node.below()):
             if below.content and below.content.is_dirty():
-                await self._files.flush(below.content)
+                await self._closer.flush(below.content)
 
 
 async def _make_way(namespace: Namespace, path: bytes) -> None:

@@ -1,7 +1,8 @@
 """Extended attributes: getxattr(2), setxattr(2), listxattr(2) and removexattr(2).
 
-Only the namespace "user.", and only where the remote keeps them. They come and go with the other
-attributes: in every entry, and with the upload of a file that is not on the remote yet.
+Only those of Linux's namespace "user." or of none, and only where the remote keeps them. They come
+and go with the other attributes: in every entry, and with the upload of a file that is not on the
+remote yet.
 """
 
 from __future__ import annotations
@@ -20,10 +21,8 @@ from hpcfs.model.errors import (
     NotSupported,
     ReadOnly,
 )
-from hpcfs.model.xattrs import XATTRS_TEXT_BYTES, changed_xattrs, xattrs_text
+from hpcfs.model.xattrs import XATTRS_TEXT_BYTES, changed_xattrs, is_kept_xattr, xattrs_text
 from hpcfs.site.namespace import Namespace
-
-PREFIX = b"user."
 
 
 class ExtendedAttributes:
@@ -82,9 +81,9 @@ class ExtendedAttributes:
 
 
 def _check_name(name: bytes) -> None:
-    if not name.startswith(PREFIX):
+    if not is_kept_xattr(name):
         raise NotSupported("extended attributes have names that begin with user.")
-    if name == PREFIX:
+    if name == b"user.":
         raise InvalidRequest("the attribute has no name")
 
 

@@ -19,10 +19,12 @@ _BITS = {os.R_OK: stat.S_IRUSR, os.W_OK: stat.S_IWUSR, os.X_OK: stat.S_IXUSR}
 
 
 class Permissions:
-    """`uid` is the user whose mount it is; root may do anything. Raises PermissionDenied."""
+    """Judges by the mode bits of what belongs to `uid`, the user whose mount it is and whose group
+    is `gid`; root may do anything. Raises PermissionDenied."""
 
-    def __init__(self, uid: int) -> None:
+    def __init__(self, uid: int, gid: int) -> None:
         self.uid = uid
+        self.gid = gid
 
     def _lacks(self, node: Node, mask: int) -> bool:
         """Whether the entry is the user's own, and its mode does not allow all of `mask`

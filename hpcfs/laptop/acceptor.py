@@ -17,7 +17,7 @@ from typing import Literal
 
 from hpcfs.laptop.strangers import Admission, Strangers, Tally
 from hpcfs.tunnel.knock import KNOCK_BYTES, NONCE_BYTES, Door
-from hpcfs.tunnel.stream import ID_BYTES, NEW_STREAM, Garbled, Pipe, Stream
+from hpcfs.tunnel.stream import ID_BYTES, NEW_STREAM, Garbled, Pipe, TunnelStream
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Incoming:
         self._count = 0
         self._over = False
         self.kind = kind
-        self.stream: Stream | None = None
+        self.stream: TunnelStream | None = None
         pipe.write(acceptor.door.greeting(self._nonce))
 
     def received(self, data: bytes | memoryview) -> None:
@@ -109,7 +109,7 @@ class _Kept:
     """A stream whose client has proved itself: it outlives its pipes. `heard_at` and the timer are
     the event loop's."""
 
-    stream: Stream
+    stream: TunnelStream
     kind: Kind
     heard_at: float
     timer: asyncio.TimerHandle
@@ -118,7 +118,7 @@ class _Kept:
 class Acceptor:
     """`on_stream` gets each new stream, and calls `keep` once its client has proved itself."""
 
-    def __init__(self, door: Door, on_stream: Callable[[Stream, Kind], None]) -> None:
+    def __init__(self, door: Door, on_stream: Callable[[TunnelStream, Kind], None]) -> None:
         self.door = door
         self._on_stream = on_stream
         self._kept: dict[bytes, _Kept] = {}
@@ -143,7 +143,7 @@ class Acceptor:
     def is_proving(self, incoming: Incoming) -> bool:
         return incoming in self._proving
 
-    def keep(self, stream: Stream) -> None:
+    def keep(self, stream: TunnelStream) -> None:
         """Its client has proved itself: from now on it outlives its pipes."""
         for incoming in self._proving.all():
             if incoming.stream is stream:
@@ -163,11 +163,11 @@ class Acceptor:
 
     # --- for Incoming -----------------------------------------------------------------------------
 
-    def find(self, stream_id: bytes, kind: Kind) -> Stream | None:
+    def find(self, stream_id: bytes, kind: Kind) -> TunnelStream | None:
         """The stream of that id, or a new one; None where there is no such one."""
         if stream_id == NEW_STREAM:
             full = len(self._kept) >= MAX_STREAMS
-            return None if full else Stream(secrets.token_bytes(ID_BYTES))
+            return None if full else TunnelStream(secrets.token_bytes(ID_BYTES))
         kept = self._kept.get(stream_id)
         if kept is None or kept.kind != kind or kept.stream.ended:
             return None
@@ -181,7 +181,7 @@ class Acceptor:
             self._proving.add(incoming)
             self._on_stream(stream, incoming.kind)
 
-    def heard(self, stream: Stream) -> None:
+    def heard(self, stream: TunnelStream) -> None:
         if stream.id in self._kept:
             self._kept[stream.id].heard_at = asyncio.get_running_loop().time()
 

@@ -33,7 +33,7 @@ from asyncssh.packet import SSHPacket
 from asyncssh.sftp import SFTPServerHandler
 
 from hpcfs.laptop.memory import Held
-from hpcfs.laptop.sftp_server import OpenFile, Shares, ShareServer
+from hpcfs.laptop.sftp_server import ShareFile, Shares, ShareServer
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ _BAD_MESSAGE = "Bad message"
 """Its words for it, by which remotes/sftp/errors.py knows."""
 
 
-class OpenFiles(dict[bytes, object]):
+class HandleTable(dict[bytes, object]):
     """Of one mount, by handle."""
 
     def __init__(self) -> None:
@@ -78,11 +78,11 @@ class OpenFiles(dict[bytes, object]):
         files = list(self.values())
         self.clear()
         for file in files:
-            assert isinstance(file, OpenFile)
+            assert isinstance(file, ShareFile)
             server.close(file)
 
 
-class ServedChannel:
+class ServerChannel:
     """Feed `received` what comes and call `ended` when nothing more will; `run` answers.
 
     `untaken` says how many bytes of answers the mount has not taken. Where they are more than
@@ -93,7 +93,7 @@ class ServedChannel:
     def __init__(
         self,
         shares: Shares,
-        files: OpenFiles,
+        files: HandleTable,
         write: Callable[[bytes], None],
         untaken: Callable[[], int],
         most: int,
@@ -101,8 +101,10 @@ class ServedChannel:
         self._write = write
         self._untaken = untaken
         self._held = Held(shares.memory, most)
-        self._reader = _Reader(self._held)
-        self._handler = _Handler(ShareServer(shares), self._reader, _Writer(self._answer), files)
+        self._reader = _RequestReader(self._held)
+        self._handler = _Handler(
+            ShareServer(shares), self._reader, _AnswerWriter(self._answer), files
+        )
 
     def received(self, data: bytes | memoryview) -> None:
         self._reader.feed(data)
@@ -128,7 +130,7 @@ class ServedChannel:
         self._reader.end()
 
 
-class _Reader:
+class _RequestReader:
     """Of a reader, what asyncssh's handler uses."""
 
     def __init__(self, held: Held) -> None:
@@ -177,7 +179,7 @@ class _Reader:
         return found
 
 
-class _Writer:
+class _AnswerWriter:
     """Of a writer, what asyncssh's handler uses."""
 
     def __init__(self, write: Callable[[bytes], None]) -> None:
@@ -185,7 +187,7 @@ class _Writer:
         self._closed = False
 
     @property
-    def channel(self) -> _Writer:
+    def channel(self) -> _AnswerWriter:
         return self
 
     def is_closing(self) -> bool:
@@ -197,7 +199,7 @@ class _Writer:
 
 class _Handler(SFTPServerHandler):
     def __init__(
-        self, server: ShareServer, reader: _Reader, writer: _Writer, files: OpenFiles
+        self, server: ShareServer, reader: _RequestReader, writer: _AnswerWriter, files: HandleTable
     ) -> None:
         super().__init__(server, cast(Any, reader), cast(Any, writer), SFTP_VERSION)
         self._shares = server
@@ -215,7 +217,7 @@ class _Handler(SFTPServerHandler):
 
     def _get_next_handle(self) -> bytes:
         """Counts on every channel of the mount."""
-        assert isinstance(self._file_handles, OpenFiles)
+        assert isinstance(self._file_handles, HandleTable)
         return self._file_handles.new_handle()
 
     async def _process_opendir(self, packet: SSHPacket) -> bytes:
@@ -238,7 +240,7 @@ class _Handler(SFTPServerHandler):
 
     async def _cleanup(self, exc: Exception | None) -> None:
         """The files are the mount's, not this channel's: who ends the mount closes them."""
-        self._file_handles = OpenFiles()
+        self._file_handles = HandleTable()
         await super()._cleanup(exc)
 
 

@@ -17,25 +17,25 @@ from hpcfs.laptop.acceptor import Acceptor
 from hpcfs.laptop.forwards import Ends
 from hpcfs.laptop.identity import Identity
 from hpcfs.laptop.publishing import Directory
-from hpcfs.laptop.running import Ask, Asker
+from hpcfs.laptop.running import Asker, AskUser
 from hpcfs.model.errors import RemoteError
 from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.ssh.login import Login, log_in
 from hpcfs.tunnel.file import DIRECTORY
 
 Level = Literal["ok", "warn", "fail"]
-Tell = Callable[[Level, str, str], None]
+ReportFinding = Callable[[Level, str, str], None]
 """Gets each finding, with what was looked at, as soon as it is known."""
 
 SECONDS = 30.0
 
 
-def check(wishes: Wishes, ask: Ask, tell: Tell) -> None:
+def check(wishes: Wishes, ask: AskUser, tell: ReportFinding) -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_check(wishes, ask, tell))
 
 
-async def _check(wishes: Wishes, ask: Ask, tell: Tell) -> None:
+async def _check(wishes: Wishes, ask: AskUser, tell: ReportFinding) -> None:
     if wishes.site.transport != "asyncssh":
         tell("fail", wishes.shown, 'transport = "openssh" can\'t forward: leave that key out')
         return
@@ -57,7 +57,7 @@ async def _check(wishes: Wishes, ask: Ask, tell: Tell) -> None:
         await login.close()
 
 
-async def _look_around(wishes: Wishes, login: Login, tell: Tell) -> None:
+async def _look_around(wishes: Wishes, login: Login, tell: ReportFinding) -> None:
     sftp = await publishing.start_sftp(login)
     missing = await _missing_directories(sftp)
     try:
@@ -95,7 +95,9 @@ async def _kind(directory: Directory) -> str:
     return f" ({kind})" if kind else ""
 
 
-async def _look_for_others(wishes: Wishes, directory: Directory, login: Login, tell: Tell) -> None:
+async def _look_for_others(
+    wishes: Wishes, directory: Directory, login: Login, tell: ReportFinding
+) -> None:
     try:
         await directory.check_free(login.connection, wishes.name, "")
     except publishing.NameTaken as error:
@@ -104,7 +106,7 @@ async def _look_for_others(wishes: Wishes, directory: Directory, login: Login, t
         tell("ok", "name", f"no other tunnel named {wishes.name} is up")
 
 
-async def _try_forwards(wishes: Wishes, ends: Ends, path: str | None, tell: Tell) -> None:
+async def _try_forwards(wishes: Wishes, ends: Ends, path: str | None, tell: ReportFinding) -> None:
     unix, no_unix = await forwards.try_unix(ends, path)
     tcp, no_tcp = await forwards.try_tcp(ends, forwards.LOOPBACK)
     if unix is not None:

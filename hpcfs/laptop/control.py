@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from hpcfs.laptop import status
-from hpcfs.laptop.status import Reply, TunnelStatus
+from hpcfs.laptop.status import TunnelReply, TunnelStatus
 from hpcfs.model.errors import SetupError
 from hpcfs.system import ownership, paths
 
@@ -106,14 +106,14 @@ class _Answerer:
         else:
             writer.close()
 
-    def _reply(self, line: bytes) -> tuple[Reply, bool]:
+    def _reply(self, line: bytes) -> tuple[TunnelReply, bool]:
         try:
             command = msgspec.json.decode(line, type=_Request).command
         except msgspec.MsgspecError:
             command = ""
         if command not in ("status", "stop"):
-            return Reply(error='a request is one line of JSON: {"command": "status"}'), False
-        return Reply(status=self._tell()), command == "stop"
+            return TunnelReply(error='a request is one line of JSON: {"command": "status"}'), False
+        return TunnelReply(status=self._tell()), command == "stop"
 
 
 def _peer(writer: asyncio.StreamWriter) -> int:

@@ -20,7 +20,7 @@ from hpcfs.laptop.guests import takes_packets
 from hpcfs.model.errors import WrongSettings
 from hpcfs.remotes.ssh.login import Login
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES
-from hpcfs.tunnel.file import Place, TcpPlace, UnixPlace
+from hpcfs.tunnel.file import Endpoint, TcpEndpoint, UnixEndpoint
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ NO_WAY = (
 class Forwards:
     """`places` in the order in which a mount is to try them; `notes` say what was refused."""
 
-    places: list[Place] = field(default_factory=list)
+    places: list[Endpoint] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -65,7 +65,7 @@ async def open_forwards(ends: Ends, socket_path: str | None, bind: str | None) -
     """At least one of them stands. Raises WrongSettings otherwise, and asyncssh.Error or OSError
     where the connection is lost meanwhile."""
     found = Forwards()
-    place: Place | None
+    place: Endpoint | None
     place, refusal = await try_unix(ends, socket_path)
     if place is None:
         found.notes.append(refusal)
@@ -88,7 +88,7 @@ async def open_forwards(ends: Ends, socket_path: str | None, bind: str | None) -
     return found
 
 
-async def try_unix(ends: Ends, path: str | None) -> tuple[UnixPlace | None, str]:
+async def try_unix(ends: Ends, path: str | None) -> tuple[UnixEndpoint | None, str]:
     """The socket at that path, or why there is none."""
     if path is None:
         return None, "no Unix socket: the home directory's name is too long for one"
@@ -100,10 +100,10 @@ async def try_unix(ends: Ends, path: str | None) -> tuple[UnixPlace | None, str]
     except asyncssh.ChannelListenError:
         reason = _forbidding(ends.login, said) or f"it can't be made at {path}"
         return None, f"no Unix socket: {reason}"
-    return UnixPlace(path), ""
+    return UnixEndpoint(path), ""
 
 
-async def try_tcp(ends: Ends, host: str) -> tuple[TcpPlace | None, str]:
+async def try_tcp(ends: Ends, host: str) -> tuple[TcpEndpoint | None, str]:
     """A port that the server chose, or why there is none."""
     said = len(ends.login.said)
     try:
@@ -114,7 +114,7 @@ async def try_tcp(ends: Ends, host: str) -> tuple[TcpPlace | None, str]:
         reason = _forbidding(ends.login, said) or f"{ends.login.shown} has not that address"
         return None, f"no port on {host}: {reason}"
     _guard(listener, ends.acceptor)
-    return TcpPlace(host, listener.get_port()), ""
+    return TcpEndpoint(host, listener.get_port()), ""
 
 
 def _guard(listener: Any, acceptor: Acceptor) -> None:
@@ -137,7 +137,7 @@ def _forbidding(login: Login, said_before: int) -> str:
     return ""
 
 
-async def try_bind(ends: Ends, bind: str) -> tuple[TcpPlace | None, str]:
+async def try_bind(ends: Ends, bind: str) -> tuple[TcpEndpoint | None, str]:
     """A port that other machines reach, or why there is none."""
     place, obstacle = await try_tcp(ends, bind)
     if place is not None:
@@ -148,7 +148,7 @@ async def try_bind(ends: Ends, bind: str) -> tuple[TcpPlace | None, str]:
     return None, f"compute nodes can't reach this tunnel, since {obstacle}: {OTHER_WAYS}"
 
 
-async def _obstacle(ends: Ends, place: TcpPlace) -> str:
+async def _obstacle(ends: Ends, place: TcpEndpoint) -> str:
     """Why nobody reaches this port from another machine, as far as that can be seen from here."""
     heard = await listening.addresses(ends.sftp, place.port)
     if heard and all(address.is_loopback for address in heard):

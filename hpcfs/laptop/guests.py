@@ -16,13 +16,13 @@ from typing import Any
 import asyncssh
 
 from hpcfs.laptop.acceptor import Acceptor, Kind
-from hpcfs.laptop.channel import OpenFiles, ServedChannel
+from hpcfs.laptop.channel import HandleTable, ServerChannel
 from hpcfs.laptop.identity import Identity
 from hpcfs.laptop.sftp_server import Shares, ShareServer
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES, FAST_CIPHER, KEY_EXCHANGE
 from hpcfs.tunnel.proof import NotProved, prove_as_server
 from hpcfs.tunnel.pump import WAITING_BYTES, socket_of
-from hpcfs.tunnel.stream import Stream
+from hpcfs.tunnel.stream import TunnelStream
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Guest:
 
     host: str
     since: float = field(default_factory=time.time)
-    files: OpenFiles = field(default_factory=OpenFiles)
+    files: HandleTable = field(default_factory=HandleTable)
     channels: int = 0
 
 
@@ -64,7 +64,7 @@ class Guests:
     def all(self) -> list[Guest]:
         return list(self._by_session.values())
 
-    def _arrived(self, stream: Stream, kind: Kind) -> None:
+    def _arrived(self, stream: TunnelStream, kind: Kind) -> None:
         self._run(self._serve_private(stream) if kind == "unix" else self._serve_ssh(stream))
 
     async def close(self) -> None:
@@ -100,7 +100,7 @@ class Guests:
 
     # --- over a Unix socket -----------------------------------------------------------------------
 
-    async def _serve_private(self, stream: Stream) -> None:
+    async def _serve_private(self, stream: TunnelStream) -> None:
         tunnel, client = bytes.fromhex(self._identity.id), self._identity.client_public
         try:
             proof = await prove_as_server(stream, tunnel, self._identity.host_key, client)
@@ -111,7 +111,7 @@ class Guests:
         self.acceptor.keep(stream)
         guest = self.enter(proof.session, proof.host)
         try:
-            channel = ServedChannel(
+            channel = ServerChannel(
                 self._shares, guest.files, stream.write, lambda: stream.unseen, MOST_UNTAKEN_BYTES
             )
             stream.on_seen.append(channel.taken)
@@ -123,7 +123,7 @@ class Guests:
 
     # --- over TCP ---------------------------------------------------------------------------------
 
-    async def _serve_ssh(self, stream: Stream) -> None:
+    async def _serve_ssh(self, stream: TunnelStream) -> None:
         try:
             connection = await asyncssh.run_server(
                 await socket_of(stream),
@@ -150,13 +150,13 @@ class Guests:
     def is_known(self, key: asyncssh.SSHKey) -> bool:
         return key == self._identity.client_public
 
-    def proved(self, stream: Stream) -> None:
+    def proved(self, stream: TunnelStream) -> None:
         self.acceptor.keep(stream)
 
     def open_channel(
-        self, stream: Stream, guest: Guest, chan: asyncssh.SSHServerChannel[bytes]
-    ) -> ServedChannel:
-        channel = ServedChannel(
+        self, stream: TunnelStream, guest: Guest, chan: asyncssh.SSHServerChannel[bytes]
+    ) -> ServerChannel:
+        channel = ServerChannel(
             self._shares,
             guest.files,
             chan.write,
@@ -186,7 +186,7 @@ def takes_packets(channel: object) -> bool:
 class _SshServer(asyncssh.SSHServer):
     """An SSH connection on a stream: one mount."""
 
-    def __init__(self, guests: Guests, stream: Stream) -> None:
+    def __init__(self, guests: Guests, stream: TunnelStream) -> None:
         self._guests = guests
         self._stream = stream
         self._host = ""
@@ -228,13 +228,13 @@ class _SshChannel(asyncssh.SSHServerSession[bytes]):
     """Only SFTP: no shell, no command."""
 
     def __init__(
-        self, guests: Guests, stream: Stream, guest: Guest, on_closed: Callable[[], None]
+        self, guests: Guests, stream: TunnelStream, guest: Guest, on_closed: Callable[[], None]
     ) -> None:
         self._guests = guests
         self._stream = stream
         self._guest = guest
         self._on_closed = on_closed
-        self._channel: ServedChannel | None = None
+        self._channel: ServerChannel | None = None
 
     def connection_made(self, chan: asyncssh.SSHServerChannel[bytes]) -> None:
         """Variables are of no use here, and asyncssh would keep as many as a client sends."""

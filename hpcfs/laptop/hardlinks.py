@@ -13,7 +13,7 @@ import os
 import stat
 from contextlib import suppress
 
-from hpcfs.laptop.safe_paths import Entry
+from hpcfs.laptop.safe_paths import SafeEntry
 
 MAX_FILES = 10_000
 """Whose links are remembered. A forgotten one is not changed any more."""
@@ -34,7 +34,7 @@ class HardLinks:
                 errno.EACCES, "it has other names (hard links), and one may be shared read-only"
             )
 
-    def check_entry(self, entry: Entry) -> None:
+    def check_entry(self, entry: SafeEntry) -> None:
         """The same; what is missing has no other names."""
         with suppress(FileNotFoundError):
             self.check(entry.stat())
@@ -47,7 +47,7 @@ class HardLinks:
             self._names[file] = known = found.st_nlink
         return known
 
-    def link(self, old: Entry, new: Entry) -> None:
+    def link(self, old: SafeEntry, new: SafeEntry) -> None:
         found = old.stat()
         os.link(
             old.name, new.name, src_dir_fd=old.parent, dst_dir_fd=new.parent, follow_symlinks=False
@@ -57,11 +57,11 @@ class HardLinks:
             if len(self._names) > MAX_FILES:
                 del self._names[next(iter(self._names))]
 
-    def unlink(self, entry: Entry) -> None:
+    def unlink(self, entry: SafeEntry) -> None:
         self.losing(entry)
         os.unlink(entry.name, dir_fd=entry.parent)
 
-    def losing(self, entry: Entry) -> None:
+    def losing(self, entry: SafeEntry) -> None:
         """A name is about to be removed, or given to another file."""
         with suppress(FileNotFoundError):
             found = entry.stat()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import asyncssh
 from asyncssh.constants import OPEN_ADMINISTRATIVELY_PROHIBITED
 
-from hpcfs.tunnel.file import Place, UnixPlace
+from hpcfs.tunnel.file import Endpoint, UnixEndpoint
 from hpcfs.tunnel.knock import MAX_GREETING_BYTES, NONCE_BYTES, SEALED_BYTES, Door
 from hpcfs.tunnel.stream import ID_BYTES, Garbled
 
@@ -24,7 +24,7 @@ Answer = Literal["greets", "other", "refused", "forbidden"]
 forbidden: the server lets nobody connect from here."""
 
 
-async def look(connection: asyncssh.SSHClientConnection, place: Place, door: Door) -> Answer:
+async def look(connection: asyncssh.SSHClientConnection, place: Endpoint, door: Door) -> Answer:
     """Raises asyncssh.Error and OSError where the login itself is lost."""
     listener = _Listener()
     try:
@@ -51,9 +51,9 @@ async def _is_ours(listener: _Listener, door: Door) -> bool:
 
 
 async def _connect(
-    connection: asyncssh.SSHClientConnection, place: Place, listener: _Listener
+    connection: asyncssh.SSHClientConnection, place: Endpoint, listener: _Listener
 ) -> None:
-    if isinstance(place, UnixPlace):
+    if isinstance(place, UnixEndpoint):
         await connection.create_unix_connection(lambda: listener, place.path)
     else:
         await connection.create_connection(lambda: listener, place.host, place.port)

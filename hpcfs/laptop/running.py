@@ -16,7 +16,7 @@ from hpcfs.config.tunnel import Wishes
 from hpcfs.laptop import control
 from hpcfs.laptop.shares import Share
 from hpcfs.laptop.status import TunnelStatus
-from hpcfs.laptop.tunnel import Plan, Tunnel
+from hpcfs.laptop.tunnel import Tunnel, TunnelPlan
 from hpcfs.model.errors import RemoteError, SetupError
 from hpcfs.system import dumps, logs, paths
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 SHOW_SECONDS = 1.0
 
-Ask = Callable[[str, bool], str | None]
+AskUser = Callable[[str, bool], str | None]
 """What the user typed, echoed or not; None where nobody can be asked. Blocks."""
 Show = Callable[[TunnelStatus], None]
 
@@ -34,14 +34,14 @@ def log_file(name: str) -> Path:
 
 
 def run(
-    wishes: Wishes, shares: tuple[Share, ...], ask: Ask, show: Show, *, to_stderr: bool
+    wishes: Wishes, shares: tuple[Share, ...], ask: AskUser, show: Show, *, to_stderr: bool
 ) -> None:
     """Returns when the tunnel was stopped. `show` gets the status when it changes, and once a
     second.
 
     Raises SetupError when the tunnel ended by itself.
     """
-    plan = Plan(
+    plan = TunnelPlan(
         name=wishes.name,
         site=wishes.site,
         shown=wishes.shown,
@@ -66,7 +66,7 @@ def run(
         log.info("the tunnel %s ends", plan.name)
 
 
-async def _run(plan: Plan, ask: Ask, show: Show) -> None:
+async def _run(plan: TunnelPlan, ask: AskUser, show: Show) -> None:
     tunnel = Tunnel(plan, Asker(ask), lambda: show(tunnel.status()))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -90,7 +90,7 @@ class Asker:
     """Prompter (remotes/base.py). Each question has a thread of its own, which nobody waits for
     when the tunnel ends: it may hang on the terminal."""
 
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, ask: AskUser) -> None:
         self._ask = ask
 
     async def ask(self, text: str, *, echo: bool = False) -> str | None:

@@ -34,7 +34,7 @@ TOP = b"."
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class SafeEntry:
     """A name in an open directory: what the *at calls take. At the top of a folder it is "."."""
 
     parent: int
@@ -90,7 +90,7 @@ class Folder:
         os.close(self._top)
 
     @contextmanager
-    def entry(self, path: Sequence[bytes], *, follow: bool = False) -> Iterator[Entry]:
+    def entry(self, path: Sequence[bytes], *, follow: bool = False) -> Iterator[SafeEntry]:
         """What the path names; with `follow`, where it leads if it is a link. The entry itself may
         be missing. Raises OSError."""
         walk = _Walk(self._top)
@@ -129,7 +129,7 @@ class _Walk:
     def _here(self) -> int:
         return self._opened[-1] if self._opened else self._top
 
-    def to(self, path: Sequence[bytes], *, follow: bool) -> Entry:
+    def to(self, path: Sequence[bytes], *, follow: bool) -> SafeEntry:
         todo = deque(path)
         while todo:
             name = todo.popleft()
@@ -141,9 +141,9 @@ class _Walk:
             elif name not in (b"", TOP):
                 target = self._link(name) if follow else None
                 if target is None:
-                    return Entry(self._here, name)
+                    return SafeEntry(self._here, name)
                 todo.extendleft(reversed(target))
-        return Entry(self._here, TOP)
+        return SafeEntry(self._here, TOP)
 
     def _up(self) -> None:
         if not self._opened:
@@ -162,7 +162,7 @@ class _Walk:
             if target is None:
                 target = [name]  # no link any more: somebody made it a directory meanwhile
                 self._count_link()
-                if not stat.S_ISDIR(Entry(self._here, name).stat().st_mode):
+                if not stat.S_ISDIR(SafeEntry(self._here, name).stat().st_mode):
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
             todo.extendleft(reversed(target))
 

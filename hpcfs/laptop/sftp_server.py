@@ -24,7 +24,7 @@ from asyncssh.constants import FXF_APPEND, FXF_CREAT, FXF_EXCL, FXF_READ, FXF_TR
 
 from hpcfs.laptop.hardlinks import HardLinks
 from hpcfs.laptop.memory import Memory
-from hpcfs.laptop.safe_paths import Entry, Folder
+from hpcfs.laptop.safe_paths import Folder, SafeEntry
 from hpcfs.laptop.shares import Share
 
 MAX_READ_BYTES = 1024 * 1024
@@ -43,7 +43,7 @@ _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 T = TypeVar("T")
 
 
-class OpenFile:
+class ShareFile:
     """`close` may be called again."""
 
     def __init__(self, descriptor: int, share: Share, *, append: bool) -> None:
@@ -58,7 +58,7 @@ class OpenFile:
 
 
 @dataclass
-class Traffic:
+class ShareTraffic:
     """Bytes of files that went to mounts and came from them."""
 
     sent: int = 0
@@ -71,7 +71,7 @@ class Shares:
     def __init__(self, shares: Sequence[Share]) -> None:
         self.by_name = {os.fsencode(share.name): share for share in shares}
         self.folders = {share.name: Folder(share.directory) for share in shares}
-        self.traffic = Traffic()
+        self.traffic = ShareTraffic()
         self.memory = Memory()
         self.links = HardLinks(guarded=any(share.read_only for share in shares))
         self.open_files = 0
@@ -131,7 +131,7 @@ class ShareServer(asyncssh.SFTPServer):
     @contextmanager
     def _entry(
         self, path: bytes, *, follow: bool = False, changes: bool = False
-    ) -> Iterator[tuple[Share, Entry]]:
+    ) -> Iterator[tuple[Share, SafeEntry]]:
         """For what the top has no answer to, and for what `changes` something: a new name at the
         top is refused, not missing."""
         try:
@@ -150,7 +150,7 @@ class ShareServer(asyncssh.SFTPServer):
             yield share, entry
 
     @contextmanager
-    def _replacing(self, path: bytes) -> Iterator[tuple[Share, Entry]]:
+    def _replacing(self, path: bytes) -> Iterator[tuple[Share, SafeEntry]]:
         """A name is made, removed or given to something else: that of a share can't be."""
         with self._entry(path, changes=True) as (share, entry):
             if entry.name == b".":
@@ -159,7 +159,7 @@ class ShareServer(asyncssh.SFTPServer):
 
     # --- files ----------------------------------------------------------------------------------
 
-    def open(self, path: bytes, pflags: int, attrs: SFTPAttrs) -> OpenFile:
+    def open(self, path: bytes, pflags: int, attrs: SFTPAttrs) -> ShareFile:
         flags = _access(pflags)
         changes = bool(pflags & (FXF_WRITE | FXF_CREAT | FXF_TRUNC | FXF_APPEND))
         with self._entry(path, follow=not pflags & FXF_EXCL, changes=changes) as (share, entry):
@@ -172,7 +172,7 @@ class ShareServer(asyncssh.SFTPServer):
             except BaseException:
                 self._shares.give_descriptors_back()
                 raise
-        return OpenFile(opened, share, append=bool(pflags & FXF_APPEND))
+        return ShareFile(opened, share, append=bool(pflags & FXF_APPEND))
 
     def close(self, file_obj: object) -> None:
         _file(file_obj).close()
@@ -360,7 +360,7 @@ class ShareServer(asyncssh.SFTPServer):
             os.rename(old.name, new.name, src_dir_fd=old.parent, dst_dir_fd=new.parent)
 
     @contextmanager
-    def _two(self, oldpath: bytes, newpath: bytes) -> Iterator[tuple[Entry, Entry]]:
+    def _two(self, oldpath: bytes, newpath: bytes) -> Iterator[tuple[SafeEntry, SafeEntry]]:
         with self._replacing(oldpath) as (one, old), self._replacing(newpath) as (other, new):
             if one is not other:
                 raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
@@ -396,8 +396,8 @@ def _check_writable(share: Share) -> None:
         raise OSError(errno.EROFS, f"{share.name} is shared read-only")
 
 
-def _file(file_obj: object) -> OpenFile:
-    assert isinstance(file_obj, OpenFile)
+def _file(file_obj: object) -> ShareFile:
+    assert isinstance(file_obj, ShareFile)
     if file_obj.descriptor < 0:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     return file_obj

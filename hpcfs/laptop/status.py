@@ -21,7 +21,7 @@ STOP_SECONDS = 20.0
 MAX_LINE_BYTES = 1024 * 1024
 _PREFIX = "tunnel-"
 
-State = Literal["connecting", "up", "lost"]
+TunnelState = Literal["connecting", "up", "lost"]
 
 
 class MountSeen(msgspec.Struct, frozen=True):
@@ -43,7 +43,7 @@ class TunnelStatus(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     version: str
     started: float
-    state: State
+    state: TunnelState
     since: float
     reason: str = ""
     next_try: float | None = None
@@ -58,12 +58,12 @@ class TunnelStatus(msgspec.Struct, frozen=True, kw_only=True):
     log_file: str = ""
 
 
-class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
+class TunnelReply(msgspec.Struct, frozen=True, omit_defaults=True):
     status: TunnelStatus | None = None
     error: str | None = None
 
 
-class NotRunning(SetupError):
+class TunnelNotRunning(SetupError):
     """No tunnel of that name runs here."""
 
 
@@ -84,7 +84,7 @@ def running() -> list[str]:
 
 
 def query(name: str) -> TunnelStatus:
-    """Raises NotRunning, or SetupError where the tunnel does not answer."""
+    """Raises TunnelNotRunning, or SetupError where the tunnel does not answer."""
     with _connect(name) as connection:
         return _ask(connection, name, {"command": "status"})
 
@@ -113,13 +113,13 @@ def _connect(name: str) -> socket.socket:
             if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
                 continue
             raise SetupError(f"the tunnel {name} can't be asked: {error.strerror}") from error
-    raise NotRunning(f"no tunnel named {name} runs here")
+    raise TunnelNotRunning(f"no tunnel named {name} runs here")
 
 
 def _ask(connection: socket.socket, name: str, request: Mapping[str, str]) -> TunnelStatus:
     try:
         connection.sendall(msgspec.json.encode(request) + b"\n")
-        reply = msgspec.json.decode(_read_line(connection), type=Reply)
+        reply = msgspec.json.decode(_read_line(connection), type=TunnelReply)
     except TimeoutError:
         raise SetupError(f"the tunnel {name} did not answer within {ANSWER_SECONDS:g} s") from None
     except (OSError, msgspec.MsgspecError) as error:

@@ -30,7 +30,7 @@ from hpcfs.laptop.publishing import Directory
 from hpcfs.laptop.rates import Rate
 from hpcfs.laptop.sftp_server import Shares
 from hpcfs.laptop.shares import Share
-from hpcfs.laptop.status import MountSeen, State, TunnelStatus
+from hpcfs.laptop.status import MountSeen, TunnelState, TunnelStatus
 from hpcfs.model.errors import (
     NoService,
     RemoteError,
@@ -46,7 +46,7 @@ from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.ssh.login import Login, log_in
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
-from hpcfs.tunnel.file import Place, Rendezvous, UnixPlace
+from hpcfs.tunnel.file import Endpoint, Rendezvous, UnixEndpoint
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ FAREWELL_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Plan:
+class TunnelPlan:
     """What the user asked for. `shown` is the host as they named it."""
 
     name: str
@@ -78,7 +78,7 @@ class Plan:
 class Tunnel:
     """`on_change` is called when the state has changed, or a mount came or went."""
 
-    def __init__(self, plan: Plan, prompter: Prompter, on_change: Callable[[], None]) -> None:
+    def __init__(self, plan: TunnelPlan, prompter: Prompter, on_change: Callable[[], None]) -> None:
         if plan.site.transport != "asyncssh":
             raise WrongSettings(
                 f"a tunnel to {plan.shown} needs forwards, which transport = "
@@ -91,7 +91,7 @@ class Tunnel:
         self._prompter = prompter
         self._on_change = on_change
         self._started = self._since = time.time()
-        self._state: State = "connecting"
+        self._state: TunnelState = "connecting"
         self._reason = ""
         self._next_try: float | None = None
         self._forwards = Forwards()
@@ -221,7 +221,7 @@ class Tunnel:
         try:
             self._forwards = await forwards.open_forwards(ends, path, self.plan.bind)
             for place in self._forwards.places:
-                if isinstance(place, UnixPlace):
+                if isinstance(place, UnixEndpoint):
                     await directory.secure_socket(place.path)
             await directory.write(self._rendezvous(directory.host))
         except BaseException:
@@ -303,7 +303,7 @@ class Tunnel:
 
     # --- status -----------------------------------------------------------------------------------
 
-    def _tell(self, state: State, reason: str) -> None:
+    def _tell(self, state: TunnelState, reason: str) -> None:
         if state != self._state:
             self._since = time.time()
         self._state, self._reason = state, reason
@@ -342,5 +342,5 @@ class Tunnel:
         )
 
 
-def _shown(place: Place) -> str:
-    return place.path if isinstance(place, UnixPlace) else f"{place.host} port {place.port}"
+def _shown(place: Endpoint) -> str:
+    return place.path if isinstance(place, UnixEndpoint) else f"{place.host} port {place.port}"

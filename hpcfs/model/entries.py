@@ -28,7 +28,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
 
     `mode` is a full st_mode, type included. `uid` and `gid` are local ids: the remote user has
     already become the local one. `version` identifies a regular file's content on the remote and
-    is b"" for everything else. `xattrs` are those of the namespace "user.".
+    is b"" for everything else. `xattrs` are those of Linux's namespace "user.", or of none.
     """
 
     name: bytes

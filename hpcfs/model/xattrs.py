@@ -17,6 +17,9 @@ from urllib.parse import quote, unquote
 Xattrs = tuple[tuple[bytes, bytes], ...]
 """Names, with the namespace ("user.") before them, and values."""
 
+_OTHER_NAMESPACES = (b"security.", b"system.", b"trusted.")
+"""Those that Linux gives a meaning (xattr(7)). s3fs keeps all other names, without "user." too."""
+
 XATTRS_TEXT_BYTES = 1792
 """S3 takes 2 KiB of metadata in all: what is left is for the other attributes and for others'."""
 
@@ -42,6 +45,11 @@ def xattrs_of(text: str) -> Xattrs | None:
         )
     except (ValueError, TypeError, RecursionError):
         return None
+
+
+def is_kept_xattr(name: bytes) -> bool:
+    """Tell whether an attribute of this name is a user's own, which namespaces keep and show."""
+    return not name.startswith(_OTHER_NAMESPACES)
 
 
 def changed_xattrs(xattrs: Xattrs, changes: Mapping[bytes, bytes | None]) -> Xattrs:

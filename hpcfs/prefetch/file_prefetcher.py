@@ -20,12 +20,9 @@ from functools import partial
 import trio
 
 from hpcfs.cache.file import CacheFile
-from hpcfs.cache.store import Store
-from hpcfs.content.content import Content
-from hpcfs.content.reader import Place
+from hpcfs.content.factory import ContentFactory
 from hpcfs.inodes.tree import ATTRIBUTE_SECONDS, Node, Tree, number_of
-from hpcfs.model.capabilities import Capabilities
-from hpcfs.model.entries import NO_HANDLE, Entry
+from hpcfs.model.entries import Entry
 from hpcfs.model.errors import FilesystemError, RemoteError
 from hpcfs.prefetch.file_predictor import PAUSE_SECONDS, FilePredictor
 from hpcfs.site.namespace import Namespace
@@ -44,8 +41,6 @@ _MOST_FILES = 10_000
 """In directories with more, sorting them would delay the program."""
 _MOST_SWEEPS = 8
 """Directories that programs read at the same time or read next."""
-
-MakeContent = Callable[[Place, Namespace, Capabilities, CacheFile], Content]
 
 
 @dataclass(eq=False)
@@ -83,13 +78,11 @@ _Key = tuple[Namespace, bytes]
 
 
 class FilePrefetcher:
-    def __init__(
-        self, tree: Tree, store: Store, make_content: MakeContent, nursery: trio.Nursery
-    ) -> None:
+    def __init__(self, tree: Tree, contents: ContentFactory) -> None:
         self._tree = tree
-        self._store = store
-        self._make_content = make_content
-        self._nursery = nursery
+        self._contents = contents
+        self._store = contents.store
+        self._nursery = contents.nursery
         self._sweeps: OrderedDict[_Key, FilePredictor[Foreseen]] = OrderedDict()
         """By directory, most recently read last."""
         self._holds: dict[_Key, _Hold] = {}
@@ -237,8 +230,7 @@ class FilePrefetcher:
         hold.file = await self._store.acquire(
             namespace.origin, place.path, entry.version, entry.size
         )
-        content = self._make_content(place, namespace, capabilities, hold.file)
-        content.handle = NO_HANDLE
+        content = self._contents.make(place, namespace, capabilities, hold.file)
         try:
             hold.current = await content.fetch_ahead(FETCH_BYTES)
         finally:

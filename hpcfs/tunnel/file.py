@@ -31,20 +31,20 @@ _SECRET = re.compile(rf"[0-9a-f]{{{2 * SECRET_BYTES}}}")
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 
-class UnixPlace(msgspec.Struct, frozen=True, tag="unix"):
+class UnixEndpoint(msgspec.Struct, frozen=True, tag="unix"):
     """A socket on the login node; an absolute path."""
 
     path: str
 
 
-class TcpPlace(msgspec.Struct, frozen=True, tag="tcp"):
+class TcpEndpoint(msgspec.Struct, frozen=True, tag="tcp"):
     """`host` as it is reached from where the mount runs."""
 
     host: str
     port: int
 
 
-Place = UnixPlace | TcpPlace
+Endpoint = UnixEndpoint | TcpEndpoint
 Stamp = tuple[int, int, int]
 """Changes with the file: inode number, mtime in nanoseconds, size in bytes."""
 
@@ -64,7 +64,7 @@ class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
     user: str
     login_host: str
     since: str
-    places: list[Place]
+    places: list[Endpoint]
     host_key: str
     client_key: str
     shares: list[str] = []
@@ -116,8 +116,8 @@ def _check_version(version: int) -> None:
         raise ValueError(f"is of a newer hpcfs (version {version}): update hpcfs here")
 
 
-def _check_place(place: Place) -> None:
-    if isinstance(place, TcpPlace):
+def _check_place(place: Endpoint) -> None:
+    if isinstance(place, TcpEndpoint):
         if not 0 < place.port < 65536 or not place.host or place.host.startswith("-"):
             raise ValueError(f"names a place that can't be: {place.host!r} port {place.port}")
     elif not place.path.startswith("/") or "\0" in place.path:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import asyncssh
 import msgspec
 
-from hpcfs.tunnel.stream import Stream
+from hpcfs.tunnel.stream import TunnelStream
 
 NONCE_BYTES = 32
 SESSION_BYTES = 16
@@ -51,7 +51,7 @@ class ServerProof(msgspec.Struct, frozen=True):
 class Letters:
     """Short messages at the beginning of a stream."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: TunnelStream) -> None:
         self._stream = stream
         self._came = bytearray()
         self._more = asyncio.Event()
@@ -94,7 +94,7 @@ class Letters:
 
 
 async def prove_as_client(
-    stream: Stream,
+    stream: TunnelStream,
     tunnel: bytes,
     key: asyncssh.SSHKey,
     server: asyncssh.SSHKey,
@@ -115,7 +115,7 @@ async def prove_as_client(
 
 
 async def prove_as_server(
-    stream: Stream, tunnel: bytes, key: asyncssh.SSHKey, client: asyncssh.SSHKey
+    stream: TunnelStream, tunnel: bytes, key: asyncssh.SSHKey, client: asyncssh.SSHKey
 ) -> ClientProof:
     """What the client said. `key` is the server's private key, `client` the client's public one.
     Raises NotProved."""

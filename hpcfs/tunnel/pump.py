@@ -7,7 +7,7 @@ import asyncio
 import socket
 from typing import cast
 
-from hpcfs.tunnel.stream import Stream
+from hpcfs.tunnel.stream import TunnelStream
 
 WAITING_BYTES = 8 * 1024 * 1024
 """So much may wait on either side before its source is asked to pause: more than what travels in a
@@ -17,7 +17,7 @@ round trip of 60 ms at 1 Gbit/s."""
 class Pump(asyncio.Protocol):
     """Our end of a pair of sockets."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: TunnelStream) -> None:
         self._stream = stream
         self._paused = False
         stream.on_seen.append(self._seen)
@@ -49,7 +49,7 @@ class Pump(asyncio.Protocol):
         self._transport.abort()
 
 
-async def socket_of(stream: Stream) -> socket.socket:
+async def socket_of(stream: TunnelStream) -> socket.socket:
     """The other end of the pair, for asyncssh. Nothing of the stream must have been read yet."""
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)

@@ -56,7 +56,7 @@ class Pipe(Protocol):
     def close(self) -> None: ...
 
 
-class Stream:
+class TunnelStream:
     """One end. What comes before anybody listens is kept."""
 
     def __init__(self, stream_id: bytes) -> None:

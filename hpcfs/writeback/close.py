@@ -1,5 +1,4 @@
-"""Open files, the closing half: what becomes of what was written, and of a content when its last
-user is gone. Opening, reading and writing are files.py's.
+"""The contents in use: what becomes of what was written, and of a content after its last user.
 
 In `through` mode close(2) returns once the remote has the bytes, or fails with the reason; in
 `back` mode once the journal has them, and writeback/queue.py does the rest. fsync(2) waits for the
@@ -9,7 +8,6 @@ remote in both.
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections import deque
 from functools import partial
 
@@ -22,7 +20,7 @@ from hpcfs.inodes.tree import Node, Tree
 from hpcfs.model.entries import Entry
 from hpcfs.model.errors import CacheFull, Changed, Conflict, RemoteError, Stale
 from hpcfs.writeback import conflict
-from hpcfs.writeback.queue import UploadQueue
+from hpcfs.writeback.queue import DEFAULT_LIMIT, UploadQueue
 from hpcfs.writeback.uploader import Uploader
 
 log = logging.getLogger(__name__)
@@ -32,19 +30,38 @@ KEEP_REMOVED_BYTES = 64 * 1024 * 1024
 """Of a file that is removed while it is open, so much that is missing is fetched first."""
 
 
-class Closer(ABC):
-    def __init__(self, tree: Tree, store: Store, uploader: Uploader, nursery: trio.Nursery) -> None:
+class Closer:
+    """Counts the users of each content, uploads what they wrote, and retires it after the last.
+
+    `limit` is how many bytes may wait to be uploaded in `back` mode.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        store: Store,
+        uploader: Uploader,
+        nursery: trio.Nursery,
+        limit: int = DEFAULT_LIMIT,
+    ) -> None:
         self._tree = tree
         self._store = store
         self._uploader = uploader
         self._nursery = nursery
-        self.backlog = UploadQueue(uploader, self.flush, self._retire_if_done, nursery)
+        self._in_use: dict[Content, None] = {}
+        self.queue = UploadQueue(uploader, self.flush, self._retire_if_done, nursery, limit)
         self.notices: deque[str] = deque(maxlen=MOST_NOTICES)
         """What the user should know, the last ones: conflicts."""
 
-    @abstractmethod
+    def use(self, content: Content) -> None:
+        """Count one user more; `leave` is to follow."""
+        content.enter()
+        self._in_use[content] = None
+
     def dirty(self) -> list[Content]:
-        """All that the remote does not have as it is here."""
+        """Return all contents that the remote does not have as they are here."""
+        contents = {**self._in_use, **dict.fromkeys(self.queue.schedule)}
+        return [content for content in contents if content.is_dirty()]
 
     # --- upload -----------------------------------------------------------------------------------
 
@@ -65,7 +82,7 @@ class Closer(ABC):
             told = await conflict.set_aside(content, self._uploader, reason)
             content.give_up()
             self._store.forget(content.file)
-        self.backlog.gone(content)
+        self.queue.gone(content)
         self.notices.append(f"{content.namespace.name}/{told}")
         log.warning("%s", told)
         self.lose(node)
@@ -76,7 +93,7 @@ class Closer(ABC):
     def lose(self, node: Node) -> None:
         """Others removed or replaced the node's file: the name is another file's from now on."""
         if node.content:
-            node.content.replaced = True
+            node.content.supersede()
         self._tree.detach(node)
 
     def _node(self, content: Content) -> Node:
@@ -99,14 +116,14 @@ class Closer(ABC):
     async def closed(self, content: Content) -> None:
         """What close(2) promises in the namespace's mode. Raises RemoteError."""
         if content.namespace.writes_back:
-            await self.backlog.closed(content)
+            await self.queue.closed(content)
         else:
             await self.flush(content)
 
     async def changed(self, content: Content) -> None:
         """Its attributes were set while it is dirty. Nobody may close it any more."""
-        if content in self.backlog.schedule and not content.orphan:
-            await self.backlog.closed(content)
+        if content in self.queue.schedule and not content.orphan:
+            await self.queue.closed(content)
 
     async def note_dirty(self) -> None:
         """So that a kill costs no more of what is still open than was written since the last call;
@@ -131,32 +148,31 @@ class Closer(ABC):
         while node.content and node.content.closing is not None:
             await node.content.closing.wait()
 
-    async def _leave(self, content: Content) -> None:
-        """A user is done. After the last one, a fetch under way still writes to the cache file:
-        until it has ended the content stays the node's, for who opens the file again."""
-        content.users -= 1
-        if content.users:
+    async def leave(self, content: Content) -> None:
+        """Count one user less. After the last one, a fetch under way still writes to the cache
+        file: until it has ended the content stays the node's, for the next open(2).
+
+        Raises OSError or sqlite3.Error where it can be neither uploaded nor stored elsewhere.
+        """
+        if not content.leave():
             return
+        self._in_use.pop(content, None)
         content.stop_prefetch()
         if content.namespace.writes_back and content.is_dirty():
-            await self._leave_to_backlog(content)
+            await self._leave_to_queue(content)
             return
-        content.closing = trio.Event()
-        try:
+        with content.last_close():
             uploaded = await self._last_close(content)
-        finally:
-            content.closing.set()
-            content.closing = None
         if not uploaded:
             self._retire(content)
         else:
             self._retire_if_done(content)
 
-    async def _leave_to_backlog(self, content: Content) -> None:
+    async def _leave_to_queue(self, content: Content) -> None:
         """Nobody hears of an error any more: what the journal did not take stays dirty here."""
         try:
             if not content.secured:
-                await self.backlog.secure(content)
+                await self.queue.secure(content)
         except RemoteError as error:
             log.warning("%r: %s", content.place.path, error.message)
         self._retire_if_done(content)
@@ -195,11 +211,9 @@ class Closer(ABC):
             self._retire(content)
 
     def _retire(self, content: Content) -> None:
-        if content.retired:
+        if not content.retire():
             return
-        content.retired = True
-        content.stop_sending()
-        self.backlog.gone(content)
+        self.queue.gone(content)
         node = self._node(content)
         if node.content is content:
             node.content = None
@@ -223,13 +237,12 @@ class Closer(ABC):
     def orphan(self, node: Node) -> None:
         """The node's file was removed: what is written to it from now on goes nowhere."""
         if node.content:
-            node.content.orphan = True
-            node.content.stop_sending()
+            node.content.unlink()
 
     async def forget_orphan(self, node: Node) -> None:
         """Call it after `orphan`, once that is certain."""
         content = node.content
         if content:
-            self.backlog.gone(content)
+            self.queue.gone(content)
             await self._uploader.forget(content)
             self._retire_if_done(content)

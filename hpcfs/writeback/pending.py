@@ -18,9 +18,9 @@ import trio
 from hpcfs.cache.store import Store
 from hpcfs.content.content import Content
 from hpcfs.content.record import Unconfirmed
-from hpcfs.filesystem.files import Files
 from hpcfs.inodes.tree import Node, Tree
 from hpcfs.model.errors import CacheFull, InvalidRequest, NotFound
+from hpcfs.writeback.close import Closer
 from hpcfs.writeback.journal import Journal, recover
 from hpcfs.writeback.queue import Tell
 from hpcfs.writeback.recovery import Recovery
@@ -57,21 +57,22 @@ class Pending:
     """Of one mount. Ids that are pending no longer are ignored."""
 
     def __init__(
-        self, tree: Tree, store: Store, files: Files, journal: Journal, restoring: Recovery
+        self, tree: Tree, store: Store, closer: Closer, journal: Journal, recovery: Recovery
     ) -> None:
         self._tree = tree
         self._store = store
-        self._files = files
+        self._closer = closer
+        self._queue = closer.queue
         self._journal = journal
-        self._restoring = restoring
+        self._recovery = recovery
 
     def pending(self) -> list[PendingRow]:
-        rows = [self._row(content) for content in self._files.dirty()]
+        rows = [self._row(content) for content in self._closer.dirty()]
         return rows + [_kept(row) for row in self._journal.kept]
 
     def _row(self, content: Content) -> PendingRow:
         noted = self._journal.find(content.file.name)
-        item = self._files.backlog.schedule.item(content)
+        item = self._queue.schedule.item(content)
         return PendingRow(
             content.file.name,
             content.namespace.name,
@@ -92,29 +93,28 @@ class Pending:
         seconds; the others go on."""
         wanted = [
             content
-            for content in self._files.dirty()
+            for content in self._closer.dirty()
             if namespace is None
             or (content.namespace.name == namespace and is_below(content.place.path, path))
         ]
-        await self._files.backlog.wait_for(wanted, tell, patience)
+        await self._queue.wait_for(wanted, tell, patience)
 
     async def retry(self, ids: Sequence[str]) -> None:
         """They are tried again now. Raises RemoteError for what is kept and can't be shown."""
-        backlog = self._files.backlog
         found = self._contents(ids)
         for name in ids:
             kept = self._journal.find(name)
             if name not in found and kept is not None and kept.is_kept:
                 found[name] = await self._take_back(kept)
         for content in found.values():
-            backlog.retry(content)
+            self._queue.retry(content)
 
     async def _take_back(self, row: Unconfirmed) -> Content:
         """A kept file is shown again, as it was written."""
-        namespace = self._restoring.namespace_of(row)
+        namespace = self._recovery.namespace_of(row)
         if namespace is None:
             raise InvalidRequest(f"this mount has no namespace {row.namespace} to write to")
-        node = self._restoring.find(namespace, row.path)
+        node = self._recovery.find(namespace, row.path)
         if node is not None and node.content is not None:
             raise InvalidRequest(f"{_text(row.path)} is in use: close it first")
         try:
@@ -122,8 +122,8 @@ class Pending:
         except (OSError, sqlite3.Error) as error:
             raise CacheFull(f"the cache's disk failed: {error}") from None
         if node is not None:
-            self._files.lose(node)
-        await self._restoring.restore([msgspec.structs.replace(row, reason="")])
+            self._closer.lose(node)
+        await self._recovery.restore([msgspec.structs.replace(row, reason="")])
         return self._contents([row.name])[row.name]
 
     async def discard(self, ids: Sequence[str]) -> None:
@@ -141,10 +141,10 @@ class Pending:
             self._store.forget(content.file)
             node = content.place
             assert isinstance(node, Node)
-            self._files.lose(node)
+            self._closer.lose(node)
             if node.parent:
                 self._tree.expire(node.parent)
-        await self._files.forget_orphan(node)
+        await self._closer.forget_orphan(node)
         log.warning("%r was discarded", node.path)
 
     async def recover(self, name: str, target: Path, /) -> int:
@@ -164,7 +164,7 @@ class Pending:
 
     def _contents(self, ids: Iterable[str]) -> dict[str, Content]:
         wanted = set(ids)
-        dirty = {content.file.name: content for content in self._files.dirty()}
+        dirty = {content.file.name: content for content in self._closer.dirty()}
         return {name: dirty[name] for name in wanted & dirty.keys()}
 
 

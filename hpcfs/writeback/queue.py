@@ -91,12 +91,13 @@ class UploadQueue:
         flush: Callable[[Content], Awaitable[None]],
         done: Callable[[Content], None],
         nursery: trio.Nursery,
+        limit: int = DEFAULT_LIMIT,
     ) -> None:
         self._uploader = uploader
         self._flush = flush
         self._done = done
         self._nursery = nursery
-        self.limit = DEFAULT_LIMIT
+        self.limit = limit
         self.schedule: Schedule[Content] = Schedule()
         self._counted: dict[Content, int] = {}
         """Bytes of what is dirty, as far as they count against the limit."""
@@ -116,7 +117,7 @@ class UploadQueue:
     async def closed(self, content: Content) -> None:
         """A program that wrote to the file closed it, or changed it without opening it: the journal
         has it when this returns. Raises what became of an earlier attempt to upload it, once."""
-        failure, content.failure = content.failure, None
+        failure = content.take_failure()
         await self.secure(content)
         if failure is not None:
             raise type(failure)(failure.message)
@@ -127,11 +128,11 @@ class UploadQueue:
         if not content.is_dirty():
             return
         if not content.secured:
-            content.secured = True  # what is written meanwhile takes it back
+            content.begin_to_persist()
             try:
                 await self._uploader.secure(content, instead_of=instead_of)
             except BaseException:
-                content.secured = False
+                content.note_not_persisted()
                 raise
         self._schedule(content)
 
@@ -141,7 +142,7 @@ class UploadQueue:
             self.schedule.changed(content, trio.current_time())
             self._wake.set()
 
-    def take_up(self, content: Content, reason: str) -> None:
+    def resume(self, content: Content, reason: str) -> None:
         """An earlier mount left it. What was refused then waits for the user."""
         self._count(content)
         if reason:
@@ -152,7 +153,7 @@ class UploadQueue:
 
     def retry(self, content: Content) -> None:
         """The user wants another attempt now."""
-        content.failure = None
+        content.note_failure(None)
         self._hasten(content)
         self._ask_site(content.namespace)
 
@@ -253,7 +254,7 @@ class UploadQueue:
                 self._ask_site(content.namespace)
             return
         log.error("%r was not uploaded: %s", content.place.path, error.message)
-        content.failure = error if isinstance(error, RemoteError) else None
+        content.note_failure(error if isinstance(error, RemoteError) else None)
         if content.is_dirty():
             self._nursery.start_soon(self._note_failure, content, error.message)
 

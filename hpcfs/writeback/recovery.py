@@ -15,14 +15,15 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from hpcfs.cache.file import CacheFile
 from hpcfs.cache.ranges import RangeSet
-from hpcfs.cache.store import Store
+from hpcfs.content.factory import ContentFactory
 from hpcfs.content.record import Unconfirmed
 from hpcfs.directories.directories import directory_entry
-from hpcfs.filesystem.files import Files
 from hpcfs.inodes.tree import Node, Tree
 from hpcfs.site.namespace import Namespace
 from hpcfs.writeback.journal import Journal
+from hpcfs.writeback.queue import UploadQueue
 
 log = logging.getLogger(__name__)
 
@@ -31,14 +32,15 @@ class Recovery:
     def __init__(
         self,
         tree: Tree,
-        store: Store,
-        files: Files,
+        contents: ContentFactory,
+        queue: UploadQueue,
         journal: Journal,
         namespaces: Sequence[Namespace],
     ) -> None:
         self._tree = tree
-        self._store = store
-        self._files = files
+        self._contents = contents
+        self._store = contents.store
+        self._queue = queue
         self._journal = journal
         self._namespaces = namespaces
 
@@ -94,8 +96,15 @@ class Recovery:
         # A row that was noted in the middle of a write has the size before it in its entry.
         entry = msgspec.structs.replace(row.entry, size=row.size)
         node = self._tree.add(parent, name, entry, self._tree.now())
-        self._files.take_up(node, namespace, row, file)
+        self._resume(node, namespace, row, file)
         return True
+
+    def _resume(self, node: Node, namespace: Namespace, row: Unconfirmed, file: CacheFile) -> None:
+        """Give the node a content that is written as far as the row says, and queue it."""
+        content = self._contents.make(node, namespace, row.capabilities, file)
+        content.take_up(row)
+        node.content = content
+        self._queue.resume(content, row.reason)
 
     def _directory(self, namespace: Namespace, row: Unconfirmed) -> Node | None:
         """The node of the file's directory; None where something else has the name of one."""

@@ -9,11 +9,9 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, asynccontextmanager
-from typing import Any, Protocol
+from contextlib import asynccontextmanager
 
-import trio
-
+from hpcfs.content.content import Content
 from hpcfs.content.record import Unconfirmed
 from hpcfs.model.entries import Entry
 from hpcfs.model.errors import CacheFull, Conflict, NotConnected, NotSupported, RemoteError
@@ -22,89 +20,27 @@ from hpcfs.writeback.journal import Journal
 log = logging.getLogger(__name__)
 
 
-class Uploadable(Protocol):
-    """What the uploader needs of an open file (content/content.py)."""
-
-    upload_lock: trio.Lock
-    journaled: bool
-    writers: int
-    """Writes that are under way: each may make the file dirty at any moment."""
-    secured: bool
-    """The journal has all that is dirty."""
-    base_size: int
-    """How many bytes of the remote's content still count: where that is none, all bytes in the
-    cache file are this mount's, and the journal need not tell which."""
-    attempted: bool
-    """An earlier upload may have begun to write: the remote's version is no longer the base's."""
-
-    def is_dirty(self) -> bool: ...
-
-    def use_disk(self) -> None:
-        """Its cache file is on the disk from now on: what is dirty must outlive the daemon."""
-        ...
-
-    def pinned(self) -> AbstractContextManager[None]:
-        """Nothing of its cache file is evicted meanwhile."""
-        ...
-
-    async def complete(self) -> None:
-        """Bring into the cache what the remote must be sent besides the dirty ranges."""
-        ...
-
-    def falls_back(self) -> bool:
-        """The remote does not support how it was sent: whether to try another way."""
-        ...
-
-    async def begin_upload(self) -> Any:
-        """Take a snapshot of what is dirty."""
-        ...
-
-    async def send(self, snapshot: Any, *, sync: bool) -> Entry:
-        """Bring the snapshot to the remote."""
-        ...
-
-    def end_upload(self, snapshot: Any, entry: Entry | None) -> None:
-        """`entry` is the file on the remote now; None: it failed, all is dirty as before."""
-        ...
-
-    @property
-    def holds_base(self) -> bool:
-        """Old content that counts is here, and may soon be here only."""
-        ...
-
-    def cut_to(self, size: int) -> Unconfirmed | None:
-        """The journal's row for it once it is cut; None where the one that it has will do."""
-        ...
-
-    def unconfirmed(self, reason: str = "", *, writing: bool = False) -> Unconfirmed:
-        """The journal's row for it; `writing` says that more will be written."""
-        ...
-
-
 class Uploader:
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
 
     @asynccontextmanager
-    async def writing(self, file: Uploadable) -> AsyncIterator[None]:
+    async def writing(self, file: Content) -> AsyncIterator[None]:
         """Around whatever makes bytes dirty: the journal knows of the file before, and until then.
 
         Raises CacheFull when the journal can't be written.
         """
-        file.writers += 1
-        try:
+        with file.write_under_way():
             file.use_disk()
             is_first = not file.journaled or file.secured
             if is_first:
-                file.secured = False
+                file.note_not_persisted()
                 await self.note_writing(file)
             yield
             if is_first and file.base_size:
                 await self.note_writing(file)
-        finally:
-            file.writers -= 1
 
-    async def secure(self, file: Uploadable, *, instead_of: str | None = None) -> None:
+    async def secure(self, file: Content, *, instead_of: str | None = None) -> None:
         """The journal has all that is dirty, and a loss of power does not take it away.
 
         Raises CacheFull when the journal can't be written.
@@ -114,7 +50,7 @@ class Uploader:
 
     async def _note(
         self,
-        file: Uploadable,
+        file: Content,
         row: Unconfirmed | None = None,
         *,
         durable: bool = False,
@@ -125,10 +61,10 @@ class Uploader:
             await self.journal.note(row, durable=durable, instead_of=instead_of)
         except (sqlite3.Error, OSError) as error:
             raise CacheFull(f"the journal in the cache can't be written: {error}") from None
-        file.journaled = True
+        file.note_row()
 
     async def upload(
-        self, file: Uploadable, confirmed: Callable[[Entry], None], *, sync: bool = False
+        self, file: Content, confirmed: Callable[[Entry], None], *, sync: bool = False
     ) -> None:
         """Return once the remote has it. `confirmed` hears what the entry there is at the moment
         in which the file is dirty no more: nobody may see it clean and as it was.
@@ -146,7 +82,7 @@ class Uploader:
             elif not file.writers:
                 await self.forget(file)
 
-    async def _send_somehow(self, file: Uploadable, *, sync: bool) -> Entry:
+    async def _send_somehow(self, file: Content, *, sync: bool) -> Entry:
         while True:
             await file.complete()
             try:
@@ -155,7 +91,7 @@ class Uploader:
                 if not file.falls_back():
                     raise
 
-    async def _send(self, file: Uploadable, *, sync: bool) -> Entry:
+    async def _send(self, file: Content, *, sync: bool) -> Entry:
         snapshot = await file.begin_upload()
         entry = None
         try:
@@ -166,18 +102,17 @@ class Uploader:
                 file.end_upload(snapshot, entry)
         except RemoteError as error:
             if not isinstance(error, Conflict | NotConnected | NotSupported):
-                file.attempted = True
+                file.note_attempted()
             elif not file.attempted:
                 await self.note_progress(file)
             raise
-        file.attempted = False
         return entry
 
-    async def note_writing(self, file: Uploadable) -> None:
+    async def note_writing(self, file: Content) -> None:
         """It is open and dirty: what is known of it so far. Raises CacheFull."""
         await self._note(file, file.unconfirmed(writing=True))
 
-    async def note_cut(self, file: Uploadable, size: int) -> None:
+    async def note_cut(self, file: Content, size: int) -> None:
         """Before the file is cut: a row that claims bytes which are gone would make zeros of them.
 
         Raises CacheFull when the journal can't be written.
@@ -187,7 +122,7 @@ class Uploader:
             await self._note(file, row, durable=True)
 
     async def note_progress(
-        self, file: Uploadable, reason: str = "", *, durable: bool = False
+        self, file: Content, reason: str = "", *, durable: bool = False
     ) -> None:
         """A journal that can't be written is no reason not to bring the bytes to the remote."""
         try:
@@ -195,22 +130,22 @@ class Uploader:
         except CacheFull as error:
             log.error("%s", error.message)  # noqa: TRY400 - no bug: the message says it all
 
-    async def forget(self, file: Uploadable) -> None:
+    async def forget(self, file: Content) -> None:
         """Nothing of it is unconfirmed: it was uploaded, or removed."""
         if not file.journaled:
             return
-        file.journaled = False
+        file.note_no_row()
         try:
             await self.journal.confirm(file.unconfirmed().name)
         except sqlite3.Error as error:
-            file.journaled = True
+            file.note_row()
             log.error("the journal in the cache can't be written: %s", error)  # noqa: TRY400
 
-    async def keep(self, file: Uploadable, reason: str) -> None:
+    async def keep(self, file: Content, reason: str) -> None:
         """It can't be uploaded, and the mount does not show it: the bytes go where the user finds
         them.
 
         Raises OSError or sqlite3.Error when the disk fails; then they are where they were.
         """
         await self.journal.keep(file.unconfirmed(reason))
-        file.journaled = False
+        file.note_no_row()

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from hpcfs.control import control
-from hpcfs.control.control import Request
+from hpcfs.control.control import ControlRequest
 from hpcfs.model.errors import SetupError
 from hpcfs.system import paths
 from tests.support.mounts import (
@@ -279,7 +279,7 @@ class Place:
         assert not self.mount.kept
 
     def sync(self) -> None:
-        control.work(self._socket, Request("sync"), lambda _: None, 60)
+        control.work(self._socket, ControlRequest("sync"), lambda _: None, 60)
 
     def retry(self) -> set[str]:
         """What `close` could not bring while there was no transfer process; in `back` mode that is
@@ -288,7 +288,7 @@ class Place:
         stuck = {one.path for one in self.mount.status.pending if one.state == "kept"}
         assert not stuck or self.mode == "through", stuck
         if stuck:
-            control.work(self._socket, Request("retry"), lambda _: None, 60)
+            control.work(self._socket, ControlRequest("retry"), lambda _: None, 60)
         return stuck
 
     def is_alive(self) -> bool:

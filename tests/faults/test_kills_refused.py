@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from hpcfs.control import control
-from hpcfs.control.control import Request
+from hpcfs.control.control import ControlRequest
 from hpcfs.model.errors import SetupError
 from hpcfs.system import paths
 from tests.support.mounts import (
@@ -106,7 +106,7 @@ class FullServer:
 
     def work(self, command: str) -> None:
         socket = paths.find_socket(self.mount.path, self.mount.environ)
-        control.work(socket, Request(command), lambda _: None, 60)
+        control.work(socket, ControlRequest(command), lambda _: None, 60)
 
     # --- kills ------------------------------------------------------------------------------------
 

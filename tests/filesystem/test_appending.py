@@ -27,7 +27,7 @@ of_any_length = pytest.mark.parametrize("old", [b"", SHORT, LONG], ids=["empty",
 
 
 async def _synced(w: World) -> None:
-    await w.fs.files.backlog.wait_for(w.fs.files.dirty())
+    await w.queue.wait_for(w.closer.dirty())
 
 
 async def _append(w: World, path: str, data: bytes = LINE) -> None:

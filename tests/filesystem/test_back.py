@@ -38,7 +38,7 @@ back = partial(live, write="back")
 
 
 async def synced(w: World) -> None:
-    await w.fs.files.backlog.wait_for(w.fs.files.dirty())
+    await w.queue.wait_for(w.closer.dirty())
 
 
 def uploads(w: World) -> int:
@@ -274,7 +274,7 @@ async def test_many_files_go_up_at_once(w: World) -> None:
     held = [w.cues.hold(Upload) for _ in range(20)]
     for number in range(20):
         await w.kernel.write_file(f"ns/{number}", b"%d" % number)
-    w.fs.files.backlog._hurry_all()
+    w.queue._hurry_all()
     for one in held:
         await one.reached.wait()
     for one in held:
@@ -350,7 +350,7 @@ async def test_what_others_wrote_meanwhile_is_not_overwritten(w: World) -> None:
     await w.kernel.close(handle)
     w.remote.put(b"f", b"theirs")
     held.go.set()
-    await until(lambda: bool(w.fs.files.notices))
+    await until(lambda: bool(w.closer.notices))
     assert w.remote.get(b"f") == b"theirs"
     (beside,) = w.remote.paths().keys() - {b"f"}
     assert w.remote.get(beside) == b"mine" + OLD[4:]
@@ -403,7 +403,7 @@ async def test_times_of_a_directory_outlast_an_upload_that_ends_meanwhile(w: Wor
 
 @back()
 async def test_a_full_journal_makes_writers_wait(w: World) -> None:
-    backlog = w.fs.files.backlog
+    backlog = w.queue
     backlog.limit = 2 * BLOCK_BYTES
     held = w.cues.hold(Upload)
     await w.kernel.write_file("ns/f", NEW * 3)
@@ -427,7 +427,7 @@ async def test_a_full_journal_makes_writers_wait(w: World) -> None:
 @back()
 async def test_a_journal_full_of_what_is_refused_lets_write_on(w: World) -> None:
     """Nothing could make room by itself: the disk decides then."""
-    w.fs.files.backlog.limit = BLOCK_BYTES
+    w.queue.limit = BLOCK_BYTES
     await w.kernel.write_file("ns/f", NEW * 3)
     w.cues.fail(Upload, NoSpace("the quota is used up"))
     with pytest.raises(RemoteError):
@@ -439,7 +439,7 @@ async def test_a_journal_full_of_what_is_refused_lets_write_on(w: World) -> None
 
 @back()
 async def test_what_fsync_brought_does_not_count_as_waiting(w: World) -> None:
-    backlog = w.fs.files.backlog
+    backlog = w.queue
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
     await w.kernel.pwrite(handle, 0, NEW)
     await w.kernel.fsync(handle)
@@ -453,14 +453,14 @@ async def test_a_reason_is_not_forgotten_while_nothing_changes(w: World) -> None
     await refused(w)
     await until(lambda: bool(w.journal.rows[0].reason))
     noted = w.journal.rows
-    await w.fs.files.note_dirty()
+    await w.closer.note_dirty()
     assert w.journal.rows == noted
 
 
 def test_a_journal_that_stays_full_is_an_error(tmp_path: Path) -> None:
     async def story() -> None:
         async with world(tmp_path, "sftp", write="back") as w:
-            w.fs.files.backlog.limit = BLOCK_BYTES
+            w.queue.limit = BLOCK_BYTES
             await w.kernel.write_file("ns/f", NEW * 3)
             held = w.cues.hold(Upload)
             handle = await w.kernel.open("ns/g", RW | os.O_CREAT)
@@ -560,8 +560,8 @@ def killed_and_mounted_again(
             await trio.run_process(["cp", "-a", str(tmp_path / "cache"), str(tmp_path / "crash")])
             found = dict(w.remotes)
             w.cues.clear()
-            for content in w.fs.files.dirty():  # nothing of it goes up at this mount's end
-                w.fs.files.backlog.gone(content)
+            for content in w.closer.dirty():  # nothing of it goes up at this mount's end
+                w.queue.gone(content)
                 content.give_up()
             return found
 
@@ -685,7 +685,7 @@ async def test_what_an_upload_replaces_is_in_the_journal_with_it(w: World) -> No
     await w.kernel.pwrite(handle, BLOCK_BYTES, NEW)
     await w.kernel.close(handle)
     held = w.cues.hold(Upload, stage="after")
-    w.fs.files.backlog.retry(*w.fs.files.dirty())
+    w.queue.retry(*w.closer.dirty())
     await held.reached.wait()
     (row,) = w.journal.rows
     assert (row.attempted, row.ranges) == (True, [(0, 3 * BLOCK_BYTES)])
@@ -758,7 +758,7 @@ def test_the_next_mount_does_not_overwrite_what_others_wrote_meanwhile(
         w.remote.put(b"f", b"theirs")
 
     async def then(w: World) -> None:
-        await until(lambda: bool(w.fs.files.notices))
+        await until(lambda: bool(w.closer.notices))
         assert w.remote.get(b"f") == b"theirs"
         (beside,) = w.remote.paths().keys() - {b"f"}
         assert w.remote.get(beside) == b"mine"

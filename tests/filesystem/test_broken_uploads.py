@@ -35,7 +35,7 @@ async def _broken(w: World, path: str, stage: str, data: bytes = b"content") -> 
 
 
 async def _settled(w: World) -> None:
-    await w.fs.files.backlog.wait_for(w.fs.files.dirty())
+    await w.queue.wait_for(w.closer.dirty())
 
 
 @every_world

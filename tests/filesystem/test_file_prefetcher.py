@@ -49,7 +49,7 @@ async def _read_first(w: World, paths: list[str], count: int) -> None:
     for number in range(count):
         assert await _read(w, paths[number]) == _content(number)
     await until(lambda: _asked(w, paths[count], m.Fetch) >= 1)
-    await until(lambda: all(hold.fetched.is_set() for hold in w.fs.files.file_prefetcher.holds))
+    await until(lambda: all(hold.fetched.is_set() for hold in w.fs.file_prefetcher.holds))
 
 
 @live()
@@ -95,7 +95,7 @@ async def test_reading_files_at_random_fetches_nothing_ahead(w: World) -> None:
 async def test_a_remote_that_fails_ahead_harms_nobody(w: World) -> None:
     paths = await _directory(w)
     await _read_first(w, paths, 3)
-    held = [hold for hold in w.fs.files.file_prefetcher.holds if not hold.taken.is_set()]
+    held = [hold for hold in w.fs.file_prefetcher.holds if not hold.taken.is_set()]
     assert held
     failing = paths[3 + len(held)].removeprefix("ns/").encode()
     w.cues.fail(m.Fetch, Unreachable("down"), times=1)
@@ -133,7 +133,7 @@ async def test_in_the_next_directory_the_first_files_are_fetched_once_it_is_list
     w.cues.calls.clear()
     others = await _directory(w, "e")
     await until(lambda: _asked(w, others[0], m.Fetch) == 1)
-    await until(lambda: all(hold.fetched.is_set() for hold in w.fs.files.file_prefetcher.holds))
+    await until(lambda: all(hold.fetched.is_set() for hold in w.fs.file_prefetcher.holds))
     w.cues.calls.clear()
     assert await _read(w, others[0]) == _content(0)
     assert _asked(w, others[0], m.Fetch) == _asked(w, others[0], m.Stat) == 0

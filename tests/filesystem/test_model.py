@@ -333,13 +333,13 @@ class Walk:
 
     def is_behind(self, path: str) -> bool:
         """In `back` mode: whether the file still waits to be uploaded."""
-        waiting = [content.place.path for content in self.w.fs.files.backlog.schedule]
+        waiting = [content.place.path for content in self.w.queue.schedule]
         return path.removeprefix("ns/").encode() in waiting
 
     async def sync(self) -> None:
         """`hpcfs sync`: the remote has everything that was closed."""
-        await self.w.fs.files.backlog.wait_for(self.w.fs.files.backlog.schedule)
-        assert not self.w.fs.files.backlog.schedule
+        await self.w.queue.wait_for(self.w.queue.schedule)
+        assert not self.w.queue.schedule
 
     async def wait(self) -> None:
         self.w.clock.expire_attributes()
@@ -391,7 +391,7 @@ class Walk:
         """The kernel forgets what no program has open."""
         if not self.handles:
             self.k.forget_all()
-            if not self.w.fs.files.backlog.schedule:
+            if not self.w.queue.schedule:
                 assert len(self.w.fs.tree) == 2, "nodes that the kernel forgot are still known"
 
     # --- checks -----------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ class Walk:
                     assert there.content == ref.content
                     assert dict(there.xattrs) == ref.xattrs
         assert not self.w.journal.kept
-        assert not self.w.fs.files.notices
+        assert not self.w.closer.notices
         await self.check_bound()
 
     async def check_bound(self) -> None:

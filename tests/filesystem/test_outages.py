@@ -27,7 +27,7 @@ async def write_files(w: World, number: int, top: str = "ns") -> set[bytes]:
 
 
 async def wait(w: World, patience: float) -> None:
-    await w.fs.files.backlog.wait_for(w.fs.files.dirty(), patience=patience)
+    await w.queue.wait_for(w.closer.dirty(), patience=patience)
 
 
 async def go_away(w: World, name: str = "ns") -> None:
@@ -117,7 +117,7 @@ async def test_who_waits_hears_why(w: World) -> None:
         told.add(progress.reason)
 
     with pytest.raises(RemoteError):
-        await w.fs.files.backlog.wait_for(w.fs.files.dirty(), tell, patience=1.0)
+        await w.queue.wait_for(w.closer.dirty(), tell, patience=1.0)
     assert "nothing answers" in told
 
 
@@ -126,7 +126,7 @@ async def test_what_nobody_waits_for_goes_up_with_the_first_that_does(w: World) 
     """Files that failed long ago have their next attempt half a minute later."""
     w.cues.fail(Upload, AWAY, times=40)
     await write_files(w, 10)
-    files = w.fs.files.backlog
+    files = w.queue
     await until(lambda: w.cues.count(Upload) >= 30)
     w.cues.clear()
     await until(lambda: not len(files.schedule))
@@ -141,7 +141,7 @@ async def test_retry_asks_the_site_now(w: World) -> None:
         await wait(w, 0)
     w.cues.clear()
     await w.pending.retry([row.id for row in w.pending.pending()])
-    await until(lambda: not len(w.fs.files.backlog.schedule))
+    await until(lambda: not len(w.queue.schedule))
     assert m.Connect(now=True) in w.cues.calls
 
 
@@ -171,7 +171,7 @@ async def test_a_lost_connection_is_made_anew_at_the_end(w: World) -> None:
     """However the mount ended: `fusermount3 -u`, a signal."""
     w.cues.fail(Upload, LOST, times=5)
     names = await write_files(w, 20)
-    await w.fs.files.backlog.drain()
+    await w.queue.drain()
     assert set(w.remote.paths()) == names
 
 
@@ -183,5 +183,5 @@ async def test_the_end_does_not_wait_long_for_a_site_that_is_away(
     await write_files(w, 2)
     with pytest.MonkeyPatch.context() as patch, trio.fail_after(10):
         patch.setattr(queue, "LAST_PATIENCE", 1.0)
-        await w.fs.files.backlog.drain()
+        await w.queue.drain()
     assert len(w.journal.rows) == 2

@@ -116,7 +116,7 @@ def at(w: World, path: bytes) -> Item:
 
 
 async def uploaded(w: World) -> None:
-    await w.fs.files.backlog.wait_for(w.fs.files.dirty())
+    await w.queue.wait_for(w.closer.dirty())
 
 
 @pytest.mark.parametrize("write", WRITE_MODES)
@@ -172,7 +172,7 @@ def test_nobody_gives_files_away(write: WriteMode, size: int, tmp_path: Path) ->
         assert (at(w, b"f").uid, at(w, b"f").gid) == (UID, GID)
         assert stat.S_IMODE(at(w, b"g").mode) == 0o640
         assert len(at(w, b"g").content) == size
-        assert not w.fs.files.dirty()
+        assert not w.closer.dirty()
 
     on_sftp(write, tmp_path, body)
 

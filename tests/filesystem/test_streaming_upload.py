@@ -59,7 +59,7 @@ async def test_in_the_background_too(w: World) -> None:
     await write_pieces(w, handle, 3)
     await sent(w, handle, 2)
     await w.kernel.close(handle)
-    await w.fs.files.backlog.wait_for(w.fs.files.dirty())
+    await w.queue.wait_for(w.closer.dirty())
     assert w.remote.get(b"f") == piece(0) + piece(1) + piece(2)
     assert the_upload(w).ranges == [(2 * AHEAD_BYTES, AHEAD_BYTES)]
 

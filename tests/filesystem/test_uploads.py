@@ -303,7 +303,7 @@ async def test_what_others_wrote_since_the_open_is_not_overwritten(w: World) -> 
     assert w.remote.get(beside) == b"mine" + (OLD * 2)[4:]
     assert await w.kernel.read_file("ns/f") == NEW
     assert w.journal.rows == []
-    assert len(w.fs.files.notices) == 1
+    assert len(w.closer.notices) == 1
 
 
 @live()

@@ -19,13 +19,15 @@ import trio.lowlevel
 
 from hpcfs.cache.slow_disk import SlowDisk
 from hpcfs.cache.store import Store
-from hpcfs.filesystem.filesystem import Filesystem
+from hpcfs.filesystem.filesystem import Filesystem, MountOptions
 from hpcfs.inodes.tree import ATTRIBUTE_SECONDS, ROOT_INO, Node
 from hpcfs.model.entries import BLOCK_BYTES, Attributes, Entry
 from hpcfs.model.errors import AlreadyExists, NotFound, Stale
 from hpcfs.site.namespace import Namespace, SymlinkMode, WriteMode
+from hpcfs.writeback.close import Closer
 from hpcfs.writeback.journal import Journal
 from hpcfs.writeback.pending import Pending
+from hpcfs.writeback.queue import UploadQueue
 from hpcfs.writeback.recovery import Recovery
 from hpcfs.writeback.uploader import Uploader
 from tests.support.memory_remote import GID, UID, Cues, MemoryRemote, MemorySite
@@ -84,6 +86,14 @@ class World:
         self.kernel = Kernel(self)
 
     @property
+    def closer(self) -> Closer:
+        return self.fs.closer
+
+    @property
+    def queue(self) -> UploadQueue:
+        return self.fs.closer.queue
+
+    @property
     def remote(self) -> MemoryRemote:
         return self.remotes["ns"]
 
@@ -137,23 +147,20 @@ async def world(
             store,
             Uploader(journal),
             nursery,
-            uid=UID,
-            gid=GID,
-            mountpoint=mountpoint,
+            MountOptions(mountpoint=mountpoint, uid=UID, gid=GID, now=clock),
         )
-        fs.tree.now = clock
-        restoring = Recovery(fs.tree, store, fs.files, journal, namespaces)
-        pending = Pending(fs.tree, store, fs.files, journal, restoring)
-        await restoring.restore(journal.rows)
+        recovery = Recovery(fs.tree, fs.contents, fs.closer.queue, journal, namespaces)
+        pending = Pending(fs.tree, store, fs.closer, journal, recovery)
+        await recovery.restore(journal.rows)
         nursery.start_soon(store.evict_forever)
-        nursery.start_soon(fs.files.backlog.run)
+        nursery.start_soon(fs.closer.queue.run)
         yield World(
             directory, store, journal, fs, remotes, sites, nursery, clock, pending, namespaces
         )
         for site in sites.values():
             site.cues.clear()
         await fs.files.close_all()
-        await fs.files.backlog.drain()
+        await fs.closer.queue.drain()
         nursery.cancel_scope.cancel()
     await store.close()
     await journal.close()

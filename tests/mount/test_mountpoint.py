@@ -200,7 +200,7 @@ def test_a_hung_daemon_hangs_nobody(home: Home, monkeypatch: pytest.MonkeyPatch)
         assert mountpoint.probe(home.mountpoint, 0.2) is None
         assert not mountpoint.is_dead(home.mountpoint)
         monkeypatch.setattr(control, "ANSWER_SECONDS", 0.2)
-        with pytest.raises(control.NotAnswering):
+        with pytest.raises(control.DaemonNotAnswering):
             control.query_status(paths.find_socket(home.mountpoint), 0.2)
     finally:
         os.kill(status.pid, signal.SIGCONT)

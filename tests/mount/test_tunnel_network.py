@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs.tunnel.file import TcpPlace, UnixPlace
+from hpcfs.tunnel.file import TcpEndpoint, UnixEndpoint
 from tests.support.mounts import RealHome, until
 from tests.support.nodes import Node, cable
 from tests.support.seed import Seed
@@ -176,8 +176,8 @@ def test_from_the_laptop_to_the_job(cluster: Cluster) -> None:
     login.mount()
     compute.mount()
     socket, port = seed.node.rendezvous().places
-    assert isinstance(socket, UnixPlace)
-    assert isinstance(port, TcpPlace)
+    assert isinstance(socket, UnixEndpoint)
+    assert isinstance(port, TcpEndpoint)
     assert login.node.run("ls", socket.path)
     assert not Path(socket.path).exists(), "the compute node does not have it"
     assert connections(compute.node) == {f"{LOGIN}:{port.port}"}
@@ -209,8 +209,8 @@ def test_without_unix_sockets(cluster: Cluster) -> None:
     (seed.shared / "file").write_text("content")
     seed.start("--bind", LOGIN)
     near, far = seed.node.rendezvous().places
-    assert isinstance(near, TcpPlace)
-    assert isinstance(far, TcpPlace)
+    assert isinstance(near, TcpEndpoint)
+    assert isinstance(far, TcpEndpoint)
     assert (near.host, far.host) == ("127.0.0.1", LOGIN)
     assert not cluster.laptop.can_reach(f"{OUTER}.1", far.port), "on that address only"
     for here, address in ((login, near), (compute, far)):

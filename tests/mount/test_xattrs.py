@@ -41,6 +41,15 @@ def test_setfattr_and_getfattr(s3_tree: WorkTree) -> None:
     assert (s3_tree.path / "renamed").read_bytes() == b"other content"
 
 
+def test_names_without_a_namespace_are_kept_as_s3fs_keeps_them(s3_tree: WorkTree) -> None:
+    file = s3_tree.path / "file"
+    file.write_bytes(b"content")
+    run("setfattr", "-n", "key", "-v", "value", file)
+    run("setfattr", "-n", "another", "-v", "value", file)
+    run("setfattr", "-x", "another", file)
+    assert all_of(file) == {"key": b"value"}
+
+
 def test_the_errors_that_programs_expect(s3_tree: WorkTree) -> None:
     file = s3_tree.path / "file"
     file.touch()
@@ -56,7 +65,7 @@ def test_the_errors_that_programs_expect(s3_tree: WorkTree) -> None:
     assert errno_of(os.setxattr, file, "user.b", bytes(70_000)) == errno.E2BIG
     assert errno_of(os.setxattr, file, "user." + "n" * 251, b"") == errno.ERANGE
     assert errno_of(os.setxattr, file, "user.", b"") == errno.EINVAL
-    for name in ("security.other", "trusted.other", "other.name"):
+    for name in ("security.other", "trusted.other", "system.other"):
         assert errno_of(os.getxattr, file, name) == errno.ENOTSUP
         assert errno_of(os.setxattr, file, name, b"1") == errno.ENOTSUP
     assert os.listxattr(file) == ["user.a"]

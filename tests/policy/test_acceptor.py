@@ -12,7 +12,7 @@ from hpcfs.laptop import acceptor as acceptors, strangers
 from hpcfs.laptop.acceptor import Acceptor, Incoming, Kind
 from hpcfs.tunnel import stream as streams
 from hpcfs.tunnel.knock import KNOCK_BYTES, NONCE_BYTES, SEALED_BYTES, Door
-from hpcfs.tunnel.stream import ID_BYTES, NEW_STREAM, Stream
+from hpcfs.tunnel.stream import ID_BYTES, NEW_STREAM, TunnelStream
 
 DOOR = Door("f" * 32, "5" * 64)
 NONCE = b"n" * NONCE_BYTES
@@ -36,9 +36,9 @@ class Tunnel:
 
     def __init__(self) -> None:
         self.acceptor = Acceptor(DOOR, self._arrived)
-        self.streams: list[Stream] = []
+        self.streams: list[TunnelStream] = []
 
-    def _arrived(self, stream: Stream, _: Kind) -> None:
+    def _arrived(self, stream: TunnelStream, _: Kind) -> None:
         self.streams.append(stream)
 
     def connect(self, kind: Kind = "tcp") -> tuple[Pipe, Incoming]:
@@ -52,7 +52,7 @@ class Tunnel:
         incoming.received(knock(pipe, stream_id, seen))
         return pipe, incoming
 
-    def proved(self) -> tuple[Pipe, Incoming, Stream]:
+    def proved(self) -> tuple[Pipe, Incoming, TunnelStream]:
         pipe, incoming = self.open()
         self.acceptor.keep(self.streams[-1])
         return pipe, incoming, self.streams[-1]

@@ -20,14 +20,14 @@ import trio
 
 from hpcfs.control import control, server as control_server
 from hpcfs.control.control import (
+    ControlReply,
+    ControlRequest,
     MountStatus,
     NamespaceStatus,
     Outcome,
     PendingFile,
     PendingList,
-    Reply,
-    Request,
-    Step,
+    WorkProgress,
 )
 from hpcfs.model.errors import SetupError
 
@@ -145,7 +145,7 @@ def test_a_status_that_fails_is_told_and_logged_but_ends_nothing(
 
     with caplog.at_level(logging.ERROR), serving(path, broken):
         for _ in range(2):
-            with pytest.raises(control.NotAnswering, match="its log says why"):
+            with pytest.raises(control.DaemonNotAnswering, match="its log says why"):
                 control.query_status(path)
     assert "ZeroDivisionError" in caplog.text
 
@@ -154,7 +154,7 @@ def test_a_stale_socket_is_replaced_and_a_live_one_is_not(path: Path) -> None:
     path.parent.mkdir(mode=0o700)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
         dead.bind(str(path))
-    with pytest.raises(control.NotRunning):
+    with pytest.raises(control.DaemonNotRunning):
         control.query_status(path)
     with serving(path):
         with pytest.raises(SetupError, match="another hpcfs daemon"):
@@ -163,13 +163,13 @@ def test_a_stale_socket_is_replaced_and_a_live_one_is_not(path: Path) -> None:
 
 
 def test_no_daemon_and_a_hung_one_are_told_apart(path: Path) -> None:
-    with pytest.raises(control.NotRunning):
+    with pytest.raises(control.DaemonNotRunning):
         control.query_status(path)
     path.parent.mkdir(mode=0o700)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as hung:
         hung.bind(str(path))
         hung.listen()
-        with pytest.raises(control.NotAnswering, match="within"):
+        with pytest.raises(control.DaemonNotAnswering, match="within"):
             control.query_status(path, timeout=0.1)
 
 
@@ -188,7 +188,7 @@ def test_nonsense_of_a_daemon_is_an_error(path: Path) -> None:
         for data, said in ((b"[1]\n", "makes no sense"), (b"", "ended before"), (b"{}", "ended")):
             thread = threading.Thread(target=answer, args=[data])
             thread.start()
-            with pytest.raises(control.NotAnswering, match=said):
+            with pytest.raises(control.DaemonNotAnswering, match=said):
                 control.query_status(path)
             thread.join()
 
@@ -197,7 +197,7 @@ def test_other_users_are_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(control_server, "_peer_uid", lambda stream: 12345)
-    with caplog.at_level(logging.WARNING), serving(path), pytest.raises(control.NotAnswering):
+    with caplog.at_level(logging.WARNING), serving(path), pytest.raises(control.DaemonNotAnswering):
         control.query_status(path)
     assert "12345" in caplog.text
 
@@ -205,7 +205,9 @@ def test_other_users_are_refused(
 # --- work on the cache --------------------------------------------------------------------------
 
 
-async def count_to_three(request: Request, tell: control_server.Tell) -> Reply:
+async def count_to_three(
+    request: ControlRequest, tell: control_server.ReportProgress
+) -> ControlReply:
     if request.command == "cache":
         raise SetupError(f"not {request.path!r}")
     if request.command == "clear":
@@ -214,7 +216,7 @@ async def count_to_three(request: Request, tell: control_server.Tell) -> Reply:
         await trio.sleep_forever()
     for done in range(3):
         await tell(done, 3)
-    return Reply(outcome=Outcome(3, len(request.path)))
+    return ControlReply(outcome=Outcome(3, len(request.path)))
 
 
 def test_work_tells_of_its_steps_and_what_came_of_it(
@@ -223,22 +225,22 @@ def test_work_tells_of_its_steps_and_what_came_of_it(
     monkeypatch.setattr(control_server, "STEP_INTERVAL", 0.0)
     odd = "häuser\n".encode("latin-1") * 500
     with serving(path, work=count_to_three):
-        steps: list[Step] = []
-        outcome = control.work(path, Request("verify", odd), steps.append)
+        steps: list[WorkProgress] = []
+        outcome = control.work(path, ControlRequest("verify", odd), steps.append)
         assert outcome == Outcome(3, len(odd))
-        assert steps == [Step(0, 3), Step(1, 3), Step(2, 3)]
+        assert steps == [WorkProgress(0, 3), WorkProgress(1, 3), WorkProgress(2, 3)]
         assert control.query_status(path) == STATUS
 
 
 def test_work_that_cannot_be_done_is_told(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR), serving(path, work=count_to_three):
-        with pytest.raises(control.Refused, match="not b''"):
+        with pytest.raises(control.DaemonRefused, match="not b''"):
             control.query_cache(path)
-        with pytest.raises(control.Refused, match="log says more"):
-            control.work(path, Request("clear"), print)
+        with pytest.raises(control.DaemonRefused, match="log says more"):
+            control.work(path, ControlRequest("clear"), print)
         assert control.query_status(path) == STATUS
     assert "ZeroDivisionError" in caplog.text
-    with serving(path), pytest.raises(control.Refused, match="only tell its status"):
+    with serving(path), pytest.raises(control.DaemonRefused, match="only tell its status"):
         control.query_cache(path)
 
 
@@ -246,7 +248,7 @@ def test_work_ends_when_its_client_leaves(path: Path) -> None:
     """And delays nobody until then."""
     ended = threading.Event()
 
-    async def endless(request: Request, tell: control_server.Tell) -> Reply:
+    async def endless(request: ControlRequest, tell: control_server.ReportProgress) -> ControlReply:
         try:
             await trio.sleep_forever()
         finally:
@@ -263,18 +265,18 @@ def test_work_ends_when_its_client_leaves(path: Path) -> None:
 
 def test_the_longest_paths_fit_into_a_request(path: Path) -> None:
     odd = b"\xff" * 4095
-    seen: list[Request] = []
+    seen: list[ControlRequest] = []
 
-    async def note(request: Request, tell: control_server.Tell) -> Reply:
+    async def note(request: ControlRequest, tell: control_server.ReportProgress) -> ControlReply:
         seen.append(request)
-        return Reply(pending=PendingList(time=1.0))
+        return ControlReply(pending=PendingList(time=1.0))
 
-    asked = Request("recover", odd, to=odd, before=2.5)
+    asked = ControlRequest("recover", odd, to=odd, before=2.5)
     with serving(path, work=note):
-        with pytest.raises(control.Refused):
+        with pytest.raises(control.DaemonRefused):
             control.work(path, asked, print)
         assert control.query_pending(path, odd) == PendingList(time=1.0)
-    assert seen == [asked, Request("pending", odd)]
+    assert seen == [asked, ControlRequest("pending", odd)]
 
 
 def test_work_counts_files_and_repeats_itself_while_nothing_happens(
@@ -282,36 +284,36 @@ def test_work_counts_files_and_repeats_itself_while_nothing_happens(
 ) -> None:
     """Else a client would take a slow upload for a daemon that hangs."""
     monkeypatch.setattr(control_server, "HEARTBEAT_SECONDS", 0.01)
-    steps: list[Step] = []
+    steps: list[WorkProgress] = []
     enough = threading.Event()
 
-    async def slow(request: Request, tell: control_server.Tell) -> Reply:
+    async def slow(request: ControlRequest, tell: control_server.ReportProgress) -> ControlReply:
         await tell(1, 2, 3, 4)
         await trio.to_thread.run_sync(enough.wait, 10)
-        return Reply(outcome=Outcome(4, 2))
+        return ControlReply(outcome=Outcome(4, 2))
 
-    def note(step: Step) -> None:
+    def note(step: WorkProgress) -> None:
         steps.append(step)
         if len(steps) == 3:
             enough.set()
 
     with serving(path, work=slow):
-        assert control.work(path, Request("sync"), note) == Outcome(4, 2)
-    assert set(steps) == {Step(1, 2, 3, 4)}
+        assert control.work(path, ControlRequest("sync"), note) == Outcome(4, 2)
+    assert set(steps) == {WorkProgress(1, 2, 3, 4)}
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.1])
 def test_a_client_waits_no_longer_than_it_was_told_to(path: Path, seconds: float) -> None:
     """Even while the daemon tells of steps all the time."""
 
-    async def endless(request: Request, tell: control_server.Tell) -> Reply:
+    async def endless(request: ControlRequest, tell: control_server.ReportProgress) -> ControlReply:
         while True:
             await tell(1, 2)
             await trio.sleep(0.01)
 
     with serving(path, work=endless):
         with pytest.raises(control.OutOfTime):
-            control.work(path, Request("sync"), lambda _: None, seconds)
+            control.work(path, ControlRequest("sync"), lambda _: None, seconds)
         assert control.query_status(path) == STATUS
 
 
@@ -367,5 +369,5 @@ def test_waiting_ends_when_the_daemon_is_killed(path: Path) -> None:
     with daemon(path) as process, control.open_wait(path) as connection:
         os.kill(process.pid, signal.SIGKILL)
         assert control.wait_until_gone(connection, 10)
-    with pytest.raises(control.NotRunning):
+    with pytest.raises(control.DaemonNotRunning):
         control.open_wait(path)

@@ -14,7 +14,7 @@ from hpcfs.cache.index import Index, Record
 from hpcfs.cache.maintenance import CachedPath
 from hpcfs.cache.record_cache import KnownRecords, RecordCache
 from hpcfs.cache.store import Store
-from hpcfs.control.control import Request
+from hpcfs.control.control import ControlRequest
 from hpcfs.daemon import cache_commands
 from hpcfs.model.entries import BLOCK_BYTES
 from hpcfs.model.errors import SetupError
@@ -142,10 +142,12 @@ def test_a_cache_that_is_in_use_is_not_opened_twice(tmp_path: Path) -> None:
     held = Store.open(tmp_path, 1, "the mount at /a b (pid 7)")
     assert cache_commands.last_mountpoint(tmp_path) == "/a b"
     with pytest.raises(SetupError, match="in use by the mount at /a b"):
-        cache_commands.answer_unmounted(tmp_path, Request("clear"), lambda _: None)
+        cache_commands.answer_unmounted(tmp_path, ControlRequest("clear"), lambda _: None)
     trio.run(held.close)
     for _ in range(2):
-        found = cache_commands.answer_unmounted(tmp_path, Request("cache"), lambda _: None).cache
+        found = cache_commands.answer_unmounted(
+            tmp_path, ControlRequest("cache"), lambda _: None
+        ).cache
         assert found
         assert (found.mountpoint, found.mounted, found.used) == ("/a b", False, 0)
 

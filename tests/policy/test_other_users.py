@@ -98,8 +98,8 @@ def test_a_daemon_of_another_user_is_not_believed(squatted: Path) -> None:
     with liar(path):
         assert paths.find_socket(PLACE) != path
         for at in (path, paths.find_socket(PLACE)):
-            with pytest.raises(control.NotRunning):
-                control.work(at, control.Request("sync"), lambda step: None)
+            with pytest.raises(control.DaemonNotRunning):
+                control.work(at, control.ControlRequest("sync"), lambda step: None)
 
 
 def test_a_place_that_another_user_took_is_passed_over(squatted: Path) -> None:
@@ -128,7 +128,7 @@ def test_who_listens_is_asked_of_the_kernel_too(shared_tmp: Path) -> None:
     path = paths.make_private(paths.shared_tmp_dir()) / f"{paths.mount_id(PLACE)}.sock"
     with liar(path, our_file=True):
         assert ownership.is_socket(path)
-        with pytest.raises(control.NotRunning):
+        with pytest.raises(control.DaemonNotRunning):
             control.query_status(path)
 
 
@@ -139,7 +139,7 @@ def test_a_socket_in_a_directory_that_others_can_enter_is_not_used(shared_tmp: P
         ours.listen()
         ownership.connect(path, 1).close()
         path.parent.chmod(0o711)
-        with pytest.raises(control.NotRunning):
+        with pytest.raises(control.DaemonNotRunning):
             control.query_status(path)
 
 
@@ -147,9 +147,9 @@ def test_a_socket_in_a_directory_that_others_can_enter_is_not_used(shared_tmp: P
 def test_a_tunnel_of_another_user_is_not_believed(squatted: Path) -> None:
     with liar(squatted / "tunnel-lap.sock", '{"error": "mine"}'):
         assert tunnel_status.running() == []
-        with pytest.raises(tunnel_status.NotRunning):
+        with pytest.raises(tunnel_status.TunnelNotRunning):
             tunnel_status.query("lap")
-        with pytest.raises(tunnel_status.NotRunning):
+        with pytest.raises(tunnel_status.TunnelNotRunning):
             tunnel_status.stop("lap")
 
 

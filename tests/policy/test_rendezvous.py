@@ -14,9 +14,9 @@ from hypothesis import given, strategies as st
 
 from hpcfs.model.errors import Unreachable, WrongSettings
 from hpcfs.tunnel import file, proof
-from hpcfs.tunnel.file import Rendezvous, TcpPlace, UnixPlace
+from hpcfs.tunnel.file import Rendezvous, TcpEndpoint, UnixEndpoint
 from hpcfs.tunnel.proof import NotProved, prove_as_client, prove_as_server
-from hpcfs.tunnel.stream import Stream
+from hpcfs.tunnel.stream import TunnelStream
 
 GOOD = Rendezvous(
     id="0" * 32,
@@ -26,7 +26,7 @@ GOOD = Rendezvous(
     user="mo",
     login_host="login01",
     since="2026-11-25 10:00 UTC",
-    places=[UnixPlace("/home/mo/.hpcfs/tunnels/lap-1.sock"), TcpPlace("login01", 4711)],
+    places=[UnixEndpoint("/home/mo/.hpcfs/tunnels/lap-1.sock"), TcpEndpoint("login01", 4711)],
     host_key="ssh-ed25519 AAAA",
     client_key="-----BEGIN OPENSSH PRIVATE KEY-----",
     shares=["data"],
@@ -148,13 +148,13 @@ class Ends:
     """Two ends of a stream, each the other's pipe."""
 
     def __init__(self) -> None:
-        self.client, self.server = Stream(bytes(16)), Stream(bytes(16))
+        self.client, self.server = TunnelStream(bytes(16)), TunnelStream(bytes(16))
         self.client.attach(Wire(self.server), 0)
         self.server.attach(Wire(self.client), 0)
 
 
 class Wire:
-    def __init__(self, other: Stream) -> None:
+    def __init__(self, other: TunnelStream) -> None:
         self._other = other
 
     def write(self, data: bytes) -> None:

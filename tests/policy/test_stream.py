@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from hpcfs.tunnel import stream as streams
-from hpcfs.tunnel.stream import Garbled, Stream
+from hpcfs.tunnel.stream import Garbled, TunnelStream
 
 ID = b"0123456789abcdef"
 SIZES = st.one_of(st.integers(1, 300), st.integers(1, 2 * streams.FRAME_BYTES + 1))
@@ -43,7 +43,7 @@ class Wire:
 
 class End:
     def __init__(self) -> None:
-        self.stream = Stream(ID)
+        self.stream = TunnelStream(ID)
         self.wire = Wire()
         self.written = bytearray()
         self.came = bytearray()

@@ -43,7 +43,7 @@ REMOTES = rclone_conf.parse(RCLONE, Path("/c/rclone.conf"))
 AROUND = urls.Surroundings(ssh_aliases=["login3"], remotes=lambda: REMOTES)
 
 
-def parse(text: str) -> urls.Target:
+def parse(text: str) -> urls.ParsedUrl:
     return urls.parse(text, AROUND)
 
 
@@ -70,7 +70,7 @@ def parse(text: str) -> urls.Target:
     ],
 )
 def test_ssh_urls(text: str, site: SshSite, path: str) -> None:
-    assert parse(text) == urls.Target(site, SftpRoot(path))
+    assert parse(text) == urls.ParsedUrl(site, SftpRoot(path))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_ssh_urls(text: str, site: SshSite, path: str) -> None:
     ],
 )
 def test_s3_urls(text: str, site: S3Site, root: S3Root) -> None:
-    assert parse(text) == urls.Target(site, root)
+    assert parse(text) == urls.ParsedUrl(site, root)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_tunnel_urls(
     monkeypatch.setenv("HOME", str(tmp_path))
     found = parse(text)
     site = TunnelSite(name, str(tmp_path / ".hpcfs" / "tunnels"))
-    assert found == urls.Target(site, SftpRoot(path))
+    assert found == urls.ParsedUrl(site, SftpRoot(path))
     assert parse(urls.show(found.site, found.root)) == found
 
 
@@ -242,11 +242,11 @@ def test_local_paths_are_no_urls(text: str) -> None:
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
 def test_what_is_shown_is_read_back(path: str) -> None:
     for text in (f"~/{path}", f"/{path}"):
-        target = urls.Target(SshSite("h", "me", 22), SftpRoot(urls.home_path(text)))
+        target = urls.ParsedUrl(SshSite("h", "me", 22), SftpRoot(urls.home_path(text)))
         assert urls.parse(urls.show(target.site, target.root), AROUND) == target
 
 
 @given(st.text(max_size=40))
 def test_any_text_is_parsed_or_refused_with_a_sentence(text: str) -> None:
     with suppress(SetupError):
-        assert isinstance(parse(text), urls.Target)
+        assert isinstance(parse(text), urls.ParsedUrl)

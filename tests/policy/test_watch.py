@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from hpcfs.cli import watch
-from hpcfs.cli.pending import Silent
+from hpcfs.cli.pending import UnansweredMount
 from hpcfs.control.control import MountStatus, NamespaceStatus, PendingFile, SiteStatus
 
 MIB = 1024**2
@@ -41,7 +41,9 @@ def status(*pending: PendingFile, rate: float = 0.0, count: int | None = None) -
     )
 
 
-def drawn(*found: MountStatus | Silent, height: int = 24, rates: watch.Rates | None = None) -> str:
+def drawn(
+    *found: MountStatus | UnansweredMount, height: int = 24, rates: watch.Rates | None = None
+) -> str:
     lines = watch.frame(found, rates or watch.Rates(), height)
     assert len(lines) <= height
     plain = [click.unstyle(line) for line in lines]
@@ -50,7 +52,9 @@ def drawn(*found: MountStatus | Silent, height: int = 24, rates: watch.Rates | N
 
 
 def test_a_frame_has_mounts_namespaces_and_files() -> None:
-    shown = drawn(status(BAD, BIG, *WAITING[:2], rate=15 * MIB), Silent("/dead", "its\x1b daemon"))
+    shown = drawn(
+        status(BAD, BIG, *WAITING[:2], rate=15 * MIB), UnansweredMount("/dead", "its\x1b daemon")
+    )
     for text in (
         "\n/m  (mounted ",
         "  home  connected   write back     sftp://h/~\n",
@@ -94,7 +98,7 @@ def test_rates_come_from_one_look_to_the_next() -> None:
     later = msgspec.structs.replace(BIG, left=BIG.left - 10 * MIB)
     rates.note([status(BIG)], 10.0)
     assert "MiB/s" not in drawn(status(BIG), rates=rates)
-    rates.note([status(later), Silent("/dead", "gone")], 12.0)
+    rates.note([status(later), UnansweredMount("/dead", "gone")], 12.0)
     assert "] 35% of 100.0 MiB, 5.0 MiB/s" in drawn(status(later), rates=rates).replace("  ", " ")
     rates.note([status(BIG)], 14.0)
     assert "MiB/s" not in drawn(status(BIG), rates=rates), "it began again"

@@ -13,7 +13,14 @@ import trio
 
 from hpcfs.config import config
 from hpcfs.config.config import Settings
-from hpcfs.control.control import MAX_PENDING, MAX_REPLY_BYTES, Outcome, Reply, Request, Step
+from hpcfs.control.control import (
+    MAX_PENDING,
+    MAX_REPLY_BYTES,
+    ControlReply,
+    ControlRequest,
+    Outcome,
+    WorkProgress,
+)
 from hpcfs.daemon import cache_commands, write_commands
 from hpcfs.daemon.write_commands import WriteCommands
 from hpcfs.model.errors import SetupError
@@ -38,20 +45,20 @@ def settings(*, root: str | None = None) -> Settings:
 
 def ask(
     backlog: FakeBacklog,
-    request: Request,
+    request: ControlRequest,
     *,
     root: str | None = None,
     meanwhile: Callable[[], Awaitable[None]] | None = None,
-    steps: list[Step] | None = None,
-) -> Reply:
+    steps: list[WorkProgress] | None = None,
+) -> ControlReply:
     """The answer; `meanwhile` goes on until then."""
     service = WriteCommands(settings(root=root), backlog)
 
     async def tell(*fields: int) -> None:
         if steps is not None:
-            steps.append(Step(*fields))
+            steps.append(WorkProgress(*fields))
 
-    async def run() -> Reply:
+    async def run() -> ControlReply:
         async with trio.open_nursery() as nursery:
             if meanwhile is not None:
                 nursery.start_soon(meanwhile)
@@ -67,7 +74,7 @@ def ask(
     raise error
 
 
-def paths(reply: Reply) -> list[str]:
+def paths(reply: ControlReply) -> list[str]:
     assert reply.pending is not None
     return [f"{one.namespace}/{one.path}" for one in reply.pending.files]
 
@@ -76,7 +83,7 @@ def paths(reply: Reply) -> list[str]:
 
 
 def test_what_failed_is_named_first() -> None:
-    reply = ask(FakeBacklog(ROWS), Request("pending"))
+    reply = ask(FakeBacklog(ROWS), ControlRequest("pending"))
     assert reply.pending is not None
     assert paths(reply) == [
         "home/dir/two",
@@ -108,16 +115,16 @@ def test_what_failed_is_named_first() -> None:
     ],
 )
 def test_a_path_means_a_file_or_all_below(path: bytes, expected: set[str]) -> None:
-    assert set(paths(ask(FakeBacklog(ROWS), Request("pending", path)))) == expected
+    assert set(paths(ask(FakeBacklog(ROWS), ControlRequest("pending", path)))) == expected
 
 
 def test_a_remote_that_is_the_root_has_no_name_in_paths() -> None:
     backlog = FakeBacklog(ROWS)
-    assert set(paths(ask(backlog, Request("pending", b"dir"), root="home"))) == {
+    assert set(paths(ask(backlog, ControlRequest("pending", b"dir"), root="home"))) == {
         "home/dir/one",
         "home/dir/two",
     }
-    ask(backlog, Request("retry", b"gone/left"), root="home")
+    ask(backlog, ControlRequest("retry", b"gone/left"), root="home")
     assert backlog.rows["gone:left"].state == "waiting"
 
 
@@ -141,14 +148,14 @@ def test_an_answer_stays_small_however_long_names_are() -> None:
 
 def test_sync_returns_when_the_remote_has_it_and_counts_on_the_way() -> None:
     backlog = FakeBacklog([row("dir/a", size=100), row("dir/b", size=50), row("c")], rate=1000)
-    steps: list[Step] = []
+    steps: list[WorkProgress] = []
     reply = ask(
-        backlog, Request("sync", b"home/dir"), meanwhile=backlog.upload_forever, steps=steps
+        backlog, ControlRequest("sync", b"home/dir"), meanwhile=backlog.upload_forever, steps=steps
     )
     assert reply.outcome == Outcome(2, 150)
     assert backlog.synced == [("home", b"dir")]
-    assert steps[0] == Step(0, 150, 0, 2)
-    assert steps[-1] == Step(150, 150, 2, 2)
+    assert steps[0] == WorkProgress(0, 150, 0, 2)
+    assert steps[-1] == WorkProgress(150, 150, 2, 2)
     assert not backlog.rows.keys() & {"home:dir/a", "home:dir/b"}
 
 
@@ -164,7 +171,7 @@ def test_sync_returns_when_the_remote_has_it_and_counts_on_the_way() -> None:
 )
 def test_sync_of_a_path(path: bytes, root: str | None, expected: tuple[str | None, bytes]) -> None:
     backlog = FakeBacklog([])
-    assert ask(backlog, Request("sync", path), root=root).outcome == Outcome()
+    assert ask(backlog, ControlRequest("sync", path), root=root).outcome == Outcome()
     assert backlog.synced == [expected]
 
 
@@ -172,10 +179,10 @@ def test_sync_tells_what_failed() -> None:
     backlog = FakeBacklog([row("a"), row("b", size=20)], rate=1000)
     backlog.refuses["home:b"] = "the quota is used up"
     with pytest.raises(SetupError, match=r"home/b is not uploaded: the quota is used up$"):
-        ask(backlog, Request("sync"), meanwhile=backlog.upload_forever)
+        ask(backlog, ControlRequest("sync"), meanwhile=backlog.upload_forever)
     assert set(backlog.rows) == {"home:b"}
     with pytest.raises(SetupError, match="no namespace typo"):
-        ask(backlog, Request("sync", b"typo/x"))
+        ask(backlog, ControlRequest("sync", b"typo/x"))
 
 
 class Forgetful(FakeBacklog):
@@ -186,30 +193,32 @@ class Forgetful(FakeBacklog):
 def test_sync_does_not_take_what_is_kept_for_uploaded() -> None:
     backlog = Forgetful(ROWS)
     with pytest.raises(SetupError, match="home/a is not uploaded: quota; 3 files in all"):
-        ask(backlog, Request("sync"))
+        ask(backlog, ControlRequest("sync"))
     with pytest.raises(SetupError, match=r"home/dir/two is not uploaded: no route$"):
-        ask(backlog, Request("sync", b"home/dir"))
-    assert ask(backlog, Request("sync", b"home/dir/one")).outcome == Outcome()
+        ask(backlog, ControlRequest("sync", b"home/dir"))
+    assert ask(backlog, ControlRequest("sync", b"home/dir/one")).outcome == Outcome()
 
 
 def test_retry_takes_only_what_failed() -> None:
     backlog = FakeBacklog(ROWS)
-    assert ask(backlog, Request("retry", b"home")).outcome == Outcome(2, 31)
+    assert ask(backlog, ControlRequest("retry", b"home")).outcome == Outcome(2, 31)
     assert backlog.rows["home:dir/two"].state == "waiting"
     assert backlog.rows["home:dir.old/x"].state == "uploading"
     assert backlog.rows["gone:left"].state == "kept"
-    assert ask(backlog, Request("retry", b"home")).outcome == Outcome()
-    assert ask(backlog, Request("retry")).outcome == Outcome(1, 70)
+    assert ask(backlog, ControlRequest("retry", b"home")).outcome == Outcome()
+    assert ask(backlog, ControlRequest("retry")).outcome == Outcome(1, 70)
 
 
 def test_discard_takes_nothing_that_the_user_was_not_shown() -> None:
     backlog = FakeBacklog(ROWS)
-    assert ask(backlog, Request("discard", b"home/dir", before=3.5)).outcome == Outcome(1, 20)
+    assert ask(backlog, ControlRequest("discard", b"home/dir", before=3.5)).outcome == Outcome(
+        1, 20
+    )
     assert "home:dir/two" in backlog.rows
     with pytest.raises(SetupError, match="nothing of it is pending"):
-        ask(backlog, Request("discard", b"home/dir"))
+        ask(backlog, ControlRequest("discard", b"home/dir"))
     with pytest.raises(SetupError, match="still has it open"):
-        ask(backlog, Request("discard", b"data", before=9.0))
+        ask(backlog, ControlRequest("discard", b"data", before=9.0))
     assert set(backlog.rows) == {one.id for one in ROWS} - {"home:dir/one"}
 
 
@@ -225,7 +234,7 @@ def below(directory: Path) -> dict[str, bytes]:
 
 
 def recover(backlog: FakeBacklog, to: Path, path: bytes = b"") -> Outcome:
-    outcome = ask(backlog, Request("recover", path, to=os.fsencode(to))).outcome
+    outcome = ask(backlog, ControlRequest("recover", path, to=os.fsencode(to))).outcome
     assert outcome is not None
     return outcome
 

@@ -18,7 +18,7 @@ from hpcfs.laptop.identity import Identity
 from hpcfs.laptop.shares import Share
 from hpcfs.model.sites import SftpRoot, TunnelSite
 from hpcfs.remotes.tunnel import pipe
-from hpcfs.tunnel.file import UnixPlace
+from hpcfs.tunnel.file import UnixEndpoint
 from tests.support.command import Home, make_home
 from tests.support.laptop import NAME, Laptop, laptop
 
@@ -120,7 +120,7 @@ def test_a_socket_that_is_not_ours(running: Laptop, kind: str) -> None:
                 pytest.skip("only root can give a socket away")
             listener.bind(str(path))
             os.chown(path, 65534, 65534)
-        running.publish(places=[UnixPlace(str(path))])
+        running.publish(places=[UnixEndpoint(str(path))])
         reason = "No such file" if kind == "missing" else f"{path} is no socket of yours"
         assert reason in failure(running)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import asyncssh
 import pytest
 
-from hpcfs.laptop.tunnel import Plan, Tunnel
+from hpcfs.laptop.tunnel import Tunnel, TunnelPlan
 from hpcfs.model.errors import NoService, RemoteError, Unreachable
 from hpcfs.model.sites import SshSite, Start
 from hpcfs.remotes.sftp.remote import SshSiteConnection
@@ -128,7 +128,7 @@ def test_a_tunnel_says_so_at_once(kind: str, tmp_path: Path) -> None:
     server.start()
 
     async def main() -> None:
-        plan = Plan(name="lap", site=server.site(), shown=ALIAS)
+        plan = TunnelPlan(name="lap", site=server.site(), shown=ALIAS)
         async with asyncio.timeout(15):
             with pytest.raises(NoService, match=account.words):
                 await Tunnel(plan, ScriptedPrompter(), lambda: None).run()

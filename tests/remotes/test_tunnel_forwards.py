@@ -12,7 +12,7 @@ import pytest
 
 from hpcfs.laptop import forwards
 from hpcfs.model.errors import WrongSettings
-from hpcfs.tunnel.file import TcpPlace, UnixPlace
+from hpcfs.tunnel.file import TcpEndpoint, UnixEndpoint
 from hpcfs.tunnel.knock import GREETING
 from tests.support.tunnels import LoginNode, greeting, login_node, own_address, running
 
@@ -25,7 +25,7 @@ def test_a_unix_socket_that_only_the_user_can_reach(tmp_path: Path) -> None:
     async def main(node: LoginNode) -> None:
         async with running(node) as found:
             (place,) = node.rendezvous().places
-            assert isinstance(place, UnixPlace)
+            assert isinstance(place, UnixEndpoint)
             status = os.lstat(place.path)
             assert stat.S_ISSOCK(status.st_mode)
             assert stat.S_IMODE(status.st_mode) == 0o600
@@ -46,7 +46,7 @@ def test_a_socket_that_sshd_opens_to_all_is_closed_to_others(tmp_path: Path) -> 
     async def main(node: LoginNode) -> None:
         async with running(node):
             (place,) = node.rendezvous().places
-            assert isinstance(place, UnixPlace)
+            assert isinstance(place, UnixEndpoint)
             assert stat.S_IMODE(os.lstat(place.path).st_mode) == 0o600
 
     with login_node(tmp_path, "StreamLocalBindMask 0000") as node:
@@ -57,7 +57,7 @@ def test_a_loopback_port_where_unix_sockets_are_forbidden(tmp_path: Path) -> Non
     async def main(node: LoginNode) -> None:
         async with running(node) as found:
             (place,) = node.rendezvous().places
-            assert isinstance(place, TcpPlace)
+            assert isinstance(place, TcpEndpoint)
             assert place.host == "127.0.0.1"
             assert "forbids it (AllowStreamLocalForwarding)" in found.status.notes[0]
             with socket.create_connection((place.host, place.port)) as mount:
@@ -71,7 +71,7 @@ def test_a_loopback_port_where_the_home_directory_has_a_long_name(tmp_path: Path
     async def main(node: LoginNode) -> None:
         async with running(node) as found:
             (place,) = node.rendezvous().places
-            assert isinstance(place, TcpPlace)
+            assert isinstance(place, TcpEndpoint)
             assert "too long" in found.status.notes[0]
 
     home = tmp_path / ("long" * 20)
@@ -112,7 +112,7 @@ def test_a_path_that_is_taken_leads_to_a_port(
         )
         async with running(node) as found:
             (place,) = node.rendezvous().places
-            assert isinstance(place, TcpPlace)
+            assert isinstance(place, TcpEndpoint)
             assert "can't be made at" in found.status.notes[0]
         assert taken.exists()
 
@@ -127,8 +127,8 @@ def test_a_bind_address_that_sshd_grants(tmp_path: Path) -> None:
     async def main(node: LoginNode) -> None:
         async with running(node, bind=own_address()) as found:
             unix, tcp = node.rendezvous().places
-            assert isinstance(unix, UnixPlace)
-            assert isinstance(tcp, TcpPlace)
+            assert isinstance(unix, UnixEndpoint)
+            assert isinstance(tcp, TcpEndpoint)
             assert tcp.host == own_address()
             assert found.status.notes == []
             with socket.create_connection((tcp.host, tcp.port)) as mount:
@@ -144,7 +144,7 @@ def test_a_bind_address_that_silently_became_loopback(tmp_path: Path, option: st
 
     async def main(node: LoginNode) -> None:
         async with running(node, bind=own_address()) as found:
-            assert [type(place) for place in node.rendezvous().places] == [UnixPlace]
+            assert [type(place) for place in node.rendezvous().places] == [UnixEndpoint]
             (note,) = found.status.notes
             assert "compute nodes can't reach this tunnel" in note
             assert "listens on 127.0.0.1" in note
@@ -185,7 +185,7 @@ def test_what_nobody_takes_is_dropped_with_its_connection(tmp_path: Path) -> Non
     async def main(node: LoginNode) -> None:
         async with running(node) as found:
             (place,) = node.rendezvous().places
-            assert isinstance(place, UnixPlace)
+            assert isinstance(place, UnixEndpoint)
             with socket.socket(socket.AF_UNIX) as mount:
                 mount.connect(place.path)
                 await greeting(mount)

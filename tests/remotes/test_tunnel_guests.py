@@ -23,7 +23,7 @@ from hpcfs.laptop import guests
 from hpcfs.laptop.acceptor import Kind
 from hpcfs.laptop.shares import Share
 from hpcfs.remotes.tunnel.line import Line, Meeting, Pulse
-from hpcfs.tunnel.file import UnixPlace, read
+from hpcfs.tunnel.file import UnixEndpoint, read
 from hpcfs.tunnel.proof import (
     NONCE_BYTES,
     SESSION_BYTES,
@@ -36,7 +36,7 @@ from hpcfs.tunnel.proof import (
     prove_as_server,
 )
 from hpcfs.tunnel.pump import socket_of
-from hpcfs.tunnel.stream import Stream
+from hpcfs.tunnel.stream import TunnelStream
 from tests.support.command import REPOSITORY
 from tests.support.laptop import NAME, Laptop, laptop
 
@@ -90,7 +90,7 @@ def nobody_is_in(running: Laptop) -> bool:
 # --- the proof ------------------------------------------------------------------------------------
 
 
-async def until_ended(stream: Stream) -> None:
+async def until_ended(stream: TunnelStream) -> None:
     ended = asyncio.Event()
     stream.listen(lambda data: None, lambda reason: ended.set())
     async with asyncio.timeout(5):
@@ -204,7 +204,7 @@ def test_a_server_without_the_tunnels_key_is_left() -> None:
     tunnel = secrets.token_bytes(16)
 
     class Wire:
-        def __init__(self, to: Stream) -> None:
+        def __init__(self, to: TunnelStream) -> None:
             self.to = to
 
         def write(self, data: bytes) -> None:
@@ -214,7 +214,7 @@ def test_a_server_without_the_tunnels_key_is_left() -> None:
             """Nothing to do."""
 
     async def meet(key: asyncssh.SSHKey) -> None:
-        here, there = Stream(b"a" * 16), Stream(b"a" * 16)
+        here, there = TunnelStream(b"a" * 16), TunnelStream(b"a" * 16)
         here.attach(Wire(there), 0)
         there.attach(Wire(here), 0)
         serving = asyncio.create_task(
@@ -240,10 +240,10 @@ def test_noise_on_the_port_harms_nobody(
         before = len(os.listdir("/proc/self/fd"))
         (place,) = read(running.directory, NAME).places
         for beginning in beginnings * 5:
-            unix = isinstance(place, UnixPlace)
+            unix = isinstance(place, UnixEndpoint)
             with socket.socket(socket.AF_UNIX if unix else socket.AF_INET) as sock:
                 sock.connect(
-                    place.path if isinstance(place, UnixPlace) else (place.host, place.port)
+                    place.path if isinstance(place, UnixEndpoint) else (place.host, place.port)
                 )
                 with suppress(ConnectionError):
                     sock.sendall(beginning + os.urandom(5000))

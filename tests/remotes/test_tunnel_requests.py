@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs.laptop.channel import OpenFiles, ServedChannel
+from hpcfs.laptop.channel import HandleTable, ServerChannel
 from hpcfs.laptop.sftp_server import Shares
 from hpcfs.laptop.shares import Share
 from tests.support.wicked import Packets, packet, string
@@ -102,10 +102,10 @@ def test_requests_that_may_be_anything(
         shares = Shares(
             [Share("rw", tmp_path / "rw"), Share("ro", tmp_path / "ro", read_only=True)]
         )
-        files, channel, running = OpenFiles(), None, None
+        files, channel, running = HandleTable(), None, None
         for number in range(REQUESTS):
             if running is None or running.done():
-                channel = ServedChannel(
+                channel = ServerChannel(
                     shares, files, lambda data: answers.extend(packets.of(data)), lambda: 0, 2**30
                 )
                 running = asyncio.create_task(channel.run())

@@ -31,7 +31,7 @@ from asyncssh.sftp import SFTPClientHandler
 
 from hpcfs.laptop import channel as served_channel, guests, memory, sftp_server
 from hpcfs.laptop.acceptor import Kind
-from hpcfs.laptop.channel import OpenFiles, ServedChannel
+from hpcfs.laptop.channel import HandleTable, ServerChannel
 from hpcfs.laptop.sftp_server import Shares, ShareServer
 from hpcfs.laptop.shares import Share
 from hpcfs.model.errors import CrossDevice
@@ -663,12 +663,12 @@ MAKE = b"/rw/made"
 MKDIR = struct.pack(">IBII", 13 + len(MAKE), 14, 1, len(MAKE)) + MAKE + bytes(4)
 
 
-def serve_once(directory: Path, story: Callable[[ServedChannel], Awaitable[None]]) -> bytes:
+def serve_once(directory: Path, story: Callable[[ServerChannel], Awaitable[None]]) -> bytes:
     answers = bytearray()
 
     async def main() -> None:
         shares = Shares([Share("rw", directory / "rw")])
-        channel = ServedChannel(shares, OpenFiles(), answers.extend, lambda: 0, 1)
+        channel = ServerChannel(shares, HandleTable(), answers.extend, lambda: 0, 1)
         running = asyncio.create_task(channel.run())
         await story(channel)
         await asyncio.wait_for(running, 20)
@@ -681,7 +681,7 @@ def serve_once(directory: Path, story: Callable[[ServedChannel], Awaitable[None]
 def test_what_was_given_up_is_not_done_later(directory: Path) -> None:
     """The mount may be asking anew over another stream, and be done before."""
 
-    async def story(channel: ServedChannel) -> None:
+    async def story(channel: ServerChannel) -> None:
         channel.received(INIT)
         channel.received(MKDIR)
         channel.ended()
@@ -696,7 +696,7 @@ def test_requests_are_not_gathered_without_end(
     monkeypatch.setattr(memory, "MAX_CHANNEL_REQUEST_BYTES", 10_000)
     monkeypatch.setattr(memory, "LITTLE_BYTES", 1000)
 
-    async def story(channel: ServedChannel) -> None:
+    async def story(channel: ServerChannel) -> None:
         channel.received(INIT + MKDIR)
         while not (directory / "rw" / "made").exists():  # noqa: ASYNC110 - the answer is no event
             await asyncio.sleep(0)

@@ -20,7 +20,7 @@ from hpcfs.model.sites import SftpRoot, Start, TunnelSite
 from hpcfs.remotes.tunnel import line, pipe
 from hpcfs.remotes.tunnel.line import Line, Meeting, Pulse
 from hpcfs.remotes.tunnel.site import TunnelSiteConnection
-from hpcfs.tunnel.file import TcpPlace
+from hpcfs.tunnel.file import TcpEndpoint
 from hpcfs.tunnel.knock import GREETING, KNOCK_BYTES, SEALED_BYTES
 from tests.support.laptop import NAME, Laptop, laptop
 from tests.support.tunnels import LoginNode, login_node, make_laptop, running
@@ -57,7 +57,7 @@ while True:
 
 
 @contextmanager
-def flood(place: TcpPlace, words: bytes) -> Iterator[None]:
+def flood(place: TcpEndpoint, words: bytes) -> Iterator[None]:
     command = [sys.executable, "-c", FLOOD, str(place.port), str(FLOOD_PER_SECOND), words.hex()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -85,7 +85,7 @@ def test_a_flood_keeps_no_mount_out(tmp_path: Path, words: bytes) -> None:
     async def main(node: LoginNode) -> None:
         async with running(node):
             (place,) = node.rendezvous().places
-            assert isinstance(place, TcpPlace)
+            assert isinstance(place, TcpEndpoint)
             first = await mount(node)
             with flood(place, words):
                 await asyncio.sleep(1)
@@ -154,7 +154,7 @@ async def squatted(port: int, greeting: bytes, answer: bytes) -> AsyncIterator[l
         await server.wait_closed()
 
 
-def said_to_strangers(place: TcpPlace) -> bytes:
+def said_to_strangers(place: TcpEndpoint) -> bytes:
     with socket.create_connection((place.host, place.port)) as stranger:
         found = b""
         while not found.endswith(b"\n"):
@@ -162,9 +162,9 @@ def said_to_strangers(place: TcpPlace) -> bytes:
         return found
 
 
-def place_of(running: Laptop) -> TcpPlace:
+def place_of(running: Laptop) -> TcpEndpoint:
     (place,) = Meeting(running.directory, NAME).read().places
-    assert isinstance(place, TcpPlace)
+    assert isinstance(place, TcpEndpoint)
     return place
 
 
@@ -208,7 +208,7 @@ def test_who_takes_the_port_of_a_dead_tunnel_does_not_keep_its_name(tmp_path: Pa
         home.wait_until_up()
         stale = node.rendezvous()
         (place,) = stale.places
-        assert isinstance(place, TcpPlace)
+        assert isinstance(place, TcpEndpoint)
         greeting = said_to_strangers(place)
         assert greeting.startswith(GREETING + stale.id.encode())
         process.kill()

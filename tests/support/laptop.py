@@ -21,7 +21,7 @@ from hpcfs.laptop.sftp_server import Shares
 from hpcfs.laptop.shares import Share
 from hpcfs.model.sites import SftpRoot, Start, TunnelSite
 from hpcfs.tunnel import file
-from hpcfs.tunnel.file import Place, Rendezvous, TcpPlace, UnixPlace
+from hpcfs.tunnel.file import Endpoint, Rendezvous, TcpEndpoint, UnixEndpoint
 from tests.support.sshd import LOCAL_GID, LOCAL_UID
 
 T = TypeVar("T")
@@ -76,7 +76,7 @@ class Laptop:
         self.silent = False
         self.shares = shares
         self._servers: list[asyncio.AbstractServer] = []
-        self._place: Place | None = None
+        self._place: Endpoint | None = None
         self._number = 0
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever)
@@ -122,15 +122,15 @@ class Laptop:
         if publish:
             self.publish()
 
-    async def _listen(self) -> Place:
+    async def _listen(self) -> Endpoint:
         loop = asyncio.get_running_loop()
         if self.kind == "unix":
             path = str(self.directory / f"{NAME}-{self._number}.sock")
             self._servers.append(await loop.create_unix_server(lambda: Forwarded(self), path))
-            return UnixPlace(path)
+            return UnixEndpoint(path)
         server = await loop.create_server(lambda: Forwarded(self), "127.0.0.1", 0)
         self._servers.append(server)
-        return TcpPlace("127.0.0.1", server.sockets[0].getsockname()[1])
+        return TcpEndpoint("127.0.0.1", server.sockets[0].getsockname()[1])
 
     def deafen(self) -> None:
         """The forward is gone with all its connections."""

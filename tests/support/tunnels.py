@@ -18,7 +18,7 @@ from pathlib import Path
 
 from hpcfs.laptop.shares import Share
 from hpcfs.laptop.status import TunnelStatus
-from hpcfs.laptop.tunnel import Plan, Tunnel
+from hpcfs.laptop.tunnel import Tunnel, TunnelPlan
 from hpcfs.tunnel.file import Rendezvous, decode
 from hpcfs.tunnel.knock import GREETING
 from tests.support.command import Home
@@ -72,7 +72,7 @@ class Running:
     def __init__(self, node: LoginNode, bind: str | None = None, name: str = NAME) -> None:
         self.states: list[str] = []
         shares = (Share("data", node.server.root),)
-        plan = Plan(name=name, site=node.server.site(), shown=ALIAS, shares=shares, bind=bind)
+        plan = TunnelPlan(name=name, site=node.server.site(), shown=ALIAS, shares=shares, bind=bind)
         self.tunnel = Tunnel(plan, ScriptedPrompter(), self._note)
         self.task = asyncio.create_task(self.tunnel.run())
 

@@ -13,7 +13,7 @@ from typing import Any
 import asyncssh
 import msgspec
 
-from hpcfs.laptop.channel import OpenFiles, ServedChannel
+from hpcfs.laptop.channel import HandleTable, ServerChannel
 from hpcfs.laptop.sftp_server import Shares
 from hpcfs.laptop.shares import Share
 from hpcfs.model.sites import SftpRoot, Start
@@ -74,7 +74,7 @@ class _Session(asyncssh.SSHServerSession[bytes]):
         return subsystem == "sftp"
 
     def session_started(self) -> None:
-        self._served = ServedChannel(self._shares, OpenFiles(), self._answer, lambda: 0, 2**30)
+        self._served = ServerChannel(self._shares, HandleTable(), self._answer, lambda: 0, 2**30)
         self._running = asyncio.create_task(self._served.run())
 
     def data_received(self, data: bytes, datatype: int | None) -> None:

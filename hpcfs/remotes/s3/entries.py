@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 from hpcfs.model.entries import Entry
+from hpcfs.model.xattrs import is_kept_xattr
 from hpcfs.remotes.s3.metadata import DIRECTORY_MODE, FILE_MODE, NANOSECONDS, Metadata
 from hpcfs.remotes.s3.objects import Info, Summary
 
@@ -43,7 +44,7 @@ class Entries:
             gid = metadata.gid if metadata.gid is not None else gid
         atime_ns = metadata.atime_ns if metadata.atime_ns is not None else mtime_ns
         xattrs = metadata.xattrs and tuple(
-            xattr for xattr in metadata.xattrs if xattr[0].startswith(b"user.")
+            xattr for xattr in metadata.xattrs if is_kept_xattr(xattr[0])
         )
         return Entry(name, mode, size, mtime_ns, atime_ns, uid, gid, version, xattrs)
 

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 from hpcfs.model.errors import RemoteError, Unreachable
 from hpcfs.remotes.tunnel.pipe import NoAnswer, Opened, PipeEnd, Silent, TurnedAway, connect
 from hpcfs.tunnel import file
-from hpcfs.tunnel.file import Place, Rendezvous, UnixPlace
+from hpcfs.tunnel.file import Endpoint, Rendezvous, UnixEndpoint
 from hpcfs.tunnel.knock import Door
-from hpcfs.tunnel.stream import NEW_STREAM, Garbled, Stream
+from hpcfs.tunnel.stream import NEW_STREAM, Garbled, TunnelStream
 
 log = logging.getLogger(__name__)
 
@@ -86,13 +86,13 @@ class Line:
         pulse: Pulse,
         stamp: file.Stamp | None,
         rendezvous: Rendezvous,
-        place: Place,
+        place: Endpoint,
     ) -> None:
         self.rendezvous = rendezvous
         self._pulse = pulse
         self._stamp = stamp
         """Of the file, before it was read: what changes afterwards is another one."""
-        self.is_private = isinstance(place, UnixPlace)
+        self.is_private = isinstance(place, UnixEndpoint)
         """Nobody but the user can reach the place: see tunnel/proof.py."""
         self._meeting = meeting
         self._loop = asyncio.get_running_loop()
@@ -113,12 +113,12 @@ class Line:
             opened.pipe.close()
             raise Unreachable(f"the tunnel {rendezvous.name} takes no more connections now")
         line = cls(meeting, pulse, stamp, rendezvous, place)
-        line.stream = Stream(opened.stream_id)
+        line.stream = TunnelStream(opened.stream_id)
         opened.pipe.carry(line.stream, opened.seen)
         line._tending = asyncio.create_task(line._tend(opened.pipe))
         return line
 
-    stream: Stream
+    stream: TunnelStream
     _tending: asyncio.Task[None]
 
     async def close(self) -> None:
@@ -182,7 +182,9 @@ class Line:
 
     async def _resume(self, rendezvous: Rendezvous) -> PipeEnd:
         places = [
-            place for place in rendezvous.places if isinstance(place, UnixPlace) == self.is_private
+            place
+            for place in rendezvous.places
+            if isinstance(place, UnixEndpoint) == self.is_private
         ]
         _, opened = await _meet(rendezvous, places, self.stream.id, self.stream.received)
         if opened.stream_id != self.stream.id:
@@ -197,8 +199,8 @@ class Line:
 
 
 async def _meet(
-    rendezvous: Rendezvous, places: Sequence[Place], stream_id: bytes, received: int
-) -> tuple[Place, Opened]:
+    rendezvous: Rendezvous, places: Sequence[Endpoint], stream_id: bytes, received: int
+) -> tuple[Endpoint, Opened]:
     """The first place where the tunnel answers. Raises Unreachable."""
     loop = asyncio.get_running_loop()
     door = Door(rendezvous.id, rendezvous.secret)

@@ -17,9 +17,9 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import cast
 
-from hpcfs.tunnel.file import Place, TcpPlace, UnixPlace
+from hpcfs.tunnel.file import Endpoint, TcpEndpoint, UnixEndpoint
 from hpcfs.tunnel.knock import MAX_GREETING_BYTES, NONCE_BYTES, SEALED_BYTES, Door
-from hpcfs.tunnel.stream import Garbled, Stream
+from hpcfs.tunnel.stream import Garbled, TunnelStream
 
 PLACE_SECONDS = 3.0
 """For one place to answer: a forward on the same machine and a round trip or two to the laptop."""
@@ -51,7 +51,7 @@ class PipeEnd(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._came = bytearray()
         self._more = asyncio.Event()
-        self._stream: Stream | None = None
+        self._stream: TunnelStream | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -100,7 +100,7 @@ class PipeEnd(asyncio.Protocol):
         self._more.clear()
         await self._more.wait()
 
-    def carry(self, stream: Stream, seen: int) -> None:
+    def carry(self, stream: TunnelStream, seen: int) -> None:
         """From now on this is the stream's pipe."""
         stream.attach(self, seen)
         self._stream = stream
@@ -126,7 +126,7 @@ class Opened:
     seen: int
 
 
-async def connect(place: Place, door: Door, stream_id: bytes, received: int) -> Opened:
+async def connect(place: Endpoint, door: Door, stream_id: bytes, received: int) -> Opened:
     """A pipe to that tunnel, on which the stream of that id goes on, of which so many bytes have
     come. Raises NoAnswer."""
     try:
@@ -151,9 +151,9 @@ async def connect(place: Place, door: Door, stream_id: bytes, received: int) -> 
     return Opened(pipe, found, seen)
 
 
-async def _open(place: Place) -> PipeEnd:
+async def _open(place: Endpoint) -> PipeEnd:
     loop = asyncio.get_running_loop()
-    if not isinstance(place, UnixPlace):
+    if not isinstance(place, UnixEndpoint):
         return await _open_port(place)
     _check_socket(place.path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -168,7 +168,7 @@ async def _open(place: Place) -> PipeEnd:
     return pipe
 
 
-async def _open_port(place: TcpPlace) -> PipeEnd:
+async def _open_port(place: TcpEndpoint) -> PipeEnd:
     """Where strangers flood the port, the system drops who comes: then a further connection is
     quicker than waiting until the first one is tried again (1 s, tcp(7)). The first to stand is
     used."""

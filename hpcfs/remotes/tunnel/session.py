@@ -36,7 +36,7 @@ from hpcfs.remotes.tunnel.line import Line, Meeting, Pulse
 from hpcfs.tunnel.file import Rendezvous
 from hpcfs.tunnel.proof import SESSION_BYTES, NotProved, prove_as_client
 from hpcfs.tunnel.pump import socket_of
-from hpcfs.tunnel.stream import Stream
+from hpcfs.tunnel.stream import TunnelStream
 
 PROVE_SECONDS = 10.0
 READERS = 6
@@ -45,7 +45,7 @@ READERS = 6
 class StreamCarrier:
     """An SFTP channel on a stream: what Requests travels on."""
 
-    def __init__(self, stream: Stream, on_lost: Callable[[], None]) -> None:
+    def __init__(self, stream: TunnelStream, on_lost: Callable[[], None]) -> None:
         self._stream = stream
         self._on_lost = on_lost
         self.requests = Requests(self)
