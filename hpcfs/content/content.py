@@ -660,7 +660,7 @@ class Content(RemoteContent):
         self.uploaded_bytes = 0
         self._in_motion.set()
         self._in_motion = None
-        self._store.check_bound()
+        self._store.note_cleaned()
 
     def _arrived(self, snapshot: Snapshot, entry: Entry) -> None:
         """What was appended may stand elsewhere on the remote, after what others appended. Then

@@ -17,7 +17,7 @@ from hpcfs.content.content import Content
 from hpcfs.content.factory import ContentFactory
 from hpcfs.content.snapshot import mode_without_ids
 from hpcfs.filesystem.lookup import Lookup
-from hpcfs.filesystem.openfile import Opened, OpenFile
+from hpcfs.filesystem.openfile import OpenFile, OpenReply
 from hpcfs.inodes.permissions import Permissions
 from hpcfs.inodes.tree import Node, Tree
 from hpcfs.model.capabilities import Capabilities
@@ -38,6 +38,7 @@ from hpcfs.writeback.close import Closer
 
 log = logging.getLogger(__name__)
 
+_SET_ID_BITS = stat.S_ISUID | stat.S_ISGID
 _CURRENT_ATTEMPTS = 8
 """A file may be replaced again and again."""
 
@@ -75,7 +76,7 @@ class Files:
 
     # --- open and create ---------------------------------------------------------------------
 
-    async def open(self, node: Node, flags: int) -> Opened:
+    async def open(self, node: Node, flags: int) -> OpenReply:
         namespace = self._regular(node)
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         if writing or flags & os.O_TRUNC:
@@ -96,7 +97,7 @@ class Files:
         if keep:
             content.note_served()
         node.pages_version = content.version
-        return Opened(handle, keep, not node.kernel_is_behind)
+        return OpenReply(handle, keep, not node.kernel_is_behind)
 
     async def _current(self, node: Node, namespace: Namespace, flags: int) -> Content:
         """The content that the remote has now, with one user more. What a program will read is
@@ -247,7 +248,8 @@ class Files:
 
     async def write(self, handle: int, offset: int, data: bytes) -> int:
         opened = self.get(handle)
-        opened.check_writable()
+        if not opened.is_writable:
+            raise BadHandle("the file was opened for reading only")
         if opened.content.namespace.writes_back and not opened.content.orphan:
             await self._queue.make_room(opened.content, len(data))
         async with self._uploader.writing(opened.content):
@@ -259,12 +261,13 @@ class Files:
         return len(data)
 
     def _stamp(self, node: Node, content: Content) -> None:
-        """The file was written to now: its size and mtime as the mount shows them, and its mode:
+        """Show that the file was written to now, with what that makes of its size, mtime and mode:
         for all but root, writing clears the set-ID bits (of others' files where it is written)."""
         now = time.time_ns()
         now -= now % content.capabilities.mtime_resolution_ns
-        is_own = self._permissions.uid and node.entry.uid == self._permissions.uid
-        mode = mode_without_ids(node.entry) if is_own else None
+        mode, uid = None, self._permissions.uid
+        if node.entry.mode & _SET_ID_BITS and uid and node.entry.uid == uid:
+            mode = mode_without_ids(node.entry)
         content.note_stamped(mode)
         full = node.entry.mode if mode is None else stat.S_IFREG | mode
         self._tree.set_local(
