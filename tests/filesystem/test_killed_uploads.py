@@ -11,7 +11,7 @@ import pytest
 
 from hpcfs.model.entries import BLOCK_BYTES, Attributes
 from hpcfs.model.errors import Conflict, NotConnected, Stale
-from hpcfs.model.uploads import Upload
+from hpcfs.protocol.messages import Upload
 from hpcfs.site.namespace import WriteMode
 from tests.filesystem.test_back import killed_and_mounted_again
 from tests.filesystem.world import KINDS, World, live
