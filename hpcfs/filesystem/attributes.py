@@ -63,7 +63,7 @@ class AttributeChanges:
         """
         content = node.content
         capabilities = await namespace.capabilities()
-        if content is None or content.orphan or capabilities.privileged:
+        if content is None or content.state.is_unlinked or capabilities.privileged:
             return False
         if not capabilities.checks_permissions:
             return False
@@ -77,7 +77,7 @@ class AttributeChanges:
         """Set it on the remote while the file is dirty; one that is only here goes up before."""
         content = node.content
         assert content
-        if content.new:
+        if content.may_be_missing:
             await self._closer.flush(content)
         entry = await namespace.entry(m.SetAttributes(node.path, attributes))
         if attributes.gid is not None:
@@ -133,7 +133,7 @@ class AttributeChanges:
     async def _set_now(self, namespace: Namespace, node: Node, attributes: Attributes) -> None:
         """A new mtime makes a new version of the same content: what is cached of it is carried
         over, if the remote was seen to have that version a moment ago."""
-        if node.content and node.content.replaced:
+        if node.content and node.content.state.is_superseded:
             raise Stale("the file was replaced on the remote since it was opened")
         fresh, before = self._tree.is_fresh(node), node.entry.version
         times = self._closer.queue.directory_times

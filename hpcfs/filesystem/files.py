@@ -250,7 +250,7 @@ class Files:
         opened = self.get(handle)
         if not opened.is_writable:
             raise BadHandle("the file was opened for reading only")
-        if opened.content.namespace.writes_back and not opened.content.orphan:
+        if opened.content.namespace.writes_back and not opened.content.state.is_unlinked:
             await self._queue.make_room(opened.content, len(data))
         async with self._uploader.writing(opened.content):
             if opened.appends:

@@ -273,7 +273,7 @@ class Filesystem:
                 raise
             node = await self.lookup.find(parent_ino, name)
             return (await self.files.open(node, flags))[0], node
-        if node.content and node.content.new:
+        if node.content and node.content.is_only_here:
             self.tree.touch(parent)
         else:
             self.tree.expire(parent)
@@ -339,7 +339,7 @@ class Filesystem:
     async def _target_of(self, parent: Node, name: bytes, node: Node, process: int) -> Node | None:
         """What will be replaced. Only where the remote is not asked to rename must it be known."""
         child = self.tree.child(parent, name)
-        if child is None and node.content is not None and node.content.new:
+        if child is None and node.content is not None and node.content.is_only_here:
             try:
                 return await self.lookup.find(parent.ino, name, process)
             except NotFound:

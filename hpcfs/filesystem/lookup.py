@@ -268,7 +268,7 @@ class Lookup:
 
     def check_name(self, node: Node) -> None:
         """Raise Stale if another file has the node's name on the remote."""
-        if node.content.replaced if node.content else not node.is_attached:
+        if node.content.state.is_superseded if node.content else not node.is_attached:
             raise Stale("another file has this name now")
 
     async def revalidate(self, node: Node, own: Content | None = None) -> None:

@@ -109,7 +109,7 @@ class Node:
     def is_ahead(self) -> bool:
         """Whether the mount knows better than the remote: the file is being written, or was removed
         here while it is open."""
-        return self.content is not None and (self.content.is_dirty() or self.content.orphan)
+        return self.content is not None and self.content.is_ahead
 
     @property
     def is_attached(self) -> bool:
