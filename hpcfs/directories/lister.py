@@ -156,7 +156,7 @@ class DirectoryLister:
         self._cache.changed(parent, name)
         for listing in self._under_way.get(parent, ()):
             listing.changed.add(name)
-        if self._ahead and parent.namespace:
+        if self._ahead.flights and parent.namespace:
             self._ahead.changed(parent.namespace, parent.path, name, below=below)
 
     # --- what listings tell of names --------------------------------------------------------------

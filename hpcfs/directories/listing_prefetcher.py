@@ -87,12 +87,9 @@ class ListingPrefetcher:
         self._now = now
         self._nursery = nursery
         self._walks = WalkPredictors(number)
-        self._flights: dict[bytes, Flight] = {}
+        self.flights: dict[bytes, Flight] = {}
+        """Listings under way or not used yet, by namespace and path."""
         self._sweeping = False
-
-    def __len__(self) -> int:
-        """Listings under way or not used yet."""
-        return len(self._flights)
 
     # --- what programs do -------------------------------------------------------------------------
 
@@ -100,9 +97,9 @@ class ListingPrefetcher:
         """A program reads this directory: what is there of its listing is taken, and what it will
         read next is asked for."""
         key, now = key_of(namespace, path), self._now()
-        flight = self._flights.pop(key, None)
+        flight = self.flights.pop(key, None)
         found = flight.found(now) if flight is not None else Found.NOTHING
-        walk = self._walks.opened(key, found, self._flights, now)
+        walk = self._walks.opened(key, found, self.flights, now)
         if found is Found.NOTHING:
             flight = None
             self._drop_unwanted(walk)
@@ -112,9 +109,9 @@ class ListingPrefetcher:
         return walk, flight
 
     def is_ready(self, namespace: Namespace, path: bytes) -> bool:
-        if not self._flights:
+        if not self.flights:
             return False
-        flight = self._flights.get(key_of(namespace, path))
+        flight = self.flights.get(key_of(namespace, path))
         return flight is not None and flight.found(self._now()) is Found.READY
 
     def closed(self, walk: WalkPredictor) -> None:
@@ -130,13 +127,11 @@ class ListingPrefetcher:
 
     def changed(self, namespace: Namespace, path: bytes, name: bytes, *, below: bool) -> None:
         """An entry of a directory was changed here; with `below`, what is below that name too."""
-        if not self._flights:
-            return
         key = key_of(namespace, path)
         self._drop(key)
         if below:
             inside = key + b"/" + name
-            for other in [k for k in self._flights if k == inside or k.startswith(inside + b"/")]:
+            for other in [k for k in self.flights if k == inside or k.startswith(inside + b"/")]:
                 self._drop(other)
 
     # --- listings -------------------------------------------------------------------------------
@@ -145,18 +140,18 @@ class ListingPrefetcher:
         has_room = self._size < MAX_BYTES
         wanted = walk.wanted()
         for key in wanted:
-            if has_room and len(self._flights) < MOST_HELD and key not in self._flights:
-                flight = self._flights[key] = Flight(namespace, walk, self._new_listing())
+            if has_room and len(self.flights) < MOST_HELD and key not in self.flights:
+                flight = self.flights[key] = Flight(namespace, walk, self._new_listing())
                 self._nursery.start_soon(self._fly, key, flight)
         self._tell_of_next(namespace, wanted[:NEXT])
-        if self._flights and not self._sweeping:
+        if self.flights and not self._sweeping:
             self._sweeping = True
             self._nursery.start_soon(self._sweep)
 
     def _tell_of_next(self, namespace: Namespace, keys: Sequence[bytes]) -> None:
         """What the program reads next, and what is in it, as far as that is known."""
         for key in keys:
-            flight = self._flights.get(key)
+            flight = self.flights.get(key)
             if flight is not None and flight.is_news and flight.found(self._now()) is Found.READY:
                 flight.is_news = False
                 entries = [entry for _, entry in flight.listing.entries_from(0)]
@@ -173,7 +168,7 @@ class ListingPrefetcher:
             except (RemoteError, FilesystemError) as error:
                 flight.error = error
         flight.ended.set()
-        if flight.taken or self._flights.get(key) is not flight:
+        if flight.taken or self.flights.get(key) is not flight:
             return
         if is_complete:
             self.listed(flight.namespace, path, flight.walk, flight.listing)
@@ -190,21 +185,21 @@ class ListingPrefetcher:
 
     @property
     def _size(self) -> int:
-        return sum(flight.size for flight in self._flights.values())
+        return sum(flight.size for flight in self.flights.values())
 
     def _drop(self, key: bytes) -> None:
-        flight = self._flights.pop(key, None)
+        flight = self.flights.pop(key, None)
         if flight is not None:
             flight.give_up()
 
     def _drop_unwanted(self, walk: WalkPredictor) -> None:
         wanted = set(walk.wanted())
-        for key, flight in list(self._flights.items()):
+        for key, flight in list(self.flights.items()):
             if flight.walk is walk and key not in wanted:
                 self._drop(key)
 
     async def _sweep(self) -> None:
-        while self._flights:
+        while self.flights:
             await trio.sleep(SWEEP_SECONDS)
             self._expire()
         self._sweeping = False
@@ -212,7 +207,7 @@ class ListingPrefetcher:
     def _expire(self) -> None:
         now = self._now()
         wasteful: set[WalkPredictor] = set()
-        for key, flight in list(self._flights.items()):
+        for key, flight in list(self.flights.items()):
             old = flight.ended.is_set() and now - flight.listing.asked > ATTRIBUTE_SECONDS
             if old or flight.walk.is_quiet(now):
                 self._drop(key)
