@@ -75,6 +75,11 @@ class Eviction:
         """False while there is no room but for what somebody waits for. Costs nothing."""
         return not self._is_short
 
+    def note_cleaned(self) -> None:
+        """Something is evictable that was not: try again where that was what lacked."""
+        if self._is_short or self._estimate > self.max_bytes:
+            self.check()
+
     def check(self) -> None:
         """Start to evict if there is too much, perhaps only now clean; or too little free."""
         self._unchecked = 0
