@@ -1,4 +1,5 @@
-"""`hpcfs tunnel`, on the laptop: shares folders with a cluster that nothing gets out of."""
+"""`hpcfs tunnel`, on the laptop: shares folders with a cluster that allows no outgoing
+connections."""
 
 from __future__ import annotations
 
@@ -97,7 +98,7 @@ def _serve(
     *,
     to_stderr: bool,
 ) -> None:
-    """Imports what the other commands need not wait for."""
+    """Run the tunnel. Imports modules that other commands need not wait for."""
     from hpcfs.laptop import running
 
     running.run(wishes, shares, ask, show, to_stderr=to_stderr)
@@ -127,7 +128,7 @@ def _stop(named: str | None) -> int:
 
 
 def _tell(named: str | None, *, as_json: bool) -> int:
-    """The exit code: 0 if there is one, and all that are shown answer."""
+    """Print the tunnels; return the exit code: 0 if there is one, and all that are shown answer."""
     found, failures = _query(named)
     for failure in failures:
         complain(failure)
@@ -141,7 +142,8 @@ def _tell(named: str | None, *, as_json: bool) -> int:
 
 
 def _query(named: str | None) -> tuple[list[TunnelStatus], list[str]]:
-    """Those that answer, and why others don't. One that was killed left its socket: none."""
+    """Return the tunnels that answer, and why others don't. A tunnel that was killed left its
+    socket: it is skipped."""
     found: list[TunnelStatus] = []
     failures: list[str] = []
     for name in [named] if named else status.running():

@@ -1,7 +1,7 @@
-"""What `hpcfs tunnel` is to do: the [tunnel] table of the configuration, and the command line.
+"""The settings of `hpcfs tunnel`: the [tunnel] table of the configuration, and the command line.
 
 HOST is an alias of ~/.ssh/config, user@host, sftp://user@host:port, or the name of an sftp
-namespace of the configuration, whose settings then hold for the tunnel too.
+namespace of the configuration, whose settings then apply to the tunnel too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _BIND = re.compile(r"[A-Za-z0-9_.:-]+(%\w+)?")
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """`shown` is the host as the user named it; `shares` are as they wrote them."""
+    """The settings of one run. `shown` is the host as the user named it; `shares` are as they wrote
+    them."""
 
     site: SshSite
     shown: str
@@ -37,6 +38,8 @@ class Wishes:
 
 @dataclass(frozen=True, slots=True)
 class _Given:
+    """The values of the [tunnel] table."""
+
     host: str | None = None
     name: str | None = None
     shares: tuple[str, ...] = ()
@@ -50,7 +53,8 @@ def load(
     shares: Sequence[str] = (),
     bind: str | None = None,
 ) -> Wishes:
-    """The command line's values before the configuration's. Raises SetupError."""
+    """Combine command line and configuration; the command line takes precedence. Raises
+    SetupError."""
     chosen = file or paths.config_file()
     known, given = Config({}), _Given()
     if file is not None or chosen.exists():
@@ -74,12 +78,13 @@ def load(
 
 
 def default_name() -> str:
-    """This machine's short host name, as far as a tunnel may have it."""
+    """Return this machine's short host name, reduced to what a tunnel's name may contain."""
     short = socket.gethostname().partition(".")[0]
     return re.sub(r"[^A-Za-z0-9_-]+", "-", short).strip("-")[:64] or "laptop"
 
 
 def tunnel_name(value: object) -> str:
+    """Return the value if a tunnel may have that name. Raises BadValue."""
     name = values.text(value)
     if not _NAME.fullmatch(name):
         raise values.BadValue(f"must be at most 64 letters, digits, '.', '_' and '-', not {name!r}")
@@ -87,7 +92,8 @@ def tunnel_name(value: object) -> str:
 
 
 def bind_address(value: object) -> str:
-    """Mounts connect to it, so it is no wildcard."""
+    """Return the value if it is a name or address that mounts can connect to, so no wildcard.
+    Raises BadValue."""
     address = values.text(value)
     if not _BIND.fullmatch(address) or address in ("0.0.0.0", "::"):  # noqa: S104 - refused
         raise values.BadValue(
