@@ -30,8 +30,8 @@ from hpcfs.content.snapshot import Changes, Snapshot, merge_attributes
 from hpcfs.content.streaming_upload import StreamingUpload
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import BLOCK_BYTES, NO_HANDLE, Attributes, Entry
-from hpcfs.model.errors import AheadLost, CacheFull, RemoteError, Stale, TooLarge
-from hpcfs.model.uploads import AHEAD_BYTES, PART_COPY_BYTES, Upload, UploadAhead
+from hpcfs.model.errors import CacheFull, PiecesLost, RemoteError, Stale, TooLarge
+from hpcfs.model.uploads import PART_COPY_BYTES, PIECE_BYTES, UploadPieceRequest, UploadRequest
 from hpcfs.protocol import messages as m
 from hpcfs.site.namespace import Namespace
 
@@ -409,17 +409,18 @@ class Content(RemoteContent):
         base_version = self._base_version()
         if self.capabilities.partial_writes:
             self.new, self.attempted, self.changes = False, True, Changes.ANY
-        request = UploadAhead(
+        request = UploadPieceRequest(
             self.place.path,
-            self.file.path,
             offset,
-            AHEAD_BYTES,
+            PIECE_BYTES,
             stat.S_IMODE(self.place.entry.mode),
             handle,
             base_version,
         )
         with self.pinned():
-            await self.namespace.call(request, type(None), PIECE_TIMEOUT)
+            await self.namespace.call(
+                m.UploadPiece(request, self.file.path), type(None), PIECE_TIMEOUT
+            )
 
     def stop_sending(self) -> None:
         """What was sent is of no use any more."""
@@ -524,7 +525,7 @@ class Content(RemoteContent):
         return list(whole)
 
     def _base_version(self) -> bytes | None:
-        """What an upload may change (messages.Upload)."""
+        """What an upload may change (see UploadRequest)."""
         if self.made or self.replace or (self.attempted and not self._copies_parts):
             return None
         return b"" if self.new else self.version
@@ -532,8 +533,8 @@ class Content(RemoteContent):
     async def send(self, snapshot: Snapshot, *, sync: bool) -> Entry:
         request = self._request(snapshot, sync=sync)
         try:
-            return await self.namespace.upload(request, UPLOAD_TIMEOUT, self._progressed)
-        except AheadLost as lost:
+            return await self._upload(request)
+        except PiecesLost as lost:
             log.info("%r is sent again: %s", self.place.path, lost.message)
         base_version = None if self.capabilities.partial_writes else request.base_version
         again = msgspec.structs.replace(
@@ -542,17 +543,16 @@ class Content(RemoteContent):
             handle=NO_HANDLE,
             base_version=base_version,
         )
-        return await self.namespace.upload(again, UPLOAD_TIMEOUT, self._progressed)
+        return await self._upload(again)
 
-    def _request(self, snapshot: Snapshot, *, sync: bool) -> Upload:
+    def _request(self, snapshot: Snapshot, *, sync: bool) -> UploadRequest:
         entry = self.place.entry
         times = Attributes(atime_ns=entry.atime_ns, mtime_ns=entry.mtime_ns)
         ranges = snapshot.ranges.without(snapshot.sent)
         if snapshot.append:  # the journal may have told of whole blocks
             ranges = ranges.without(RangeSet([(0, snapshot.base_size)]))
-        return Upload(
+        return UploadRequest(
             self.place.path,
-            self.file.path,
             snapshot.size,
             snapshot.base_size,
             _lengths(ranges),
@@ -565,6 +565,11 @@ class Content(RemoteContent):
             whole=not self._copies_parts,
             times_set=snapshot.attributes.mtime_ns is not None,
             append=snapshot.append,
+        )
+
+    async def _upload(self, request: UploadRequest) -> Entry:
+        return await self.namespace.upload(
+            request, self.file.path, UPLOAD_TIMEOUT, self._progressed
         )
 
     def _progressed(self, done: int) -> None:

@@ -11,7 +11,7 @@ from hpcfs.model.entries import Attributes, Entry
 
 
 class Unconfirmed(
-    msgspec.Struct, frozen=True, omit_defaults=True, rename={"capabilities": "capabilities"}
+    msgspec.Struct, frozen=True, omit_defaults=True, rename={"capabilities": "abilities"}
 ):
     """A file that the remote has not confirmed.
 

@@ -17,7 +17,7 @@ import trio
 from hpcfs.cache.ranges import RangeSet
 from hpcfs.model.entries import NO_HANDLE
 from hpcfs.model.errors import RemoteError
-from hpcfs.model.uploads import AHEAD_BYTES
+from hpcfs.model.uploads import PIECE_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ SendPiece = Callable[[int, int], Awaitable[None]]
 
 
 class StreamingUpload:
-    """Of one file. Offsets in bytes; a piece is AHEAD_BYTES long and starts at a multiple of it."""
+    """Of one file. Offsets in bytes; a piece is PIECE_BYTES long and starts at a multiple of it."""
 
     def __init__(
         self, send: SendPiece, new_handle: Callable[[], int], nursery: trio.Nursery
@@ -52,9 +52,9 @@ class StreamingUpload:
         """The file was changed there."""
         if self.handle == NO_HANDLE:
             return
-        self.sent.remove(offset - offset % AHEAD_BYTES, -(-end // AHEAD_BYTES) * AHEAD_BYTES)
+        self.sent.remove(offset - offset % PIECE_BYTES, -(-end // PIECE_BYTES) * PIECE_BYTES)
         for piece in self._under_way:
-            if piece < end and offset < piece + AHEAD_BYTES:
+            if piece < end and offset < piece + PIECE_BYTES:
                 self._again.add(piece)
 
     def advance(self, dirty: RangeSet, end: int) -> None:
@@ -62,20 +62,20 @@ class StreamingUpload:
         while (
             not (self._failed or self._stopped)
             and len(self._under_way) < MOST_PIECES
-            and self._next + 2 * AHEAD_BYTES <= end
-            and dirty.covers(self._next, self._next + AHEAD_BYTES)
+            and self._next + 2 * PIECE_BYTES <= end
+            and dirty.covers(self._next, self._next + PIECE_BYTES)
         ):
             if self.handle == NO_HANDLE:
                 self.handle = self._new_handle()
             self._under_way[self._next] = trio.Event()
             self._nursery.start_soon(self._fly, self._next)
-            self._next += AHEAD_BYTES
+            self._next += PIECE_BYTES
 
     async def _fly(self, offset: int) -> None:
         try:
             await self._send(self.handle, offset)
             if offset not in self._again and not self._failed:
-                self.sent.add(offset, offset + AHEAD_BYTES)
+                self.sent.add(offset, offset + PIECE_BYTES)
         except RemoteError as error:
             log.info("a file is not sent while it is written: %s", error.message)
             self._failed = True

@@ -30,8 +30,18 @@ from hpcfs.daemon.write_commands import WriteCommands
 from hpcfs.filesystem.filesystem import Filesystem, MountOptions
 from hpcfs.kernel import operations as kernel
 from hpcfs.model.errors import RemoteError, SetupError
-from hpcfs.model.sites import AnyRoot, AnySite, S3Root, S3Site, SftpRoot, SshSite, Start, TunnelSite
+from hpcfs.model.sites import (
+    AnyRoot,
+    AnySite,
+    S3Root,
+    S3Site,
+    SftpRoot,
+    SiteSpec,
+    SshSite,
+    TunnelSite,
+)
 from hpcfs.model.usage import Traffic
+from hpcfs.protocol.messages import Start
 from hpcfs.site.bandwidth import Bandwidth
 from hpcfs.site.client import Ask, SiteClient
 from hpcfs.site.namespace import Namespace
@@ -203,11 +213,14 @@ class _Daemon:
     def _build(self, services: trio.Nursery) -> None:
         settings = self._settings
         links: dict[AnySite, Bandwidth] = {}
-        for start in _site_starts(settings):
-            self._sites[start.site] = SiteClient(
-                start, settings.log_file, services, self._store.in_memory
+        for spec in _site_specs(settings):
+            self._sites[spec.site] = SiteClient(
+                Start(spec, settings.log_level),
+                settings.log_file,
+                services,
+                self._store.in_memory,
             )
-            links[start.site] = Bandwidth()
+            links[spec.site] = Bandwidth()
         for chosen in settings.namespaces.values():
             origin = _origin(chosen.site, chosen.root)
             site = self._sites[chosen.site]
@@ -418,17 +431,16 @@ def _resident_bytes(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _site_starts(settings: Settings) -> list[Start]:
+def _site_specs(settings: Settings) -> list[SiteSpec]:
     """One for each login; namespaces of one site share its connection."""
     roots: dict[AnySite, dict[str, AnyRoot]] = {}
     for namespace in settings.namespaces.values():
         roots.setdefault(namespace.site, {})[namespace.name] = namespace.root
     make = partial(
-        Start,
-        cache_dir=str(settings.cache_dir),
+        SiteSpec,
+        state_dir=str(settings.cache_dir),
         uid=os.getuid(),
         gid=os.getgid(),
-        log_level=settings.log_level,
     )
     return [make(site=site, roots=its_roots) for site, its_roots in roots.items()]
 

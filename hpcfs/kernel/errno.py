@@ -37,7 +37,7 @@ ERRNO: dict[type[Exception], int] = {
     errors.TooLarge: errno.EFBIG,
     errors.Changed: errno.ESTALE,
     errors.Conflict: errno.ESTALE,
-    errors.AheadLost: errno.EIO,
+    errors.PiecesLost: errno.EIO,
     errors.Unreachable: errno.EHOSTUNREACH,
     errors.NotConnected: errno.EHOSTUNREACH,
     errors.TimedOut: errno.ETIMEDOUT,

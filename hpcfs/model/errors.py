@@ -146,7 +146,7 @@ class Conflict(RemoteError):
     """The remote has another version than the one that was to be changed: nothing was written."""
 
 
-class AheadLost(RemoteError):
+class PiecesLost(RemoteError):
     """What was sent ahead of an upload is not there any more: all of it must be sent again."""
 
 

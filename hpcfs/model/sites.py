@@ -73,13 +73,17 @@ class S3Root(msgspec.Struct, frozen=True, tag="bucket"):
 AnyRoot = SftpRoot | S3Root
 
 
-class Start(msgspec.Struct, frozen=True):
-    """The first frame. `roots` are the site's namespaces by name; `cache_dir` holds the cache
-    files; `uid` and `gid` are the local user's, shown as owner of what the remote user owns."""
+class SiteSpec(msgspec.Struct, frozen=True):
+    """Everything that opening a site takes (remotes/open.py).
+
+    `roots` are the folders to show, by the name under which `Site.remote` gives them. `uid` and
+    `gid` are the local ids that stand for the remote user as owner of files. `state_dir` is a local
+    directory of the caller's own that outlives this process: S3 notes there which renames of
+    directories were begun, and spools what does not fit in memory.
+    """
 
     site: AnySite
     roots: dict[str, AnyRoot]
-    cache_dir: str
+    state_dir: str
     uid: int
     gid: int
-    log_level: str = "INFO"

@@ -16,8 +16,8 @@ import msgspec
 
 from hpcfs.model.entries import NO_HANDLE, Attributes
 from hpcfs.model.errors import Failure, ProtocolError
-from hpcfs.model.sites import Secret
-from hpcfs.model.uploads import Upload, UploadAhead
+from hpcfs.model.sites import Secret, SiteSpec
+from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
 
 FRAME_HEADER = struct.Struct(">I")
 MAX_FRAME_BYTES = 16 * 1024 * 1024
@@ -78,6 +78,20 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
     handle: int
     growing: bool = False
     urgent: bool = False
+
+
+class Upload(msgspec.Struct, frozen=True, tag=True):
+    """Bring a file's content to the remote, from a cache file -> Entry as it is then."""
+
+    request: UploadRequest
+    cache_file: str
+
+
+class UploadPiece(msgspec.Struct, frozen=True, tag=True):
+    """Send a piece of a file that is still being written, from its cache file -> None."""
+
+    request: UploadPieceRequest
+    cache_file: str
 
 
 class ReadUnsized(msgspec.Struct, frozen=True, tag=True):
@@ -194,12 +208,19 @@ class Progress(msgspec.Struct, frozen=True):
 
 Request = (
     Connect | Stat | StatOpen | List | ReadLink | Fetch | ReadUnsized | Release | Upload
-    | UploadAhead | Create | MakeDirectory | MakeSymlink | MakeLink | Rename | Remove
+    | UploadPiece | Create | MakeDirectory | MakeSymlink | MakeLink | Rename | Remove
     | RemoveDirectory | SetAttributes | Truncate | CheckWritable | GetDiskUsage | GetTraffic
 )  # fmt: skip
 
 
 # --- frames ------------------------------------------------------------------------------------
+
+
+class Start(msgspec.Struct, frozen=True, tag="start"):
+    """Daemon -> transfer process, its first frame: the site to open, and which level to log at."""
+
+    spec: SiteSpec
+    log_level: str = "INFO"
 
 
 class Call(msgspec.Struct, frozen=True, tag="call"):

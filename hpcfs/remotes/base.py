@@ -17,7 +17,7 @@ from typing import Protocol
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import NO_HANDLE, Attributes, Entry
 from hpcfs.model.errors import ProtocolError
-from hpcfs.model.uploads import Upload, UploadAhead
+from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
 from hpcfs.model.usage import DiskUsage, Traffic
 
 MAX_NAME_BYTES = 255
@@ -35,10 +35,25 @@ class Prompter(Protocol):
         ...
 
 
+class _NoPrompter:
+    """Asks nobody."""
+
+    async def ask(self, text: str, *, echo: bool = False) -> str | None:
+        return None
+
+
+NO_PROMPTER: Prompter = _NoPrompter()
+"""For programs that nobody watches."""
+
+
 class Source(Protocol):
     """The local bytes of an upload."""
 
     size: int
+    name: str
+    """Tells it from every other source, other programs' too; when an upload is repeated, perhaps
+    by another process, its source has the same name. Temporary files on the remote are named after
+    it, so that a repeated upload takes over what the first one left."""
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes; holes read as zeros. Short reads raise RemoteFailure."""
@@ -94,9 +109,11 @@ class Remote(Protocol):
 
     async def release(self, handle: int) -> None: ...
 
-    async def upload(self, request: Upload, source: Source, report: ReportProgress) -> Entry: ...
+    async def upload(
+        self, request: UploadRequest, source: Source, report: ReportProgress
+    ) -> Entry: ...
 
-    async def upload_ahead(self, request: UploadAhead, source: Source) -> None: ...
+    async def upload_piece(self, request: UploadPieceRequest, source: Source) -> None: ...
 
     async def create(self, path: bytes, mode: int, handle: int = NO_HANDLE) -> Entry: ...
 

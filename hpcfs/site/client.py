@@ -19,8 +19,7 @@ import trio
 
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.errors import Failure, NotConnected, RemoteError, TimedOut, Unreachable
-from hpcfs.model.sites import Secret, Start
-from hpcfs.model.uploads import Upload, UploadAhead
+from hpcfs.model.sites import Secret
 from hpcfs.model.usage import Traffic
 from hpcfs.protocol import messages as m
 from hpcfs.site.worker_process import Lend, WorkerProcess, gone, lend_nothing
@@ -67,7 +66,7 @@ class SiteClient:
 
     def __init__(
         self,
-        start: Start,
+        start: m.Start,
         log_file: Path,
         nursery: trio.Nursery,
         lend: Lend = lend_nothing,
@@ -130,7 +129,7 @@ class SiteClient:
         child = self._child or await self._start_process()
         self._next_id += 1
         call_id = self._next_id
-        if self._is_silent and not isinstance(request, m.Fetch | Upload | UploadAhead):
+        if self._is_silent and not isinstance(request, m.Fetch | m.Upload | m.UploadPiece):
             timeout = min(timeout, _SILENT_TIMEOUT)
         with trio.CancelScope() as scope:
             asks_site = not isinstance(request, _ANSWERED_HERE)

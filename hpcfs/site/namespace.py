@@ -17,7 +17,7 @@ import msgspec
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import Entry
 from hpcfs.model.errors import NotFound, ReadOnly
-from hpcfs.model.uploads import Upload
+from hpcfs.model.uploads import UploadRequest
 from hpcfs.protocol import messages as m
 from hpcfs.site.bandwidth import Bandwidth
 from hpcfs.site.upload_rate import UploadRate
@@ -146,8 +146,14 @@ class Namespace:
         self._capabilities = capabilities
 
     async def upload(
-        self, request: Upload, timeout: float, on_progress: Callable[[int], None]
+        self,
+        request: UploadRequest,
+        cache_file: str,
+        timeout: float,
+        on_progress: Callable[[int], None],
     ) -> Entry:
+        """Bring the bytes of `cache_file` to the remote -> the entry as it is then. Raises
+        RemoteError."""
         counted = 0
 
         def progressed(done: int) -> None:
@@ -156,7 +162,8 @@ class Namespace:
             counted = max(counted, done)
             on_progress(done)
 
-        return await self._site.call(self.name, request, Entry, timeout, progressed)
+        upload = m.Upload(request, cache_file)
+        return await self._site.call(self.name, upload, Entry, timeout, progressed)
 
     async def capabilities(self) -> Capabilities:
         """Connects on first use. Raises RemoteError."""

@@ -23,7 +23,6 @@ import msgspec
 import trio
 
 from hpcfs.model.errors import NotConnected, ProtocolError, Unreachable
-from hpcfs.model.sites import Start
 from hpcfs.protocol import messages as m
 from hpcfs.system import interpreter, logs
 
@@ -66,7 +65,9 @@ class WorkerProcess:
         self._outbox, self._frames = trio.open_memory_channel[bytes](math.inf)
 
     @classmethod
-    async def start(cls, start: Start, log_file: Path, lend: Lend = lend_nothing) -> WorkerProcess:
+    async def start(
+        cls, start: m.Start, log_file: Path, lend: Lend = lend_nothing
+    ) -> WorkerProcess:
         """Its output goes to the log file. `lend` tells the descriptor of a file in memory."""
         ours, theirs = socket.socketpair()
         files, their_files = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -30,6 +30,8 @@ class CacheSource:
 
     def __init__(self, path: str, size: int) -> None:
         self.size = size
+        self.name = os.path.basename(path)
+        """No other cache file has it, whatever the mount."""
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, offset: int, length: int) -> bytes:

@@ -34,10 +34,9 @@ from hpcfs.model.errors import (
     RemoteFailure,
     TimedOut,
 )
-from hpcfs.model.sites import SshSite, Start, TunnelSite
-from hpcfs.model.uploads import Upload, UploadAhead
 from hpcfs.protocol import messages as m
 from hpcfs.remotes.base import MAX_FILE_BYTES, Remote, ReportProgress, Site, no_report
+from hpcfs.remotes.open import open_site
 from hpcfs.system import dumps, logs, signals
 from hpcfs.worker.cache_io import Borrower, CacheDisk, CacheSource
 
@@ -152,10 +151,10 @@ class Worker:
                 result: object = []
             case m.Fetch():
                 result = await fetch(remote, call.request, self._disk)
-            case Upload():
+            case m.Upload():
                 result = await self._upload(remote, call.id, call.request)
-            case UploadAhead():
-                await upload_ahead(remote, call.request)
+            case m.UploadPiece():
+                await upload_piece(remote, call.request)
                 result = None
             case _:
                 result = await perform(remote, call.request, self._reporter(call.id))
@@ -167,10 +166,10 @@ class Worker:
                 part = page[start : start + LIST_PAGE_ENTRIES]
                 await self._connection.send(m.Reply(call_id, m.pack(part), more=True))
 
-    async def _upload(self, remote: Remote, call_id: int, request: Upload) -> Entry:
-        source = CacheSource(request.cache_file, request.size)
+    async def _upload(self, remote: Remote, call_id: int, request: m.Upload) -> Entry:
+        source = CacheSource(request.cache_file, request.request.size)
         try:
-            return await remote.upload(request, source, self._reporter(call_id))
+            return await remote.upload(request.request, source, self._reporter(call_id))
         finally:
             source.close()
 
@@ -178,11 +177,11 @@ class Worker:
         return lambda done: self._connection.send_soon(m.Advance(call_id, m.Progress(done)))
 
 
-async def upload_ahead(remote: Remote, request: UploadAhead) -> None:
+async def upload_piece(remote: Remote, request: m.UploadPiece) -> None:
     """Of the whole cache file: several pieces may make one part of the remote's."""
     source = CacheSource(request.cache_file, MAX_FILE_BYTES)
     try:
-        await remote.upload_ahead(request, source)
+        await remote.upload_piece(request.request, source)
     finally:
         source.close()
 
@@ -260,30 +259,15 @@ def perform(
     raise InvalidRequest(f"an unknown request: {type(request).__name__}")
 
 
-def open_site(start: Start, connection: Connection) -> Site:
-    """Imports only the library that this site needs: each costs a quarter of a second."""
-    if isinstance(start.site, SshSite):
-        from hpcfs.remotes.sftp.remote import SshSiteConnection
-
-        return SshSiteConnection(start, connection)
-    if isinstance(start.site, TunnelSite):
-        from hpcfs.remotes.tunnel.site import TunnelSiteConnection
-
-        return TunnelSiteConnection(start)
-    from hpcfs.remotes.s3.site import S3SiteConnection
-
-    return S3SiteConnection(start)
-
-
 async def serve(sock: socket.socket, files: socket.socket) -> None:
     """`files` is where the daemon lends its files in memory."""
     reader, writer = await asyncio.open_unix_connection(sock=sock, limit=4 * 1024 * 1024)
     connection = Connection(reader, writer)
-    start = await connection.receive(Start)
-    assert isinstance(start, Start)
+    start = await connection.receive(m.Start)
+    assert isinstance(start, m.Start)
     set_up_logging(start.log_level)
     asyncio.get_running_loop().set_exception_handler(log_stray)
-    site = open_site(start, connection)
+    site = open_site(start.spec, connection)
     spare_the_collector()
     try:
         disk = CacheDisk(borrow=Borrower(files).borrow)

@@ -13,7 +13,7 @@ import time
 from hpcfs.content.content import UPLOAD_TIMEOUT, Content
 from hpcfs.model.entries import Attributes, Entry
 from hpcfs.model.errors import FilesystemError, RemoteError, Unreachable
-from hpcfs.model.uploads import Upload
+from hpcfs.model.uploads import UploadRequest
 from hpcfs.writeback.uploader import Uploader
 
 MAX_NAME_BYTES = 255
@@ -58,9 +58,8 @@ async def _send(content: Content, path: bytes) -> Entry:
         mtime_ns=entry.mtime_ns,
         xattrs=dict(entry.xattrs) or None,
     )
-    request = Upload(
+    request = UploadRequest(
         path,
-        content.file.path,
         content.size,
         0,
         [(0, content.size)] if content.size else [],
@@ -69,4 +68,6 @@ async def _send(content: Content, path: bytes) -> Entry:
         base_version=b"",
     )
     with content.pinned():
-        return await content.namespace.upload(request, UPLOAD_TIMEOUT, lambda done: None)
+        return await content.namespace.upload(
+            request, content.file.path, UPLOAD_TIMEOUT, lambda done: None
+        )

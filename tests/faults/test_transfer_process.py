@@ -19,7 +19,7 @@ import uvloop
 
 from hpcfs.model.entries import Entry
 from hpcfs.model.errors import RemoteError, TimedOut, Unreachable
-from hpcfs.model.sites import S3Root, S3Site, Secret, Start
+from hpcfs.model.sites import S3Root, S3Site, Secret, SiteSpec
 from hpcfs.protocol import messages as m
 from hpcfs.protocol.messages import Fetch, Fetched, Stat
 from hpcfs.site import client as client_module
@@ -32,9 +32,9 @@ NOBODY = "http://127.0.0.1:1"
 """An endpoint where nobody listens: the process itself answers every call, with Unreachable."""
 
 
-def start(directory: Path) -> Start:
+def start(directory: Path) -> m.Start:
     site = S3Site(NOBODY, "us-east-1", None, Secret("AKIAHPCFSTEST"), Secret("secret"))
-    return Start(site, {"ns": S3Root("bucket")}, str(directory), 0, 0)
+    return m.Start(SiteSpec(site, {"ns": S3Root("bucket")}, str(directory), 0, 0))
 
 
 @asynccontextmanager

@@ -11,7 +11,6 @@ import trio.lowlevel
 
 from hpcfs.model.entries import BLOCK_BYTES
 from hpcfs.model.errors import Conflict, Unreachable
-from hpcfs.model.uploads import Upload
 from hpcfs.protocol import messages as m
 from hpcfs.site.namespace import WriteMode
 from tests.filesystem.test_back import killed_and_mounted_again
@@ -62,7 +61,7 @@ def test_what_others_appended_since_the_open_stays(
             reader = await w.kernel.open("ns/log", os.O_RDONLY)
             assert await w.kernel.pread(reader, 0, 1 << 20) == old
             handle = await w.kernel.open("ns/log", APPEND)
-            held = w.cues.hold(Upload)
+            held = w.cues.hold(m.Upload)
             await w.kernel.pwrite(handle, 0, LINE)
             w.remote.append(b"log", LONG)
             held.go.set()
@@ -123,7 +122,7 @@ def test_a_log_that_was_cut_gets_no_zeros(write: WriteMode, tmp_path: Path) -> N
         async with world(tmp_path, "sftp", write=write) as w:
             w.remote.put(b"log", LONG)
             handle = await w.kernel.open("ns/log", APPEND)
-            held = w.cues.hold(Upload)
+            held = w.cues.hold(m.Upload)
             await w.kernel.pwrite(handle, 0, LINE)
             w.remote.overwrite(b"log", SHORT)
             held.go.set()
@@ -155,7 +154,7 @@ def test_what_is_appended_during_an_upload_follows_it(write: WriteMode, tmp_path
             w.remote.put(b"log", LONG)
             handle = await w.kernel.open("ns/log", APPEND)
             await w.kernel.pwrite(handle, 0, b"first\n")
-            held = w.cues.hold(Upload)
+            held = w.cues.hold(m.Upload)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(w.kernel.fsync, handle)
                 await held.reached.wait()
@@ -184,7 +183,7 @@ def test_an_answer_that_was_lost_appends_nothing_twice(
             w.remote.put(b"log", SHORT)
             handle = await w.kernel.open("ns/log", APPEND)
             await w.kernel.pwrite(handle, 0, LINE)
-            w.cues.fail(Upload, LOST, stage=stage)
+            w.cues.fail(m.Upload, LOST, stage=stage)
             with pytest.raises(Unreachable):
                 await w.kernel.fsync(handle)
             w.remote.append(b"log", b"theirs\n")
@@ -222,7 +221,7 @@ def test_the_next_mount_appends_nothing_twice(tmp_path: Path) -> None:
     async def left(w: World) -> None:
         w.cues.clear()
         w.remote.put(b"log", LONG)
-        w.cues.hold(Upload, stage="after")
+        w.cues.hold(m.Upload, stage="after")
         await _append(w, "ns/log")
         with trio.fail_after(10):
             while w.remote.get(b"log") != LONG + LINE:

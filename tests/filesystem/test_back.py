@@ -24,14 +24,13 @@ from hpcfs.model.errors import (
     NotConnected,
     RemoteError,
 )
-from hpcfs.model.uploads import Upload, UploadAhead
 from hpcfs.protocol import messages as m
 from hpcfs.site.namespace import WriteMode
 from tests.filesystem.world import KINDS, RW, Story, World, live, until, world
 from tests.support.memory_remote import MemoryRemote
 
 OLD, NEW = b"o" * BLOCK_BYTES, b"n" * BLOCK_BYTES
-NOTHING_UPLOADED = (Upload, m.Create, UploadAhead)
+NOTHING_UPLOADED = (m.Upload, m.Create, m.UploadPiece)
 
 
 back = partial(live, write="back")
@@ -42,12 +41,12 @@ async def synced(w: World) -> None:
 
 
 def uploads(w: World) -> int:
-    return w.cues.count(Upload)
+    return w.cues.count(m.Upload)
 
 
 @back()
 async def test_close_returns_before_the_remote_heard_of_the_file(w: World) -> None:
-    held = w.cues.hold(Upload)
+    held = w.cues.hold(m.Upload)
     await w.kernel.write_file("ns/f", NEW)
     assert w.remote.paths() == {}
     assert w.cues.count(m.Create) == 0
@@ -149,8 +148,8 @@ async def test_a_file_renamed_over_another_takes_its_place_in_one_step(w: World)
     assert w.remote.get(b"f") == OLD
     await synced(w)
     assert {path: w.remote.get(path) for path in w.remote.paths()} == {b"f": NEW}
-    (upload,) = [call for call in w.cues.calls if isinstance(call, Upload)]
-    assert upload.replace
+    (upload,) = [call for call in w.cues.calls if isinstance(call, m.Upload)]
+    assert upload.request.replace
 
 
 @back()
@@ -190,7 +189,7 @@ async def test_a_directory_that_is_filled_here_costs_no_questions(w: World) -> N
         await w.kernel.write_file(f"ns/d/.{number}.tmp", NEW)
         await w.kernel.setattr(f"ns/d/.{number}.tmp", Attributes(mode=0o600, mtime_ns=10**18))
         await w.kernel.rename(f"ns/d/.{number}.tmp", f"ns/d/{number}")
-    asked = [call for call in w.cues.calls if not isinstance(call, m.List | Upload)]
+    asked = [call for call in w.cues.calls if not isinstance(call, m.List | m.Upload)]
     assert asked == []
     await synced(w)
     assert len(w.remote.paths()) == RUN + 1
@@ -210,7 +209,7 @@ async def test_a_temporary_file_never_goes_up(w: World) -> None:
 
 @back()
 async def test_what_waits_has_its_name(w: World) -> None:
-    held = w.cues.hold(Upload)
+    held = w.cues.hold(m.Upload)
     await w.kernel.mkdir("ns/d")
     await w.kernel.write_file("ns/d/f", b"x")
     for refused in (w.kernel.mkdir("ns/d/f"), w.kernel.symlink("ns/d/f", b"t")):
@@ -226,7 +225,7 @@ async def test_what_waits_has_its_name(w: World) -> None:
 
 @back()
 async def test_a_directory_with_what_waits_is_not_replaced(w: World) -> None:
-    held = w.cues.hold(Upload)
+    held = w.cues.hold(m.Upload)
     for name in ("d", "e"):
         await w.kernel.mkdir(f"ns/{name}")
     await w.kernel.write_file("ns/d/f", NEW)
@@ -243,7 +242,7 @@ async def test_a_directory_is_read_only_once_what_waits_in_it_is_there(w: World)
     await w.kernel.write_file("ns/d/f", NEW)
     await w.kernel.setattr("ns/d", Attributes(mode=0o555))
     kinds = [type(call) for call in w.cues.calls]
-    assert kinds.index(Upload) < kinds.index(m.SetAttributes)
+    assert kinds.index(m.Upload) < kinds.index(m.SetAttributes)
     assert w.remote.get(b"d/f") == NEW
 
 
@@ -271,7 +270,7 @@ async def test_an_existing_file_is_changed_in_the_journal_first(w: World) -> Non
 
 @back()
 async def test_many_files_go_up_at_once(w: World) -> None:
-    held = [w.cues.hold(Upload) for _ in range(20)]
+    held = [w.cues.hold(m.Upload) for _ in range(20)]
     for number in range(20):
         await w.kernel.write_file(f"ns/{number}", b"%d" % number)
     w.queue._hurry_all()
@@ -286,7 +285,7 @@ async def test_many_files_go_up_at_once(w: World) -> None:
 @back()
 async def test_what_is_written_while_it_goes_up_goes_up_after_it(w: World) -> None:
     await w.kernel.write_file("ns/f", OLD)
-    held = w.cues.hold(Upload, stage="after")
+    held = w.cues.hold(m.Upload, stage="after")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(synced, w)
         await held.reached.wait()
@@ -302,7 +301,7 @@ async def test_what_is_written_while_it_goes_up_goes_up_after_it(w: World) -> No
 async def test_without_a_connection_it_waits_and_is_readable(w: World) -> None:
     down = NotConnected("the link is down")
     await w.kernel.write_file("ns/f", NEW)
-    w.cues.fail(Upload, down, times=2)
+    w.cues.fail(m.Upload, down, times=2)
     w.cues.fail(m.Stat, down, times=100)
     with pytest.raises(RemoteError, match="ns/f: the link is down"):
         await synced(w)
@@ -317,7 +316,7 @@ async def test_without_a_connection_it_waits_and_is_readable(w: World) -> None:
 @back()
 async def test_what_the_remote_refuses_stays_is_listed_and_told_once(w: World) -> None:
     await w.kernel.write_file("ns/f", NEW)
-    w.cues.fail(Upload, NoSpace("the quota is used up"))
+    w.cues.fail(m.Upload, NoSpace("the quota is used up"))
     with pytest.raises(RemoteError, match="the quota is used up"):
         await synced(w)
     await until(lambda: bool(w.journal.rows) and bool(w.journal.rows[0].reason))
@@ -325,7 +324,7 @@ async def test_what_the_remote_refuses_stays_is_listed_and_told_once(w: World) -
     assert await w.kernel.read_file("ns/f") == NEW
     handle = await w.kernel.open("ns/f")
     await w.kernel.pwrite(handle, 0, b"more")
-    w.cues.fail(Upload, NoSpace("the quota is used up"))
+    w.cues.fail(m.Upload, NoSpace("the quota is used up"))
     with pytest.raises(NoSpace):
         await w.kernel.close(handle)
     await synced_in_the_end(w)
@@ -344,7 +343,7 @@ async def synced_in_the_end(w: World) -> None:
 async def test_what_others_wrote_meanwhile_is_not_overwritten(w: World) -> None:
     w.remote.put(b"f", OLD)
     assert await w.kernel.read_file("ns/f") == OLD
-    held = w.cues.hold(Upload)
+    held = w.cues.hold(m.Upload)
     handle = await w.kernel.open("ns/f")
     await w.kernel.pwrite(handle, 0, b"mine")
     await w.kernel.close(handle)
@@ -361,7 +360,7 @@ async def test_what_others_wrote_meanwhile_is_not_overwritten(w: World) -> None:
 @back("sftp")
 async def test_times_of_a_directory_outlast_the_uploads_into_it(w: World) -> None:
     """rsync and tar set them last. Who waits for the uploads waits for that, too."""
-    held = w.cues.hold(Upload)
+    held = w.cues.hold(m.Upload)
     await w.kernel.mkdir("ns/d")
     await w.kernel.write_file("ns/d/f", NEW)
     await w.kernel.setattr("ns/d", Attributes(mtime_ns=10**18))
@@ -383,7 +382,7 @@ async def test_times_of_a_directory_outlast_the_uploads_into_it(w: World) -> Non
 @back("sftp")
 async def test_times_of_a_directory_outlast_an_upload_that_ends_meanwhile(w: World) -> None:
     """The remote set them first, and was heard last."""
-    upload = w.cues.hold(Upload)
+    upload = w.cues.hold(m.Upload)
     await w.kernel.mkdir("ns/d")
     await w.kernel.write_file("ns/d/f", NEW)
     setting = w.cues.hold(m.SetAttributes, stage="after")
@@ -405,7 +404,7 @@ async def test_times_of_a_directory_outlast_an_upload_that_ends_meanwhile(w: Wor
 async def test_a_full_journal_makes_writers_wait(w: World) -> None:
     backlog = w.queue
     backlog.limit = 2 * BLOCK_BYTES
-    held = w.cues.hold(Upload)
+    held = w.cues.hold(m.Upload)
     await w.kernel.write_file("ns/f", NEW * 3)
     handle = await w.kernel.open("ns/g", RW | os.O_CREAT)
     written = trio.Event()
@@ -429,7 +428,7 @@ async def test_a_journal_full_of_what_is_refused_lets_write_on(w: World) -> None
     """Nothing could make room by itself: the disk decides then."""
     w.queue.limit = BLOCK_BYTES
     await w.kernel.write_file("ns/f", NEW * 3)
-    w.cues.fail(Upload, NoSpace("the quota is used up"))
+    w.cues.fail(m.Upload, NoSpace("the quota is used up"))
     with pytest.raises(RemoteError):
         await synced(w)
     await w.kernel.write_file("ns/g", NEW)
@@ -462,7 +461,7 @@ def test_a_journal_that_stays_full_is_an_error(tmp_path: Path) -> None:
         async with world(tmp_path, "sftp", write="back") as w:
             w.queue.limit = BLOCK_BYTES
             await w.kernel.write_file("ns/f", NEW * 3)
-            held = w.cues.hold(Upload)
+            held = w.cues.hold(m.Upload)
             handle = await w.kernel.open("ns/g", RW | os.O_CREAT)
             with pytest.raises(JournalFull):
                 await w.kernel.pwrite(handle, 0, NEW)
@@ -478,7 +477,7 @@ def test_a_journal_that_stays_full_is_an_error(tmp_path: Path) -> None:
 async def refused(w: World, path: str = "ns/f", data: bytes = NEW) -> str:
     """A file that the remote refused; returns its id."""
     await w.kernel.write_file(path, data)
-    w.cues.fail(Upload, NoSpace("the quota is used up"))
+    w.cues.fail(m.Upload, NoSpace("the quota is used up"))
     with pytest.raises(RemoteError):
         await synced(w)
     (row,) = w.pending.pending()
@@ -525,7 +524,7 @@ async def test_a_kept_file_is_shown_and_uploaded_again(w: World) -> None:
     """`through` mode: the program was told, and the mount shows what the remote has."""
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
     await w.kernel.pwrite(handle, 0, b"precious")
-    w.cues.fail(Upload, NoSpace("the quota is used up"), times=2)
+    w.cues.fail(m.Upload, NoSpace("the quota is used up"), times=2)
     with pytest.raises(NoSpace):
         await w.kernel.close(handle)
     (row,) = w.pending.pending()
@@ -555,7 +554,7 @@ def killed_and_mounted_again(
 
     async def first() -> dict[str, MemoryRemote]:
         async with world(tmp_path / "cache", kind, write=write) as w:
-            w.cues.fail(Upload, NotConnected("the link is down"), times=1000)
+            w.cues.fail(m.Upload, NotConnected("the link is down"), times=1000)
             await left(w)
             await trio.run_process(["cp", "-a", str(tmp_path / "cache"), str(tmp_path / "crash")])
             found = dict(w.remotes)
@@ -584,7 +583,7 @@ def test_the_next_mount_shows_and_uploads_what_was_closed(kind: str, tmp_path: P
         await w.kernel.setattr("ns/d/f", Attributes(mode=0o600, mtime_ns=10**18))
 
     async def then(w: World) -> None:
-        held = w.cues.hold(Upload)
+        held = w.cues.hold(m.Upload)
         assert await w.kernel.read_file("ns/d/f") == NEW
         entry = await w.kernel.stat("ns/d/f")
         assert (stat.S_IMODE(entry.mode), entry.mtime_ns) == (0o600, 10**18)
@@ -611,7 +610,7 @@ def test_the_next_mount_shows_as_much_of_a_file_as_it_will_upload(
         await w.kernel.pwrite(handle, len(original), b"appended")
 
     async def then(w: World) -> None:
-        held = w.cues.hold(Upload)
+        held = w.cues.hold(m.Upload)
         assert (await w.kernel.stat("ns/f")).size == len(original) + 8
         assert await w.kernel.read_file("ns/f") == original + b"appended"
         held.go.set()
@@ -684,7 +683,7 @@ async def test_what_an_upload_replaces_is_in_the_journal_with_it(w: World) -> No
     handle = await w.kernel.open("ns/f")
     await w.kernel.pwrite(handle, BLOCK_BYTES, NEW)
     await w.kernel.close(handle)
-    held = w.cues.hold(Upload, stage="after")
+    held = w.cues.hold(m.Upload, stage="after")
     w.queue.retry(*w.closer.dirty())
     await held.reached.wait()
     (row,) = w.journal.rows

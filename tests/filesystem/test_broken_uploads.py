@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from hpcfs.model.errors import AlreadyExists, DirectoryNotEmpty, NotConnected, Unreachable
-from hpcfs.model.uploads import Upload
+from hpcfs.protocol import messages as m
 from hpcfs.site.namespace import WriteMode
 from tests.filesystem.test_back import killed_and_mounted_again
 from tests.filesystem.world import KINDS, RW, World, world
@@ -28,7 +28,7 @@ async def _broken(w: World, path: str, stage: str, data: bytes = b"content") -> 
     """A new file whose upload broke off, still open. Without another attempt by itself."""
     handle = await w.kernel.open(path, RW | os.O_CREAT)
     await w.kernel.pwrite(handle, 0, data)
-    w.cues.fail(Upload, LOST, stage=stage)
+    w.cues.fail(m.Upload, LOST, stage=stage)
     with pytest.raises(Unreachable):
         await w.kernel.fsync(handle)
     return handle
@@ -135,13 +135,13 @@ def test_the_next_mount_removes_it_from_the_remote_too(kind: str, tmp_path: Path
     async def left(w: World) -> None:
         w.cues.clear()
         await _broken(w, "ns/f", "after")
-        w.cues.fail(Upload, NotConnected("the link is down"), times=1000)
+        w.cues.fail(m.Upload, NotConnected("the link is down"), times=1000)
         (row,) = w.journal.rows
         assert (row.new, row.attempted) == (True, True)
         assert w.remote.get(b"f") == b"content"
 
     async def then(w: World) -> None:
-        held = w.cues.hold(Upload)
+        held = w.cues.hold(m.Upload)
         await w.kernel.unlink("ns/f")
         assert w.remote.paths() == {}
         held.go.set()

@@ -28,7 +28,6 @@ from hpcfs.model.errors import (
     TimedOut,
     TooLarge,
 )
-from hpcfs.model.uploads import Upload
 from hpcfs.protocol import messages as m
 from tests.filesystem.world import RW, World, live, until, world
 from tests.support.memory_remote import GID, UID, Item, MemoryRemote
@@ -94,7 +93,7 @@ def test_a_file_that_is_just_being_uploaded_is_listed_once(tmp_path: Path) -> No
         async with world(tmp_path, "s3") as w:
             handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
             await w.kernel.pwrite(handle, 0, b"content")
-            held = w.cues.hold(Upload, stage="after")
+            held = w.cues.hold(m.Upload, stage="after")
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(w.kernel.fsync, handle)
                 await held.reached.wait()

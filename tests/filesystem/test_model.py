@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 from hpcfs.model.entries import BLOCK_BYTES, Attributes
 from hpcfs.model.errors import FilesystemError, NoSpace, RemoteError, Stale
-from hpcfs.model.uploads import Upload
+from hpcfs.protocol import messages as m
 from hpcfs.site.namespace import WriteMode
 from tests.filesystem.world import KINDS, World, until, world
 
@@ -197,7 +197,7 @@ class Walk:
         dirty = self.k.node_of(handle).content
         is_dirty = dirty is not None and dirty.is_dirty()
         stage = self.draw(st.sampled_from(["before", "after"]))
-        self.w.cues.fail(Upload, NoSpace("the quota is used up"), stage=stage)
+        self.w.cues.fail(m.Upload, NoSpace("the quota is used up"), stage=stage)
         if is_dirty:
             with pytest.raises(NoSpace):
                 await self.k.fsync(handle)

@@ -8,7 +8,6 @@ import pytest
 import trio
 
 from hpcfs.model.errors import AccessRefused, NoSpace, NotConnected, RemoteError, Unreachable
-from hpcfs.model.uploads import Upload
 from hpcfs.protocol import messages as m
 from hpcfs.writeback import queue
 from tests.filesystem.world import KINDS, World, live, until, world
@@ -35,13 +34,13 @@ async def go_away(w: World, name: str = "ns") -> None:
     (namespace,) = [one for one in w.namespaces if one.name == name]
     await namespace.capabilities()
     cues = w.sites[name].cues
-    cues.fail(Upload, AWAY, times=FOR_EVER)
+    cues.fail(m.Upload, AWAY, times=FOR_EVER)
     cues.fail(m.Connect, AWAY, times=FOR_EVER)
 
 
 @back()
 async def test_a_lost_connection_uses_no_attempt_up(w: World) -> None:
-    w.cues.fail(Upload, LOST, times=3)
+    w.cues.fail(m.Upload, LOST, times=3)
     names = await write_files(w, 20)
     await wait(w, 15)
     assert set(w.remote.paths()) == names
@@ -55,9 +54,9 @@ async def test_it_is_tried_until_the_site_is_back(w: World) -> None:
 
     async def come_back() -> None:
         await until(lambda: w.cues.count(m.Connect) >= 3)
-        tried = w.cues.count(Upload)
+        tried = w.cues.count(m.Upload)
         await until(lambda: w.cues.count(m.Connect) >= 4)
-        assert w.cues.count(Upload) == tried, "the site is asked, not each file tried again"
+        assert w.cues.count(m.Upload) == tried, "the site is asked, not each file tried again"
         w.cues.clear()
 
     async with trio.open_nursery() as nursery:
@@ -88,7 +87,7 @@ async def test_who_has_no_patience_is_told_at_once(w: World) -> None:
 
 @back()
 async def test_a_refusal_is_told_at_once(w: World) -> None:
-    w.cues.fail(Upload, NoSpace("the quota is used up"))
+    w.cues.fail(m.Upload, NoSpace("the quota is used up"))
     await write_files(w, 1)
     with trio.fail_after(5), pytest.raises(RemoteError, match="the quota is used up"):
         await wait(w, 1000)
@@ -99,9 +98,9 @@ async def test_credentials_that_are_refused_meanwhile_are_told(w: World) -> None
     """The site is back, and wants a second factor."""
     refused = AccessRefused("there is no terminal to ask on")
     await w.namespaces[0].capabilities()
-    w.cues.fail(Upload, LOST)
+    w.cues.fail(m.Upload, LOST)
     w.cues.fail(m.Connect, refused, times=FOR_EVER)
-    w.cues.fail(Upload, refused, times=FOR_EVER)
+    w.cues.fail(m.Upload, refused, times=FOR_EVER)
     await write_files(w, 1)
     with trio.fail_after(10), pytest.raises(RemoteError, match="no terminal"):
         await wait(w, 1000)
@@ -124,10 +123,10 @@ async def test_who_waits_hears_why(w: World) -> None:
 @back()
 async def test_what_nobody_waits_for_goes_up_with_the_first_that_does(w: World) -> None:
     """Files that failed long ago have their next attempt half a minute later."""
-    w.cues.fail(Upload, AWAY, times=40)
+    w.cues.fail(m.Upload, AWAY, times=40)
     await write_files(w, 10)
     files = w.queue
-    await until(lambda: w.cues.count(Upload) >= 30)
+    await until(lambda: w.cues.count(m.Upload) >= 30)
     w.cues.clear()
     await until(lambda: not len(files.schedule))
     assert len(w.remote.paths()) == 10
@@ -169,7 +168,7 @@ def test_a_site_that_is_away_keeps_nothing_of_another(
 @back()
 async def test_a_lost_connection_is_made_anew_at_the_end(w: World) -> None:
     """However the mount ended: `fusermount3 -u`, a signal."""
-    w.cues.fail(Upload, LOST, times=5)
+    w.cues.fail(m.Upload, LOST, times=5)
     names = await write_files(w, 20)
     await w.queue.drain()
     assert set(w.remote.paths()) == names

@@ -14,7 +14,6 @@ from hpcfs.content.content import Content
 from hpcfs.daemon import warm
 from hpcfs.model.entries import BLOCK_BYTES
 from hpcfs.model.errors import CacheFileGone, CacheFull, PermissionDenied, Stale
-from hpcfs.model.uploads import Upload
 from hpcfs.protocol import messages as m
 from tests.filesystem.world import RW, World, live
 
@@ -109,7 +108,7 @@ async def test_what_is_written_is_on_the_disk(w: World) -> None:
     expected[BLOCK_BYTES + 7 : BLOCK_BYTES + 14] = b"written"
     assert await _read(w, reader) == expected
     assert not file.in_memory, "nor does it leave the disk again"
-    w.cues.fail(Upload, PermissionDenied("no"), times=9)
+    w.cues.fail(m.Upload, PermissionDenied("no"), times=9)
     with pytest.raises(PermissionDenied):
         await w.kernel.close(writer)
     await w.fs.files.release(reader)

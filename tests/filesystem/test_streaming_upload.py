@@ -9,8 +9,9 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from hpcfs.model.errors import AheadLost, Conflict, Unreachable
-from hpcfs.model.uploads import AHEAD_BYTES, Upload, UploadAhead
+from hpcfs.model.errors import Conflict, PiecesLost, Unreachable
+from hpcfs.model.uploads import PIECE_BYTES, UploadRequest
+from hpcfs.protocol import messages as m
 from tests.filesystem.test_back import back
 from tests.filesystem.world import RW, World, live, until
 
@@ -18,26 +19,26 @@ MIB = 1024 * 1024
 
 
 def piece(number: int) -> bytes:
-    return bytes([number]) * AHEAD_BYTES
+    return bytes([number]) * PIECE_BYTES
 
 
 async def write_pieces(w: World, handle: int, count: int, first: int = 0) -> None:
     """With writes of 1 MiB, as the kernel sends them."""
     for number in range(first, count):
-        for at in range(0, AHEAD_BYTES, MIB):
+        for at in range(0, PIECE_BYTES, MIB):
             data = piece(number)[at : at + MIB]
-            await w.kernel.pwrite(handle, number * AHEAD_BYTES + at, data)
+            await w.kernel.pwrite(handle, number * PIECE_BYTES + at, data)
 
 
 async def sent(w: World, handle: int, pieces: int) -> None:
     content = w.kernel.node_of(handle).content
     assert content
-    await until(lambda: content._sending.sent.total == pieces * AHEAD_BYTES)
+    await until(lambda: content._sending.sent.total == pieces * PIECE_BYTES)
 
 
-def the_upload(w: World) -> Upload:
-    (upload,) = [call for call in w.cues.calls if isinstance(call, Upload)]
-    return upload
+def the_upload(w: World) -> UploadRequest:
+    (upload,) = [call for call in w.cues.calls if isinstance(call, m.Upload)]
+    return upload.request
 
 
 @live()
@@ -45,10 +46,10 @@ async def test_what_was_sent_while_it_was_written_is_not_sent_again(w: World) ->
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
     await write_pieces(w, handle, 4)
     await sent(w, handle, 3)
-    await w.kernel.pwrite(handle, 4 * AHEAD_BYTES, b"end")
+    await w.kernel.pwrite(handle, 4 * PIECE_BYTES, b"end")
     await w.kernel.close(handle)
     assert w.remote.get(b"f") == piece(0) + piece(1) + piece(2) + piece(3) + b"end"
-    assert the_upload(w).ranges == [(3 * AHEAD_BYTES, AHEAD_BYTES + 3)]
+    assert the_upload(w).ranges == [(3 * PIECE_BYTES, PIECE_BYTES + 3)]
     assert w.journal.rows == []
     assert w.remote.ahead == {}
 
@@ -61,7 +62,7 @@ async def test_in_the_background_too(w: World) -> None:
     await w.kernel.close(handle)
     await w.queue.wait_for(w.closer.dirty())
     assert w.remote.get(b"f") == piece(0) + piece(1) + piece(2)
-    assert the_upload(w).ranges == [(2 * AHEAD_BYTES, AHEAD_BYTES)]
+    assert the_upload(w).ranges == [(2 * PIECE_BYTES, PIECE_BYTES)]
 
 
 @live()
@@ -69,7 +70,7 @@ async def test_a_small_file_is_not(w: World) -> None:
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
     await write_pieces(w, handle, 1)
     await w.kernel.close(handle)
-    assert w.cues.count(UploadAhead) == 0
+    assert w.cues.count(m.UploadPiece) == 0
 
 
 @live()
@@ -77,20 +78,20 @@ async def test_what_was_changed_since_goes_up_again(w: World) -> None:
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
     await write_pieces(w, handle, 4)
     await sent(w, handle, 3)
-    await w.kernel.pwrite(handle, AHEAD_BYTES + 5, b"header")
+    await w.kernel.pwrite(handle, PIECE_BYTES + 5, b"header")
     await w.kernel.close(handle)
     changed = piece(1)[:5] + b"header" + piece(1)[11:]
     assert w.remote.get(b"f") == piece(0) + changed + piece(2) + piece(3)
     assert the_upload(w).ranges == [
-        (AHEAD_BYTES, AHEAD_BYTES),
-        (3 * AHEAD_BYTES, AHEAD_BYTES),
+        (PIECE_BYTES, PIECE_BYTES),
+        (3 * PIECE_BYTES, PIECE_BYTES),
     ]
 
 
 @live()
 async def test_what_is_changed_while_it_is_sent_goes_up_again(w: World) -> None:
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
-    held = w.cues.hold(UploadAhead, stage="after")
+    held = w.cues.hold(m.UploadPiece, stage="after")
     await write_pieces(w, handle, 2)
     await held.reached.wait()
     await w.kernel.pwrite(handle, 7, b"header")
@@ -102,14 +103,14 @@ async def test_what_is_changed_while_it_is_sent_goes_up_again(w: World) -> None:
 @live()
 async def test_what_is_on_its_way_at_the_close_counts(w: World) -> None:
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
-    held = w.cues.hold(UploadAhead, stage="after")
+    held = w.cues.hold(m.UploadPiece, stage="after")
     await write_pieces(w, handle, 2)
     await held.reached.wait()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(w.kernel.close, handle)
         await wait_all_tasks_blocked()
         held.go.set()
-    assert the_upload(w).ranges == [(AHEAD_BYTES, AHEAD_BYTES)]
+    assert the_upload(w).ranges == [(PIECE_BYTES, PIECE_BYTES)]
     assert w.remote.get(b"f") == piece(0) + piece(1)
 
 
@@ -129,14 +130,14 @@ async def test_when_what_was_sent_is_lost_all_goes_up_again(w: World) -> None:
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
     await write_pieces(w, handle, 3)
     await sent(w, handle, 2)
-    w.cues.fail(Upload, AheadLost("the transfer process was started anew"))
+    w.cues.fail(m.Upload, PiecesLost("the transfer process was started anew"))
     await w.kernel.close(handle)
     assert w.remote.get(b"f") == piece(0) + piece(1) + piece(2)
 
 
 @live()
 async def test_a_piece_that_fails_goes_up_at_the_end(w: World) -> None:
-    w.cues.fail(UploadAhead, Unreachable("the link is down"), nth=2)
+    w.cues.fail(m.UploadPiece, Unreachable("the link is down"), nth=2)
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
     await write_pieces(w, handle, 4)
     await w.kernel.close(handle)

@@ -11,7 +11,7 @@ from trio.testing import wait_all_tasks_blocked
 from hpcfs.content.reader import WHOLE_AT_OPEN_BYTES
 from hpcfs.model.entries import BLOCK_BYTES
 from hpcfs.model.errors import Conflict, NoSpace, NotSupported, Stale, Unreachable
-from hpcfs.model.uploads import PART_COPY_BYTES, Upload
+from hpcfs.model.uploads import PART_COPY_BYTES
 from hpcfs.protocol import messages as m
 from tests.filesystem.world import RW, World, live
 
@@ -38,7 +38,7 @@ async def test_two_handles_see_each_others_bytes(w: World) -> None:
 async def test_bytes_written_during_an_upload_go_with_the_next(w: World) -> None:
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
     await w.kernel.pwrite(handle, 0, OLD)
-    held = w.cues.hold(Upload, stage="after")
+    held = w.cues.hold(m.Upload, stage="after")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(w.kernel.fsync, handle)
         await held.reached.wait()
@@ -56,8 +56,8 @@ async def test_bytes_written_during_an_upload_go_with_the_next(w: World) -> None
 async def test_a_failed_upload_leaves_newer_and_older_bytes_dirty(w: World) -> None:
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
     await w.kernel.pwrite(handle, 0, OLD)
-    held = w.cues.hold(Upload)
-    w.cues.fail(Upload, Unreachable("the link is down"))
+    held = w.cues.hold(m.Upload)
+    w.cues.fail(m.Upload, Unreachable("the link is down"))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_fsync_fails, w, handle)
         await held.reached.wait()
@@ -77,7 +77,7 @@ async def test_a_fetch_waits_for_the_end_of_an_upload(w: World) -> None:
     w.remote.put(b"f", OLD + NEW)
     handle = await w.kernel.open("ns/f")
     await w.kernel.pwrite(handle, 0, b"x")
-    held = w.cues.hold(Upload, stage="after")
+    held = w.cues.hold(m.Upload, stage="after")
     found: list[bytes] = []
 
     async def read() -> None:
@@ -101,8 +101,8 @@ async def test_a_hole_is_readable_though_the_upload_meanwhile_failed(w: World) -
     w.remote.put(b"f", b"short")
     handle = await w.kernel.open("ns/f")
     await w.kernel.ftruncate(handle, 3 * BLOCK_BYTES)
-    held = w.cues.hold(Upload)
-    w.cues.fail(Upload, Unreachable("the link is down"))
+    held = w.cues.hold(m.Upload)
+    w.cues.fail(m.Upload, Unreachable("the link is down"))
     found: list[bytes] = []
 
     async def read() -> None:
@@ -164,7 +164,7 @@ async def test_what_the_remote_refuses_is_kept_and_the_remotes_truth_is_shown(w:
     w.remote.put(b"f", b"what was there")
     handle = await w.kernel.open("ns/f", RW | os.O_TRUNC)
     await w.kernel.pwrite(handle, 0, b"precious bytes")
-    w.cues.fail(Upload, NoSpace("the quota is used up"), times=2)
+    w.cues.fail(m.Upload, NoSpace("the quota is used up"), times=2)
     with pytest.raises(NoSpace):
         await w.kernel.close(handle)
     (row,) = w.journal.kept
@@ -194,8 +194,8 @@ async def test_open_during_a_failing_last_close_sees_the_remotes_truth(w: World)
     w.remote.put(b"f", b"remote")
     handle = await w.kernel.open("ns/f")
     await w.kernel.pwrite(handle, 0, b"LOCAL and longer")
-    held = w.cues.hold(Upload)
-    w.cues.fail(Upload, NoSpace("the quota is used up"))
+    held = w.cues.hold(m.Upload)
+    w.cues.fail(m.Upload, NoSpace("the quota is used up"))
     found: list[bytes] = []
 
     async def read() -> None:
@@ -359,7 +359,7 @@ async def test_an_upload_whose_answer_was_lost_can_be_repeated(w: World) -> None
     w.remote.put(b"f", OLD * 3)
     handle = await w.kernel.open("ns/f")
     await w.kernel.pwrite(handle, 0, b"new")
-    w.cues.fail(Upload, Unreachable("the link is down"), stage="after")
+    w.cues.fail(m.Upload, Unreachable("the link is down"), stage="after")
     with pytest.raises(Unreachable):
         await w.kernel.fsync(handle)
     await w.store.make_room(10**9)
@@ -412,9 +412,9 @@ async def test_of_a_large_object_only_what_changed_is_sent(w: World) -> None:
     """And only the blocks that it is in were fetched."""
     await w.kernel.close(await change_in_the_middle(w))
     assert w.remote.get(b"f") == CHANGED
-    (upload,) = [call for call in w.cues.calls if isinstance(call, Upload)]
-    assert not upload.whole
-    assert sum(length for _, length in upload.ranges) == 11
+    (upload,) = [call for call in w.cues.calls if isinstance(call, m.Upload)]
+    assert not upload.request.whole
+    assert sum(length for _, length in upload.request.ranges) == 11
     fetched = sum(call.length for call in w.cues.calls if isinstance(call, m.Fetch))
     assert fetched <= 2 * BLOCK_BYTES
     assert await w.kernel.read_file("ns/f") == CHANGED
@@ -422,19 +422,19 @@ async def test_of_a_large_object_only_what_changed_is_sent(w: World) -> None:
 
 @live("s3", max_blocks=1000)
 async def test_where_the_server_can_not_copy_parts_all_is_sent(w: World) -> None:
-    w.cues.fail(Upload, NotSupported("this server can't copy by parts"))
+    w.cues.fail(m.Upload, NotSupported("this server can't copy by parts"))
     await w.kernel.close(await change_in_the_middle(w))
     assert w.remote.get(b"f") == CHANGED
-    uploads = [call for call in w.cues.calls if isinstance(call, Upload)]
-    assert [upload.whole for upload in uploads] == [False, True]
-    assert uploads[0].base_version == uploads[1].base_version
+    uploads = [call for call in w.cues.calls if isinstance(call, m.Upload)]
+    assert [upload.request.whole for upload in uploads] == [False, True]
+    assert uploads[0].request.base_version == uploads[1].request.base_version
 
 
 @live("s3", max_blocks=1000)
 async def test_an_upload_of_parts_that_failed_is_repeated_as_it_was(w: World) -> None:
     """What is not in the cache must not be sent from there."""
     handle = await change_in_the_middle(w)
-    w.cues.fail(Upload, Unreachable("the link is down"))
+    w.cues.fail(m.Upload, Unreachable("the link is down"))
     with pytest.raises(Unreachable):
         await w.kernel.fsync(handle)
     await w.kernel.close(handle)
@@ -446,10 +446,10 @@ async def test_closing_a_second_descriptor_of_a_new_file_uploads_nothing(w: Worl
     """As the shell does it for `program > file`."""
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
     await w.fs.files.flush_handle(handle)
-    assert w.cues.count(Upload) == 0
+    assert w.cues.count(m.Upload) == 0
     await w.kernel.pwrite(handle, 0, b"content")
     await w.kernel.close(handle)
-    assert w.cues.count(Upload) == 1
+    assert w.cues.count(m.Upload) == 1
     assert w.remote.get(b"f") == b"content"
     empty = await w.kernel.open("ns/empty", RW | os.O_CREAT)
     times = (await w.kernel.fstat(empty)).mtime_ns

@@ -20,7 +20,6 @@ from hpcfs.model.errors import (
     PermissionDenied,
     ReadOnly,
 )
-from hpcfs.model.uploads import Upload
 from hpcfs.protocol import messages as m
 from tests.filesystem.world import World, live, world
 from tests.support.memory_remote import MemoryRemote
@@ -107,7 +106,7 @@ async def test_they_go_up_with_a_new_file_in_back_mode(w: World) -> None:
 async def test_an_upload_that_fails_does_not_lose_them(w: World) -> None:
     handle = await w.kernel.open("ns/file", os.O_CREAT | os.O_RDWR)
     await set_on(w, "ns/file")
-    w.cues.fail(Upload, NoSpace("the quota is used up"))
+    w.cues.fail(m.Upload, NoSpace("the quota is used up"))
     with pytest.raises(NoSpace):
         await w.kernel.fsync(handle)
     await set_on(w, "ns/file", b"user.more")

@@ -69,7 +69,7 @@ def test_a_program_in_an_endless_directory_can_be_stopped(
     with endless(tmp_path / "server") as evil:
         (evil.directory / "endless").mkdir()
         (evil.directory / "file").write_bytes(b"content")
-        config = evil.start.site.ssh_config  # type: ignore[union-attr]
+        config = evil.spec.site.ssh_config  # type: ignore[union-attr]
         keys: dict[str, str | bool | float] = {"type": "sftp", "host": "cluster", "path": "/"}
         served = Served("sftp", {**keys, "ssh_config": str(config)}, OnDisk(evil.directory))
         with mounted(real_home, {"ns": served}) as mount:

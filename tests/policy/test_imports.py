@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "filesystem": {"model", "protocol", "cache", "site", "content", "inodes", "prefetch"}
     | {"directories", "writeback"},
     "kernel": {"model", "inodes", "filesystem"},
-    "daemon": {"model", "system", "control", "config", "cache", "site", "content", "inodes"}
-    | {"writeback", "filesystem", "kernel"},
+    "daemon": {"model", "system", "protocol", "control", "config", "cache", "site", "content"}
+    | {"inodes", "writeback", "filesystem", "kernel"},
     "demo": {"model", "system", "laptop"},
     "cli": {"model", "system", "tunnel", "remotes", "control", "config", "laptop", "cache"}
     | {"daemon", "demo"},
@@ -81,6 +82,7 @@ def _imported(tree: ast.AST) -> Iterator[str]:
                 yield whole if node.module.startswith("hpcfs") and is_module else node.module
 
 
+@cache
 def _parse(file: Path) -> ast.Module:
     return ast.parse(file.read_text(), str(file))
 

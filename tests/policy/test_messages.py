@@ -7,8 +7,8 @@ import pytest
 
 from hpcfs.model.entries import BLOCK_BYTES, LIST_PAGE_ENTRIES, Attributes, Entry
 from hpcfs.model.errors import Failure, ProtocolError
-from hpcfs.model.sites import S3Root, S3Site, Secret, Start
-from hpcfs.model.uploads import AHEAD_BYTES, Upload, UploadAhead
+from hpcfs.model.sites import S3Root, S3Site, Secret, SiteSpec
+from hpcfs.model.uploads import PIECE_BYTES, UploadPieceRequest, UploadRequest
 from hpcfs.protocol import messages as m
 
 ATTRIBUTES = Attributes(mode=0o640, mtime_ns=-1, xattrs={b"user.\xff": b"\0", b"user.b": None})
@@ -21,10 +21,13 @@ REQUESTS: list[m.Request] = [
     m.ReadLink(NAME),
     m.Fetch(NAME, b"\0v", 2**62, BLOCK_BYTES, "/cache/f", 7, growing=True),
     m.Release(7),
-    Upload(NAME, "/cache/f", 2**62, 0, [(0, 1), (2**61, 5)], ATTRIBUTES, 0o644, sync=True),
+    m.Upload(
+        UploadRequest(NAME, 2**62, 0, [(0, 1), (2**61, 5)], ATTRIBUTES, 0o644, sync=True),
+        "/cache/f",
+    ),
     m.ReadUnsized(NAME, 2**40, 2**20, 5),
     m.Create(NAME, 0o7777),
-    UploadAhead(NAME, "/cache/f", AHEAD_BYTES, AHEAD_BYTES, 0o600, 5, b"v"),
+    m.UploadPiece(UploadPieceRequest(NAME, PIECE_BYTES, PIECE_BYTES, 0o600, 5, b"v"), "/cache/f"),
     m.MakeDirectory(NAME, 0o755),
     m.MakeSymlink(NAME, b"\xff/.."),
     m.MakeLink(NAME, b"b"),
@@ -79,10 +82,10 @@ def test_an_answer_without_result_is_none() -> None:
 def test_a_secret_never_shows() -> None:
     secret = Secret("hunter2")
     site = S3Site(access_key=secret, secret_key=secret)
-    start = Start(site, {"ns": S3Root("bucket")}, "/cache", 1, 1)
+    start = m.Start(SiteSpec(site, {"ns": S3Root("bucket")}, "/cache", 1, 1))
     for thing in (secret, site, start, m.Answer(1, secret)):
         assert "hunter2" not in f"{thing!r} {thing!s}"
-    assert _over_the_wire(start, Start) == start
+    assert _over_the_wire(start, m.Start) == start
 
 
 def test_a_frame_has_a_limit() -> None:

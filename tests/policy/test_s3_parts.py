@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from hypothesis import given, settings, strategies as st
 
-from hpcfs.model.uploads import AHEAD_BYTES
+from hpcfs.model.uploads import PIECE_BYTES
 from hpcfs.remotes.s3.parts import GIB, MIB, Growing, Limits, Part, changed, even, merged
 
 LARGEST = 5 * 1024 * GIB
-GROWING = Growing(AHEAD_BYTES, 1024)
-sizes = st.integers(1, LARGEST) | st.integers(1, 40).map(lambda n: n * AHEAD_BYTES)
+GROWING = Growing(PIECE_BYTES, 1024)
+sizes = st.integers(1, LARGEST) | st.integers(1, 40).map(lambda n: n * PIECE_BYTES)
 
 
 def check(parts: list[Part], size: int) -> None:
@@ -30,15 +30,15 @@ def check(parts: list[Part], size: int) -> None:
 def test_a_file_of_any_size_that_is_not_known_at_first_fits(size: int) -> None:
     parts = list(GROWING.parts(size))
     check(parts, size)
-    assert all(part.length % AHEAD_BYTES == 0 for part in parts[:-1])
+    assert all(part.length % PIECE_BYTES == 0 for part in parts[:-1])
     for part in (parts[0], parts[len(parts) // 2], parts[-1]):
         assert GROWING.number_at(part.offset) == GROWING.number_at(part.end - 1) == part.number
-        assert part.offset % AHEAD_BYTES == 0
+        assert part.offset % PIECE_BYTES == 0
 
 
 def test_the_largest_file_fits_and_the_usual_ones_have_equal_parts() -> None:
     assert len(list(GROWING.parts(LARGEST))) < 9_000
-    assert {part.length for part in GROWING.parts(16 * GIB)} == {AHEAD_BYTES}
+    assert {part.length for part in GROWING.parts(16 * GIB)} == {PIECE_BYTES}
 
 
 @given(size=sizes)

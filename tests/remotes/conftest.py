@@ -11,7 +11,7 @@ import pytest
 
 from hpcfs.laptop.acceptor import Kind
 from hpcfs.laptop.shares import Share
-from hpcfs.model.sites import S3Root, S3Site, Secret, Start
+from hpcfs.model.sites import S3Root, S3Site, Secret, SiteSpec
 from hpcfs.remotes.s3.site import S3SiteConnection
 from hpcfs.remotes.sftp.remote import SshSiteConnection
 from hpcfs.remotes.tunnel.site import TunnelSiteConnection
@@ -109,8 +109,8 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 def _sftp(kind: str, server: SshServer, transport: str) -> Subject:
     root = server.root / f"root-{next(_numbers)}"
     root.mkdir()
-    start = server.start_message(os.fspath(root), server.site(transport=transport))
-    return Subject(kind, lambda: SshSiteConnection(start, ScriptedPrompter()), root)
+    spec = server.site_spec(os.fspath(root), server.site(transport=transport))
+    return Subject(kind, lambda: SshSiteConnection(spec, ScriptedPrompter()), root)
 
 
 def _tunnel(kind: str, request: pytest.FixtureRequest, way: Kind) -> Subject:
@@ -118,12 +118,12 @@ def _tunnel(kind: str, request: pytest.FixtureRequest, way: Kind) -> Subject:
     (share,) = running.shares
     root = share.directory / f"root-{next(_numbers)}"
     root.mkdir()
-    start = running.start_message(f"/{share.name}/{root.name}", share.directory)
-    return Subject(kind, lambda: TunnelSiteConnection(start), root)
+    spec = running.site_spec(f"/{share.name}/{root.name}", share.directory)
+    return Subject(kind, lambda: TunnelSiteConnection(spec), root)
 
 
 def _s3(kind: str, server: S3Server, cache: Path) -> Subject:
-    start = Start(
+    spec = SiteSpec(
         site=S3Site(
             endpoint_url=server.endpoint_url,
             region="us-east-1",
@@ -131,8 +131,8 @@ def _s3(kind: str, server: S3Server, cache: Path) -> Subject:
             secret_key=Secret(server.secret_key),
         ),
         roots={"ns": S3Root(server.bucket, prefix=f"root-{next(_numbers)}")},
-        cache_dir=str(cache),
+        state_dir=str(cache),
         uid=LOCAL_UID,
         gid=LOCAL_GID,
     )
-    return Subject(kind, lambda: S3SiteConnection(start))
+    return Subject(kind, lambda: S3SiteConnection(spec))

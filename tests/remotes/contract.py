@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from hpcfs.model.entries import NO_HANDLE, Attributes, Entry
-from hpcfs.model.uploads import AHEAD_BYTES, Upload, UploadAhead
+from hpcfs.model.uploads import PIECE_BYTES, UploadPieceRequest, UploadRequest
 from hpcfs.remotes.base import Remote, Site
 
 T = TypeVar("T")
@@ -30,6 +30,7 @@ class MemorySource:
 
     def __post_init__(self) -> None:
         self.size = len(self.content)
+        self.name = ""
 
     def read(self, offset: int, length: int) -> bytes:
         piece = self.content[offset : offset + length]
@@ -90,9 +91,8 @@ async def put(
 ) -> Entry:
     """Bring `content` to the remote; by default all of it is dirty."""
     dirty = [(0, len(content))] if ranges is None and content else list(ranges or [])
-    request = Upload(
+    request = UploadRequest(
         path=path,
-        cache_file="",
         size=len(content),
         base_size=base_size,
         ranges=dirty,
@@ -117,10 +117,10 @@ async def put_ahead(
     base_version: bytes | None = None,
     mode: int = FILE_MODE,
 ) -> None:
-    """Send the piece `number` of AHEAD_BYTES of a file whose content so far is `content`."""
-    offset = number * AHEAD_BYTES
-    request = UploadAhead(path, "", offset, AHEAD_BYTES, mode, handle, base_version)
-    await remote.upload_ahead(request, MemorySource(content[: offset + AHEAD_BYTES]))
+    """Send the piece `number` of PIECE_BYTES of a file whose content so far is `content`."""
+    offset = number * PIECE_BYTES
+    request = UploadPieceRequest(path, offset, PIECE_BYTES, mode, handle, base_version)
+    await remote.upload_piece(request, MemorySource(content[: offset + PIECE_BYTES]))
 
 
 async def get(remote: Remote, path: bytes, handle: int = READER) -> bytes:

@@ -254,7 +254,7 @@ def on_held(base: Path, check: Callable[[Case], Coroutine[None, None, None]]) ->
     async def main() -> None:
         Held.released = asyncio.Event()
         async with asyncio.timeout(30), evil_site(base, Held) as evil:
-            site = SshSiteConnection(evil.start, ScriptedPrompter())
+            site = SshSiteConnection(evil.spec, ScriptedPrompter())
             try:
                 with (evil.directory / "file").open("wb") as file:
                     file.truncate(SIZE)

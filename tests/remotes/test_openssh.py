@@ -22,7 +22,7 @@ from hpcfs.model.errors import (
     Unreachable,
     WrongSettings,
 )
-from hpcfs.model.sites import SftpRoot, SshSite, Start
+from hpcfs.model.sites import SftpRoot, SiteSpec, SshSite
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
 from hpcfs.remotes.sftp.stdio import SshLogin
 from hpcfs.remotes.ssh.openssh import Target, command, read_target
@@ -42,14 +42,14 @@ from tests.support.sshd import (
 )
 
 
-def by_ssh(start: Start, **changes: object) -> Start:
-    site = msgspec.structs.replace(start.site, transport="openssh", **changes)
-    return msgspec.structs.replace(start, site=site)
+def by_ssh(spec: SiteSpec, **changes: object) -> SiteSpec:
+    site = msgspec.structs.replace(spec.site, transport="openssh", **changes)
+    return msgspec.structs.replace(spec, site=site)
 
 
-def run(start: Start, story: Callable[[SftpRemote], Awaitable[None]]) -> None:
+def run(spec: SiteSpec, story: Callable[[SftpRemote], Awaitable[None]]) -> None:
     async def main() -> None:
-        site = SshSiteConnection(by_ssh(start), ScriptedPrompter())
+        site = SshSiteConnection(by_ssh(spec), ScriptedPrompter())
         try:
             await story(site.remote("ns"))
         finally:
@@ -58,19 +58,19 @@ def run(start: Start, story: Callable[[SftpRemote], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
-def refused(start: Start, error: type[RemoteError], match: str) -> None:
+def refused(spec: SiteSpec, error: type[RemoteError], match: str) -> None:
     async def story(remote: SftpRemote) -> None:
         for _ in range(2):
             with pytest.raises(error, match=match):
                 await remote.connect()
 
-    run(start, story)
+    run(spec, story)
 
 
-async def enter(start: Start, *answers: str | None) -> list[tuple[str, bool]]:
+async def enter(spec: SiteSpec, *answers: str | None) -> list[tuple[str, bool]]:
     """Connects once; returns what was asked."""
     prompter = ScriptedPrompter(*answers)
-    site = SshSiteConnection(by_ssh(start), prompter)
+    site = SshSiteConnection(by_ssh(spec), prompter)
     try:
         await site.remote("ns").connect()
     finally:
@@ -93,7 +93,7 @@ def is_there(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
-def with_config(server: SshServer, file: Path, **replaced: str) -> Start:
+def with_config(server: SshServer, file: Path, **replaced: str) -> SiteSpec:
     """Lines of the ssh_config with other values, or none for ""."""
     lines = []
     for line in server.config_text().splitlines():
@@ -102,7 +102,7 @@ def with_config(server: SshServer, file: Path, **replaced: str) -> Start:
         lines += [line] if value is None else [f"    {key} {value}"] if value else []
     lines += [f"    {key} {value}" for key, value in replaced.items()]
     file.write_text("\n".join(lines) + "\n")
-    return server.start_message(site=SshSite(ALIAS, ssh_config=str(file)))
+    return server.site_spec(site=SshSite(ALIAS, ssh_config=str(file)))
 
 
 # --- the command line ---------------------------------------------------------------------------
@@ -120,8 +120,8 @@ def test_the_command_line_has_what_is_configured(tmp_path: Path) -> None:
 
 
 def test_a_missing_identity_file_is_named(sshd: SshServer) -> None:
-    start = by_ssh(sshd.start_message(), identity_file="/no/such/key")
-    refused(start, WrongSettings, "/no/such/key for cluster does not exist")
+    spec = by_ssh(sshd.site_spec(), identity_file="/no/such/key")
+    refused(spec, WrongSettings, "/no/such/key for cluster does not exist")
 
 
 def test_ssh_says_who_and_where(sshd: SshServer) -> None:
@@ -143,7 +143,7 @@ def test_without_ssh_it_says_what_to_install(
     sshd: SshServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    refused(sshd.start_message(), WrongSettings, "needs the program ssh.*openssh-client")
+    refused(sshd.site_spec(), WrongSettings, "needs the program ssh.*openssh-client")
 
 
 # --- host keys and credentials ------------------------------------------------------------------
@@ -152,34 +152,32 @@ def test_without_ssh_it_says_what_to_install(
 def test_a_key_that_is_not_authorized_is_refused(tmp_path: Path) -> None:
     with ssh_server(tmp_path / "s") as server:
         server.authorized_keys.write_text("")
-        refused(
-            server.start_message(), AccessRefused, r"Permission denied \(publickey\).*ssh cluster"
-        )
+        refused(server.site_spec(), AccessRefused, r"Permission denied \(publickey\).*ssh cluster")
 
 
 def test_a_changed_host_key_is_refused(sshd: SshServer, tmp_path: Path) -> None:
     known = tmp_path / "known"
     known.write_text(sshd.known_hosts_line(write_key(tmp_path / "other")))
-    start = with_config(sshd, tmp_path / "config", UserKnownHostsFile=str(known))
-    refused(start, HostKeyRefused, "Host key verification failed.*ssh cluster")
+    spec = with_config(sshd, tmp_path / "config", UserKnownHostsFile=str(known))
+    refused(spec, HostKeyRefused, "Host key verification failed.*ssh cluster")
 
 
 def test_an_unknown_host_key_is_asked_about(sshd: SshServer, tmp_path: Path) -> None:
     known = tmp_path / "known"
-    start = with_config(sshd, tmp_path / "config", UserKnownHostsFile=str(known))
-    refused(start, HostKeyRefused, "no terminal to ask on")
+    spec = with_config(sshd, tmp_path / "config", UserKnownHostsFile=str(known))
+    refused(spec, HostKeyRefused, "no terminal to ask on")
     assert not known.exists()
-    ((question, echo),) = asyncio.run(enter(start, "yes"))
+    ((question, echo),) = asyncio.run(enter(spec, "yes"))
     fingerprint = asyncssh.read_public_key(f"{sshd.host_key}.pub").get_fingerprint()
     assert fingerprint in question
     assert echo
-    assert asyncio.run(enter(start)) == [], "known from now on"
+    assert asyncio.run(enter(spec)) == [], "known from now on"
 
 
 def test_a_host_key_that_the_user_does_not_accept(sshd: SshServer, tmp_path: Path) -> None:
-    start = with_config(sshd, tmp_path / "config", UserKnownHostsFile=str(tmp_path / "known"))
+    spec = with_config(sshd, tmp_path / "config", UserKnownHostsFile=str(tmp_path / "known"))
     with pytest.raises(HostKeyRefused):
-        asyncio.run(enter(start, "no"))
+        asyncio.run(enter(spec, "no"))
 
 
 def test_a_passphrase_is_asked_for(tmp_path: Path) -> None:
@@ -188,16 +186,18 @@ def test_a_passphrase_is_asked_for(tmp_path: Path) -> None:
         keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "open sesame", "-f", str(locked)]
         subprocess.run(keygen, check=True, timeout=20)
         server.authorized_keys.write_text(Path(f"{locked}.pub").read_text())
-        start = with_config(server, tmp_path / "config", IdentityFile=str(locked))
-        asked = asyncio.run(enter(start, "wrong", "open sesame"))
+        spec = with_config(server, tmp_path / "config", IdentityFile=str(locked))
+        asked = asyncio.run(enter(spec, "wrong", "open sesame"))
         assert [(str(locked) in text, echo) for text, echo in asked] == [(True, False)] * 2
-        refused(start, AccessRefused, "no terminal to ask on.*ssh -MNf cluster")
+        refused(spec, AccessRefused, "no terminal to ask on.*ssh -MNf cluster")
 
 
-def on_evil(base: Path, login: Login, story: Callable[[Start, EvilSite], Awaitable[None]]) -> None:
+def on_evil(
+    base: Path, login: Login, story: Callable[[SiteSpec, EvilSite], Awaitable[None]]
+) -> None:
     async def main() -> None:
         async with evil_site(base, Plain, login=login) as evil:
-            await story(evil.start, evil)
+            await story(evil.spec, evil)
 
     asyncio.run(main())
 
@@ -205,13 +205,13 @@ def on_evil(base: Path, login: Login, story: Callable[[Start, EvilSite], Awaitab
 def test_a_password_is_asked_for_up_to_three_times(tmp_path: Path) -> None:
     login = Login(password="right")
 
-    async def story(start: Start, _: EvilSite) -> None:
-        asked = await enter(start, "wrong", "right")
+    async def story(spec: SiteSpec, _: EvilSite) -> None:
+        asked = await enter(spec, "wrong", "right")
         assert [echo for _text, echo in asked] == [False, False]
         assert "tester@" in asked[0][0]
         login.tries = login.connections = 0
         with pytest.raises(AccessRefused):
-            await enter(start, "a", "b", "c", "right")
+            await enter(spec, "a", "b", "c", "right")
         assert (login.tries, login.connections) == (3, 1)
 
     on_evil(tmp_path, login, story)
@@ -220,9 +220,9 @@ def test_a_password_is_asked_for_up_to_three_times(tmp_path: Path) -> None:
 def test_a_password_that_nobody_can_be_asked_for_is_not_sent(tmp_path: Path) -> None:
     login = Login(password="right")
 
-    async def story(start: Start, _: EvilSite) -> None:
+    async def story(spec: SiteSpec, _: EvilSite) -> None:
         with pytest.raises(AccessRefused, match="no terminal"):
-            await enter(start, None)
+            await enter(spec, None)
         assert login.tries == 0
 
     on_evil(tmp_path, login, story)
@@ -231,8 +231,8 @@ def test_a_password_that_nobody_can_be_asked_for_is_not_sent(tmp_path: Path) -> 
 def test_a_second_factor_is_asked_for(tmp_path: Path) -> None:
     login = Login(dialogue=[("Password: ", False, "pw"), ("Code: ", True, "123456")])
 
-    async def story(start: Start, _: EvilSite) -> None:
-        (first, _echo), (second, _echo) = await enter(start, "pw", "123456")
+    async def story(spec: SiteSpec, _: EvilSite) -> None:
+        (first, _echo), (second, _echo) = await enter(spec, "pw", "123456")
         assert "Password: " in first
         assert "Code: " in second
 
@@ -246,8 +246,8 @@ def test_a_server_s_question_passes_for_nobody_else_s(tmp_path: Path) -> None:
     """A line of its own without the server's name could be that of a key, or of another host."""
     login = Login(dialogue=[(f"one\r\n{IMITATED}\nTrust it? (yes/no): ", True, "secret")])
 
-    async def story(start: Start, _: EvilSite) -> None:
-        ((text, echo),) = await enter(start, "secret")
+    async def story(spec: SiteSpec, _: EvilSite) -> None:
+        ((text, echo),) = await enter(spec, "secret")
         lines = text.split("\n")
         assert len(lines) == 3
         assert all(line.startswith(f"({USER}@127.0.0.1) ") for line in lines)
@@ -268,8 +268,8 @@ def test_nothing_of_a_question_stays(tmp_path: Path, monkeypatch: pytest.MonkeyP
             seen.append(folder.stat().st_mode & 0o777)
             return await super().ask(text, echo=echo)
 
-    async def story(start: Start, _: EvilSite) -> None:
-        site = SshSiteConnection(by_ssh(start), Looking("right"))
+    async def story(spec: SiteSpec, _: EvilSite) -> None:
+        site = SshSiteConnection(by_ssh(spec), Looking("right"))
         try:
             await site.remote("ns").connect()
             assert list(private.iterdir()) == []
@@ -293,8 +293,8 @@ def test_a_login_given_up_while_the_user_types_leaves_nothing(tmp_path: Path) ->
             finally:
                 withdrawn.set()
 
-    async def story(start: Start, _: EvilSite) -> None:
-        site = SshSiteConnection(by_ssh(start), Away())
+    async def story(spec: SiteSpec, _: EvilSite) -> None:
+        site = SshSiteConnection(by_ssh(spec), Away())
         request = asyncio.ensure_future(site.remote("ns").connect())
         await asked.wait()
         children = children_of(os.getpid())
@@ -322,27 +322,27 @@ def children_of(pid: int) -> list[int]:
 
 
 def test_nothing_listens_there(sshd: SshServer) -> None:
-    refused(by_ssh(sshd.start_message(), port=free_port()), Unreachable, "Connection refused")
+    refused(by_ssh(sshd.site_spec(), port=free_port()), Unreachable, "Connection refused")
 
 
 def test_a_host_name_that_is_not_known(sshd: SshServer, tmp_path: Path) -> None:
-    start = with_config(sshd, tmp_path / "config", HostName="nowhere.invalid")
-    refused(start, Unreachable, "Could not resolve hostname nowhere.invalid")
+    spec = with_config(sshd, tmp_path / "config", HostName="nowhere.invalid")
+    refused(spec, Unreachable, "Could not resolve hostname nowhere.invalid")
 
 
 def test_a_server_without_sftp(tmp_path: Path) -> None:
     with ssh_server(tmp_path / "s", subsystem=None) as server:
-        refused(server.start_message(), WrongSettings, "no SFTP service.*subsystem request failed")
+        refused(server.site_spec(), WrongSettings, "no SFTP service.*subsystem request failed")
 
 
 def test_a_server_that_prints_text_first(tmp_path: Path) -> None:
     with ssh_server(tmp_path / "s", subsystem="/bin/echo Welcome to the cluster") as server:
-        refused(server.start_message(), NoService, r"\('Welcome to the cluster'\).*bashrc")
+        refused(server.site_spec(), NoService, r"\('Welcome to the cluster'\).*bashrc")
 
 
 def test_a_proxy_command_is_used(tmp_path: Path, sshd: SshServer) -> None:
     relay = f'{sys.executable} -c "{_RELAY}" {LOOPBACK} {sshd.port}'
-    start = with_config(sshd, tmp_path / "config", ProxyCommand=relay, HostKeyAlias="none")
+    spec = with_config(sshd, tmp_path / "config", ProxyCommand=relay, HostKeyAlias="none")
     (tmp_path / "known").write_text(f"none {Path(f'{sshd.host_key}.pub').read_text()}")
     config = tmp_path / "config"
     config.write_text(config.read_text().replace(str(sshd.known_hosts), str(tmp_path / "known")))
@@ -351,18 +351,18 @@ def test_a_proxy_command_is_used(tmp_path: Path, sshd: SshServer) -> None:
         await put(remote, b"through a proxy", b"content")
         assert await get(remote, b"through a proxy") == b"content"
 
-    run(start, story)
+    run(spec, story)
 
 
 def test_a_jump_host_asks_too(sshd: SshServer, tmp_path: Path) -> None:
     """Its key is not known; without an answer nothing goes on to the target."""
     known = tmp_path / "known"
-    start = with_config(sshd, tmp_path / "config", ProxyJump="gate")
+    spec = with_config(sshd, tmp_path / "config", ProxyJump="gate")
     gate = sshd.config_text("gate").replace(str(sshd.known_hosts), str(known))
     with (tmp_path / "config").open("a") as config:
         config.write(gate)
-    refused(start, HostKeyRefused, "no terminal to ask on")
-    ((question, echo),) = asyncio.run(enter(start, "yes"))
+    refused(spec, HostKeyRefused, "no terminal to ask on")
+    ((question, echo),) = asyncio.run(enter(spec, "yes"))
     assert "authenticity of host" in question
     assert echo
 
@@ -378,10 +378,10 @@ def test_what_a_proxy_command_leaves_behind_does_not_hold_us(
         f'exec {sys.executable} -c "{_RELAY}" {LOOPBACK} {sshd.port}\n'
     )
     script.chmod(0o700)
-    start = with_config(sshd, tmp_path / "config", ProxyCommand=str(script))
+    spec = with_config(sshd, tmp_path / "config", ProxyCommand=str(script))
 
     async def main() -> None:
-        site = SshSiteConnection(by_ssh(start), ScriptedPrompter())
+        site = SshSiteConnection(by_ssh(spec), ScriptedPrompter())
         await site.remote("ns").connect()
         children = pids(site.remote("ns"))
         async with asyncio.timeout(20):
@@ -406,12 +406,12 @@ _RELAY = (
 
 
 @pytest.fixture
-def master(tmp_path: Path) -> Iterator[Start]:
+def master(tmp_path: Path) -> Iterator[SiteSpec]:
     """A server, and a ControlMaster connection to it that the user made; the key is gone since."""
     with ssh_server(tmp_path / "s") as server:
         control = tmp_path / "control"
-        start = with_config(server, tmp_path / "config", ControlPath=str(control))
-        site = start.site
+        spec = with_config(server, tmp_path / "config", ControlPath=str(control))
+        site = spec.site
         assert isinstance(site, SshSite)
         ssh = ["ssh", "-F", str(site.ssh_config)]
         subprocess.run(
@@ -419,12 +419,12 @@ def master(tmp_path: Path) -> Iterator[Start]:
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         server.authorized_keys.write_text("")
-        yield start
+        yield spec
         subprocess.run([*ssh, "-O", "exit", ALIAS], check=True, timeout=20, capture_output=True)
         until(lambda: not control.exists())  # it answers before it goes
 
 
-def test_a_control_master_needs_no_login_and_gives_two_channels(master: Start) -> None:
+def test_a_control_master_needs_no_login_and_gives_two_channels(master: SiteSpec) -> None:
     async def story(remote: SftpRemote) -> None:
         await put(remote, b"file", b"content")
         assert await get(remote, b"file") == b"content"
@@ -437,7 +437,7 @@ def test_a_control_master_needs_no_login_and_gives_two_channels(master: Start) -
     run(master, story)
 
 
-def test_a_control_master_verifies_uploads(master: Start) -> None:
+def test_a_control_master_verifies_uploads(master: SiteSpec) -> None:
     (root,) = master.roots.values()
     assert isinstance(root, SftpRoot)
     run(verifying(master), lambda remote: verify_uploads(remote, Path(root.path)))
@@ -451,7 +451,7 @@ def test_one_channel_where_a_second_login_would_be_needed(sshd: SshServer) -> No
         await remote.connect()
         assert len(login_of(remote).channels) == len(pids(remote)) == 1
 
-    run(sshd.start_message(), story)
+    run(sshd.site_spec(), story)
 
 
 def test_a_killed_child_is_replaced(sshd: SshServer) -> None:
@@ -466,7 +466,7 @@ def test_a_killed_child_is_replaced(sshd: SshServer) -> None:
         assert not is_there(pid)
         assert pids(remote) != [pid]
 
-    run(sshd.start_message(), story)
+    run(sshd.site_spec(), story)
 
 
 def test_a_child_killed_in_flight_is_unreachable_and_comes_back(sshd: SshServer) -> None:
@@ -488,12 +488,12 @@ def test_a_child_killed_in_flight_is_unreachable_and_comes_back(sshd: SshServer)
         await put(remote, b"small", b"content")
         assert await get(remote, b"small") == b"content"
 
-    run(sshd.start_message(), story)
+    run(sshd.site_spec(), story)
 
 
 def test_a_child_that_does_not_react_is_killed(sshd: SshServer) -> None:
     async def main() -> None:
-        site = SshSiteConnection(by_ssh(sshd.start_message()), ScriptedPrompter())
+        site = SshSiteConnection(by_ssh(sshd.site_spec()), ScriptedPrompter())
         remote = site.remote("ns")
         await remote.connect()
         (pid,) = pids(remote)

@@ -13,7 +13,7 @@ from asyncssh.channel import SSHChannel
 from hypothesis import given, strategies as st
 
 from hpcfs.model.errors import Unreachable
-from hpcfs.model.sites import SshSite, Start
+from hpcfs.model.sites import SiteSpec, SshSite
 from hpcfs.remotes.sftp.decoder import Bytes, Inbox, Malformed
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
 from hpcfs.remotes.ssh.login import log_in
@@ -48,14 +48,14 @@ async def fetched(remote: SftpRemote, length: int = len(CONTENT)) -> bytes:
 
 
 def taken_by_a_fetch(
-    start: Start,
+    spec: SiteSpec,
     prepare: Callable[[Receiver], None] = lambda receiver: None,
     runner: Callable[..., int] = asyncio.run,
 ) -> int:
     """How many packets went the shorter way while the content came as it is."""
 
     async def main() -> int:
-        site = SshSiteConnection(start, ScriptedPrompter())
+        site = SshSiteConnection(spec, ScriptedPrompter())
         try:
             remote = site.remote("ns")
             await remote.connect()
@@ -71,7 +71,7 @@ def taken_by_a_fetch(
 
 def test_no_empty_packets_are_sent_where_they_protect_nothing(served: SshServer) -> None:
     async def main() -> None:
-        site = SshSiteConnection(served.start_message(), ScriptedPrompter())
+        site = SshSiteConnection(served.site_spec(), ScriptedPrompter())
         try:
             remote = site.remote("ns")
             await remote.connect()
@@ -102,12 +102,12 @@ def test_where_a_cipher_needs_them_empty_packets_are_sent(tmp_path: Path) -> Non
             await site.close()
 
     with ssh_server(tmp_path / "s", "Ciphers aes128-ctr") as server:
-        asyncio.run(main(SshSiteConnection(server.start_message(), ScriptedPrompter())))
+        asyncio.run(main(SshSiteConnection(server.site_spec(), ScriptedPrompter())))
 
 
 @pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
 def test_bytes_take_the_shorter_way(served: SshServer, runner: Callable[..., int]) -> None:
-    assert taken_by_a_fetch(served.start_message(), runner=runner) >= len(CONTENT) / (32 * 1024)
+    assert taken_by_a_fetch(served.site_spec(), runner=runner) >= len(CONTENT) / (32 * 1024)
 
 
 def test_sessions_of_asyncssh_keep_what_comes(served: SshServer) -> None:
@@ -149,7 +149,7 @@ def test_packets_that_come_in_crumbs(served: SshServer, monkeypatch: pytest.Monk
         sizes = iter([7, 1, 3, 5000, 40_000, 16, 4] * 1_000_000)
         monkeypatch.setattr(receiver, "get_buffer", lambda hint: whole(hint)[: next(sizes)])
 
-    assert taken_by_a_fetch(served.start_message(), crumbs) > 0
+    assert taken_by_a_fetch(served.site_spec(), crumbs) > 0
 
 
 def test_new_keys_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_new_keys_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
             monkeypatch.setattr(receiver, "_current_cipher", noted)
 
-        taken = taken_by_a_fetch(server.start_message(), watch)
+        taken = taken_by_a_fetch(server.site_spec(), watch)
         assert taken >= len(CONTENT) / (32 * 1024) - 16
         assert len(seen) > 2, "the keys changed"
 
@@ -175,7 +175,7 @@ def test_new_keys_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_other_ciphers_go_the_usual_way(tmp_path: Path) -> None:
     with ssh_server(tmp_path / "s", "Ciphers aes128-ctr,chacha20-poly1305@openssh.com") as server:
         (server.root / "file").write_bytes(CONTENT)
-        assert taken_by_a_fetch(server.start_message()) == 0
+        assert taken_by_a_fetch(server.site_spec()) == 0
 
 
 def test_through_a_jump_host_the_way_is_short_twice(served: SshServer, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_through_a_jump_host_the_way_is_short_twice(served: SshServer, tmp_path:
             text = text.replace(str(server.known_hosts), str(known))
         config = tmp_path / "config"
         config.write_text(text)
-        start = served.start_message(site=SshSite(ALIAS, ssh_config=str(config)))
+        spec = served.site_spec(site=SshSite(ALIAS, ssh_config=str(config)))
         outer = list[Receiver]()
 
         def note(receiver: Receiver) -> None:
@@ -195,7 +195,7 @@ def test_through_a_jump_host_the_way_is_short_twice(served: SshServer, tmp_path:
             assert channel.get_recv_window() == CHANNEL_WINDOW_BYTES
             outer.append(channel.get_connection()._transport.get_protocol())
 
-        assert taken_by_a_fetch(start, note) >= len(CONTENT) / (32 * 1024)
+        assert taken_by_a_fetch(spec, note) >= len(CONTENT) / (32 * 1024)
         assert outer[0].taken >= len(CONTENT) / (32 * 1024)
 
 
@@ -203,7 +203,7 @@ def test_a_forged_packet_ends_the_connection(
     served: SshServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
-        site = SshSiteConnection(served.start_message(), ScriptedPrompter())
+        site = SshSiteConnection(served.site_spec(), ScriptedPrompter())
         try:
             remote = site.remote("ns")
             await remote.connect()

@@ -35,8 +35,8 @@ from hpcfs.model.errors import (
     Unreachable,
     WrongSettings,
 )
-from hpcfs.model.sites import S3Root, S3Site, Secret, Start
-from hpcfs.model.uploads import Upload
+from hpcfs.model.sites import S3Root, S3Site, Secret, SiteSpec
+from hpcfs.model.uploads import UploadRequest
 from hpcfs.remotes.s3.multipart import SourceWindow
 from hpcfs.remotes.s3.names import MARKER, shown
 from hpcfs.remotes.s3.parts import MIB, Limits
@@ -56,12 +56,13 @@ class Bytes:
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.size = len(data)
+        self.name = ""
 
     def read(self, offset: int, length: int) -> bytes:
         return self.data[offset : offset + length]
 
 
-def start_for(server: S3Server, root: S3Root, cache_dir: Path, uid: int = 1000) -> Start:
+def spec_for(server: S3Server, root: S3Root, cache_dir: Path, uid: int = 1000) -> SiteSpec:
     site = S3Site(
         endpoint_url=server.endpoint_url,
         region=server.region,
@@ -69,7 +70,7 @@ def start_for(server: S3Server, root: S3Root, cache_dir: Path, uid: int = 1000) 
         secret_key=Secret(server.secret_key),
         connect_timeout=2,
     )
-    return Start(site, {"data": root}, str(cache_dir), uid, uid)
+    return SiteSpec(site, {"data": root}, str(cache_dir), uid, uid)
 
 
 @asynccontextmanager
@@ -83,7 +84,7 @@ async def remote_of(
     uid: int = 1000,
 ) -> AsyncIterator[S3Remote]:
     root = S3Root(server.bucket, prefix, read_only)
-    site = S3SiteConnection(start_for(server, root, cache_dir, uid), limits)
+    site = S3SiteConnection(spec_for(server, root, cache_dir, uid), limits)
     try:
         yield site.remote("data")
     finally:
@@ -97,7 +98,7 @@ async def put(
     attributes: Attributes = Attributes(),  # noqa: B008 - it is immutable
     report: Callable[[int], None] = lambda done: None,
 ) -> Entry:
-    request = Upload(path, "", len(data), 0, [(0, len(data))], attributes, 0o644)
+    request = UploadRequest(path, len(data), 0, [(0, len(data))], attributes, 0o644)
     return await remote.upload(request, Bytes(data), report)
 
 
@@ -283,7 +284,7 @@ def test_a_file_that_replaces_another_does_not_inherit_its_extended_attributes(
         async with remote_of(server, prefix, tmp_path) as remote:
             await put(remote, b"f", b"old", Attributes(xattrs={b"user.old": b"1"}))
             new = Attributes(xattrs={b"user.new": b"2"})
-            request = Upload(b"f", "", 3, 0, [(0, 3)], new, 0o644, replace=True)
+            request = UploadRequest(b"f", 3, 0, [(0, 3)], new, 0o644, replace=True)
             entry = await remote.upload(request, Bytes(b"new"), lambda done: None)
             assert entry.xattrs == ((b"user.new", b"2"),)
 
@@ -750,7 +751,7 @@ def test_parts_too_large_for_memory_are_streamed(
         async with remote_of(
             server, prefix, tmp_path, limits=replace(SMALL, buffered_part=MIB)
         ) as remote:
-            request = Upload(b"f", "", len(data), 0, [(0, len(data))], Attributes(), 0o644)
+            request = UploadRequest(b"f", len(data), 0, [(0, len(data))], Attributes(), 0o644)
             await remote.upload(request, Watched(data), lambda done: None)
             assert await content(remote, b"f") == data
 
@@ -790,7 +791,7 @@ def test_an_upload_that_fails_leaves_no_parts_and_the_old_content(
         async with remote_of(moto, prefix, tmp_path, limits=SMALL) as remote:
             await put(remote, b"f", b"old")
             size = 30 * MIB
-            request = Upload(b"f", "", size, 0, [(0, size)], Attributes(), 0o644)
+            request = UploadRequest(b"f", size, 0, [(0, size)], Attributes(), 0o644)
             with pytest.raises(RemoteError, match="cache file"):
                 await remote.upload(request, Broken(bytes(size)), lambda done: None)
             assert await content(remote, b"f") == b"old"
@@ -825,7 +826,7 @@ def test_a_file_that_s3_cannot_hold_is_refused_at_once(
         async with remote_of(moto, prefix, tmp_path) as remote:
             source = Bytes(b"")
             source.size = 5 * 2**40 + 1
-            request = Upload(b"f", "", source.size, 0, [], Attributes(), 0o644)
+            request = UploadRequest(b"f", source.size, 0, [], Attributes(), 0o644)
             with pytest.raises(TooLarge, match="5 TiB"):
                 await remote.upload(request, source, lambda done: None)
 
@@ -925,14 +926,14 @@ def test_no_credentials_at_all(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
     async def connect(**site: Any) -> None:
-        start = Start(
+        spec = SiteSpec(
             S3Site(endpoint_url=rclone.endpoint_url, **site),
             {"data": S3Root(rclone.bucket)},
             str(tmp_path),
             1000,
             1000,
         )
-        connection = S3SiteConnection(start)
+        connection = S3SiteConnection(spec)
         try:
             await connection.remote("data").connect()
         finally:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hpcfs.model.entries import Attributes
-from hpcfs.model.uploads import Upload
+from hpcfs.model.uploads import UploadRequest
 from hpcfs.remotes.base import no_report
 from hpcfs.remotes.s3.belongings import parameters_of
 from hpcfs.remotes.s3.objects import settable
@@ -31,7 +31,7 @@ HEADERS = {"ContentType": "text/x-model", "CacheControl": "no-cache", "ContentLa
 
 async def overwrite(remote: S3Remote, path: bytes, data: bytes, **fields: Any) -> None:
     source = Bytes(data)
-    request = Upload(path, "", source.size, 0, [(0, source.size)], Attributes(), 0o644, **fields)
+    request = UploadRequest(path, source.size, 0, [(0, source.size)], Attributes(), 0o644, **fields)
     await remote.upload(request, source, no_report)
 
 

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings, strategies as st
 
 from hpcfs.model.errors import Changed, ProtocolError, Unreachable
-from hpcfs.model.sites import S3Root, S3Site, Secret, Start
+from hpcfs.model.sites import S3Root, S3Site, Secret, SiteSpec
 from hpcfs.remotes.s3.direct import STRANGE_IN_A_ROW
 from hpcfs.remotes.s3.http import PIECE_BYTES, Answer, Lost, Question, Unusual
 from hpcfs.remotes.s3.login import Login
@@ -52,8 +52,8 @@ async def remote_of(
         secret_key=Secret(server.secret_key),
         connect_timeout=2,
     )
-    start = Start(site, {"data": S3Root(server.bucket, prefix)}, cache, 1000, 1000)
-    connection = S3SiteConnection(start, bounds=bounds)
+    spec = SiteSpec(site, {"data": S3Root(server.bucket, prefix)}, cache, 1000, 1000)
+    connection = S3SiteConnection(spec, bounds=bounds)
     try:
         yield connection.remote("data")
     finally:

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from hpcfs.model.errors import AccessRefused, ProtocolError, RemoteFailure
-from hpcfs.model.sites import S3Root, S3Site, Start
+from hpcfs.model.sites import S3Root, S3Site, SiteSpec
 from hpcfs.remotes.s3.answers import MOST_MARKS, of_listing
 from hpcfs.remotes.s3.direct import Direct
 from hpcfs.remotes.s3.http import HEAD_BYTES, MOST_INTERIM
@@ -248,8 +248,8 @@ def test_a_provider_that_gives_no_credentials_is_told_of(
         async with listening(FIRST, said) as provider, listening(FIRST, answer(b"")) as server:
             monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{provider.url}/c")
             site = S3Site(endpoint_url=server.url)
-            start = Start(site, {"data": S3Root("bucket", "")}, "/nonexistent", 1000, 1000)
-            connection = S3SiteConnection(start)
+            spec = SiteSpec(site, {"data": S3Root("bucket", "")}, "/nonexistent", 1000, 1000)
+            connection = S3SiteConnection(spec)
             with pytest.raises(AccessRefused, match="no usable S3 credentials"):
                 await connection.remote("data").connect()
             await connection.close()

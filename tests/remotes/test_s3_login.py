@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hpcfs.model.errors import AccessRefused, PermissionDenied, WrongSettings
-from hpcfs.model.sites import S3Root, S3Site, Secret, Start
+from hpcfs.model.sites import S3Root, S3Site, Secret, SiteSpec
 from hpcfs.remotes.base import no_report
 from hpcfs.remotes.s3.login import Login, check_secrecy
 from hpcfs.remotes.s3.remote import S3Remote
@@ -33,7 +33,7 @@ def _no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def remote_at(site: S3Site, bucket: str, cache: Path) -> AsyncIterator[S3Remote]:
-    connection = S3SiteConnection(Start(site, {"ns": S3Root(bucket)}, str(cache), 1000, 1000))
+    connection = S3SiteConnection(SiteSpec(site, {"ns": S3Root(bucket)}, str(cache), 1000, 1000))
     try:
         yield connection.remote("ns")
     finally:

@@ -14,9 +14,9 @@ import pytest
 from botocore.exceptions import ClientError
 
 from hpcfs.model.entries import Attributes, Entry
-from hpcfs.model.errors import AheadLost, Conflict, NotSupported, RemoteFailure, Unreachable
+from hpcfs.model.errors import Conflict, NotSupported, PiecesLost, RemoteFailure, Unreachable
 from hpcfs.model.sites import S3Root
-from hpcfs.model.uploads import Upload, UploadAhead
+from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
 from hpcfs.remotes.s3.bucket import Begun
 from hpcfs.remotes.s3.parts import MIB, Limits
 from hpcfs.remotes.s3.remote import S3Remote
@@ -91,7 +91,7 @@ class Watched(Bytes):
 
 async def upload(remote: S3Remote, source: Bytes, **fields: Any) -> Entry:
     given = {"ranges": [(0, source.size)], "attributes": Attributes(mtime_ns=TIME_NS), **fields}
-    request = Upload(b"f", "", source.size, given.pop("base_size", 0), mode=0o644, **given)
+    request = UploadRequest(b"f", source.size, given.pop("base_size", 0), mode=0o644, **given)
     return await remote.upload(request, source, lambda done: None)
 
 
@@ -230,8 +230,8 @@ def test_a_repeated_upload_sets_the_attributes_too(
 # --- sent ahead -----------------------------------------------------------------------------------
 
 
-def piece(index: int, **fields: Any) -> UploadAhead:
-    return UploadAhead(b"f", "", index * UNIT, UNIT, 0o644, HANDLE, **fields)
+def piece(index: int, **fields: Any) -> UploadPieceRequest:
+    return UploadPieceRequest(b"f", index * UNIT, UNIT, 0o644, HANDLE, **fields)
 
 
 async def finish(
@@ -253,7 +253,7 @@ def test_a_file_is_sent_while_it_is_written(
             source = Watched(data)
             order = list(range(9))
             random.Random(3).shuffle(order)
-            await asyncio.gather(*(remote.upload_ahead(piece(n), source) for n in order))
+            await asyncio.gather(*(remote.upload_piece(piece(n), source) for n in order))
             assert await names(remote) == {}, "nothing is to be seen before the end"
             asked = requests_of(remote)
             ahead = source.reads
@@ -282,7 +282,7 @@ def test_what_was_written_again_is_sent_again(
     async def test() -> int:
         async with remote_of(server, prefix, tmp_path, limits=LIMITS) as remote:
             for n in range(4):
-                await remote.upload_ahead(piece(n), Bytes(first))
+                await remote.upload_piece(piece(n), Bytes(first))
             source = Watched(bytes(data))
             await finish(remote, source, [(UNIT + 5, 4), (4 * UNIT, 4)], times_set=False)
             assert await content(remote, b"f") == data
@@ -300,7 +300,7 @@ def test_a_file_may_be_cut_after_it_was_sent(
     async def test() -> None:
         async with remote_of(server, prefix, tmp_path, limits=LIMITS) as remote:
             for n in range(4):
-                await remote.upload_ahead(piece(n), Bytes(data))
+                await remote.upload_piece(piece(n), Bytes(data))
             await finish(remote, Bytes(data[:size]), [])
             assert await content(remote, b"f") == data[:size]
 
@@ -313,12 +313,12 @@ def test_what_was_sent_of_a_file_that_is_given_up_is_removed(
 ) -> None:
     async def test() -> None:
         async with remote_of(moto, prefix, tmp_path, limits=LIMITS) as remote:
-            await remote.upload_ahead(piece(0), Bytes(bytes(UNIT)))
+            await remote.upload_piece(piece(0), Bytes(bytes(UNIT)))
             assert len(uploads_left(moto, prefix)) == 1
             await remote.release(HANDLE)
             await remote.release(HANDLE)
             assert uploads_left(moto, prefix) == []
-            await remote.upload_ahead(piece(0), Bytes(bytes(UNIT)))
+            await remote.upload_piece(piece(0), Bytes(bytes(UNIT)))
 
     run(test())
     assert uploads_left(moto, prefix) == [], "nor when the process ends"
@@ -329,11 +329,11 @@ def test_what_another_process_sent_is_lost(moto: S3Server, prefix: str, tmp_path
 
     async def test() -> None:
         async with remote_of(moto, prefix, tmp_path, limits=LIMITS) as remote:
-            with pytest.raises(AheadLost):
+            with pytest.raises(PiecesLost):
                 await finish(remote, Bytes(data), [])
             assert await names(remote) == {}
             for n in range(2):
-                await remote.upload_ahead(piece(n), Bytes(data))
+                await remote.upload_piece(piece(n), Bytes(data))
             with moto.client() as client:  # as a rule of the bucket's does it
                 for left in client.list_multipart_uploads(Bucket=moto.bucket)["Uploads"]:
                     client.abort_multipart_upload(
@@ -353,7 +353,7 @@ def test_a_streamed_file_does_not_replace_what_others_made(
     async def test() -> None:
         async with remote_of(server, prefix, tmp_path, limits=LIMITS) as remote:
             for n in range(3):
-                await remote.upload_ahead(piece(n), Bytes(data))
+                await remote.upload_piece(piece(n), Bytes(data))
             put_directly(server, f"{prefix}/f", b"theirs")
             with pytest.raises(Conflict):
                 await finish(remote, Bytes(data), [])
@@ -371,7 +371,7 @@ def test_a_stream_whose_last_answer_was_lost(moto: S3Server, prefix: str, tmp_pa
     async def test(*, restarted: bool) -> None:
         async with remote_of(moto, prefix, tmp_path, limits=LIMITS) as remote:
             for n in range(5):
-                await remote.upload_ahead(piece(n), Bytes(data))
+                await remote.upload_piece(piece(n), Bytes(data))
             lose_answer(remote, "complete_upload")
             with pytest.raises(Unreachable):
                 await finish(remote, Bytes(data), [])
@@ -395,11 +395,11 @@ def test_a_part_that_fails_is_sent_at_the_end(moto: S3Server, prefix: str, tmp_p
 
     async def test() -> None:
         async with remote_of(moto, prefix, tmp_path, limits=LIMITS) as remote:
-            await remote.upload_ahead(piece(0), Bytes(data))
+            await remote.upload_piece(piece(0), Bytes(data))
             lose_answer(remote, "upload_part")
             with pytest.raises(Unreachable):
-                await remote.upload_ahead(piece(1), Bytes(data))
-            await remote.upload_ahead(piece(2), Bytes(data))
+                await remote.upload_piece(piece(1), Bytes(data))
+            await remote.upload_piece(piece(2), Bytes(data))
             await finish(remote, Bytes(data), [(UNIT, UNIT), (3 * UNIT, UNIT)])
             assert await content(remote, b"f") == data
 
@@ -413,11 +413,11 @@ def test_a_file_that_was_renamed_while_it_was_sent(
 
     async def test() -> None:
         async with remote_of(moto, prefix, tmp_path, limits=LIMITS) as remote:
-            await remote.upload_ahead(piece(0), Bytes(data))
-            renamed = UploadAhead(b"g", "", UNIT, UNIT, 0o644, HANDLE)
-            with pytest.raises(AheadLost):
-                await remote.upload_ahead(renamed, Bytes(data))
-            request = Upload(b"g", "", len(data), 0, [], Attributes(), 0o644, handle=HANDLE)
+            await remote.upload_piece(piece(0), Bytes(data))
+            renamed = UploadPieceRequest(b"g", UNIT, UNIT, 0o644, HANDLE)
+            with pytest.raises(PiecesLost):
+                await remote.upload_piece(renamed, Bytes(data))
+            request = UploadRequest(b"g", len(data), 0, [], Attributes(), 0o644, handle=HANDLE)
             await remote.upload(request, Bytes(data), lambda done: None)
             assert set(await names(remote)) == {b"g"}
             assert await content(remote, b"g") == data
@@ -758,7 +758,7 @@ def test_how_many_requests_a_small_file_takes(moto: S3Server, prefix: str, tmp_p
         async with remote_of(moto, prefix, tmp_path) as remote:
             await remote.connect()
             await remote.make_directory(b"d", 0o755)
-            first = Upload(b"d/f", "", 1, 0, [(0, 1)], Attributes(), 0o644, base_version=b"")
+            first = UploadRequest(b"d/f", 1, 0, [(0, 1)], Attributes(), 0o644, base_version=b"")
             entry = await remote.upload(first, Bytes(b"x"), lambda done: None)
             again = msgspec.structs.replace(first, base_version=entry.version)
             await remote.upload(again, Bytes(b"y"), lambda done: None)

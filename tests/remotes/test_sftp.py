@@ -33,7 +33,7 @@ from hpcfs.model.errors import (
     RemoteFailure,
     WrongSettings,
 )
-from hpcfs.model.sites import S3Root, SftpRoot, Start
+from hpcfs.model.sites import S3Root, SftpRoot, SiteSpec
 from hpcfs.remotes.sftp.attrs import Owners
 from hpcfs.remotes.sftp.read import MAX_OPEN_HANDLES
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection, _root_path
@@ -57,11 +57,11 @@ EXTENSIONS = (
 )  # fmt: skip
 
 
-def on(start: Start, story: Callable[[SftpRemote], Awaitable[T]]) -> T:
+def on(spec: SiteSpec, story: Callable[[SftpRemote], Awaitable[T]]) -> T:
     """Run a story on a real server's namespace."""
 
     async def main() -> T:
-        site = SshSiteConnection(start, ScriptedPrompter())
+        site = SshSiteConnection(spec, ScriptedPrompter())
         try:
             return await story(site.remote("ns"))
         finally:
@@ -80,7 +80,7 @@ def on_evil(
 
     async def main() -> T:
         async with evil_site(base, sftp, without=without) as evil:
-            site = SshSiteConnection(evil.start, ScriptedPrompter())
+            site = SshSiteConnection(evil.spec, ScriptedPrompter())
             try:
                 return await story(site.remote("ns"), evil)
             finally:
@@ -105,15 +105,15 @@ def test_root_paths(path: str, full: bytes) -> None:
 
 
 def test_a_missing_root_names_host_and_path(sshd: SshServer) -> None:
-    start = sshd.start_message(str(sshd.root / "nowhere"))
+    spec = sshd.site_spec(str(sshd.root / "nowhere"))
     with pytest.raises(WrongSettings, match=r"nowhere on cluster \(127.0.0.1\) does not exist"):
-        on(start, lambda remote: remote.stat(b"x"))
+        on(spec, lambda remote: remote.stat(b"x"))
 
 
 def test_a_root_that_is_a_file_is_refused(sshd: SshServer) -> None:
     (sshd.root / "plain").write_bytes(b"x")
     with pytest.raises(WrongSettings, match="is not a folder"):
-        on(sshd.start_message(str(sshd.root / "plain")), lambda remote: remote.connect())
+        on(sshd.site_spec(str(sshd.root / "plain")), lambda remote: remote.connect())
 
 
 def test_a_root_made_later_is_found_by_the_next_request(sshd: SshServer) -> None:
@@ -125,7 +125,7 @@ def test_a_root_made_later_is_found_by_the_next_request(sshd: SshServer) -> None
         late.mkdir()
         assert await listed(remote, b"") == {}
 
-    on(sshd.start_message(str(late)), story)
+    on(sshd.site_spec(str(late)), story)
 
 
 def test_a_root_may_be_a_link_to_a_directory(sshd: SshServer) -> None:
@@ -137,7 +137,7 @@ def test_a_root_may_be_a_link_to_a_directory(sshd: SshServer) -> None:
         assert stat.S_ISDIR((await remote.stat(b"")).mode)
         assert set(await listed(remote, b"")) == {b"file"}
 
-    on(sshd.start_message(str(sshd.root / "alias")), story)
+    on(sshd.site_spec(str(sshd.root / "alias")), story)
 
 
 def test_two_namespaces_share_one_connection(sshd: SshServer) -> None:
@@ -147,11 +147,11 @@ def test_two_namespaces_share_one_connection(sshd: SshServer) -> None:
     roots: dict[str, SftpRoot | S3Root] = {
         name: SftpRoot(str(sshd.root / name)) for name in ("one", "two")
     }
-    base = sshd.start_message()
-    start = Start(base.site, roots, base.cache_dir, base.uid, base.gid)
+    base = sshd.site_spec()
+    spec = SiteSpec(base.site, roots, base.state_dir, base.uid, base.gid)
 
     async def main() -> None:
-        site = SshSiteConnection(start, ScriptedPrompter())
+        site = SshSiteConnection(spec, ScriptedPrompter())
         try:
             one, two = await asyncio.gather(
                 listed(site.remote("one"), b""), listed(site.remote("two"), b"")
@@ -187,7 +187,7 @@ def test_the_remote_user_is_the_local_user(sshd: SshServer) -> None:
         assert (entry.uid, entry.gid) == (LOCAL_UID, LOCAL_GID)
         await remote.set_attributes(b"file", Attributes(uid=LOCAL_UID, gid=LOCAL_GID))
 
-    on(sshd.start_message(str(folder)), story)
+    on(sshd.site_spec(str(folder)), story)
     assert (folder / "file").stat().st_uid == os.getuid()
 
 
@@ -219,7 +219,7 @@ def test_a_growing_file_is_followed_through_its_handle(sshd: SshServer) -> None:
         with pytest.raises(Changed):
             await remote.fetch(b"log", grown.version, 4, 4, 1)
 
-    on(sshd.start_message(str(folder)), story)
+    on(sshd.site_spec(str(folder)), story)
 
 
 def test_a_removed_file_is_still_read_by_who_has_it_open(sshd: SshServer) -> None:
@@ -235,7 +235,7 @@ def test_a_removed_file_is_still_read_by_who_has_it_open(sshd: SshServer) -> Non
         with pytest.raises(NotFound):
             await remote.fetch(b"file", entry.version, 3, 3, 2)
 
-    on(sshd.start_message(str(folder)), story)
+    on(sshd.site_spec(str(folder)), story)
 
 
 def test_open_handles_are_bounded_and_closed(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_one_opening_serves_all_fetches_of_a_handle(sshd: SshServer) -> None:
         assert b"".join(map(b"".join, got)) == bytes(range(100))
         assert len(remote._files._files) == 1
 
-    on(sshd.start_message(str(folder)), story)
+    on(sshd.site_spec(str(folder)), story)
 
 
 def test_bytes_lost_on_the_remote_are_not_replaced_by_zeros(sshd: SshServer) -> None:
@@ -297,7 +297,7 @@ def test_bytes_lost_on_the_remote_are_not_replaced_by_zeros(sshd: SshServer) -> 
             await put(remote, b"log", b"0123456789tail", ranges=[(10, 4)], base_size=10)
         assert (folder / "log").read_bytes() == b""
 
-    on(sshd.start_message(str(folder)), story)
+    on(sshd.site_spec(str(folder)), story)
 
 
 def test_uploading_to_a_directory_is_refused(sshd: SshServer) -> None:
@@ -310,7 +310,7 @@ def test_uploading_to_a_directory_is_refused(sshd: SshServer) -> None:
         with pytest.raises(NotFound):
             await put(remote, b"missing/file", b"x")
 
-    on(sshd.start_message(str(folder)), story)
+    on(sshd.site_spec(str(folder)), story)
 
 
 def test_names_below_a_file_can_not_be_made(sshd: SshServer) -> None:
@@ -324,7 +324,7 @@ def test_names_below_a_file_can_not_be_made(sshd: SshServer) -> None:
         with pytest.raises(NotADirectory):
             await remote.make_directory(b"file/new", 0o755)
 
-    on(sshd.start_message(str(folder)), story)
+    on(sshd.site_spec(str(folder)), story)
 
 
 def test_changing_what_is_not_a_link_never_goes_through_one(sshd: SshServer) -> None:
@@ -340,7 +340,7 @@ def test_changing_what_is_not_a_link_never_goes_through_one(sshd: SshServer) -> 
         with pytest.raises(Exception, match="symbolic link"):
             await remote.truncate(b"link", 0)
 
-    on(sshd.start_message(str(folder)), story)
+    on(sshd.site_spec(str(folder)), story)
     assert (folder / "target").read_bytes() == b"precious"
     assert stat.S_IMODE((folder / "target").stat().st_mode) == 0o640
 
@@ -358,7 +358,7 @@ def test_times_out_of_range_are_clamped(sshd: SshServer) -> None:
         both = await remote.set_attributes(b"file", Attributes(atime_ns=3 * SECOND))
         assert (both.atime_ns, both.mtime_ns) == (3 * SECOND, late.mtime_ns)
 
-    on(sshd.start_message(str(folder)), story)
+    on(sshd.site_spec(str(folder)), story)
 
 
 def test_five_thousand_entries(sshd: SshServer) -> None:
@@ -377,7 +377,7 @@ def test_five_thousand_entries(sshd: SshServer) -> None:
             break  # a reader that leaves early leaves nothing behind
         assert stat.S_ISREG((await remote.stat(b"00000")).mode)
 
-    on(sshd.start_message(str(folder)), story)
+    on(sshd.site_spec(str(folder)), story)
 
 
 def test_a_small_directory_is_two_round_trips(
@@ -403,7 +403,7 @@ def test_a_small_directory_is_two_round_trips(
         assert sent == [FXP_OPENDIR, FXP_READDIR, FXP_READDIR, FXP_READDIR, FXP_CLOSE]
         assert meta._requests, "the close is not answered yet"
 
-    on(sshd.start_message(str(folder)), story)
+    on(sshd.site_spec(str(folder)), story)
 
 
 def test_a_handle_that_comes_too_late_is_closed(tmp_path: Path) -> None:
@@ -439,7 +439,7 @@ def test_a_server_with_one_session_only(tmp_path: Path) -> None:
             await put(remote, b"file", b"x" * 1_000_000)
             assert await get(remote, b"file") == b"x" * 1_000_000
 
-        on(server.start_message(), story)
+        on(server.site_spec(), story)
 
 
 def test_a_server_without_sftp(tmp_path: Path) -> None:
@@ -447,7 +447,7 @@ def test_a_server_without_sftp(tmp_path: Path) -> None:
         ssh_server(tmp_path / "s", subsystem=None) as server,
         pytest.raises(WrongSettings, match="no SFTP service"),
     ):
-        on(server.start_message(), lambda remote: remote.connect())
+        on(server.site_spec(), lambda remote: remote.connect())
 
 
 def test_a_server_that_prints_before_sftp(tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_a_server_that_prints_before_sftp(tmp_path: Path) -> None:
         ssh_server(tmp_path / "s", subsystem=noisy) as server,
         pytest.raises(NoService, match=r"\('Welcome to the cluster'\).*bashrc"),
     ):
-        on(server.start_message(), lambda remote: remote.connect())
+        on(server.site_spec(), lambda remote: remote.connect())
 
 
 # --- wicked servers -----------------------------------------------------------------------------
@@ -690,7 +690,7 @@ def test_between_file_systems_nothing_is_renamed_or_linked(sshd: SshServer, tmp_
             with pytest.raises(AlreadyExists):
                 await remote.make_link(source + b"2", source + b"2")
 
-        on(sshd.start_message("/"), story)
+        on(sshd.site_spec("/"), story)
         assert os.listdir(there) == ["taken"]
 
 
@@ -779,7 +779,7 @@ def test_paths_that_are_longer_than_the_server_takes(sshd: SshServer) -> None:
             await remote.remove_directory(directory)
         assert os.listdir(folder) == ["short"]
 
-    on(sshd.start_message(str(folder)), story)
+    on(sshd.site_spec(str(folder)), story)
 
 
 def test_a_long_path_leads_nowhere_else_after_a_rename(sshd: SshServer) -> None:
@@ -797,7 +797,7 @@ def test_a_long_path_leads_nowhere_else_after_a_rename(sshd: SshServer) -> None:
         moved = b"other" + path[len(above[0]) :]
         assert await get(remote, moved) == b"content"
 
-    on(sshd.start_message(str(folder)), story)
+    on(sshd.site_spec(str(folder)), story)
 
 
 def test_a_path_that_no_server_takes_is_too_long(sshd: SshServer) -> None:
@@ -805,7 +805,7 @@ def test_a_path_that_no_server_takes_is_too_long(sshd: SshServer) -> None:
         with pytest.raises(NameTooLong):
             await remote.stat(b"d/" * 8000)
 
-    on(sshd.start_message(), story)
+    on(sshd.site_spec(), story)
 
 
 def test_where_descriptors_have_no_names_long_paths_are_too_long(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 from hpcfs.model.entries import Attributes, Entry
 from hpcfs.model.errors import Conflict, RemoteFailure, Unreachable
-from hpcfs.model.sites import SftpRoot, Start
-from hpcfs.model.uploads import Upload
+from hpcfs.model.sites import SftpRoot, SiteSpec
+from hpcfs.model.uploads import UploadRequest
 from hpcfs.remotes.sftp.remote import SftpRemote
 from tests.remotes.contract import MemorySource
 from tests.remotes.test_sftp import on
@@ -31,10 +31,10 @@ SIZES = [1, 10, 300_000, 3_000_000]
 def on_folder(sshd: SshServer, story: Story, *, verify: bool = False) -> None:
     folder = sshd.root / f"appended-{random.getrandbits(64):x}"
     folder.mkdir()
-    start = sshd.start_message(str(folder))
+    spec = sshd.site_spec(str(folder))
     if verify:
-        start = Start(start.site, {"ns": SftpRoot(str(folder), verify=True)}, start.cache_dir, 0, 0)
-    on(start, lambda remote: story(remote, folder))
+        spec = SiteSpec(spec.site, {"ns": SftpRoot(str(folder), verify=True)}, spec.state_dir, 0, 0)
+    on(spec, lambda remote: story(remote, folder))
 
 
 async def append(
@@ -47,9 +47,8 @@ async def append(
 ) -> Entry:
     """`tail`, to what was `old` when it was opened."""
     whole = old + tail
-    request = Upload(
+    request = UploadRequest(
         b"log",
-        "",
         len(whole),
         len(old),
         [(len(old), len(tail))],

@@ -13,9 +13,9 @@ import pytest
 
 from hpcfs.laptop.acceptor import Kind
 from hpcfs.laptop.shares import Share
-from hpcfs.model.errors import AheadLost, NotSupported, RemoteFailure
-from hpcfs.model.sites import Start
-from hpcfs.model.uploads import AHEAD_BYTES
+from hpcfs.model.errors import NotSupported, PiecesLost, RemoteFailure
+from hpcfs.model.sites import SiteSpec
+from hpcfs.model.uploads import PIECE_BYTES
 from hpcfs.remotes.sftp.parallel_channels import WIDE_BYTES
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
 from hpcfs.remotes.tunnel.site import TunnelSiteConnection
@@ -37,8 +37,8 @@ def on_few(base: Path, story: Story, transport: str = "asyncssh") -> None:
     server.chmod(0o755)
 
     async def main() -> None:
-        start = sshd.start_message(site=sshd.site(transport=transport))
-        site = SshSiteConnection(start, ScriptedPrompter())
+        spec = sshd.site_spec(site=sshd.site(transport=transport))
+        site = SshSiteConnection(spec, ScriptedPrompter())
         try:
             async with asyncio.timeout(60):
                 await story(site.remote("ns"), sshd.root)
@@ -130,7 +130,7 @@ def test_more_at_once_than_handles(tmp_path: Path) -> None:
 
 def test_more_files_sent_ahead_than_handles(tmp_path: Path) -> None:
     """What loses its handle is sent again, as after a lost connection."""
-    piece = bytes(range(256)) * (AHEAD_BYTES // 256)
+    piece = bytes(range(256)) * (PIECE_BYTES // 256)
 
     async def story(remote: SftpRemote, folder: Path) -> None:
         async def bring(number: int) -> None:
@@ -140,9 +140,9 @@ def test_more_files_sent_ahead_than_handles(tmp_path: Path) -> None:
             except NotSupported:
                 sent = False
             try:
-                rest = [(AHEAD_BYTES, 3)] if sent else None
+                rest = [(PIECE_BYTES, 3)] if sent else None
                 await put(remote, name, piece + b"end", ranges=rest, handle=1 + number)
-            except AheadLost:
+            except PiecesLost:
                 await put(remote, name, piece + b"end")
 
         for number in range(6):
@@ -164,8 +164,8 @@ def test_a_laptop_that_grants_few(
     folder = tmp_path / "data"
     folder.mkdir()
 
-    async def main(start: Start) -> None:
-        site = TunnelSiteConnection(start)
+    async def main(spec: SiteSpec) -> None:
+        site = TunnelSiteConnection(spec)
         remote = site.remote("ns")
         try:
             async with asyncio.timeout(60):
@@ -181,7 +181,7 @@ def test_a_laptop_that_grants_few(
             await site.close()
 
     with laptop(tmp_path, Share("data", folder), kind=kind) as running:
-        asyncio.run(main(running.start_message("/data", tmp_path)))
+        asyncio.run(main(running.site_spec("/data", tmp_path)))
     for number in range(MANY):
         assert (folder / f"new{number}").read_bytes() == b"x"
 
@@ -223,7 +223,7 @@ def on_counting(
     async def main() -> None:
         Few.held = Few.refused = 0
         async with asyncio.timeout(60), evil_site(base, sftp) as evil:
-            site = SshSiteConnection(evil.start, ScriptedPrompter())
+            site = SshSiteConnection(evil.spec, ScriptedPrompter())
             try:
                 await story(site.remote("ns"), evil)
             finally:

@@ -11,7 +11,7 @@ import asyncssh
 import pytest
 
 from hpcfs.model.errors import AlreadyExists, NotADirectory, NotFound, RemoteError, RemoteFailure
-from hpcfs.model.sites import SftpRoot, Start
+from hpcfs.model.sites import SftpRoot, SiteSpec
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
 from tests.support.evil_sftp import (
     EvilSite,
@@ -33,7 +33,7 @@ Story = Callable[[SftpRemote, EvilSite], Awaitable[None]]
 def on_server(base: Path, sftp: type[Plain], story: Story, version: str | None = None) -> None:
     async def main() -> None:
         async with asyncio.timeout(60), evil_site(base, sftp, version=version) as evil:
-            site = SshSiteConnection(evil.start, ScriptedPrompter())
+            site = SshSiteConnection(evil.spec, ScriptedPrompter())
             try:
                 await story(site.remote("ns"), evil)
             finally:
@@ -201,11 +201,13 @@ def test_openssh_s_server_behind_another_banner(tmp_path: Path) -> None:
                 server_version="dropbear_2022.83",
                 encoding=None,
             )
-            config = Path(evil.start.site.ssh_config or "")  # type: ignore[union-attr]
+            config = Path(evil.spec.site.ssh_config or "")  # type: ignore[union-attr]
             for file in (config, evil.known_hosts):
                 file.write_text(file.read_text().replace(str(evil.port), str(acceptor.get_port())))
-            start = Start(evil.start.site, {"ns": SftpRoot(str(served))}, str(tmp_path), 1000, 1000)
-            site = SshSiteConnection(start, ScriptedPrompter())
+            spec = SiteSpec(
+                evil.spec.site, {"ns": SftpRoot(str(served))}, str(tmp_path), 1000, 1000
+            )
+            site = SshSiteConnection(spec, ScriptedPrompter())
             remote = site.remote("ns")
             try:
                 await remote.make_symlink(b"latest", b"data.csv")

@@ -69,7 +69,7 @@ def made_in(sshd: SshServer, folder: Path, make: Make, mode: int) -> tuple[Entry
         assert (await remote.stat(b"new")).mode == entry.mode
         return entry
 
-    entry = on(sshd.start_message(str(folder)), story)
+    entry = on(sshd.site_spec(str(folder)), story)
     return entry, (folder / "new").stat()
 
 
@@ -117,7 +117,7 @@ def test_a_mode_that_a_program_set_is_set(make: Make, sshd: SshServer, tmp_path:
         await make(remote, b"new", 0o600)
         return await put(remote, b"new", b"x", attributes=Attributes(mode=0o664))
 
-    assert stat.S_IMODE(on(sshd.start_message(str(tmp_path)), story).mode) == 0o664
+    assert stat.S_IMODE(on(sshd.site_spec(str(tmp_path)), story).mode) == 0o664
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o664
 
 
@@ -233,7 +233,7 @@ def test_an_sftp_server_that_only_reads(tmp_path: Path) -> None:
     (folder / "d").mkdir(parents=True)
     (folder / "file").write_bytes(b"content")
     with ssh_server(tmp_path / "server", subsystem="internal-sftp -R") as server:
-        found = on(server.start_message(str(folder)), changes_refused)
+        found = on(server.site_spec(str(folder)), changes_refused)
     del found["link"]  # an extension that it does not offer then
     assert set(found.values()) == {ReadOnly}, found
     assert sorted(os.listdir(folder)) == ["d", "file"]

@@ -20,17 +20,17 @@ from asyncssh.constants import FXP_CLOSE, FXP_OPEN
 
 from hpcfs.model.entries import Attributes
 from hpcfs.model.errors import (
-    AheadLost,
     AlreadyExists,
     Conflict,
     InvalidRequest,
     NoSpace,
+    PiecesLost,
     RemoteError,
     RemoteFailure,
     Unreachable,
 )
-from hpcfs.model.sites import SftpRoot, Start
-from hpcfs.model.uploads import AHEAD_BYTES, Upload
+from hpcfs.model.sites import SftpRoot, SiteSpec
+from hpcfs.model.uploads import PIECE_BYTES, UploadRequest
 from hpcfs.remotes.sftp.opening import NEW
 from hpcfs.remotes.sftp.parallel_channels import WIDE_BYTES
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
@@ -58,8 +58,8 @@ def content(size: int, seed: int = 1) -> bytes:
 def on_folder(sshd: SshServer, story: Story, transport: str = "asyncssh") -> None:
     folder = sshd.root / f"uploads-{random.getrandbits(64):x}"
     folder.mkdir()
-    start = sshd.start_message(str(folder), sshd.site(transport=transport))
-    on(start, lambda remote: story(remote, folder))
+    spec = sshd.site_spec(str(folder), sshd.site(transport=transport))
+    on(spec, lambda remote: story(remote, folder))
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -417,7 +417,7 @@ def test_a_half_done_overwriting_is_recognised_by_who_began_it(sshd: SshServer) 
 
         await lose(remote, FXP_CLOSE, overwrite(remote))
         (folder / "db").write_bytes(new[:500_000] + old[500_000:])  # had it been cut short there
-        stranger = SshSiteConnection(sshd.start_message(str(folder)), ScriptedPrompter())
+        stranger = SshSiteConnection(sshd.site_spec(str(folder)), ScriptedPrompter())
         with pytest.raises(Conflict):
             await overwrite(stranger.remote("ns"))
         await stranger.close()
@@ -534,7 +534,7 @@ def test_an_upload_given_up_ends_when_nothing_is_written_any_more(sshd: SshServe
 
 
 def test_a_file_is_sent_ahead(sshd: SshServer) -> None:
-    body = content(3 * AHEAD_BYTES + 12345)
+    body = content(3 * PIECE_BYTES + 12345)
 
     async def story(remote: SftpRemote, folder: Path) -> None:
         (folder / "file").write_bytes(b"old" * 100)
@@ -545,7 +545,7 @@ def test_a_file_is_sent_ahead(sshd: SshServer) -> None:
         await asyncio.gather(
             *(put_ahead(remote, b"file", body, n, 2, base_version=version) for n in (1, 0, 2))
         )
-        tail = [(3 * AHEAD_BYTES, 12345)]
+        tail = [(3 * PIECE_BYTES, 12345)]
         entry = await put(
             remote, b"file", body, ranges=tail, attributes=TIMES, base_version=version, handle=2
         )
@@ -557,13 +557,13 @@ def test_a_file_is_sent_ahead(sshd: SshServer) -> None:
 
 
 def test_a_created_file_is_sent_ahead_and_written_over(sshd: SshServer) -> None:
-    body = bytearray(content(AHEAD_BYTES + 10))
+    body = bytearray(content(PIECE_BYTES + 10))
 
     async def story(remote: SftpRemote, folder: Path) -> None:
         await remote.create(b"file", 0o604, 1)
         await put_ahead(remote, b"file", bytes(body), 0, 1, base_version=b"")
         body[100:103] = b"new"
-        ranges = [(AHEAD_BYTES, 10), (100, 3)]
+        ranges = [(PIECE_BYTES, 10), (100, 3)]
         entry = await put(
             remote, b"file", bytes(body), ranges=ranges, base_version=b"", handle=1, replace=True
         )
@@ -575,25 +575,25 @@ def test_a_created_file_is_sent_ahead_and_written_over(sshd: SshServer) -> None:
 
 
 def test_what_was_sent_ahead_is_lost_with_its_connection(sshd: SshServer) -> None:
-    body = content(2 * AHEAD_BYTES)
+    body = content(2 * PIECE_BYTES)
 
     async def story(remote: SftpRemote, folder: Path) -> None:
         async def begin(handle: int) -> None:
             await put_ahead(remote, b"file", body, 0, handle, base_version=b"")
             await (await remote._place(b"")).session.close()
 
-        rest = [(AHEAD_BYTES, AHEAD_BYTES)]
+        rest = [(PIECE_BYTES, PIECE_BYTES)]
         await begin(1)
-        with pytest.raises(AheadLost):
+        with pytest.raises(PiecesLost):
             await put_ahead(remote, b"file", body, 1, 1, base_version=b"")
         await begin(1)
-        with pytest.raises(AheadLost):
+        with pytest.raises(PiecesLost):
             await put(remote, b"file", body, ranges=rest, base_version=b"", handle=1)
         await put(remote, b"file", body, base_version=b"", handle=1)
         assert (folder / "file").read_bytes() == body
         await put_ahead(remote, b"file", body, 1, 3)
         await (await remote._place(b"")).session.close()
-        with pytest.raises(AheadLost):
+        with pytest.raises(PiecesLost):
             await put_ahead(remote, b"file", body, 0, 3)
 
     on_folder(sshd, story)
@@ -601,14 +601,14 @@ def test_what_was_sent_ahead_is_lost_with_its_connection(sshd: SshServer) -> Non
 
 def test_what_was_sent_ahead_by_a_killed_process_is_lost(sshd: SshServer) -> None:
     """Nothing is known of the handle in the new process: bytes that it lacks are never made up."""
-    body = content(2 * AHEAD_BYTES)
-    rest = [(AHEAD_BYTES, AHEAD_BYTES)]
+    body = content(2 * PIECE_BYTES)
+    rest = [(PIECE_BYTES, PIECE_BYTES)]
 
     async def story(_: SftpRemote, folder: Path) -> None:
-        start = sshd.start_message(str(folder))
+        spec = sshd.site_spec(str(folder))
 
         async def on_new(story: Callable[[SftpRemote], Awaitable[None]]) -> None:
-            site = SshSiteConnection(start, ScriptedPrompter())
+            site = SshSiteConnection(spec, ScriptedPrompter())
             try:
                 await story(site.remote("ns"))
             finally:
@@ -618,12 +618,12 @@ def test_what_was_sent_ahead_by_a_killed_process_is_lost(sshd: SshServer) -> Non
             await put_ahead(remote, b"file", body, 0, 1, base_version=b"")
 
         async def second(remote: SftpRemote) -> None:
-            with pytest.raises(AheadLost):
+            with pytest.raises(PiecesLost):
                 await put_ahead(remote, b"file", body, 1, 1, base_version=b"")
             await put_ahead(remote, b"file", body, 0, 1, base_version=b"")
 
         async def third(remote: SftpRemote) -> None:
-            with pytest.raises(AheadLost):
+            with pytest.raises(PiecesLost):
                 await put(remote, b"file", body, ranges=rest, base_version=b"", handle=1)
             await put(remote, b"file", body, base_version=b"", handle=1)
 
@@ -636,16 +636,16 @@ def test_what_was_sent_ahead_by_a_killed_process_is_lost(sshd: SshServer) -> Non
 
 def test_an_upload_that_failed_takes_what_was_sent_ahead_with_it(tmp_path: Path) -> None:
     """Its file is closed: under the same handle nothing counts as sent any more."""
-    body = content(AHEAD_BYTES + 10)
+    body = content(PIECE_BYTES + 10)
 
     async def story(remote: SftpRemote, evil: EvilSite) -> None:
         await remote.create(b"file", 0o644, 1)
         await put_ahead(remote, b"file", body, 0, 1)
-        tail = [(AHEAD_BYTES, 10)]
+        tail = [(PIECE_BYTES, 10)]
         with pytest.raises(RemoteFailure):
             await put(remote, b"file", body, ranges=tail, attributes=TIMES, handle=1)
         Broken.times = False
-        with pytest.raises(AheadLost):
+        with pytest.raises(PiecesLost):
             await put(remote, b"file", body, ranges=tail, attributes=TIMES, handle=1)
         await put(remote, b"file", body, attributes=TIMES, handle=1)
         assert (evil.directory / "file").read_bytes() == body
@@ -835,7 +835,7 @@ def test_a_connection_lost_anywhere_in_an_upload(tmp_path: Path) -> None:
         config = tmp_path / "ssh_config"
         config.write_text(ssh_config_through(link, server))
         site = msgspec.structs.replace(server.site(), ssh_config=str(config))
-        on(server.start_message(site=site), lambda remote: story(remote, link, server.root))
+        on(server.site_spec(site=site), lambda remote: story(remote, link, server.root))
 
 
 def test_creating_what_is_there_is_refused(sshd: SshServer) -> None:
@@ -869,21 +869,23 @@ class Corrupting(MemorySource):
         self._arrived = True
 
 
-async def fail_to_verify(remote: SftpRemote, request: Upload, body: bytes, damaged: int) -> None:
+async def fail_to_verify(
+    remote: SftpRemote, request: UploadRequest, body: bytes, damaged: int
+) -> None:
     source = Corrupting(body, damaged)
     with pytest.raises(RemoteFailure, match=r"SHA-256 differs.*the local copy is kept"):
         await remote.upload(request, source, source.report)
 
 
-def verifying(start: Start) -> Start:
-    (root,) = start.roots.values()
+def verifying(spec: SiteSpec) -> SiteSpec:
+    (root,) = spec.roots.values()
     assert isinstance(root, SftpRoot)
-    return msgspec.structs.replace(start, roots={"ns": SftpRoot(root.path, verify=True)})
+    return msgspec.structs.replace(spec, roots={"ns": SftpRoot(root.path, verify=True)})
 
 
-def request_for(path: bytes, body: bytes, **more: Any) -> Upload:
+def request_for(path: bytes, body: bytes, **more: Any) -> UploadRequest:
     fields = {"base_size": 0, "ranges": [(0, len(body))], "attributes": TIMES, "mode": 0o644}
-    return Upload(path=path, cache_file="", size=len(body), **(fields | more))
+    return UploadRequest(path=path, size=len(body), **(fields | more))
 
 
 async def verify_uploads(remote: SftpRemote, folder: Path) -> None:
@@ -911,8 +913,8 @@ async def verify_uploads(remote: SftpRemote, folder: Path) -> None:
 def test_uploads_are_verified(sshd: SshServer) -> None:
     folder = sshd.root / "verified"
     folder.mkdir()
-    start = verifying(sshd.start_message(str(folder)))
-    on(start, lambda remote: verify_uploads(remote, folder))
+    spec = verifying(sshd.site_spec(str(folder)))
+    on(spec, lambda remote: verify_uploads(remote, folder))
 
 
 def test_many_uploads_are_verified_at_once(sshd: SshServer) -> None:
@@ -924,7 +926,7 @@ def test_many_uploads_are_verified_at_once(sshd: SshServer) -> None:
         await fail_to_verify(remote, request_for(b"bad", bodies[0]), bodies[0], 77)
 
     (sshd.root / "verified-at-once").mkdir()
-    on(verifying(sshd.start_message(str(sshd.root / "verified-at-once"))), story)
+    on(verifying(sshd.site_spec(str(sshd.root / "verified-at-once"))), story)
 
 
 @pytest.mark.parametrize("options", [("ForceCommand internal-sftp",), ("MaxSessions 2",)])
@@ -936,7 +938,7 @@ def test_a_server_that_can_not_verify_says_so_once(
             await put(remote, b"%d" % number, b"content")
 
     with ssh_server(tmp_path / "s", *options) as server, caplog.at_level("WARNING", "hpcfs"):
-        on(verifying(server.start_message()), story)
+        on(verifying(server.site_spec()), story)
         assert len(os.listdir(server.root)) == 3
     assert len([r for r in caplog.records if "computes no hashes" in r.message]) == 1
 
@@ -945,7 +947,7 @@ def test_without_a_master_connection_ssh_can_not_verify(
     sshd: SshServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     (sshd.root / "no-master").mkdir()
-    start = sshd.start_message(str(sshd.root / "no-master"), sshd.site(transport="openssh"))
+    spec = sshd.site_spec(str(sshd.root / "no-master"), sshd.site(transport="openssh"))
     with caplog.at_level("WARNING", "hpcfs"):
-        on(verifying(start), lambda remote: put(remote, b"file", b"content"))
+        on(verifying(spec), lambda remote: put(remote, b"file", b"content"))
     assert [r.message for r in caplog.records if "computes no hashes" in r.message]

@@ -21,7 +21,7 @@ from hpcfs.model.errors import (
     Unreachable,
     WrongSettings,
 )
-from hpcfs.model.sites import SshSite, Start
+from hpcfs.model.sites import SiteSpec, SshSite
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
 from hpcfs.remotes.ssh.clock import MOST_LETTERS, MOST_QUESTIONS
 from hpcfs.remotes.ssh.connection import LONGEST_PAUSE_SECONDS, Kept
@@ -40,12 +40,12 @@ from tests.support.sshd import (
 )
 
 
-def connect(start: Start, *answers: str | None) -> ScriptedPrompter:
+def connect(spec: SiteSpec, *answers: str | None) -> ScriptedPrompter:
     """Connect once and list the root; returns what was asked."""
     prompter = ScriptedPrompter(*answers)
 
     async def main() -> None:
-        site = SshSiteConnection(start, prompter)
+        site = SshSiteConnection(spec, prompter)
         try:
             await site.remote("ns").connect()
         finally:
@@ -55,11 +55,11 @@ def connect(start: Start, *answers: str | None) -> ScriptedPrompter:
     return prompter
 
 
-def refused(start: Start, error: type[RemoteError], match: str) -> None:
+def refused(spec: SiteSpec, error: type[RemoteError], match: str) -> None:
     """The first request and all later ones fail alike, and at once."""
 
     async def main() -> None:
-        site = SshSiteConnection(start, ScriptedPrompter())
+        site = SshSiteConnection(spec, ScriptedPrompter())
         try:
             for _ in range(3):
                 with pytest.raises(error, match=match):
@@ -71,12 +71,12 @@ def refused(start: Start, error: type[RemoteError], match: str) -> None:
 
 
 @pytest.fixture
-def fresh(sshd: SshServer, tmp_path: Path) -> Start:
+def fresh(sshd: SshServer, tmp_path: Path) -> SiteSpec:
     """The shared server, through an ssh_config whose known_hosts does not exist yet."""
     return with_known_hosts(sshd, tmp_path, None)
 
 
-def with_known_hosts(server: SshServer, tmp_path: Path, text: str | None) -> Start:
+def with_known_hosts(server: SshServer, tmp_path: Path, text: str | None) -> SiteSpec:
     known = tmp_path / "dot-ssh" / "known_hosts"
     if text is not None:
         known.parent.mkdir()
@@ -87,20 +87,22 @@ def with_known_hosts(server: SshServer, tmp_path: Path, text: str | None) -> Sta
             ALIAS,
         ).replace(str(server.known_hosts), str(known))
     )
-    return server.start_message(site=SshSite(ALIAS, ssh_config=str(config)))
+    return server.site_spec(site=SshSite(ALIAS, ssh_config=str(config)))
 
 
 # --- host keys ----------------------------------------------------------------------------------
 
 
-def test_an_unknown_host_key_without_a_terminal_is_refused(fresh: Start, sshd: SshServer) -> None:
+def test_an_unknown_host_key_without_a_terminal_is_refused(
+    fresh: SiteSpec, sshd: SshServer
+) -> None:
     fingerprint = asyncssh.read_public_key(f"{sshd.host_key}.pub").get_fingerprint()
     refused(fresh, HostKeyRefused, "connect once with ssh")
     refused(fresh, HostKeyRefused, fingerprint.replace("+", r"\+"))
 
 
 def test_an_unknown_host_key_is_shown_asked_about_and_kept(
-    fresh: Start, sshd: SshServer, tmp_path: Path
+    fresh: SiteSpec, sshd: SshServer, tmp_path: Path
 ) -> None:
     fingerprint = asyncssh.read_public_key(f"{sshd.host_key}.pub").get_fingerprint()
     prompter = connect(fresh, "maybe", "yes")
@@ -118,7 +120,7 @@ def test_an_unknown_host_key_is_shown_asked_about_and_kept(
     assert connect(fresh).asked == [], "known from now on"
 
 
-def test_a_host_key_that_the_user_does_not_accept(fresh: Start, tmp_path: Path) -> None:
+def test_a_host_key_that_the_user_does_not_accept(fresh: SiteSpec, tmp_path: Path) -> None:
     with pytest.raises(HostKeyRefused, match="not accepted"):
         connect(fresh, "no")
     assert not (tmp_path / "dot-ssh" / "known_hosts").exists()
@@ -128,16 +130,16 @@ def test_a_changed_host_key_is_refused_whatever_the_user_says(
     sshd: SshServer, tmp_path: Path
 ) -> None:
     other = write_key(tmp_path / "other")
-    start = with_known_hosts(sshd, tmp_path, sshd.known_hosts_line(other))
+    spec = with_known_hosts(sshd, tmp_path, sshd.known_hosts_line(other))
     with pytest.raises(HostKeyRefused, match=r"ssh-keygen -R .* -f .*known_hosts"):
-        connect(start, "yes", "yes")
+        connect(spec, "yes", "yes")
 
 
 def test_a_changed_host_key_of_another_kind_is_refused(sshd: SshServer, tmp_path: Path) -> None:
     other = asyncssh.generate_private_key("ecdsa-sha2-nistp256").export_public_key().decode()
-    start = with_known_hosts(sshd, tmp_path, f"[{LOOPBACK}]:{sshd.port} {other}")
+    spec = with_known_hosts(sshd, tmp_path, f"[{LOOPBACK}]:{sshd.port} {other}")
     with pytest.raises(HostKeyRefused, match="ssh-keygen -R"):
-        connect(start, "yes", "yes")
+        connect(spec, "yes", "yes")
 
 
 def test_the_kind_of_key_that_is_known_is_the_one_negotiated(tmp_path: Path) -> None:
@@ -148,8 +150,8 @@ def test_the_kind_of_key_that_is_known_is_the_one_negotiated(tmp_path: Path) -> 
     second.chmod(0o600)
     with ssh_server(tmp_path / "s", f"HostKey {second}") as server:
         public = key.export_public_key().decode()
-        start = with_known_hosts(server, tmp_path, f"[{LOOPBACK}]:{server.port} {public}")
-        assert connect(start).asked == []
+        spec = with_known_hosts(server, tmp_path, f"[{LOOPBACK}]:{server.port} {public}")
+        assert connect(spec).asked == []
 
 
 def test_hashed_and_odd_lines_of_known_hosts(sshd: SshServer, tmp_path: Path) -> None:
@@ -168,9 +170,9 @@ def test_hashed_and_odd_lines_of_known_hosts(sshd: SshServer, tmp_path: Path) ->
 
 def test_a_revoked_host_key_is_refused(sshd: SshServer, tmp_path: Path) -> None:
     line = sshd.known_hosts_line(sshd.host_key)
-    start = with_known_hosts(sshd, tmp_path, f"{line}@revoked {line}")
+    spec = with_known_hosts(sshd, tmp_path, f"{line}@revoked {line}")
     with pytest.raises(HostKeyRefused, match="revoked"):
-        connect(start, "yes")
+        connect(spec, "yes")
 
 
 def test_a_key_known_for_the_address_only_is_not_trusted(tmp_path: Path) -> None:
@@ -185,8 +187,8 @@ def test_a_key_known_for_the_address_only_is_not_trusted(tmp_path: Path) -> None
 def test_known_hosts_none_does_not_mean_trust_all(sshd: SshServer, tmp_path: Path) -> None:
     config = tmp_path / "config"
     config.write_text(sshd.config_text().replace(str(sshd.known_hosts), "none"))
-    start = sshd.start_message(site=SshSite(ALIAS, ssh_config=str(config)))
-    refused(start, HostKeyRefused, "unknown")
+    spec = sshd.site_spec(site=SshSite(ALIAS, ssh_config=str(config)))
+    refused(spec, HostKeyRefused, "unknown")
 
 
 # --- credentials --------------------------------------------------------------------------------
@@ -195,8 +197,8 @@ def test_known_hosts_none_does_not_mean_trust_all(sshd: SshServer, tmp_path: Pat
 def test_a_key_that_the_server_does_not_know_is_refused_once(tmp_path: Path) -> None:
     login = Login(key=asyncssh.generate_private_key("ssh-ed25519"))
 
-    async def story(start: Start, evil: EvilSite) -> None:
-        site = SshSiteConnection(start, ScriptedPrompter())
+    async def story(spec: SiteSpec, evil: EvilSite) -> None:
+        site = SshSiteConnection(spec, ScriptedPrompter())
         try:
             for _ in range(3):
                 with pytest.raises(AccessRefused, match="ssh cluster"):
@@ -211,7 +213,7 @@ def test_a_key_that_the_server_does_not_know_is_refused_once(tmp_path: Path) -> 
 def test_sshd_refuses_a_key_that_is_not_authorized(tmp_path: Path) -> None:
     with ssh_server(tmp_path / "s") as server:
         server.authorized_keys.write_text("")
-        refused(server.start_message(), AccessRefused, "refused the login")
+        refused(server.site_spec(), AccessRefused, "refused the login")
 
 
 def test_a_server_that_has_had_enough_of_our_keys_is_not_asked_again(tmp_path: Path) -> None:
@@ -221,29 +223,29 @@ def test_a_server_that_has_had_enough_of_our_keys_is_not_asked_again(tmp_path: P
         server.ssh_config.write_text(
             server.config_text(ALIAS, *more).replace(f"IdentityFile {server.key}\n", "# none\n")
         )
-        refused(server.start_message(), AccessRefused, "Too many authentication failures")
+        refused(server.site_spec(), AccessRefused, "Too many authentication failures")
 
 
 def on_evil(
-    base: Path, login: Login, story: Callable[[Start, EvilSite], Awaitable[None]], *config: str
+    base: Path, login: Login, story: Callable[[SiteSpec, EvilSite], Awaitable[None]], *config: str
 ) -> None:
     async def main() -> None:
         async with evil_site(base, Plain, login=login) as evil:
-            add_lines(evil.start, config)
-            await story(evil.start, evil)
+            add_lines(evil.spec, config)
+            await story(evil.spec, evil)
 
     asyncio.run(main())
 
 
-def add_lines(start: Start, config: Sequence[str]) -> None:
-    assert isinstance(start.site, SshSite)
-    with Path(str(start.site.ssh_config)).open("a") as file:
+def add_lines(spec: SiteSpec, config: Sequence[str]) -> None:
+    assert isinstance(spec.site, SshSite)
+    with Path(str(spec.site.ssh_config)).open("a") as file:
         file.writelines(f"    {line}\n" for line in config)
 
 
-async def enter(start: Start, *answers: str | None) -> ScriptedPrompter:
+async def enter(spec: SiteSpec, *answers: str | None) -> ScriptedPrompter:
     prompter = ScriptedPrompter(*answers)
-    site = SshSiteConnection(start, prompter)
+    site = SshSiteConnection(spec, prompter)
     try:
         await site.remote("ns").connect()
     finally:
@@ -254,13 +256,13 @@ async def enter(start: Start, *answers: str | None) -> ScriptedPrompter:
 def test_a_password_is_asked_for_without_echo_and_up_to_three_times(tmp_path: Path) -> None:
     login = Login(password="right")
 
-    async def story(start: Start, _: EvilSite) -> None:
-        prompter = await enter(start, "wrong", "right")
+    async def story(spec: SiteSpec, _: EvilSite) -> None:
+        prompter = await enter(spec, "wrong", "right")
         assert [echo for _, echo in prompter.asked] == [False, False]
         assert "tester@127.0.0.1" in prompter.asked[0][0]
         login.tries = login.connections = 0
         with pytest.raises(AccessRefused):
-            await enter(start, "a", "b", "c", "right")
+            await enter(spec, "a", "b", "c", "right")
         assert (login.tries, login.connections) == (3, 1)
 
     on_evil(tmp_path, login, story)
@@ -269,9 +271,9 @@ def test_a_password_is_asked_for_without_echo_and_up_to_three_times(tmp_path: Pa
 def test_a_password_that_nobody_can_be_asked_for(tmp_path: Path) -> None:
     login = Login(password="right")
 
-    async def story(start: Start, _: EvilSite) -> None:
+    async def story(spec: SiteSpec, _: EvilSite) -> None:
         with pytest.raises(AccessRefused, match="no terminal"):
-            await enter(start, None)
+            await enter(spec, None)
         assert login.tries == 0
 
     on_evil(tmp_path, login, story)
@@ -280,8 +282,8 @@ def test_a_password_that_nobody_can_be_asked_for(tmp_path: Path) -> None:
 def test_a_second_factor_is_asked_for(tmp_path: Path) -> None:
     login = Login(dialogue=[("Password: ", False, "pw"), ("Code: ", True, "123456")])
 
-    async def story(start: Start, _: EvilSite) -> None:
-        prompter = await enter(start, "pw", "123456")
+    async def story(spec: SiteSpec, _: EvilSite) -> None:
+        prompter = await enter(spec, "pw", "123456")
         (first, hidden), (second, visible) = prompter.asked
         assert "Second factor" in first
         assert "phone ready" in first
@@ -299,8 +301,8 @@ def test_a_server_s_question_passes_for_nobody_else_s(tmp_path: Path) -> None:
     """A line of its own without the server's name could be that of a key, or of another host."""
     login = Login(dialogue=[(f"one\r\n{IMITATED}\nTrust it? (yes/no): ", True, "secret")])
 
-    async def story(start: Start, _: EvilSite) -> None:
-        ((text, _),) = (await enter(start, "secret")).asked
+    async def story(spec: SiteSpec, _: EvilSite) -> None:
+        ((text, _),) = (await enter(spec, "secret")).asked
         lines = text.split("\n")
         assert len(lines) >= 3
         assert all(line.startswith(f"({USER}@127.0.0.1) ") for line in lines)
@@ -314,9 +316,9 @@ def test_a_server_s_question_passes_for_nobody_else_s(tmp_path: Path) -> None:
     ids=["many", "long"],
 )
 def test_a_server_asks_only_so_much(tmp_path: Path, dialogue: list[tuple[str, bool, str]]) -> None:
-    async def story(start: Start, _: EvilSite) -> None:
+    async def story(spec: SiteSpec, _: EvilSite) -> None:
         prompter = ScriptedPrompter(*["1"] * 1000)
-        site = SshSiteConnection(start, prompter)
+        site = SshSiteConnection(spec, prompter)
         with contextlib.suppress(AccessRefused):
             await site.remote("ns").connect()
         await site.close()
@@ -338,9 +340,9 @@ def test_the_clock_stands_still_while_the_user_types(tmp_path: Path) -> None:
             await done
             return await super().ask(text, echo=echo)
 
-    async def story(start: Start, _: EvilSite) -> None:
+    async def story(spec: SiteSpec, _: EvilSite) -> None:
         quick = msgspec.structs.replace(
-            start, site=msgspec.structs.replace(start.site, connect_timeout=1.0)
+            spec, site=msgspec.structs.replace(spec.site, connect_timeout=1.0)
         )
         site = SshSiteConnection(quick, Slow("right"))
         try:
@@ -355,12 +357,12 @@ def test_a_passphrase_is_asked_for(tmp_path: Path) -> None:
     key_file = write_key(tmp_path / "locked", "open sesame")
     key = asyncssh.read_private_key(key_file, "open sesame")
 
-    async def story(start: Start, _: EvilSite) -> None:
-        prompter = await enter(start, "wrong", "open sesame")
+    async def story(spec: SiteSpec, _: EvilSite) -> None:
+        prompter = await enter(spec, "wrong", "open sesame")
         assert all(str(key_file) in text and not echo for text, echo in prompter.asked)
         assert len(prompter.asked) == 2
         with pytest.raises(AccessRefused, match="no terminal"):
-            await enter(start, None)
+            await enter(spec, None)
 
     on_evil(tmp_path, Login(key=key), story, f"IdentityFile {key_file}")
 
@@ -369,8 +371,8 @@ def test_a_plain_key_beside_a_locked_one_asks_nothing(tmp_path: Path) -> None:
     locked = write_key(tmp_path / "locked", "open sesame")
     plain = write_key(tmp_path / "plain")
 
-    async def story(start: Start, _: EvilSite) -> None:
-        assert (await enter(start)).asked == []
+    async def story(spec: SiteSpec, _: EvilSite) -> None:
+        assert (await enter(spec)).asked == []
 
     on_evil(
         tmp_path, Login(key=asyncssh.read_private_key(plain)), story,
@@ -383,16 +385,16 @@ def test_a_plain_key_beside_a_locked_one_asks_nothing(tmp_path: Path) -> None:
 
 def test_an_identity_file_that_is_not_there(sshd: SshServer) -> None:
     site = SshSite(ALIAS, ssh_config=str(sshd.ssh_config), identity_file="~/missing_key")
-    refused(sshd.start_message(site=site), WrongSettings, "missing_key")
+    refused(sshd.site_spec(site=site), WrongSettings, "missing_key")
 
 
 def test_an_ssh_config_that_is_not_there_or_broken(sshd: SshServer, tmp_path: Path) -> None:
     site = SshSite(ALIAS, ssh_config=str(tmp_path / "nowhere"))
-    refused(sshd.start_message(site=site), WrongSettings, "nowhere can't be read")
+    refused(sshd.site_spec(site=site), WrongSettings, "nowhere can't be read")
     broken = tmp_path / "broken"
     broken.write_text("Host *\n    Port many\n")
     site = SshSite(ALIAS, ssh_config=str(broken))
-    refused(sshd.start_message(site=site), WrongSettings, "line 2")
+    refused(sshd.site_spec(site=site), WrongSettings, "line 2")
 
 
 def test_given_settings_win_over_the_configuration(sshd: SshServer) -> None:
@@ -409,7 +411,7 @@ def test_the_users_ciphers_are_kept(sshd: SshServer, tmp_path: Path) -> None:
     config.write_text(sshd.config_text(ALIAS, "Ciphers aes256-ctr"))
     site = SshSite(ALIAS, ssh_config=str(config))
     assert asyncio.run(read_hop(site)).options["encryption_algs"] == ["aes256-ctr"]
-    assert connect(sshd.start_message(site=site)).asked == []
+    assert connect(sshd.site_spec(site=site)).asked == []
 
 
 @pytest.mark.parametrize(
@@ -434,20 +436,20 @@ def test_a_jump_host_is_passed_through_and_its_key_checked(sshd: SshServer, tmp_
             text = text.replace(str(server.known_hosts), str(known))
         config = tmp_path / "config"
         config.write_text(text)
-        start = sshd.start_message(site=SshSite(ALIAS, ssh_config=str(config)))
-        refused(start, HostKeyRefused, str(gate.port))
-        prompter = connect(start, "yes")
+        spec = sshd.site_spec(site=SshSite(ALIAS, ssh_config=str(config)))
+        refused(spec, HostKeyRefused, str(gate.port))
+        prompter = connect(spec, "yes")
         assert str(gate.port) in prompter.asked[0][0]
-        assert connect(start).asked == []
+        assert connect(spec).asked == []
         gate.stop()
-        refused(start, Unreachable, "connection refused")
+        refused(spec, Unreachable, "connection refused")
 
 
 def test_jump_hosts_in_a_loop(sshd: SshServer, tmp_path: Path) -> None:
     config = tmp_path / "config"
     config.write_text("Host *\n    ProxyJump gate\n")
     site = SshSite(ALIAS, ssh_config=str(config))
-    refused(sshd.start_message(site=site), WrongSettings, "loop")
+    refused(sshd.site_spec(site=site), WrongSettings, "loop")
 
 
 # --- reaching and losing ------------------------------------------------------------------------
@@ -455,14 +457,14 @@ def test_jump_hosts_in_a_loop(sshd: SshServer, tmp_path: Path) -> None:
 
 def test_nothing_listens(sshd: SshServer) -> None:
     site = msgspec.structs.replace(sshd.site(), port=free_port())
-    refused(sshd.start_message(site=site), Unreachable, "connection refused")
+    refused(sshd.site_spec(site=site), Unreachable, "connection refused")
 
 
 def test_a_host_name_that_does_not_exist(sshd: SshServer, tmp_path: Path) -> None:
     config = tmp_path / "config"
     config.write_text("Host nowhere\n    HostName nowhere.invalid\n")
     site = SshSite("nowhere", ssh_config=str(config))
-    refused(sshd.start_message(site=site), Unreachable, "nowhere.invalid is not known")
+    refused(sshd.site_spec(site=site), Unreachable, "nowhere.invalid is not known")
 
 
 def test_a_server_that_says_nothing_is_given_up(sshd: SshServer) -> None:
@@ -478,7 +480,7 @@ def test_a_server_that_says_nothing_is_given_up(sshd: SshServer) -> None:
         quiet = await asyncio.start_server(say_nothing, LOOPBACK, 0)
         port = quiet.sockets[0].getsockname()[1]
         settings = msgspec.structs.replace(sshd.site(connect_timeout=0.3), port=port)
-        site = SshSiteConnection(sshd.start_message(site=settings), ScriptedPrompter())
+        site = SshSiteConnection(sshd.site_spec(site=settings), ScriptedPrompter())
         try:
             with pytest.raises(Unreachable, match=r"did not answer within 0.3 s"):
                 await site.remote("ns").connect()
@@ -501,7 +503,7 @@ def test_a_server_that_is_no_ssh_server(sshd: SshServer) -> None:
         web = await asyncio.start_server(serve, LOOPBACK, 0)
         port = web.sockets[0].getsockname()[1]
         settings = msgspec.structs.replace(sshd.site(), port=port)
-        site = SshSiteConnection(sshd.start_message(site=settings), ScriptedPrompter())
+        site = SshSiteConnection(sshd.site_spec(site=settings), ScriptedPrompter())
         try:
             with pytest.raises(Unreachable, match=r"reset by peer|ended the connection"):
                 await site.remote("ns").connect()
@@ -516,8 +518,8 @@ def test_a_server_that_is_no_ssh_server(sshd: SshServer) -> None:
 def test_concurrent_requests_share_one_connection(tmp_path: Path) -> None:
     login = Login()
 
-    async def story(start: Start, _: EvilSite) -> None:
-        site = SshSiteConnection(start, ScriptedPrompter())
+    async def story(spec: SiteSpec, _: EvilSite) -> None:
+        site = SshSiteConnection(spec, ScriptedPrompter())
         try:
             await asyncio.gather(*(site.remote("ns").stat(b"") for _ in range(20)))
         finally:
@@ -548,7 +550,7 @@ def test_a_lost_connection_is_made_anew_and_handles_with_it(tmp_path: Path) -> N
             await lost(remote)
             assert await get(remote, b"file") == b"content", "noticed before the request"
 
-        run(server.start_message(), story)
+        run(server.site_spec(), story)
 
 
 def test_a_connection_lost_in_flight_is_unreachable(tmp_path: Path) -> None:
@@ -568,7 +570,7 @@ def test_a_connection_lost_in_flight_is_unreachable(tmp_path: Path) -> None:
             with pytest.raises(Unreachable, match="lost"):
                 await upload
 
-        run(server.start_message(), story)
+        run(server.site_spec(), story)
 
 
 async def lost(remote: SftpRemote) -> None:
@@ -577,9 +579,9 @@ async def lost(remote: SftpRemote) -> None:
     await session.ended.wait()
 
 
-def run(start: Start, story: Callable[[SftpRemote], Awaitable[None]]) -> None:
+def run(spec: SiteSpec, story: Callable[[SftpRemote], Awaitable[None]]) -> None:
     async def main() -> None:
-        site = SshSiteConnection(start, ScriptedPrompter())
+        site = SshSiteConnection(spec, ScriptedPrompter())
         try:
             await story(site.remote("ns"))
         finally:

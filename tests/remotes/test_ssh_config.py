@@ -140,8 +140,8 @@ def hpcfs_gets_in(world: World, config: Path, host: str = "cl") -> bool:
     """True, or the reason why not."""
 
     async def enter() -> None:
-        start = world.server.start_message(site=SshSite(host, ssh_config=str(config)))
-        site = SshSiteConnection(start, ScriptedPrompter())
+        spec = world.server.site_spec(site=SshSite(host, ssh_config=str(config)))
+        site = SshSiteConnection(spec, ScriptedPrompter())
         try:
             await site.remote("ns").connect()
         finally:
@@ -372,8 +372,8 @@ def test_a_proxy_command_ends_with_its_connection_and_tells_why(world: World) ->
 
 def enter(world: World, config: Path) -> None:
     async def main() -> None:
-        start = world.server.start_message(site=SshSite("cl", ssh_config=str(config)))
-        site = SshSiteConnection(start, ScriptedPrompter())
+        spec = world.server.site_spec(site=SshSite("cl", ssh_config=str(config)))
+        site = SshSiteConnection(spec, ScriptedPrompter())
         try:
             await site.remote("ns").connect()
         finally:

@@ -185,8 +185,8 @@ def enter(world: World, config: Path, *answers: str | None) -> ScriptedPrompter:
     prompter = ScriptedPrompter(*answers)
 
     async def main() -> None:
-        start = world.server.start_message(site=SshSite("cl", ssh_config=str(config)))
-        site = SshSiteConnection(start, prompter)
+        spec = world.server.site_spec(site=SshSite("cl", ssh_config=str(config)))
+        site = SshSiteConnection(spec, prompter)
         try:
             await site.remote("ns").connect()
         finally:
@@ -250,10 +250,10 @@ def test_who_shows_another_key_gets_no_password(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with evil_site(tmp_path, Plain, login=login) as evil:
-            assert isinstance(evil.start.site, SshSite)
-            show_another_key(evil.start.site)
+            assert isinstance(evil.spec.site, SshSite)
+            show_another_key(evil.spec.site)
             prompter = ScriptedPrompter("right", "right")
-            site = SshSiteConnection(evil.start, prompter)
+            site = SshSiteConnection(evil.spec, prompter)
             try:
                 with pytest.raises(RemoteError, match="refused the login"):
                     await site.remote("ns").connect()

@@ -12,7 +12,7 @@ import asyncssh
 import msgspec
 import pytest
 
-from hpcfs.model.sites import SshSite, Start
+from hpcfs.model.sites import SiteSpec, SshSite
 from hpcfs.remotes.sftp.remote import SshSiteConnection
 from tests.support.evil_sftp import Login, Plain, evil_site
 from tests.support.sshd import ALIAS, ScriptedPrompter, SshServer, ssh_server
@@ -28,10 +28,10 @@ def logins(server: SshServer) -> int:
     return server.log.count("\nAccepted ") + server.log.startswith("Accepted ")
 
 
-async def use(start: Start, *answers: str) -> list[str]:
+async def use(spec: SiteSpec, *answers: str) -> list[str]:
     """Connects and goes on for some requests; returns what was asked."""
     prompter = ScriptedPrompter(*answers)
-    site = SshSiteConnection(start, prompter)
+    site = SshSiteConnection(spec, prompter)
     try:
         await site.remote("ns").connect()
         for _ in range(REQUESTS):
@@ -41,7 +41,7 @@ async def use(start: Start, *answers: str) -> list[str]:
     return [text for text, _ in prompter.asked]
 
 
-def unknown(server: SshServer, transport: str, *more: str, **replaced: str) -> Start:
+def unknown(server: SshServer, transport: str, *more: str, **replaced: str) -> SiteSpec:
     """A configuration whose known_hosts does not exist yet."""
     text = server.config_text(ALIAS, *more)
     replaced[str(server.known_hosts)] = str(server.directory / "first-known")
@@ -49,7 +49,7 @@ def unknown(server: SshServer, transport: str, *more: str, **replaced: str) -> S
         text = text.replace(old, new)
     config = server.directory / "first-config"
     config.write_text(text)
-    return server.start_message(
+    return server.site_spec(
         site=SshSite(ALIAS, ssh_config=str(config), transport=transport, connect_timeout=10)
     )
 
@@ -80,10 +80,10 @@ def agent_with(key: Path, place: Path) -> Iterator[str]:
 
 @transports
 def test_with_a_key(server: SshServer, transport: str) -> None:
-    start = unknown(server, transport)
-    assert len(asyncio.run(use(start, "yes"))) == 1
+    spec = unknown(server, transport)
+    assert len(asyncio.run(use(spec, "yes"))) == 1
     assert logins(server) == 1
-    assert asyncio.run(use(start)) == [], "known from now on"
+    assert asyncio.run(use(spec)) == [], "known from now on"
     assert logins(server) == 2
 
 
@@ -91,12 +91,12 @@ def test_with_a_key(server: SshServer, transport: str) -> None:
 def test_with_an_agent(
     server: SshServer, transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = unknown(server, transport, **{f"IdentityFile {server.key}": "IdentityFile none"})
+    spec = unknown(server, transport, **{f"IdentityFile {server.key}": "IdentityFile none"})
     text = server.directory / "first-config"
     text.write_text(text.read_text().replace("IdentitiesOnly yes", "IdentitiesOnly no"))
     with agent_with(server.key, tmp_path / "agent") as place:
         monkeypatch.setenv("SSH_AUTH_SOCK", place)
-        assert len(asyncio.run(use(start, "yes"))) == 1
+        assert len(asyncio.run(use(spec, "yes"))) == 1
     assert logins(server) == 1
 
 
@@ -106,8 +106,8 @@ def test_with_a_passphrase(server: SshServer, transport: str, tmp_path: Path) ->
     keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "open sesame", "-f", str(locked)]
     subprocess.run(keygen, check=True, timeout=20)
     server.authorized_keys.write_text(Path(f"{locked}.pub").read_text())
-    start = unknown(server, transport, **{str(server.key): str(locked)})
-    asked = asyncio.run(use(start, "yes", "wrong", "open sesame"))
+    spec = unknown(server, transport, **{str(server.key): str(locked)})
+    asked = asyncio.run(use(spec, "yes", "wrong", "open sesame"))
     assert [str(locked) in text for text in asked] == [False, True, True]
     assert logins(server) == 1
 
@@ -132,9 +132,9 @@ def test_with_what_is_typed(
     async def main() -> None:
         async with evil_site(tmp_path, Plain, login=login) as evil:
             evil.known_hosts.unlink()
-            site = msgspec.structs.replace(evil.start.site, transport=transport)
-            start = msgspec.structs.replace(evil.start, site=site)
-            asked = await use(start, "yes", *answers)
+            site = msgspec.structs.replace(evil.spec.site, transport=transport)
+            spec = msgspec.structs.replace(evil.spec, site=site)
+            asked = await use(spec, "yes", *answers)
             assert len(asked) == 1 + len(answers)
         assert login.tries == tries
 
@@ -144,15 +144,15 @@ def test_with_what_is_typed(
 @transports
 def test_through_a_jump_host(server: SshServer, transport: str, tmp_path: Path) -> None:
     with ssh_server(tmp_path / "gate", TELLS_LOGINS) as gate:
-        start = unknown(server, transport, "ProxyJump gate")
+        spec = unknown(server, transport, "ProxyJump gate")
         config = server.directory / "first-config"
         known = str(server.directory / "first-known")
         gates = gate.config_text("gate").replace(str(gate.known_hosts), known)
         config.write_text(config.read_text() + gates)
-        asked = asyncio.run(use(start, "yes", "yes"))
+        asked = asyncio.run(use(spec, "yes", "yes"))
         assert [str(one.port) in text for one, text in zip((gate, server), asked, strict=True)]
         assert (logins(gate), logins(server)) == (1, 1)
-        assert asyncio.run(use(start)) == []
+        assert asyncio.run(use(spec)) == []
         assert (logins(gate), logins(server)) == (2, 2)
 
 

@@ -225,8 +225,8 @@ def test_the_login_goes_where_the_host_key_was_shown(
         addresses += [ALIVE, "127.0.0.3"]
 
         async def main() -> None:
-            start = alive.start_message(site=site)
-            connection = SshSiteConnection(start, TurnsRound("yes"))
+            spec = alive.site_spec(site=site)
+            connection = SshSiteConnection(spec, TurnsRound("yes"))
             try:
                 await connection.remote("ns").connect()
             finally:

@@ -13,7 +13,7 @@ import pytest
 
 from hpcfs.laptop.tunnel import Tunnel, TunnelPlan
 from hpcfs.model.errors import NoService, RemoteError, Unreachable
-from hpcfs.model.sites import SshSite, Start
+from hpcfs.model.sites import SiteSpec, SshSite
 from hpcfs.remotes.sftp.remote import SshSiteConnection
 from hpcfs.remotes.ssh.connection import Kept
 from tests.support.sshd import (
@@ -65,9 +65,9 @@ ACCOUNTS = {
 }
 
 
-def start_message(server: SshServer, transport: str) -> Start:
+def site_spec(server: SshServer, transport: str) -> SiteSpec:
     site = SshSite(ALIAS, ssh_config=str(server.ssh_config), transport=transport)
-    return server.start_message(site=site)
+    return server.site_spec(site=site)
 
 
 def of(account: Account, directory: Path) -> SshServer:
@@ -89,7 +89,7 @@ def test_it_is_told_and_not_tried_again(kind: str, transport: str, tmp_path: Pat
     server.start()
 
     async def main() -> None:
-        site = SshSiteConnection(start_message(server, transport), ScriptedPrompter())
+        site = SshSiteConnection(site_spec(server, transport), ScriptedPrompter())
         try:
             for _ in range(3):
                 with pytest.raises(NoService, match=account.words) as caught:
@@ -111,7 +111,7 @@ def test_what_is_printed_as_an_error_is_no_harm(transport: str, tmp_path: Path) 
     with ssh_server(tmp_path / "s", subsystem=subsystem) as server:
 
         async def main() -> None:
-            site = SshSiteConnection(start_message(server, transport), ScriptedPrompter())
+            site = SshSiteConnection(site_spec(server, transport), ScriptedPrompter())
             try:
                 await site.remote("ns").connect()
             finally:
@@ -208,10 +208,10 @@ def test_a_connection_that_the_server_ends(
             f"Host {ALIAS}\n HostName {LOOPBACK}\n Port {port}\n User me\n IdentityFile {key}\n"
             f" UserKnownHostsFile {tmp_path / 'known'}\n"
         )
-        start = Start(
-            site=SshSite(ALIAS, ssh_config=str(config)), roots={}, cache_dir="", uid=0, gid=0
+        spec = SiteSpec(
+            site=SshSite(ALIAS, ssh_config=str(config)), roots={}, state_dir="", uid=0, gid=0
         )
-        site = SshSiteConnection(start, ScriptedPrompter())
+        site = SshSiteConnection(spec, ScriptedPrompter())
         for _ in range(3):
             with pytest.raises(error, match=words):
                 await site._kept.get()

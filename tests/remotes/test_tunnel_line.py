@@ -42,7 +42,7 @@ def running(request: pytest.FixtureRequest, tmp_path: Path, data: Path) -> Itera
 
 def tell(running: Laptop, tmp_path: Path, story: Story) -> None:
     async def main() -> None:
-        site = TunnelSiteConnection(running.start_message("/data", tmp_path))
+        site = TunnelSiteConnection(running.site_spec("/data", tmp_path))
         try:
             await story(site.remote("ns"))
         finally:
@@ -289,7 +289,7 @@ def test_on_another_machine_it_is_said_where_the_tunnel_is(tmp_path: Path, data:
 
 def test_two_mounts_do_not_share_their_files(running: Laptop, tmp_path: Path, data: Path) -> None:
     async def story(remote: SftpRemote) -> None:
-        other = TunnelSiteConnection(running.start_message("/data", tmp_path))
+        other = TunnelSiteConnection(running.site_spec("/data", tmp_path))
         try:
             await put(remote, b"one", b"1")
             await put(other.remote("ns"), b"two", b"22")

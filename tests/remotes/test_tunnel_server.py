@@ -75,8 +75,8 @@ def running(request: pytest.FixtureRequest, directory: Path) -> Iterator[Laptop]
 
 @asynccontextmanager
 async def session(running: Laptop) -> AsyncIterator[SftpSession]:
-    start = running.start_message("/", running.directory)
-    found = await open_session(start, Meeting(running.directory, NAME))
+    spec = running.site_spec("/", running.directory)
+    found = await open_session(spec, Meeting(running.directory, NAME))
     try:
         yield found
     finally:
@@ -740,7 +740,7 @@ def test_between_shares_nothing_is_renamed_or_linked(tmp_path: Path) -> None:
         await remote.rename(b"one/file", b"one/dir/file", replace=True)
 
     async def main(running: Laptop) -> None:
-        site = TunnelSiteConnection(running.start_message("/", tmp_path))
+        site = TunnelSiteConnection(running.site_spec("/", tmp_path))
         try:
             await story(site.remote("ns"))
         finally:

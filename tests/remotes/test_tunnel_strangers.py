@@ -16,7 +16,7 @@ import pytest
 import uvloop
 
 from hpcfs.laptop.shares import Share
-from hpcfs.model.sites import SftpRoot, Start, TunnelSite
+from hpcfs.model.sites import SftpRoot, SiteSpec, TunnelSite
 from hpcfs.remotes.tunnel import line, pipe
 from hpcfs.remotes.tunnel.line import Line, Meeting, Pulse
 from hpcfs.remotes.tunnel.site import TunnelSiteConnection
@@ -75,7 +75,7 @@ def test_a_flood_keeps_no_mount_out(tmp_path: Path, words: bytes) -> None:
 
     async def mount(node: LoginNode) -> TunnelSiteConnection:
         site = TunnelSiteConnection(
-            Start(
+            SiteSpec(
                 TunnelSite(NAME, str(node.tunnels)), {"ns": SftpRoot("data")}, str(tmp_path), 1, 1
             )
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from hpcfs.model.sites import SftpRoot, Start, TunnelSite
+from hpcfs.model.sites import SftpRoot, SiteSpec, TunnelSite
 from hpcfs.remotes.sftp.remote import SftpRemote
 from hpcfs.remotes.tunnel.site import TunnelSiteConnection
 from tests.remotes.contract import put
@@ -27,14 +27,14 @@ WAYS = {"unix": "", "tcp": "AllowStreamLocalForwarding no"}
 
 @asynccontextmanager
 async def mounted(node: LoginNode, cache: Path) -> AsyncIterator[SftpRemote]:
-    start = Start(
+    spec = SiteSpec(
         site=TunnelSite(NAME, str(node.tunnels)),
         roots={"ns": SftpRoot("data")},
-        cache_dir=str(cache),
+        state_dir=str(cache),
         uid=LOCAL_UID,
         gid=LOCAL_GID,
     )
-    site = TunnelSiteConnection(start)
+    site = TunnelSiteConnection(spec)
     try:
         remote = site.remote("ns")
         await remote.connect()

@@ -86,7 +86,7 @@ def meet(base: Path, twist: Twist, caplog: pytest.LogCaptureFixture) -> dict[str
             (wicked.directory / "file").write_bytes(b"content")
             (wicked.directory / "large").write_bytes(os.urandom(3 * 1024 * 1024))
             (wicked.directory / "link").symlink_to("file")
-            site = SshSiteConnection(wicked.start, ScriptedPrompter())
+            site = SshSiteConnection(wicked.spec, ScriptedPrompter())
             watching = asyncio.create_task(never_busy())
             for name, request in REQUESTS.items():
                 asking = asyncio.ensure_future(request(site.remote("ns")))

@@ -20,7 +20,7 @@ from unittest import mock
 import asyncssh
 from asyncssh.sftp import SFTPServerHandler
 
-from hpcfs.model.sites import SftpRoot, SshSite, Start
+from hpcfs.model.sites import SftpRoot, SiteSpec, SshSite
 from tests.support.sshd import ALIAS, LOCAL_GID, LOCAL_UID, LOOPBACK, write_key
 
 USER = "tester"
@@ -392,7 +392,7 @@ class _Server(asyncssh.SSHServer):
 class EvilSite:
     """Where the server is: `start` reaches it, its host key is known unless told otherwise."""
 
-    start: Start
+    spec: SiteSpec
     directory: Path
     known_hosts: Path
     host_key: Path
@@ -407,7 +407,7 @@ async def evil_site(
     *,
     without: Collection[bytes] = (),
     login: Login | None = None,
-    wrap: Callable[[Start], Start] = lambda start: start,
+    wrap: Callable[[SiteSpec], SiteSpec] = lambda spec: spec,
     version: str | None = None,
 ) -> AsyncIterator[EvilSite]:
     """A server in this event loop. `without` names extensions that it does not have, `version` is
@@ -448,7 +448,7 @@ def _site(
     host_key: Path,
     port: int,
     login: Login,
-    wrap: Callable[[Start], Start],
+    wrap: Callable[[SiteSpec], SiteSpec],
 ) -> EvilSite:
     known_hosts = base / "known_hosts"
     known_hosts.write_text(f"[{LOOPBACK}]:{port} {Path(f'{host_key}.pub').read_text()}")
@@ -457,11 +457,11 @@ def _site(
         f"Host {ALIAS}\n    HostName {LOOPBACK}\n    Port {port}\n    User {USER}\n"
         f"    UserKnownHostsFile {known_hosts}\n"
     )
-    start = Start(
+    spec = SiteSpec(
         site=SshSite(ALIAS, ssh_config=str(config)),
         roots={"ns": SftpRoot("/")},
-        cache_dir=str(base),
+        state_dir=str(base),
         uid=LOCAL_UID,
         gid=LOCAL_GID,
     )
-    return EvilSite(wrap(start), directory, known_hosts, host_key, port, login)
+    return EvilSite(wrap(spec), directory, known_hosts, host_key, port, login)

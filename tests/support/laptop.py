@@ -19,7 +19,7 @@ from hpcfs.laptop.guests import Guests
 from hpcfs.laptop.identity import Identity
 from hpcfs.laptop.sftp_server import Shares
 from hpcfs.laptop.shares import Share
-from hpcfs.model.sites import SftpRoot, Start, TunnelSite
+from hpcfs.model.sites import SftpRoot, SiteSpec, TunnelSite
 from hpcfs.tunnel import file
 from hpcfs.tunnel.file import Endpoint, Rendezvous, TcpEndpoint, UnixEndpoint
 from tests.support.sshd import LOCAL_GID, LOCAL_UID
@@ -172,11 +172,11 @@ class Laptop:
     def withdraw(self) -> None:
         (self.directory / file.file_name(NAME)).unlink()
 
-    def start_message(self, path: str, cache: Path) -> Start:
-        return Start(
+    def site_spec(self, path: str, cache: Path) -> SiteSpec:
+        return SiteSpec(
             site=TunnelSite(NAME, str(self.directory)),
             roots={"ns": SftpRoot(path)},
-            cache_dir=str(cache),
+            state_dir=str(cache),
             uid=LOCAL_UID,
             gid=LOCAL_GID,
         )

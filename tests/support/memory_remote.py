@@ -14,7 +14,6 @@ import stat
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -39,11 +38,11 @@ from hpcfs.model.errors import (
     RemoteError,
     TimedOut,
 )
-from hpcfs.model.uploads import Upload, UploadAhead
+from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
 from hpcfs.model.usage import DiskUsage
 from hpcfs.model.xattrs import Xattrs, changed_xattrs
 from hpcfs.protocol import messages as m
-from hpcfs.remotes.base import ReportProgress, Source, no_report
+from hpcfs.remotes.base import MAX_FILE_BYTES, ReportProgress, Source, no_report
 from hpcfs.worker.cache_io import CacheDisk, CacheSource
 from hpcfs.worker.main import perform
 
@@ -289,7 +288,9 @@ class MemoryRemote:
         self.handles.pop(handle, None)
         self.ahead.pop(handle, None)
 
-    async def upload(self, request: Upload, source: Source, report: Callable[[int], None]) -> Entry:
+    async def upload(
+        self, request: UploadRequest, source: Source, report: Callable[[int], None]
+    ) -> Entry:
         parent, name = self._parent(request.path)
         item = parent.children.get(name)
         if item is not None and not (item.is_file or (request.replace and not item.is_directory)):
@@ -297,7 +298,7 @@ class MemoryRemote:
         ahead = self.ahead.pop(request.handle, {})
         if request.append:
             return self._appended(item, request, source)
-        self._check_base(item, request, ahead)
+        self._check_base(item, request, source, ahead)
         if request.replace:
             item = None
         if self.is_sftp:
@@ -316,7 +317,7 @@ class MemoryRemote:
         report(request.size)
         return self._entry(request.path, item)
 
-    def _appended(self, item: Item | None, request: Upload, source: Source) -> Entry:
+    def _appended(self, item: Item | None, request: UploadRequest, source: Source) -> Entry:
         assert self.is_sftp
         assert request.ranges == [(request.base_size, request.size - request.base_size)]
         if item is None:
@@ -330,16 +331,20 @@ class MemoryRemote:
         return self._entry(request.path, item)
 
     def _check_base(
-        self, item: Item | None, request: Upload | UploadAhead, ahead: dict[int, bytes]
+        self,
+        item: Item | None,
+        request: UploadRequest | UploadPieceRequest,
+        source: Source,
+        ahead: dict[int, bytes],
     ) -> None:
         version = self._version(item) if item is not None else b""
         begun = self.is_sftp and bool(ahead)
-        if isinstance(request, Upload) and item is not None and not self.is_sftp:
-            begun = len(item.content) == request.size and self._is_same(item, request)
+        if isinstance(request, UploadRequest) and item is not None and not self.is_sftp:
+            begun = len(item.content) == request.size and self._is_same(item, request, source)
         if request.base_version is not None and request.base_version != version and not begun:
             raise Conflict(f"{request.path!r} was changed by others")
 
-    def _content_of(self, item: Item | None, request: Upload, source: Source) -> bytearray:
+    def _content_of(self, item: Item | None, request: UploadRequest, source: Source) -> bytearray:
         if request.whole:
             return bytearray(source.read(0, request.size))
         assert item is not None
@@ -350,15 +355,15 @@ class MemoryRemote:
             content[start : start + length] = source.read(start, length)
         return content[: request.size]
 
-    def _is_same(self, item: Item, request: Upload) -> bool:
+    def _is_same(self, item: Item, request: UploadRequest, source: Source) -> bool:
         """Whether an earlier attempt of this upload did its work, though its answer was lost."""
-        return Path(request.cache_file).read_bytes()[: request.size] == item.content
+        return source.read(0, request.size) == item.content
 
-    async def upload_ahead(self, request: UploadAhead, source: Source) -> None:
+    async def upload_piece(self, request: UploadPieceRequest, source: Source) -> None:
         parent, name = self._parent(request.path)
         item = parent.children.get(name)
         ahead = self.ahead.setdefault(request.handle, {})
-        self._check_base(item, request, ahead)
+        self._check_base(item, request, source, ahead)
         piece = source.read(request.offset, request.length)
         if self.is_sftp:
             if item is None or not ahead:
@@ -371,7 +376,7 @@ class MemoryRemote:
         ahead[request.offset] = piece
 
     def _write_in_place(
-        self, item: Item, request: Upload, source: Source, ahead: dict[int, bytes]
+        self, item: Item, request: UploadRequest, source: Source, ahead: dict[int, bytes]
     ) -> None:
         covered = len(item.content)
         for start, length in sorted(request.ranges):
@@ -594,16 +599,18 @@ class MemorySite:
                 await self.cues.reach(request, "middle")
                 stored = self._disk.store(cache_file, offset, pieces)
                 return m.Fetched(length, stored.checksums)
-            case Upload():
-                source = CacheSource(request.cache_file, request.size)
+            case m.Upload():
+                source = CacheSource(request.cache_file, request.request.size)
                 try:
-                    return await remote.upload(request, source, on_progress or (lambda done: None))
+                    return await remote.upload(
+                        request.request, source, on_progress or (lambda done: None)
+                    )
                 finally:
                     source.close()
-            case UploadAhead():
-                source = CacheSource(request.cache_file, request.offset + request.length)
+            case m.UploadPiece():
+                source = CacheSource(request.cache_file, MAX_FILE_BYTES)
                 try:
-                    return await remote.upload_ahead(request, source)
+                    return await remote.upload_piece(request.request, source)
                 finally:
                     source.close()
             case _:

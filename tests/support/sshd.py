@@ -20,7 +20,7 @@ from pathlib import Path
 
 import asyncssh
 
-from hpcfs.model.sites import SftpRoot, SshSite, Start
+from hpcfs.model.sites import SftpRoot, SiteSpec, SshSite
 
 START_SECONDS = 20.0
 LOOPBACK = "127.0.0.1"
@@ -97,11 +97,11 @@ class SshServer:
             transport=transport,
         )
 
-    def start_message(self, path: str | None = None, site: SshSite | None = None) -> Start:
-        return Start(
+    def site_spec(self, path: str | None = None, site: SshSite | None = None) -> SiteSpec:
+        return SiteSpec(
             site=site or self.site(),
             roots={"ns": SftpRoot(path or str(self.root))},
-            cache_dir=str(self.directory),
+            state_dir=str(self.directory),
             uid=LOCAL_UID,
             gid=LOCAL_GID,
         )

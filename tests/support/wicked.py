@@ -16,7 +16,7 @@ import msgspec
 from hpcfs.laptop.channel import HandleTable, ServerChannel
 from hpcfs.laptop.sftp_server import Shares
 from hpcfs.laptop.shares import Share
-from hpcfs.model.sites import SftpRoot, Start
+from hpcfs.model.sites import SftpRoot, SiteSpec
 from tests.support.evil_sftp import Login, _site
 from tests.support.sshd import LOOPBACK, write_key
 
@@ -100,7 +100,7 @@ class Wicked:
         self._twist = twist
         self.shares = Shares([Share("data", directory)])
         self.connections: list[asyncssh.SSHServerConnection] = []
-        self.start: Start
+        self.spec: SiteSpec
 
     def server(self) -> asyncssh.SSHServer:
         wicked = self
@@ -136,8 +136,8 @@ async def wicked_server(base: Path, twist: Twist) -> AsyncIterator[Wicked]:
         encoding=None,
         line_editor=False,
     )
-    site = _site(base, directory, host_key, acceptor.get_port(), Login(), lambda start: start)
-    wicked.start = msgspec.structs.replace(site.start, roots={"ns": SftpRoot("/data")})
+    site = _site(base, directory, host_key, acceptor.get_port(), Login(), lambda spec: spec)
+    wicked.spec = msgspec.structs.replace(site.spec, roots={"ns": SftpRoot("/data")})
     try:
         yield wicked
     finally:

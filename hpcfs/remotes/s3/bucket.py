@@ -206,7 +206,7 @@ class Bucket:
         base: bytes | None = None,
         sent: Callable[[], None] | None = None,
     ) -> str:
-        """The new object's ETag. `base` is the version that is replaced (see messages.Upload).
+        """The new object's ETag. `base` is the version that is replaced (see UploadRequest).
 
         Raises Conflict where the server has another one.
         """

@@ -1,10 +1,10 @@
 """Renaming a directory: everything below a prefix is copied on the server, then removed.
 
 Whatever interrupts it, every object is there under one of its names at least. That it was begun is
-noted in a file of the cache directory before anything is copied. So a process that is asked for the
-same rename again, after one that was killed, knows that what is below the target is not somebody
-else's, and goes on: what is there as it should be is not copied again. A rename that fails takes
-its copies back; if not even that can be done, the note stays.
+noted in a file of `SiteSpec.state_dir` before anything is copied. So a process that is asked for
+the same rename again, after one that was killed, knows that what is below the target is not
+somebody else's, and goes on: what is there as it should be is not copied again. A rename that fails
+takes its copies back; if not even that can be done, the note stays.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ FOLDER = "renames"
 class Mover:
     """Of one bucket. `name` tells it from those of other servers in the notes."""
 
-    def __init__(self, bucket: Bucket, transfer: Transfer, cache_dir: str, name: str) -> None:
+    def __init__(self, bucket: Bucket, transfer: Transfer, state_dir: str, name: str) -> None:
         self._bucket, self._transfer = bucket, transfer
-        self._cache_dir, self._name = cache_dir, name
+        self._state_dir, self._name = state_dir, name
         self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     def is_begun(self, source: str, target: str) -> bool:
@@ -61,7 +61,7 @@ class Mover:
         lock = self._locks.setdefault((source, target), asyncio.Lock())
         progress = Progress(report)
         async with renewed(progress), lock:
-            with tempfile.TemporaryFile(dir=self._cache_dir) as spool:
+            with tempfile.TemporaryFile(dir=self._state_dir) as spool:
                 move = _Move(self._bucket, self._transfer, source, target, spool, progress)
                 await self._run(move, self._note(source, target))
 
@@ -85,7 +85,7 @@ class Mover:
     def _note(self, source: str, target: str) -> Path:
         key = "\0".join([self._name, source, target]).encode()
         name = hashlib.blake2b(key, digest_size=16).hexdigest()
-        return Path(self._cache_dir, FOLDER, name)
+        return Path(self._state_dir, FOLDER, name)
 
 
 async def _finish(work: Coroutine[None, None, None], stop: Callable[[], None]) -> None:

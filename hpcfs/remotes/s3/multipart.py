@@ -37,7 +37,7 @@ INLINE_BYTES = 256 * 1024
 
 @dataclass(frozen=True)
 class Target:
-    """What an upload makes, and the version that it replaces (see messages.Upload)."""
+    """What an upload makes, and the version that it replaces (see UploadRequest)."""
 
     key: str
     metadata: Metadata

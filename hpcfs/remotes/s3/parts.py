@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from hpcfs.model.uploads import AHEAD_BYTES
+from hpcfs.model.uploads import PIECE_BYTES
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
@@ -37,7 +37,7 @@ class Limits:
     smallest_part: int = 5 * MIB
     single_put: int = 16 * MIB
     """Larger files go by parts: side by side they are faster, and a failure costs one part."""
-    upload_part: int = AHEAD_BYTES
+    upload_part: int = PIECE_BYTES
     parts_per_step: int = 1024
     """Of a file whose size is not known yet, so many parts in a row have one size (see Growing)."""
     single_copy: int = 5 * GIB

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from hpcfs.model.errors import Changed, Conflict, NotSupported, RemoteFailure
-from hpcfs.model.uploads import Upload
+from hpcfs.model.uploads import UploadRequest
 from hpcfs.remotes.base import ReportProgress, Source
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.errors import s3_code
@@ -29,7 +29,7 @@ class Patcher:
     def __init__(self, bucket: Bucket, limits: Limits) -> None:
         self._bucket, self._limits = bucket, limits
 
-    def plan(self, old: Info, request: Upload) -> list[Part] | None:
+    def plan(self, old: Info, request: UploadRequest) -> list[Part] | None:
         """None where the whole file should be sent."""
         if self._bucket.server.copies_parts is False or not old.etag:
             return None
@@ -49,7 +49,7 @@ class Patcher:
         self,
         target: Target,
         old: Info,
-        request: Upload,
+        request: UploadRequest,
         parts: Sequence[Part],
         source: Source,
         report: ReportProgress,
@@ -103,7 +103,7 @@ class Patcher:
 class _Filler:
     """The bytes of parts that are sent."""
 
-    def __init__(self, bucket: Bucket, old: Info, request: Upload, source: Source) -> None:
+    def __init__(self, bucket: Bucket, old: Info, request: UploadRequest, source: Source) -> None:
         self._bucket, self._old, self._request, self._source = bucket, old, request, source
         self._base_size = min(request.base_size, old.size)
         written = ((start, start + length) for start, length in request.ranges)

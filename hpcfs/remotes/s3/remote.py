@@ -38,8 +38,8 @@ from hpcfs.model.errors import (
     RemoteFailure,
     WrongSettings,
 )
-from hpcfs.model.sites import S3Root, Start
-from hpcfs.model.uploads import Upload, UploadAhead
+from hpcfs.model.sites import S3Root, SiteSpec
+from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
 from hpcfs.model.usage import DiskUsage
 from hpcfs.remotes.base import ReportProgress, Source, last_name, no_report
 from hpcfs.remotes.s3.bucket import Bucket
@@ -82,20 +82,20 @@ DOWNLOAD_BYTES = 8 * 1024 * 1024
 class S3Remote:
     """One namespace."""
 
-    def __init__(self, bucket: Bucket, root: S3Root, start: Start, limits: Limits) -> None:
+    def __init__(self, bucket: Bucket, root: S3Root, spec: SiteSpec, limits: Limits) -> None:
         self._bucket = bucket
         self._read_only = root.read_only
         self._base = f"{root.prefix}/" if root.prefix else ""
-        self._cache_dir = start.cache_dir
-        self._entries = Entries(start.uid, start.gid)
+        self._state_dir = spec.state_dir
+        self._entries = Entries(spec.uid, spec.gid)
         self._paths = Paths(bucket, self._base, read_only=root.read_only)
         self._markers = Markers(bucket, self._base)
         self._lister = Lister(bucket, self._markers, self._entries)
         self._parents = Parents(bucket, self._markers, self._base)
         self._transfer = Transfer(bucket, limits, verify=root.verify)
         self._uploads = Uploads(bucket, self._transfer, self._entries, limits)
-        endpoint = getattr(start.site, "endpoint_url", None) or ""
-        self._mover = Mover(bucket, self._transfer, start.cache_dir, f"{endpoint}/{bucket.name}")
+        endpoint = getattr(spec.site, "endpoint_url", None) or ""
+        self._mover = Mover(bucket, self._transfer, spec.state_dir, f"{endpoint}/{bucket.name}")
         self._root_metadata = Metadata()
         self._changing: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
         """A change of attributes reads the others and writes all: one at a time for each path."""
@@ -189,7 +189,7 @@ class S3Remote:
 
     # --- making -----------------------------------------------------------------------------
 
-    async def upload(self, request: Upload, source: Source, report: ReportProgress) -> Entry:
+    async def upload(self, request: UploadRequest, source: Source, report: ReportProgress) -> Entry:
         look = await self._look_for_new(request.path)
         base = request.base_version
         if base is not None and not self._bucket.server.minds(base):
@@ -205,7 +205,7 @@ class S3Remote:
         self._paths.saw_file(look.place, info)
         return self._entries.file(last_name(request.path), stored, info.metadata)
 
-    async def upload_ahead(self, request: UploadAhead, source: Source) -> None:
+    async def upload_piece(self, request: UploadPieceRequest, source: Source) -> None:
         async def look() -> Look:
             found = await self._look_for_new(request.path)
             if found.is_directory:
@@ -275,7 +275,7 @@ class S3Remote:
         if size == found.size:
             return await self._rewrite(look.place, found, Attributes(mtime_ns=time.time_ns()))
         metadata = with_changes(found.metadata, mtime_ns=time.time_ns())
-        with tempfile.TemporaryFile(dir=self._cache_dir) as file:
+        with tempfile.TemporaryFile(dir=self._state_dir) as file:
             await self._download(found, file, min(size, found.size))
             await asyncio.to_thread(file.truncate, size)
             source = FileSource(file, size)

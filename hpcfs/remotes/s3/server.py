@@ -25,7 +25,7 @@ class Server:
     """The ETag of an object sent in parts is made of theirs."""
 
     def minds(self, base: bytes) -> bool | None:
-        """Whether it minds the condition that stands for this version (see messages.Upload)."""
+        """Whether it minds the condition that stands for this version (see UploadRequest)."""
         if b":" in base:  # no ETag: nothing to send
             return False
         return self.matches if base else self.none_matches

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from dataclasses import replace
 
-from hpcfs.model.sites import S3Root, S3Site, Start
+from hpcfs.model.sites import S3Root, S3Site, SiteSpec
 from hpcfs.model.usage import Traffic
 from hpcfs.remotes.s3.bucket import Access, Bucket
 from hpcfs.remotes.s3.direct import Direct
@@ -27,23 +27,23 @@ class S3SiteConnection:
     """A `base.Site`. `limits` and `bounds` are for tests."""
 
     def __init__(
-        self, start: Start, limits: Limits | None = None, bounds: Bounds | None = None
+        self, spec: SiteSpec, limits: Limits | None = None, bounds: Bounds | None = None
     ) -> None:
-        assert isinstance(start.site, S3Site)
+        assert isinstance(spec.site, S3Site)
         bounds = bounds or Bounds()
-        self._login = Login(start.site)
+        self._login = Login(spec.site)
         gate, sending = Gate(bounds), Gate(replace(bounds, bulk_bytes=SENT_BYTES))
 
         def answered_in(seconds: float) -> None:
             gate.answered_in(seconds)
             sending.answered_in(seconds)
 
-        self._direct = Direct(self._login, answered_in, start.site.connect_timeout, READ_TIMEOUT)
+        self._direct = Direct(self._login, answered_in, spec.site.connect_timeout, READ_TIMEOUT)
         self.health = Health()
         access = Access(self._login, self._direct, gate, sending, self.health)
         self._remotes = {
-            namespace: S3Remote(Bucket(root.bucket, access), root, start, limits or Limits())
-            for namespace, root in start.roots.items()
+            namespace: S3Remote(Bucket(root.bucket, access), root, spec, limits or Limits())
+            for namespace, root in spec.roots.items()
             if isinstance(root, S3Root)
         }
 

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from hpcfs.model.errors import AheadLost, Changed, InvalidRequest, NotSupported, RemoteFailure
+from hpcfs.model.errors import Changed, InvalidRequest, NotSupported, PiecesLost, RemoteFailure
 from hpcfs.remotes.base import ReportProgress, Source, no_report
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.multipart import Multipart, Progress, Target, each
@@ -66,7 +66,7 @@ class Ahead:
             raise InvalidRequest(f"{length} bytes at {offset} are no piece of {unit} to send ahead")
         stream = self._streams.setdefault(handle, Stream(path))
         if stream.path != path:
-            raise AheadLost("the file was renamed while it was sent: it is sent again at the end")
+            raise PiecesLost("the file was renamed while it was sent: it is sent again at the end")
         part = self._growing.part(self._growing.number_at(offset))
         pieces = stream.gathered.setdefault(part.number, set())
         pieces.add(offset)
@@ -103,11 +103,11 @@ class Ahead:
         """The object, with the metadata of the time when it was begun. None where nothing of use
         was sent, and the whole file must be, which the cache file still holds.
 
-        Raises AheadLost where this process knows nothing of the handle.
+        Raises PiecesLost where this process knows nothing of the handle.
         """
         stream = self._streams.get(handle)
         if stream is None:
-            raise AheadLost("what was sent of the file is gone: it must be sent again")
+            raise PiecesLost("what was sent of the file is gone: it must be sent again")
         await stream.at_rest()
         upload = stream.upload
         if upload is None:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import secrets
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import IO, Any
@@ -20,7 +21,7 @@ from hpcfs.model.errors import (
     RemoteFailure,
     TooLarge,
 )
-from hpcfs.model.uploads import Upload
+from hpcfs.model.uploads import UploadRequest
 from hpcfs.remotes.base import ReportProgress, Source, no_report
 from hpcfs.remotes.s3.belongings import Belongings
 from hpcfs.remotes.s3.bucket import Bucket
@@ -44,6 +45,7 @@ class FileSource:
         file.flush()
         self._descriptor = file.fileno()
         self.size = size
+        self.name = secrets.token_hex(8)
 
     def read(self, offset: int, length: int) -> bytes:
         data = os.pread(self._descriptor, length, offset)
@@ -232,7 +234,9 @@ class Transfer:
             await asyncio.shield(upload.abort())
             raise
 
-    async def holds(self, found: Info, source: Source, metadata: Metadata, request: Upload) -> bool:
+    async def holds(
+        self, found: Info, source: Source, metadata: Metadata, request: UploadRequest
+    ) -> bool:
         """Whether an object is what an upload would make of `source`: that one was made already,
         and its answer was lost. Where the ETag does not tell, our metadata does, whose time has
         nanoseconds, and the bytes that were written."""

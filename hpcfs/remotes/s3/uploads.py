@@ -12,7 +12,7 @@ from typing import Any
 
 from hpcfs.model.entries import NO_HANDLE, Attributes
 from hpcfs.model.errors import Conflict, NotSupported
-from hpcfs.model.uploads import Upload, UploadAhead
+from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
 from hpcfs.remotes.base import ReportProgress, Source, last_name
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.entries import Entries
@@ -37,7 +37,7 @@ class Uploads:
         self.streams = Ahead(bucket, limits)
 
     async def upload(
-        self, request: Upload, look: Look, source: Source, report: ReportProgress
+        self, request: UploadRequest, look: Look, source: Source, report: ReportProgress
     ) -> tuple[Summary, Info]:
         """What the server says of the object as it is then, and what it carries. Raises Conflict
         only where what is there is not what this upload makes: one whose answer was lost is asked
@@ -59,7 +59,7 @@ class Uploads:
         return stored, info_of_stored(stored, metadata, headers)
 
     async def ahead(
-        self, request: UploadAhead, look: Callable[[], Awaitable[Look]], source: Source
+        self, request: UploadPieceRequest, look: Callable[[], Awaitable[Look]], source: Source
     ) -> None:
         async def target() -> Target:
             """Without times, which are known at the end."""
@@ -75,7 +75,7 @@ class Uploads:
 
     async def _send(
         self,
-        request: Upload,
+        request: UploadRequest,
         target: Target,
         look: Look,
         source: Source,
@@ -109,7 +109,7 @@ class Uploads:
         return whole, target.metadata
 
     async def _with_metadata(
-        self, found: Info, target: Target, request: Upload
+        self, found: Info, target: Target, request: UploadRequest
     ) -> tuple[Summary, Metadata]:
         """Of an object whose metadata was made before the file was complete. A time that is only
         that of the last write is not worth a copy: then the one of the server's counts."""

@@ -28,7 +28,7 @@ from hpcfs.model.errors import (
     RemoteError,
     RemoteFailure,
 )
-from hpcfs.model.uploads import Upload
+from hpcfs.model.uploads import UploadRequest
 from hpcfs.remotes.base import ReportProgress, Source, no_report
 from hpcfs.remotes.sftp.opening import open_existing
 from hpcfs.remotes.sftp.place import Place, explain_full
@@ -51,6 +51,7 @@ class _Moved:
 
     def __init__(self, source: Source, by: int) -> None:
         self.size = source.size + by
+        self.name = source.name
         self._source = source
         self._by = by
 
@@ -64,7 +65,7 @@ class Appended:
     nobody else appended meanwhile."""
 
     attrs: SFTPAttrs
-    request: Upload
+    request: UploadRequest
     source: Source
 
     @property
@@ -73,7 +74,7 @@ class Appended:
 
 
 async def append(
-    place: Place, request: Upload, source: Source, report: ReportProgress, attempts: Attempts
+    place: Place, request: UploadRequest, source: Source, report: ReportProgress, attempts: Attempts
 ) -> Appended:
     """Raises Conflict where the file is gone."""
     if place.session.appends:
@@ -89,7 +90,7 @@ async def append(
 
 async def _append(
     place: Place,
-    request: Upload,
+    request: UploadRequest,
     source: Source,
     report: ReportProgress,
     attempts: Attempts,
@@ -123,7 +124,7 @@ async def _append(
 
 
 async def _bring(
-    target: Target, request: Upload, source: Source, report: ReportProgress
+    target: Target, request: UploadRequest, source: Source, report: ReportProgress
 ) -> SFTPAttrs:
     """In order, as each piece goes to the end: all but the last one first."""
     place, keep = target.place, target.size
@@ -151,7 +152,7 @@ def _report_more(report: ReportProgress, before: int, done: int) -> None:
     report(before + done)
 
 
-async def _begun(place: Place, size: int, request: Upload, source: Source) -> int:
+async def _begun(place: Place, size: int, request: UploadRequest, source: Source) -> int:
     """How many bytes of what is to be appended an earlier attempt has brought."""
     length = request.size - request.base_size
     first = max(request.base_size, size - SEARCH_BYTES - length)

@@ -37,8 +37,8 @@ from hpcfs.model.errors import (
     RemoteFailure,
     WrongSettings,
 )
-from hpcfs.model.sites import SftpRoot, Start
-from hpcfs.model.uploads import Upload, UploadAhead
+from hpcfs.model.sites import SftpRoot, SiteSpec
+from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
 from hpcfs.model.usage import DiskUsage, Traffic
 from hpcfs.remotes.base import (
     MAX_FILE_BYTES,
@@ -82,12 +82,12 @@ ABILITIES = Capabilities(
 class SftpSite:
     """All namespaces that one kept session reaches: a base.Site."""
 
-    def __init__(self, start: Start, kept: Kept[SftpSession], *, is_virtual: bool = False):
+    def __init__(self, spec: SiteSpec, kept: Kept[SftpSession], *, is_virtual: bool = False):
         """`is_virtual`: the paths that it serves are not those of the machine that serves them."""
         self._kept = kept
         self._remotes = {
             name: SftpRemote(self._kept, root, is_virtual=is_virtual)
-            for name, root in start.roots.items()
+            for name, root in spec.roots.items()
             if isinstance(root, SftpRoot)
         }
 
@@ -110,8 +110,8 @@ class SftpSite:
 class SshSiteConnection(SftpSite):
     """One SSH login."""
 
-    def __init__(self, start: Start, prompter: Prompter):
-        super().__init__(start, Kept(lambda: open_session(start, prompter)))
+    def __init__(self, spec: SiteSpec, prompter: Prompter):
+        super().__init__(spec, Kept(lambda: open_session(spec, prompter)))
 
 
 class SftpRemote:
@@ -286,13 +286,13 @@ class SftpRemote:
         self._files.release(handle)
         self._uploads.release(handle)
 
-    async def upload(self, request: Upload, source: Source, report: ReportProgress) -> Entry:
+    async def upload(self, request: UploadRequest, source: Source, report: ReportProgress) -> Entry:
         async with self._changing(request.path, room=MAX_NAME_BYTES) as place:
             return await self._uploads.upload(place, request, source, report)
 
-    async def upload_ahead(self, request: UploadAhead, source: Source) -> None:
+    async def upload_piece(self, request: UploadPieceRequest, source: Source) -> None:
         async with self._changing(request.path) as place:
-            await self._uploads.upload_ahead(place, request, source)
+            await self._uploads.upload_piece(place, request, source)
 
     async def truncate(self, path: bytes, size: int) -> Entry:
         if size < 0:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hpcfs.model.errors import ProtocolError, Unreachable, WrongSettings
-from hpcfs.model.sites import SshSite, Start
+from hpcfs.model.sites import SiteSpec, SshSite
 from hpcfs.model.usage import Traffic
 from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.sftp.attrs import Owners
@@ -162,41 +162,41 @@ def traffic_of(kept: Kept[SftpSession]) -> Traffic:
     return Traffic() if kept.session is None else kept.session.traffic()
 
 
-async def open_session(start: Start, prompter: Prompter) -> SftpSession:
+async def open_session(spec: SiteSpec, prompter: Prompter) -> SftpSession:
     """Log in and start SFTP. Raises RemoteErrors only."""
-    site = start.site
+    site = spec.site
     if not isinstance(site, SshSite):
         raise WrongSettings("an SSH site was expected")
     if site.transport == "openssh":
         login = await log_in_by_ssh(site, prompter)
-        return await begin(login, start, login.open_channels())
+        return await begin(login, spec, login.open_channels())
     connected = await log_in(site, prompter)
     for connection in (*connected.jumps, connected.connection):
         shorten(connection)
         shorten_sending(connection)
-    session = await begin(connected, start, of_service(open_channels(connected), connected))
+    session = await begin(connected, spec, of_service(open_channels(connected), connected))
     session.open_channel = lambda: open_channel(connected)
     return session
 
 
 async def begin(
     login: AnyLogin,
-    start: Start,
+    spec: SiteSpec,
     opening: Awaitable[list[Requests]],
     *,
     shared_handles: bool = False,
 ) -> SftpSession:
     """The session of that login; without one, the login is closed. Raises RemoteErrors only."""
     try:
-        async with asyncio.timeout(start.site.connect_timeout):
+        async with asyncio.timeout(spec.site.connect_timeout):
             with translated(b"", login.shown):
                 channels = await opening
-            home, owners = await _look_around(channels[0], login, start)
+            home, owners = await _look_around(channels[0], login, spec)
     except TimeoutError:
         await login.close()
         raise Unreachable(
             f"{login.shown} let us in, but its SFTP service did not answer within "
-            f"{start.site.connect_timeout:g} s"
+            f"{spec.site.connect_timeout:g} s"
         ) from None
     except BaseException as error:
         is_over = login.ended.is_set()
@@ -209,7 +209,7 @@ async def begin(
     return SftpSession(login, channels, home, owners, shared_handles=shared_handles)
 
 
-async def _look_around(requests: Requests, login: AnyLogin, start: Start) -> tuple[bytes, Owners]:
+async def _look_around(requests: Requests, login: AnyLogin, spec: SiteSpec) -> tuple[bytes, Owners]:
     """The home directory, and who owns it: that is the remote user."""
     with translated(b"~", login.shown):
         (names, _), attrs = await together(requests.realpath(b"."), requests.stat(b".", 0))
@@ -220,7 +220,7 @@ async def _look_around(requests: Requests, login: AnyLogin, start: Start) -> tup
     if uid == 0 and login.user != "root":
         # A chroot's top belongs to root by sshd's own rule: it does not tell who we are.
         uid = gid = None
-    return home, Owners(start.uid, start.gid, uid, gid)
+    return home, Owners(spec.uid, spec.gid, uid, gid)
 
 
 async def together(*requests: Coroutine[Any, Any, Any]) -> list[Any]:

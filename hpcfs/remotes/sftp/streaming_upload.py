@@ -1,8 +1,8 @@
 """Files that stay open on the server from a program's open(2) to the upload that completes them.
 
-`Create` and `UploadAhead` bring them here under the daemon's handle, an `Upload` takes them, and a
-`Release` closes them. They are few: the one that was made first is closed for want of room, as its
-upload can open the file again. One that bytes were sent ahead into can't be given up so.
+`Remote.create` and `upload_piece` bring them here under the caller's handle, `upload` takes them,
+and `release` closes them. They are few: the one that was made first is closed for want of room, as
+its upload can open the file again. One that pieces were sent into can't be given up so.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from asyncssh import SFTPAttrs
 from asyncssh.constants import FXF_READ
 
 from hpcfs.model.errors import NotFound, PermissionDenied
-from hpcfs.model.uploads import Upload, UploadAhead
+from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
 from hpcfs.remotes.base import Source
 from hpcfs.remotes.sftp.attrs import NANOSECONDS
 from hpcfs.remotes.sftp.place import Place
@@ -59,7 +59,7 @@ class Attempt:
     """In the order of writing."""
 
     @classmethod
-    def of(cls, request: Upload, source: Source, *, checked: bool = True) -> Attempt:
+    def of(cls, request: UploadRequest, source: Source, *, checked: bool = True) -> Attempt:
         wanted = request.attributes.mtime_ns
         return cls(
             request.base_version if checked else None,
@@ -71,7 +71,7 @@ class Attempt:
         )
 
     @classmethod
-    def ahead(cls, request: UploadAhead, source: Source, *, checked: bool = True) -> Attempt:
+    def ahead(cls, request: UploadPieceRequest, source: Source, *, checked: bool = True) -> Attempt:
         return cls(
             request.base_version if checked else None,
             samples=tuple(_samples([(0, source.size)], source)),

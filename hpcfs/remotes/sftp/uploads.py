@@ -1,11 +1,11 @@
-"""Making files and bringing them to the server: what `Create`, `UploadAhead` and `Upload` mean.
+"""Making files and bringing them to the server: for `Remote.create`, `upload` and `upload_piece`.
 
 One object per namespace, which knows the files that are held open
 (remotes/sftp/streaming_upload.py) and the attempts that were not seen to end
 (remotes/sftp/upload_resume.py). All of that may be lost with this process: an upload then opens its
-file again, and what was sent ahead is sent again (AheadLost).
+file again, and what was sent ahead is sent again (PiecesLost).
 
-Round trips of a small file: Create 1 and Upload 1 where its file is held; otherwise Upload 2 (the
+Round trips of a small file: create 1 and upload 1 where its file is held; otherwise upload 2 (the
 open, then everything else). With `replace` 3: the temporary file, its content, the rename.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import stat
 import time
 from collections import OrderedDict
@@ -25,18 +24,18 @@ from asyncssh import SFTPAttrs
 
 from hpcfs.model.entries import NO_HANDLE, Attributes, Entry
 from hpcfs.model.errors import (
-    AheadLost,
     AlreadyExists,
     Changed,
     Conflict,
     InvalidRequest,
     NotFound,
     NotSupported,
+    PiecesLost,
     RemoteError,
     RemoteFailure,
     Unreachable,
 )
-from hpcfs.model.uploads import Upload, UploadAhead
+from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
 from hpcfs.remotes.base import ReportProgress, Source, last_name
 from hpcfs.remotes.sftp import rename as renaming
 from hpcfs.remotes.sftp.appending import append
@@ -104,7 +103,7 @@ class Uploads:
 
     # --- ahead ----------------------------------------------------------------------------------
 
-    async def upload_ahead(self, place: Place, request: UploadAhead, source: Source) -> None:
+    async def upload_piece(self, place: Place, request: UploadPieceRequest, source: Source) -> None:
         self._held.note_ahead(request.handle)
         file = self._held.get(request.handle)
         if file is not None and not file.is_usable:
@@ -125,7 +124,9 @@ class Uploads:
                 self._held.forget(request.handle, file)
             self._held.rest(request.handle)
 
-    async def _open_ahead(self, place: Place, request: UploadAhead, source: Source) -> Target:
+    async def _open_ahead(
+        self, place: Place, request: UploadPieceRequest, source: Source
+    ) -> Target:
         """Of an unknown handle, another process may have sent something ahead. Then the file has
         another version than its base: bytes of ours, which would count as sent."""
         anew = self._begin_anew.pop(place.path, None)
@@ -140,16 +141,16 @@ class Uploads:
             target.size = 0
         return target
 
-    def _ahead_lost(self, place: Place) -> AheadLost:
+    def _ahead_lost(self, place: Place) -> PiecesLost:
         self._begin_anew[place.path] = True
         while len(self._begin_anew) > NOTED:
             self._begin_anew.popitem(last=False)
-        return AheadLost(f"the connection was lost while {place} was sent: it is sent again")
+        return PiecesLost(f"the connection was lost while {place} was sent: it is sent again")
 
     # --- uploads --------------------------------------------------------------------------------
 
     async def upload(
-        self, place: Place, request: Upload, source: Source, report: ReportProgress
+        self, place: Place, request: UploadRequest, source: Source, report: ReportProgress
     ) -> Entry:
         """Raises Changed when the remote lost bytes that are still meant to be there."""
         if request.size < 0 or request.base_size < 0:
@@ -170,7 +171,7 @@ class Uploads:
         return place.entry_of(attrs)
 
     async def _append(
-        self, place: Place, request: Upload, source: Source, report: ReportProgress
+        self, place: Place, request: UploadRequest, source: Source, report: ReportProgress
     ) -> Entry:
         self._held.release(request.handle)
         async with place.session.uploading:
@@ -179,15 +180,15 @@ class Uploads:
                 await _compare(place, appended.request, appended.source, report)
         return place.entry_of(appended.attrs)
 
-    def _remember(self, place: Place, request: Upload, source: Source) -> None:
+    def _remember(self, place: Place, request: UploadRequest, source: Source) -> None:
         """After a failure that is being reported already."""
         try:
             self._attempts.begin(place.path, Attempt.of(request, source))
         except (OSError, RemoteError) as error:
             log.warning("what is uploaded to %s can't be read here: %s", place, error)
 
-    def _taken(self, place: Place, request: Upload) -> HeldFile | None:
-        """The file that is held for this upload. Raises AheadLost when bytes of it may be lost."""
+    def _taken(self, place: Place, request: UploadRequest) -> HeldFile | None:
+        """The file that is held for this upload. Raises PiecesLost when bytes of it may be lost."""
         file = self._held.take(request.handle)
         if file is not None and file.is_usable:
             return file
@@ -203,7 +204,7 @@ class Uploads:
     async def _bring(
         self,
         place: Place,
-        request: Upload,
+        request: UploadRequest,
         source: Source,
         report: ReportProgress,
         file: HeldFile | None,
@@ -223,7 +224,12 @@ class Uploads:
         return await self._bring_all(target, request, source, report, keep)
 
     async def _bring_all(
-        self, target: Target, request: Upload, source: Source, report: ReportProgress, keep: int
+        self,
+        target: Target,
+        request: UploadRequest,
+        source: Source,
+        report: ReportProgress,
+        keep: int,
     ) -> SFTPAttrs:
         place = target.place
         if not _covered(target.size, min(keep, request.size), request.ranges):
@@ -242,21 +248,27 @@ class Uploads:
         return attrs
 
     async def _replace(
-        self, place: Place, request: Upload, source: Source, report: ReportProgress, *, ours: bool
+        self,
+        place: Place,
+        request: UploadRequest,
+        source: Source,
+        report: ReportProgress,
+        *,
+        ours: bool,
     ) -> SFTPAttrs:
         """`ours`: whatever has the name, it is a file that we made."""
         if request.base_size:
             raise InvalidRequest("a file is only replaced by a whole one")
         await self._remove_leftovers(place)
         attempt = Attempt.of(request, source, checked=not ours)
-        with self._temporary_for(place, request) as temporary:
+        with self._temporary_for(place, source) as temporary:
             return await self._replace_by(temporary, place, request, source, report, attempt)
 
     @contextmanager
-    def _temporary_for(self, place: Place, request: Upload) -> Iterator[Place]:
-        """Cache files have names that no other mount's has, and an upload that is repeated has the
-        same one. Only one that is still being given up here makes another name necessary."""
-        name = renaming.name_beside(last_name(place.path), os.path.basename(request.cache_file))
+    def _temporary_for(self, place: Place, source: Source) -> Iterator[Place]:
+        """A name that no other upload takes: it is made of the source's (`Source.name`).
+        Only one that is still being given up here makes another name necessary."""
+        name = renaming.name_beside(last_name(place.path), source.name)
         temporary = place.beside(name)
         if temporary.path in self._temporaries:
             temporary = place.beside(renaming.name_beside(last_name(place.path)))
@@ -270,7 +282,7 @@ class Uploads:
         self,
         temporary: Place,
         place: Place,
-        request: Upload,
+        request: UploadRequest,
         source: Source,
         report: ReportProgress,
         attempt: Attempt,
@@ -345,7 +357,7 @@ async def _open_temporary(temporary: Place, mode: int) -> Target:
     return await open_new(temporary, mode)
 
 
-async def _send_ahead(file: HeldFile, request: UploadAhead, source: Source) -> None:
+async def _send_ahead(file: HeldFile, request: UploadPieceRequest, source: Source) -> None:
     target = await asyncio.shield(file.opening)
     piece = request.offset, request.length
     try:
@@ -360,7 +372,9 @@ async def _send_ahead(file: HeldFile, request: UploadAhead, source: Source) -> N
     file.ahead.append(piece)
 
 
-async def _compare(place: Place, request: Upload, source: Source, report: ReportProgress) -> None:
+async def _compare(
+    place: Place, request: UploadRequest, source: Source, report: ReportProgress
+) -> None:
     """Where nothing of the old content counts, all of the file is here."""
     ranges = request.ranges if request.base_size else [(0, request.size)]
     same = await place.session.hasher.is_same(place.full, ranges, source, report)
@@ -387,13 +401,13 @@ async def _take_place(temporary: Place, place: Place, attempt: Attempt, *, exist
     await renaming.rename(temporary, place, replace=True)
 
 
-def _is_base(target: Target, request: UploadAhead) -> bool:
+def _is_base(target: Target, request: UploadPieceRequest) -> bool:
     if request.base_version is None or target.now is None:
         return request.offset == 0
     return version_of(target.now, target.place.full) == request.base_version
 
 
-def _is_whole(request: Upload) -> bool:
+def _is_whole(request: UploadRequest) -> bool:
     """Whether nothing of the file can have been sent ahead."""
     return request.handle == NO_HANDLE or _covered(request.base_size, request.size, request.ranges)
 
@@ -413,13 +427,14 @@ class _Empty:
     """A Source of nothing."""
 
     size = 0
+    name = ""
 
     def read(self, offset: int, length: int) -> bytes:
         raise InvalidRequest("an empty file has no bytes")
 
 
-def _nothing(path: bytes, mode: int) -> Upload:
-    return Upload(path, "", size=0, base_size=0, ranges=[], attributes=Attributes(), mode=mode)
+def _nothing(path: bytes, mode: int) -> UploadRequest:
+    return UploadRequest(path, size=0, base_size=0, ranges=[], attributes=Attributes(), mode=mode)
 
 
 def _ignore(done: int) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from asyncssh import SFTPAttrs, SFTPOpUnsupported, SFTPPermissionDenied
 
 from hpcfs.model.errors import RemoteError, Unreachable
-from hpcfs.model.uploads import Upload
+from hpcfs.model.uploads import UploadRequest
 from hpcfs.remotes.base import ReportProgress, Source
 from hpcfs.remotes.sftp.attrs import needs_present, owner_to_set, rest_to_set
 from hpcfs.remotes.sftp.parallel_channels import Way, Ways
@@ -60,7 +60,7 @@ class Target:
 
 
 async def bring(
-    target: Target, request: Upload, source: Source, report: ReportProgress, *, keep: int
+    target: Target, request: UploadRequest, source: Source, report: ReportProgress, *, keep: int
 ) -> SFTPAttrs:
     """Cut the file to `keep` bytes, write the ranges, complete and close it -> what it is like.
 
@@ -97,7 +97,9 @@ async def bring(
         raise
 
 
-async def _completed(target: Target, request: Upload, keep: int, before: list[Sent]) -> SFTPAttrs:
+async def _completed(
+    target: Target, request: UploadRequest, keep: int, before: list[Sent]
+) -> SFTPAttrs:
     results = await answers([*target.earlier, *before, *_sent(_tail(target, request, keep))])
     attrs = results[-2]
     assert isinstance(attrs, SFTPAttrs)
@@ -165,7 +167,7 @@ def _writes(target: Target, pieces: list[tuple[int, bytes]]) -> list[Coroutine[A
     return [bulk.write(target.handle, offset, data) for offset, data in pieces]
 
 
-def _tail(target: Target, request: Upload, keep: int) -> list[Coroutine[Any, Any, Any]]:
+def _tail(target: Target, request: UploadRequest, keep: int) -> list[Coroutine[Any, Any, Any]]:
     """What completes the file: its owner first, since that clears mode bits; then its size, mode
     and times in one request, so that none is there without the others."""
     bulk, handle = target.session.bulk, target.handle

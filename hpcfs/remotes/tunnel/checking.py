@@ -10,7 +10,7 @@ from pathlib import Path
 import uvloop
 
 from hpcfs.model.errors import RemoteError, TimedOut
-from hpcfs.model.sites import SftpRoot, Start, TunnelSite
+from hpcfs.model.sites import SftpRoot, SiteSpec, TunnelSite
 from hpcfs.remotes.sftp.remote import SftpRemote
 from hpcfs.remotes.sftp.session import SftpSession
 from hpcfs.remotes.ssh.connection import Kept
@@ -41,8 +41,8 @@ def look(site: TunnelSite, root: SftpRoot) -> Laptop:
 
 async def _look(site: TunnelSite, root: SftpRoot) -> Laptop:
     meeting = Meeting(Path(site.directory), site.name)
-    start = Start(site, {}, "", os.getuid(), os.getgid())
-    session = await open_session(start, meeting)
+    spec = SiteSpec(site, {}, "", os.getuid(), os.getgid())
+    session = await open_session(spec, meeting)
 
     async def opened() -> SftpSession:
         return session

@@ -22,7 +22,7 @@ import asyncssh
 from asyncssh.logging import SSHLogger, logger as asyncssh_logger
 
 from hpcfs.model.errors import AccessRefused, Unreachable
-from hpcfs.model.sites import Start
+from hpcfs.model.sites import SiteSpec
 from hpcfs.remotes.sftp.channels import open_channels
 from hpcfs.remotes.sftp.handshake import greet
 from hpcfs.remotes.sftp.requests import Requests
@@ -98,15 +98,15 @@ class TunnelLogin:
             await line.close()
 
 
-async def open_session(start: Start, meeting: Meeting) -> SftpSession:
+async def open_session(spec: SiteSpec, meeting: Meeting) -> SftpSession:
     """Raises RemoteErrors only."""
     pulse = Pulse()
     line = await Line.open(meeting, pulse)
     login = TunnelLogin(line.rendezvous.user, line.shown, [line])
     if line.is_private:
         channels = _private_channels(login, meeting, pulse)
-        return await begin(login, start, channels, shared_handles=True)
-    return await begin(login, start, _ssh_channels(login))
+        return await begin(login, spec, channels, shared_handles=True)
+    return await begin(login, spec, _ssh_channels(login))
 
 
 async def _private_channels(login: TunnelLogin, meeting: Meeting, pulse: Pulse) -> list[Requests]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from hpcfs.model.errors import RemoteError
-from hpcfs.model.sites import Start, TunnelSite
+from hpcfs.model.sites import SiteSpec, TunnelSite
 from hpcfs.model.usage import Traffic
 from hpcfs.remotes.sftp.remote import SftpSite
 from hpcfs.remotes.sftp.session import SftpSession
@@ -25,17 +25,17 @@ network: nobody bans for that."""
 class TunnelSiteConnection(SftpSite):
     """One tunnel."""
 
-    def __init__(self, start: Start):
-        assert isinstance(start.site, TunnelSite)
-        self._meeting = Meeting(Path(start.site.directory), start.site.name)
-        self._start = start
+    def __init__(self, spec: SiteSpec):
+        assert isinstance(spec.site, TunnelSite)
+        self._meeting = Meeting(Path(spec.site.directory), spec.site.name)
+        self._spec = spec
         self._tried: Stamp | None = None
-        super().__init__(start, Kept(self._open), is_virtual=True)
+        super().__init__(spec, Kept(self._open), is_virtual=True)
         self._tending = asyncio.create_task(self._kept.tend(self._worth_trying))
 
     async def _open(self) -> SftpSession:
         self._tried = self._meeting.stamp()
-        return await open_session(self._start, self._meeting)
+        return await open_session(self._spec, self._meeting)
 
     async def _worth_trying(self, failure: RemoteError) -> None:
         """What the file's keys or its owner forbid is not tried again before it is another file."""
