@@ -128,7 +128,7 @@ class Eviction:
 
     async def make_room(self, wanted: int) -> int:
         """Evict at least `wanted` bytes if that can be done; returns the bytes evicted."""
-        freed = await self._registry.bury()
+        freed = await self._registry.delete_forgotten()
         if freed < wanted:
             freed += await self._evict_idle(wanted - freed)
         if freed < wanted:
@@ -147,7 +147,7 @@ class Eviction:
                     break
                 victims = [record for record in oldest if registry.is_idle(record.name)]
                 for record in victims:
-                    registry.record_cache.spoil(record.origin, record.key)
+                    registry.record_cache.invalidate(record.origin, record.key)
                 # Not to be believed if the index fails to hear what went.
                 known = {one.name: registry.verified_blocks.forget(one.name) for one in victims}
                 last, some = await registry.change(self._evict_records, victims, wanted - freed)

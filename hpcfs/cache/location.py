@@ -81,7 +81,7 @@ def locate(configured: Path | None, environ: Mapping[str, str] = os.environ) -> 
     default = paths.default_cache_dir(environ)
     places = local_places(environ)
     mounts = mountinfo.read()
-    if configured is None and (reason := ownership.why_not(default)):
+    if configured is None and (reason := ownership.unsafe_reason(default)):
         return _instead(default, reason, places, mounts)
     return choose(
         Path(os.path.realpath(configured)) if configured else None,
@@ -92,7 +92,7 @@ def locate(configured: Path | None, environ: Mapping[str, str] = os.environ) -> 
 
 
 def _refuse_unsafe(directory: Path) -> None:
-    if reason := ownership.why_not(directory):
+    if reason := ownership.unsafe_reason(directory):
         raise SetupError(
             f"the cache directory {directory} is not safe from others ({reason}): "
             "set cache_dir to a place that only you can change"
@@ -131,7 +131,7 @@ def local_places(environ: Mapping[str, str]) -> list[Path]:
 
 def _is_ours(place: Path) -> bool:
     """Or would be, once it is made."""
-    if ownership.why_not(place):
+    if ownership.unsafe_reason(place):
         return False
     return not os.path.lexists(place) or place.lstat().st_uid == os.getuid()
 

@@ -108,7 +108,7 @@ async def _clear_page(store: Store, page: list[Record], *, pinned: bool) -> list
             if store.registry.is_idle(record.name) and (pinned or not record.pinned)
         ]
         for record in gone:
-            store.registry.record_cache.spoil(record.origin, record.key)
+            store.registry.record_cache.invalidate(record.origin, record.key)
             store.registry.verified_blocks.forget(record.name)
         await store.registry.change(store.registry.index.delete, [record.name for record in gone])
     for record in gone:  # killed here, they are strays, which the next mount removes
@@ -192,7 +192,7 @@ async def _drop(store: Store, record: Record, blocks: list[int]) -> int:
     async with store.registry.lookup:
         file = store.registry.files.get(record.name)
         if file is None:
-            store.registry.record_cache.spoil(record.origin, record.key)
+            store.registry.record_cache.invalidate(record.origin, record.key)
             store.registry.verified_blocks.forget(record.name)
             return await store.registry.change(_drop_idle, store, record, blocks)
     dropped = 0
@@ -246,7 +246,7 @@ async def unpin(store: Store, place: CachedPath) -> int:
 async def _change_pins(
     store: Store, place: CachedPath, change: Callable[[str, bytes], int | None]
 ) -> int | None:
-    store.registry.record_cache.spoil_all()
+    store.registry.record_cache.invalidate_all()
     changed = await store.in_thread(change, place.origin, place.key)
     store.mark_pinned(place.origin, place.key)
     await store.save()

@@ -54,7 +54,7 @@ class MemoryFiles:
         self._files.append(file)
         name = secrets.token_hex(12)
         fd = os.memfd_create(name, os.MFD_CLOEXEC)
-        self._registry.record_cache.spoil(file.origin, file.key)
+        self._registry.record_cache.invalidate(file.origin, file.key)
         self.abandoned.append(file.name)
         self._move(file, fd, name, f"{IN_MEMORY}{name}", in_memory=True)
         return True

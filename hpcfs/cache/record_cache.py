@@ -2,7 +2,7 @@
 other of a directory should not wait for a thread and a database each time.
 
 The second file of a directory brings what the index has of all its files, if they are not too
-many. Nothing here awaits; who changes the index says so before it does (`spoil`).
+many. Nothing here awaits; who changes the index says so before it does (`invalidate`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_FILES = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class KnownRecords:
+class CachedAnswer:
     """The index's answer; `record` is None where it has no such file."""
 
     record: Record | None
@@ -35,15 +35,15 @@ class RecordCache:
         self.stamp = 0
         """Changes when the index is about to change."""
 
-    def ask(self, origin: str, key: bytes) -> KnownRecords | None:
+    def find(self, origin: str, key: bytes) -> CachedAnswer | None:
         """None where only the index can tell."""
         files = self._directories.get((origin, _parent(key)))
         if files is None:
             return None
         record = files.get(key, _ABSENT)
         if record is _ABSENT:
-            return KnownRecords(None)
-        return KnownRecords(record) if record is not None and record.is_complete else None
+            return CachedAnswer(None)
+        return CachedAnswer(record) if record is not None and record.is_complete else None
 
     def wants(self, origin: str, key: bytes) -> bool:
         """Whether to learn the directory of this file: it is the second one that is asked for."""
@@ -65,14 +65,14 @@ class RecordCache:
         if len(self._directories) > MAX_DIRECTORIES:
             self._directories.popitem(last=False)
 
-    def spoil(self, origin: str, key: bytes) -> None:
+    def invalidate(self, origin: str, key: bytes) -> None:
         """The index is about to change for this file."""
         self.stamp += 1
         files = self._directories.get((origin, _parent(key)))
         if files is not None:
             files[key] = None
 
-    def spoil_all(self) -> None:
+    def invalidate_all(self) -> None:
         self.stamp += 1
         self._directories.clear()
 

@@ -63,7 +63,7 @@ class Registry:
         self.verified_blocks = VerifiedBlocks()
         self.is_saving = False
         """While the index is told of open files: none may be closed meanwhile."""
-        self.leaving: set[str] = set()
+        self.deleting: set[str] = set()
         """Closed for good, and perhaps still in the index: not to be opened again."""
         self._data = str(directory / "data")
         self._limiter = trio.CapacityLimiter(1)
@@ -98,7 +98,7 @@ class Registry:
 
     def is_idle(self, name: str) -> bool:
         """Of a file that the index has."""
-        return name not in self.files and name not in self.leaving
+        return name not in self.files and name not in self.deleting
 
     def close(self, file: CacheFile) -> None:
         """What the index has of it is all that is known from now on."""
@@ -108,7 +108,7 @@ class Registry:
         self.rows.pop(file.name, None)
         file.close()
 
-    async def bury(self) -> int:
+    async def delete_forgotten(self) -> int:
         """Files that were forgotten and have no user any more go; returns their bytes. All are
         closed before anything is awaited, as two tasks may be here at once; so all must go then."""
         if self.is_saving:
@@ -117,7 +117,7 @@ class Registry:
         freed = sum(file.cached_bytes for file in gone)
         names = [file.name for file in gone]
         in_index = [name for name in names if name in self.rows]
-        self.leaving.update(names)
+        self.deleting.update(names)
         for file in gone:
             self.close(file)
         try:
@@ -126,10 +126,10 @@ class Registry:
                     await self.in_thread(self.unlink, name)
                 if in_index:
                     for file in gone:
-                        self.record_cache.spoil(file.origin, file.key)
+                        self.record_cache.invalidate(file.origin, file.key)
                     await self.change(self.index.delete, in_index)
         finally:
-            self.leaving.difference_update(names)
+            self.deleting.difference_update(names)
         return freed
 
     @property

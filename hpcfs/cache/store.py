@@ -130,7 +130,7 @@ class Store:
         file = self._in_use(origin, key, version, size)
         if file is None:
             lookup = self.registry.lookup
-            known = None if lookup.locked() else self.registry.record_cache.ask(origin, key)
+            known = None if lookup.locked() else self.registry.record_cache.find(origin, key)
             if known is not None:
                 file = self._take(known.record, origin, key, version, size)
             else:
@@ -216,7 +216,7 @@ class Store:
         self.registry.files[name] = file
         return file
 
-    async def take_up(
+    async def resume(
         self,
         name: str,
         origin: str,
@@ -264,7 +264,7 @@ class Store:
     async def move(self, origin: str, key: bytes, target: bytes) -> None:
         """The remote renamed `key` (a file, or a directory and all below it)."""
         self._forget_under(origin, target)
-        self.registry.record_cache.spoil_all()
+        self.registry.record_cache.invalidate_all()
         for file in self._under(origin, key):
             del self._active[origin, file.key]
             file.key = target + file.key[len(key) :]
@@ -275,14 +275,14 @@ class Store:
     async def remove(self, origin: str, key: bytes) -> None:
         """The remote removed `key`."""
         self._forget_under(origin, key)
-        self.registry.record_cache.spoil_all()
+        self.registry.record_cache.invalidate_all()
         await self._drop_names(await self.registry.change(self._index.remove, origin, key))
 
-    async def outdate(self, origin: str, key: bytes) -> None:
+    async def invalidate(self, origin: str, key: bytes) -> None:
         """The remote changed the content of a file here: a later version may look like the one that
         is cached, where versions are sizes and seconds."""
         self._forget_under(origin, key)
-        self.registry.record_cache.spoil(origin, key)
+        self.registry.record_cache.invalidate(origin, key)
         record = await self.in_thread(self._index.find, origin, key)
         if record is not None:
             await self.registry.change(self._index.delete, [record.name])
@@ -295,7 +295,7 @@ class Store:
             if file.version == old:
                 file.version = new
             return
-        self.registry.record_cache.spoil(origin, key)
+        self.registry.record_cache.invalidate(origin, key)
         await self.in_thread(self._index.renew_version, origin, key, old, new)
 
     def mark_pinned(self, origin: str, key: bytes) -> None:
@@ -341,7 +341,7 @@ class Store:
         for file in list(self.registry.files.values()):
             if file.users == 0 and file.indexed and not self._has_news(file):
                 self._close_file(file)
-        await self.registry.bury()
+        await self.registry.delete_forgotten()
         await self._remove_abandoned()
         await self._drop_names(replaced)
         self.eviction.recount()
@@ -363,7 +363,7 @@ class Store:
         if not news:
             return []
         for file in news:
-            self.registry.record_cache.spoil(file.origin, file.key)
+            self.registry.record_cache.invalidate(file.origin, file.key)
         records = [self._record(file) for file in news]
         try:
             replaced = await self.registry.change(self._index.save, records)

@@ -143,7 +143,7 @@ def load(environ: Mapping[str, str] = os.environ) -> dict[str, RcloneRemote]:
     if file is None or not file.exists():
         return {}
     try:
-        text = ownership.read_ours(file, chosen="RCLONE_CONFIG" in environ).decode("utf-8")
+        text = ownership.read_trusted(file, chosen="RCLONE_CONFIG" in environ).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SetupError(f"{file} can't be read: {error}") from error
     return parse(text, file)
