@@ -20,12 +20,12 @@ def check(
     """Run the checks, and return the exit code. Raises SetupError for invalid settings."""
     from hpcfs.laptop import checking  # imports asyncssh
 
-    wishes = tunnel_config.load(config_file, host, name, (), bind)
+    settings = tunnel_config.load(config_file, host, name, (), bind)
     levels: list[str] = []
 
     def tell(level: Level, subject: str, text: str) -> None:
         levels.append(show(Finding(level, subject, text)))
 
     with terminal.restored():
-        checking.check(wishes, terminal.ask, tell)
+        checking.check(settings, terminal.ask, tell)
     return 1 if "fail" in levels else 0

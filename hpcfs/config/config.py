@@ -180,11 +180,11 @@ def with_urls(base: Config, named_urls: Sequence[tuple[str | None, str]]) -> Con
     is_root = [name is None for name, _ in named_urls]
     if any(is_root) and len(named_urls) > 1:
         raise SetupError("with several remotes each needs a name: NAME=URL NAME=URL")
-    around = urls.Surroundings(ssh_config.aliases(), rclone_conf.load, DEFAULT_CONNECT_TIMEOUT)
+    context = urls.UrlContext(ssh_config.aliases(), rclone_conf.load, DEFAULT_CONNECT_TIMEOUT)
     found: dict[str, NamespaceConfig] = {}
     notes: list[str] = []
     for name, url in named_urls:
-        target = urls.parse(url, around)
+        target = urls.parse(url, context)
         key = name or _name_of(target.site, target.root)
         if key in found:
             raise SetupError(f"two remotes are named {key!r}: give each its own name")

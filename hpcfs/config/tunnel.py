@@ -24,7 +24,7 @@ _BIND = re.compile(r"[A-Za-z0-9_.:-]+(%\w+)?")
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class TunnelSettings:
     """The settings of one run. `shown` is the host as the user named it; `shares` are as they wrote
     them."""
 
@@ -37,7 +37,7 @@ class Wishes:
 
 
 @dataclass(frozen=True, slots=True)
-class _Given:
+class _TunnelTable:
     """The values of the [tunnel] table."""
 
     host: str | None = None
@@ -52,11 +52,11 @@ def load(
     name: str | None = None,
     shares: Sequence[str] = (),
     bind: str | None = None,
-) -> Wishes:
+) -> TunnelSettings:
     """Combine command line and configuration; the command line takes precedence. Raises
     SetupError."""
     chosen = file or paths.config_file()
-    known, given = Config({}), _Given()
+    known, given = Config({}), _TunnelTable()
     if file is not None or chosen.exists():
         text = config.read(chosen)
         known = config.parse(text, chosen, needs_namespaces=False)
@@ -67,7 +67,7 @@ def load(
             "say where the tunnel leads: 'hpcfs tunnel login3 --share ~/data', or write it "
             f"into a [tunnel] table of {chosen}"
         )
-    return Wishes(
+    return TunnelSettings(
         site=_site(wanted, known),
         shown=wanted,
         name=name or given.name or default_name(),
@@ -102,12 +102,12 @@ def bind_address(value: object) -> str:
     return address
 
 
-def _read(text: str, file: Path) -> _Given:
+def _read(text: str, file: Path) -> _TunnelTable:
     table = config.tunnel_table(text, file)
     if table is None:
-        return _Given()
+        return _TunnelTable()
     table.refuse_unknown(KEYS)
-    return _Given(
+    return _TunnelTable(
         host=table.get("host", values.text, None),
         name=table.get("name", tunnel_name, None),
         shares=table.get("shares", _texts, ()),
@@ -128,7 +128,7 @@ def _site(host: str, known: Config) -> SshSite:
             raise SetupError(f"{host} is a namespace without an SSH server: name one of type sftp")
         return namespace.site
     url = host if "://" in host else f"{host.removesuffix(':')}:"
-    site = urls.parse(url, urls.Surroundings(connect_timeout=config.DEFAULT_CONNECT_TIMEOUT)).site
+    site = urls.parse(url, urls.UrlContext(connect_timeout=config.DEFAULT_CONNECT_TIMEOUT)).site
     if not isinstance(site, SshSite):
         raise SetupError(f"{host} is no SSH server: a tunnel leads to the login node of a cluster")
     return site

@@ -62,7 +62,7 @@ class ParsedUrl:
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class UrlContext:
     """The context that gives a meaning to the name before the colon. `remotes` is called only if
     needed, since rclone.conf may be unreadable."""
 
@@ -82,19 +82,19 @@ def is_valid_name(name: str) -> bool:
     return bool(NAME.fullmatch(name)) and name not in (".", "..")
 
 
-def parse(text: str, around: Surroundings, *, read_only: bool = False) -> ParsedUrl:
+def parse(text: str, context: UrlContext, *, read_only: bool = False) -> ParsedUrl:
     """Parse the name of a remote. Raises SetupError where it can't be mounted."""
     _refuse_password(text)
     if match := _SCHEME.fullmatch(text):
         scheme, rest = match[1].lower(), match[2]
         if scheme == "sftp":
-            return _parse_sftp(rest, around, read_only=read_only)
+            return _parse_sftp(rest, context, read_only=read_only)
         if scheme == "s3":
-            return _parse_s3(rest, around, read_only=read_only)
+            return _parse_s3(rest, context, read_only=read_only)
         raise SetupError(f"hpcfs can't mount {scheme}:// URLs: use {FORMS}")
     if text.startswith("tunnel:"):
-        return _parse_tunnel(text.removeprefix("tunnel:"), around, read_only=read_only)
-    return _parse_scp(text, around, read_only=read_only)
+        return _parse_tunnel(text.removeprefix("tunnel:"), context, read_only=read_only)
+    return _parse_scp(text, context, read_only=read_only)
 
 
 def home_path(path: str) -> str:
@@ -138,25 +138,25 @@ def _show_path(path: str) -> str:
     return f"/%7E{escaped[2:]}" if escaped.startswith("/~") else escaped
 
 
-def _parse_scp(text: str, around: Surroundings, *, read_only: bool) -> ParsedUrl:
+def _parse_scp(text: str, context: UrlContext, *, read_only: bool) -> ParsedUrl:
     name, colon, path = text.partition(":")
-    if colon and "/" not in name and name not in around.ssh_aliases:
-        remote = around.remotes().get(name)
+    if colon and "/" not in name and name not in context.ssh_aliases:
+        remote = context.remotes().get(name)
         if remote is not None:
-            site = remote.site(around.connect_timeout)
+            site = remote.site(context.connect_timeout)
             shown_path = home_path(path) if remote.kind == "sftp" else path
             return ParsedUrl(site, remote.root(shown_path, read_only=read_only), remote.notes())
     match = _SCP.fullmatch(text)
     if match is None:
         raise SetupError(f"{_without_secrets(text)!r} is no URL that hpcfs knows: use {FORMS}")
     site = SshSite(
-        host=match["host"].strip("[]"), user=match["user"], connect_timeout=around.connect_timeout
+        host=match["host"].strip("[]"), user=match["user"], connect_timeout=context.connect_timeout
     )
     _check_login(site)
     return ParsedUrl(site, SftpRoot(home_path(match["path"]), read_only))
 
 
-def _parse_sftp(rest: str, around: Surroundings, *, read_only: bool) -> ParsedUrl:
+def _parse_sftp(rest: str, context: UrlContext, *, read_only: bool) -> ParsedUrl:
     rest, options = _options(rest, "an sftp://", _SFTP_OPTIONS)
     authority, slash, path = rest.partition("/")
     match = _AUTHORITY.fullmatch(authority)
@@ -172,7 +172,7 @@ def _parse_sftp(rest: str, around: Surroundings, *, read_only: bool) -> ParsedUr
         host=match["host"].strip("[]"),
         user=unquote(match["user"]) if match["user"] else None,
         port=port,
-        connect_timeout=around.connect_timeout,
+        connect_timeout=context.connect_timeout,
     )
     _check_login(site)
     in_home = path == "~" or path.startswith("~/") or not slash  # before %7E becomes a ~
@@ -198,7 +198,7 @@ def _is_true(text: str) -> bool:
     return text.lower() in ("1", "true", "yes")
 
 
-def _parse_s3(rest: str, around: Surroundings, *, read_only: bool) -> ParsedUrl:
+def _parse_s3(rest: str, context: UrlContext, *, read_only: bool) -> ParsedUrl:
     place, options = _options(rest, "an s3://", _S3_OPTIONS)
     bucket, prefix = split_bucket(place)
     endpoint = options.get("endpoint_url") or None
@@ -208,7 +208,7 @@ def _parse_s3(rest: str, around: Surroundings, *, read_only: bool) -> ParsedUrl:
         endpoint_url=endpoint,
         region=options.get("region") or None,
         profile=options.get("profile") or None,
-        connect_timeout=around.connect_timeout,
+        connect_timeout=context.connect_timeout,
         anonymous=_is_true(options.get("anonymous", "")),
     )
     if site.anonymous and site.profile:
@@ -231,7 +231,7 @@ def _options(rest: str, kind: str, known: Sequence[str]) -> tuple[str, dict[str,
     return place, options
 
 
-def _parse_tunnel(rest: str, around: Surroundings, *, read_only: bool) -> ParsedUrl:
+def _parse_tunnel(rest: str, context: UrlContext, *, read_only: bool) -> ParsedUrl:
     rest, options = _options(rest, "a tunnel:", _SFTP_OPTIONS)
     name, _, path = rest.partition("/")
     if not rendezvous.is_valid_name(name):
@@ -239,7 +239,7 @@ def _parse_tunnel(rest: str, around: Surroundings, *, read_only: bool) -> Parsed
             f"tunnel:{_without_secrets(rest)} names no tunnel: the form is tunnel:NAME/SHARE, "
             "with the name that 'hpcfs tunnel' was given"
         )
-    site = tunnel_site(name, around.connect_timeout)
+    site = tunnel_site(name, context.connect_timeout)
     root = SftpRoot("/" + path.strip("/"), read_only)
     return ParsedUrl(site, root, symlinks=options.get("symlinks"))
 

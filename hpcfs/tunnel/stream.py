@@ -47,7 +47,7 @@ seconds."""
 MOST_EARLY_BYTES = 1024 * 1024
 
 
-class Garbled(Exception):
+class ProtocolViolation(Exception):
     """The other end broke the protocol."""
 
 
@@ -110,7 +110,7 @@ class TunnelStream:
     def _keep(self, data: bytes | memoryview) -> None:
         self._early += data
         if len(self._early) > MOST_EARLY_BYTES:
-            raise Garbled("too much came before anybody listened")
+            raise ProtocolViolation("too much came before anybody listened")
 
     # --- writing --------------------------------------------------------------------------------
 
@@ -163,10 +163,10 @@ class TunnelStream:
     def attach(self, pipe: Pipe, seen: int) -> None:
         """Continue on this pipe, whose other end has received `seen` of our bytes.
 
-        Raises Garbled for an impossible number.
+        Raises ProtocolViolation for an impossible number.
         """
         if not self._seen <= seen <= self._seen + self.unseen:
-            raise Garbled("the other end can't have what it says it has")
+            raise ProtocolViolation("the other end can't have what it says it has")
         self._forget(seen)
         if self._pipe is not None and self._pipe is not pipe:
             self._pipe.close()
@@ -185,7 +185,7 @@ class TunnelStream:
             self._pipe = None
 
     def feed(self, data: bytes | memoryview) -> None:
-        """Process bytes that arrived on the pipe. Raises Garbled."""
+        """Process bytes that arrived on the pipe. Raises ProtocolViolation."""
         view = memoryview(data)
         while view and not self.ended:
             if self._data_left:
@@ -223,7 +223,7 @@ class TunnelStream:
         elif kind == END:
             self.end("")
         else:
-            raise Garbled(f"a frame of kind {kind} with {number} bytes")
+            raise ProtocolViolation(f"a frame of kind {kind} with {number} bytes")
 
     def _tell(self) -> None:
         self._told = self.received
@@ -232,7 +232,7 @@ class TunnelStream:
 
     def _other_has(self, seen: int) -> None:
         if not self._seen <= seen <= self._seen + self.unseen:
-            raise Garbled("the other end can't have what it says it has")
+            raise ProtocolViolation("the other end can't have what it says it has")
         self._forget(seen)
         self._say_seen()
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from hpcfs.tunnel import stream as streams
-from hpcfs.tunnel.stream import Garbled, TunnelStream
+from hpcfs.tunnel.stream import ProtocolViolation, TunnelStream
 
 ID = b"0123456789abcdef"
 SIZES = st.one_of(st.integers(1, 300), st.integers(1, 2 * streams.FRAME_BYTES + 1))
@@ -172,7 +172,7 @@ def test_an_end_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) 
 def test_nobody_can_have_what_was_not_sent(seen: int) -> None:
     end = End()
     end.stream.write(bytes(10))
-    with pytest.raises(Garbled):
+    with pytest.raises(ProtocolViolation):
         end.stream.attach(end.wire, seen)
 
 
@@ -183,7 +183,7 @@ def test_nonsense_is_refused_or_ignored(data: bytes) -> None:
     end.stream.attach(end.wire, 0)
     try:
         end.stream.feed(data)
-    except Garbled:
+    except ProtocolViolation:
         return
     assert len(end.came) <= len(data)
 
