@@ -176,7 +176,7 @@ def _rest(at: Path, outlook: str) -> str:
     return f", {left} not uploaded yet{outlook}" if status.pending_files else outlook
 
 
-# --- programs that use it -------------------------------------------------------------------------
+# --- programs that use it -----------------------------------------------------------------------
 
 
 def _busy(target: Path) -> str:
