@@ -120,9 +120,13 @@ class ConnectedMounts:
         mount = self.enter(proof.session, proof.host)
         try:
             channel = ServerChannel(
-                self._shares, mount.files, stream.write, lambda: stream.unseen, MOST_UNTAKEN_BYTES
+                self._shares,
+                mount.files,
+                stream.write,
+                lambda: stream.unacknowledged,
+                MOST_UNTAKEN_BYTES,
             )
-            stream.on_seen.append(channel.taken)
+            stream.on_acknowledged.append(channel.taken)
             stream.listen(channel.received, lambda reason: channel.ended())
             await channel.run()
         finally:
@@ -171,16 +175,16 @@ class ConnectedMounts:
             self._shares,
             mount.files,
             chan.write,
-            lambda: stream.unseen + chan.get_write_buffer_size(),
+            lambda: stream.unacknowledged + chan.get_write_buffer_size(),
             WAITING_BYTES,
         )
 
         async def serve() -> None:
-            stream.on_seen.append(channel.taken)
+            stream.on_acknowledged.append(channel.taken)
             try:
                 await channel.run()
             finally:
-                stream.on_seen.remove(channel.taken)
+                stream.on_acknowledged.remove(channel.taken)
                 chan.close()
 
         self._run(serve())

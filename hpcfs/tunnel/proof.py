@@ -69,7 +69,7 @@ class HandshakeMessages:
 
     def finish(self) -> None:
         """Stop listening; bytes that arrived after the last message go to the next listener."""
-        self._stream.listen_no_more(bytes(self._came))
+        self._stream.stop_listening(bytes(self._came))
 
     def send(self, message: msgspec.Struct) -> None:
         """Write one message to the stream."""
