@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hpcfs.config import config, tunnel
+
 ROOT = Path(__file__).parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
@@ -62,8 +64,19 @@ def test_each_promise_names_its_test(page: str, at_least: int) -> None:
     assert [promise for promise in promises if not NAMED_TEST.search(promise)] == []
 
 
+@pytest.mark.parametrize(
+    "key",
+    sorted(
+        {*config.TOP_KEYS, *config.SFTP_KEYS, *config.S3_KEYS, *config.TUNNEL_KEYS, *tunnel.KEYS}
+    ),
+)
+def test_configuration_explains_each_key(key: str) -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    assert re.search(rf"^- `{key}` \([^)]*; [^)]*\): \S", text, re.MULTILINE)
+
+
 TOO_LONG = {"README.md", "CHANGELOG.md", "architecture.md", "benchmarks.md"}
-TOO_LONG |= {"configuration.md", "troubleshooting.md"}
+TOO_LONG |= {"troubleshooting.md"}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in TOO_LONG])
