@@ -76,7 +76,6 @@ def test_configuration_explains_each_key(key: str) -> None:
 
 
 TOO_LONG = {"README.md", "CHANGELOG.md", "architecture.md", "benchmarks.md"}
-TOO_LONG |= {"troubleshooting.md"}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in TOO_LONG])
