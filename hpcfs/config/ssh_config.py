@@ -1,6 +1,6 @@
 """The little that set-up needs of ~/.ssh/config: which aliases it names.
 
-What the file says of a host is ssh's own to tell (remotes/ssh/said.py); here only `Host` lines
+What the file says of a host is ssh's own to tell (remotes/ssh/options.py); here only `Host` lines
 count, to tell an alias from an rclone remote and to offer hosts to `hpcfs init`.
 """
 

@@ -61,7 +61,7 @@ _BY_ERRNO: dict[int, Callable[[str], SFTPError]] = {
 """errno_to_portable in OpenSSH's sftp-server.c: what clients have learned to understand. Only EROFS
 is a "failure" there; statvfs tells it from EACCES."""
 _BAD_MESSAGE = "Bad message"
-"""Its words for it, by which remotes/sftp/errors.py knows."""
+"""Its words for it, by which remotes/sftp/translate.py knows."""
 
 
 class HandleTable(dict[bytes, object]):

@@ -19,8 +19,8 @@ from hpcfs.laptop.identity import Identity
 from hpcfs.laptop.publishing import Directory
 from hpcfs.laptop.running import Asker, AskUser
 from hpcfs.model.errors import RemoteError
-from hpcfs.remotes.sftp.errors import translated
-from hpcfs.remotes.ssh.login import Login, log_in
+from hpcfs.remotes.sftp.translate import translated
+from hpcfs.remotes.ssh.login import SshLogin, log_in
 from hpcfs.tunnel.file import DIRECTORY
 
 Level = Literal["ok", "warn", "fail"]
@@ -57,7 +57,7 @@ async def _check(wishes: Wishes, ask: AskUser, tell: ReportFinding) -> None:
         await login.close()
 
 
-async def _look_around(wishes: Wishes, login: Login, tell: ReportFinding) -> None:
+async def _look_around(wishes: Wishes, login: SshLogin, tell: ReportFinding) -> None:
     sftp = await publishing.start_sftp(login)
     missing = await _missing_directories(sftp)
     try:
@@ -96,7 +96,7 @@ async def _kind(directory: Directory) -> str:
 
 
 async def _look_for_others(
-    wishes: Wishes, directory: Directory, login: Login, tell: ReportFinding
+    wishes: Wishes, directory: Directory, login: SshLogin, tell: ReportFinding
 ) -> None:
     try:
         await directory.check_free(login.connection, wishes.name, "")

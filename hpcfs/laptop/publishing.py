@@ -23,8 +23,8 @@ from asyncssh.sftp import SFTPAttrs
 
 from hpcfs.laptop import listening, probing
 from hpcfs.model.errors import PermissionDenied, RemoteError, WrongSettings
-from hpcfs.remotes.sftp.errors import translated
-from hpcfs.remotes.ssh.login import Login
+from hpcfs.remotes.sftp.translate import translated
+from hpcfs.remotes.ssh.login import SshLogin
 from hpcfs.tunnel.file import DIRECTORY, MAX_FILE_BYTES, Rendezvous, decode, encode, file_name
 from hpcfs.tunnel.knock import Door
 
@@ -193,7 +193,7 @@ def _raise_if_lost(error: RemoteError) -> None:
         raise error
 
 
-async def start_sftp(login: Login) -> asyncssh.SFTPClient:
+async def start_sftp(login: SshLogin) -> asyncssh.SFTPClient:
     """The session that writes and watches the file. Only with a session on it does sshd send
     without waiting for more (TCP_NODELAY): it stays open."""
     try:

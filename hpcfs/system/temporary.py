@@ -1,7 +1,7 @@
 """Where directories that go again are made: $TMPDIR, unless others may exchange what is in it.
 
 Who may rename an entry of the directory that holds ours can put another one in its place: with a
-program that ssh runs (remotes/ssh/asking.py), or with files that a job takes for its own.
+program that ssh runs (remotes/ssh/askpass_server.py), or with files that a job takes for its own.
 """
 
 from __future__ import annotations

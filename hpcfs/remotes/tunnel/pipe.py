@@ -117,7 +117,7 @@ class PipeEnd(asyncio.Protocol):
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedPipe:
     """`stream_id` is zeros where the tunnel has no such stream, `seen` how many of our bytes have
     come there."""
 
@@ -126,7 +126,7 @@ class Opened:
     seen: int
 
 
-async def connect(place: Endpoint, door: Door, stream_id: bytes, received: int) -> Opened:
+async def connect(place: Endpoint, door: Door, stream_id: bytes, received: int) -> OpenedPipe:
     """A pipe to that tunnel, on which the stream of that id goes on, of which so many bytes have
     come. Raises NoAnswer."""
     try:
@@ -148,7 +148,7 @@ async def connect(place: Endpoint, door: Door, stream_id: bytes, received: int) 
     except BaseException:
         pipe.close()
         raise
-    return Opened(pipe, found, seen)
+    return OpenedPipe(pipe, found, seen)
 
 
 async def _open(place: Endpoint) -> PipeEnd:
