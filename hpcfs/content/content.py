@@ -16,6 +16,7 @@ import logging
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum, auto
 
 import msgspec
 import trio
@@ -25,8 +26,9 @@ from hpcfs.cache.ranges import RangeSet
 from hpcfs.cache.store import Store
 from hpcfs.content.fetcher import Budget
 from hpcfs.content.reader import Place, RemoteContent
-from hpcfs.content.record import Unconfirmed
-from hpcfs.content.snapshot import Changes, Snapshot, merge_attributes
+from hpcfs.content.record import Unconfirmed, flags_of
+from hpcfs.content.snapshot import Snapshot, merge_attributes
+from hpcfs.content.state import Changes, Name, RemoteSide, State
 from hpcfs.content.streaming_upload import StreamingUpload
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import BLOCK_BYTES, NO_HANDLE, Attributes, Entry
@@ -43,6 +45,20 @@ APPEND_ATTEMPTS = 20
 """While others change the file all the time."""
 PIECE_TIMEOUT = 600.0
 """Seconds for what is sent ahead, which reports no progress: 28 kB/s."""
+
+
+class _Way(Enum):
+    """How an upload brings what is dirty."""
+
+    RANGES = auto()
+    """The remote writes the dirty ranges in place."""
+    WHOLE = auto()
+    """All of the old content was brought here, and all of the file is sent."""
+    PARTS = auto()
+    """The dirty ranges are sent, and the server copies the rest."""
+
+
+_NOTHING = RangeSet()
 
 
 class Content(RemoteContent):
@@ -63,37 +79,15 @@ class Content(RemoteContent):
         self.users = 0
         self.closing: trio.Event | None = None
         """While the last handle closes; set once it is through."""
-        self.retired = False
-        """Closed for good."""
-        self.new = False
-        """The remote has no such file yet."""
-        self.made = False
-        """Made on the remote by this handle, empty, and not confirmed: its version is not known."""
-        self.replace = False
-        """New, and renamed over what has the name on the remote."""
-        self.attempted = False
-        """An upload may have begun to write: the remote's version is neither known nor others'."""
-        self.resized = False
-        self.changes = Changes.NONE
-        """Since the upload that is under way took what was dirty."""
-        self.pending = Attributes()
-        self.journaled = False
-        self.secured = False
-        """The journal has all that is dirty."""
         self.failure: RemoteError | None = None
         """Of an upload that no program waited for; told once."""
         self.uploaded_bytes = 0
         """Of the upload under way."""
         self.writers = 0
         self.upload_lock = trio.Lock()
-        self._in_upload = RangeSet()
-        self._copies_parts = False
-        """The upload brings what is dirty, and the server copies the rest."""
-        self._is_whole = False
-        """For the upload under way all of the old content was brought here."""
-        self._base_sizes: list[int] = []
-        """Of the upload under way, until the remote confirmed it; so is the next."""
-        self._uploading = Changes.NONE
+        self._way = _Way.RANGES
+        """How the last upload that was prepared goes."""
+        self._under_way: Snapshot | None = None
         self.write_handle = NO_HANDLE
         """The remote holds the file open under it since it was made."""
         self._sending = StreamingUpload(self._send_piece, self._handle_for_sending, nursery)
@@ -130,55 +124,56 @@ class Content(RemoteContent):
 
     def note_created(self, handle: int) -> None:
         """The remote made the empty file a moment ago, and holds it open under this handle."""
-        self.made, self.write_handle = True, handle
+        self.state.note_created()
+        self.write_handle = handle
 
     def note_absent(self) -> None:
         """The remote has no such file yet: the first upload makes it."""
-        self.new = True
+        self.state.note_absent()
 
-    def take_up(self, row: Unconfirmed) -> None:
+    def resume(self, row: Unconfirmed) -> None:
         """Go on with what an earlier mount left: it is written as far as the row says."""
         self.base_size = row.base_size
-        self.pending, self.resized = row.pending, row.resized
-        self.new, self.replace, self.attempted = row.new, row.replace, row.attempted
-        self.changes = Changes.APPENDED if row.appended else Changes.ANY
-        self.needs_disk = self.journaled = self.secured = True
+        self.state = State.resumed(row.remote_side, row.unsent)
+        self.needs_disk = True
 
     def unlink(self) -> None:
         """The last name was removed here: what is written from now on goes nowhere."""
-        self.orphan = True
+        self.state.unlink()
         self.stop_sending()
 
     def supersede(self) -> None:
         """Others removed the file on the remote, or put another one in its place."""
-        self.replaced = True
+        self.state.supersede()
+
+    def discard(self) -> None:
+        """Nothing of it will be uploaded any more; who has it open reads on."""
+        self.state.discard()
+        self.stop_sending()
+        self.file.dirty = RangeSet()
 
     def retire(self) -> bool:
         """It is closed for good; False if it was before."""
-        if self.retired:
+        if self.state.name is Name.RETIRED:
             return False
-        self.retired = True
+        self.state.retire()
         self.stop_sending()
         return True
 
-    def note_renamed(self, *, over_another: bool) -> None:
+    def note_renamed_here(self, *, over_another: bool) -> None:
         """The file, which is only here, has another name now; `over_another`: the remote has
         something of that name, which the upload replaces in one step."""
-        self.replace = self.replace or over_another
-        self.secured = False
+        self.state.note_renamed_here(over_another=over_another)
 
     def set_with_upload(self, attributes: Attributes) -> None:
         """The next upload sets these."""
-        self.pending = merge_attributes(self.pending, attributes)
-        self.secured = False
+        self.state.set_with_upload(attributes)
 
     def note_stamped(self, mode: int | None) -> None:
         """The file was written to now: a time that was set before is not to come back with the
         upload, and the mode is this one if not None."""
-        if self.pending:
-            self.pending = msgspec.structs.replace(self.pending, mtime_ns=None)
-        if mode is not None:
-            self.pending = merge_attributes(self.pending, Attributes(mode=mode))
+        if mode is not None or self.state.attributes:
+            self.state.note_stamped(mode)
 
     def renew_version(self, version: bytes) -> None:
         """The same content has another version on the remote: its time was set."""
@@ -188,25 +183,36 @@ class Content(RemoteContent):
         """A program has read bytes of this version."""
         self.served = True
 
-    def note_attempted(self) -> None:
-        """An upload may have begun to write: what the remote has is ours to overwrite."""
-        self.attempted = True
-
     def note_row(self) -> None:
         """The journal has a row for it now."""
-        self.journaled = True
+        self.state.note_row()
 
     def note_no_row(self) -> None:
         """The journal has no row for it any more, or one that is another's."""
-        self.journaled = False
+        self.state.note_no_row()
 
-    def begin_to_persist(self) -> None:
-        """The row that is about to be written has all; what is written meanwhile takes it back."""
-        self.secured = True
+    @contextmanager
+    def persisting(self) -> Iterator[None]:
+        """While a row that has everything is written to the disk."""
+        had_row = self.state.has_row
+        self.state.begin_to_persist()
+        try:
+            yield
+        except BaseException:
+            self.state.note_not_persisted(had_row=had_row)
+            raise
+        self.state.note_persisted()
 
-    def note_not_persisted(self) -> None:
-        """The journal does not have all that is dirty."""
-        self.secured = False
+    @contextmanager
+    def stranding(self) -> Iterator[None]:
+        """While the bytes are moved to where the user finds them."""
+        had_row = self.state.has_row
+        self.state.strand()
+        try:
+            yield
+        except BaseException:
+            self.state.note_not_stranded(had_row=had_row)
+            raise
 
     def note_failure(self, error: RemoteError | None) -> None:
         """An upload failed of which no program heard: the next close tells."""
@@ -220,28 +226,29 @@ class Content(RemoteContent):
     # --- what it is -----------------------------------------------------------------------------
 
     def is_dirty(self) -> bool:
-        if self.orphan:
-            return False
-        in_motion = self._in_motion is not None
-        waits = self.new or self.made or self.resized or self.pending
-        return bool(in_motion or self.file.dirty or waits)
+        """Whether the remote lacks something of the file, or is just being changed."""
+        return self.state.is_dirty
+
+    @property
+    def is_ahead(self) -> bool:
+        """Of what the remote has, whose answers must not overwrite it: dirty, or removed here."""
+        return self.state.is_dirty or self.state.is_unlinked
 
     @property
     def is_as_made(self) -> bool:
         """Made on the remote a moment ago, and nothing else: programs close a second descriptor
         (dup(2), fork(2)) before they write."""
-        changed = self.file.dirty or self.resized or self.pending or self._in_motion is not None
-        return self.made and not changed
+        return self.state.remote is RemoteSide.CREATED and self.state.is_untouched
 
     @property
     def is_only_here(self) -> bool:
         """The remote has nothing of this name, for certain: no upload broke off on its way."""
-        return self.new and not self.replace and not self.attempted
+        return self.state.remote is RemoteSide.ABSENT
 
     @property
     def may_be_missing(self) -> bool:
         """The remote may have nothing of this name."""
-        return self.new or self.attempted
+        return self.state.may_be_missing
 
     @property
     def is_being_sent(self) -> bool:
@@ -253,6 +260,11 @@ class Content(RemoteContent):
         """That the remote does not have yet, as far as is known."""
         dirty = self.file.dirty.total - self._sending.sent.total
         return max(0, dirty + max(0, self._in_upload.total - self.uploaded_bytes))
+
+    @property
+    def _in_upload(self) -> RangeSet:
+        """What the upload under way brings, sent ahead or not."""
+        return self._under_way.ranges if self._under_way else _NOTHING
 
     @property
     def dirty_bytes(self) -> int:
@@ -325,7 +337,7 @@ class Content(RemoteContent):
 
     def _write_now(self, offset: int, data: bytes, change: Changes) -> None:
         """No await: atomic."""
-        self._check_not_replaced()
+        self.check_not_superseded()
         end = offset + len(data)
         old_size = self.size
         if end > old_size:
@@ -338,17 +350,19 @@ class Content(RemoteContent):
                 raise CacheFull("the local disk with the cache is full") from None
             raise
         self.file.mark_written(offset, end)
-        self.changes = max(self.changes, change)
-        self.secured = False
+        self.state.note_changed(change)
         self._sending.wrote(offset, end)
         if self._may_send_ahead():
             self._sending.advance(self.file.dirty, end)
 
     def _may_send_ahead(self) -> bool:
         """Not of what was appended to a file that others may append to as well."""
-        if self.base_size or self.replace or self._in_motion is not None or self.orphan:
+        state = self.state
+        if self.base_size or state.motion is not None or state.is_unlinked:
             return False
-        return self.new or self.made or self.changes is Changes.ANY
+        if state.remote in (RemoteSide.ABSENT, RemoteSide.CREATED):
+            return True
+        return state.remote is not RemoteSide.REPLACES and state.changes >= Changes.ANY
 
     def _resize(self, size: int) -> None:
         try:
@@ -369,15 +383,16 @@ class Content(RemoteContent):
                 self.file.discard(block)
         self.file.resize(old_size)
 
-    def _check_not_replaced(self) -> None:
-        if self.replaced:
+    def check_not_superseded(self) -> None:
+        """Before it is written to. Raises Stale."""
+        if self.state.is_superseded:
             raise Stale("the file was replaced on the remote since it was opened; open it again")
 
     async def truncate(self, size: int) -> bool:
         """Whether that changed the size."""
         await self._fetcher.settle()
         # No await from here: atomic.
-        self._check_not_replaced()
+        self.check_not_superseded()
         if size == self.size:
             return False
         self._resize(size)
@@ -388,16 +403,7 @@ class Content(RemoteContent):
 
     def mark_resized(self) -> None:
         """A program set the size, perhaps to what it was."""
-        self.resized = True
-        self.changes = Changes.ANY
-        self.secured = False
-
-    @property
-    def _goes_to_the_end(self) -> bool:
-        """Whether what is dirty, and not on its way, was appended to what the remote has."""
-        if self.new or self.made or self.replace or self.resized:
-            return False
-        return self.changes is Changes.APPENDED and self.capabilities.partial_writes
+        self.state.note_changed(Changes.RESIZED)
 
     # --- sending while it is written --------------------------------------------------------------
 
@@ -406,9 +412,9 @@ class Content(RemoteContent):
 
     async def _send_piece(self, handle: int, offset: int) -> None:
         """Where the remote writes in place, the file is there from now on, whatever follows."""
-        base_version = self._base_version()
+        base_version = self._base_version(_Way.RANGES)
         if self.capabilities.partial_writes:
-            self.new, self.attempted, self.changes = False, True, Changes.ANY
+            self.state.note_begun()
         request = UploadPieceRequest(
             self.place.path,
             offset,
@@ -444,36 +450,39 @@ class Content(RemoteContent):
         """Where the remote takes only whole files, or with `whole`, all of it must be here, and
         undamaged."""
         if self.capabilities.partial_writes and not whole:
+            self._way = _Way.RANGES
             return
-        self._copies_parts = not whole and self._may_copy_parts()
-        if self._copies_parts:
+        if not whole and self._may_copy_parts():
+            self._way = _Way.PARTS
             return
         blocks = self._blocks(0, self.base_size)
         while True:
             await self.fetch_all()
             untrusted = [block for block in blocks if self._is_untrusted(block)]
             if not untrusted:
-                self._is_whole = not whole
-                return
+                break
             await self._verify(untrusted)
+        if not whole:
+            self._way = _Way.WHOLE
 
     @property
     def holds_base(self) -> bool:
         """The upload under way replaces the remote's old content, which from then on may be here
         only."""
-        return self._is_whole and min(self._base_sizes, default=0) > 0
+        snapshot = self._under_way
+        return self._way is _Way.WHOLE and snapshot is not None and snapshot.base_size > 0
 
     def _may_copy_parts(self) -> bool:
         """Whether the server can make the new object of the old one and what is dirty."""
         is_large = self.base_size >= PART_COPY_BYTES
-        return self.capabilities.part_copies and is_large and not (self.new or self.replace)
+        return self.capabilities.part_copies and is_large
 
     def falls_back(self) -> bool:
         """The remote could not do it that way: whether there is another."""
-        if self._copies_parts:
+        if self._way is _Way.PARTS:
             self.capabilities = msgspec.structs.replace(self.capabilities, part_copies=False)
             self.namespace.knows_better(self.capabilities)
-        return self._copies_parts
+        return self._way is _Way.PARTS
 
     def cut_to(self, size: int) -> Unconfirmed | None:
         """The journal's row for it once it is cut. None where the row that it has stays true if
@@ -491,44 +500,45 @@ class Content(RemoteContent):
         )
 
     def unconfirmed(self, reason: str = "", *, writing: bool = False) -> Unconfirmed:
+        """The journal's row of it. `writing` says that more will be written."""
+        snapshot = self._under_way
+        base_size = min(self.base_size, snapshot.base_size) if snapshot else self.base_size
         return Unconfirmed(
             self.file.name,
             self.namespace.name,
             self.namespace.origin,
             self.place.path,
             self.size,
-            min([self.base_size, *self._base_sizes]),
+            base_size,
             self._blocks_written(),
             self.file.path,
             self.version,
             self.place.entry,
             self.capabilities,
-            self.pending,
-            new=self.new,
-            replace=self.replace,
-            resized=self.resized,
-            attempted=self.attempted or self.made or bool(self._base_sizes),
-            appended=max(self.changes, self._uploading) is Changes.APPENDED,
             writing=writing,
             reason=reason,
+            **flags_of(self.state, base_size),
         )
 
     def _blocks_written(self) -> list[tuple[int, int]]:
         """The dirty ranges, extended to their blocks: all of a block is in the cache file once a
         part of it was written, and what is not in the journal counts as not there."""
         whole = RangeSet()
-        if self._is_whole:
+        if self._under_way and self._way is _Way.WHOLE:
             whole.add(0, self.size)
         for start, end in [*self.file.dirty, *self._in_upload]:
             first, last = start // BLOCK_BYTES, -(-end // BLOCK_BYTES)
             whole.add(first * BLOCK_BYTES, min(last * BLOCK_BYTES, self.size))
         return list(whole)
 
-    def _base_version(self) -> bytes | None:
-        """What an upload may change (see UploadRequest)."""
-        if self.made or self.replace or (self.attempted and not self._copies_parts):
-            return None
-        return b"" if self.new else self.version
+    def _base_version(self, way: _Way) -> bytes | None:
+        """What an upload may change (see UploadRequest). The server copies parts of the one version
+        only."""
+        remote = self.state.remote
+        if remote is RemoteSide.ABSENT:
+            return b""
+        is_known = remote is RemoteSide.PRESENT
+        return self.version if is_known or way is _Way.PARTS else None
 
     async def send(self, snapshot: Snapshot, *, sync: bool) -> Entry:
         request = self._request(snapshot, sync=sync)
@@ -559,10 +569,10 @@ class Content(RemoteContent):
             merge_attributes(times, snapshot.attributes),
             stat.S_IMODE(entry.mode),
             sync,
-            self._base_version(),
-            self.replace,
+            self._base_version(self._way),
+            self.state.remote is RemoteSide.REPLACES,
             snapshot.handle,
-            whole=not self._copies_parts,
+            whole=self._way is not _Way.PARTS,
             times_set=snapshot.attributes.mtime_ns is not None,
             append=snapshot.append,
         )
@@ -576,25 +586,17 @@ class Content(RemoteContent):
         """Bytes are on their way: where they are written in place, the remote's version may be any
         from now on."""
         self.uploaded_bytes = done
-        self.attempted = self.attempted or self.capabilities.partial_writes
-
-    def give_up(self) -> None:
-        """Nothing of it will be uploaded any more; who has it open reads on."""
-        self.stop_sending()
-        self.file.dirty = RangeSet()
-        self.pending = Attributes()
-        self.new = self.made = self.resized = False
-        self.orphan = self.replaced = True
+        if self.capabilities.partial_writes:
+            self.state.note_begun()
 
     @contextmanager
     def in_motion(self) -> Iterator[None]:
         """While the remote renames the file: fetches wait for its end, or try again after it."""
-        self._in_motion = trio.Event()
+        self.state.begin_motion()
         try:
             yield
         finally:
-            self._in_motion.set()
-            self._in_motion = None
+            self.state.end_motion()
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
@@ -611,66 +613,58 @@ class Content(RemoteContent):
         await self._fetcher.settle()
         # No await from here: atomic.
         sent, sent_under = self._sending.sent, self._sending.handle
+        append = self.capabilities.partial_writes and self.state.goes_to_the_end and not sent
+        unsent = self.state.begin_upload()
         snapshot = Snapshot(
             self.file.dirty,
             self.size,
             self.base_size,
-            self.pending,
-            self.resized,
+            unsent.attributes,
             sent,
             sent_under if sent else self.write_handle,
-            self.changes,
-            self._goes_to_the_end and not sent,
+            append,
         )
         if sent_under not in (NO_HANDLE, snapshot.handle):
             self._abandon(sent_under)
         self._sending.reset()
         self.write_handle = NO_HANDLE
         self.file.dirty = RangeSet()
-        self._in_upload = snapshot.ranges
-        self._base_sizes = [snapshot.base_size]
-        self._uploading, self.changes = self.changes, Changes.NONE
         self.uploaded_bytes = sent.total
-        self.pending = Attributes()
-        self.resized = False
         self.base_size = self.size
-        self._in_motion = trio.Event()
+        self._under_way = snapshot
         return snapshot
 
-    def end_upload(self, snapshot: Snapshot, entry: Entry | None) -> None:
-        """`entry` is the file on the remote now, or None if the upload failed."""
-        assert self._in_motion is not None
-        if entry is None:
-            for start, end in snapshot.ranges:
-                self.file.dirty.add(start, min(end, self.size))
-            if not self.capabilities.partial_writes and not self._copies_parts:
-                # Perhaps it replaced the old version: all of this one is here only.
-                self.file.dirty.add(0, min(snapshot.size, self.size))
-            self.pending = merge_attributes(snapshot.attributes, self.pending)
-            self.resized = self.resized or snapshot.resized
-            self.base_size = min(self.base_size, snapshot.base_size)
-            self.changes = max(self.changes, snapshot.changes)
-            self._abandon(snapshot.handle)
-        else:
-            self._arrived(snapshot, entry)
-        self._uploading = Changes.NONE
-        self._in_upload = RangeSet()
-        self._is_whole = False
-        self._base_sizes = []
+    def confirm_upload(self, snapshot: Snapshot, entry: Entry) -> None:
+        """`entry` is the file on the remote now."""
+        self.failure = None
+        self._arrived(snapshot, entry)
+        self.state.confirm_upload()
+        self._end_upload()
+
+    def fail_upload(self, snapshot: Snapshot, *, begun: bool) -> None:
+        """All is dirty as before. `begun`: the remote may have begun to write."""
+        for start, end in snapshot.ranges:
+            self.file.dirty.add(start, min(end, self.size))
+        if self._way is _Way.WHOLE:  # perhaps it replaced the old version: all is here only
+            self.file.dirty.add(0, min(snapshot.size, self.size))
+        self.base_size = min(self.base_size, snapshot.base_size)
+        self._abandon(snapshot.handle)
+        self.state.fail_upload(begun=begun)
+        self._end_upload()
+
+    def _end_upload(self) -> None:
+        self._under_way = None
         self.uploaded_bytes = 0
-        self._in_motion.set()
-        self._in_motion = None
         self._store.check_bound()
 
     def _arrived(self, snapshot: Snapshot, entry: Entry) -> None:
         """What was appended may stand elsewhere on the remote, after what others appended. Then
         what was written here meanwhile keeps its place after it, in the version that was here; the
         remote's is followed once nothing is dirty."""
-        self.new = self.made = self.replace = self.attempted = self.growing = False
-        self.failure = None
+        self.growing = False
         if not snapshot.append or entry.size == snapshot.size:
             self.file.version = entry.version
-        elif not self.file.dirty and not self.resized:
+        elif not self.state.changes:
             self._adopt(entry)
             self.growing = False
 

@@ -25,6 +25,7 @@ import trio
 from hpcfs.cache.file import CacheFile
 from hpcfs.cache.store import Store
 from hpcfs.content.fetcher import Budget, Fetcher
+from hpcfs.content.state import State
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import BLOCK_BYTES, NO_HANDLE, Entry
 from hpcfs.model.errors import (
@@ -99,13 +100,7 @@ class RemoteContent(ABC):
         """The remote has the file open for this content."""
         self.is_unsized = False
         """The remote's file ends before the size that it tells, and did not change: as in /sys."""
-        self.orphan = False
-        """Removed: nothing of it will ever be uploaded."""
-        self.replaced = False
-        """Another file has the name on the remote: what is written from now on would be mixed
-        with what is not this file's."""
-        self._in_motion: trio.Event | None = None
-        """While the remote's version or name changes through this mount."""
+        self.state = State()
         self.needs_disk = False
         """The cache file may not be in memory: it was or will be written to, or shall stay."""
         self._disk_waits = False
@@ -154,8 +149,8 @@ class RemoteContent(ABC):
     async def _fetch(self, offset: int, length: int, *, urgent: bool) -> m.Fetched:
         attempts = unchanged = 0
         while True:
-            while self._in_motion is not None:
-                await self._in_motion.wait()
+            while self.state.motion is not None:
+                await self.state.motion.wait()
             if self._store.memory.slow_disk.is_slow:
                 self._use_memory()
             version, path, cache_file = self.version, self.place.path, self.file.path
@@ -167,9 +162,9 @@ class RemoteContent(ABC):
                     return fetched
             except (Changed, NotFound):
                 attempts += 1
-                follows = self._in_motion is not None or await self._follows()
+                follows = self.state.motion is not None or await self._follows()
                 moved = self.version != version or self.place.path != path
-                unchanged += follows and not moved and self._in_motion is None
+                unchanged += follows and not moved and self.state.motion is None
                 if unchanged > 1 and self.base_size <= UNSIZED_BYTES:
                     self.is_unsized = True
                     raise
@@ -216,7 +211,7 @@ class RemoteContent(ABC):
         self.needs_disk = True
         if not self.file.in_memory:
             return
-        if self.orphan or self.replaced:
+        if self.state.is_gone:
             raise Stale("the file was removed or replaced since it was opened; open it again")
         try:
             self._store.memory.to_disk(self.file)
@@ -261,7 +256,7 @@ class RemoteContent(ABC):
         in the cache yet can't be read any more. None where the remote can't tell: it holds no file
         open, or has none of this version; and where the answer was overtaken by a change here.
         """
-        if not self.capabilities.handles or self.orphan:
+        if not self.capabilities.handles or self.state.is_unlinked:
             return None
         if not self.held and (found := await self.hold()) is not self.place.entry:
             return found
@@ -269,7 +264,7 @@ class RemoteContent(ABC):
         entry: Entry | None = await self.namespace.call(wanted, Entry | None)  # type: ignore[arg-type]
         if entry is None:
             self.held = False
-        elif self.orphan or self.is_dirty() or self.version != version:
+        elif self.state.is_unlinked or self.is_dirty() or self.version != version:
             return None  # what was asked is no longer what is here
         elif entry.version != version and entry.size > self.size:
             self._adopt(entry)
@@ -291,7 +286,7 @@ class RemoteContent(ABC):
     def can_hold(self, *, read_only: bool) -> bool:
         """Whether the file can be kept readable from open(2) on, whatever has its name then. Who
         may write does not wait for bytes that it will perhaps replace."""
-        if self.is_dirty() or self.orphan or self.replaced or self.held or not self.lacks_bytes:
+        if self.is_dirty() or self.state.is_gone or self.held or not self.lacks_bytes:
             return False
         return self.capabilities.handles or (read_only and self.base_size <= WHOLE_AT_OPEN_BYTES)
 
@@ -330,7 +325,7 @@ class RemoteContent(ABC):
 
     def _is_taken(self, version: bytes) -> bool:
         """Whether what is here is more than a look at this version."""
-        return self.served or self.is_dirty() or self.orphan or self.version != version
+        return self.served or self.is_dirty() or self.state.is_unlinked or self.version != version
 
     async def _adopt_unread(self, version: bytes) -> Entry | None:
         """What is there now may be open on the remote under our handle."""
@@ -356,7 +351,7 @@ class RemoteContent(ABC):
     async def read_unsized(self, offset: int, length: int) -> bytes:
         """What the remote gives there now, which is not cached."""
         place, namespace = self.place, self.namespace
-        if self.is_dirty() or self.orphan or self.replaced:
+        if self.is_dirty() or self.state.is_gone:
             return b""
         version = self.version
         request = m.ReadUnsized(place.path, offset, min(length, UNSIZED_BYTES), self.handle)

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypedDict
 
 import msgspec
 
+from hpcfs.content.state import Changes, RemoteSide, State, Unsent
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import Attributes, Entry
 
 
 class Unconfirmed(
-    msgspec.Struct, frozen=True, omit_defaults=True, rename={"capabilities": "capabilities"}
+    msgspec.Struct, frozen=True, omit_defaults=True, rename={"capabilities": "abilities"}
 ):
     """A file that the remote has not confirmed.
 
     `name` is its cache file's, `data` the path of its bytes, `origin` names the remote folder
     across mounts. `ranges` are the dirty (start, end) pairs in bytes, extended to whole blocks:
     outside of them, and below `base_size`, the bytes of the remote's `version` count. `entry` is
-    what the mount shows, `pending` what is to be set besides times. The flags are Content's: the
-    remote has no such file yet (`new`), it was open and
-    more was to come (`writing`), what has the name there is to be replaced in one step
-    (`replace`), an upload may have begun to write (`attempted`), the size changed (`resized`),
-    what is dirty was appended, and belongs to the remote's end (`appended`).
-    `reason` is empty while nothing was refused.
+    what the mount shows, `pending` what is to be set besides times. The flags tell the states of
+    the file (content/state.py): nothing of the remote's counts (`new`), what has the name there is
+    to be replaced in one step (`replace`), an upload may have begun to write (`attempted`), the
+    size changed (`resized`), what is dirty was appended, and belongs to the remote's end
+    (`appended`). It was open and more was to come (`writing`). `reason` is empty while nothing was
+    refused. Names and meaning are those of a format: journals outlive the version of hpcfs.
     """
 
     name: str
@@ -50,3 +52,46 @@ class Unconfirmed(
     @property
     def is_kept(self) -> bool:
         return Path(self.data).parent.name == "kept"
+
+    @property
+    def remote_side(self) -> RemoteSide:
+        """What the remote has of the file as far as the mount knew that noted this."""
+        if self.replace:
+            return RemoteSide.REPLACES
+        if self.attempted:
+            return RemoteSide.PARTIAL
+        return RemoteSide.ABSENT if self.new else RemoteSide.PRESENT
+
+    @property
+    def unsent(self) -> Unsent:
+        """What an upload brings beside bytes."""
+        if self.resized:
+            changes = Changes.RESIZED
+        else:
+            changes = Changes.APPENDED if self.appended and not self.new else Changes.ANY
+        return Unsent(changes, self.pending)
+
+
+class Flags(TypedDict):
+    """The fields of a row that tell a file's states."""
+
+    pending: Attributes
+    new: bool
+    replace: bool
+    resized: bool
+    attempted: bool
+    appended: bool
+
+
+def flags_of(state: State, base_size: int) -> Flags:
+    """Of a file of which `base_size` bytes of the remote's content still count."""
+    remote, unsent = state.remote, state.unconfirmed
+    is_partial = remote is RemoteSide.PARTIAL
+    return Flags(
+        pending=unsent.attributes,
+        new=remote in (RemoteSide.ABSENT, RemoteSide.REPLACES) or (is_partial and not base_size),
+        replace=remote is RemoteSide.REPLACES,
+        resized=unsent.changes is Changes.RESIZED,
+        attempted=is_partial or remote is RemoteSide.CREATED or state.taken is not None,
+        appended=unsent.changes is Changes.APPENDED,
+    )

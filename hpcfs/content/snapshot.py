@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import stat
 from dataclasses import dataclass
-from enum import IntEnum
 
 import msgspec
 
@@ -12,32 +11,17 @@ from hpcfs.cache.ranges import RangeSet
 from hpcfs.model.entries import Attributes, Entry
 
 
-class Changes(IntEnum):
-    """What programs did to a file's bytes since an upload took them last. Of two, the larger holds
-    for both."""
-
-    NONE = 0
-    APPENDED = 1
-    """All of it was written at the end, through O_APPEND: it belongs to the end that the file has
-    on the remote, wherever that is by then."""
-    ANY = 2
-    """It belongs where it was written, in the version that it was written to."""
-
-
 @dataclass(frozen=True)
 class Snapshot:
-    """Sizes in bytes. `base_size` is how much of the remote's old content still counts; `resized`
-    says that the size changed otherwise than by writing; `sent` is what the remote has already,
-    under `handle`; with `append` the ranges go to the remote's end."""
+    """Sizes in bytes. `base_size` is how much of the remote's old content still counts; `sent` is
+    what the remote has already, under `handle`; with `append` the ranges go to the remote's end."""
 
     ranges: RangeSet
     size: int
     base_size: int
     attributes: Attributes
-    resized: bool
     sent: RangeSet
     handle: int
-    changes: Changes
     append: bool
 
 

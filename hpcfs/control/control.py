@@ -1,11 +1,11 @@
-"""The daemon's control socket: what is said on it, and the side that asks.
+"""The daemon's control socket: its messages, and the client side.
 
-A Unix socket for each mount, in a directory that only the user can enter. A request is one line of
+Each mount has a Unix socket in a directory that only the user can enter. A request is one line of
 JSON, such as `{"command": "status"}`; the answer is one line too. After "wait" the connection stays
-open until the daemon has ended, so that end of file means gone: no pid to reuse, no polling. Work
-on the cache, or on what is not uploaded, is answered by a line for each step, and one for its
-outcome; a client that closes its end cancels it. The answering side is server.py: asking must not
-cost an import of trio.
+open until the daemon has ended, so that end of file means that it is gone: no pid that may be
+reused, no polling. Long work, on the cache or on files that are not uploaded, is answered by a line
+for each step and one for its outcome; a client cancels it by closing its end. The answering side is
+server.py: a client must not pay for an import of trio.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from hpcfs.model.errors import SetupError
 from hpcfs.system import ownership
 
 MAX_REQUEST_BYTES = 16 * 1024
-"""Two paths, each of 4095 bytes, a third more in base64."""
+"""Room for two paths of 4095 bytes each, which base64 makes a third longer."""
 MAX_REPLY_BYTES = 16 * 1024 * 1024
 ANSWER_SECONDS = 5.0
 STEP_SECONDS = 120.0
-"""Much longer than server.HEARTBEAT_SECONDS, in which the daemon repeats itself."""
+"""Much longer than server.HEARTBEAT_SECONDS, after which the daemon repeats its last step."""
 MAX_PENDING = 1000
-"""Files named in one answer. Those that failed come first; the others are counted."""
+"""Files named in one answer. Those that failed come first; the rest is only counted."""
 
 
 class DaemonNotRunning(SetupError):
-    """No daemon listens there."""
+    """No daemon listens on the socket."""
 
 
 class DaemonNotAnswering(SetupError):
-    """A daemon is there, but does not answer, or answers nonsense."""
+    """A daemon is there, but does not answer, or its answer is invalid."""
 
 
 class OutOfTime(SetupError):
-    """The work goes on, but the client has waited for as long as it was to."""
+    """The client's time limit has passed. The work continues."""
 
 
 class NamespaceStatus(msgspec.Struct, frozen=True):
-    """`reason` says why a namespace failed, or what is special about its connection. `url`
-    holds no secret. `write` is "through" or "back"."""
+    """The state of one namespace. `reason` says why it failed, or what is special about its
+    connection. `url` holds no secret. `write` is "through" or "back" mode."""
 
     name: str
     kind: str
@@ -58,8 +58,8 @@ class NamespaceStatus(msgspec.Struct, frozen=True):
 
 
 class SiteStatus(msgspec.Struct, frozen=True):
-    """What is open now to what one login reaches, for the `namespaces` that are there: connections
-    (SSH: jump hosts' too), SFTP channels on them, and requests under way."""
+    """The open resources of one login, which serves these `namespaces`: connections (for SSH those
+    to jump hosts too), SFTP channels on them, and requests in flight."""
 
     namespaces: list[str]
     kind: str
@@ -69,15 +69,18 @@ class SiteStatus(msgspec.Struct, frozen=True):
 
 
 PendingState = Literal["writing", "waiting", "uploading", "failed", "kept"]
-"""writing: open, and dirty; waiting: for its turn; failed: is tried again; kept: is tried again
-only when the user says so, and safe in a local file."""
+"""writing: open and dirty; waiting: queued; failed: will be retried; kept: is safe in a local file,
+and is retried only on the user's command."""
 
 
 class PendingFile(msgspec.Struct, frozen=True):
-    """A file that the remote has not confirmed. `path` is below its namespace, and for display
-    only, as what is not UTF-8 in it is replaced; `size` and `left`, what is still to be sent, are
-    bytes; `since` is in seconds since the epoch. `reason` says why it failed or is kept, and `data`
-    is the local file with the bytes of one that is kept. `id` is the journal's name for it."""
+    """A file that the remote has not confirmed.
+
+    `path` is relative to its namespace, and for display only, since invalid UTF-8 in it is
+    replaced. `size`, and `left` (still to be sent), are bytes; `since` is in seconds since the
+    epoch. `reason` says why it failed or is kept; `data` is the local file with the bytes of a kept
+    one. `id` is its name in the journal.
+    """
 
     namespace: str
     path: str
@@ -91,14 +94,16 @@ class PendingFile(msgspec.Struct, frozen=True):
 
     @property
     def is_stuck(self) -> bool:
-        """The remote refused it, or was out of reach."""
+        """Whether the remote refused it, or was out of reach."""
         return self.state in ("failed", "kept")
 
 
 class PendingList(msgspec.Struct, frozen=True):
-    """What is not uploaded of a path: all is counted, at most MAX_PENDING files are named, those
-    that failed first. `size` and `left`, what is still to be sent, are bytes; `states` has the
-    number of files in each state; `time` is that of the answer, in seconds since the epoch."""
+    """The files below a path that are not uploaded: all are counted, at most MAX_PENDING are named.
+
+    Those that failed come first. `size`, and `left` (still to be sent), are bytes; `states` has the
+    number of files in each state; `time` is that of the answer, in seconds since the epoch.
+    """
 
     files: list[PendingFile] = []
     count: int = 0
@@ -109,16 +114,19 @@ class PendingList(msgspec.Struct, frozen=True):
 
     @property
     def stuck(self) -> int:
-        """Files that failed or are kept."""
+        """The number of files that failed or are kept."""
         return self.states.get("failed", 0) + self.states.get("kept", 0)
 
 
 class MountStatus(msgspec.Struct, frozen=True):
-    """Sizes are bytes, times are seconds since the epoch. `memory` is the daemon's resident set.
-    `pending` are the first of `pending_files`, as in PendingList, and `pending_bytes` what is left
-    to send of all; `uploaded_bytes` were sent since the mount began, now `upload_rate` a second.
-    With `root_namespace` that one is the root of the mount itself. Of `sites` one that is too busy
-    to tell is left out."""
+    """The answer to "status". Sizes are bytes, times are seconds since the epoch.
+
+    `memory` is the daemon's resident set. `pending` holds the first of `pending_files`, ordered as
+    in PendingList; `pending_bytes` are left to send of all. `uploaded_bytes` were sent since the
+    mount began; `upload_rate` is the present rate in bytes per second. `root_namespace` is the
+    namespace that is the root of the mount itself, if there is one. `sites` omits those that are
+    too busy to answer.
+    """
 
     mountpoint: str
     pid: int
@@ -139,15 +147,15 @@ class MountStatus(msgspec.Struct, frozen=True):
     upload_rate: float = 0.0
     memory: int = 0
     notices: list[str] = []
-    """What happened to files that the user should know of: the last conflicts."""
+    """Events that the user should know of: the last conflicts."""
     resumed_files: int = 0
-    """That an earlier mount had not uploaded, and this one took up."""
+    """Files that an earlier mount had not uploaded and this one resumed."""
     root_namespace: str | None = None
     sites: list[SiteStatus] = []
 
 
 class CacheFolder(msgspec.Struct, frozen=True):
-    """What the cache holds of one remote folder; `name` is its namespace, where there is one."""
+    """The cached files of one remote folder; `name` is its namespace, if it has one."""
 
     name: str
     origin: str
@@ -158,8 +166,9 @@ class CacheFolder(msgspec.Struct, frozen=True):
 
 
 class CacheStatus(msgspec.Struct, frozen=True):
-    """Sizes in bytes; `limit` is `cache_size`, `free` what the disk has left, `min_free` what is to
-    stay so. Of a cache that is not mounted now nobody knows the limits: they are None."""
+    """The answer to "cache". Sizes are bytes: `limit` is `cache_size`, `free` is the disk's
+    free space, `min_free` must stay free. The limits of a cache that is not mounted are
+    unknown: None."""
 
     directory: str
     mountpoint: str
@@ -173,8 +182,8 @@ class CacheStatus(msgspec.Struct, frozen=True):
 
 
 class WorkProgress(msgspec.Struct, frozen=True):
-    """How far the work has come, in bytes and, where it counts them, in files. The reason is why it
-    does not move now."""
+    """The progress of long work, in bytes and, where it counts them, in files. `reason` says why it
+    does not proceed now."""
 
     done: int
     total: int
@@ -184,7 +193,7 @@ class WorkProgress(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What the work came to; `damaged_bytes` of `damaged_files` were dropped."""
+    """The result of long work; `damaged_bytes` of `damaged_files` were dropped."""
 
     files: int = 0
     bytes: int = 0
@@ -193,13 +202,17 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 WRITE_COMMANDS = ("pending", "sync", "retry", "discard", "recover")
-"""About what is not uploaded (daemon/write_commands.py); the others are about the cache."""
+"""Commands about files that are not uploaded (daemon/write_commands.py); the others are about the
+cache."""
 
 
 class ControlRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """`path` is below the mount point, without slashes at its ends; b"" is the mount itself. `to`
-    is the local directory for "recover". Only what was pending `before` that time is discarded. For
-    "sync" a site may be out of reach for `patience` seconds."""
+    """One line from the client.
+
+    `path` is below the mount point, without slashes at its ends; b"" is the mount itself. `to` is
+    the local directory for "recover". "discard" affects only files that were pending `before` that
+    time. For "sync" a site may be out of reach for `patience` seconds.
+    """
 
     command: Literal[
         "status", "wait",
@@ -214,7 +227,7 @@ class ControlRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
 
 class ControlReply(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Exactly one of them, but none for "wait"."""
+    """One line from the daemon. Exactly one field is set, but none in the answer to "wait"."""
 
     status: MountStatus | None = None
     error: str | None = None
@@ -225,11 +238,11 @@ class ControlReply(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class DaemonRefused(SetupError):
-    """The daemon can't do what it was asked for, and says why."""
+    """The daemon can't do what was requested, and says why."""
 
 
 def query_status(path: Path, timeout: float = ANSWER_SECONDS) -> MountStatus:
-    """Raises DaemonNotRunning or DaemonNotAnswering."""
+    """Ask the daemon for its status. Raises DaemonNotRunning or DaemonNotAnswering."""
     with _connect(path, timeout) as connection:
         reply = _ask(connection, ControlRequest("status"), timeout)
     if reply.status is None:
@@ -283,7 +296,7 @@ def work(
 
 
 def open_wait(path: Path, timeout: float = ANSWER_SECONDS) -> socket.socket:
-    """A connection for `wait_until_gone`, made while the daemon still listens.
+    """Return a connection for `wait_until_gone`; call it while the daemon still listens.
 
     Raises DaemonNotRunning or DaemonNotAnswering.
     """
@@ -300,7 +313,7 @@ def open_wait(path: Path, timeout: float = ANSWER_SECONDS) -> socket.socket:
 
 
 def wait_until_gone(connection: socket.socket, timeout: float | None) -> bool:
-    """Whether the daemon ended within that time; None waits for as long as it takes."""
+    """Return whether the daemon ended within `timeout` seconds; None waits without a limit."""
     connection.settimeout(timeout)
     try:
         return not connection.recv(1)
@@ -350,7 +363,7 @@ def _listen(connection: socket.socket, timeout: float, end: float | None = None)
 
 
 def _read_line(connection: socket.socket, deadline: float) -> bytes:
-    """Up to the line's end and no further: more lines may have arrived."""
+    """Read up to the line's end and no further, since more lines may have arrived."""
     received = bytearray()
     while not received.endswith(b"\n"):
         left = deadline - time.monotonic()

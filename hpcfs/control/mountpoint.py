@@ -1,7 +1,7 @@
-"""What must be true of a mount point before a mount, and how it is unmounted.
+"""Checks a mount point before a mount, and unmounts it.
 
-Refuses to look into a mount from this process: a hung daemon would hang us too. The
-kernel's mount table answers most questions, a child process that can be abandoned the others.
+It never looks into a mount from this process, since a hung daemon would hang us too. The kernel's
+mount table answers most questions; a child process that can be abandoned answers the others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ UNMOUNT_SECONDS = 20.0
 
 
 class NotMounted(SetupError):
-    """Nothing of ours is mounted there."""
+    """No hpcfs filesystem is mounted there."""
 
 
 class Busy(SetupError):
@@ -33,14 +33,14 @@ class Busy(SetupError):
 
 
 def mounts() -> list[Mounted]:
-    """All hpcfs mounts of this machine that we can see, other users' too."""
+    """Return all hpcfs mounts of this machine that we can see, those of other users too."""
     return [found for found in mountinfo.read() if found.kind == mountinfo.HPCFS_TYPE]
 
 
 def check(mountpoint: Path) -> str | None:
-    """Raises SetupError when hpcfs can't be mounted there.
+    """Unmount what a dead daemon left behind; return a note that says so, or None.
 
-    Unmounts what a dead daemon left behind, and returns a note that says so.
+    Raises SetupError where hpcfs can't be mounted there.
     """
     check_device()
     check_helper()
@@ -51,7 +51,7 @@ def check(mountpoint: Path) -> str | None:
 
 
 def check_device(device: Path = Path("/dev/fuse")) -> None:
-    """Raises SetupError when the kernel's FUSE device can't be opened."""
+    """Raise SetupError where the kernel's FUSE device can't be opened."""
     try:
         os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
@@ -68,7 +68,7 @@ def check_device(device: Path = Path("/dev/fuse")) -> None:
 
 
 def check_helper() -> None:
-    """Raises SetupError when a user who may not mount has no fusermount3."""
+    """Raise SetupError where a user who may not mount has no fusermount3."""
     if not user_namespace.may_mount() and not shutil.which("fusermount3"):
         raise SetupError(
             "fusermount3 is missing: install it with 'sudo apt install fuse3' "
@@ -77,14 +77,15 @@ def check_helper() -> None:
 
 
 def is_dead(mountpoint: Path) -> bool:
-    """Whether its daemon is gone: the kernel then answers ENOTCONN. A hung one is not dead."""
+    """Return whether the mount's daemon is gone: the kernel then answers ENOTCONN. A hung daemon is
+    not dead."""
     return probe(mountpoint) in (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 def probe(path: Path, seconds: float = PROBE_SECONDS) -> int | None:
-    """What statfs(2) answers there: 0, an errno, or None when it did not answer in time.
+    """Return the result of statfs(2) there: 0, an errno, or None where it did not answer in time.
 
-    Not stat(2), which the kernel answers from its cache for a daemon that is gone.
+    It is not stat(2), which the kernel answers from its cache for a daemon that is gone.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -104,7 +105,7 @@ def probe(path: Path, seconds: float = PROBE_SECONDS) -> int | None:
 
 
 def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
-    """Raises Busy, NotMounted, or SetupError with fusermount3's own words."""
+    """Unmount. Raises Busy, NotMounted, or SetupError with fusermount3's message."""
     result = _run_unmount(mountpoint, lazy=lazy)
     if result.returncode == 0:
         return
@@ -162,8 +163,9 @@ def _clear_old_mount(mountpoint: Path) -> str | None:
 
 
 def _check_no_daemon(mountpoint: Path) -> None:
-    """After a lazy unmount the daemon goes on until its files are closed and its uploads done; a
-    second one must not use the same cache meanwhile."""
+    """Raise SetupError where an earlier daemon is still there. After a lazy unmount it continues
+    until its files are closed and its uploads done, and a second one must not use the same cache
+    meanwhile."""
     try:
         control.open_wait(paths.find_socket(mountpoint)).close()
     except control.DaemonNotRunning:
@@ -187,7 +189,7 @@ def _holder(mountpoint: Path) -> str:
 
 
 def check_directory(mountpoint: Path) -> None:
-    """Raises SetupError unless it is an empty directory of ours."""
+    """Raise SetupError unless it is an empty directory of ours."""
     try:
         found = mountpoint.lstat()
     except FileNotFoundError:

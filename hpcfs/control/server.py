@@ -1,6 +1,6 @@
-"""The answering side of the control socket, in the mount daemon (see control.py for what is said).
+"""The answering side of the control socket, in the mount daemon (control.py defines the messages).
 
-Answers only the user who mounted, and root. Whatever a client sends, or fails to send, ends that
+It answers only the user who mounted, and root. Whatever a client sends, or fails to send, ends that
 client's connection and nothing else.
 """
 
@@ -32,19 +32,21 @@ from hpcfs.system import ownership, paths
 
 REQUEST_SECONDS = 10.0
 STEP_INTERVAL = 0.1
-"""Seconds between two lines that tell of a work's progress."""
+"""Seconds between two progress lines."""
 HEARTBEAT_SECONDS = 20.0
-"""A work that tells of no step for so long has its last one told again: the daemon is alive."""
+"""Seconds without news after which the last progress line is repeated, to show that the daemon is
+alive."""
 
 logger = logging.getLogger(__name__)
 
 _held_until_exit: set[int] = set()
-"""Descriptors of waiting clients. `serve` may end while the daemon still tidies up, so these are
-left for the kernel to close when the process has ended: only then does the client see the end."""
+"""Descriptors of waiting clients. `serve` may end while the daemon still cleans up, so these
+are left for the kernel to close when the process has ended: only then does the client see end
+of file."""
 
 
 class ReportProgress(Protocol):
-    """Tells the client how far the work is; the fields are those of WorkProgress."""
+    """Reports the work's progress to the client; the parameters are the fields of WorkProgress."""
 
     def __call__(
         self, done: int, total: int, files_done: int = 0, files_total: int = 0, reason: str = "", /
@@ -52,7 +54,7 @@ class ReportProgress(Protocol):
 
 
 Work = Callable[[ControlRequest, ReportProgress], Awaitable[ControlReply]]
-"""Does what is asked for. Raises SetupError with a sentence for the user."""
+"""Executes a request. Raises SetupError with a sentence for the user."""
 
 
 async def serve(
@@ -61,7 +63,7 @@ async def serve(
     work: Work | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Answer at this path until cancelled. Raises SetupError when it can't listen there."""
+    """Answer at this path until cancelled. Raises SetupError where it can't listen there."""
     listener = _listen(path)
     try:
         task_status.started()
@@ -95,7 +97,8 @@ def _bind(path: Path) -> socket.socket:
 
 
 def _remove_stale(path: Path) -> None:
-    """A daemon that was killed left its socket file. Raises SetupError if one still answers."""
+    """Remove the socket file of a daemon that was killed. Raises SetupError if one still
+    answers."""
     if not path.is_socket():
         return
     try:
@@ -139,7 +142,7 @@ async def _send(stream: trio.SocketStream, reply: ControlReply) -> None:
 
 
 class _Teller:
-    """Sends steps: not too many, and the last one again where nothing new happens."""
+    """Sends progress lines: not too many, and the last one again where nothing new happens."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
@@ -150,24 +153,27 @@ class _Teller:
     async def tell(
         self, done: int, total: int, files_done: int = 0, files_total: int = 0, reason: str = "", /
     ) -> None:
+        """Report progress, unless the last line was sent just now."""
         self._last = WorkProgress(done, total, files_done, files_total, reason)
         if trio.current_time() - self._told >= STEP_INTERVAL:
             await self.send(ControlReply(step=self._last))
 
     async def repeat_forever(self) -> None:
+        """Repeat the last line when nothing was sent for HEARTBEAT_SECONDS."""
         while True:
             await trio.sleep_until(self._told + HEARTBEAT_SECONDS)
             if trio.current_time() - self._told >= HEARTBEAT_SECONDS:
                 await self.send(ControlReply(step=self._last))
 
     async def send(self, reply: ControlReply) -> None:
+        """Send one line."""
         async with self._lock:
             self._told = trio.current_time()
             await _send(self._stream, reply)
 
 
 async def _work(stream: trio.SocketStream, request: ControlRequest, work: Work) -> None:
-    """Until it is done, or the client has left."""
+    """Do the work until it is done, or the client has left."""
     teller = _Teller(stream)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_cancel_when_gone, stream, nursery.cancel_scope)
@@ -176,7 +182,7 @@ async def _work(stream: trio.SocketStream, request: ControlRequest, work: Work) 
             reply = await work(request, teller.tell)
         except SetupError as refused:
             reply = ControlReply(error=str(refused))
-        except Exception:  # what the user asks for must not end the mount
+        except Exception:  # a user's request must not end the mount
             logger.exception("%s failed in an unexpected way", request.command)
             reply = ControlReply(error="it failed in an unexpected way; the mount's log says more")
         await teller.send(reply)
@@ -212,7 +218,7 @@ async def _reply(
 
 
 async def _read_line(stream: trio.SocketStream) -> bytes | None:
-    """None when the client ends, or sends more than any request needs, before the line's end."""
+    """Read one line; None where the client ends first, or sends more than any request needs."""
     received = bytearray()
     while b"\n" not in received:
         chunk = await stream.receive_some(MAX_REQUEST_BYTES)
@@ -223,7 +229,8 @@ async def _read_line(stream: trio.SocketStream) -> bytes | None:
 
 
 async def _hold(stream: trio.SocketStream) -> None:
-    """Until the client leaves. If we are cancelled first, the duplicate stays open: see above."""
+    """Wait until the client leaves. If we are cancelled first, the duplicate descriptor stays open:
+    see `_held_until_exit`."""
     duplicate = os.dup(stream.socket.fileno())
     _held_until_exit.add(duplicate)
     with suppress(trio.BrokenResourceError):

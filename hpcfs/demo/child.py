@@ -1,5 +1,8 @@
-"""What the demo's processes have in common: they say one line once they stand (nothing, or why they
-do not), and end when their stdin does, so that a demo that is killed leaves nothing behind."""
+"""The protocol between the demo and its child processes.
+
+A child writes one line once it is up (empty, or why it failed), and ends when its stdin ends, so
+that a demo that is killed leaves nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from hpcfs.model.errors import SetupError
 
 
 async def stopped() -> asyncio.StreamReader:
-    """Something to read from that ends with stdin, or SIGTERM."""
+    """Return a reader that reaches end of file when stdin ends or SIGTERM arrives."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
@@ -22,12 +25,14 @@ async def stopped() -> asyncio.StreamReader:
 
 
 def report(failure: str = "") -> None:
+    """Write the line that the parent waits for: empty, or the failure."""
     sys.stdout.write(f"{failure}\n")
     sys.stdout.flush()
 
 
 def run(serve: Callable[[Path], Awaitable[None]]) -> None:
-    """`serve` gets the demo's directory, from the command line. Its SetupErrors are reported."""
+    """Run `serve` with the demo's directory, which is the first argument, and report its
+    SetupError."""
 
     async def main() -> None:
         await serve(Path(sys.argv[1]))

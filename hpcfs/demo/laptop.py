@@ -1,8 +1,8 @@
-"""The process that is the demo's laptop: `python -m hpcfs.demo.laptop DIRECTORY`.
+"""The process that plays the demo's laptop: `python -m hpcfs.demo.laptop DIRECTORY`.
 
-A tunnel as `hpcfs tunnel` makes it, to the cluster that servers.py serves: it logs in over SSH and
-asks for reverse forwards, and no port of its own is open. Only the user's runtime directory is left
-out, where `hpcfs tunnel --status` would find it.
+It runs a tunnel as `hpcfs tunnel` does, to the cluster that servers.py serves: it logs in over SSH
+and requests reverse forwards, and opens no port of its own. Only the control socket in the user's
+runtime directory is left out, where `hpcfs tunnel --status` would find it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from hpcfs.model.sites import SshSite
 
 
 class _NoPrompter:
-    """A Prompter (remotes/base.py) without anybody to ask: the demo's keys need no passphrase."""
+    """A Prompter (remotes/base.py) that answers nothing: the demo's keys need no passphrase."""
 
     async def ask(self, text: str, *, echo: bool = False) -> str | None:
+        """Return None: there is nobody to ask."""
         return None
 
 
 async def serve(directory: Path) -> None:
-    """Until stdin ends or SIGTERM comes. Raises SetupError when the tunnel does not come about."""
+    """Run the tunnel until stdin ends or SIGTERM arrives. Raises SetupError where it fails."""
     stop = await child.stopped()
     home = directory / "laptop"
     sample.write_laptop(home)

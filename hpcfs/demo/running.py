@@ -1,6 +1,6 @@
-"""The demo's side of its remotes: a private directory, an environment, and the processes in it.
+"""Starts the demo's remotes: a private directory, an environment, and the processes in it.
 
-Nothing of the user's takes part: not ~/.ssh, ~/.aws, a running agent, a proxy, nor their
+Nothing of the user's takes part: not ~/.ssh, ~/.aws, a running agent, a proxy, nor the user's
 configuration and cache. Only the runtime directory stays, so that `hpcfs status` finds the mount
 from any terminal.
 """
@@ -22,9 +22,11 @@ STOP_SECONDS = 10.0
 
 @contextmanager
 def remotes() -> Iterator[Path]:
-    """Servers and laptop. Their directory, which holds the mount's config.toml. Raises SetupError.
+    """Run servers and laptop until the block ends; yield their directory with the mount's
+    config.toml.
 
-    Changes this process's environment to one in which the mount finds only the demo's files.
+    Raises SetupError. Changes this process's environment to one in which the mount finds only the
+    demo's files.
     """
     with temporary.directory("hpcfs-demo-") as made:
         directory = made.resolve()
@@ -34,7 +36,7 @@ def remotes() -> Iterator[Path]:
 
 
 def seclude(environ: MutableMapping[str, str], directory: Path) -> None:
-    """Point to the demo's files, and drop what would lead to the user's."""
+    """Point the environment to the demo's files, and drop variables that lead to the user's."""
     for name in [name for name in environ if name.startswith("AWS_")]:
         del environ[name]
     environ.pop("SSH_AUTH_SOCK", None)
@@ -47,7 +49,7 @@ def seclude(environ: MutableMapping[str, str], directory: Path) -> None:
 
 @contextmanager
 def _process(name: str, directory: Path) -> Iterator[None]:
-    """hpcfs/demo/NAME.py, from when it says that it stands."""
+    """Run hpcfs/demo/NAME.py; the block begins when it has reported that it is up."""
     log_file = directory / f"{name}.log"
     with log_file.open("wb") as log:
         process = subprocess.Popen(
@@ -72,7 +74,7 @@ def _process(name: str, directory: Path) -> Iterator[None]:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """They end with their stdin; if not, the whole group is killed."""
+    """Close its stdin, at which it ends; if it does not, kill its process group."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.close()

@@ -1,7 +1,7 @@
-"""The sample files: the home directory of a small project on a cluster, a bucket's contents, and
-folders of a laptop.
+"""The sample files: a small project's home directory on a cluster, a bucket, and a laptop's
+folders.
 
-The same bytes in every demo, small enough to be written in a moment.
+They are the same bytes in every demo, and small enough to be written in a moment.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The process that serves the demo's remotes: `python -m hpcfs.demo.servers DIRECTORY`.
 
-Writes keys, credentials, sample files and the configuration of the mount into DIRECTORY, and starts
-both servers on loopback ports: a cluster's login node, which grants what a tunnel needs, and a
-bucket. child.py says how it begins and ends. Only who holds the generated keys can log in: other
-users of the machine reach loopback too.
+It writes keys, credentials, sample files and the mount's configuration into DIRECTORY, and starts
+two servers on loopback ports: a cluster's login node, which grants what a tunnel needs, and a
+bucket. child.py says how it begins and ends. Other users of the machine can reach loopback too, but
+only a client with the generated keys can log in.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ MISSING_RCLONE = "the demo's S3 server is not installed: pip install 'hpcfs[demo
 
 
 def find_rclone() -> str:
-    """The rclone that pip installed beside this interpreter, else the one on PATH."""
+    """Return the rclone that pip installed beside this interpreter, else the one on PATH. Raises
+    SetupError."""
     beside = Path(sys.executable).parent / "rclone"
     found = str(beside) if beside.exists() else shutil.which("rclone")
     if found is None:
@@ -47,7 +48,8 @@ def find_rclone() -> str:
 
 
 async def serve(directory: Path) -> None:
-    """Until stdin ends or SIGTERM comes. Raises SetupError when a server does not start."""
+    """Serve until stdin ends or SIGTERM arrives. Raises SetupError where a server does not
+    start."""
     stop = await child.stopped()
     async with _sftp_server(directory), _s3_server(directory) as endpoint_url:
         (directory / "config.toml").write_text(_config(directory, endpoint_url))
@@ -62,15 +64,17 @@ class _LoginNode(asyncssh.SSHServer):
     """Grants reverse forwards as sshd does by default: Unix sockets, and ports on loopback."""
 
     def unix_server_requested(self, listen_path: str) -> bool:
+        """Grant any Unix socket."""
         return True
 
     def server_requested(self, listen_host: str, listen_port: int) -> bool:
+        """Grant ports on loopback."""
         return listen_host == LOOPBACK
 
 
 @contextlib.asynccontextmanager
 async def _sftp_server(directory: Path) -> AsyncIterator[None]:
-    """The process's working directory is what the server shows as the user's home."""
+    """Serve SFTP. The process's working directory is what the server shows as the user's home."""
     home = directory / "cluster"
     sample.write_cluster(home)
     os.chdir(home)
@@ -93,7 +97,7 @@ async def _sftp_server(directory: Path) -> AsyncIterator[None]:
 
 
 def _write_key(path: Path) -> str:
-    """A new key pair; the public key as a line of authorized_keys or known_hosts."""
+    """Write a new key pair; return the public key as a line of authorized_keys or known_hosts."""
     key = asyncssh.generate_private_key("ssh-ed25519")
     path.touch(mode=0o600)
     key.write_private_key(path)
@@ -118,7 +122,8 @@ def _ssh_config(directory: Path, port: int) -> str:
 
 @contextlib.asynccontextmanager
 async def _s3_server(directory: Path) -> AsyncIterator[str]:
-    """The endpoint's URL. Another port is tried where one was taken meanwhile."""
+    """Serve S3, and yield the endpoint's URL. Another port is tried where one was taken
+    meanwhile."""
     sample.write_bucket(directory / "buckets" / BUCKET)
     access_key, secret_key = secrets.token_hex(10), secrets.token_hex(20)
     _write_credentials(directory, access_key, secret_key)
@@ -154,7 +159,7 @@ def _write_credentials(directory: Path, access_key: str, secret_key: str) -> Non
 
 
 async def _answers(process: asyncio.subprocess.Process, port: int) -> bool:
-    """Waits until the port accepts connections; false when the process has given up."""
+    """Wait until the port accepts connections; return False where the process has ended."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(START_SECONDS):
             while process.returncode is None:
@@ -174,11 +179,11 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-# --- what the mount needs -------------------------------------------------------------------------
+# --- the mount's configuration -----------------------------------------------------------------
 
 
 def _config(directory: Path, endpoint_url: str) -> str:
-    """A configuration as users write them; JSON's quoting of strings is TOML's too."""
+    """Return a configuration as users write them; JSON's quoting of strings is valid in TOML."""
     return f"""\
 # What 'hpcfs demo' mounts. 'hpcfs init' writes one for your own remotes.
 cache_size = "1 GiB"

@@ -58,7 +58,7 @@ class AttributeChanges:
 
     def _is_ahead(self, node: Node) -> bool:
         """Of what the remote has: it must not be overwritten by the remote's answer."""
-        return node.content is not None and (node.content.is_dirty() or node.content.orphan)
+        return node.content is not None and node.content.is_ahead
 
     async def _must_ask(self, namespace: Namespace, node: Node, attributes: Attributes) -> bool:
         """Whether the remote may refuse it: the program must hear that now, not with the upload.
@@ -67,7 +67,7 @@ class AttributeChanges:
         """
         content = node.content
         capabilities = await namespace.capabilities()
-        if content is None or content.orphan or capabilities.privileged:
+        if content is None or content.state.is_unlinked or capabilities.privileged:
             return False
         if not capabilities.checks_permissions:
             return False
@@ -81,7 +81,7 @@ class AttributeChanges:
         """Set it on the remote while the file is dirty; one that is only here goes up before."""
         content = node.content
         assert content
-        if content.new:
+        if content.may_be_missing:
             await self._closer.flush(content)
         entry = await namespace.entry(m.SetAttributes(node.path, attributes))
         if attributes.gid is not None:
@@ -137,7 +137,7 @@ class AttributeChanges:
     async def _set_now(self, namespace: Namespace, node: Node, attributes: Attributes) -> None:
         """A new mtime makes a new version of the same content: what is cached of it is carried
         over, if the remote was seen to have that version a moment ago."""
-        if node.content and node.content.replaced:
+        if node.content and node.content.state.is_superseded:
             raise Stale("the file was replaced on the remote since it was opened")
         fresh, before = self._tree.is_fresh(node), node.entry.version
         times = self._closer.queue.directory_times

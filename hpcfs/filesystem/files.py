@@ -158,7 +158,7 @@ class Files:
         return node.namespace
 
     def _check_name(self, node: Node) -> None:
-        if node.content.replaced if node.content else not node.is_attached:
+        if node.content.state.is_superseded if node.content else not node.is_attached:
             raise Stale("another file has this name now")
 
     async def _revalidate(
@@ -313,7 +313,7 @@ class Files:
     async def write(self, handle: int, offset: int, data: bytes) -> int:
         opened = self.get(handle)
         opened.check_writable()
-        if opened.content.namespace.writes_back and not opened.content.orphan:
+        if opened.content.namespace.writes_back and not opened.content.state.is_unlinked:
             await self._closer.queue.make_room(opened.content, len(data))
         async with self._uploader.writing(opened.content):
             if opened.appends:

@@ -212,7 +212,7 @@ class Filesystem:
     def _is_ahead(self, node: Node) -> bool:
         """Whether the mount knows better than the remote: the file is being written, or was
         removed here while it is open."""
-        return node.content is not None and (node.content.is_dirty() or node.content.orphan)
+        return node.content is not None and node.content.is_ahead
 
     def _adopt(self, parent: Node, name: bytes, entry: Entry, asked: float) -> Node:
         """The node for what the remote listed or answered under this name. No await."""
@@ -451,7 +451,7 @@ class Filesystem:
                 raise
             node = await self.lookup(parent_ino, name)
             return (await self.files.open(node, flags))[0], node
-        if node.content and node.content.new:
+        if node.content and node.content.is_only_here:
             self.tree.touch(parent)
         else:
             self.tree.expire(parent)
@@ -517,7 +517,7 @@ class Filesystem:
     async def _target_of(self, parent: Node, name: bytes, node: Node, process: int) -> Node | None:
         """What will be replaced. Only where the remote is not asked to rename must it be known."""
         child = self.tree.child(parent, name)
-        if child is None and node.content is not None and node.content.new:
+        if child is None and node.content is not None and node.content.is_only_here:
             try:
                 return await self.lookup(parent.ino, name, process)
             except NotFound:

@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, ExitStack, suppress
 
 from hpcfs.cache.store import Store
 from hpcfs.content.content import Content
+from hpcfs.content.state import RemoteSide
 from hpcfs.inodes.tree import Node, Tree, join
 from hpcfs.model.errors import AlreadyExists, DirectoryNotEmpty, IsADirectory, NotFound
 from hpcfs.protocol import messages as m
@@ -47,8 +48,8 @@ class Renamer:
                 if self._is_only_here(content):
                     if target is not None and not replace:
                         raise AlreadyExists("the name is taken")
-                    await self._rename_here(content, node, parent, name, target)
-                    return
+                    if await self._rename_here(content, node, parent, name, target):
+                        return
         await self._rename_there(namespace, node, old, parent, name, target, replace=replace)
 
     def _is_only_here(self, content: Content) -> bool:
@@ -59,8 +60,8 @@ class Renamer:
 
     async def _rename_here(
         self, content: Content, node: Node, parent: Node, name: bytes, target: Node | None
-    ) -> None:
-        """Under the content's upload lock."""
+    ) -> bool:
+        """Under the content's upload lock; whether it still was only here."""
         if target is not None and target.is_directory:
             raise IsADirectory("a file can't replace a directory")
         lost = None if target is None or target.others else target
@@ -71,9 +72,11 @@ class Renamer:
                 await self._closer.keep_readable(lost)
             elif target is not None:  # it goes on under its other names
                 await self.flush_below(target)
-            old_path = node.path
             # No await from here to the end of the move.
-            content.note_renamed(over_another=_is_there(target))  # the row has the old name
+            if not self._is_only_here(content):
+                return False
+            old_path = node.path
+            content.note_renamed_here(over_another=_is_there(target))  # the row has the old name
             doomed = lost.content if lost else None
             if lost is not None:
                 self._closer.orphan(lost)
@@ -82,7 +85,7 @@ class Renamer:
             self._tree.move(node, (old_parent, node.name), parent, name)
             for directory in {old_parent, parent}:
                 self._tree.touch(directory)
-            row = doomed.file.name if doomed and doomed.journaled else None
+            row = doomed.file.name if doomed and doomed.state.has_row else None
             await self._closer.queue.secure(content, instead_of=row)
             if doomed:
                 doomed.note_no_row()
@@ -91,6 +94,7 @@ class Renamer:
         if lost is not None:
             await self._closer.forget_orphan(lost)
         await self._store.move(content.namespace.origin, old_path, node.path)
+        return True
 
     # --- what the remote has ----------------------------------------------------------------------
 
@@ -120,7 +124,7 @@ class Renamer:
                 linked = target if target and target.others else None
                 for content in _open_below(node, linked):
                     motion.enter_context(content.in_motion())
-                if target and target.content and target.content.replace:
+                if target and target.content and target.content.state.remote is RemoteSide.REPLACES:
                     await _make_way(namespace, new_path)
                 await namespace.do(m.Rename(path, new_path, replace))
                 # No await from here to the end of the move: a lookup must not come in between.

@@ -1,9 +1,10 @@
-"""The laptop's end of every stream: which pipe carries which, and how long one waits for the next.
+"""The laptop's end of every stream: assigns pipes to streams and limits how long each waits.
 
-Others can reach the port of a tunnel on a login node. Who comes is a stranger until it has knocked
-as only who read the tunnel's file can (tunnel/knock.py); until then nothing is made for it but
-the connection, and it is the first to go. A stream that was let in so has to prove its keys, which
-costs more: they too have little time, may say little, and are few.
+Other users can reach a tunnel's port on a login node. A new connection counts as a stranger until
+it has passed the handshake, for which it must have read the tunnel's file (tunnel/knock.py). Until
+then only the connection itself is kept for it, and it is the first to be closed. After that the
+stream's client must prove its keys, which costs more, so such connections too are limited in time,
+bytes and number.
 """
 
 from __future__ import annotations
@@ -22,27 +23,28 @@ from hpcfs.tunnel.stream import ID_BYTES, NEW_STREAM, Garbled, Pipe, TunnelStrea
 log = logging.getLogger(__name__)
 
 Kind = Literal["unix", "tcp"]
-"""Which kind of place a pipe came through: what is to be proved over it differs."""
+"""The kind of endpoint that a pipe came through, which decides what its client must prove."""
 
 WAIT_SECONDS = 120.0
-"""How long a stream on which nothing is heard is kept; after half of it the mount is asked to say
-something, for its machine may be gone without a word. A mount gives up much earlier
+"""Seconds that a stream is kept without a sign of life; after half of it the mount is asked for
+one, since its machine may have gone silently. A mount gives up much earlier
 (remotes/tunnel/line.py); a laptop that wakes up should find the stream that the mount still has."""
 MAX_STRANGERS = 160
-"""Each is a channel of the login node's sshd, which goes through all of them for each that comes,
-and a file, of which it may have 1024."""
+"""Each stranger is a channel of the login node's sshd, which searches all of them for each new one,
+and a file descriptor, of which sshd may have 1024."""
 ADMITTED_PER_SECOND = 400.0
-"""So each stranger has 0.4 s to knock, which takes a round trip between laptop and login node."""
+"""Connections. So each stranger has 0.4 s for the handshake, which takes one round trip between
+laptop and login node."""
 MAX_STREAMS = 512
-"""A mount has one, on the login node seven."""
+"""A mount has one; a mount on the login node has seven."""
 MAX_PROVING = 100
-"""The mounts of a job on many nodes come all at once."""
+"""Clients. The mounts of a job on many nodes come all at once."""
 MAX_PROVING_BYTES = 64 * 1024
-"""An SSH handshake takes a tenth of it."""
+"""An SSH handshake needs a tenth of it."""
 
 
 class Incoming:
-    """A pipe at our end: feed `received` what comes on it, call `lost` when it broke."""
+    """A pipe at our end: call `received` with the bytes that arrive and `lost` when it broke."""
 
     def __init__(self, acceptor: Acceptor, pipe: Pipe, kind: Kind) -> None:
         self._acceptor = acceptor
@@ -56,8 +58,9 @@ class Incoming:
         pipe.write(acceptor.door.greeting(self._nonce))
 
     def received(self, data: bytes | memoryview) -> None:
+        """Process bytes: first the handshake, then frames for the stream."""
         if self._over or (self.stream is not None and not self.stream.is_on(self.pipe)):
-            return  # what was on its way when the stream went on elsewhere, where it comes again
+            return  # in flight when the stream moved to another pipe, where it is sent again
         try:
             if self.stream is None:
                 data = self._knocked(memoryview(data))
@@ -75,7 +78,7 @@ class Incoming:
             raise Garbled("it says much and proves nothing")
 
     def _knocked(self, data: memoryview) -> memoryview:
-        """What follows the knock. Raises Garbled."""
+        """Process the handshake, and return the bytes that follow it. Raises Garbled."""
         missing = KNOCK_BYTES - len(self._came)
         self._came += data[:missing]
         if len(self._came) == KNOCK_BYTES:
@@ -94,10 +97,12 @@ class Incoming:
         return data[missing:]
 
     def close(self) -> None:
+        """Close the pipe."""
         self.pipe.close()
         self.lost()
 
     def lost(self) -> None:
+        """Detach the broken pipe from its stream."""
         self._over = True
         if self.stream is not None:
             self.stream.detach(self.pipe)
@@ -106,8 +111,8 @@ class Incoming:
 
 @dataclass(eq=False)
 class _Kept:
-    """A stream whose client has proved itself: it outlives its pipes. `heard_at` and the timer are
-    the event loop's."""
+    """A stream whose client has proved its keys, and which therefore outlives its pipes. `heard_at`
+    is in the event loop's time."""
 
     stream: TunnelStream
     kind: Kind
@@ -116,7 +121,8 @@ class _Kept:
 
 
 class Acceptor:
-    """`on_stream` gets each new stream, and calls `keep` once its client has proved itself."""
+    """Holds all pipes and streams. `on_stream` gets each new stream, and calls `keep` once the
+    client has proved its keys."""
 
     def __init__(self, door: Door, on_stream: Callable[[TunnelStream, Kind], None]) -> None:
         self.door = door
@@ -124,27 +130,29 @@ class Acceptor:
         self._kept: dict[bytes, _Kept] = {}
         self._strangers = Strangers(MAX_STRANGERS, self._drive_out)
         self._proving = Strangers(MAX_PROVING, self._drive_out)
-        """They have knocked, and on their streams the keys are to be proved."""
+        """Pipes that passed the handshake, and on whose streams the keys are still to be proved."""
         self._admission = Admission(ADMITTED_PER_SECOND)
         self._tally = Tally()
 
     def has_room(self) -> bool:
-        """Whether another connection to a port, which anybody may have made, should be opened."""
+        """Return whether to open another connection to a port; anybody may have made it."""
         if self._admission.admits():
             return True
         self._tally.note()
         return False
 
     def pipe(self, pipe: Pipe, kind: Kind) -> Incoming:
+        """Register a new pipe, and send it the greeting."""
         incoming = Incoming(self, pipe, kind)
         self._strangers.add(incoming)
         return incoming
 
     def is_proving(self, incoming: Incoming) -> bool:
+        """Return whether the pipe's client has passed the handshake but not proved its keys."""
         return incoming in self._proving
 
     def keep(self, stream: TunnelStream) -> None:
-        """Its client has proved itself: from now on it outlives its pipes."""
+        """Keep the stream beyond its pipes from now on, since its client has proved its keys."""
         for incoming in self._proving.all():
             if incoming.stream is stream:
                 self._proving.remove(incoming)
@@ -154,6 +162,7 @@ class Acceptor:
                 return
 
     def close(self) -> None:
+        """Close all pipes and end all streams."""
         for incoming in (*self._strangers.all(), *self._proving.all()):
             incoming.close()
         for kept in list(self._kept.values()):
@@ -164,7 +173,7 @@ class Acceptor:
     # --- for Incoming -----------------------------------------------------------------------------
 
     def find(self, stream_id: bytes, kind: Kind) -> TunnelStream | None:
-        """The stream of that id, or a new one; None where there is no such one."""
+        """Return the stream with that id, or a new one; None where there is none or no room."""
         if stream_id == NEW_STREAM:
             full = len(self._kept) >= MAX_STREAMS
             return None if full else TunnelStream(secrets.token_bytes(ID_BYTES))
@@ -174,6 +183,7 @@ class Acceptor:
         return kept.stream
 
     def attached(self, incoming: Incoming) -> None:
+        """Note that the pipe now carries a stream; announce a new stream to `on_stream`."""
         stream = incoming.stream
         assert stream is not None
         self._strangers.remove(incoming)
@@ -182,17 +192,19 @@ class Acceptor:
             self._on_stream(stream, incoming.kind)
 
     def heard(self, stream: TunnelStream) -> None:
+        """Note that the stream's client is alive."""
         if stream.id in self._kept:
             self._kept[stream.id].heard_at = asyncio.get_running_loop().time()
 
     def refused(self, incoming: Incoming, error: Garbled) -> None:
+        """Log, or count, a connection that broke the protocol."""
         if incoming in self._strangers:
             self._tally.note()
         else:
             log.warning("a connection to the tunnel is closed: %s", error)
 
     def lost(self, incoming: Incoming) -> None:
-        """The stream of one that had yet to prove its keys ends with it."""
+        """Forget the pipe. A stream whose client had yet to prove its keys ends with it."""
         self._strangers.remove(incoming)
         if self._proving.remove(incoming) and incoming.stream is not None:
             incoming.stream.end("the connection ended")

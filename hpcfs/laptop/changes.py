@@ -1,5 +1,8 @@
-"""Tells when the machine woke up or got another address: what a connection did not survive is
-found out then, not when its keepalives have run out, and a pause before the next attempt ends."""
+"""Detects that the machine woke up or its network addresses changed.
+
+Then a connection that did not survive is tested at once, not when its keepalives have run out, and
+a pause before the next attempt ends.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,11 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0
 ASLEEP_SECONDS = 2.0
 _IPV4_ADDRESS, _IPV6_ADDRESS = 0x10, 0x100
-"""Groups of rtnetlink(7)."""
+"""Multicast groups RTMGRP_IPV4_IFADDR and RTMGRP_IPV6_IFADDR of rtnetlink(7)."""
 
 
 def slept() -> float:
-    """Seconds that this machine has spent suspended since it was started."""
+    """Return the seconds that this machine has spent suspended since it booted."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
 
 
@@ -30,6 +33,8 @@ def slept() -> float:
 async def watched(
     on_change: Callable[[Change], None], how_long: Callable[[], float] = slept
 ) -> AsyncIterator[None]:
+    """Call `on_change` for each change until the block ends. `how_long` returns the seconds spent
+    suspended so far."""
     sleeping = asyncio.create_task(_watch_sleep(on_change, how_long))
     netlink = _open_netlink()
     loop = asyncio.get_running_loop()
@@ -68,7 +73,7 @@ def _open_netlink() -> socket.socket | None:
 
 
 def _heard(netlink: socket.socket, on_change: Callable[[Change], None]) -> None:
-    """What it says does not matter: more than was read is as good as one message."""
+    """Drain the socket. The messages' content does not matter: one is as good as many."""
     try:
         while netlink.recv(65536):
             pass

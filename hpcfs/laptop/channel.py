@@ -1,9 +1,8 @@
-"""One SFTP channel of a mount: bytes in, bytes out.
+"""One SFTP channel of a mount: takes request bytes, writes answer bytes.
 
-The protocol is asyncssh's (SFTPServerHandler: version 3, draft-ietf-secsh-filexfer-02, with
-OpenSSH's extensions). It takes one request after the other, so that answers keep the order of what
-was asked: by that a mount knows that a file was not changed between a read and the fstat after
-it.
+asyncssh's SFTPServerHandler implements the protocol (version 3, draft-ietf-secsh-filexfer-02, with
+OpenSSH's extensions). It answers requests one after the other, in their order. A mount relies on
+that order to know that a file was not changed between a read and the fstat after it.
 
 Channels of one mount share their open files.
 """
@@ -40,10 +39,10 @@ log = logging.getLogger(__name__)
 SFTP_VERSION = 3
 HANDLE_BYTES = 8
 MAX_LISTINGS = 1000
-"""Directories open on one channel."""
+"""Open directories on one channel."""
 BREATH_SECONDS = 0.02
 _NOT_SERVED = {FXP_LINK, FXP_BLOCK, FXP_UNBLOCK, b"ranges@asyncssh.com", b"copy-data"}
-"""What asyncssh answers and no mount asks for. Its copy of a file to itself never ends."""
+"""Requests that asyncssh implements and no mount sends. Its copy of a file to itself never ends."""
 
 _BY_ERRNO: dict[int, Callable[[str], SFTPError]] = {
     errno.ENOENT: SFTPNoSuchFile,
@@ -58,23 +57,25 @@ _BY_ERRNO: dict[int, Callable[[str], SFTPError]] = {
     errno.EINVAL: SFTPBadMessage,
     errno.ENOSYS: SFTPOpUnsupported,
 }
-"""errno_to_portable in OpenSSH's sftp-server.c: what clients have learned to understand. Only EROFS
+"""The mapping of errno_to_portable in OpenSSH's sftp-server.c, which clients understand. Only EROFS
 is a "failure" there; statvfs tells it from EACCES."""
 _BAD_MESSAGE = "Bad message"
-"""Its words for it, by which remotes/sftp/translate.py knows."""
+"""OpenSSH's message for that code, which remotes/sftp/translate.py looks for."""
 
 
 class HandleTable(dict[bytes, object]):
-    """Of one mount, by handle."""
+    """The open files of one mount, by handle."""
 
     def __init__(self) -> None:
         super().__init__()
         self._numbers = itertools.count(1)
 
     def new_handle(self) -> bytes:
+        """Return a handle that was never used before."""
         return next(self._numbers).to_bytes(HANDLE_BYTES, "big")
 
     def close(self, server: ShareServer) -> None:
+        """Close all files."""
         files = list(self.values())
         self.clear()
         for file in files:
@@ -83,11 +84,12 @@ class HandleTable(dict[bytes, object]):
 
 
 class ServerChannel:
-    """Feed `received` what comes and call `ended` when nothing more will; `run` answers.
+    """Answers one channel: call `received` with each piece of data and `ended` when no more will
+    come; `run` answers.
 
-    `untaken` says how many bytes of answers the mount has not taken. Where they are more than
-    `most`, or those of all mounts are too many, no request is begun until a call of `taken` finds
-    half of it.
+    `untaken` returns how many bytes of answers the mount has not taken yet. Once they exceed
+    `most`, or those of all mounts together are too many, no request is started until a call of
+    `taken` finds at most half of that.
     """
 
     def __init__(
@@ -107,14 +109,16 @@ class ServerChannel:
         )
 
     def received(self, data: bytes | memoryview) -> None:
+        """Queue the bytes of requests."""
         self._reader.feed(data)
 
     def ended(self) -> None:
-        """What came and was not begun is left: who asked has given it up, and may be asking anew
-        elsewhere."""
+        """End the channel. Requests that were not started are dropped: their client has given them
+        up, and may have sent them again elsewhere."""
         self._reader.end()
 
     def taken(self) -> None:
+        """Resume answering if the mount has taken enough answers."""
         if not self._reader.over and self._held.answers(self._untaken(), resuming=True):
             self._reader.may_go.set()
 
@@ -124,14 +128,14 @@ class ServerChannel:
             self._reader.may_go.clear()
 
     async def run(self) -> None:
-        """Until the other end is gone, or makes no sense."""
+        """Answer requests until the other end closes the channel or breaks the protocol."""
         with suppress(EOFError):
             await self._handler.run()
         self._reader.end()
 
 
 class _RequestReader:
-    """Of a reader, what asyncssh's handler uses."""
+    """The part of asyncio's StreamReader that asyncssh's handler uses, with flow control."""
 
     def __init__(self, held: Held) -> None:
         self._stream = asyncio.StreamReader()
@@ -142,6 +146,7 @@ class _RequestReader:
         self.over = False
 
     def feed(self, data: bytes | memoryview) -> None:
+        """Queue bytes; close the channel where too many wait."""
         if self.over:
             return
         self._waiting += len(data)
@@ -152,6 +157,7 @@ class _RequestReader:
             self._stream.feed_data(cast(bytes, data))
 
     def end(self) -> None:
+        """End the input: the handler sees end of file."""
         if not self.over:
             self.over = True
             self._held.close()
@@ -160,15 +166,16 @@ class _RequestReader:
 
     @property
     def logger(self) -> SSHLogger:
+        """asyncssh's own logger."""
         return asyncssh_logger
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """A symlink request has its paths in OpenSSH's order, not the draft's, as all clients that
-        know OpenSSH send them."""
+        """Name OpenSSH as the client's version, so that asyncssh reads a symlink request's paths in
+        OpenSSH's order, not the draft's, as all clients that know OpenSSH send them."""
         return "OpenSSH" if name == "client_version" else default
 
     async def readexactly(self, count: int) -> bytes:
-        """Raises EOFError."""
+        """Read `count` bytes, once the mount has taken enough answers. Raises EOFError."""
         await self.may_go.wait()
         if self.over:
             raise EOFError
@@ -180,7 +187,7 @@ class _RequestReader:
 
 
 class _AnswerWriter:
-    """Of a writer, what asyncssh's handler uses."""
+    """The part of asyncio's StreamWriter that asyncssh's handler uses."""
 
     def __init__(self, write: Callable[[bytes], None]) -> None:
         self.write = write
@@ -188,16 +195,21 @@ class _AnswerWriter:
 
     @property
     def channel(self) -> _AnswerWriter:
+        """The writer itself, which is all that the handler needs of a channel."""
         return self
 
     def is_closing(self) -> bool:
+        """Return whether `close` was called."""
         return self._closed
 
     def close(self) -> None:
+        """Mark the writer closed."""
         self._closed = True
 
 
 class _Handler(SFTPServerHandler):
+    """asyncssh's handler, restricted to what mounts ask for and with OpenSSH's error codes."""
+
     def __init__(
         self, server: ShareServer, reader: _RequestReader, writer: _AnswerWriter, files: HandleTable
     ) -> None:
@@ -216,12 +228,13 @@ class _Handler(SFTPServerHandler):
         self._packet_handlers[FXP_OPENDIR] = _as_openssh(_Handler._process_opendir)
 
     def _get_next_handle(self) -> bytes:
-        """Counts on every channel of the mount."""
+        """Return a handle that is unique on all channels of the mount."""
         assert isinstance(self._file_handles, HandleTable)
         return self._file_handles.new_handle()
 
     async def _process_opendir(self, packet: SSHPacket) -> bytes:
-        """asyncssh's looks at the directory when its names are asked for."""
+        """Check the directory now: asyncssh's own method checks it only when names are
+        requested."""
         path = packet.get_string()
         if len(self._dir_handles) >= MAX_LISTINGS:
             raise OSError(errno.EMFILE, "too many directories are open through the tunnel")
@@ -231,7 +244,8 @@ class _Handler(SFTPServerHandler):
         return handle
 
     async def _process_packet(self, pkttype: int, pktid: int, packet: SSHPacket) -> None:
-        """Nothing else runs while one request after the other is here already and needs no wait."""
+        """Let other tasks run now and then: nothing yields while requests are buffered and need no
+        wait."""
         now = time.monotonic()
         if now - self._breathed_at > BREATH_SECONDS:
             await asyncio.sleep(0)
@@ -239,7 +253,7 @@ class _Handler(SFTPServerHandler):
         await super()._process_packet(pkttype, pktid, packet)
 
     async def _cleanup(self, exc: Exception | None) -> None:
-        """The files are the mount's, not this channel's: who ends the mount closes them."""
+        """Leave the open files alone: they belong to the mount, and are closed when it leaves."""
         self._file_handles = HandleTable()
         await super()._cleanup(exc)
 

@@ -1,5 +1,5 @@
-"""`hpcfs check --tunnel`: logs in as a tunnel would, tries each thing that it needs, and leaves
-nothing behind."""
+"""`hpcfs check --tunnel`: logs in as a tunnel would, tries everything that it needs, and removes
+it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from hpcfs.tunnel.file import DIRECTORY
 
 Level = Literal["ok", "warn", "fail"]
 ReportFinding = Callable[[Level, str, str], None]
-"""Gets each finding, with what was looked at, as soon as it is known."""
+"""Receives (level, subject, text) of each finding as soon as it is known."""
 
 SECONDS = 30.0
 
 
 def check(wishes: Wishes, ask: AskUser, tell: ReportFinding) -> None:
+    """Run all checks; `tell` gets each finding."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_check(wishes, ask, tell))
 
@@ -79,7 +80,7 @@ async def _look_around(wishes: Wishes, login: SshLogin, tell: ReportFinding) -> 
 
 
 async def _missing_directories(sftp: asyncssh.SFTPClient) -> list[str]:
-    """Of those that a tunnel makes, innermost first."""
+    """Return the directories that a tunnel would have to make, innermost first."""
     found: list[str] = []
     path = (await sftp.realpath(".")).rstrip("/")
     for name in DIRECTORY.split("/"):
@@ -90,7 +91,8 @@ async def _missing_directories(sftp: asyncssh.SFTPClient) -> list[str]:
 
 
 async def _kind(directory: Directory) -> str:
-    """On a shared file system the socket is seen on all login nodes, and works on one."""
+    """Return the file system's type in brackets. On a shared file system the socket is visible on
+    all login nodes, but works on one."""
     kind = await listening.filesystem(directory.sftp, directory.path)
     return f" ({kind})" if kind else ""
 

@@ -1,5 +1,7 @@
-"""The answering side of a tunnel's control socket (see status.py), and what makes a tunnel the only
-one of its name on this machine."""
+"""The answering side of a tunnel's control socket (see status.py), and the lock on its name.
+
+The lock makes a tunnel the only one of its name on this machine.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @contextmanager
 def only_one(name: str) -> Iterator[None]:
-    """Raises SetupError where a tunnel of that name runs here already."""
+    """Hold the lock on the tunnel's name. Raises SetupError where a tunnel of that name runs here
+    already."""
     path = status.socket_path(name).with_suffix(".lock")
     paths.make_private(path.parent)
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -57,9 +60,10 @@ def _holder(name: str) -> str:
 async def answering(
     name: str, tell: Callable[[], TunnelStatus], stop: Callable[[], None]
 ) -> AsyncIterator[None]:
-    """Inside `only_one`. Whoever asked to stop is let go when the process ends."""
+    """Answer on the control socket until the block ends; `only_one` must be held. A client that
+    asked to stop stays connected until the process ends."""
     path = status.socket_path(name)
-    path.unlink(missing_ok=True)  # of one that was killed: nobody else holds the lock
+    path.unlink(missing_ok=True)  # left by a killed process: nobody else holds the lock
     server = await asyncio.start_unix_server(_Answerer(tell, stop).answer, sock=_bind(path))
     try:
         yield
@@ -80,13 +84,16 @@ def _bind(path: Path) -> socket.socket:
 
 
 class _Answerer:
+    """Answers requests, one per connection."""
+
     def __init__(self, tell: Callable[[], TunnelStatus], stop: Callable[[], None]) -> None:
         self._tell = tell
         self._stop = stop
         self._held: list[asyncio.StreamWriter] = []
-        """Of those that wait for our end: the kernel closes them then."""
+        """Connections of clients that wait for our end: the kernel closes them then."""
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer one client, which must be this user or root."""
         if _peer(writer) not in (0, os.getuid()):
             writer.close()
             return

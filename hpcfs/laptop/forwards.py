@@ -1,8 +1,9 @@
-"""The reverse forwards: which of them sshd grants, and what each refusal means.
+"""Requests the reverse forwards, and explains each refusal of sshd.
 
-A Unix socket that only the user can reach is best. Where sshd forbids those, a loopback port that
-it chooses. With `bind`, a port on the address that compute nodes reach, beside the other: an sshd
-without GatewayPorts takes that request and binds loopback, which only a look shows.
+The best one is a Unix socket that only the user can reach. Where sshd forbids those, a loopback
+port that it chooses takes its place. With `bind`, a port on the address that compute nodes reach is
+added: an sshd without GatewayPorts accepts that request and binds loopback, which only a check from
+there reveals.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ _FORBIDDEN = {
     "Server has disabled port forwarding": "AllowTcpForwarding",
     "port forwarding refused": "AllowTcpForwarding or PermitListen",
 }
-"""OpenSSH's words, in a message for debugging before it refuses what its configuration forbids, and
-the setting (sshd_config(5)) that does. DisableForwarding does all of it."""
+"""OpenSSH's debug messages that precede a refusal by configuration, and the setting
+(sshd_config(5)) that causes each. DisableForwarding causes all of them."""
 
 OTHER_WAYS = (
     "start the tunnel straight to the compute node (ProxyJump through the login node) where the "
@@ -46,7 +47,8 @@ NO_WAY = (
 
 @dataclass
 class Forwards:
-    """`places` in the order in which a mount is to try them; `notes` say what was refused."""
+    """The granted forwards: `places` in the order in which a mount is to try them; `notes` say what
+    was refused."""
 
     places: list[Endpoint] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -54,7 +56,7 @@ class Forwards:
 
 @dataclass(frozen=True)
 class Ends:
-    """What a forward's connections come to. `sftp` is the session on the login node."""
+    """The parties that a forward connects. `sftp` is the session on the login node."""
 
     login: SshLogin
     sftp: asyncssh.SFTPClient
@@ -62,8 +64,8 @@ class Ends:
 
 
 async def open_forwards(ends: Ends, socket_path: str | None, bind: str | None) -> Forwards:
-    """At least one of them stands. Raises WrongSettings otherwise, and asyncssh.Error or OSError
-    where the connection is lost meanwhile."""
+    """Open at least one forward. Raises WrongSettings if none is granted, and asyncssh.Error or
+    OSError where the connection is lost meanwhile."""
     found = Forwards()
     place: Endpoint | None
     place, refusal = await try_unix(ends, socket_path)
@@ -89,7 +91,7 @@ async def open_forwards(ends: Ends, socket_path: str | None, bind: str | None) -
 
 
 async def try_unix(ends: Ends, path: str | None) -> tuple[UnixEndpoint | None, str]:
-    """The socket at that path, or why there is none."""
+    """Forward a Unix socket at that path; return it, or None and the reason why there is none."""
     if path is None:
         return None, "no Unix socket: the home directory's name is too long for one"
     said = len(ends.login.said)
@@ -104,7 +106,7 @@ async def try_unix(ends: Ends, path: str | None) -> tuple[UnixEndpoint | None, s
 
 
 async def try_tcp(ends: Ends, host: str) -> tuple[TcpEndpoint | None, str]:
-    """A port that the server chose, or why there is none."""
+    """Forward a port that the server chooses; return it, or None and the reason."""
     said = len(ends.login.said)
     try:
         listener = await ends.login.connection.create_server(
@@ -118,7 +120,8 @@ async def try_tcp(ends: Ends, host: str) -> tuple[TcpEndpoint | None, str]:
 
 
 def _guard(listener: Any, acceptor: Acceptor) -> None:
-    """Asyncssh makes a channel before it asks us whether we want the connection."""
+    """Refuse surplus connections before asyncssh makes a channel for them, which it does before it
+    asks us."""
     process = listener.process_connection
 
     def process_connection(host: str, port: int) -> Any:
@@ -138,7 +141,7 @@ def _forbidding(login: SshLogin, said_before: int) -> str:
 
 
 async def try_bind(ends: Ends, bind: str) -> tuple[TcpEndpoint | None, str]:
-    """A port that other machines reach, or why there is none."""
+    """Forward a port that other machines can reach; return it, or None and the reason."""
     place, obstacle = await try_tcp(ends, bind)
     if place is not None:
         obstacle = await _obstacle(ends, place)
@@ -149,7 +152,8 @@ async def try_bind(ends: Ends, bind: str) -> tuple[TcpEndpoint | None, str]:
 
 
 async def _obstacle(ends: Ends, place: TcpEndpoint) -> str:
-    """Why nobody reaches this port from another machine, as far as that can be seen from here."""
+    """Return why other machines can't reach this port, as far as can be seen from here; else an
+    empty string."""
     heard = await listening.addresses(ends.sftp, place.port)
     if heard and all(address.is_loopback for address in heard):
         shown = " and ".join(str(address) for address in heard)
@@ -168,28 +172,29 @@ async def _obstacle(ends: Ends, place: TcpEndpoint) -> str:
     return ""
 
 
-# --- what arrives -------------------------------------------------------------------------------
+# --- incoming connections -----------------------------------------------------------------------
 
 
 class _ChannelPipe:
-    """A pipe of tunnel/stream.py over a channel. What can't be sent any more is sent again on
-    the next pipe."""
+    """A pipe of tunnel/stream.py over an SSH channel. Bytes that can no longer be sent are sent
+    again on the next pipe."""
 
     def __init__(self, channel: Any) -> None:
         self._channel = channel
 
     def write(self, data: bytes) -> None:
+        """Send bytes, unless the channel is closing."""
         if not self._channel.is_closing():
             self._channel.write(data)
 
     def close(self) -> None:
-        """What could not be sent yet is not gathered: asyncssh's close would keep it until the
-        other end takes it."""
+        """Abort the channel: asyncssh's close would buffer the unsent bytes until the other end
+        takes them."""
         self._channel.abort()
 
 
 class _Arrival(asyncssh.SSHTCPSession[bytes], asyncssh.SSHUNIXSession[bytes]):
-    """Somebody connected to one of our places."""
+    """A connection that somebody made to one of our endpoints."""
 
     def __init__(self, ends: Ends, kind: Kind) -> None:
         self._ends = ends
@@ -197,18 +202,22 @@ class _Arrival(asyncssh.SSHTCPSession[bytes], asyncssh.SSHUNIXSession[bytes]):
         self._incoming: Incoming | None = None
 
     def connection_made(self, chan: Any) -> None:
+        """Hand the channel to the acceptor, or abort it where its packets are too small."""
         if takes_packets(chan):
             self._incoming = self._ends.acceptor.pipe(_ChannelPipe(chan), self._kind)
         else:
             chan.abort()
 
     def data_received(self, data: bytes | memoryview, datatype: int | None) -> None:
+        """Pass bytes on."""
         if self._incoming is not None:
             self._incoming.received(data)
 
     def eof_received(self) -> bool:
+        """Close the channel."""
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the acceptor that the pipe broke."""
         if self._incoming is not None:
             self._incoming.lost()

@@ -1,7 +1,7 @@
-"""The mounts that are let in: who has proved to hold the tunnel's client key is served.
+"""The connected mounts: serves each client that has proved to hold the tunnel's client key.
 
-Over a Unix socket each stream is an SFTP channel once its client has proved itself; over TCP it has
-an SSH connection on it, which lets in that one key and opens SFTP channels only.
+Over a Unix socket each stream is one SFTP channel once its client has proved its key; over TCP it
+carries an SSH connection, which accepts that one key and opens SFTP channels only.
 """
 
 from __future__ import annotations
@@ -29,19 +29,22 @@ log = logging.getLogger(__name__)
 MAX_NAME_LETTERS = 100
 CLOSE_SECONDS = 3.0
 MOST_UNTAKEN_BYTES = 32 * 1024 * 1024
-"""Of answers on a stream. With an SSH connection on it, as many as its pump lets in."""
+"""Answers on a stream that the mount may leave untaken. With an SSH connection on it, its pump's
+limit applies (tunnel/pump.py)."""
 MAX_CHANNELS = 8
-"""On an SSH connection. A mount opens two, and some more for a large upload (sftp/session.py)."""
+"""Channels of an SSH connection. A mount opens two, and some more for a large upload
+(sftp/session.py)."""
 LEAST_PACKET_BYTES = 4096
-"""OpenSSH and asyncssh take 32 KiB."""
+"""OpenSSH and asyncssh accept 32 KiB."""
 SERVER_VERSION = "hpcfs_as_OpenSSH"
-"""Clients look for the second name, and then give a symlink's paths in the order of
-laptop/channel.py."""
+"""Clients that find "OpenSSH" in it send a symlink's paths in the order that laptop/channel.py
+expects."""
 
 
 @dataclass(eq=False)
 class Guest:
-    """A mount: `host` is what it calls the machine it runs on."""
+    """A connected mount: `host` is its own name for its machine, `since` in seconds since the
+    epoch."""
 
     host: str
     since: float = field(default_factory=time.time)
@@ -50,7 +53,8 @@ class Guest:
 
 
 class Guests:
-    """Give `acceptor` the pipes. `on_change` hears that a mount came or went."""
+    """All connected mounts. Give `acceptor` the pipes. `on_change` is called when a mount came or
+    went."""
 
     def __init__(self, shares: Shares, identity: Identity, on_change: Callable[[], None]) -> None:
         self.acceptor = Acceptor(identity.door, self._arrived)
@@ -62,13 +66,15 @@ class Guests:
 
     @property
     def all(self) -> list[Guest]:
+        """The mounts that are connected now."""
         return list(self._by_session.values())
 
     def _arrived(self, stream: TunnelStream, kind: Kind) -> None:
         self._run(self._serve_private(stream) if kind == "unix" else self._serve_ssh(stream))
 
     async def close(self) -> None:
-        """Every mount is told that the tunnel ends."""
+        """End every stream, which tells each mount that the tunnel ends, and wait for their
+        tasks."""
         self.acceptor.close()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CLOSE_SECONDS)
@@ -82,6 +88,7 @@ class Guests:
         task.add_done_callback(self._tasks.discard)
 
     def enter(self, session: bytes, host: str) -> Guest:
+        """Count one more channel of that session; the first one makes it a connected mount."""
         shown = "".join(letter for letter in host[:MAX_NAME_LETTERS] if letter.isprintable())
         guest = self._by_session.setdefault(session, Guest(shown))
         guest.channels += 1
@@ -91,6 +98,7 @@ class Guests:
         return guest
 
     def leave(self, session: bytes, guest: Guest) -> None:
+        """Count one channel less; with the last one the mount's files are closed."""
         guest.channels -= 1
         if not guest.channels:
             guest.files.close(ShareServer(self._shares))
@@ -134,10 +142,10 @@ class Guests:
                 encryption_algs=[FAST_CIPHER],
                 compression_algs=None,
                 allow_pty=False,
-                line_editor=False,  # one would stand between us and the channel
+                line_editor=False,  # it would stand between us and the channel
                 agent_forwarding=False,
-                gss_host=None,  # its default asks DNS for this machine's name, and waits
-                login_timeout=0,  # the acceptor ends who proves nothing in time
+                gss_host=None,  # the default looks this machine's name up in DNS, which blocks
+                login_timeout=0,  # the acceptor enforces its own time limit
                 encoding=None,
                 window=CHANNEL_WINDOW_BYTES,
             )
@@ -148,14 +156,17 @@ class Guests:
         await connection.wait_closed()
 
     def is_known(self, key: asyncssh.SSHKey) -> bool:
+        """Return whether this is the tunnel's client key."""
         return key == self._identity.client_public
 
     def proved(self, stream: TunnelStream) -> None:
+        """Keep the stream, whose client has proved its key."""
         self.acceptor.keep(stream)
 
     def open_channel(
         self, stream: TunnelStream, guest: Guest, chan: asyncssh.SSHServerChannel[bytes]
     ) -> ServerChannel:
+        """Start to serve SFTP on a channel of the stream's SSH connection."""
         channel = ServerChannel(
             self._shares,
             guest.files,
@@ -177,14 +188,15 @@ class Guests:
 
 
 def takes_packets(channel: object) -> bool:
-    """Asyncssh cuts what is sent into the packets that the other end wants: a megabyte in packets
-    of one byte takes half a minute, in which nobody else is served."""
+    """Return whether the other end accepts packets of a reasonable size. asyncssh cuts all data
+    into packets of the size that the other end wants: a megabyte in packets of one byte takes half
+    a minute, in which nothing else is served."""
     wanted: int = getattr(channel, "_send_pktsize", LEAST_PACKET_BYTES)
     return wanted >= LEAST_PACKET_BYTES
 
 
 class _SshServer(asyncssh.SSHServer):
-    """An SSH connection on a stream: one mount."""
+    """An SSH connection on a stream, of one mount."""
 
     def __init__(self, guests: Guests, stream: TunnelStream) -> None:
         self._guests = guests
@@ -194,22 +206,26 @@ class _SshServer(asyncssh.SSHServer):
         self._channels = 0
 
     def begin_auth(self, username: str) -> bool:
-        """The client gives the machine that it is on for a user's name."""
+        """Take the user name for the name of the client's machine, which the client sends as
+        such."""
         self._host = username
         return True
 
     def public_key_auth_supported(self) -> bool:
+        """Allow public keys only."""
         return True
 
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+        """Accept the tunnel's client key."""
         return self._guests.is_known(key)
 
     def auth_completed(self) -> None:
+        """Register the mount."""
         self._guests.proved(self._stream)
         self._guest = self._guests.enter(self._stream.id, self._host)
 
     def session_requested(self) -> Any:
-        """False where there are too many."""
+        """Open a channel; return False where there are too many."""
         assert self._guest is not None
         if self._channels >= MAX_CHANNELS:
             return False
@@ -220,12 +236,13 @@ class _SshServer(asyncssh.SSHServer):
         self._channels -= 1
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Deregister the mount."""
         if self._guest is not None:
             self._guests.leave(self._stream.id, self._guest)
 
 
 class _SshChannel(asyncssh.SSHServerSession[bytes]):
-    """Only SFTP: no shell, no command."""
+    """A channel that serves SFTP only: no shell, no command."""
 
     def __init__(
         self, guests: Guests, stream: TunnelStream, guest: Guest, on_closed: Callable[[], None]
@@ -237,31 +254,38 @@ class _SshChannel(asyncssh.SSHServerSession[bytes]):
         self._channel: ServerChannel | None = None
 
     def connection_made(self, chan: asyncssh.SSHServerChannel[bytes]) -> None:
-        """Variables are of no use here, and asyncssh would keep as many as a client sends."""
+        """Remember the channel, and refuse environment variables: they are of no use here, and
+        asyncssh would keep as many as a client sends."""
         self._chan = chan
         vars(chan)["_process_env_request"] = lambda packet: False
 
     def subsystem_requested(self, subsystem: str) -> bool:
+        """Accept SFTP."""
         return subsystem == "sftp" and takes_packets(self._chan)
 
     def session_started(self) -> None:
+        """Start to serve."""
         self._channel = self._guests.open_channel(self._stream, self._guest, self._chan)
 
     def data_received(self, data: bytes, datatype: int | None) -> None:
+        """Pass on the bytes of requests."""
         if self._channel is not None:
             self._channel.received(data)
 
     def eof_received(self) -> bool:
-        """sftp(1) says so when it is done, and waits for us to close the channel."""
+        """End the requests, and close the channel: sftp(1) sends EOF when it is done and waits for
+        that."""
         if self._channel is not None:
             self._channel.ended()
         return False
 
     def resume_writing(self) -> None:
+        """Note that the client took answers."""
         if self._channel is not None:
             self._channel.taken()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """End the channel."""
         self._on_closed()
         if self._channel is not None:
             self._channel.ended()

@@ -1,9 +1,9 @@
-"""Files with several names: one of them may be in a folder that is shared read-only.
+"""Protects files with several names, one of which may be in a folder that is shared read-only.
 
-What is written under a name in a writable share changes the file under all its names. Where the
-others are is not to be seen without a look at every file. So where there is a read-only share too,
-a file of several names is changed only if all of them but one were made through this tunnel, which
-links nothing across shares. Names may be removed and replaced: that changes no other one.
+A write under a name in a writable share changes the file under all its names, and where the other
+names are can't be found out without a look at every file. So where there is a read-only share too,
+a file with several names may be changed only if all of them but one were made through this tunnel,
+which links nothing across shares. Names may be removed and replaced: that changes no other name.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ from contextlib import suppress
 from hpcfs.laptop.safe_paths import SafeEntry
 
 MAX_FILES = 10_000
-"""Whose links are remembered. A forgotten one is not changed any more."""
+"""Files whose links are remembered. A forgotten one may no longer be changed."""
 
 
 class HardLinks:
+    """Counts the names made through this tunnel. Without `guarded` (no read-only share) nothing is
+    refused."""
+
     def __init__(self, *, guarded: bool) -> None:
         self._guarded = guarded
         self._names: dict[tuple[int, int], int] = {}
-        """How many names of a file are known not to be in another share, where more than one."""
+        """The number of names of a file, where more than one, that are known not to be in another
+        share."""
 
     def check(self, found: os.stat_result) -> None:
-        """Raises OSError where a change of this file may change a read-only share."""
+        """Raise OSError where a change of this file may change a read-only share."""
         if not self._guarded or stat.S_ISDIR(found.st_mode):
             return
         if found.st_nlink > self._known(found):
@@ -35,12 +39,13 @@ class HardLinks:
             )
 
     def check_entry(self, entry: SafeEntry) -> None:
-        """The same; what is missing has no other names."""
+        """Check the file at that entry; a missing one has no other names."""
         with suppress(FileNotFoundError):
             self.check(entry.stat())
 
     def _known(self, found: os.stat_result) -> int:
-        """Names that others removed since are known no more."""
+        """Return how many names are known; names that were removed by others are no longer
+        counted."""
         file = found.st_dev, found.st_ino
         known = self._names.get(file, 1)
         if found.st_nlink < known:
@@ -48,6 +53,7 @@ class HardLinks:
         return known
 
     def link(self, old: SafeEntry, new: SafeEntry) -> None:
+        """Make a hard link, and count it. Raises OSError."""
         found = old.stat()
         os.link(
             old.name, new.name, src_dir_fd=old.parent, dst_dir_fd=new.parent, follow_symlinks=False
@@ -58,11 +64,12 @@ class HardLinks:
                 del self._names[next(iter(self._names))]
 
     def unlink(self, entry: SafeEntry) -> None:
+        """Remove a name. Raises OSError."""
         self.losing(entry)
         os.unlink(entry.name, dir_fd=entry.parent)
 
     def losing(self, entry: SafeEntry) -> None:
-        """A name is about to be removed, or given to another file."""
+        """Note that a name is about to be removed, or given to another file."""
         with suppress(FileNotFoundError):
             found = entry.stat()
             file = found.st_dev, found.st_ino

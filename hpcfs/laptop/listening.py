@@ -1,6 +1,6 @@
-"""What the login node tells of itself in /proc (see proc(5)), read over SFTP.
+"""Reads the login node's /proc (proc(5)) over SFTP: who listens, file systems, its name.
 
-An sshd that may not bind the address it was asked for binds loopback and does not say so.
+An sshd that may not bind the requested address binds loopback without saying so.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
 LISTENING = "0A"
 READ_BYTES = 64 * 1024
 _HOST_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-"""hostname(7). It goes into the tunnel's file, and from there to people."""
+"""Host names of hostname(7). The name goes into the tunnel's file, and from there to people."""
 MAX_TABLE_BYTES = 8 * 1024 * 1024
 
 
 async def addresses(sftp: asyncssh.SFTPClient, port: int) -> list[Address] | None:
-    """None where the login node does not tell."""
+    """Return the addresses on which that port is listened to; None where /proc can't be read."""
     found: list[Address] = []
     told = False
     for table in TABLES:
@@ -38,7 +38,7 @@ async def addresses(sftp: asyncssh.SFTPClient, port: int) -> list[Address] | Non
 
 
 def listeners(table: str, port: int) -> list[Address]:
-    """Lines that make no sense are left out: a server may tell what it likes."""
+    """Parse a table of /proc/net/tcp. Malformed lines are skipped: a server may send anything."""
     found = []
     for line in table.splitlines()[1:]:
         fields = line.split()
@@ -51,8 +51,8 @@ def listeners(table: str, port: int) -> list[Address]:
 
 
 async def filesystem(sftp: asyncssh.SFTPClient, path: str) -> str:
-    """The type of the file system that holds this path there (proc_mounts(5)); empty where that is
-    not told."""
+    """Return the type of the file system that holds this path there (proc_mounts(5)); empty where
+    unknown."""
     try:
         text = await _read(sftp, "/proc/mounts")
     except asyncssh.SFTPError:
@@ -67,8 +67,8 @@ async def filesystem(sftp: asyncssh.SFTPClient, path: str) -> str:
 
 
 async def host_name(sftp: asyncssh.SFTPClient) -> str:
-    """What the login node calls itself, as gethostname(2) does; empty where that is not told. One
-    name may lead to several login nodes, and the tunnel is on one of them."""
+    """Return the login node's own name, as gethostname(2) does; empty where unknown. One host name
+    may lead to several login nodes, and the tunnel is on one of them."""
     try:
         told = (await _read(sftp, "/proc/sys/kernel/hostname")).strip()
     except asyncssh.SFTPError:
@@ -77,7 +77,8 @@ async def host_name(sftp: asyncssh.SFTPClient) -> str:
 
 
 def _address(text: str) -> Address:
-    """The kernel prints each 32 bits as its processor has them: little-endian, on clusters."""
+    """Parse an address. The kernel prints each 32-bit word in its processor's byte order:
+    little-endian, on clusters."""
     raw = bytes.fromhex(text)
     words = struct.unpack(f"<{len(raw) // 4}I", raw)
     packed = struct.pack(f">{len(words)}I", *words)
@@ -87,7 +88,7 @@ def _address(text: str) -> Address:
 
 
 async def _read(sftp: asyncssh.SFTPClient, path: str) -> str:
-    """Such a file has no size: it ends where nothing more comes."""
+    """Read a file of /proc. It has no size: it ends where no more bytes come."""
     text = b""
     file: Any
     async with sftp.open(path, "rb", encoding=None) as file:

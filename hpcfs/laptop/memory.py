@@ -1,7 +1,7 @@
-"""What all mounts together make this process hold: requests that wait, and answers not yet taken.
+"""Limits the memory that all mounts together occupy: waiting requests, and untaken answers.
 
-One mount alone may have as much under way as a long line takes. Where all of them come to much,
-each gets on with little: nobody stands still for what another one does not take.
+One mount alone may have as much in flight as a long line carries. Where all together hold much,
+each gets a small share: no mount is blocked by answers that another one does not take.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ from dataclasses import dataclass
 MOST_REQUEST_BYTES = 256 * 1024 * 1024
 MOST_ANSWER_BYTES = 64 * 1024 * 1024
 LITTLE_BYTES = 256 * 1024
-"""Of a channel: always granted."""
+"""Bytes of a channel that are always granted."""
 MAX_CHANNEL_REQUEST_BYTES = 64 * 1024 * 1024
-"""Four times what a mount has under way (sftp/session.py)."""
+"""Four times what a mount has in flight (sftp/session.py)."""
 
 
 @dataclass
 class Memory:
-    """Of all channels, in bytes."""
+    """Bytes that all channels hold."""
 
     requests: int = 0
     answers: int = 0
 
 
 class Held:
-    """Of one channel, which says how many bytes it holds now and hears whether that is too much."""
+    """Bytes that one channel holds. The channel reports them, and learns whether they are too
+    many."""
 
     def __init__(self, memory: Memory, most_answers: int) -> None:
         self._memory = memory
@@ -34,7 +35,7 @@ class Held:
         self._answers = 0
 
     def requests(self, count: int) -> bool:
-        """Whether that many may wait."""
+        """Report `count` bytes of waiting requests; return whether that many are allowed."""
         self._memory.requests += count - self._requests
         self._requests = count
         return count <= LITTLE_BYTES or (
@@ -42,8 +43,8 @@ class Held:
         )
 
     def answers(self, count: int, *, resuming: bool = False) -> bool:
-        """Whether the next request may be begun with so many bytes of answers on their way. Who was
-        told no waits for half."""
+        """Report `count` bytes of untaken answers; return whether the next request may start. A
+        channel that was told no asks with `resuming`: then the limit is half."""
         self._memory.answers += count - self._answers
         self._answers = count
         most = self._most_answers // 2 if resuming else self._most_answers
@@ -52,5 +53,6 @@ class Held:
         )
 
     def close(self) -> None:
+        """Report that the channel holds nothing any more."""
         self.requests(0)
         self.answers(0)

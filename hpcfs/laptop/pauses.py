@@ -1,8 +1,8 @@
 """How long to wait before a lost tunnel is tried again. Pure policy.
 
-Where no connection comes about, nobody is bothered by the next attempt: soon. A login node that
-answers and refuses is asked less and less often. What only the user can mend is never tried again
-(`RemoteError.lasting`).
+Where no connection comes about, the next attempt disturbs nobody, so it comes soon. A login node
+that answers and refuses is asked less and less often. Errors that only the user can mend are never
+retried (`RemoteError.lasting`).
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from __future__ import annotations
 from hpcfs.model.errors import RemoteError
 
 SOON_SECONDS = (1.0, 1.0, 2.0)
-"""The last one again and again."""
+"""Seconds before the first attempts; the last one repeats."""
 LONGEST_SECONDS = 30.0
 
 
 class Pauses:
+    """Counts the failures since the last success."""
+
     def __init__(self) -> None:
         self._unreached = 0
         self._refused = 0
 
     def after(self, error: RemoteError) -> float:
-        """Seconds until the next attempt."""
+        """Return the seconds until the next attempt, after this error."""
         if is_unreached(error):
             pause = SOON_SECONDS[min(self._unreached, len(SOON_SECONDS) - 1)]
             self._unreached += 1
@@ -30,11 +32,11 @@ class Pauses:
         return min(2.0 ** (self._refused - 1), LONGEST_SECONDS)
 
     def reset(self) -> None:
-        """The tunnel stands, or the network has changed."""
+        """Start over: the tunnel is up, or the network has changed."""
         self._unreached = self._refused = 0
 
 
 def is_unreached(error: RemoteError) -> bool:
-    """Whether the host did not even answer. The login tells by what its error came from."""
+    """Return whether the host did not even answer: then the error was caused by an OSError."""
     origin = error.__cause__ or error.__context__
     return isinstance(origin, OSError)

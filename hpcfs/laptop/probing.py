@@ -1,7 +1,8 @@
-"""What answers at a place on the cluster, found out from the laptop through its own login.
+"""Probes an endpoint on the cluster from the laptop, through the tunnel's own login.
 
-We knock there as a mount does (tunnel/knock.py): so one look tells whether a forward leads to
-us, or whether another tunnel is alive. Who only says what that one said is found out.
+The probe does the handshake as a mount does (tunnel/knock.py). So one probe tells whether a forward
+leads to us, or whether another tunnel is alive. An impostor that only repeats a recorded greeting
+is detected.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from hpcfs.tunnel.stream import ID_BYTES, Garbled
 PROBE_SECONDS = 3.0
 
 Answer = Literal["greets", "other", "refused", "forbidden"]
-"""greets: it is that tunnel; other: something else, or nothing, is said; refused: nobody listens;
-forbidden: the server lets nobody connect from here."""
+"""greets: that tunnel answers; other: something else answers, or nothing; refused: nobody listens;
+forbidden: the server allows no connection from here."""
 
 
 async def look(connection: asyncssh.SSHClientConnection, place: Endpoint, door: Door) -> Answer:
-    """Raises asyncssh.Error and OSError where the login itself is lost."""
+    """Probe the endpoint. Raises asyncssh.Error and OSError where the login itself is lost."""
     listener = _Listener()
     try:
         async with asyncio.timeout(PROBE_SECONDS):
@@ -40,7 +41,8 @@ async def look(connection: asyncssh.SSHClientConnection, place: Endpoint, door: 
 
 
 async def _is_ours(listener: _Listener, door: Door) -> bool:
-    """Ask for a stream that there can't be: the answer shows who knows the secret."""
+    """Request a stream that can't exist: the answer shows whether the other end knows the
+    secret."""
     try:
         nonce, ours = door.nonce_in(await listener.line()), secrets.token_bytes(NONCE_BYTES)
         listener.write(ours + door.seal(b"client", nonce + ours, secrets.token_bytes(ID_BYTES), 0))
@@ -60,7 +62,7 @@ async def _connect(
 
 
 class _Listener(asyncssh.SSHTCPSession[bytes], asyncssh.SSHUNIXSession[bytes]):
-    """What is said; less where no more comes."""
+    """Buffers what the other end sends; returns less than requested where no more comes."""
 
     def __init__(self) -> None:
         self._heard = bytearray()
@@ -69,18 +71,22 @@ class _Listener(asyncssh.SSHTCPSession[bytes], asyncssh.SSHUNIXSession[bytes]):
         self._channel: Any = None
 
     def connection_made(self, chan: Any) -> None:
+        """Remember the channel."""
         self._channel = chan
 
     def data_received(self, data: bytes | memoryview, datatype: int | None) -> None:
+        """Buffer bytes, up to a limit."""
         if len(self._heard) < MAX_GREETING_BYTES + SEALED_BYTES:
             self._heard += data
             self._more.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Note that no more will come."""
         self._over = True
         self._more.set()
 
     async def line(self) -> bytes:
+        """Return the next line without its newline; empty where none comes."""
         while (end := self._heard.find(b"\n")) < 0 and await self._may_come():
             pass
         line = bytes(self._heard[: max(end, 0)])
@@ -88,12 +94,13 @@ class _Listener(asyncssh.SSHTCPSession[bytes], asyncssh.SSHUNIXSession[bytes]):
         return line
 
     async def read(self, count: int) -> bytes:
+        """Return `count` bytes, or fewer."""
         while len(self._heard) < count and await self._may_come():
             pass
         return bytes(self._heard[:count])
 
     async def _may_come(self) -> bool:
-        """Waits for more; whether it is worth waiting again."""
+        """Wait for more; return whether it is worth waiting again."""
         if self._over or len(self._heard) > MAX_GREETING_BYTES:
             return False
         self._more.clear()
@@ -101,9 +108,11 @@ class _Listener(asyncssh.SSHTCPSession[bytes], asyncssh.SSHUNIXSession[bytes]):
         return True
 
     def write(self, data: bytes) -> None:
+        """Send bytes."""
         if self._channel is not None and not self._channel.is_closing():
             self._channel.write(data)
 
     def close(self) -> None:
+        """Close the channel."""
         if self._channel is not None:
             self._channel.close()

@@ -1,9 +1,9 @@
-"""The tunnel's file on the cluster: ~/.hpcfs/tunnels/NAME.json, written over the login's SFTP.
+"""The tunnel's file on the cluster, ~/.hpcfs/tunnels/NAME.json, written over the login's SFTP.
 
-Whoever can change what is in that directory could send mounts elsewhere, and whoever can read the
-file could open the shares: so both directories are the user's own, no symbolic links, and nobody
-else may write there. One tunnel has a name: before a file of another one is replaced, that one is
-looked for at its places, and only one that does not answer is replaced.
+Whoever can write to that directory could send mounts elsewhere, and whoever can read the file could
+open the shares. So both directories must be the user's own, no symbolic links, and writable by
+nobody else. A name belongs to one tunnel: before the file of another one is replaced, its endpoints
+are probed, and it is replaced only if it does not answer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hpcfs.tunnel.knock import Door
 log = logging.getLogger(__name__)
 
 MAX_SOCKET_BYTES = 100
-"""sshd takes some of sun_path's 108 bytes on some systems."""
+"""sshd uses up some of sun_path's 108 bytes on some systems."""
 PRIVATE_DIRECTORY = 0o700
 PRIVATE_FILE = 0o600
 OTHERS_WRITE = 0o022
@@ -43,8 +43,8 @@ class NameTaken(WrongSettings):
 
 @dataclass(frozen=True)
 class Directory:
-    """Of the tunnels, on the cluster. `owner` is the numeric user there, where it tells. `host` is
-    what the login node calls itself, empty where it does not tell, `shown` what the laptop does."""
+    """The directory of tunnels on the cluster. `owner` is the numeric user there, where it is told.
+    `host` is the login node's own name, empty where unknown, `shown` the laptop's name for it."""
 
     sftp: asyncssh.SFTPClient
     path: str
@@ -53,11 +53,12 @@ class Directory:
     host: str
 
     def file(self, name: str) -> str:
+        """Return the path of the tunnel's file."""
         return f"{self.path}/{file_name(name)}"
 
     def new_socket(self, name: str) -> str | None:
-        """A path that was never used before: a session of sshd that does not know yet that it is
-        dead may hold the last one. None where a socket's path may not be so long."""
+        """Return a path that was never used before: an sshd session that does not know yet that it
+        is dead may hold the last one. None where the path would be too long for a socket."""
         path = f"{self.path}/{name}-{secrets.token_hex(4)}.sock"
         try:
             return path if len(path.encode()) <= MAX_SOCKET_BYTES else None
@@ -67,7 +68,7 @@ class Directory:
     # --- looking ----------------------------------------------------------------------------------
 
     async def read(self, name: str) -> Rendezvous | None:
-        """None where there is no such file, or nothing that a tunnel wrote."""
+        """Read the file; None where it is missing or was not written by a tunnel."""
         path = self.file(name)
         try:
             with translated(path.encode(errors="surrogateescape"), self.shown):
@@ -83,7 +84,7 @@ class Directory:
     async def check_free(
         self, connection: asyncssh.SSHClientConnection, name: str, tunnel_id: str
     ) -> None:
-        """Raises NameTaken where another tunnel of that name is alive."""
+        """Raise NameTaken where another tunnel of that name is alive."""
         other = await self.read(name)
         if other is None or other.id == tunnel_id:
             return
@@ -99,7 +100,8 @@ class Directory:
         log.info("the tunnel %s of %s does not answer: its file is replaced", name, other.laptop)
 
     async def is_ours(self, name: str, tunnel_id: str) -> bool:
-        """False where the file is gone. Raises NameTaken where another tunnel has replaced it."""
+        """Return whether the file is there. Raises NameTaken where another tunnel has replaced
+        it."""
         found = await self.read(name)
         if found is not None and found.id != tunnel_id:
             raise NameTaken(
@@ -111,20 +113,20 @@ class Directory:
     # --- changing ---------------------------------------------------------------------------------
 
     async def write(self, rendezvous: Rendezvous) -> None:
-        """In one step, for whoever reads it."""
+        """Write the file atomically."""
         with translated(self.path.encode(errors="surrogateescape"), self.shown):
             async with self._temporary(rendezvous.name, encode(rendezvous)) as temporary:
                 await self.sftp.posix_rename(temporary, self.file(rendezvous.name))
 
     async def try_file(self, name: str) -> None:
-        """Whether one could be written."""
+        """Check that a file could be written. Raises RemoteError."""
         with translated(self.path.encode(errors="surrogateescape"), self.shown):
             async with self._temporary(name, b"") as temporary:
                 await self.sftp.remove(temporary)
 
     @asynccontextmanager
     async def _temporary(self, name: str, content: bytes) -> AsyncIterator[str]:
-        """A private file with this content; removed where something fails."""
+        """Make a private file with this content; it is removed where something fails."""
         path = f"{self.path}/.{name}.{secrets.token_hex(4)}.tmp"
         attributes = SFTPAttrs(permissions=PRIVATE_FILE)
         flags = FXF_WRITE | FXF_CREAT | FXF_EXCL
@@ -140,7 +142,8 @@ class Directory:
             raise
 
     def _check_made(self, made: SFTPAttrs) -> None:
-        """Who owns what we make is who we are: in a chroot the home directory belongs to root."""
+        """Check the owner of a new file, which shows who we are: in a chroot the home directory
+        belongs to root."""
         if made.uid != self.owner:
             raise WrongSettings(
                 f"{self.path} on {self.shown} belongs to user {self.owner}, not to you "
@@ -153,20 +156,21 @@ class Directory:
             )
 
     async def secure_socket(self, path: str) -> None:
-        """sshd makes it with StreamLocalBindMask, which a site may have opened."""
+        """Make the socket private: sshd creates it with StreamLocalBindMask, which a site may have
+        opened."""
         with translated(path.encode(), self.shown):
             found = await self.sftp.lstat(path)
             if (found.permissions or 0) & 0o177:
                 await self.sftp.setstat(path, SFTPAttrs(permissions=PRIVATE_FILE))
 
     async def remove_socket(self, path: str | None) -> None:
-        """Of a tunnel that did not come about, which has said why."""
+        """Remove the socket of a tunnel that did not come about, whose error was reported."""
         if path is not None:
             with suppress(asyncssh.Error, OSError):
                 await self.sftp.remove(path)
 
     async def remove_remains(self, name: str, keep: str | None) -> None:
-        """Sockets and half-written files of earlier tunnels of that name."""
+        """Remove sockets and half-written files of earlier tunnels of that name."""
         ours = re.compile(
             rf"{re.escape(name)}-[0-9a-f]{{8}}\.sock|\.{re.escape(name)}\.[0-9a-f]{{8}}\.tmp"
         )
@@ -178,7 +182,7 @@ class Directory:
                         await self.sftp.remove(path)
 
     async def withdraw(self, name: str, tunnel_id: str) -> None:
-        """Remove the file, if it is this tunnel's, and what else there is of it."""
+        """Remove the file, if it is this tunnel's, and its sockets and temporary files."""
         found = await self.read(name)
         if found is None or found.id == tunnel_id:
             with translated(b"", self.shown), suppress(asyncssh.SFTPNoSuchFile):
@@ -194,8 +198,8 @@ def _raise_if_lost(error: RemoteError) -> None:
 
 
 async def start_sftp(login: SshLogin) -> asyncssh.SFTPClient:
-    """The session that writes and watches the file. Only with a session on it does sshd send
-    without waiting for more (TCP_NODELAY): it stays open."""
+    """Open the session that writes and watches the file. It stays open, since only with a session
+    does sshd send without delay (TCP_NODELAY)."""
     try:
         with translated(b"", login.shown):
             return await login.connection.start_sftp_client(path_errors="surrogateescape")
@@ -209,7 +213,8 @@ async def start_sftp(login: SshLogin) -> asyncssh.SFTPClient:
 
 
 async def open_directory(sftp: asyncssh.SFTPClient, shown: str) -> Directory:
-    """Makes it where it is missing. Raises WrongSettings where it is not fit for secrets."""
+    """Open the directory, and make it where it is missing. Raises WrongSettings where it is not
+    safe for secrets."""
     with translated(DIRECTORY.encode(), shown):
         home = (await sftp.realpath(".")).rstrip("/")
         owners: list[int | None] = []
@@ -231,7 +236,8 @@ async def open_directory(sftp: asyncssh.SFTPClient, shown: str) -> Directory:
 
 
 async def _make(sftp: asyncssh.SFTPClient, path: str) -> None:
-    """OpenSSH says no more than "failure" of what is there already."""
+    """Make a directory unless it is there: OpenSSH reports one that exists as a plain "failure"
+    only."""
     try:
         await sftp.lstat(path)
     except asyncssh.SFTPNoSuchFile:

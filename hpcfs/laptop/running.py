@@ -25,21 +25,22 @@ log = logging.getLogger(__name__)
 SHOW_SECONDS = 1.0
 
 AskUser = Callable[[str, bool], str | None]
-"""What the user typed, echoed or not; None where nobody can be asked. Blocks."""
+"""Returns the text that the user typed, echoed or not; None where nobody can be asked. Blocks."""
 Show = Callable[[TunnelStatus], None]
 
 
 def log_file(name: str) -> Path:
+    """Return the path of the tunnel's log."""
     return paths.state_dir() / f"tunnel-{name}.log"
 
 
 def run(
     wishes: Wishes, shares: tuple[Share, ...], ask: AskUser, show: Show, *, to_stderr: bool
 ) -> None:
-    """Returns when the tunnel was stopped. `show` gets the status when it changes, and once a
-    second.
+    """Run a tunnel until it is stopped.
 
-    Raises SetupError when the tunnel ended by itself.
+    `show` gets the status when it changes, and once a second. Raises SetupError when the tunnel
+    ended by itself.
     """
     plan = TunnelPlan(
         name=wishes.name,
@@ -87,13 +88,14 @@ async def _show_forever(tunnel: Tunnel, show: Show) -> None:
 
 
 class Asker:
-    """Prompter (remotes/base.py). Each question has a thread of its own, which nobody waits for
-    when the tunnel ends: it may hang on the terminal."""
+    """Implements Prompter (remotes/base.py). Each question has a thread of its own, which nobody
+    waits for when the tunnel ends: it may hang on the terminal."""
 
     def __init__(self, ask: AskUser) -> None:
         self._ask = ask
 
     async def ask(self, text: str, *, echo: bool = False) -> str | None:
+        """Ask the user; None where nobody can be asked."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[str | None] = loop.create_future()
 

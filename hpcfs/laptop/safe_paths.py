@@ -1,12 +1,13 @@
-"""A folder's entries, named so that no name leads out of it, whoever renames what meanwhile.
+"""Resolves paths below a folder so that no name leads out of it, despite concurrent renames.
 
-Each component of a path is opened on its own, below the directory before it, and never as a
-symlink: a link is read and followed by hand, from where it is. `..` goes back to the directory we
-came through. So there is no moment between a check and its use, and what leads above the top is
-refused; the same as openat2(2) with RESOLVE_BENEATH, which only Linux has.
+Each component of a path is opened on its own, relative to the directory before it, and never
+through a symlink: a link is read, and followed by hand from where it is. `..` returns to the
+directory from which we came. So there is no window between a check and its use, and a path that
+leads above the top is refused. openat2(2) with RESOLVE_BENEATH does the same, but only Linux has
+it.
 
-What is done at the end is done with the open parent directory and the last name (the *at calls of
-POSIX), and without following a link.
+The final operation uses the open parent directory and the last name (the *at calls of POSIX),
+without following a link.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MAX_LINKS = 40
-"""As Linux (path_resolution(7))."""
+"""Symlinks followed in one path, as in Linux (path_resolution(7))."""
 MAX_STEPS = 2048
-"""Names on the way, those in links included: 40 links of 4 KiB each lead through 55,000, which
-takes 0.1 s, and a request of some bytes asks for it."""
+"""Path components walked, those in links included. 40 links of 4 KiB each lead through 55,000,
+which takes 0.1 s and can be requested with a few bytes."""
 MAX_DEPTH = 256
-"""Directories that are open meanwhile; a process may have 1024 files."""
+"""Directories that are open during a walk; a process may have 1024 files."""
 _PATH_ONLY = getattr(os, "O_PATH", os.O_RDONLY)
 _DIRECTORY = _PATH_ONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PROC = Path("/proc/self/fd")
@@ -35,19 +36,22 @@ TOP = b"."
 
 @dataclass(frozen=True, slots=True)
 class SafeEntry:
-    """A name in an open directory: what the *at calls take. At the top of a folder it is "."."""
+    """A name in an open directory, as the *at calls take it. The top of a folder is "." in
+    itself."""
 
     parent: int
     name: bytes
 
     def stat(self) -> os.stat_result:
+        """Return the entry's status; a symlink is not followed. Raises OSError."""
         return os.stat(self.name, dir_fd=self.parent, follow_symlinks=False)
 
     def open(self, flags: int, mode: int = 0o666) -> int:
-        """A regular file. Raises OSError.
+        """Open a regular file, and return its descriptor. Raises OSError.
 
-        To open a device or a FIFO is to do something to it, or to who waits at its other end: we
-        look first, and for what was put there since, opening doesn't wait."""
+        Opening a device or a FIFO affects it, or the process at its other end. So the type is
+        checked first, and opening does not block for a file that replaced it since.
+        """
         with suppress(FileNotFoundError):
             _check_regular(self.stat())
         flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -60,8 +64,8 @@ class SafeEntry:
         return opened
 
     def chmod(self, mode: int) -> None:
-        """Linux had no call for this before 6.6 (fchmodat2): the name in /proc leads to what was
-        opened, and nowhere else."""
+        """Change the mode without following a link. Linux had no call for this before 6.6
+        (fchmodat2): the descriptor's name in /proc leads to the opened file, and nowhere else."""
         if not hasattr(os, "O_PATH"):
             os.chmod(self.name, mode, dir_fd=self.parent, follow_symlinks=False)
             return
@@ -87,12 +91,13 @@ class Folder:
         self._top = os.open(directory, _PATH_ONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def close(self) -> None:
+        """Close the folder."""
         os.close(self._top)
 
     @contextmanager
     def entry(self, path: Sequence[bytes], *, follow: bool = False) -> Iterator[SafeEntry]:
-        """What the path names; with `follow`, where it leads if it is a link. The entry itself may
-        be missing. Raises OSError."""
+        """Resolve a path; with `follow` also a link at its end. The entry itself may be missing.
+        Raises OSError."""
         walk = _Walk(self._top)
         try:
             yield walk.to(path, follow=follow)
@@ -101,7 +106,7 @@ class Folder:
 
     @contextmanager
     def directory(self, path: Sequence[bytes]) -> Iterator[int]:
-        """A descriptor that can be listed."""
+        """Open a directory, and yield a descriptor that can be listed. Raises OSError."""
         with self.entry(path, follow=True) as entry:
             flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
             opened = os.open(entry.name, flags, dir_fd=entry.parent)
@@ -112,7 +117,7 @@ class Folder:
 
 
 class _Walk:
-    """The directories that were gone through, each of them open."""
+    """One resolution: holds the directories on the way, each of them open."""
 
     def __init__(self, top: int) -> None:
         self._top = top
@@ -121,6 +126,7 @@ class _Walk:
         self._steps = 0
 
     def close(self) -> None:
+        """Close the directories on the way."""
         for descriptor in self._opened:
             os.close(descriptor)
         self._opened.clear()
@@ -130,6 +136,7 @@ class _Walk:
         return self._opened[-1] if self._opened else self._top
 
     def to(self, path: Sequence[bytes], *, follow: bool) -> SafeEntry:
+        """Walk the path, and return its last entry. Raises OSError."""
         todo = deque(path)
         while todo:
             name = todo.popleft()
@@ -160,7 +167,7 @@ class _Walk:
                 raise
             target = self._link(name)
             if target is None:
-                target = [name]  # no link any more: somebody made it a directory meanwhile
+                target = [name]  # no longer a link: somebody made it a directory meanwhile
                 self._count_link()
                 if not stat.S_ISDIR(SafeEntry(self._here, name).stat().st_mode):
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
@@ -177,7 +184,7 @@ class _Walk:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
     def _link(self, name: bytes) -> list[bytes] | None:
-        """Where the link leads from here; None for what is no link, or is missing."""
+        """Return the link's target as components; None where the name is no link, or is missing."""
         with suppress(FileNotFoundError):
             try:
                 target = os.readlink(name, dir_fd=self._here)

@@ -1,7 +1,8 @@
-"""What each SFTP request means on the shares of a tunnel, and on nothing else.
+"""Executes each SFTP request on the shares of a tunnel, and on nothing else.
 
-The top is a directory that nobody can change, with the shares in it; all below is done on entries
-that laptop/safe_paths.py found. Where the protocol leaves a choice, it is OpenSSH's.
+The root is a directory that nobody can change, and that holds the shares; everything below is done
+on entries that laptop/safe_paths.py resolved. Where the protocol leaves a choice, the server does
+as OpenSSH does.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ from hpcfs.laptop.shares import Share
 
 MAX_READ_BYTES = 1024 * 1024
 MAX_OPEN_FILES = 1000
-"""Of all mounts together, and directories being listed: systems grant a process 1024, some of which
-are connections."""
+"""Open files of all mounts together, and directories being listed: systems allow a process 1024
+descriptors, and some are connections."""
 MAX_PATH_BYTES = 4096
-"""PATH_MAX of Linux: a packet holds a path with a million components, each to be opened."""
+"""PATH_MAX of Linux. A packet could hold a path with a million components, each to be opened."""
 LISTED_AT_ONCE = 128
-"""As many as an answer has (asyncssh). All of a large directory's are never held: a mount may list
-it hundreds of times at once."""
+"""Names in one answer (as in asyncssh). The names of a large directory are never all held: a mount
+may list it hundreds of times at once."""
 LISTING_DESCRIPTORS = 2
-"""os.scandir has one of its own."""
+"""Descriptors of one listing: os.scandir opens its own."""
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
 T = TypeVar("T")
 
 
 class ShareFile:
-    """`close` may be called again."""
+    """An open file of a share."""
 
     def __init__(self, descriptor: int, share: Share, *, append: bool) -> None:
         self.descriptor = descriptor
@@ -52,6 +53,7 @@ class ShareFile:
         self.append = append
 
     def close(self) -> None:
+        """Close the descriptor; further calls do nothing."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
@@ -59,14 +61,14 @@ class ShareFile:
 
 @dataclass
 class ShareTraffic:
-    """Bytes of files that went to mounts and came from them."""
+    """Bytes of file contents that went to mounts and came from them."""
 
     sent: int = 0
     received: int = 0
 
 
 class Shares:
-    """What all connections serve, and what they have open."""
+    """The shares of all connections, and the resources that they have in use."""
 
     def __init__(self, shares: Sequence[Share]) -> None:
         self.by_name = {os.fsencode(share.name): share for share in shares}
@@ -78,21 +80,24 @@ class Shares:
         self._since = time.time()
 
     def close(self) -> None:
+        """Close the shared folders."""
         for folder in self.folders.values():
             folder.close()
 
     def take_descriptors(self, count: int = 1) -> None:
-        """Raises OSError where there are too many."""
+        """Count descriptors about to be opened. Raises OSError (EMFILE) where there are too
+        many."""
         if self.open_files + count > MAX_OPEN_FILES:
             raise OSError(errno.EMFILE, "too many files are open through the tunnel")
         self.open_files += count
 
     def give_descriptors_back(self, count: int = 1) -> None:
+        """Count closed descriptors."""
         self.open_files -= count
 
     def top(self) -> SFTPAttrs:
-        """Of the directory that holds the shares. Its owner is who a mount takes for the laptop's
-        user."""
+        """Return the attributes of the directory that holds the shares. A mount takes its owner for
+        the laptop's user."""
         return SFTPAttrs(
             size=0,
             uid=os.getuid(),
@@ -104,7 +109,8 @@ class Shares:
 
 
 class ShareServer(asyncssh.SFTPServer):
-    """Raises OSError, of which laptop/channel.py makes what SFTP says."""
+    """The request handlers that asyncssh calls. They raise OSError, which laptop/channel.py maps to
+    SFTP's errors."""
 
     def __init__(self, shares: Shares) -> None:
         self._shares = shares
@@ -113,7 +119,8 @@ class ShareServer(asyncssh.SFTPServer):
     # --- finding --------------------------------------------------------------------------------
 
     def _split(self, path: bytes) -> tuple[Share | None, list[bytes]]:
-        """The share, None for the top, and the path in it. Raises OSError where there is none."""
+        """Return the share (None for the root) and the path in it. Raises OSError where there is
+        none."""
         if b"\0" in path:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         if len(path) >= MAX_PATH_BYTES:
@@ -132,8 +139,8 @@ class ShareServer(asyncssh.SFTPServer):
     def _entry(
         self, path: bytes, *, follow: bool = False, changes: bool = False
     ) -> Iterator[tuple[Share, SafeEntry]]:
-        """For what the top has no answer to, and for what `changes` something: a new name at the
-        top is refused, not missing."""
+        """Resolve a path below a share, for a request that the root can't answer. With `changes` a
+        new name in the root is refused, not reported missing."""
         try:
             share, parts = self._split(path)
         except FileNotFoundError:
@@ -151,7 +158,8 @@ class ShareServer(asyncssh.SFTPServer):
 
     @contextmanager
     def _replacing(self, path: bytes) -> Iterator[tuple[Share, SafeEntry]]:
-        """A name is made, removed or given to something else: that of a share can't be."""
+        """Resolve a name that is to be made, removed or replaced; that of a share itself is
+        refused."""
         with self._entry(path, changes=True) as (share, entry):
             if entry.name == b".":
                 raise PermissionError(errno.EACCES, "a share can't be removed or replaced")
@@ -160,6 +168,7 @@ class ShareServer(asyncssh.SFTPServer):
     # --- files ----------------------------------------------------------------------------------
 
     def open(self, path: bytes, pflags: int, attrs: SFTPAttrs) -> ShareFile:
+        """Open or make a file. Raises OSError."""
         flags = _access(pflags)
         changes = bool(pflags & (FXF_WRITE | FXF_CREAT | FXF_TRUNC | FXF_APPEND))
         with self._entry(path, follow=not pflags & FXF_EXCL, changes=changes) as (share, entry):
@@ -175,10 +184,12 @@ class ShareServer(asyncssh.SFTPServer):
         return ShareFile(opened, share, append=bool(pflags & FXF_APPEND))
 
     def close(self, file_obj: object) -> None:
+        """Close a file."""
         _file(file_obj).close()
         self._shares.give_descriptors_back()
 
     async def read(self, file_obj: object, offset: int, size: int) -> bytes:
+        """Read up to `size` bytes: from the page cache at once, otherwise in a thread."""
         descriptor, size = _file(file_obj).descriptor, min(size, MAX_READ_BYTES)
         data = _read_now(descriptor, offset, size)
         if data is None:
@@ -187,7 +198,7 @@ class ShareServer(asyncssh.SFTPServer):
         return data
 
     async def write(self, file_obj: object, offset: int, data: bytes) -> int:
-        """All of it, or an error."""
+        """Write all of the data, or raise OSError."""
         file = _file(file_obj)
         view, written = memoryview(data), 0
         while written < len(data):
@@ -199,9 +210,11 @@ class ShareServer(asyncssh.SFTPServer):
         return written
 
     def fstat(self, file_obj: object) -> SFTPAttrs:
+        """Return an open file's attributes."""
         return _attrs(os.fstat(_file(file_obj).descriptor))
 
     def fsetstat(self, file_obj: object, attrs: SFTPAttrs) -> None:
+        """Change an open file's attributes. Raises OSError."""
         file = _file(file_obj)
         _check_writable(file.share)
         self._links.check(os.fstat(file.descriptor))
@@ -215,18 +228,22 @@ class ShareServer(asyncssh.SFTPServer):
             os.utime(file.descriptor, (attrs.atime, attrs.mtime))
 
     async def fsync(self, file_obj: object) -> None:
+        """Flush a file to the disk, in a thread."""
         await _apart(_file(file_obj).descriptor, os.fsync)
 
     def fstatvfs(self, file_obj: object) -> SFTPVFSAttrs:
+        """Return the usage of the file system that holds an open file."""
         file = _file(file_obj)
         return self._usage(file.share, file.descriptor)
 
     # --- looking --------------------------------------------------------------------------------
 
     def lstat(self, path: bytes) -> SFTPAttrs:
+        """Return the attributes of a path, or of the link itself."""
         return self._look(path, follow=False)
 
     def stat(self, path: bytes) -> SFTPAttrs:
+        """Return the attributes of a path, or of a link's target."""
         return self._look(path, follow=True)
 
     def _look(self, path: bytes, *, follow: bool) -> SFTPAttrs:
@@ -237,16 +254,20 @@ class ShareServer(asyncssh.SFTPServer):
             return _attrs(entry.stat())
 
     def readlink(self, path: bytes) -> bytes:
+        """Return a symlink's target."""
         with self._entry(path) as (_, entry):
             return os.readlink(entry.name, dir_fd=entry.parent)
 
     def realpath(self, path: bytes) -> bytes:
-        """Without a look at the disk: nothing here depends on where links lead. Raises OSError."""
+        """Normalize a path without access to the disk, since nothing here depends on where links
+        lead. Raises OSError."""
         if len(path) >= MAX_PATH_BYTES:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         return posixpath.normpath(b"/" + path.lstrip(b"/"))
 
     def statvfs(self, path: bytes) -> SFTPVFSAttrs:
+        """Return the usage of the file system that holds a path; that of the root is the first
+        share's."""
         share, parts = self._split(path)
         if share is None:
             share = next(iter(self._shares.by_name.values()))
@@ -254,7 +275,8 @@ class ShareServer(asyncssh.SFTPServer):
             return self._usage(share, descriptor)
 
     def _usage(self, share: Share, descriptor: int) -> SFTPVFSAttrs:
-        """Each share is a file system of its own: nothing can be renamed from one to another."""
+        """Report each share as a file system of its own, since nothing can be renamed from one to
+        another."""
         usage = SFTPVFSAttrs.from_local(os.fstatvfs(descriptor))
         usage.fsid = 1 + list(self._shares.by_name.values()).index(share)
         if share.read_only:
@@ -262,13 +284,14 @@ class ShareServer(asyncssh.SFTPServer):
         return usage
 
     def check_directory(self, path: bytes) -> None:
-        """Raises OSError where there is nothing to list."""
+        """Raise OSError where the path is no directory that can be listed."""
         share, parts = self._split(path)
         if share is not None:
             with self._shares.folders[share.name].directory(parts):
                 return
 
     async def scandir(self, path: bytes) -> AsyncIterator[SFTPName]:
+        """List a directory."""
         share, parts = self._split(path)
         if share is None:
             for top_name in self._shares.by_name:
@@ -289,7 +312,7 @@ class ShareServer(asyncssh.SFTPServer):
             self._shares.give_descriptors_back(LISTING_DESCRIPTORS)
 
     def format_longname(self, name: SFTPName) -> None:
-        """What `ls -l` would show is for people who use sftp(1); names would cost lookups."""
+        """Build the line for `ls -l` of sftp(1). It has no user names, which would cost lookups."""
         mode = stat.filemode(name.attrs.permissions or 0)
         assert isinstance(name.filename, bytes)
         name.longname = f"{mode} {name.attrs.size} ".encode() + name.filename
@@ -297,9 +320,11 @@ class ShareServer(asyncssh.SFTPServer):
     # --- changing -------------------------------------------------------------------------------
 
     def setstat(self, path: bytes, attrs: SFTPAttrs) -> None:
+        """Change the attributes of a path, or of a link's target."""
         self._set(path, attrs, follow=True)
 
     def lsetstat(self, path: bytes, attrs: SFTPAttrs) -> None:
+        """Change the attributes of a path, or of the link itself."""
         self._set(path, attrs, follow=False)
 
     def _set(self, path: bytes, attrs: SFTPAttrs, *, follow: bool) -> None:
@@ -322,33 +347,40 @@ class ShareServer(asyncssh.SFTPServer):
                 os.utime(entry.name, (attrs.atime, attrs.mtime), **place)
 
     def remove(self, path: bytes) -> None:
+        """Remove a file."""
         with self._replacing(path) as (_, entry):
             self._links.unlink(entry)
 
     def mkdir(self, path: bytes, attrs: SFTPAttrs) -> None:
+        """Make a directory."""
         mode = 0o777 if attrs.permissions is None else attrs.permissions & 0o777
         with self._replacing(path) as (_, entry):
             os.mkdir(entry.name, mode, dir_fd=entry.parent)
 
     def rmdir(self, path: bytes) -> None:
+        """Remove an empty directory."""
         with self._replacing(path) as (_, entry):
             os.rmdir(entry.name, dir_fd=entry.parent)
 
     def symlink(self, oldpath: bytes, newpath: bytes) -> None:
+        """Make a symlink `newpath` whose target is `oldpath`."""
         with self._replacing(newpath) as (_, entry):
             os.symlink(oldpath, entry.name, dir_fd=entry.parent)
 
     def link(self, oldpath: bytes, newpath: bytes) -> None:
+        """Make `newpath` a hard link to `oldpath`."""
         with self._two(oldpath, newpath) as (old, new):
             self._links.link(old, new)
 
     def posix_rename(self, oldpath: bytes, newpath: bytes) -> None:
+        """Rename, and replace the target, as rename(2) does."""
         with self._two(oldpath, newpath) as (old, new):
             self._links.losing(new)
             os.rename(old.name, new.name, src_dir_fd=old.parent, dst_dir_fd=new.parent)
 
     def rename(self, oldpath: bytes, newpath: bytes) -> None:
-        """To a new name only; as OpenSSH's server, a file by a link, which sees to that itself."""
+        """Rename to a name that does not exist. As in OpenSSH's server a file is renamed by link
+        and unlink, which fails where the target exists."""
         with self._two(oldpath, newpath) as (old, new):
             if stat.S_ISREG(old.stat().st_mode):
                 self._links.link(old, new)
@@ -368,7 +400,7 @@ class ShareServer(asyncssh.SFTPServer):
 
 
 def _access(pflags: int) -> int:
-    """As OpenSSH's flags_from_portable."""
+    """Translate the open flags as OpenSSH's flags_from_portable does."""
     flags = os.O_RDONLY
     if pflags & FXF_READ and pflags & FXF_WRITE:
         flags = os.O_RDWR
@@ -385,9 +417,9 @@ def _access(pflags: int) -> int:
 
 
 def _file_mode(permissions: int) -> int:
-    """Without the bits that let whoever runs a file be its owner: nobody on the cluster can make a
-    program that others on the laptop run as its user. Linux drops the second one like this for
-    groups that one is not in (chmod(2))."""
+    """Drop the set-user-ID and set-group-ID bits, so that nobody on the cluster can make a program
+    that other users of the laptop run as its owner. Linux likewise drops the second bit for groups
+    that the caller is not in (chmod(2))."""
     return permissions & 0o7777 & ~(stat.S_ISUID | stat.S_ISGID)
 
 
@@ -404,8 +436,8 @@ def _file(file_obj: object) -> ShareFile:
 
 
 async def _apart(descriptor: int, work: Callable[[int], T]) -> T:
-    """In a thread, with a descriptor of its own: another channel may close the file meanwhile, and
-    its number be that of the next one."""
+    """Run the work in a thread, with a descriptor of its own: another channel may close the file
+    meanwhile, and its number be reused."""
     ours = os.dup(descriptor)
 
     def run() -> T:
@@ -418,7 +450,7 @@ async def _apart(descriptor: int, work: Callable[[int], T]) -> T:
 
 
 def _read_now(descriptor: int, offset: int, size: int) -> bytes | None:
-    """What is in memory; None where the disk must be waited for."""
+    """Return bytes from the page cache; None where the disk must be waited for."""
     if not _NOWAIT:
         return None
     buffer = bytearray(size)
@@ -446,12 +478,12 @@ def _attrs(found: os.stat_result) -> SFTPAttrs:
 
 
 def _seconds(nanoseconds: int) -> int:
-    """Version 3 has 32 bits for it."""
+    """Clamp to 32 bits, which is all that version 3 of the protocol has."""
     return min(max(nanoseconds // 1_000_000_000, 0), 2**32 - 1)
 
 
 def _page(descriptor: int, entries: Iterator[os.DirEntry[str]]) -> tuple[list[SFTPName], bool]:
-    """The next names, of those that are still there, and whether they were the last."""
+    """Return the next names that still exist, and whether they were the last."""
     names = [entry.name for entry in itertools.islice(entries, LISTED_AT_ONCE)]
     found = []
     for name in names:

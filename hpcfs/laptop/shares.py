@@ -1,8 +1,8 @@
-"""Which folders of the laptop a tunnel shares, and as what.
+"""Parses which folders of the laptop a tunnel shares, and how.
 
-~/data            under its own name
-code=~/src        under another one
-~/data:ro         without letting anything be changed
+~/data            shared under its own name
+code=~/src        shared under another name
+~/data:ro         shared read-only
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ READ_ONLY_SUFFIX = ":ro"
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """`directory` is absolute and without symlinks."""
+    """A shared folder; `directory` is absolute and without symlinks."""
 
     name: str
     directory: Path
@@ -34,7 +34,8 @@ class Share:
 
 
 def collect(texts: Sequence[str], here: Path, home: Path) -> tuple[Share, ...]:
-    """The shares that the user asked for; without any, the folder `here`. Raises SetupError."""
+    """Return the shares that the user asked for; without any, the folder `here`. Raises
+    SetupError."""
     if not texts:
         return (_only(here, home),)
     found: dict[str, Share] = {}
@@ -51,7 +52,7 @@ def collect(texts: Sequence[str], here: Path, home: Path) -> tuple[Share, ...]:
 
 
 def _check_nesting(shares: Sequence[Share]) -> None:
-    """What may not be changed under one name may not be changed under another."""
+    """Refuse a read-only folder inside a writable one: it could be changed under the other name."""
     for kept in shares:
         for share in shares:
             if kept.read_only and not share.read_only and _is_in(kept.directory, share.directory):
@@ -62,12 +63,13 @@ def _check_nesting(shares: Sequence[Share]) -> None:
 
 
 def _is_in(inner: Path, outer: Path) -> bool:
-    """By inode numbers: a file system may hold one directory under names that differ in case."""
+    """Compare by inode numbers, since a file system may hold one directory under names that differ
+    in case."""
     return any(os.path.samefile(place, outer) for place in (inner, *inner.parents))
 
 
 def parse(text: str, here: Path, home: Path) -> Share:
-    """Raises SetupError for what can't be shared."""
+    """Parse one --share argument. Raises SetupError for a folder that can't be shared."""
     path, read_only = text, text.endswith(READ_ONLY_SUFFIX)
     if read_only:
         path = text.removesuffix(READ_ONLY_SUFFIX)
@@ -80,7 +82,8 @@ def parse(text: str, here: Path, home: Path) -> Share:
 
 
 def _only(here: Path, home: Path) -> Share:
-    """A whole home directory holds keys and passwords: whoever wants to share it has to say so."""
+    """Share the folder `here`, unless it holds the home directory: that holds keys and passwords,
+    so the user must name it."""
     if home.resolve().is_relative_to(here.resolve()):
         raise SetupError("say which folder to share, as in --share ~/data")
     return _share("", here, read_only=False)
@@ -93,7 +96,7 @@ def _expanded(path: str, here: Path, home: Path) -> Path:
 
 
 def _share(name: str, directory: Path, *, read_only: bool) -> Share:
-    if not os.path.isdir(directory):  # Path's methods raise what is no answer to them
+    if not os.path.isdir(directory):  # Path's methods raise unexpected errors
         what = "is no folder" if os.path.exists(directory) else "does not exist"
         raise SetupError(f"{directory} can't be shared: it {what}")
     if not os.access(directory, os.R_OK | os.X_OK):
@@ -106,7 +109,7 @@ def _share(name: str, directory: Path, *, read_only: bool) -> Share:
 
 
 def _is_valid(name: str) -> bool:
-    """Also for the rendezvous file, which is UTF-8."""
+    """Return whether the name is valid, also for the rendezvous file, which is UTF-8."""
     try:
         length = len(name.encode())
     except UnicodeEncodeError:

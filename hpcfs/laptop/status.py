@@ -1,6 +1,8 @@
-"""What a running tunnel tells of itself, and the side that asks: over a Unix socket that only the
-user can reach, one line of JSON each way. After "stop" the socket stays open until the tunnel has
-ended. The answering side is control.py: asking must not cost an import of asyncio.
+"""The status of a running tunnel, and the client side of its control socket.
+
+A Unix socket that only the user can reach carries one line of JSON each way. After "stop" the
+socket stays open until the tunnel has ended. The answering side is control.py: a client must not
+pay for an import of asyncio.
 """
 
 from __future__ import annotations
@@ -25,18 +27,21 @@ TunnelState = Literal["connecting", "up", "lost"]
 
 
 class MountSeen(msgspec.Struct, frozen=True):
-    """One that is connected: what it calls its machine; `since` is in seconds since the epoch."""
+    """A connected mount: `host` is its own name for its machine; `since` is in seconds since the
+    epoch."""
 
     host: str
     since: float
 
 
 class TunnelStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """`host` is as the user named it. `state`: "lost" waits to try again, in `next_try` seconds,
-    for `reason`. `places` is where mounts connect; `notes` say which ways sshd refused. `up` and
-    `down` are bytes of files, to the cluster and from it, since the tunnel began, the rates bytes
-    a second.
-    Times are seconds since the epoch."""
+    """The answer to "status". Times are seconds since the epoch.
+
+    `host` is as the user named it. In `state` "lost" the tunnel waits for `next_try` seconds before
+    it tries again, because of `reason`. `places` is where mounts connect; `notes` say which
+    forwards sshd refused. `up` and `down` are bytes of files sent to the cluster and received from
+    it since the tunnel began; the rates are bytes per second.
+    """
 
     name: str
     host: str
@@ -59,6 +64,8 @@ class TunnelStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TunnelReply(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One line from the tunnel: either the status or an error."""
+
     status: TunnelStatus | None = None
     error: str | None = None
 
@@ -68,12 +75,12 @@ class TunnelNotRunning(SetupError):
 
 
 def socket_path(name: str) -> Path:
-    """Where a new tunnel of that name listens."""
+    """Return the path at which a new tunnel of that name listens."""
     return paths.socket_paths(f"{_PREFIX}{name}")[0]
 
 
 def running() -> list[str]:
-    """Names of the tunnels that left a socket here; one may have been killed since."""
+    """Return the names of the tunnels that left a socket here; one may have been killed since."""
     found = {
         path.stem.removeprefix(_PREFIX)
         for place in paths.runtime_dirs()
@@ -84,13 +91,15 @@ def running() -> list[str]:
 
 
 def query(name: str) -> TunnelStatus:
-    """Raises TunnelNotRunning, or SetupError where the tunnel does not answer."""
+    """Ask a tunnel for its status. Raises TunnelNotRunning, or SetupError where it does not
+    answer."""
     with _connect(name) as connection:
         return _ask(connection, name, {"command": "status"})
 
 
 def stop(name: str) -> None:
-    """Returns when it has ended, and left nothing on the cluster. Raises as `query` does."""
+    """Stop a tunnel, and return when it has ended and left nothing on the cluster. Raises as
+    `query` does."""
     with _connect(name) as connection:
         pid = _ask(connection, name, {"command": "stop"}).pid
         connection.settimeout(STOP_SECONDS)

@@ -1,7 +1,7 @@
-"""Who came to the tunnel and has something to prove: each has little time, and they are few.
+"""Connections that still have something to prove: limited in time and in number.
 
-Others can reach the port of a tunnel on a login node, and flood it. Where too many have yet to
-prove something, the one who has been here longest goes: a mount needs one round trip.
+Other users can reach a tunnel's port on a login node, and flood it. Where too many connections have
+yet to prove something, the oldest one is closed: a mount needs just one round trip.
 """
 
 from __future__ import annotations
@@ -16,27 +16,30 @@ log = logging.getLogger(__name__)
 
 SECONDS = 10.0
 TOLD_EVERY_SECONDS = 60.0
-"""A line of the log for each of a flood would fill the disk."""
+"""Seconds between two lines of the log: one for each connection of a flood would fill the disk."""
 
 T = TypeVar("T")
 
 
 class Strangers(Generic[T]):
-    """At most so many at once. `expel` gets whom time or others drove out, with the reason."""
+    """Holds at most `most` items. `expel` gets each item that is removed by time or by others, with
+    the reason."""
 
     def __init__(self, most: int, expel: Callable[[T, str], None]) -> None:
         self._most = most
         self._expel = expel
         self._waiting: dict[T, asyncio.TimerHandle] = {}
-        """In the order in which they came."""
+        """The items by age, the oldest first."""
 
     def __contains__(self, one: T) -> bool:
         return one in self._waiting
 
     def all(self) -> list[T]:
+        """Return all items, the oldest first."""
         return list(self._waiting)
 
     def add(self, one: T) -> None:
+        """Add an item, which may expel the oldest one."""
         if len(self._waiting) >= self._most:
             self._drive_out(next(iter(self._waiting)), "too many connections prove nothing")
         loop = asyncio.get_running_loop()
@@ -44,7 +47,7 @@ class Strangers(Generic[T]):
         self._waiting[one] = loop.call_later(SECONDS, self._drive_out, one, reason)
 
     def remove(self, one: T) -> bool:
-        """Whether it was here."""
+        """Remove an item; return whether it was there."""
         timer = self._waiting.pop(one, None)
         if timer is None:
             return False
@@ -57,15 +60,18 @@ class Strangers(Generic[T]):
 
 
 class Admission:
-    """So many a second may come in, and a crowd of that many at once. Who is turned away before
-    anything is made for it costs a fraction; a mount tries again at once, so that it is soon among
-    those who are not."""
+    """A token bucket: admits `rate` items a second, and as many in a burst.
+
+    Refusing a connection before anything is made for it costs little. A mount retries at once, so
+    it is soon among the admitted ones.
+    """
 
     def __init__(self, rate: float) -> None:
         self._rate = self._left = rate
         self._at = time.monotonic()
 
     def admits(self) -> bool:
+        """Return whether another item is admitted now."""
         now = time.monotonic()
         self._left = min(self._left + (now - self._at) * self._rate, self._rate)
         self._at = now
@@ -76,20 +82,22 @@ class Admission:
 
 
 class Tally:
-    """Counts what happens to strangers, and logs it now and then."""
+    """Counts rejected strangers, and logs the number from time to time."""
 
     def __init__(self) -> None:
         self._count = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def note(self) -> None:
-        """The first one is logged at once, what comes in the next minute at its end."""
+        """Count one. The first one is logged at once, those of the next minute together at its
+        end."""
         self._count += 1
         if self._timer is None:
             self._tell()
             self._timer = asyncio.get_running_loop().call_later(TOLD_EVERY_SECONDS, self._again)
 
     def close(self) -> None:
+        """Stop the timer, and log the rest."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,8 +1,8 @@
-"""The life of a tunnel: logged in, forwards, the file on the cluster; lost, and made again.
+"""The life cycle of a tunnel: log in, open forwards, publish the file; reconnect when it is lost.
 
-What mounts have open outlives a connection (laptop/acceptor.py, tunnel/stream.py): a new one needs
-to stand soon, that is all. The first login must succeed; after that only what the user alone can
-mend ends the tunnel.
+The mounts' open files outlive a connection (laptop/acceptor.py, tunnel/stream.py), so a lost one
+only needs to be replaced soon. The first login must succeed; after that only errors that the user
+alone can mend end the tunnel.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ log = logging.getLogger(__name__)
 
 KEEPALIVE_SECONDS = 2.5
 KEEPALIVES_MISSED = 3
-"""A dead connection is noticed within 10 s: a mount waits that long for the next."""
+"""Keepalives without an answer: a dead connection is noticed within 10 s, for which a mount
+waits."""
 REACH_SECONDS = 2.0
-"""What a further attempt has for its TCP connection: a lost SYN is sent again after 1 s, then only
-after 3 more, and the network may be back by then."""
+"""Seconds that a later attempt has for its TCP connection: a lost SYN is sent again after 1 s, then
+only after 3 more, and the network may be back by then."""
 SETUP_SECONDS = 30.0
 WATCH_SECONDS = 15.0
 ANSWER_SECONDS = 10.0
@@ -65,7 +66,7 @@ FAREWELL_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class TunnelPlan:
-    """What the user asked for. `shown` is the host as they named it."""
+    """The tunnel that the user asked for. `shown` is the host as they named it."""
 
     name: str
     site: SshSite
@@ -76,7 +77,7 @@ class TunnelPlan:
 
 
 class Tunnel:
-    """`on_change` is called when the state has changed, or a mount came or went."""
+    """A tunnel. `on_change` is called when the state has changed, or a mount came or went."""
 
     def __init__(self, plan: TunnelPlan, prompter: Prompter, on_change: Callable[[], None]) -> None:
         if plan.site.transport != "asyncssh":
@@ -100,15 +101,16 @@ class Tunnel:
         self._stopping = asyncio.Event()
         self._change: Change | None = None
         self._hurries = False
-        """The connection did not survive a change: there is nothing to wait for."""
+        """Whether the connection did not survive a change, so that there is nothing to wait for."""
 
     def stop(self) -> None:
+        """Make `run` return soon."""
         self._stopping.set()
         self._news.set()
 
     async def run(self) -> None:
-        """Returns after `stop`. Raises the RemoteError that ends the tunnel: nothing is left on the
-        cluster then, as far as it can be reached."""
+        """Keep the tunnel up until `stop`. Raises the RemoteError that ends the tunnel; nothing is
+        left on the cluster then, as far as it can be reached."""
         pauses = Pauses()
         sampling = asyncio.create_task(self._sample())
         try:
@@ -124,18 +126,20 @@ class Tunnel:
             await asyncio.wait([sampling])
 
     async def _fails(self, pauses: Pauses) -> RemoteError | None:
-        """Why a connection could not be made or was lost; None where the tunnel was to stop."""
+        """Run one connection; return why it failed or was lost, None where the tunnel was to
+        stop."""
         try:
             await self._one_login(pauses)
         except RemoteError as error:
             return error
-        except Exception as error:  # it must not end what runs for weeks
+        except Exception as error:  # it must not end a tunnel that runs for weeks
             log.exception("the connection failed in a way that was not foreseen")
             return RemoteFailure(f"the connection failed: {error}")
         return None
 
     async def _recover(self, error: RemoteError, pauses: Pauses) -> None:
-        """Raises the error where nothing is to be tried again. What let us in before is tried."""
+        """Wait before the next attempt. Raises the error where a retry is pointless; a login that
+        worked before is retried."""
         if self._state == "connecting" or (error.lasting and not isinstance(error, NoService)):
             raise error
         pause = 0.0 if self._hurries else pauses.after(error)
@@ -146,8 +150,9 @@ class Tunnel:
         self._next_try = None
 
     async def _pause(self, seconds: float, *, cut_by_network: bool) -> None:
-        """A machine that woke up has another network; one whose network changed may have the same
-        reason to be refused as before."""
+        """Wait, but end early after sleep: a machine that woke up has another network. After a
+        change of addresses only an unreached host is tried at once; one that refused may have the
+        same reason as before."""
         end = time.monotonic() + seconds
         while not self._stopping.is_set() and (left := end - time.monotonic()) > 0:
             change = self._take_change()
@@ -158,7 +163,7 @@ class Tunnel:
     # --- one connection ---------------------------------------------------------------------------
 
     async def _one_login(self, pauses: Pauses) -> None:
-        """Returns when the tunnel is to stop. Raises RemoteErrors."""
+        """Hold one connection until the tunnel is to stop. Raises RemoteError."""
         self._change = None
         reach = None if self._state == "connecting" else REACH_SECONDS
         login = await self._log_in(reach)
@@ -183,7 +188,7 @@ class Tunnel:
             await login.close()
 
     async def _log_in(self, reach: float | None) -> SshLogin:
-        """Given up when the tunnel is to stop."""
+        """Log in, or give up when the tunnel is to stop."""
         logging_in = asyncio.create_task(log_in(self.plan.site, self._prompter, reach))
         while not logging_in.done() and not self._stopping.is_set():
             hearing = asyncio.create_task(self._news.wait())
@@ -198,7 +203,7 @@ class Tunnel:
         return logging_in.result()
 
     async def _set_up(self, login: SshLogin) -> Directory:
-        """Forwards first: the file names them."""
+        """Open the forwards, then write the file that names them."""
         try:
             async with asyncio.timeout(SETUP_SECONDS):
                 with translated(b"", login.shown):
@@ -210,8 +215,8 @@ class Tunnel:
 
     async def _publish(self, login: SshLogin) -> Directory:
         name, identity = self.plan.name, self.identity
-        if self._state == "connecting":  # asyncssh's client would wait for what never comes
-            with suppress(asyncssh.ChannelOpenError):  # told below
+        if self._state == "connecting":  # asyncssh's client would wait forever
+            with suppress(asyncssh.ChannelOpenError):  # reported below
                 await check_service(login)
         sftp = await publishing.start_sftp(login)
         directory = await publishing.open_directory(sftp, login.shown)
@@ -249,7 +254,7 @@ class Tunnel:
         )
 
     async def _hold(self, directory: Directory, ended: asyncio.Event) -> None:
-        """Until the connection is lost, or the tunnel is to stop."""
+        """Watch the connection until it is lost, or the tunnel is to stop."""
         shown = directory.shown
         while not self._stopping.is_set():
             await self._hear(WATCH_SECONDS)
@@ -261,7 +266,7 @@ class Tunnel:
                 self._hurries = False
 
     async def _look(self, directory: Directory, limit: float) -> None:
-        """Whether the file is there, and so whether the login node still answers."""
+        """Check that the file is there, which also tests whether the login node still answers."""
         try:
             async with asyncio.timeout(limit):
                 if not await directory.is_ours(self.plan.name, self.identity.id):
@@ -271,11 +276,11 @@ class Tunnel:
             raise TimedOut(f"{directory.shown} did not answer within {limit:g} s") from None
 
     async def _take_leave(self, directory: Directory) -> None:
-        """What can't be removed now is found to be stale by the next tunnel, or a mount."""
+        """Remove the file. If that fails, the next tunnel or a mount will find it to be stale."""
         try:
             async with asyncio.timeout(FAREWELL_SECONDS):
                 await directory.withdraw(self.plan.name, self.identity.id)
-                if self._stopping.is_set():  # mounts need not wait whether it comes back
+                if self._stopping.is_set():  # mounts need not wait for its return
                     await self._guests.close()
         except (RemoteError, TimeoutError) as error:
             log.warning("the tunnel's file on %s could not be removed: %s", directory.shown, error)
@@ -320,6 +325,7 @@ class Tunnel:
             await asyncio.sleep(1.0)
 
     def status(self) -> TunnelStatus:
+        """Return the status as it is now."""
         return TunnelStatus(
             name=self.plan.name,
             host=self.plan.shown,

@@ -1,4 +1,4 @@
-"""What the machine says of the disk with the cache, and how much of it is to stay free."""
+"""The size and the free space of the disk with the cache, and how much must stay free."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class MinFree:
-    """The smaller one counts where both are given."""
+    """The room that must stay free, in bytes or percent; where both are given the smaller one
+    counts."""
 
     size: int | None = None
     percent: float | None = None
 
     def of(self, total: int) -> int:
-        """Bytes, for a disk of this size."""
+        """Return the bytes that must stay free on a disk of `total` bytes."""
         sizes = [] if self.size is None else [self.size]
         if self.percent is not None:
             sizes.append(int(total * self.percent / 100))
@@ -27,13 +28,13 @@ DEFAULT_MIN_FREE = MinFree(size=5 * 1024**3, percent=5.0)
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Of a disk, in bytes; `free` is what this user may still use."""
+    """The size of a disk in bytes; `free` is the part that this user may still use."""
 
     total: int
     free: int
 
 
 def space(directory: Path) -> Space:
-    """Raises OSError."""
+    """Return the space of the disk that holds the directory. Raises OSError."""
     found = os.statvfs(directory)
     return Space(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)

@@ -1,4 +1,4 @@
-"""Keeps passwords and keys out of files that outlive a process: none of ours dumps its memory."""
+"""Forbids core dumps, which would write passwords and keys into files that outlive the process."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import ctypes
 import resource
 
 PR_SET_DUMPABLE = 4
-"""linux/prctl.h's."""
+"""From linux/prctl.h."""
 
 
 def forbid() -> None:
-    """The limit holds for the processes that this one starts, too. Where the kernel pipes dumps to
-    a program, which no limit binds, and for debuggers of the user's own, the process is not
-    dumpable: /proc/PID belongs to root then, but for the process itself.
+    """Forbid core dumps of this process and of those that it starts.
+
+    The processes that it starts inherit the limit. It binds neither a kernel that pipes dumps to a
+    program nor a debugger of the user's own; for those the process becomes not dumpable, which
+    gives /proc/PID to root, except for the process itself.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)

@@ -1,9 +1,9 @@
-"""How hpcfs starts Python, so that no file of the current directory is ever run.
+"""How hpcfs starts Python, so that it never runs a file of the current directory.
 
-`python -m` and `python -c` put the current directory before all else on the search path, and an
-entry of PYTHONPATH that is empty or relative means it, too: whoever types `hpcfs mount` in
-/scratch/shared would run a `msgspec.py` that somebody left there. `-P` ends the first, the root
-directory, in which only the administrator makes files, the second. (`-I` would also hide what
+`python -m` and `python -c` put the current directory first on the search path, and an empty or
+relative entry of PYTHONPATH means it, too. A user who types `hpcfs mount` in /scratch/shared would
+run a `msgspec.py` that somebody left there. `-P` prevents the first. Starting in the root
+directory, where only the administrator makes files, prevents the second. (`-I` would also hide what
 `pip install --user` and environment modules installed.)
 """
 
@@ -13,12 +13,12 @@ import sys
 from collections.abc import Mapping
 
 SAFE_DIRECTORY = "/"
-"""To be the current directory of each Python that is started."""
+"""The current directory for each Python process that hpcfs starts."""
 
 
 def given_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a program of the user's: with PATH and PYTHONPATH as they were before
-    `hpcfs`, the shell script, cleaned them."""
+    """Return the environment for a program of the user's, with PATH and PYTHONPATH as they were
+    before the shell script `hpcfs` cleaned them."""
     theirs = dict(environ)
     for name in ("PATH", "PYTHONPATH"):
         given = theirs.pop(f"HPCFS_{name}", None)
@@ -28,5 +28,5 @@ def given_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """The command line that runs a module of hpcfs's; to be started in SAFE_DIRECTORY."""
+    """Return the command line that runs a module of hpcfs. Start it in SAFE_DIRECTORY."""
     return [sys.executable, "-P", "-m", module, *arguments]

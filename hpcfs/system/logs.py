@@ -1,7 +1,7 @@
-"""The log file of a process that serves: a mount's daemon, a tunnel.
+"""The log file of a long-running process: a mount's daemon, or a tunnel.
 
-What is logged may come from a server. It gets one line, and no control character reaches the file,
-nor the terminal of who reads it: no escape sequence, no line that looks like another message.
+Logged text may come from a server. Each message gets one line, and control characters reach neither
+the file nor the terminal of a reader: no escape sequence, no line that imitates another message.
 """
 
 from __future__ import annotations
@@ -17,38 +17,42 @@ from typing import Any
 from hpcfs.model.errors import SetupError
 
 MAX_LOG_BYTES = 10 * 1024 * 1024
-"""A larger one is put aside when the next process begins."""
+"""A larger log is renamed when the next process begins."""
 MAX_LINE = 4000
-"""Letters: a server that says a lot fills no disk."""
+"""Characters of one line. So a talkative server fills no disk."""
 
 FORMAT = "%(asctime)s {who}[%(process)d] %(levelname)s %(message)s"
 
 
 def escaped(text: str) -> str:
-    """One line of printable characters; what is none is written as in Python's source."""
+    """Return the text as one line of printable characters; others are written as in Python's
+    source."""
     if len(text) > MAX_LINE:
         text = f"{text[:MAX_LINE]}… (cut)"
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 class Formatter(logging.Formatter):
-    """`who` is the kind of process."""
+    """Formats one escaped line for each message. `who` is the kind of process."""
 
     def __init__(self, who: str) -> None:
         super().__init__(FORMAT.format(who=who))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """Return the escaped message."""
         return escaped(super().formatMessage(record))
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        """Return the traceback, each line escaped."""
         return "\n".join(map(escaped, super().formatException(ei).split("\n")))
 
 
 def open_ours(file: Path) -> int:
-    """A descriptor that appends to this log, which is made if there is none. Raises OSError.
+    """Open a log file for appending, make it if it is missing, and return its descriptor.
 
-    No link is followed, nor is a file taken that has another name: whoever may rename in a
-    directory above could have what is logged appended to any file of the user's.
+    Raises OSError. Symbolic links are not followed, and a file with another name (hard link) is
+    refused: whoever may rename in a directory above could otherwise have log lines appended to any
+    file of the user's.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(file, flags, 0o600)
@@ -60,14 +64,15 @@ def open_ours(file: Path) -> int:
 
 
 class _OwnFile(logging.FileHandler):
+    """A handler that opens its file with `open_ours`."""
+
     def _open(self) -> TextIOWrapper:
         descriptor = open_ours(Path(self.baseFilename))
         return os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace")
 
 
 def set_up(file: Path, level: str, who: str, *, to_stderr: bool) -> None:
-    """From now on what is logged goes into the file, which is the user's alone. Raises
-    SetupError."""
+    """Log into the file, which is the user's alone, from now on. Raises SetupError."""
     if file.exists() and file.stat().st_size > MAX_LOG_BYTES:
         file.replace(file.with_suffix(".log.1"))
     try:

@@ -1,7 +1,7 @@
 """Reads /proc/self/mountinfo (proc(5)): which filesystem is mounted where.
 
-Asking the kernel's table never blocks, whereas stat(2) on a hung mount does: every question about
-a mount point that this table answers is asked here.
+A read of the kernel's table never blocks, whereas stat(2) on a hung mount does. So every question
+about a mount point that this table can answer is answered from it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HPCFS_TYPE = "fuse.hpcfs"
 
 @dataclass(frozen=True, slots=True)
 class Mounted:
-    """One line of the table. `user_id` is who mounted it, for FUSE only."""
+    """One line of the table. `user_id` is the user who mounted it, for FUSE only."""
 
     mountpoint: Path
     kind: str
@@ -26,21 +26,22 @@ class Mounted:
 
 
 def read() -> list[Mounted]:
-    """The mounts of this process's namespace, in the order in which they were made."""
+    """Return the mounts of this process's namespace, in the order in which they were made."""
     return parse(Path("/proc/self/mountinfo").read_bytes())
 
 
 def parse(table: bytes) -> list[Mounted]:
+    """Parse the content of mountinfo; malformed lines are skipped."""
     return [_parse_line(line) for line in table.splitlines() if b" - " in line]
 
 
 def at(mountpoint: Path, mounts: Sequence[Mounted]) -> Mounted | None:
-    """What is mounted exactly there: the last one made, which hides those below it."""
+    """Return what is mounted exactly there: the last mount made, which hides those below it."""
     return next((found for found in reversed(mounts) if found.mountpoint == mountpoint), None)
 
 
 def containing(path: Path, mounts: Sequence[Mounted]) -> Mounted | None:
-    """The mount that an absolute path without symbolic links lies in."""
+    """Return the mount that holds an absolute path without symbolic links."""
     around = [path, *path.parents]
     inside = [found for found in mounts if found.mountpoint in around]
     deepest = max((len(found.mountpoint.parts) for found in inside), default=0)
@@ -60,5 +61,5 @@ def _parse_line(line: bytes) -> Mounted:
 
 
 def _unescape(field: bytes) -> str:
-    """Space, tab, newline and backslash are written as three octal digits."""
+    """Decode a field: the kernel writes space, tab, newline and backslash as three octal digits."""
     return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), field))

@@ -1,7 +1,7 @@
-"""Whose a file, a directory or a socket is: what tells our own from what others put in its place.
+"""Checks the owner and mode of files, directories and sockets, to detect other users' replacements.
 
-On a machine that many people share, whoever comes first may make a directory or a link in /tmp or
-/scratch under a name that somebody else will use.
+On a machine that many people share, anybody may make a directory or a link in /tmp or /scratch
+first, under a name that somebody else will use.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Protocol
 from hpcfs.model.errors import SetupError
 
 _CREDENTIALS = struct.Struct("3i")
-"""unix(7)'s struct ucred: pid, uid, gid."""
+"""The layout of struct ucred in unix(7): pid, uid, gid."""
 NOBODY = 65534
-"""How a user namespace shows the owner of what is the administrator's. Nobody logs in so."""
+"""The user id that a user namespace shows for the administrator's files. Nobody logs in with it."""
 MAX_CONFIGURATION = 16 * 1024 * 1024
-"""Bytes."""
+"""The largest configuration file, in bytes."""
 MAX_LINKS = 40
-"""As many as the kernel follows in one path."""
+"""Symbolic links followed in one path, as in the kernel."""
 
 
 def is_private(directory: Path) -> bool:
-    """A directory of ours, and no link, that nobody else can enter."""
+    """Return whether it is a directory of ours, not a link, that nobody else can enter."""
     try:
         found = directory.lstat()
     except OSError:
@@ -39,7 +39,8 @@ def is_private(directory: Path) -> bool:
 
 
 def is_socket(path: Path) -> bool:
-    """A socket of ours, and no link, in a directory that nobody else can enter."""
+    """Return whether it is a socket of ours, not a link, in a directory that nobody else can
+    enter."""
     try:
         found = path.lstat()
     except OSError:
@@ -48,9 +49,9 @@ def is_socket(path: Path) -> bool:
 
 
 def connect(path: Path, timeout: float) -> socket.socket:
-    """A connection to a process of ours, `timeout` seconds long at each step.
+    """Connect to a process of ours, with `timeout` seconds for each step.
 
-    Raises OSError; ECONNREFUSED or ENOENT where there is nothing of ours.
+    Raises OSError; ECONNREFUSED or ENOENT where there is no socket of ours.
     """
     if not is_socket(path):
         raise FileNotFoundError(errno.ENOENT, "there is no socket of yours", str(path))
@@ -72,23 +73,24 @@ def _check_peer(connection: socket.socket, path: Path) -> None:
 
 
 class _HasOptions(Protocol):
-    """A socket, of trio's too."""
+    """A socket of the standard library or of trio."""
 
-    def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes: ...
+    def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes:
+        """Return the option as bytes."""
 
 
 def peer_uid(connection: _HasOptions) -> int:
-    """Of the process that connected, or that listened."""
+    """Return the user id of the process that connected, or that listened."""
     found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return int(_CREDENTIALS.unpack(found)[1])
 
 
 def why_not(directory: Path) -> str | None:
-    """Why what is in this directory, there already or not, may be changed by others: somebody who
-    may write to a directory on the way there, or whose link leads there. None where nobody can.
+    """Return why other users may change what is in this directory, None where they can't.
 
-    A place in a directory like /tmp is safe once it is ours: there nobody renames what is others'
-    but the owner of that directory.
+    The directory may be missing yet. It is unsafe where somebody else may write to a directory on
+    the way to it, or owns a link on the way. A place in a directory like /tmp is safe once it is
+    ours: there only the owner of an entry, and of that directory, can rename it.
     """
     here, parent = Path("/"), os.lstat("/")
     ahead = list(reversed(directory.parts[1:]))
@@ -127,10 +129,11 @@ def why_not(directory: Path) -> str | None:
 
 
 def why_not_believe(found: os.stat_result, *, chosen: bool = False) -> str | None:
-    """Why what a file says may be another user's word: ssh's own rule for ~/.ssh/config, of which
-    each line could run a command. None where it is the user's or the administrator's.
+    """Return why another user may have written this file, None if only the user or the
+    administrator can.
 
-    One that was `chosen` by its name may be a colleague's, but nobody else may have written it.
+    It is ssh's own rule for ~/.ssh/config, of which each line could run a command. A file that was
+    `chosen` by its name may be a colleague's, but nobody else may have been able to write to it.
     """
     mode = f"mode {stat.S_IMODE(found.st_mode):04o}"
     if found.st_mode & stat.S_IWOTH and stat.S_ISREG(found.st_mode):
@@ -145,8 +148,8 @@ def why_not_believe(found: os.stat_result, *, chosen: bool = False) -> str | Non
 
 
 def read_ours(file: Path, *, chosen: bool = False) -> bytes:
-    """A configuration that can be believed (see `why_not_believe`). Raises OSError, and SetupError
-    where it can't be."""
+    """Read a configuration file that can be trusted (see `why_not_believe`). Raises OSError, and
+    SetupError where it can't be trusted."""
     with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
         found = os.fstat(opened.fileno())
         os.set_blocking(opened.fileno(), True)
@@ -164,14 +167,15 @@ def read_ours(file: Path, *, chosen: bool = False) -> bytes:
 
 
 def _is_open(directory: os.stat_result) -> bool:
-    """Whether somebody but its owner and the administrator may make entries there."""
+    """Return whether users other than its owner and the administrator may make entries there."""
     if directory.st_mode & stat.S_IWOTH:
         return True
     return bool(directory.st_mode & stat.S_IWGRP) and not _is_own_group(directory.st_gid)
 
 
 def _is_own_group(gid: int) -> bool:
-    """Root's, or one that only this user is in: many systems give each user one."""
+    """Return whether the group is root's, or one with this user only: many systems give each user
+    one."""
     if gid == 0:
         return True
     try:
@@ -183,7 +187,7 @@ def _is_own_group(gid: int) -> bool:
 
 
 def make_directories(directory: Path) -> None:
-    """With all that is missing on the way, for this user alone whatever the umask. Raises
+    """Make the directory and all missing parents, for this user alone whatever the umask. Raises
     OSError."""
     if not directory.is_dir():
         make_directories(directory.parent)

@@ -1,8 +1,8 @@
-"""Where hpcfs keeps its files: the XDG base directories, and what belongs to one mount.
+"""Where hpcfs keeps its files: the XDG base directories, and the names of one mount's files.
 
-Everything is made for the user alone (0700). A directory in /tmp, whose name anybody can guess,
-is used only if it is ours and no symbolic link; else the next place is. Two mounts share no file:
-each one's names carry its `mount_id`.
+Everything is made for the user alone (0700). A directory in /tmp, whose name anybody can guess, is
+used only if it is ours and no symbolic link; otherwise the next place is used. Two mounts share no
+file: each file's name contains its `mount_id`.
 """
 
 from __future__ import annotations
@@ -17,41 +17,45 @@ from pathlib import Path
 from hpcfs.model.errors import SetupError
 from hpcfs.system import ownership
 
-SHARED_TMP = Path("/tmp")  # noqa: S108 - what others made there is not used
+SHARED_TMP = Path("/tmp")  # noqa: S108 - other users' entries there are not used
 RUN_USER = Path("/run/user")
-"""logind's, for shells that were not told of it: cron's, sudo's, a job's."""
+"""The runtime directories of logind, for shells without XDG_RUNTIME_DIR: of cron, sudo or a job."""
 MAX_SOCKET_PATH_BYTES = 107
 """sun_path has 108 bytes, the last one NUL (unix(7))."""
 
 
 def config_file(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the path of the user's configuration file."""
     return _base("XDG_CONFIG_HOME", ".config", environ) / "hpcfs" / "config.toml"
 
 
 def state_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """Holds the logs."""
+    """Return the directory of the logs."""
     return _base("XDG_STATE_HOME", ".local/state", environ) / "hpcfs"
 
 
 def default_cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the directory of the caches, unless the configuration names another."""
     return _base("XDG_CACHE_HOME", ".cache", environ) / "hpcfs"
 
 
 def home(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the home directory: $HOME, or that of the user database."""
     return Path(environ.get("HOME") or os.path.expanduser("~"))
 
 
 def shared_tmp_dir() -> Path:
-    """The place in /tmp for users without a runtime directory or a usable home."""
+    """Return the directory in /tmp for users without a runtime directory or a usable home."""
     return SHARED_TMP / f"hpcfs-{os.getuid()}"
 
 
 def runtime_dirs(environ: Mapping[str, str] = os.environ) -> list[Path]:
-    """Where sockets may be, the preferred place first; none that somebody else has taken.
+    """Return the directories where sockets may be, the preferred one first; none that another user
+    has taken.
 
-    All are searched, since the shell that asks need not be the one that mounted: cron and sudo give
+    All are searched, since the shell that asks need not be the one that mounted: cron and sudo set
     no XDG_RUNTIME_DIR, or another user's. The last one, in the home directory, is for machines on
-    which somebody made the one in /tmp; homes are shared, so it carries the machine's name.
+    which somebody else made the one in /tmp; homes are shared, so its name contains the machine's.
     """
     bases = [Path(environ.get("XDG_RUNTIME_DIR") or ""), RUN_USER / str(os.getuid())]
     places = [base / "hpcfs" for base in bases if _is_runtime_base(base)]
@@ -80,25 +84,26 @@ def _is_free_or_ours(place: Path) -> bool:
 
 
 def mount_id(mountpoint: Path) -> str:
-    """A readable and unique file name for a mount: the mount point's name and a hash of all."""
+    """Return a readable and unique file name for a mount: the mount point's name and a hash of its
+    path."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", mountpoint.name)[:32].strip(".") or "root"
     return f"{readable}-{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:10]}"
 
 
 def socket_path(mountpoint: Path, environ: Mapping[str, str] = os.environ) -> Path:
-    """Where a new daemon listens."""
+    """Return the path at which a new daemon listens. Raises SetupError where there is no place."""
     return socket_paths(mount_id(mountpoint), environ)[0]
 
 
 def find_socket(mountpoint: Path, environ: Mapping[str, str] = os.environ) -> Path:
-    """Where the daemon of this mount listens, or would."""
+    """Return the path at which the daemon of this mount listens, or would listen."""
     places = socket_paths(mount_id(mountpoint), environ)
     return next((path for path in places if ownership.is_socket(path)), places[0])
 
 
 def socket_paths(name: str, environ: Mapping[str, str] = os.environ) -> list[Path]:
-    """Where a socket of this name may be, the preferred place first. Raises SetupError where there
-    is none."""
+    """Return the possible paths of a socket with this name, the preferred one first. Raises
+    SetupError where there is none."""
     places = [place / f"{name}.sock" for place in runtime_dirs(environ)]
     short = [path for path in places if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES]
     if not short:
@@ -110,22 +115,23 @@ def socket_paths(name: str, environ: Mapping[str, str] = os.environ) -> list[Pat
 
 
 def log_file(mountpoint: Path, environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the path of the mount's log."""
     return state_dir(environ) / f"{mount_id(mountpoint)}.log"
 
 
 def absolute_mountpoint(text: str | Path) -> Path:
-    """`text` as an absolute path whose parent has no symbolic links.
+    """Return `text` as an absolute path whose parent has no symbolic links.
 
-    The last component is left alone: looking at it could block on a hung mount.
+    The last component is not looked at, since that could block on a hung mount.
     """
     path = Path(os.path.abspath(os.path.expanduser(text)))
     return Path(os.path.realpath(path.parent)) / path.name
 
 
 def make_private(directory: Path) -> Path:
-    """Make a directory that only this user can enter, or tighten the one that is there.
+    """Make a directory that only this user can enter, or restrict the existing one to that.
 
-    Raises SetupError when it is a symbolic link, someone else's, or can't be made.
+    Raises SetupError where it is a symbolic link, belongs to another user, or can't be made.
     """
     try:
         ownership.make_directories(directory.parent)
@@ -150,6 +156,7 @@ def make_private(directory: Path) -> Path:
 
 
 def _base(variable: str, fallback: str, environ: Mapping[str, str]) -> Path:
-    """The XDG specification says that relative paths are invalid and are to be ignored."""
+    """Return an XDG base directory. The specification says that relative paths are invalid and to
+    be ignored."""
     given = Path(environ.get(variable) or "")
     return given if given.is_absolute() else home(environ) / fallback

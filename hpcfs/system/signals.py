@@ -11,12 +11,12 @@ OF_A_JOB = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )
-"""Slurm warns a job before its limit with one of these (`sbatch --signal`), and sends SIGTERM at
-the limit, to all processes of a step and not only to the user's program."""
+"""Slurm warns a job before its limit with one of these (`sbatch --signal`) and sends SIGTERM at the
+limit, to all processes of a step and not only to the user's program."""
 
 
 def outlive_job() -> None:
-    """Ignore them, in this process and in those that it starts: it is told otherwise when it is to
-    end, and until then the program that the job is about may have something to save."""
+    """Ignore these signals in this process and in those that it starts. The process is told by
+    other means when to end, and until then the job's program may have data to save."""
     for number in OF_A_JOB:
         signal.signal(number, signal.SIG_IGN)

@@ -1,7 +1,8 @@
-"""Where directories that go again are made: $TMPDIR, unless others may exchange what is in it.
+"""Makes temporary directories: in $TMPDIR, unless other users may replace what is in it.
 
-Who may rename an entry of the directory that holds ours can put another one in its place: with a
-program that ssh runs (remotes/ssh/askpass_server.py), or with files that a job takes for its own.
+Whoever may rename an entry of the parent directory can put another one in our directory's place:
+with a program that ssh runs (remotes/ssh/askpass_server.py), or with files that a job takes for its
+own.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from hpcfs.system import ownership, paths
 
 
 def make(prefix: str) -> Path:
-    """A new directory for this user alone; it stays. Raises OSError, and SetupError where there is
-    no safe place."""
+    """Make a directory for this user alone, which stays. Raises OSError, and SetupError where there
+    is no safe place."""
     return Path(tempfile.mkdtemp(prefix=prefix, dir=_place()))
 
 
 @contextmanager
 def directory(prefix: str) -> Iterator[Path]:
-    """Likewise; it goes with all that is in it."""
+    """Make such a directory, and remove it with its content when the block ends. Raises as `make`
+    does."""
     with tempfile.TemporaryDirectory(prefix=prefix, dir=_place()) as name:
         yield Path(name)
 

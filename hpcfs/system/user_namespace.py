@@ -1,8 +1,8 @@
-"""Mounting without a setuid helper: in a user and mount namespace of this process's own.
+"""Mounts without a setuid helper, in a user and mount namespace of this process's own.
 
 Where the kernel lets ordinary users make user namespaces (apptainer needs the same), a process may
-mount FUSE in one by itself. The mount is seen by this process and by those it starts, and by nobody
-else, and goes with the last of them. See user_namespaces(7).
+mount FUSE in one by itself. Only this process and those that it starts see the mount, and it is
+gone with the last of them. See user_namespaces(7).
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from hpcfs.model.errors import SetupError
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
-"""linux/sched.h's; Python has os.unshare from 3.12 on."""
+"""From linux/sched.h; Python has os.unshare from 3.12 on."""
 CAP_SYS_ADMIN = 21
-"""linux/capability.h's."""
+"""From linux/capability.h."""
 
 
 def may_mount() -> bool:
-    """Whether this process may call mount(2) itself: as root, or in its own user namespace."""
+    """Return whether this process may call mount(2) itself: as root, or in its own user
+    namespace."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("CapEff:"):
             return bool(int(line.split()[1], 16) & 1 << CAP_SYS_ADMIN)
@@ -29,10 +30,10 @@ def may_mount() -> bool:
 
 
 def enter() -> None:
-    """Move this process into a namespace in which it may mount. Users and groups keep their
-    numbers; those that are not this process's own are shown as 65534.
+    """Move this process into a namespace in which it may mount.
 
-    Must come before any thread is started. Raises SetupError where the kernel refuses.
+    Users and groups keep their numbers; files of other users are shown as user 65534's. Call it
+    before any thread is started. Raises SetupError where the kernel refuses.
     """
     user, group = os.geteuid(), os.getegid()
     libc = ctypes.CDLL(None, use_errno=True)
@@ -43,7 +44,9 @@ def enter() -> None:
             "ask the administrator to install the package fuse3"
         )
     try:
-        Path("/proc/self/setgroups").write_text("deny")  # else gid_map is the administrator's
+        Path("/proc/self/setgroups").write_text(
+            "deny"
+        )  # otherwise only the administrator may write gid_map
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
     except OSError as error:

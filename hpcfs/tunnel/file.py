@@ -1,11 +1,13 @@
-"""Where a tunnel's two sides meet: the file ~/.hpcfs/tunnels/NAME.json on the cluster.
+"""The rendezvous file of a tunnel, ~/.hpcfs/tunnels/NAME.json on the cluster: format and checks.
 
-The laptop writes it when its forwards stand and removes it when it ends; a mount reads it to learn
-where to connect and with which keys. It holds the key that opens the laptop's shares: it is the
-user's alone (0600, in directories of 0700), and whatever else is there is refused. The keys are
-made for one run of `hpcfs tunnel` and end with it, so a copy is worth nothing afterwards.
+The laptop writes it when its forwards are open and removes it when it ends; a mount reads it to
+learn where to connect and with which keys. It holds the key that opens the laptop's shares.
+Therefore it must be the user's alone (mode 0600, in directories of 0700); any other owner or mode
+is refused. The keys are made for one run of `hpcfs tunnel` and end with it, so a copy is worthless
+afterwards.
 
-No times in it decide anything: clocks of a laptop and a cluster differ. `since` is for people.
+No time in the file decides anything, because the clocks of a laptop and a cluster differ. `since`
+is for people.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import msgspec
 from hpcfs.model.errors import RemoteError, Unreachable, WrongSettings
 
 DIRECTORY = ".hpcfs/tunnels"
-"""Below the home directory."""
+"""The directory of rendezvous files, below the home directory."""
 MAX_FILE_BYTES = 64 * 1024
 VERSION = 2
 SECRET_BYTES = 32
@@ -32,13 +34,13 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 
 class UnixEndpoint(msgspec.Struct, frozen=True, tag="unix"):
-    """A socket on the login node; an absolute path."""
+    """A Unix socket on the login node; `path` is absolute."""
 
     path: str
 
 
 class TcpEndpoint(msgspec.Struct, frozen=True, tag="tcp"):
-    """`host` as it is reached from where the mount runs."""
+    """A TCP port; `host` is a name or address that the mount's machine can reach."""
 
     host: str
     port: int
@@ -46,15 +48,18 @@ class TcpEndpoint(msgspec.Struct, frozen=True, tag="tcp"):
 
 Endpoint = UnixEndpoint | TcpEndpoint
 Stamp = tuple[int, int, int]
-"""Changes with the file: inode number, mtime in nanoseconds, size in bytes."""
+"""Identifies one state of the file: inode number, mtime in nanoseconds, size in bytes."""
 
 
 class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
-    """`id` is 32 hex digits, new for each run of `hpcfs tunnel`. `places` are in the order in which
-    to try them. `secret` (in hex) is what tells mounts from strangers at the door
-    (tunnel/knock.py). `host_key` is a line as in authorized_keys, `client_key` a private key as in
-    ~/.ssh (both Ed25519). `user` is who shares, on the laptop. `laptop`, `login_host`, `since` and
-    `shares` are for people."""
+    """The content of the file.
+
+    `id` is 32 hex digits, new for each run of `hpcfs tunnel`. `places` are in the order in which
+    to try them. `secret` (in hex) authenticates mounts in the handshake (tunnel/knock.py).
+    `host_key` is a line as in authorized_keys, `client_key` a private key as in ~/.ssh (both
+    Ed25519). `user` is the laptop's user who shares. `laptop`, `login_host`, `since` and `shares`
+    are for people.
+    """
 
     version: int = VERSION
     id: str
@@ -70,31 +75,36 @@ class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
     shares: list[str] = []
 
     def __repr__(self) -> str:
-        """Without the key: this may end in a log."""
+        """Leave out the secret and the keys, since the result may end in a log."""
         return f"Rendezvous(name={self.name!r}, id={self.id!r}, places={self.places!r})"
 
 
 class _Version(msgspec.Struct):
-    """What every version of the file has."""
+    """The field that every version of the file has."""
 
     version: int
 
 
 def is_valid_name(name: str) -> bool:
-    """Of a tunnel: a file's name that needs no quoting, and is no hidden file."""
+    """Return whether a tunnel may have this name: a file name without quoting, and not hidden."""
     return _NAME.fullmatch(name) is not None
 
 
 def file_name(name: str) -> str:
+    """Return the name of the tunnel's file in its directory."""
     return f"{name}.json"
 
 
 def encode(rendezvous: Rendezvous) -> bytes:
+    """Return the file's content: indented JSON and a newline."""
     return msgspec.json.format(msgspec.json.encode(rendezvous), indent=2) + b"\n"
 
 
 def decode(text: bytes) -> Rendezvous:
-    """Raises ValueError with the end of a sentence that begins with the file's name."""
+    """Parse and check the file's content.
+
+    Raises ValueError, whose message is the end of a sentence that begins with the file's name.
+    """
     try:
         _check_version(msgspec.json.decode(text, type=_Version).version)
         found = msgspec.json.decode(text, type=Rendezvous)
@@ -125,10 +135,10 @@ def _check_place(place: Endpoint) -> None:
 
 
 def read(directory: Path, name: str) -> Rendezvous:
-    """What the tunnel of that name left there.
+    """Read the rendezvous file of the tunnel with that name.
 
-    Raises Unreachable when there is none, and WrongSettings when what is there is not to be
-    trusted: only the user can mend that.
+    Raises Unreachable when there is none, and WrongSettings when the file or its directory can't be
+    trusted, which only the user can mend.
     """
     file = directory / file_name(name)
     _check_directory(directory)
@@ -154,13 +164,14 @@ def read(directory: Path, name: str) -> Rendezvous:
 
 
 def no_tunnel(name: str) -> RemoteError:
+    """Return the error for a tunnel without a file, which tells how to start it."""
     return Unreachable(
         f"no tunnel named {name} is up: run 'hpcfs tunnel HOST --name {name}' on the laptop"
     )
 
 
 def names(directory: Path) -> list[str]:
-    """Of the tunnels that left a file there."""
+    """Return the sorted names of the tunnels that have a file in the directory."""
     try:
         found = sorted(file.stem for file in directory.glob("*.json"))
     except OSError:
@@ -169,7 +180,7 @@ def names(directory: Path) -> list[str]:
 
 
 def stamp(directory: Path, name: str) -> Stamp | None:
-    """Changes when the file does; None where there is none."""
+    """Return the file's stamp, which changes when the file does; None where there is no file."""
     try:
         status = os.stat(directory / file_name(name), follow_symlinks=False)
     except OSError:
@@ -178,7 +189,7 @@ def stamp(directory: Path, name: str) -> Stamp | None:
 
 
 def _check_directory(directory: Path) -> None:
-    """Others must not be able to put a file of theirs in the place of ours."""
+    """Raise WrongSettings where other users could replace the file by one of theirs."""
     for place in (directory.parent, directory):
         try:
             status = os.stat(place, follow_symlinks=False)

@@ -1,9 +1,11 @@
-"""Both ends of a stream prove that they are the tunnel's: over a Unix socket that only the user can
-reach, where SSH's encryption would cost half the speed and protect nothing.
+"""Mutual authentication of a stream's two ends with the tunnel's keys, without encryption.
 
-Each signs the other's nonce, both nonces and the tunnel's id, with its Ed25519 key (RFC 8032; SSH's
-encoding of keys and signatures, RFC 8709). The server's signature comes last: it signs for nobody
-who has not proved itself. Each message is a 2-byte length and a MessagePack body.
+It is for a Unix socket that only the user can reach, where SSH's encryption would cost half the
+speed and protect nothing.
+
+Each end signs both nonces, the session and the tunnel's id with its Ed25519 key (RFC 8032; SSH's
+encoding of keys and signatures, RFC 8709). The server's signature comes last: it signs only for a
+client that has proved itself. Each message is a 2-byte big-endian length and a MessagePack body.
 """
 
 from __future__ import annotations
@@ -31,12 +33,17 @@ class NotProved(Exception):
 
 
 class Challenge(msgspec.Struct, frozen=True):
+    """The server's first message: its nonce."""
+
     nonce: bytes
 
 
 class ClientProof(msgspec.Struct, frozen=True):
-    """`host` is what the client calls itself, for the laptop's status. Streams of one `session`
-    share their open files."""
+    """The client's answer to the challenge.
+
+    `host` is the client's own name for its machine, for the laptop's status. Streams of one
+    `session` share their open files.
+    """
 
     nonce: bytes
     session: bytes
@@ -45,11 +52,13 @@ class ClientProof(msgspec.Struct, frozen=True):
 
 
 class ServerProof(msgspec.Struct, frozen=True):
+    """The server's signature over both nonces, the session and the tunnel's id."""
+
     signature: bytes
 
 
 class Letters:
-    """Short messages at the beginning of a stream."""
+    """Sends and receives the short messages at the beginning of a stream."""
 
     def __init__(self, stream: TunnelStream) -> None:
         self._stream = stream
@@ -59,15 +68,19 @@ class Letters:
         stream.listen(self._arrived, self._ended)
 
     def finish(self) -> None:
-        """What came after them is the next listener's."""
+        """Stop listening; bytes that arrived after the last message go to the next listener."""
         self._stream.listen_no_more(bytes(self._came))
 
     def send(self, letter: msgspec.Struct) -> None:
+        """Write one message to the stream."""
         body = msgspec.msgpack.encode(letter)
         self._stream.write(_LENGTH.pack(len(body)) + body)
 
     async def receive(self, kind: type[T]) -> T:
-        """Raises NotProved where none comes."""
+        """Wait for the next message and decode it.
+
+        Raises NotProved where the stream ends first or the message is invalid.
+        """
         (length,) = _LENGTH.unpack(await self._take(_LENGTH.size))
         try:
             return msgspec.msgpack.decode(await self._take(length), type=kind)
@@ -102,7 +115,10 @@ async def prove_as_client(
     session: bytes,
     host: str,
 ) -> None:
-    """`key` is the client's private key, `server` the server's public one. Raises NotProved."""
+    """Authenticate as the mount's end: `key` is its private key, `server` the server's public one.
+
+    Raises NotProved.
+    """
     letters = Letters(stream)
     challenge = await letters.receive(Challenge)
     nonce = secrets.token_bytes(NONCE_BYTES)
@@ -117,8 +133,10 @@ async def prove_as_client(
 async def prove_as_server(
     stream: TunnelStream, tunnel: bytes, key: asyncssh.SSHKey, client: asyncssh.SSHKey
 ) -> ClientProof:
-    """What the client said. `key` is the server's private key, `client` the client's public one.
-    Raises NotProved."""
+    """Authenticate as the laptop's end, and return the client's proof.
+
+    `key` is the server's private key, `client` the client's public one. Raises NotProved.
+    """
     letters = Letters(stream)
     nonce = secrets.token_bytes(NONCE_BYTES)
     letters.send(Challenge(nonce))
@@ -132,8 +150,11 @@ async def prove_as_server(
 
 
 def _said(tunnel: bytes, server_nonce: bytes, client_nonce: bytes, session: bytes) -> bytes:
-    """What both sign. Raises NotProved for parts of another length: with those that may be
-    anything, two conversations could come to the same bytes."""
+    """Return the bytes that both ends sign.
+
+    Raises NotProved for parts of another length: with variable lengths two handshakes could yield
+    the same bytes.
+    """
     lengths = len(server_nonce), len(client_nonce), len(session)
     if lengths != (NONCE_BYTES, NONCE_BYTES, SESSION_BYTES):
         raise NotProved("its nonce has not the length of one")

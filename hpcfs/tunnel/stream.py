@@ -1,21 +1,22 @@
 """A byte stream that outlives the connections that carry it.
 
-Two ends and, one after the other, any number of pipes between them: whatever carries bytes in order
-until it breaks. What an end wrote stays with it until the other end said that it came; with a new
-pipe both say how much they have, and the rest is sent once more. So nothing is lost or doubled
-where an ssh connection is cut, and a request whose answer was on its way is not asked twice.
+A stream has two ends and, one after the other, any number of pipes between them. A pipe is any
+connection that carries bytes in order until it breaks. An end buffers the bytes it wrote until the
+other end acknowledges them; on a new pipe both ends state how much they have received, and the rest
+is sent again. So nothing is lost or duplicated when an SSH connection is cut, and a request whose
+answer was on its way is not sent twice.
 
 On a pipe (integers are big-endian):
 
     server   GREETING, the tunnel's id and a nonce, both in hex, a newline
     client   a nonce; sealed (tunnel/knock.py): the stream's id (16 bytes; zeros ask for a new one),
-             how many bytes it has (8 bytes)
-    server   sealed: the stream's id (zeros: no such stream any more), how many bytes it has
-    both     frames: a kind (1 byte) and a number (4 bytes): DATA is followed by that many bytes,
-             SEEN by 8 bytes with how many the sender of it has (the number is 0), ASK wants a SEEN,
-             END says that the stream is over
+             the number of bytes it has received (8 bytes)
+    server   sealed: the stream's id (zeros: no such stream any more), the number of bytes received
+    both     frames: a kind (1 byte) and a number (4 bytes): DATA is followed by that many bytes;
+             SEEN by 8 bytes with the number of bytes its sender has received (its own number is 0);
+             ASK requests a SEEN; END ends the stream
 
-No I/O here: pipes are given, and fed, by remotes/tunnel/line.py and laptop/acceptor.py.
+This module does no I/O: remotes/tunnel/line.py and laptop/acceptor.py provide and feed the pipes.
 """
 
 from __future__ import annotations
@@ -34,30 +35,34 @@ HEAD = struct.Struct(">BI")
 _COUNT = struct.Struct(">Q")
 FRAME_BYTES = 1024 * 1024
 SEEN_EVERY_BYTES = 256 * 1024
-"""So much stays with the sender longer than it must."""
+"""Received bytes after which a SEEN is sent: the sender buffers that much longer than it must."""
 MOST_UNSEEN_BYTES = 128 * 1024 * 1024
-"""More than the requests of a mount and their answers can come to (sftp/flow.py): an end that
-gathers more without the other one taking it gives the stream up."""
+"""More than a mount's requests and their answers can add up to (sftp/flow.py): an end with more
+unacknowledged bytes ends the stream."""
 
 ANSWERS_EVERY_SECONDS = 0.1
-"""An ASK that comes sooner after the last one is left: answers that the other end does not read
-would be gathered without end, since nothing says that they came. Who is honest asks each two
+"""An ASK that comes sooner after the last one is ignored. Otherwise answers that the other end does
+not read would pile up without limit, since nothing acknowledges them. An honest end asks every two
 seconds."""
 MOST_EARLY_BYTES = 1024 * 1024
 
 
 class Garbled(Exception):
-    """The other end said something that makes no sense."""
+    """The other end broke the protocol."""
 
 
 class Pipe(Protocol):
-    def write(self, data: bytes) -> None: ...
+    """A connection that carries bytes in order until it breaks."""
 
-    def close(self) -> None: ...
+    def write(self, data: bytes) -> None:
+        """Send bytes without blocking; errors are reported by the pipe's owner."""
+
+    def close(self) -> None:
+        """Close the connection."""
 
 
 class TunnelStream:
-    """One end. What comes before anybody listens is kept."""
+    """One end of a stream. Data that arrives before `listen` is called is buffered."""
 
     def __init__(self, stream_id: bytes) -> None:
         self.id = stream_id
@@ -66,15 +71,15 @@ class TunnelStream:
         self._on_end: Callable[[str], None] = _ignore
         self._reason = ""
         self.on_seen: list[Callable[[], None]] = []
-        """The other end took some of what was written: `unseen` is less now."""
+        """Called when the other end acknowledged bytes, so that `unseen` became smaller."""
         self.received = 0
         self.ended = False
         self._pipe: Pipe | None = None
         self._unseen: deque[bytes] = deque()
         self._seen = 0
-        """How many of the bytes written here the other end is known to have."""
+        """Bytes written here that the other end acknowledged."""
         self._skip = 0
-        """Of those, how many are the beginning of the first one in `_unseen`."""
+        """Acknowledged bytes at the beginning of the first item of `_unseen`."""
         self.unseen = 0
         self._told = 0
         self._answered_at = 0.0
@@ -85,8 +90,11 @@ class TunnelStream:
     # --- reading --------------------------------------------------------------------------------
 
     def listen(self, on_data: Callable[[memoryview], None], on_end: Callable[[str], None]) -> None:
-        """`on_data` gets what comes, in pieces as they came, `on_end` why the stream is over, empty
-        where the other end closed it."""
+        """Register the listener.
+
+        `on_data` gets each piece of data as it arrives. `on_end` gets the reason why the stream
+        ended; it is empty where the other end closed it.
+        """
         self._on_data, self._on_end = on_data, on_end
         early, self._early = self._early, bytearray()
         if early:
@@ -95,7 +103,7 @@ class TunnelStream:
             on_end(self._reason)
 
     def listen_no_more(self, rest: bytes) -> None:
-        """The next listener gets `rest` first."""
+        """Remove the listener; the next one gets `rest` first."""
         self._on_data, self._on_end = self._keep, _ignore
         self._keep(rest)
 
@@ -107,6 +115,7 @@ class TunnelStream:
     # --- writing --------------------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
+        """Send data, and buffer it until the other end acknowledges it."""
         if self.ended or not data:
             return
         self._unseen.append(data)
@@ -117,17 +126,18 @@ class TunnelStream:
             self.end("the other end takes nothing any more")
 
     def ask(self) -> None:
-        """Have the other end say something."""
+        """Request an acknowledgement, to learn whether the other end is alive."""
         if self._pipe is not None:
             self._pipe.write(HEAD.pack(ASK, 0))
 
     def close(self) -> None:
-        """Tell the other end, if it can be told now, that the stream is over."""
+        """End the stream, and tell the other end if a pipe is attached."""
         if self._pipe is not None:
             self._pipe.write(HEAD.pack(END, 0))
         self.end("")
 
     def end(self, reason: str) -> None:
+        """End the stream: drop the buffers, close the pipe, tell the listener the reason."""
         if self.ended:
             return
         self.ended = True
@@ -143,14 +153,18 @@ class TunnelStream:
 
     @property
     def attached(self) -> bool:
+        """Whether a pipe carries the stream now."""
         return self._pipe is not None
 
     def is_on(self, pipe: Pipe) -> bool:
+        """Return whether this pipe carries the stream now."""
         return self._pipe is pipe
 
     def attach(self, pipe: Pipe, seen: int) -> None:
-        """Go on with this pipe, at whose other end `seen` of our bytes have come. Raises Garbled
-        for a number that can't be."""
+        """Continue on this pipe, whose other end has received `seen` of our bytes.
+
+        Raises Garbled for an impossible number.
+        """
         if not self._seen <= seen <= self._seen + self.unseen:
             raise Garbled("the other end can't have what it says it has")
         self._forget(seen)
@@ -166,12 +180,12 @@ class TunnelStream:
         self._say_seen()
 
     def detach(self, pipe: Pipe) -> None:
-        """That pipe broke, or is about to be closed."""
+        """Stop using that pipe, which broke or is about to be closed."""
         if self._pipe is pipe:
             self._pipe = None
 
     def feed(self, data: bytes | memoryview) -> None:
-        """What came on the pipe. Raises Garbled."""
+        """Process bytes that arrived on the pipe. Raises Garbled."""
         view = memoryview(data)
         while view and not self.ended:
             if self._data_left:
@@ -243,4 +257,4 @@ def _send(pipe: Pipe, data: bytes) -> None:
 
 
 def _ignore(_: object) -> None:
-    """Nobody listens yet."""
+    """The `on_end` callback while nobody listens."""

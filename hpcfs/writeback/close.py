@@ -16,6 +16,7 @@ import trio
 
 from hpcfs.cache.store import Store
 from hpcfs.content.content import Content
+from hpcfs.content.state import Durability
 from hpcfs.inodes.tree import Node, Tree
 from hpcfs.model.entries import Entry
 from hpcfs.model.errors import CacheFull, Changed, Conflict, RemoteError, Stale
@@ -77,10 +78,10 @@ class Closer:
         sentence. Raises Unreachable when that can't be done now."""
         node = self._node(content)
         async with content.upload_lock:
-            if content.orphan:
+            if content.state.is_unlinked:
                 return reason
             told = await conflict.set_aside(content, self._uploader, reason)
-            content.give_up()
+            content.discard()
             self._store.forget(content.file)
         self.queue.gone(content)
         self.notices.append(f"{content.namespace.name}/{told}")
@@ -122,14 +123,15 @@ class Closer:
 
     async def changed(self, content: Content) -> None:
         """Its attributes were set while it is dirty. Nobody may close it any more."""
-        if content in self.queue.schedule and not content.orphan:
+        if content in self.queue.schedule and not content.state.is_unlinked:
             await self.queue.closed(content)
 
     async def note_dirty(self) -> None:
         """So that a kill costs no more of what is still open than was written since the last call;
         nobody was told that it is safe."""
         for content in self.dirty():
-            if not content.secured and content.journaled and not content.upload_lock.locked():
+            is_stale = content.state.durability is Durability.JOURNALED
+            if is_stale and not content.upload_lock.locked():
                 await self._uploader.note_writing(content)
 
     async def flush_all(self) -> None:
@@ -171,7 +173,7 @@ class Closer:
     async def _leave_to_queue(self, content: Content) -> None:
         """Nobody hears of an error any more: what the journal did not take stays dirty here."""
         try:
-            if not content.secured:
+            if not content.state.is_persisted:
                 await self.queue.secure(content)
         except RemoteError as error:
             log.warning("%r: %s", content.place.path, error.message)

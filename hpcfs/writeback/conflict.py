@@ -53,7 +53,7 @@ async def _send(content: Content, path: bytes) -> Entry:
     """The whole file as it is here, as a new one of this name."""
     entry = content.place.entry
     attributes = Attributes(
-        mode=content.pending.mode,
+        mode=content.state.attributes.mode,
         atime_ns=entry.atime_ns,
         mtime_ns=entry.mtime_ns,
         xattrs=dict(entry.xattrs) or None,

@@ -137,7 +137,7 @@ class Pending:
 
     async def _give_up(self, content: Content) -> None:
         async with content.upload_lock:
-            content.give_up()
+            content.discard()
             self._store.forget(content.file)
             node = content.place
             assert isinstance(node, Node)

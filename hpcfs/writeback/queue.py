@@ -127,13 +127,8 @@ class UploadQueue:
         replaces in the same step. Raises CacheDiskFull."""
         if not content.is_dirty():
             return
-        if not content.secured:
-            content.begin_to_persist()
-            try:
-                await self._uploader.secure(content, instead_of=instead_of)
-            except BaseException:
-                content.note_not_persisted()
-                raise
+        if not content.state.is_persisted:
+            await self._uploader.secure(content, instead_of=instead_of)
         self._schedule(content)
 
     def _schedule(self, content: Content) -> None:
@@ -261,7 +256,7 @@ class UploadQueue:
     async def _note_failure(self, content: Content, reason: str) -> None:
         """The next mount does not try by itself what was refused."""
         item = self.schedule.item(content)
-        if item is not None and item.state == "failed" and content.journaled:
+        if item is not None and item.state == "failed" and content.state.has_row:
             await self._uploader.note_progress(content, reason)
 
     def _settled(self, content: Content) -> None:

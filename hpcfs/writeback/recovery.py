@@ -102,7 +102,7 @@ class Recovery:
     def _resume(self, node: Node, namespace: Namespace, row: Unconfirmed, file: CacheFile) -> None:
         """Give the node a content that is written as far as the row says, and queue it."""
         content = self._contents.make(node, namespace, row.capabilities, file)
-        content.take_up(row)
+        content.resume(row)
         node.content = content
         self._queue.resume(content, row.reason)
 

@@ -13,8 +13,9 @@ from contextlib import asynccontextmanager
 
 from hpcfs.content.content import Content
 from hpcfs.content.record import Unconfirmed
+from hpcfs.content.state import RemoteSide
 from hpcfs.model.entries import Entry
-from hpcfs.model.errors import CacheFull, Conflict, NotConnected, NotSupported, RemoteError
+from hpcfs.model.errors import CacheFull, Conflict, NotConnected, NotSupported
 from hpcfs.writeback.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -30,11 +31,11 @@ class Uploader:
 
         Raises CacheFull when the journal can't be written.
         """
+        file.check_not_superseded()
         with file.write_under_way():
             file.use_disk()
-            is_first = not file.journaled or file.secured
+            is_first = file.state.wants_row
             if is_first:
-                file.note_not_persisted()
                 await self.note_writing(file)
             yield
             if is_first and file.base_size:
@@ -46,7 +47,8 @@ class Uploader:
         Raises CacheFull when the journal can't be written.
         """
         file.use_disk()
-        await self._note(file, durable=True, instead_of=instead_of)
+        with file.persisting():
+            await self._note(file, durable=True, instead_of=instead_of)
 
     async def _note(
         self,
@@ -56,6 +58,9 @@ class Uploader:
         durable: bool = False,
         instead_of: str | None = None,
     ) -> None:
+        """What nobody will upload needs no row: it would come back with the next mount."""
+        if not file.state.needs_row:
+            return
         try:
             row = row or file.unconfirmed()
             await self.journal.note(row, durable=durable, instead_of=instead_of)
@@ -73,6 +78,8 @@ class Uploader:
         """
         async with file.upload_lock:
             if not file.is_dirty():
+                if not file.writers:
+                    await self.forget(file)
                 return
             file.use_disk()
             with file.pinned():
@@ -93,19 +100,22 @@ class Uploader:
 
     async def _send(self, file: Content, *, sync: bool) -> Entry:
         snapshot = await file.begin_upload()
-        entry = None
         try:
-            try:
-                await self.note_progress(file, durable=file.holds_base)
-                entry = await file.send(snapshot, sync=sync)
-            finally:
-                file.end_upload(snapshot, entry)
-        except RemoteError as error:
-            if not isinstance(error, Conflict | NotConnected | NotSupported):
-                file.note_attempted()
-            elif not file.attempted:
-                await self.note_progress(file)
+            await self.note_progress(file, durable=file.holds_base)
+        except BaseException:
+            file.fail_upload(snapshot, begun=False)
             raise
+        try:
+            entry = await file.send(snapshot, sync=sync)
+        except (Conflict, NotConnected, NotSupported):  # nothing was written
+            file.fail_upload(snapshot, begun=False)
+            if file.state.remote is not RemoteSide.PARTIAL:
+                await self.note_progress(file)  # nor does the row say so
+            raise
+        except BaseException:
+            file.fail_upload(snapshot, begun=True)
+            raise
+        file.confirm_upload(snapshot, entry)
         return entry
 
     async def note_writing(self, file: Content) -> None:
@@ -132,7 +142,7 @@ class Uploader:
 
     async def forget(self, file: Content) -> None:
         """Nothing of it is unconfirmed: it was uploaded, or removed."""
-        if not file.journaled:
+        if not file.state.has_row:
             return
         file.note_no_row()
         try:
@@ -147,5 +157,6 @@ class Uploader:
 
         Raises OSError or sqlite3.Error when the disk fails; then they are where they were.
         """
-        await self.journal.keep(file.unconfirmed(reason))
-        file.note_no_row()
+        row = file.unconfirmed(reason)
+        with file.stranding():
+            await self.journal.keep(row)

@@ -561,7 +561,7 @@ def killed_and_mounted_again(
             w.cues.clear()
             for content in w.closer.dirty():  # nothing of it goes up at this mount's end
                 w.queue.gone(content)
-                content.give_up()
+                content.discard()
             return found
 
     async def second(remotes: dict[str, MemoryRemote]) -> None:

@@ -347,9 +347,9 @@ async def test_the_journal_holds_a_row_until_the_last_write_is_through(w: World)
     assert content
     async with w.fs.files._uploader.writing(content):
         await w.kernel.fsync(handle)
-        assert content.journaled
+        assert content.state.has_row
     await w.kernel.close(handle)
-    assert not content.journaled
+    assert not content.state.has_row
 
 
 @live()

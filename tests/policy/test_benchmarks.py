@@ -194,6 +194,7 @@ def bringing(bench: Bench, tamper: Callable[[Path], None] = lambda _: None) -> I
 LATE_SECONDS = 0.7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [writes.copy_in, writes.rsync_in, writes.write])
 def test_a_write_counts_until_the_remote_has_it(bench: Bench, step: Step) -> None:
     with bringing(bench):
@@ -202,6 +203,7 @@ def test_a_write_counts_until_the_remote_has_it(bench: Bench, step: Step) -> Non
     assert took.ended + LATE_SECONDS / 2 < took.seconds
 
 
+@pytest.mark.slow
 def test_a_write_counts_to_the_arrival_not_to_when_it_was_seen(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +212,7 @@ def test_a_write_counts_to_the_arrival_not_to_when_it_was_seen(
         assert writes.copy_in(bench).seconds < 2.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "file", "content"),
     [
@@ -229,6 +232,7 @@ def test_other_bytes_on_the_server_are_a_failure(
         step(bench)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leave", ["missing", "temporary"])
 def test_what_never_arrives_takes_too_long(bench: Bench, leave: str) -> None:
     bench.programs.deadline = time.monotonic() + 2
@@ -243,6 +247,7 @@ def test_what_never_arrives_takes_too_long(bench: Bench, leave: str) -> None:
         writes.copy_in(bench)
 
 
+@pytest.mark.slow
 def test_times_that_rsync_brought_are_compared(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +259,7 @@ def test_times_that_rsync_brought_are_compared(
         writes.rsync_in(bench)
 
 
+@pytest.mark.slow
 def test_a_clone_is_compared_with_one_made_here(bench: Bench) -> None:
     bench.files.make_repository()
     bench.mount.files.rmdir()
@@ -281,6 +287,7 @@ def test_hpcfs_back_has_no_part_where_mount_has_no_such_option(
     assert back.why_not() == ""
 
 
+@pytest.mark.slow
 def test_plain_tcp_carries_both_ways() -> None:
     with servers._tcp_peer() as port:
         assert servers.plain_tcp_seconds(port, 3 * MIB + 1, 20) > 0
@@ -303,6 +310,7 @@ def test_what_is_dropped_is_not_cached_any_more(tmp_path: Path) -> None:
         file.unlink()
 
 
+@pytest.mark.slow
 def test_usage_follows_processes_by_their_mark() -> None:
     """Also one whose parent has disowned it, as sshfs does with its ssh."""
     usage = measure.Usage("of-a-test")

@@ -90,6 +90,7 @@ def test_a_slow_disk_is_left_alone_for_a_while(file_on_disk: Path) -> None:
     assert not _resident(file_on_disk, 0, mmap.PAGESIZE)
 
 
+@pytest.mark.slow
 def test_the_clock_of_waiting_stands_still_on_a_busy_machine() -> None:
     """More threads than processors, in processes of their own, as a lock of Python's would be
     waited for."""
@@ -106,6 +107,7 @@ def test_the_clock_of_waiting_stands_still_on_a_busy_machine() -> None:
     assert waited < took / 4
 
 
+@pytest.mark.slow
 def test_the_clock_of_waiting_counts_what_is_waited_for() -> None:
     reading, writing = os.pipe()
     child = subprocess.Popen(["sleep", "0.3"], stdout=writing)

@@ -82,6 +82,7 @@ def test_a_directory_with_an_equals_sign_is_a_mount_point(home: Home) -> None:
 # --- manners ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_help_names_all_commands(home: Home) -> None:
     result = home.run("--help")
     assert result.returncode == 0
@@ -93,6 +94,7 @@ def test_help_names_all_commands(home: Home) -> None:
     assert home.run("--version").stdout.startswith("hpcfs ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "given",
     [
@@ -119,6 +121,7 @@ def test_wrong_usage_is_exit_code_2_and_one_sentence(home: Home, given: list[str
     assert "Try 'hpcfs" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -147,6 +150,7 @@ def test_a_failure_is_exit_code_1_and_one_sentence(home: Home, given: list[str],
     assert "hunter2" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_configuration_mistake_names_its_line(home: Home) -> None:
     home.config.parent.mkdir(parents=True)
     home.config.write_text('mountpoint = "/m"\n[namespaces.x]\ntype = "sfpt"\n')
@@ -155,11 +159,13 @@ def test_a_configuration_mistake_names_its_line(home: Home) -> None:
     assert f"{home.config}:3: [namespaces.x] type must be" in result.stderr
 
 
+@pytest.mark.slow
 def test_scripts_get_a_list_even_of_nothing(home: Home) -> None:
     result = home.run("status", "--json", "mnt")
     assert (result.returncode, result.stdout, result.stderr) == (1, "[]\n", "")
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_reading_sees_no_traceback(home: Home) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -198,6 +204,7 @@ def test_sizes_are_shown_in_the_unit_that_fits(count: int, shown: str) -> None:
 # --- speed --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [["--help"], ["status"], ["--version"]])
 def test_small_commands_answer_at_once(home: Home, given: list[str]) -> None:
     """The best of several: other programs on this machine must not decide it."""
@@ -212,6 +219,7 @@ def _seconds(command: list[str], home: Home) -> float:
     return time.perf_counter() - before
 
 
+@pytest.mark.slow
 def test_small_commands_import_nothing_heavy(home: Home) -> None:
     program = (
         "import sys, hpcfs.cli.main, hpcfs.cli.status, hpcfs.cli.umount, hpcfs.cli.mount,"
@@ -250,6 +258,7 @@ def give_hosts(home: Home) -> None:
         (tunnels / name).touch()
 
 
+@pytest.mark.slow
 def test_init_without_a_terminal_offers_all_commented_out(home: Home) -> None:
     give_hosts(home)
     result = home.run("init")
@@ -266,6 +275,7 @@ def test_init_without_a_terminal_offers_all_commented_out(home: Home) -> None:
     assert "not offered" in result.stderr
 
 
+@pytest.mark.slow
 def test_every_offer_parses_once_it_is_uncommented(home: Home) -> None:
     give_hosts(home)
     assert home.run("init").returncode == 0
@@ -282,6 +292,7 @@ def test_every_offer_parses_once_it_is_uncommented(home: Home) -> None:
     assert set(config.parse("\n".join(rows), home.config).namespaces) == {"home", "data", "laptop"}
 
 
+@pytest.mark.slow
 def test_init_does_not_replace_a_configuration_unasked(home: Home) -> None:
     home.config.parent.mkdir(parents=True)
     home.config.write_text("# mine\n")
@@ -294,6 +305,7 @@ def test_init_does_not_replace_a_configuration_unasked(home: Home) -> None:
     assert [file.name for file in home.config.parent.iterdir()] == ["config.toml"]
 
 
+@pytest.mark.slow
 def test_init_asks_on_a_terminal(home: Home) -> None:
     give_hosts(home)
     terminal = Terminal(home, "init")
@@ -309,6 +321,7 @@ def test_init_asks_on_a_terminal(home: Home) -> None:
 # --- check --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_check_goes_on_to_the_end_and_tells_by_its_exit_code(home: Home) -> None:
     home.config.parent.mkdir(parents=True)
     home.config.write_text(
@@ -329,6 +342,7 @@ def test_check_goes_on_to_the_end_and_tells_by_its_exit_code(home: Home) -> None
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 def test_check_names_a_mistake_in_the_configuration(home: Home) -> None:
     home.config.parent.mkdir(parents=True)
     home.config.write_text("mountpiont = 1\n")
@@ -353,6 +367,7 @@ def greeting(text: bytes) -> Iterator[int]:
         thread.join(10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "level"), [(b"SSH-2.0-Test\r\n", "ok"), (b"220 mail.example.org\r\n", "fail")]
 )
@@ -374,6 +389,7 @@ def test_check_tells_an_ssh_server_from_another(
     assert f"box means {getpass.getuser()}@127.0.0.1 port {port}" in found[0].text
 
 
+@pytest.mark.slow
 def test_check_does_not_try_a_host_behind_a_jump(home: Home) -> None:
     ssh_config = home.path / "ssh_config"
     ssh_config.write_text(
@@ -386,6 +402,7 @@ def test_check_does_not_try_a_host_behind_a_jump(home: Home) -> None:
     assert "[gate]:2200 is not known" in found[1].text
 
 
+@pytest.mark.slow
 def test_check_tells_what_ssh_makes_of_a_host_and_what_hpcfs_cannot_obey(home: Home) -> None:
     (home.path / ".ssh").mkdir(exist_ok=True)
     (home.path / ".ssh" / "config").write_text(
@@ -417,6 +434,7 @@ def test_check_misses_the_program_of_a_transport(
     assert (found.level, "openssh-client" in found.text) == ("fail", True)
 
 
+@pytest.mark.slow
 def test_check_tells_what_is_wrong_with_a_bucket(tmp_path: Path) -> None:
     with s3.rclone_s3(tmp_path) as server:
         keys = (Secret(server.access_key), Secret(server.secret_key))
@@ -432,6 +450,7 @@ def test_check_tells_what_is_wrong_with_a_bucket(tmp_path: Path) -> None:
     assert "correct the credentials" in refused[-1].text
 
 
+@pytest.mark.slow
 def test_check_misses_credentials(
     home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

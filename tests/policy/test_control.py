@@ -349,6 +349,7 @@ def daemon(path: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+@pytest.mark.slow
 def test_waiting_ends_with_the_process_not_with_its_server(path: Path) -> None:
     with daemon(path) as process, control.open_wait(path) as connection:
         assert process.stdin is not None
@@ -363,6 +364,7 @@ def test_waiting_ends_with_the_process_not_with_its_server(path: Path) -> None:
         assert control.wait_until_gone(connection, 10)
 
 
+@pytest.mark.slow
 def test_waiting_ends_when_the_daemon_is_killed(path: Path) -> None:
     with daemon(path) as process, control.open_wait(path) as connection:
         os.kill(process.pid, signal.SIGKILL)

@@ -8,19 +8,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+NAMED_FILE = re.compile(r"`([a-z_-]+/[a-z0-9_/.-]+\.(?:py|sh|toml|txt))`")
+TRIED_TEST = re.compile(r"\bpytest (tests/[\w/]+\.py)(?:::(\w+))?")
 NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tests_that_a_page_names_exist(page: Path) -> None:
-    for file, name in NAMED_TEST.findall(page.read_text()):
+    text = page.read_text()
+    for file, name in NAMED_TEST.findall(text) + TRIED_TEST.findall(text):
         assert (ROOT / file).is_file(), f"{page.name} names {file}"
         if name:
             assert re.search(rf"^(async )?def {name}\b", (ROOT / file).read_text(), re.MULTILINE), (
                 f"{page.name} names {file}::{name}"
             )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """By their paths in the repository, or below hpcfs/."""
+    named = NAMED_FILE.findall(page.read_text())
+    missing = [
+        name for name in named if not any((top / name).is_file() for top in (ROOT, ROOT / "hpcfs"))
+    ]
+    assert missing == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,7 @@ def _imported(tree: ast.AST) -> Iterator[str]:
                 yield whole if node.module.startswith("hpcfs") and is_module else node.module
 
 
+@cache
 def _parse(file: Path) -> ast.Module:
     return ast.parse(file.read_text(), str(file))
 

@@ -86,6 +86,7 @@ def run(directory: Path, story: Callable[[Journal], object]) -> None:
     trio.run(main)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("durable", [False, True])
 def test_a_crash_while_a_file_is_open_leaves_all_that_was_noted(
     home: Path, tmp_path: Path, durable: bool
@@ -155,6 +156,7 @@ def test_what_was_confirmed_is_synced_too(home: Path) -> None:
     run(home, story)
 
 
+@pytest.mark.slow
 def test_a_row_replaces_another_in_one_step(home: Path, tmp_path: Path) -> None:
     async def story(journal: Journal) -> None:
         await journal.note(row(home, "aaaa", path=b"target"))
@@ -167,6 +169,7 @@ def test_a_row_replaces_another_in_one_step(home: Path, tmp_path: Path) -> None:
     assert [(f.name, f.path) for f in reopened(tmp_path / "crash")] == [("bbbb", b"target")]
 
 
+@pytest.mark.slow
 def test_after_the_confirmation_there_is_nothing(home: Path, tmp_path: Path) -> None:
     async def story(journal: Journal) -> None:
         await journal.note(row(home))
@@ -189,6 +192,7 @@ STEPS: dict[str, tuple[type, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_a_crash_at_any_step_of_keeping_loses_nothing(
     home: Path, tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch

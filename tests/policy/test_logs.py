@@ -107,6 +107,7 @@ def test_a_traceback_for_the_user_is_safe(capsys: pytest.CaptureFixture[str]) ->
     assert all(line.isprintable() for line in shown.splitlines())
 
 
+@pytest.mark.slow
 def test_dumps_are_forbidden() -> None:
     """In a child, since it is for ever; PR_GET_DUMPABLE is 3."""
     program = (
@@ -119,6 +120,7 @@ def test_dumps_are_forbidden() -> None:
     assert told.stdout.split() == ["0", "0", "0"]
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_dump_still_reads_of_itself_in_proc(tmp_path: Path) -> None:
     """As an ordinary user: root may all. The tunnel opens its files by /proc/self/fd."""
     file = tmp_path / "file"

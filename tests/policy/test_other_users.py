@@ -92,6 +92,7 @@ def squatted(shared_tmp: Path) -> Path:
 # --- sockets --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_daemon_of_another_user_is_not_believed(squatted: Path) -> None:
     path = squatted / f"{paths.mount_id(PLACE)}.sock"
     with liar(path):
@@ -121,6 +122,7 @@ def test_a_link_in_place_of_the_directory_is_passed_over(shared_tmp: Path) -> No
     assert paths.shared_tmp_dir() not in paths.runtime_dirs()
 
 
+@pytest.mark.slow
 def test_who_listens_is_asked_of_the_kernel_too(shared_tmp: Path) -> None:
     """The directory and the file are ours, and the process is not."""
     path = paths.make_private(paths.shared_tmp_dir()) / f"{paths.mount_id(PLACE)}.sock"
@@ -141,6 +143,7 @@ def test_a_socket_in_a_directory_that_others_can_enter_is_not_used(shared_tmp: P
             control.query_status(path)
 
 
+@pytest.mark.slow
 def test_a_tunnel_of_another_user_is_not_believed(squatted: Path) -> None:
     with liar(squatted / "tunnel-lap.sock", '{"error": "mine"}'):
         assert tunnel_status.running() == []
@@ -164,6 +167,7 @@ class HomeWithTmp(Home):
         return [sys.executable, "-c", program, *map(str, arguments)]
 
 
+@pytest.mark.slow
 def test_sync_says_that_nothing_is_mounted_and_a_mount_works(squatted: Path, base: Path) -> None:
     (base / "home").mkdir()
     home = HomeWithTmp(make_home(base / "home").path, {"XDG_RUNTIME_DIR": ""})

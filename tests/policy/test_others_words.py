@@ -93,6 +93,7 @@ def test_an_rclone_conf_that_others_may_write_is_refused(home: Path, open_it: Op
         rclone_conf.load()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_ssh", [True, False], ids=["ssh", "no ssh"])
 @pytest.mark.parametrize("open_it", STRICT.values(), ids=STRICT)
 @pytest.mark.parametrize("way", ["named", "included", "default"])

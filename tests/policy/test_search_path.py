@@ -74,6 +74,7 @@ def test_scripts_start_python_without_the_current_directory(name: str) -> None:
     assert [line for line in starts if '" -P ' not in line and '" -I ' not in line] == []
 
 
+@pytest.mark.slow
 def test_a_module_of_ours_is_found_in_the_safe_directory(planted: Planted) -> None:
     """As it is installed here: editable, in a virtual environment."""
     command = interpreter.command("hpcfs.worker.main")
@@ -99,6 +100,7 @@ def home(tmp_path: Path) -> RealHome:
     return make_real_home(tmp_path / "home")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search_path", SEARCH_PATHS)
 @pytest.mark.parametrize("name", [*COMMANDS, "--version"])
 def test_commands_run_nothing_of_the_current_directory(
@@ -109,6 +111,7 @@ def test_commands_run_nothing_of_the_current_directory(
     assert (result.returncode, planted.executed) == (0, ""), result.stderr
 
 
+@pytest.mark.slow
 def test_the_planted_modules_would_run(home: RealHome, planted: Planted) -> None:
     """Without the shell that cleans PYTHONPATH: else the test above could not fail."""
     program = str(Path(sys.executable).with_name("hpcfs-main"))
@@ -123,12 +126,14 @@ def test_the_planted_modules_would_run(home: RealHome, planted: Planted) -> None
     assert "sitecustomize.py" in planted.executed
 
 
+@pytest.mark.slow
 def test_what_pythonpath_names_absolutely_is_kept(home: RealHome, planted: Planted) -> None:
     """It is the user's decision: environment modules install so."""
     _run(home, planted, f":{planted.directory}:lib", "--version")
     assert "sitecustomize.py" in planted.executed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linked", [False, True], ids=["beside", "through-a-link"])
 def test_the_command_is_found_however_it_is_called(
     home: RealHome, planted: Planted, linked: bool
@@ -163,6 +168,7 @@ def _run(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_closed_descriptor_becomes_no_other_file(home: RealHome, closed: str) -> None:
     """The cache's index would get number 2, and then what programs write on stderr."""

@@ -36,11 +36,13 @@ def ssh_takes(*line: str) -> bool:
     return done.returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", HOSTS)
 def test_hosts_are_those_that_ssh_takes(host: str) -> None:
     assert ssh_syntax.is_valid_host(host) == ssh_takes("--", host)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("user", USERS)
 def test_users_are_those_that_ssh_takes(user: str) -> None:
     assert ssh_syntax.is_valid_user(user) == ssh_takes("-l", user, "--", "host")

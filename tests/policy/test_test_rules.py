@@ -1,4 +1,4 @@
-"""The rules that tests/conftest.py sets: tried on test runs of their own."""
+"""The rules of tests/conftest.py and tests/policy/conftest.py, tried on test runs of their own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def run_tests(directory: Path, source: str, **environ: str) -> subprocess.Comple
     environment = {name: value for name, value in os.environ.items() if name != "CI"}
     return subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider"),
+            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
+            *("-p", "tests.conftest", "-p", "tests.policy.conftest"),
             *("--rootdir", str(directory), "--basetemp", str(directory / "temp"), str(directory)),
         ],
         env={**environment, "PYTHONPATH": str(REPOSITORY), **environ},
@@ -33,33 +34,39 @@ def run_tests(directory: Path, source: str, **environ: str) -> subprocess.Comple
 SKIPPING = "import pytest\n@pytest.mark.skip(reason='later')\ndef test_a(): pass\n"
 
 
+@pytest.mark.slow
 def test_a_skipped_test_passes_on_a_desk(tmp_path: Path) -> None:
     result = run_tests(tmp_path, SKIPPING)
     assert (result.returncode, "1 skipped" in result.stdout) == (0, True), result.stdout
 
 
+@pytest.mark.slow
 def test_a_skipped_test_fails_in_ci(tmp_path: Path) -> None:
     result = run_tests(tmp_path, SKIPPING, CI="true")
     assert (result.returncode, "failure in CI" in result.stdout) == (1, True), result.stdout
 
 
+@pytest.mark.slow
 def test_a_skipped_module_fails_in_ci(tmp_path: Path) -> None:
     source = "import pytest\npytest.importorskip('no_such_module')\ndef test_a(): pass\n"
     result = run_tests(tmp_path, source, CI="true")
     assert (result.returncode, "failure in CI" in result.stdout) == (2, True), result.stdout
 
 
+@pytest.mark.slow
 def test_an_expected_failure_did_run(tmp_path: Path) -> None:
     source = "import pytest\n@pytest.mark.xfail\ndef test_a(): assert False\n"
     result = run_tests(tmp_path, source, CI="true")
     assert result.returncode == 0, result.stdout
 
 
+@pytest.mark.slow
 def test_a_process_left_behind_fails_the_run_and_is_ended(tmp_path: Path) -> None:
     """It says hpcfs in its arguments, as daemons do; it uses nothing of the run's files. Right
     after exec(2) /proc does not tell its arguments yet: it says when it runs."""
     source = (
-        "import subprocess, sys\n"
+        "import pytest, subprocess, sys\n"
+        "@pytest.mark.slow\n"
         "def test_a():\n"
         "    wait = 'import signal; print(1, flush=True); signal.pause()'\n"
         "    left = subprocess.Popen([sys.executable, '-c', wait, 'hpcfs'], cwd='/',\n"
@@ -85,3 +92,26 @@ def test_a_run_is_over_when_nobody_holds_its_lock(
     assert [leftovers.is_over(run) for run in runs] == [False, True, False]
     os.close(lock)
     assert leftovers.is_over(runs[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mark", "body", "refused"),
+    [
+        (
+            "",
+            "subprocess.run(['true'], check=True)",
+            "it starts a process: subprocess.Popen('true'",
+        ),
+        ("", "time.sleep(2.1)", "it takes 2.1 s"),
+        ("", "time.sleep(0.1)", None),
+        ("@pytest.mark.slow", "subprocess.run(['sleep', '2.1'], check=True)", None),
+    ],
+)
+def test_a_test_without_the_mark_is_quick_and_starts_no_process(
+    tmp_path: Path, mark: str, body: str, refused: str | None
+) -> None:
+    source = f"import pytest, subprocess, time\n{mark}\ndef test_a():\n    {body}\n"
+    result = run_tests(tmp_path, source)
+    assert result.returncode == (1 if refused else 0), result.stdout
+    assert refused is None or f"mark this test 'slow': {refused}" in result.stdout

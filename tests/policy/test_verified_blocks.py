@@ -182,6 +182,7 @@ async def ignore(done: int, total: int) -> None:
     assert done <= total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stamps", [True, False])
 @repeatable
 @given(steps)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from hpcfs.directories.walk_predictor import (
@@ -113,6 +114,7 @@ trees: st.SearchStrategy[Tree] = st.recursive(
 orders = st.sampled_from(sorted(ORDERS))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @example({b"000000": {b"0000": {}, b"00": {}}, b"00": {}}, "cp")  # by name above, as listed below
 @given(trees, orders)
@@ -185,6 +187,7 @@ def test_unused_listings_make_the_window_smaller() -> None:
     assert run.walk.window == before // 2
 
 
+@pytest.mark.slow
 def test_an_endless_walk_takes_bounded_memory() -> None:
     """What the program has left behind is forgotten."""
     tree = {name: flat(20) for name in flat(500)}

@@ -1,0 +1,57 @@
+"""The rule of tests/policy: a test starts no process and takes less than 2 s, or is marked `slow`.
+
+`scripts/test --fast` runs the tests without the mark. An unmarked test that breaks the rule fails,
+so the fast tests stay fast, and need no mount, no server and no program.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+BOUND = 2.0
+"""Seconds for one test with its fixtures, without the time in which it waited for a processor."""
+NEW_PROCESS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
+"""Audit events, see https://docs.python.org/3/library/audit_events.html."""
+SCHEDSTAT = Path("/proc/thread-self/schedstat")
+
+_BEGINNING = pytest.StashKey[tuple[float, int]]()
+_processes: list[str] = []
+
+
+def _note_process(event: str, args: tuple[object, ...]) -> None:
+    if event in NEW_PROCESS:
+        _processes.append(f"{event}{args[:2]!r}")
+
+
+sys.addaudithook(_note_process)
+
+
+def _clock() -> float:
+    """Return seconds. The clock stands still while this thread waits for a processor, so other load
+    does not count (Documentation/scheduler/sched-stats.rst: the second number, in nanoseconds)."""
+    waited = int(SCHEDSTAT.read_text().split()[1]) if SCHEDSTAT.exists() else 0
+    return time.monotonic() - waited / 1e9
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    item.stash[_BEGINNING] = _clock(), len(_processes)
+    yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    yield
+    if item.get_closest_marker("slow"):
+        return
+    began, before = item.stash[_BEGINNING]
+    seconds, processes = _clock() - began, _processes[before:]
+    if processes:
+        pytest.fail(f"mark this test 'slow': it starts a process: {processes[0]}", pytrace=False)
+    if seconds > BOUND:
+        pytest.fail(f"mark this test 'slow': it takes {seconds:.1f} s", pytrace=False)
