@@ -286,7 +286,7 @@ class Files:
         content = node.content
         if content is None:
             entry = await namespace.entry(m.Truncate(node.path, size))
-            await self._store.outdate(namespace.origin, node.path)
+            await self._store.invalidate(namespace.origin, node.path)
             self._tree.set_local(node, entry)
             node.pages_version = None
             return False

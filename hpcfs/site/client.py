@@ -264,7 +264,7 @@ class SiteClient:
                     self._heard(pending)
                     pending.renew()
                     if pending.on_progress:
-                        pending.on_progress(message.progress.done)
+                        pending.on_progress(message.done)
             case m.Reply():
                 if pending := self._pending.get(message.id):
                     self._heard(pending)

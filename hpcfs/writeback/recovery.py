@@ -89,7 +89,7 @@ class Recovery:
             row = _as_far_as_written(row)
         elif os.stat(row.data).st_size > row.size:  # what is beyond must not come back
             os.truncate(row.data, row.size)
-        file = await self._store.take_up(
+        file = await self._store.resume(
             row.name, row.origin, row.path, row.version, row.size, row.ranges
         )
         # A row that was noted in the middle of a write has the size before it in its entry.
