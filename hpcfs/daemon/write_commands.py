@@ -38,7 +38,7 @@ from hpcfs.model.errors import RemoteError, SetupError
 from hpcfs.system import ownership
 from hpcfs.writeback.journal import Journal
 from hpcfs.writeback.pending import PendingRow, is_below
-from hpcfs.writeback.queue import Progress
+from hpcfs.writeback.queue import SyncProgress
 
 PARTIAL = ".hpcfs-partial"
 """Ends the name of a copy that has only what was changed here: the rest is on the remote."""
@@ -64,7 +64,7 @@ class Backlog(Protocol):
         self,
         namespace: str | None,
         path: bytes,
-        tell: Callable[[Progress], Awaitable[None]],
+        tell: Callable[[SyncProgress], Awaitable[None]],
         patience: float = ...,
     ) -> None:
         """Return when nothing of it is on its way any more. `path` is a file or a directory; None
@@ -167,9 +167,9 @@ class WriteCommands:
 
     async def _sync(self, path: bytes, tell: ReportProgress, patience: float) -> Outcome:
         namespace, key = self._place(path)
-        last = Progress(0, 0, 0, 0)
+        last = SyncProgress(0, 0, 0, 0)
 
-        async def pass_on(found: Progress) -> None:
+        async def pass_on(found: SyncProgress) -> None:
             nonlocal last
             last = found
             files = found.files_done, found.files_total

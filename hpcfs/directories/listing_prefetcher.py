@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 MAX_BYTES = 4 * 1024 * 1024
 """Of all that is listed ahead and not used yet."""
-SWEEP_SECONDS = 0.25
+EXPIRE_SECONDS = 0.25
 NEXT = 2
 """Directories whose entries are told before the program reads them."""
 
@@ -89,7 +89,7 @@ class ListingPrefetcher:
         self._walks = WalkPredictors(number)
         self.flights: dict[bytes, Flight] = {}
         """Listings under way or not used yet, by namespace and path."""
-        self._sweeping = False
+        self._is_expiring = False
 
     # --- what programs do -------------------------------------------------------------------------
 
@@ -144,9 +144,9 @@ class ListingPrefetcher:
                 flight = self.flights[key] = Flight(namespace, walk, self._new_listing())
                 self._nursery.start_soon(self._fly, key, flight)
         self._tell_of_next(namespace, wanted[:NEXT])
-        if self.flights and not self._sweeping:
-            self._sweeping = True
-            self._nursery.start_soon(self._sweep)
+        if self.flights and not self._is_expiring:
+            self._is_expiring = True
+            self._nursery.start_soon(self._expire_regularly)
 
     def _tell_of_next(self, namespace: Namespace, keys: Sequence[bytes]) -> None:
         """What the program reads next, and what is in it, as far as that is known."""
@@ -198,11 +198,11 @@ class ListingPrefetcher:
             if flight.walk is walk and key not in wanted:
                 self._drop(key)
 
-    async def _sweep(self) -> None:
+    async def _expire_regularly(self) -> None:
         while self.flights:
-            await trio.sleep(SWEEP_SECONDS)
+            await trio.sleep(EXPIRE_SECONDS)
             self._expire()
-        self._sweeping = False
+        self._is_expiring = False
 
     def _expire(self) -> None:
         now = self._now()

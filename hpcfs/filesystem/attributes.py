@@ -41,7 +41,7 @@ class AttributeChanges:
         self._tree.note_changed(node)
 
     async def _change(self, namespace: Namespace, node: Node, attributes: Attributes) -> None:
-        await self._closer.settled(node)
+        await self._closer.wait_closed(node)
         if node.is_ahead:
             if await self._must_ask(namespace, node, attributes):
                 await self._ask(namespace, node, attributes)

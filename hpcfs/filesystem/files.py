@@ -82,7 +82,7 @@ class Files:
         if writing or flags & os.O_TRUNC:
             namespace.check_writable()
         await self._permissions.check_open(node, flags)
-        await self._closer.settled(node)
+        await self._closer.wait_closed(node)
         if not writing:
             self._file_prefetcher.opened(node)
         content = await self._current(node, namespace, flags)
@@ -132,7 +132,7 @@ class Files:
     async def _hold(self, content: Content, node: Node, namespace: Namespace) -> bool:
         """Whether it is held. A file with several names is looked up by each (lookup.py)."""
         asked = self._tree.now()
-        if node.others:
+        if node.extra_links:
             await self._lookup.revalidate(node)
         try:
             entry = await content.hold()
@@ -158,7 +158,7 @@ class Files:
         """The node's content, made if this is its first handle."""
         while True:
             if node.content and node.content.closing is not None:
-                await self._closer.settled(node)
+                await self._closer.wait_closed(node)
                 await self._lookup.revalidate(node)
                 continue
             if node.content:
@@ -282,7 +282,7 @@ class Files:
         if handle is not None:
             return not await self._cut(node, self.get(handle).content, size)
         await self._permissions.check_open(node, os.O_WRONLY)
-        await self._closer.settled(node)
+        await self._closer.wait_closed(node)
         content = node.content
         if content is None:
             entry = await namespace.entry(m.Truncate(node.path, size))

@@ -64,7 +64,7 @@ class Renamer:
         """Under the content's upload lock; whether it still was only here."""
         if target is not None and target.is_directory:
             raise IsADirectory("a file can't replace a directory")
-        lost = None if target is None or target.others else target
+        lost = None if target is None or target.extra_links else target
         async with AsyncExitStack() as locks:
             if lost is not None:
                 if lost.content:
@@ -79,20 +79,20 @@ class Renamer:
             content.note_renamed_here(over_another=_is_there(target))  # the row has the old name
             doomed = lost.content if lost else None
             if lost is not None:
-                self._closer.orphan(lost)
+                self._closer.unlink(lost)
             old_parent = node.parent
             assert old_parent
             self._tree.move(node, (old_parent, node.name), parent, name)
             for directory in {old_parent, parent}:
                 self._tree.touch(directory)
             row = doomed.file.name if doomed and doomed.state.has_row else None
-            await self._closer.queue.secure(content, instead_of=row)
+            await self._closer.queue.persist(content, instead_of=row)
             if doomed:
                 doomed.note_no_row()
         if target is not None:
             self._tree.note_changed(target)
         if lost is not None:
-            await self._closer.forget_orphan(lost)
+            await self._closer.forget_unlinked(lost)
         await self._store.move(content.namespace.origin, old_path, node.path)
         return True
 
@@ -112,7 +112,7 @@ class Renamer:
         path, new_path = join(*old), join(parent, name)
         if target:
             check_empty(target)
-        if target and target.others:
+        if target and target.extra_links:
             await self.flush_below(target)
         elif target:
             await self._closer.keep_readable(target)
@@ -121,15 +121,15 @@ class Renamer:
             for content in _open_below(node, target):
                 await locks.enter_async_context(content.upload_lock)
             with ExitStack() as motion:
-                linked = target if target and target.others else None
+                linked = target if target and target.extra_links else None
                 for content in _open_below(node, linked):
                     motion.enter_context(content.in_motion())
                 if target and target.content and target.content.state.remote is RemoteSide.REPLACES:
                     await _make_way(namespace, new_path)
                 await namespace.do(m.Rename(path, new_path, replace))
                 # No await from here to the end of the move: a lookup must not come in between.
-                if target and not target.others:
-                    self._closer.orphan(target)
+                if target and not target.extra_links:
+                    self._closer.unlink(target)
                 self._tree.move(node, old, parent, name)
         self._tree.expire(old[0])
         self._tree.expire(parent)
@@ -137,7 +137,7 @@ class Renamer:
             if changed:
                 self._tree.note_changed(changed)
         if target and not target.is_attached:
-            await self._closer.forget_orphan(target)
+            await self._closer.forget_unlinked(target)
         await self._store.move(namespace.origin, path, new_path)
 
     # --- removal ----------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class Renamer:
         self, namespace: Namespace, node: Node | None, parent: Node, name: bytes
     ) -> None:
         """`node` has the name, if the mount knows it. Raises FilesystemError, RemoteError."""
-        if node and node.others:
+        if node and node.extra_links:
             await self._unlink_one(namespace, node, parent, name)
             return
         if node:
@@ -156,11 +156,11 @@ class Renamer:
                 await locks.enter_async_context(node.content.upload_lock)
             await self._remove_there(namespace, join(parent, name), node)
             if node:
-                self._closer.orphan(node)
+                self._closer.unlink(node)
             self._tree.note_gone(parent, name)
             self._tree.expire(parent)
         if node:
-            await self._closer.forget_orphan(node)
+            await self._closer.forget_unlinked(node)
         await self._store.remove(namespace.origin, join(parent, name))
 
     async def _remove_there(self, namespace: Namespace, path: bytes, node: Node | None) -> None:
@@ -189,14 +189,14 @@ class Renamer:
             went_by = node.path == path
             self._tree.note_gone(parent, name)
             if not node.is_attached:  # the others went meanwhile
-                self._closer.orphan(node)
+                self._closer.unlink(node)
         self._tree.expire(parent)
         self._tree.note_changed(node)
         if node.is_attached and went_by:
             await self._store.move(namespace.origin, path, node.path)
             return
         if not node.is_attached:
-            await self._closer.forget_orphan(node)
+            await self._closer.forget_unlinked(node)
         await self._store.remove(namespace.origin, path)
 
     async def flush_below(self, node: Node) -> None:

@@ -156,7 +156,7 @@ def _depth(node: Node) -> int:
     """The directories between it and its namespace's root. Of a link with names in several none
     counts: from each of them ".." leads elsewhere."""
     parent = node.parent
-    if parent is None or any(other is not parent for other, _ in node.others):
+    if parent is None or any(other is not parent for other, _ in node.extra_links):
         raise _leads_out(node)
     return len(_parts(parent.path))
 

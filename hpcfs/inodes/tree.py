@@ -50,13 +50,13 @@ class Node:
         "children",
         "content",
         "entry",
+        "extra_links",
         "ino",
         "kernel_is_behind",
         "lookups",
         "name",
         "named",
         "namespace",
-        "others",
         "pages_version",
         "parent",
         "removals",
@@ -80,7 +80,7 @@ class Node:
         """Its attributes were changed through the mount: listings may not know that yet."""
         self.changed_ns = 0
         """When attributes or names were last changed here (ctime), 0 if they were not."""
-        self.others: list[tuple[Node, bytes]] = []
+        self.extra_links: list[tuple[Node, bytes]] = []
         """Further names (directory, name), made by link(2) here."""
         self.children: dict[bytes, Node] | None = None
         self.content: Content | None = None
@@ -123,12 +123,12 @@ class Node:
         """The names that are known here; SFTP tells nothing of others."""
         if self.parent is None:
             return 1
-        return 1 + len(self.others) if self.is_attached else 0
+        return 1 + len(self.extra_links) if self.is_attached else 0
 
     @property
     def names(self) -> list[tuple[Node, bytes]]:
         """(directory, name) of all links that are known; of a nameless node, the last one."""
-        return [*([(self.parent, self.name)] if self.parent else []), *self.others]
+        return [*([(self.parent, self.name)] if self.parent else []), *self.extra_links]
 
     @property
     def path(self) -> bytes:
@@ -254,8 +254,8 @@ class Tree:
     def update_open(self, node: Node, entry: Entry, asked: float) -> None:
         """The same of the file that is open on the remote, whatever has its name now."""
         if asked >= node.validated_at:
-            if node.others and entry.version != node.entry.version:
-                for other in list(node.others):
+            if node.extra_links and entry.version != node.entry.version:
+                for other in list(node.extra_links):
                     self.note_gone(*other)
             self.note_news(node, entry)
             node.entry = entry
@@ -305,14 +305,14 @@ class Tree:
         """Of several names another becomes the one that the node goes by."""
         if parent.children is not None and parent.children.get(name) is node:
             del parent.children[name]
-        if (parent, name) in node.others:
-            node.others.remove((parent, name))
-        elif node.others:
-            node.parent, node.name = node.others.pop(0)
+        if (parent, name) in node.extra_links:
+            node.extra_links.remove((parent, name))
+        elif node.extra_links:
+            node.parent, node.name = node.extra_links.pop(0)
 
     def add_name(self, node: Node, parent: Node, name: bytes) -> None:
         """A hard link was made here; nothing has that name."""
-        node.others.append((parent, name))
+        node.extra_links.append((parent, name))
         self._give_name(node, parent, name)
 
     def _give_name(self, node: Node, parent: Node, name: bytes) -> None:
@@ -348,8 +348,8 @@ class Tree:
             self._prefix = (None, b"")
         self.note_gone(parent, name)
         self._note_removal(*old)
-        if old in node.others:
-            node.others[node.others.index(old)] = (parent, name)
+        if old in node.extra_links:
+            node.extra_links[node.extra_links.index(old)] = (parent, name)
         else:
             node.parent, node.name = parent, name
         if old[0].children is not None and old[0].children.get(old[1]) is node:

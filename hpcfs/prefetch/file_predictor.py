@@ -42,20 +42,20 @@ class File(Protocol):
 F = TypeVar("F", bound=File)
 
 
-class Order(Generic[F]):
-    """One order of a directory's files; `positions` by inode number."""
+class SortedFiles(Generic[F]):
+    """A directory's files in one order; `positions` are by inode number."""
 
     def __init__(self, files: Sequence[F]) -> None:
         self.files = files
         self.positions = {file.ino: at for at, file in enumerate(files)}
 
 
-def orders_of(files: Sequence[F]) -> list[Order[F]]:
+def orders_of(files: Sequence[F]) -> list[SortedFiles[F]]:
     """Those that programs go by; `files` as they were listed."""
     return [
-        Order(files),
-        Order(sorted(files, key=lambda file: file.name)),
-        Order(sorted(files, key=lambda file: file.ino)),
+        SortedFiles(files),
+        SortedFiles(sorted(files, key=lambda file: file.name)),
+        SortedFiles(sorted(files, key=lambda file: file.ino)),
     ]
 
 
@@ -71,7 +71,7 @@ class FilePredictor(Generic[F]):
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._list_files = list_files
-        self._sorted: list[Order[F]] | None = None
+        self._sorted: list[SortedFiles[F]] | None = None
         self._trusted = trusted
         self._now = now
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT)
@@ -79,7 +79,7 @@ class FilePredictor(Generic[F]):
         self._foreseen: set[int] = set()
 
     @property
-    def _orders(self) -> list[Order[F]]:
+    def _orders(self) -> list[SortedFiles[F]]:
         if self._sorted is None:
             self._sorted = orders_of(self._list_files())
         return self._sorted

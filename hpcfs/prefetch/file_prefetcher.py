@@ -39,7 +39,7 @@ NEXT_FILES = 32
 _FEWEST_FILES = 3
 _MOST_FILES = 10_000
 """In directories with more, sorting them would delay the program."""
-_MOST_SWEEPS = 8
+_MOST_DIRECTORIES = 8
 """Directories that programs read at the same time or read next."""
 
 
@@ -83,7 +83,7 @@ class FilePrefetcher:
         self._contents = contents
         self._store = contents.store
         self._nursery = contents.nursery
-        self._sweeps: OrderedDict[_Key, FilePredictor[Foreseen]] = OrderedDict()
+        self._predictors: OrderedDict[_Key, FilePredictor[Foreseen]] = OrderedDict()
         """By directory, most recently read last."""
         self._holds: dict[_Key, _Hold] = {}
         self._bytes = 0
@@ -102,14 +102,14 @@ class FilePrefetcher:
         directory, namespace = node.parent, node.namespace
         if directory is None or namespace is None or not node.is_attached:
             return
-        sweep = self._sweeps.get((namespace, directory.path))
-        if sweep is None or not sweep.knows(node.ino):
-            sweep = self._add(namespace, directory.path, partial(_files_of, directory))
-        for place in sweep.opened(node.ino):
+        predictor = self._predictors.get((namespace, directory.path))
+        if predictor is None or not predictor.knows(node.ino):
+            predictor = self._add(namespace, directory.path, partial(_files_of, directory))
+        for place in predictor.opened(node.ino):
             self._begin(namespace, place)
-        self._sweeps.move_to_end((namespace, directory.path))
-        if sweep.order is not None:
-            self._order, self._order_seen = sweep.order, self._tree.now()
+        self._predictors.move_to_end((namespace, directory.path))
+        if predictor.order is not None:
+            self._order, self._order_seen = predictor.order, self._tree.now()
 
     def listed(self, directory: Node) -> None:
         """A program has read all names of the directory. If it was reading the files of another
@@ -117,20 +117,20 @@ class FilePrefetcher:
         namespace = directory.namespace
         if namespace is None or not self._goes_on:
             return
-        sweep = self._sweeps.get((namespace, directory.path))
-        if sweep is None:
+        predictor = self._predictors.get((namespace, directory.path))
+        if predictor is None:
             files = _files_of(directory)
             if not files:
                 return
-            sweep = self._add(namespace, directory.path, lambda: files)
-        for place in sweep.first():
+            predictor = self._add(namespace, directory.path, lambda: files)
+        for place in predictor.first():
             self._begin(namespace, place)
 
     def listed_ahead(
         self, namespace: Namespace, path: bytes, entries: Iterable[Entry], asked: float
     ) -> None:
         """The program will come to this directory next."""
-        if not self._goes_on or (namespace, path) in self._sweeps:
+        if not self._goes_on or (namespace, path) in self._predictors:
             return
         above = path + b"/" if path else b""
         top = namespace.name.encode() + b"/"
@@ -152,11 +152,13 @@ class FilePrefetcher:
     def _add(
         self, namespace: Namespace, path: bytes, list_files: Callable[[], list[Foreseen]]
     ) -> FilePredictor[Foreseen]:
-        sweep = FilePredictor(list_files, self._order if self._goes_on else None, self._tree.now)
-        self._sweeps[namespace, path] = sweep
-        while len(self._sweeps) > _MOST_SWEEPS:
-            self._sweeps.popitem(last=False)
-        return sweep
+        predictor = FilePredictor(
+            list_files, self._order if self._goes_on else None, self._tree.now
+        )
+        self._predictors[namespace, path] = predictor
+        while len(self._predictors) > _MOST_DIRECTORIES:
+            self._predictors.popitem(last=False)
+        return predictor
 
     # --- what was fetched -------------------------------------------------------------------------
 

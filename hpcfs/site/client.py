@@ -26,7 +26,7 @@ from hpcfs.site.worker_process import Lend, WorkerProcess, gone, lend_nothing
 
 T = TypeVar("T")
 
-State = Literal["idle", "connecting", "connected", "failed"]
+SiteState = Literal["idle", "connecting", "connected", "failed"]
 
 Ask = Callable[[str, bool], str | None]
 """(text, echo) -> what the user typed, None if nobody can be asked. Called in a thread."""
@@ -82,7 +82,7 @@ class SiteClient:
         ask: Ask = ask_nobody,
     ) -> None:
         self._ask = ask
-        self._state: State = "idle"
+        self._state: SiteState = "idle"
         self._reason = ""
         self._away = ""
         self._namespace_reasons: dict[str, str] = {}
@@ -197,7 +197,7 @@ class SiteClient:
             self._namespace_reasons[namespace] = failure.message
         raise failure
 
-    def namespace_state(self, namespace: str) -> tuple[State, str]:
+    def namespace_state(self, namespace: str) -> tuple[SiteState, str]:
         """For the status: the state, and why where it failed."""
         if reason := self._namespace_reasons.get(namespace):
             return "failed", reason

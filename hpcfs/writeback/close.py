@@ -87,12 +87,12 @@ class Closer:
         self.queue.gone(content)
         self.notices.append(f"{content.namespace.name}/{told}")
         log.warning("%s", told)
-        self.lose(node)
+        self.supersede(node)
         if node.parent:
             self._tree.expire(node.parent)
         return told
 
-    def lose(self, node: Node) -> None:
+    def supersede(self, node: Node) -> None:
         """Others removed or replaced the node's file: the name is another file's from now on."""
         if node.content:
             node.content.supersede()
@@ -150,7 +150,7 @@ class Closer:
 
     # --- the last user is gone --------------------------------------------------------------------
 
-    async def settled(self, node: Node) -> None:
+    async def wait_closed(self, node: Node) -> None:
         """Return once no last close of the node's file is under way."""
         while node.content and node.content.closing is not None:
             await node.content.closing.wait()
@@ -179,7 +179,7 @@ class Closer:
         """Nobody hears of an error any more: what the journal did not take stays dirty here."""
         try:
             if not content.state.is_persisted:
-                await self.queue.secure(content)
+                await self.queue.persist(content)
         except RemoteError as error:
             log.warning("%r: %s", content.place.path, error.message)
         self._retire_if_done(content)
@@ -241,12 +241,12 @@ class Closer:
         except (RemoteError, CacheFull, Stale) as error:
             log.debug("%r is removed without its missing blocks: %s", node.path, error)
 
-    def orphan(self, node: Node) -> None:
+    def unlink(self, node: Node) -> None:
         """The node's file was removed: what is written to it from now on goes nowhere."""
         if node.content:
             node.content.unlink()
 
-    async def forget_orphan(self, node: Node) -> None:
+    async def forget_unlinked(self, node: Node) -> None:
         """Call it after `orphan`, once that is certain."""
         content = node.content
         if content:

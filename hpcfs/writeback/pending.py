@@ -22,13 +22,13 @@ from hpcfs.inodes.tree import Node, Tree
 from hpcfs.model.errors import CacheFull, InvalidRequest, NotFound
 from hpcfs.writeback.close import Closer
 from hpcfs.writeback.journal import Journal, recover
-from hpcfs.writeback.queue import Tell
+from hpcfs.writeback.queue import OnProgress
 from hpcfs.writeback.recovery import Recovery
 from hpcfs.writeback.schedule import Item
 
 log = logging.getLogger(__name__)
 
-State = Literal["writing", "waiting", "uploading", "failed", "kept"]
+RowState = Literal["writing", "waiting", "uploading", "failed", "kept"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class PendingRow:
     path: bytes
     size: int
     left: int
-    state: State
+    state: RowState
     reason: str
     since: float
     data: str
@@ -86,7 +86,7 @@ class Pending:
         )
 
     async def sync(
-        self, namespace: str | None, path: bytes, tell: Tell, patience: float = 0.0
+        self, namespace: str | None, path: bytes, on_progress: OnProgress, patience: float = 0.0
     ) -> None:
         """Return when the remote has all of it. `path` is a file or a directory; None and b"" are
         all. Raises RemoteError, the first, where it was refused or out of reach for `patience`
@@ -97,7 +97,7 @@ class Pending:
             if namespace is None
             or (content.namespace.name == namespace and is_below(content.place.path, path))
         ]
-        await self._queue.wait_for(wanted, tell, patience)
+        await self._queue.wait_for(wanted, on_progress, patience)
 
     async def retry(self, ids: Sequence[str]) -> None:
         """They are tried again now. Raises RemoteError for what is kept and can't be shown."""
@@ -122,7 +122,7 @@ class Pending:
         except (OSError, sqlite3.Error) as error:
             raise CacheFull(f"the cache's disk failed: {error}") from None
         if node is not None:
-            self._closer.lose(node)
+            self._closer.supersede(node)
         await self._recovery.restore([msgspec.structs.replace(row, reason="")])
         return self._contents([row.name])[row.name]
 
@@ -141,10 +141,10 @@ class Pending:
             self._store.forget(content.file)
             node = content.place
             assert isinstance(node, Node)
-            self._closer.lose(node)
+            self._closer.supersede(node)
             if node.parent:
                 self._tree.expire(node.parent)
-        await self._closer.forget_orphan(node)
+        await self._closer.forget_unlinked(node)
         log.warning("%r was discarded", node.path)
 
     async def recover(self, name: str, target: Path, /) -> int:
@@ -168,7 +168,7 @@ class Pending:
         return {name: dirty[name] for name in wanted & dirty.keys()}
 
 
-def _state(item: Item | None) -> State:
+def _state(item: Item | None) -> RowState:
     if item is None:
         return "writing"
     if item.state == "waiting" and item.attempts:

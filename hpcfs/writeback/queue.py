@@ -56,7 +56,7 @@ MIB = 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Progress:
+class SyncProgress:
     """Of those files that somebody waits for; the reason is why a site is out of reach now."""
 
     files_done: int
@@ -66,7 +66,7 @@ class Progress:
     reason: str = ""
 
 
-Tell = Callable[[Progress], Awaitable[None]]
+OnProgress = Callable[[SyncProgress], Awaitable[None]]
 
 
 @dataclass
@@ -118,11 +118,11 @@ class UploadQueue:
         """A program that wrote to the file closed it, or changed it without opening it: the journal
         has it when this returns. Raises what became of an earlier attempt to upload it, once."""
         failure = content.take_failure()
-        await self.secure(content)
+        await self.persist(content)
         if failure is not None:
             raise type(failure)(failure.message)
 
-    async def secure(self, content: Content, *, instead_of: str | None = None) -> None:
+    async def persist(self, content: Content, *, instead_of: str | None = None) -> None:
         """The journal has it, and it will be uploaded; `instead_of` is the row of a file that it
         replaces in the same step. Raises CacheDiskFull."""
         if not content.is_dirty():
@@ -236,7 +236,7 @@ class UploadQueue:
         else:
             self.schedule.ended(content, trio.current_time())
             self._answers(content.namespace)
-        self._settled(content)
+        self._upload_ended(content)
 
     def _failed(self, content: Content, error: RemoteError | FilesystemError) -> None:
         now = trio.current_time()
@@ -259,7 +259,7 @@ class UploadQueue:
         if item is not None and item.state == "failed" and content.state.has_row:
             await self._uploader.note_progress(content, reason)
 
-    def _settled(self, content: Content) -> None:
+    def _upload_ended(self, content: Content) -> None:
         if content in self.schedule:
             self._count(content)
         else:
@@ -331,11 +331,14 @@ class UploadQueue:
     # --- who waits ------------------------------------------------------------------------------
 
     async def wait_for(
-        self, contents: Iterable[Content], tell: Tell | None = None, patience: float = 0.0
+        self,
+        contents: Iterable[Content],
+        on_progress: OnProgress | None = None,
+        patience: float = 0.0,
     ) -> None:
         """Return once the remote has these. Raises the first failure when all was tried: a refusal,
         or that its site was out of reach for `patience` seconds; then it goes on waiting."""
-        await self._wait_for(contents, tell, patience, trio.current_time())
+        await self._wait_for(contents, on_progress, patience, trio.current_time())
 
     async def drain(self) -> None:
         """At the end of the mount: return when all is uploaded, but for what is refused, and what
@@ -347,7 +350,11 @@ class UploadQueue:
             log.warning("not all is uploaded, and stays in the journal: %s", error.message)
 
     async def _wait_for(
-        self, contents: Iterable[Content], tell: Tell | None, patience: float, began: float
+        self,
+        contents: Iterable[Content],
+        on_progress: OnProgress | None,
+        patience: float,
+        began: float,
     ) -> None:
         """An outage counts from when it was noticed, but not from before `began`."""
         waiting = {content: content.dirty_bytes for content in contents}
@@ -366,12 +373,12 @@ class UploadQueue:
                     reason = self._given_up(content, attempts[content], patience, began)
                     if reason is not None:
                         failures[content] = _failure_of(content, reason)
-                if tell is not None:
+                if on_progress is not None:
                     bytes_left = sum(content.bytes_left for content in left)
                     done = max(0, total_bytes - bytes_left)
                     away = next((o.reason for n in namespaces if (o := self._outages.get(n))), "")
                     files = total_files - len(left)
-                    await tell(Progress(files, total_files, done, total_bytes, away))
+                    await on_progress(SyncProgress(files, total_files, done, total_bytes, away))
                 ended = self._ended
                 with trio.move_on_after(TELL_SECONDS):
                     await ended.wait()

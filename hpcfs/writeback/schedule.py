@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-SETTLE_SECONDS = 0.25
+QUIET_SECONDS = 0.25
 """rsync, tar, git and editors are through with a file within some milliseconds."""
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 30.0
@@ -21,14 +21,14 @@ MOST_AT_ONCE = 48
 """Small files take two round trips each: at 20 ms and more the link is idle with fewer, and the
 transfer process bounds the bytes under way."""
 
-State = Literal["waiting", "uploading", "failed"]
+ItemState = Literal["waiting", "uploading", "failed"]
 K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(eq=False, slots=True)
 class Item:
     due: float
-    state: State = "waiting"
+    state: ItemState = "waiting"
     attempts: int = 0
     reason: str = ""
     changed: bool = False
@@ -62,12 +62,12 @@ class Schedule(Generic[K]):
         """The file was closed, renamed, or given other attributes, and is to be uploaded."""
         item = self._items.get(key)
         if item is None:
-            self._items[key] = Item(now + SETTLE_SECONDS)
+            self._items[key] = Item(now + QUIET_SECONDS)
         elif item.state == "uploading":
             item.changed = True
         else:
             item.state, item.attempts, item.reason = "waiting", 0, ""
-            item.due = now + SETTLE_SECONDS
+            item.due = now + QUIET_SECONDS
 
     def refused(self, key: K, reason: str) -> None:
         """An earlier mount was told so: it waits for the user."""
@@ -118,7 +118,7 @@ class Schedule(Generic[K]):
             return
         self._uploading -= 1
         if item.changed:
-            item.state, item.attempts, item.due = "waiting", 0, now + SETTLE_SECONDS
+            item.state, item.attempts, item.due = "waiting", 0, now + QUIET_SECONDS
         else:
             del self._items[key]
 

@@ -407,10 +407,10 @@ def test_when_the_walk_stops_all_is_cancelled_and_dropped(tmp_path: Path) -> Non
             ahead = w.fs.lister._ahead
             assert ahead.flights
             w.clock.expire_attributes()
-            clock.jump(listing_prefetcher.SWEEP_SECONDS * 1.1)
+            clock.jump(listing_prefetcher.EXPIRE_SECONDS * 1.1)
             await wait_all_tasks_blocked()
             assert not ahead.flights
-            assert not ahead._sweeping
+            assert not ahead._is_expiring
             calls = len(w.cues.calls)
             clock.jump(10)
             await wait_all_tasks_blocked()

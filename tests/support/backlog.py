@@ -12,7 +12,7 @@ import trio
 
 from hpcfs.content.record import Unconfirmed
 from hpcfs.control.control import PendingState
-from hpcfs.daemon.write_commands import PendingRow, Progress
+from hpcfs.daemon.write_commands import PendingRow, SyncProgress
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import Entry
 from hpcfs.model.errors import RemoteError
@@ -78,7 +78,7 @@ class FakeBacklog:
         self,
         namespace: str | None,
         path: bytes,
-        tell: Callable[[Progress], Awaitable[None]],
+        tell: Callable[[SyncProgress], Awaitable[None]],
         patience: float = 0.0,
     ) -> None:
         self.synced.append((namespace, path))
@@ -87,7 +87,7 @@ class FakeBacklog:
         while True:
             now = [self.rows[name] for name in mine if name in self.rows]
             left = sum(one.left for one in now if not one.is_stuck)
-            await tell(Progress(files - len(now), files, length - left, length))
+            await tell(SyncProgress(files - len(now), files, length - left, length))
             if all(one.is_stuck for one in now):
                 break
             await trio.sleep(STEP_SECONDS)
