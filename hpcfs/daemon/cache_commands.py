@@ -158,6 +158,7 @@ async def status(store: Store, mountpoint: str, names: Mapping[str, str]) -> Cac
 
 
 async def verify(store: Store, tell: ReportBytes) -> Outcome:
+    """Compare every cached block with its checksum; return what was found and dropped."""
     found = await maintenance.verify(store, tell)
     return Outcome(found.files, found.bytes, found.damaged_files, found.damaged_bytes)
 

@@ -58,7 +58,9 @@ _ORDER: dict[PendingState, int] = {
 class Backlog(Protocol):
     """All that the remotes have not confirmed. Ids that are pending no longer are ignored."""
 
-    def pending(self) -> Iterable[PendingRow]: ...
+    def pending(self) -> Iterable[PendingRow]:
+        """Return a row for each file."""
+        ...
 
     async def sync(
         self,

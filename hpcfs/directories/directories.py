@@ -42,6 +42,7 @@ class Directories:
     # --- handles ----------------------------------------------------------------------------------
 
     def open(self, node: Node) -> int:
+        """Return a handle for opendir(3); nothing is listed yet. Raises NotADirectory."""
         if not node.is_directory:
             raise NotADirectory("only a directory can be listed")
         self._next += 1
@@ -51,6 +52,7 @@ class Directories:
         return self._next
 
     def close(self, handle: int) -> None:
+        """Give the handle up, and the listing that it reads."""
         opened = self._open.pop(handle)
         opened.release_listing()
         if not any(other.node is opened.node for other in self._open.values()):

@@ -134,10 +134,11 @@ class Listing:
 
     @property
     def is_over(self) -> bool:
-        """Nothing more comes."""
+        """Whether nothing more comes."""
         return self.is_complete or self.error is not None
 
     def end(self, error: RemoteError | FilesystemError | None = None) -> None:
+        """Nothing more comes: it is complete, or `error` ended it before."""
         self.is_complete, self.error = error is None, error
         self._note_progress()
 
@@ -167,7 +168,7 @@ class Listing:
 
     @property
     def size(self) -> int:
-        """In bytes, as it came."""
+        """Bytes of the pages, as they came."""
         return self._size
 
     @property
@@ -178,6 +179,7 @@ class Listing:
     # --- reading ----------------------------------------------------------------------------------
 
     def entries_from(self, number: int) -> Iterator[tuple[int, Entry]]:
+        """Yield (number, entry) from this number on, as far as they have come."""
         for index, (first, _, _) in enumerate(self._pages):
             following = self._pages[index + 1][0] if index + 1 < len(self._pages) else self.count
             if number >= following:
@@ -208,9 +210,11 @@ class Listing:
 
     @property
     def has_index(self) -> bool:
+        """Whether `find` has decoded it."""
         return self._index is not None
 
     def drop_index(self) -> None:
+        """Give up the memory that `find` took; it decodes again."""
         self._index = None
 
     def release(self) -> None:

@@ -55,6 +55,7 @@ class ListingCache:
             self._remove(next(iter(self._listings)))
 
     def expire(self, now: float) -> None:
+        """Drop what is not believed any more at `now`, or keep it as an old listing of a laptop."""
         while self._listings:
             node, listing = next(iter(self._listings.items()))
             if now - listing.asked <= _lifetime(listing):

@@ -51,6 +51,7 @@ class Flight:
         """Failed, or too large to be kept. Not tried again while the walk would come by here."""
 
     def found(self, now: float) -> Found:
+        """Return what a program would find of it at `now`."""
         if self.useless:
             return Found.NOTHING
         if not self.ended.is_set():
@@ -65,15 +66,23 @@ class Flight:
 
     @property
     def size(self) -> int:
+        """Bytes that it holds."""
         return 0 if self.useless else self.listing.size
 
     def give_up(self) -> None:
+        """Cancel it and drop what has come."""
         self.useless = True
         self.scope.cancel()
         self.listing.release()
 
 
 class ListingPrefetcher:
+    """Holds the listings of directories that programs have not come to yet.
+
+    `number` is the inode number of a path; `on_next` hears of directories that a program will come
+    to next, once they are listed.
+    """
+
     def __init__(
         self,
         new_listing: Callable[[], Listing],
@@ -109,6 +118,7 @@ class ListingPrefetcher:
         return walk, flight
 
     def is_ready(self, namespace: Namespace, path: bytes) -> bool:
+        """Whether the listing of this directory is complete and still believed."""
         if not self.flights:
             return False
         flight = self.flights.get(key_of(namespace, path))
@@ -217,5 +227,6 @@ class ListingPrefetcher:
 
 
 def key_of(namespace: Namespace, path: bytes) -> bytes:
+    """Return the path with its namespace before it."""
     top = namespace.name.encode()
     return top + b"/" + path if path else top

@@ -43,6 +43,8 @@ class Found(enum.Enum):
 
 
 class Order(enum.IntEnum):  # hashed without Python
+    """In which order a program reads the subdirectories of one directory."""
+
     LISTED = enum.auto()
     NAME = enum.auto()
     NUMBER = enum.auto()
@@ -113,9 +115,11 @@ class WalkPredictor:
         self._folders: dict[bytes, _Folder] = {}
 
     def is_quiet(self, now: float) -> bool:
+        """Whether the program has read nothing for QUIET_SECONDS."""
         return not self.waiting and now - self._active > QUIET_SECONDS
 
     def knows(self, path: bytes) -> bool:
+        """Whether the walk began here, or has met this directory in its parent."""
         folder = self._folders.get(_parent(path))
         return path == self.root or (folder is not None and _name(path) in folder)
 

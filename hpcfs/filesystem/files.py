@@ -77,6 +77,10 @@ class Files:
     # --- open and create ---------------------------------------------------------------------
 
     async def open(self, node: Node, flags: int) -> OpenReply:
+        """Open the node's file as open(2) does with these flags.
+
+        Raises Stale if another file has its name by now, other FilesystemErrors, and RemoteError.
+        """
         namespace = self._regular(node)
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         if writing or flags & os.O_TRUNC:
@@ -237,6 +241,7 @@ class Files:
         return self._next
 
     def get(self, handle: int) -> OpenFile:
+        """Return the open file of a handle. Raises BadHandle."""
         if handle not in self._open:
             raise BadHandle("no such open file")
         return self._open[handle]
@@ -244,9 +249,17 @@ class Files:
     # --- read and write -------------------------------------------------------------------------
 
     async def read(self, handle: int, offset: int, length: int) -> bytes | bytearray:
+        """Return up to `length` bytes from `offset` on, fewer only at the end of the file.
+
+        Raises BadHandle, Stale and RemoteError.
+        """
         return await self.get(handle).read(offset, length)
 
     async def write(self, handle: int, offset: int, data: bytes) -> int:
+        """Write to the cache file, at the file's end if the handle appends; return the bytes written.
+
+        Raises BadHandle, Stale, CacheFull, JournalFull and RemoteError.
+        """
         opened = self.get(handle)
         if not opened.is_writable:
             raise BadHandle("the file was opened for reading only")
@@ -328,4 +341,5 @@ class Files:
             await self.release(handle)
 
     async def release(self, handle: int) -> None:
+        """Close the handle; upload errors nobody heard of are logged, and the bytes kept."""
         await self._closer.leave(self._open.pop(handle).content)

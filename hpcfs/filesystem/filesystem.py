@@ -139,6 +139,7 @@ class Filesystem:
     # --- what leads elsewhere, and what there is room for ----------------------------------------
 
     async def readlink(self, ino: int) -> bytes:
+        """Return the target of a symbolic link. Raises InvalidRequest, LeadsOut and RemoteError."""
         node = self.tree.get(ino)
         if node.namespace is None or not node.is_link:
             raise InvalidRequest("only a symbolic link has a target")
@@ -211,6 +212,7 @@ class Filesystem:
     async def mkdir(
         self, parent_ino: int, name: bytes, mode: int, process: int = UNKNOWN_PROCESS
     ) -> Node:
+        """Make a directory on the remote and return its node. Raises AlreadyExists and others."""
         parent, namespace = await self._about_to_change(parent_ino, name)
         asked = self.tree.now()
         self._refuse_pending(parent, name)
@@ -222,6 +224,7 @@ class Filesystem:
     async def symlink(
         self, parent_ino: int, name: bytes, target: bytes, process: int = UNKNOWN_PROCESS
     ) -> Node:
+        """Make a symbolic link on the remote and return its node."""
         parent, namespace = await self._about_to_change(parent_ino, name)
         if namespace.symlinks == "hide":
             raise NoSuchKind(f"{namespace.name} does not show symbolic links, so none are made")
@@ -233,6 +236,7 @@ class Filesystem:
         return node
 
     async def link(self, ino: int, parent_ino: int, name: bytes) -> Node:
+        """Give the file a further name on the remote; return the node of that name."""
         parent, namespace = await self._about_to_change(parent_ino, name)
         node = self.tree.get(ino)
         if node.namespace is not namespace:
@@ -280,6 +284,7 @@ class Filesystem:
         return handle, node
 
     async def mknod(self, parent_ino: int, name: bytes, mode: int) -> Node:
+        """Make an empty file. Raises NoSuchKind for any other kind."""
         if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
             raise NoSuchKind("only files, directories and symbolic links can be made")
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
@@ -293,11 +298,13 @@ class Filesystem:
         return node
 
     async def unlink(self, parent_ino: int, name: bytes) -> None:
+        """Remove a name that is no directory; the file stays readable where it is open."""
         parent, namespace = await self._about_to_change(parent_ino, name)
         node = self.tree.child(parent, name)
         await self._renamer.unlink(namespace, node, parent, name)
 
     async def rmdir(self, parent_ino: int, name: bytes) -> None:
+        """Remove an empty directory. Raises DirectoryNotEmpty."""
         parent, namespace = await self._about_to_change(parent_ino, name)
         node = self.tree.child(parent, name)
         if node:
@@ -318,6 +325,10 @@ class Filesystem:
         replace: bool,
         process: int = UNKNOWN_PROCESS,
     ) -> None:
+        """Give what is named `name` another name; with `replace` it may take another file's place.
+
+        Raises CrossDevice for another namespace, AlreadyExists without `replace`, and others.
+        """
         parent, namespace = await self._parent(parent_ino, name)
         new_parent, new_namespace = await self._parent(new_parent_ino, new_name)
         if namespace is not new_namespace:
@@ -351,6 +362,10 @@ class Filesystem:
     async def setattr(
         self, ino: int, attributes: Attributes, size: int | None, handle: int | None
     ) -> Node:
+        """Change attributes, and the file's size in bytes if `size` is not None; return the node.
+
+        With `handle` the size is that of an open file, and reaches the remote with its close.
+        """
         node = self.tree.get(ino)
         namespace = self._writable(node)
         if (

@@ -21,6 +21,8 @@ from hpcfs.writeback.close import Closer
 
 
 class Renamer:
+    """Renames and removes names, for the files that are open or not uploaded as well."""
+
     def __init__(self, tree: Tree, store: Store, closer: Closer) -> None:
         self._tree = tree
         self._store = store

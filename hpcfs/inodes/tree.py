@@ -91,18 +91,22 @@ class Node:
 
     @property
     def is_directory(self) -> bool:
+        """Whether it is a directory."""
         return stat.S_ISDIR(self.entry.mode)
 
     @property
     def is_regular(self) -> bool:
+        """Whether it is a regular file."""
         return stat.S_ISREG(self.entry.mode)
 
     @property
     def is_link(self) -> bool:
+        """Whether it is a symbolic link."""
         return stat.S_ISLNK(self.entry.mode)
 
     @property
     def is_namespace_root(self) -> bool:
+        """Whether it is the top directory of a namespace."""
         return self.namespace is not None and (self.parent is None or self.parent.namespace is None)
 
     @property
@@ -165,6 +169,11 @@ def directory_entry(name: bytes, mode: int, uid: int, gid: int, mtime_ns: int) -
 
 
 class Tree:
+    """The nodes by inode number, and below each other by name.
+
+    `now` is a monotonic clock in seconds.
+    """
+
     def __init__(self, root: Node, now: Callable[[], float] = time.monotonic) -> None:
         self.root = root
         self.now = now
@@ -190,6 +199,7 @@ class Tree:
             watcher(parent, name, below)
 
     def get(self, ino: int) -> Node:
+        """Return the node of an inode number. Raises Stale if it was forgotten."""
         node = self._nodes.get(ino)
         if node is None:
             raise Stale(f"the kernel asked for inode {ino}, which was forgotten")
@@ -203,9 +213,11 @@ class Tree:
         return node
 
     def child(self, parent: Node, name: bytes) -> Node | None:
+        """Return the node of this name in a directory, if there is one."""
         return None if parent.children is None else parent.children.get(name)
 
     def is_fresh(self, node: Node, seconds: float = ATTRIBUTE_SECONDS) -> bool:
+        """Whether the attributes were asked for, or changed here, in the last `seconds`."""
         return self.now() - node.validated_at < seconds
 
     def is_named(self, node: Node, seconds: float = ATTRIBUTE_SECONDS) -> bool:
@@ -361,6 +373,7 @@ class Tree:
         node.lookups += 1
 
     def forget(self, ino: int, lookups: int) -> None:
+        """The kernel gives back so many of the lookups that it was given."""
         node = self._nodes.get(ino)
         if node is not None:
             node.lookups -= lookups

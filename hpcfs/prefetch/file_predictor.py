@@ -32,11 +32,17 @@ _RECENT = 8
 
 
 class File(Protocol):
-    @property
-    def ino(self) -> int: ...
+    """A file of the directory, by its inode number and name."""
 
     @property
-    def name(self) -> bytes: ...
+    def ino(self) -> int:
+        """Its inode number."""
+        ...
+
+    @property
+    def name(self) -> bytes:
+        """Its name, in bytes."""
+        ...
 
 
 F = TypeVar("F", bound=File)

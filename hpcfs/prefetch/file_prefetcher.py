@@ -55,6 +55,7 @@ class Foreseen:
 
     @property
     def name(self) -> bytes:
+        """Its name in the directory."""
         return self.entry.name
 
 
@@ -78,6 +79,8 @@ _Key = tuple[Namespace, bytes]
 
 
 class FilePrefetcher:
+    """Fetches the files that programs read next, and holds them until the program comes to them."""
+
     def __init__(self, tree: Tree, contents: ContentFactory) -> None:
         self._tree = tree
         self._contents = contents

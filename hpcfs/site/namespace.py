@@ -49,7 +49,9 @@ class SiteCalls(Protocol):
         kind: type[T],
         timeout: float = ...,
         on_progress: Callable[[int], None] | None = ...,
-    ) -> T: ...
+    ) -> T:
+        """Return the answer to a request, decoded as `kind`. Raises RemoteError."""
+        ...
 
     async def call_pages(
         self,
@@ -57,7 +59,9 @@ class SiteCalls(Protocol):
         request: m.List,
         on_page: Callable[[bytes], None],
         timeout: float = ...,
-    ) -> None: ...
+    ) -> None:
+        """Give each page of a listing, still encoded, to `on_page`. Raises RemoteError."""
+        ...
 
 
 _EMPTY_NOTED = 10_000
@@ -65,20 +69,28 @@ _EMPTY_NOTED = 10_000
 
 class _Named(Protocol):
     @property
-    def path(self) -> bytes: ...
+    def path(self) -> bytes:
+        """Relative to the namespace, in bytes."""
+        ...
 
 
 class Versioned(Protocol):
     """An open file's content."""
 
     @property
-    def place(self) -> _Named: ...
+    def place(self) -> _Named:
+        """Where the file is."""
+        ...
 
     @property
-    def version(self) -> bytes: ...
+    def version(self) -> bytes:
+        """The remote version that it shows."""
+        ...
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """In bytes."""
+        ...
 
 
 class UploadRate:
@@ -160,6 +172,7 @@ class Namespace:
         return not content.size and (content.place.path, content.version) in self._empty
 
     def note_empty(self, content: Versioned) -> None:
+        """Remember that the file was read and had no bytes."""
         if content.size:
             return
         self._empty[content.place.path, content.version] = None
@@ -172,6 +185,7 @@ class Namespace:
         return self._next_handle
 
     def check_writable(self) -> None:
+        """Raise ReadOnly if the configuration says so."""
         if self.read_only:
             raise ReadOnly(f"{self.name} is mounted read-only")
 
@@ -194,8 +208,7 @@ class Namespace:
         timeout: float,
         on_progress: Callable[[int], None],
     ) -> Entry:
-        """Bring the bytes of `cache_file` to the remote -> the entry as it is then. Raises
-        RemoteError."""
+        """Upload a file and return its entry; `on_progress` hears how many bytes are done."""
         counted = 0
 
         def progressed(done: int) -> None:
@@ -232,6 +245,7 @@ class Namespace:
         await self.call(m.Connect(now=True), Capabilities, timeout=LOGIN_TIMEOUT)
 
     async def stat(self, path: bytes) -> Entry:
+        """Return the entry of a path. Raises RemoteError."""
         asked = self.bandwidth.now()
         entry = await self.call(m.Stat(path), Entry)
         self.bandwidth.answered(self.bandwidth.now() - asked)
@@ -254,6 +268,7 @@ class Namespace:
         await self.call(request, type(None))
 
     async def list_pages(self, path: bytes, on_page: Callable[[bytes], None]) -> None:
+        """Give each page of a listing, a MessagePack list[Entry], to `on_page`. Raises RemoteError."""
         if self.symlinks == "hide":
             shown = on_page
             on_page = lambda page: shown(_without_links(page))  # noqa: E731

@@ -40,6 +40,7 @@ Lend = Callable[[str], int | None]
 
 
 def lend_nothing(name: str) -> int | None:
+    """Lend no file in memory."""
     return None
 
 
@@ -179,6 +180,7 @@ def _log(file: Path) -> BinaryIO:
 
 
 def gone() -> Unreachable:
+    """Return the error for calls to a process that has ended."""
     return Unreachable(_GONE)
 
 

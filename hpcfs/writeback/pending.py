@@ -50,6 +50,7 @@ class PendingRow:
 
     @property
     def is_stuck(self) -> bool:
+        """Whether nothing more happens to it by itself."""
         return self.state in ("failed", "kept")
 
 
@@ -67,6 +68,7 @@ class Pending:
         self._recovery = recovery
 
     def pending(self) -> list[PendingRow]:
+        """Return a row for each file that the remote has not confirmed."""
         rows = [self._row(content) for content in self._closer.dirty()]
         return rows + [_kept(row) for row in self._journal.kept]
 

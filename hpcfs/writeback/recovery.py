@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 
 class Recovery:
+    """Shows what an earlier mount had not uploaded, and queues it."""
+
     def __init__(
         self,
         tree: Tree,

@@ -27,6 +27,12 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(eq=False, slots=True)
 class Item:
+    """A file that waits for its upload, is being uploaded, or was refused.
+
+    `due` is when its upload may begin, in the caller's seconds; `attempts` counts those that
+    failed since it was changed; `reason` is the last one's.
+    """
+
     due: float
     state: ItemState = "waiting"
     attempts: int = 0
@@ -54,6 +60,7 @@ class Schedule(Generic[K]):
         return key in self._items
 
     def item(self, key: K) -> Item | None:
+        """Return what is known of a file, None if it need not be uploaded."""
         return self._items.get(key)
 
     # --- what happens to files ------------------------------------------------------------------
