@@ -256,7 +256,7 @@ class Files:
         return await self.get(handle).read(offset, length)
 
     async def write(self, handle: int, offset: int, data: bytes) -> int:
-        """Write to the cache file, at the file's end if the handle appends; return the bytes written.
+        """Write at `offset`, or at the end if the handle appends; return the number of bytes.
 
         Raises BadHandle, Stale, CacheFull, JournalFull and RemoteError.
         """

@@ -268,7 +268,10 @@ class Namespace:
         await self.call(request, type(None))
 
     async def list_pages(self, path: bytes, on_page: Callable[[bytes], None]) -> None:
-        """Give each page of a listing, a MessagePack list[Entry], to `on_page`. Raises RemoteError."""
+        """Give each page of a listing, a MessagePack list[Entry], to `on_page`.
+
+        Raises RemoteError.
+        """
         if self.symlinks == "hide":
             shown = on_page
             on_page = lambda page: shown(_without_links(page))  # noqa: E731
