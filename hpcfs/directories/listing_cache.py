@@ -28,7 +28,7 @@ UNLISTED_NAMES = frozenset({b".snapshot", b".snapshots", b".zfs", b".ckpt"})
 
 
 class ListingCache:
-    """The last listings of directories, for as long as they are believed."""
+    """Keeps the last listings of directories for as long as they are believed."""
 
     def __init__(self) -> None:
         self._listings: OrderedDict[Node, Listing] = OrderedDict()
@@ -41,7 +41,7 @@ class ListingCache:
         return len(self._listings)
 
     def put(self, node: Node, listing: Listing, now: float) -> None:
-        """A listing that is complete."""
+        """Keep a listing that is complete."""
         known = self._listings.get(node)
         if known is not None and known.asked > listing.asked:
             return
@@ -79,7 +79,7 @@ class ListingCache:
             listing.drop_index()
 
     def was_missing(self, node: Node, name: bytes) -> bool:
-        """Whether the last listing, however old, says so."""
+        """Whether the last listing, however old, did not have the name."""
         listing = self._listings.get(node) or self._old.get(node)
         if listing is None or name in listing.changed or name in UNLISTED_NAMES:
             return False
@@ -90,14 +90,16 @@ class ListingCache:
         return listing.find(name) is None
 
     def changed(self, node: Node, name: bytes) -> None:
-        """The listing of this directory does not speak for that name any more."""
+        """Note that the directory's listing does not speak for that name any more."""
         for listing in (self._listings.get(node), self._old.get(node)):
             if listing is not None:
                 listing.changed.add(name)
 
     def find(self, node: Node, name: bytes, now: float) -> tuple[float, Entry | None] | None:
-        """-> (when it was asked, the entry or None if there is no such name); None if no listing
-        can tell."""
+        """Return (when it was asked, the entry or None for no such name).
+
+        Returns None if no listing can tell.
+        """
         listing = self._listings.get(node)
         if listing is None or name in listing.changed or name in UNLISTED_NAMES:
             return None
@@ -109,7 +111,7 @@ class ListingCache:
         return listing.asked, listing.find(name)
 
     def unshown(self, node: Node, now: float) -> Listing | None:
-        """A listing that no program has read yet, if it still says how the directory is."""
+        """Return a listing that no program has read yet, if it still says how the directory is."""
         listing = self._listings.get(node)
         if listing is None or listing.shown or listing.changed or listing.is_guess:
             return None

@@ -34,7 +34,7 @@ OnNext = Callable[[Namespace, bytes, Iterable[Entry], float], None]
 
 
 class Flight:
-    """One directory's listing, under way or complete. `walk` is whom it was made for."""
+    """A directory's listing, under way or complete, made for a `walk`."""
 
     def __init__(self, namespace: Namespace, walk: WalkPredictor, listing: Listing) -> None:
         self.namespace = namespace
@@ -59,7 +59,7 @@ class Flight:
         return Found.READY if now - self.listing.asked <= ATTRIBUTE_SECONDS else Found.NOTHING
 
     async def result(self) -> None:
-        """Return once it is complete."""
+        """Return once it is complete. Raises RemoteError and FilesystemError."""
         await self.ended.wait()
         if self.error is not None:
             raise self.error
@@ -77,10 +77,10 @@ class Flight:
 
 
 class ListingPrefetcher:
-    """Holds the listings of directories that programs have not come to yet.
+    """Lists directories before programs come to them, and holds the listings until then.
 
-    `number` is the inode number of a path; `on_next` hears of directories that a program will come
-    to next, once they are listed.
+    `number` is the inode number of a path; `on_next` is called for directories that a program will
+    come to next, once they are listed.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class ListingPrefetcher:
     # --- what programs do -------------------------------------------------------------------------
 
     def opened(self, namespace: Namespace, path: bytes) -> tuple[WalkPredictor, Flight | None]:
-        """A program reads this directory: what is there of its listing is taken, and what it will
-        read next is asked for."""
+        """Take what is there of the listing of a directory that a program reads, and ask for what
+        it will read next."""
         key, now = key_of(namespace, path), self._now()
         flight = self.flights.pop(key, None)
         found = flight.found(now) if flight is not None else Found.NOTHING
@@ -125,18 +125,19 @@ class ListingPrefetcher:
         return flight is not None and flight.found(self._now()) is Found.READY
 
     def closed(self, walk: WalkPredictor) -> None:
-        """What `opened` began is over: the program has its listing, or an error."""
+        """End what `opened` began: the program has its listing, or an error."""
         walk.answered(self._now())
 
     def listed(
         self, namespace: Namespace, path: bytes, walk: WalkPredictor, listing: Listing
     ) -> None:
-        """So the directory was listed; its subdirectories may come next."""
+        """Take note of a listing; its subdirectories may come next."""
         walk.listed(key_of(namespace, path), listing.walkable, self._now() - listing.asked)
         self._ask(namespace, walk)
 
     def changed(self, namespace: Namespace, path: bytes, name: bytes, *, below: bool) -> None:
-        """An entry of a directory was changed here; with `below`, what is below that name too."""
+        """Drop the listing of a directory that was changed here; with `below`, those below `name`
+        too."""
         key = key_of(namespace, path)
         self._drop(key)
         if below:

@@ -35,7 +35,7 @@ Number = Callable[[bytes], int]
 
 
 class Found(enum.Enum):
-    """What was there of the listing when a program asked for it."""
+    """How much was there of a listing when a program asked for it."""
 
     NOTHING = enum.auto()
     UNDER_WAY = enum.auto()
@@ -98,7 +98,7 @@ class _Folder:
 
 
 class WalkPredictor:
-    """What one program walks, from `root` down. `window` is how many to list ahead."""
+    """Predicts one walk, from `root` down. `window` is how many directories to list ahead."""
 
     def __init__(self, root: bytes, number: Number, now: float) -> None:
         self.root = root
@@ -124,8 +124,7 @@ class WalkPredictor:
         return path == self.root or (folder is not None and _name(path) in folder)
 
     def opened(self, path: bytes, found: Found, held: Collection[bytes], now: float) -> None:
-        """A program reads this directory, which the walk knows. `held` are those that are listed
-        ahead."""
+        """Note that a program reads this directory. `held` are those that are listed ahead."""
         pauses = self.is_quiet(now)
         if not self.waiting:
             self._thinks = _smoothed(self._thinks, now - self._active)
@@ -151,8 +150,8 @@ class WalkPredictor:
         return self.window * (self._thinks or 0.0) < (self._took or 0.0)
 
     def _step(self, path: bytes) -> int:
-        """How many to list ahead because this was to be expected, perhaps in another order than the
-        last steps were in."""
+        """Return how many to list ahead because this directory was to be expected, perhaps in
+        another order than the last steps were in."""
         folder, name = self._folders[_parent(path)], _name(path)
         orders = [self.order, *Order]
         agreeing = next((order for order in orders if folder.foresees(name, order)), None)
@@ -164,7 +163,7 @@ class WalkPredictor:
         return 1 if is_first else FEWEST
 
     def _forget_all_but(self, path: bytes, held: Collection[bytes]) -> None:
-        """What the program has left behind does not come again."""
+        """Forget what the program has left behind: it does not come again."""
         self._folders = {
             known: folder
             for known, folder in self._folders.items()
@@ -172,23 +171,23 @@ class WalkPredictor:
         }
 
     def listed(self, path: bytes, subdirectories: Sequence[bytes], took: float) -> None:
-        """For the program or ahead of it, in `took` seconds."""
+        """Note the subdirectories of a directory, which took `took` seconds to list."""
         self._took = _smoothed(self._took, took)
         names = sum(folder.count for folder in self._folders.values())
         if names + len(subdirectories) <= _MAX_NAMES:
             self._folders[path] = _Folder(path, subdirectories, self._number)
 
     def answered(self, now: float) -> None:
-        """The program waits no more."""
+        """Note that the program waits no more."""
         self.waiting -= 1
         self._active = now
 
     def wasted(self) -> None:
-        """What was listed ahead was not used in time."""
+        """Look less far ahead: what was listed ahead was not used in time."""
         self.window //= 2
 
     def wanted(self) -> list[bytes]:
-        """Which to list ahead, or to keep if they are; the next one first."""
+        """Return what to list ahead, or to keep if it is; the next one first."""
         return list(islice(self._upcoming(), self.window))
 
     def _upcoming(self) -> Iterator[bytes]:
@@ -216,7 +215,7 @@ class WalkPredictor:
 
 
 class WalkPredictors:
-    """All that go on, each known by where it began; the longest unused one is forgotten."""
+    """Keeps the walks that go on, by where they began; the longest unused one is forgotten."""
 
     def __init__(self, number: Number) -> None:
         self._number = number
@@ -225,7 +224,7 @@ class WalkPredictors:
     def opened(
         self, path: bytes, found: Found, held: Collection[bytes], now: float
     ) -> WalkPredictor:
-        """The walk that this directory belongs to, perhaps a new one."""
+        """Return the walk that this directory belongs to, perhaps a new one."""
         walk = next((walk for walk in reversed(self._walks.values()) if walk.knows(path)), None)
         if walk is None:
             walk = self._walks[path] = WalkPredictor(path, self._number, now)

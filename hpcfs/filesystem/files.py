@@ -104,8 +104,11 @@ class Files:
         return OpenReply(handle, keep, not node.kernel_is_behind)
 
     async def _current(self, node: Node, namespace: Namespace, flags: int) -> Content:
-        """The content that the remote has now, with one user more. What a program will read is
-        held from here on, so that replacing the file does not cut it short."""
+        """Return the content that the remote has now, with one user more.
+
+        What a program will read is held from here on, so that replacing the file does not cut it
+        short.
+        """
         mode = flags & os.O_ACCMODE
         reads = mode != os.O_WRONLY and not flags & os.O_TRUNC
         for _ in range(_CURRENT_ATTEMPTS):
@@ -181,8 +184,11 @@ class Files:
             return node.content
 
     async def create(self, parent: Node, name: bytes, mode: int, flags: int) -> tuple[int, Node]:
-        """-> (handle, node) of a new empty file. In `back` mode the remote does not hear of it yet:
-        the kernel has just been told that there is no such name."""
+        """Create an empty file and return (handle, node).
+
+        In `back` mode the remote does not hear of it yet: the kernel was just told that there is no
+        such name. Raises AlreadyExists, PermissionDenied, JournalFull and RemoteError.
+        """
         namespace = parent.namespace
         assert namespace
         capabilities = await namespace.capabilities()
@@ -288,8 +294,11 @@ class Files:
         )
 
     async def truncate(self, node: Node, size: int, handle: int | None) -> bool:
-        """Without a handle nobody will close the file: the remote is told before this returns.
-        Whether the size stayed as it was: the time is to be set nevertheless."""
+        """Set the file's size in bytes; return whether it had that size already, so that its time
+        is still to be set.
+
+        Without a handle nobody will close the file: the remote is told before this returns.
+        """
         namespace = self._regular(node)
         namespace.check_writable()
         if handle is not None:
@@ -328,7 +337,10 @@ class Files:
     # --- flush and close ------------------------------------------------------------------------
 
     async def flush_handle(self, handle: int, *, sync: bool = False) -> None:
-        """fsync(2), or close(2), which is nothing to who only read: whoever wrote hears of it."""
+        """Flush on fsync(2) (`sync`), or on close(2) if the handle can write.
+
+        Raises BadHandle, and the errors of the upload.
+        """
         opened = self.get(handle)
         if sync:
             await self._closer.flush(opened.content, sync=True)
@@ -336,7 +348,7 @@ class Files:
             await self._closer.closed(opened.content)
 
     async def close_all(self) -> None:
-        """The kernel is gone: close what it left open."""
+        """Close what the kernel left open when it unmounted."""
         for handle in list(self._open):
             await self.release(handle)
 

@@ -60,7 +60,7 @@ UNLIMITED = DiskUsage(1 << 50, 1 << 50, 1 << 50, 1 << 32, 1 << 32)
 
 @dataclass(frozen=True)
 class MountOptions:
-    """What a mount is asked to be.
+    """How a mount is made.
 
     `single` makes the only namespace the root of the mount itself, as with sshfs. `mountpoint` is
     its absolute path, where there is one; `uid` and `gid` are the user's; `journal_size` is how
@@ -146,14 +146,14 @@ class Filesystem:
         return await self._symlinks.target(node)
 
     async def access(self, ino: int, mask: int) -> None:
-        """Raises ReadOnly or NotPermitted where the mount can tell; else the remote decides."""
+        """Raise ReadOnly or PermissionDenied where the mount can tell; else the remote decides."""
         node = self.tree.get(ino)
         if mask & os.W_OK:
             self._writable(node)
         await self.permissions.check_access(node, mask)
 
     async def disk_usage(self) -> DiskUsage:
-        """FUSE's statfs names no file: the roomiest namespace answers for all."""
+        """Return the roomiest namespace's usage: the statfs of FUSE names no file."""
         found: list[DiskUsage] = []
 
         async def ask(namespace: Namespace) -> None:
@@ -190,7 +190,7 @@ class Filesystem:
         return parent, namespace
 
     async def _about_to_change(self, ino: int, name: bytes) -> tuple[Node, Namespace]:
-        """The same; whatever comes of it, older listings don't tell of this name any more."""
+        """Do the same; from now on older listings do not tell of this name."""
         parent, namespace = await self._parent(ino, name)
         self.tree.note_made(parent, name)
         return parent, namespace
@@ -204,7 +204,7 @@ class Filesystem:
         return self.tree.add(parent, name, entry, asked)
 
     def _refuse_pending(self, parent: Node, name: bytes) -> None:
-        """The remote does not know of a file that is to be made there."""
+        """Raise AlreadyExists for a name that the remote does not know of yet."""
         known = self.tree.child(parent, name)
         if known and known.content and known.content.may_be_missing:
             raise AlreadyExists("the name is taken")
@@ -260,7 +260,11 @@ class Filesystem:
     async def create(
         self, parent_ino: int, name: bytes, mode: int, flags: int, process: int = UNKNOWN_PROCESS
     ) -> tuple[int, Node]:
-        """-> (handle, node). Without O_EXCL, a file that has just come into being is opened."""
+        """Create a file, or without O_EXCL open one that has just come into being; return (handle,
+        node).
+
+        Raises AlreadyExists with O_EXCL, and others.
+        """
         parent, _ = await self._about_to_change(parent_ino, name)
         if known := self.tree.child(parent, name):
             if flags & os.O_EXCL:
@@ -348,7 +352,10 @@ class Filesystem:
         self.create_predictor.created(process, (new_parent, new_name))
 
     async def _target_of(self, parent: Node, name: bytes, node: Node, process: int) -> Node | None:
-        """What will be replaced. Only where the remote is not asked to rename must it be known."""
+        """Return what will be replaced.
+
+        Only where the remote is not asked to rename must it be known.
+        """
         child = self.tree.child(parent, name)
         if child is None and node.content is not None and node.content.is_only_here:
             try:

@@ -39,8 +39,10 @@ class Renamer:
         *,
         replace: bool,
     ) -> None:
-        """Give `node`, which is `old` (directory, name), this name, which is `target`'s now. Raises
-        FilesystemError, RemoteError."""
+        """Give `node`, named `old` (directory, name), the name of `target`, if that is not None.
+
+        Raises AlreadyExists without `replace`, other FilesystemErrors, and RemoteError.
+        """
         if target and target.content and target.content.may_be_missing and not replace:
             raise AlreadyExists("the name is taken")
         while content := node.content:
@@ -147,7 +149,10 @@ class Renamer:
     async def unlink(
         self, namespace: Namespace, node: Node | None, parent: Node, name: bytes
     ) -> None:
-        """`node` has the name, if the mount knows it. Raises FilesystemError, RemoteError."""
+        """Remove a name;
+
+        `node` has it, if the mount knows it. Raises FilesystemError, RemoteError.
+        """
         if node and node.extra_links:
             await self._unlink_one(namespace, node, parent, name)
             return
@@ -179,7 +184,7 @@ class Renamer:
     async def _unlink_one(
         self, namespace: Namespace, node: Node, parent: Node, name: bytes
     ) -> None:
-        """One of several names of a file goes; what is open or cached of it stays."""
+        """Remove one of several names of a file; what is open or cached of the file stays."""
         path = join(parent, name)
         await self.flush_below(node)
         async with AsyncExitStack() as stack:
@@ -202,21 +207,24 @@ class Renamer:
         await self._store.remove(namespace.origin, path)
 
     async def flush_below(self, node: Node) -> None:
-        """What is renamed or linked on the remote must be there first."""
+        """Upload what is dirty in the node, before the remote renames or links it."""
         for below in list(node.below()):
             if below.content and below.content.is_dirty():
                 await self._closer.flush(below.content)
 
 
 async def _make_way(namespace: Namespace, path: bytes) -> None:
-    """What the remote still has of this name, and what waits was to replace, may be a link to the
-    file that is renamed over it: rename(2) would leave both. What waits is in the journal."""
+    """Remove what the remote has of this name before a rename.
+
+    What waits to replace it may be a link to the file that is renamed over it: rename(2) would
+    leave both. What waits is in the journal.
+    """
     with suppress(NotFound):
         await namespace.do(m.Remove(path))
 
 
 def check_empty(directory: Node) -> None:
-    """Before it is removed or replaced: the remote may not know of files that wait."""
+    """Raise DirectoryNotEmpty for a directory with files that the remote does not know of yet."""
     if directory.is_directory and any(
         below.content and below.content.may_be_missing for below in directory.below()
     ):
@@ -231,7 +239,7 @@ def _is_there(target: Node | None) -> bool:
 
 
 def _open_below(*nodes: Node | None) -> list[Content]:
-    """All that is open in these, always in the same order."""
+    """Return all contents that are open in these, always in the same order."""
     contents = {
         id(below.content): below.content
         for node in nodes

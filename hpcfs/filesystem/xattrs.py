@@ -57,7 +57,8 @@ class ExtendedAttributes:
         return value
 
     async def list(self, ino: int) -> list[bytes]:
-        """Of a symbolic link, none: the kernel gives nobody its values."""
+        """Return the names of all attributes; none of a symbolic link, whose values the kernel
+        hides."""
         node = await self._lookup.getattr(ino)
         _keeper(node)
         if not (node.is_regular or node.is_directory):

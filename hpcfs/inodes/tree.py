@@ -37,8 +37,9 @@ that older answers of the remote don't speak for it."""
 
 
 class Node:
-    """`entry` is what the mount shows; for a file being written it is ahead of the remote.
+    """One inode: its names, its attributes, and the content while it is open.
 
+    `entry` is what the mount shows; for a file being written it is ahead of the remote.
     `validated_at` is when the remote was asked for it (or when it changed here), in the clock's
     seconds: an answer to an older question must not overwrite it. `named` is when it was asked for
     the name: an open file may be asked for by itself, and another one have its name.
@@ -124,7 +125,7 @@ class Node:
 
     @property
     def links(self) -> int:
-        """The names that are known here; SFTP tells nothing of others."""
+        """Number of names that are known here; SFTP tells nothing of others."""
         if self.parent is None:
             return 1
         return 1 + len(self.extra_links) if self.is_attached else 0
@@ -136,8 +137,8 @@ class Node:
 
     @property
     def path(self) -> bytes:
-        """Relative to the namespace's root; of a nameless node, the last one it had. One of them,
-        where it has several."""
+        """Path below the namespace's root, of one name if there are several; of a nameless node,
+        the last one that it had."""
         parts = []
         node = self
         while not node.is_namespace_root and node.parent is not None:
@@ -146,19 +147,19 @@ class Node:
         return b"/".join(reversed(parts))
 
     def below(self) -> Iterator[Node]:
-        """The node and all known nodes under it."""
+        """Yield the node and all known nodes under it."""
         yield self
         for child in list((self.children or {}).values()):
             yield from child.below()
 
 
 def number_of(path: bytes) -> int:
-    """The inode number of a path with its namespace before it, unless that is taken."""
+    """Return the inode number of a path with its namespace before it, unless that is taken."""
     return int.from_bytes(blake2b(path, digest_size=8).digest(), "big") >> 1
 
 
 def join(parent: Node, name: bytes) -> bytes:
-    """The path of a name in this directory."""
+    """Return the path of a name in this directory."""
     path = parent.path
     return path + b"/" + name if path else name
 
@@ -191,7 +192,10 @@ class Tree:
 
     def watch_names(self, watcher: NameWatcher) -> None:
         """Call `watcher` for each name that the mount changes, or stops to know better than the
-        remote. A node that it changed and still has needs none: it knows when that was."""
+        remote.
+
+        A node that was changed here and still exists needs none: it knows when that was.
+        """
         self._watchers.append(watcher)
 
     def _tell(self, parent: Node, name: bytes, *, below: bool) -> None:
@@ -221,7 +225,7 @@ class Tree:
         return self.now() - node.validated_at < seconds
 
     def is_named(self, node: Node, seconds: float = ATTRIBUTE_SECONDS) -> bool:
-        """Whether its name was that file's so many seconds ago."""
+        """Whether its name was known to be that file's in the last `seconds`."""
         return self.now() - node.named < seconds
 
     def add(
@@ -232,7 +236,7 @@ class Tree:
         asked: float,
         namespace: Namespace | None = None,
     ) -> Node:
-        """A node for a name that has none. `asked` is `now()` before the remote was asked."""
+        """Add a node for a name that has none. `asked` is `now()` before the remote was asked."""
         ino = self._new_ino(parent, name, namespace)
         node = Node(ino, parent, name, namespace or parent.namespace, entry)
         node.validated_at = node.named = asked
@@ -258,13 +262,13 @@ class Tree:
         return self._prefix[1]
 
     def update(self, node: Node, entry: Entry, asked: float) -> None:
-        """What the remote said when asked at `asked` for the name that the node goes by, unless
-        something newer is known. Another version may be another file than the other names'."""
+        """Take over what the remote said of the node's name when asked at `asked`, unless something
+        newer is known. Another version may be another file than that of the node's other names."""
         node.named = max(node.named, asked)
         self.update_open(node, entry, asked)
 
     def update_open(self, node: Node, entry: Entry, asked: float) -> None:
-        """The same of the file that is open on the remote, whatever has its name now."""
+        """Take over what the remote said of the open file, whatever has its name now."""
         if asked >= node.validated_at:
             if node.extra_links and entry.version != node.entry.version:
                 for other in list(node.extra_links):
@@ -274,20 +278,23 @@ class Tree:
             node.validated_at = asked
 
     def note_news(self, node: Node, entry: Entry) -> None:
-        """The remote has this of the node. What the kernel does by itself it knows: its own writes
-        and truncations."""
+        """Note that the kernel is behind if the remote has other attributes.
+
+        What the kernel does by itself it knows: its own writes and truncations.
+        """
         known = node.entry
         if (entry.size, entry.mtime_ns) != (known.size, known.mtime_ns):
             node.kernel_is_behind = True
 
     def set_local(self, node: Node, entry: Entry) -> None:
-        """The entry as it is now through what was done here."""
+        """Set the entry to what it is now through what was done here."""
         node.entry = entry
         node.validated_at = node.named = self.now()
         node.changed_here = True
 
     def touch(self, directory: Node) -> None:
-        """An entry of it came, went or was renamed here; the remote has not heard of it yet."""
+        """Set a directory's time: an entry came, went or was renamed here, unknown to the
+        remote."""
         if directory.namespace and not directory.namespace.dates_directories:
             return
         self.set_local(directory, structs.replace(directory.entry, mtime_ns=time.time_ns()))
@@ -298,16 +305,16 @@ class Tree:
         self.note_attributes(node)
 
     def note_attributes(self, node: Node) -> None:
-        """Older listings of its directory don't tell its attributes any more."""
+        """Tell the watchers that older listings don't know the node's attributes any more."""
         for parent, name in node.names:
             self._tell(parent, name, below=False)
 
     def note_changed(self, node: Node) -> None:
-        """The attributes or the names of what the node stands for changed now (ctime)."""
+        """Note that attributes or names of the file changed now (ctime)."""
         node.changed_ns = time.time_ns()
 
     def detach(self, node: Node) -> None:
-        """The node loses its names; what was below it too."""
+        """Take all its names from the node, and what was below it with them."""
         for parent, name in node.names:
             self._take_name(node, parent, name)
             self._note_removal(parent, name)
@@ -323,7 +330,7 @@ class Tree:
             node.parent, node.name = node.extra_links.pop(0)
 
     def add_name(self, node: Node, parent: Node, name: bytes) -> None:
-        """A hard link was made here; nothing has that name."""
+        """Add a hard link that was made here; nothing has that name."""
         node.extra_links.append((parent, name))
         self._give_name(node, parent, name)
 
@@ -341,11 +348,11 @@ class Tree:
         self._tell(parent, name, below=True)
 
     def note_made(self, parent: Node, name: bytes) -> None:
-        """What has this name may be another from now on."""
+        """Tell the watchers that something else may have this name from now on."""
         self._tell(parent, name, below=False)
 
     def note_gone(self, parent: Node, name: bytes) -> None:
-        """The name was removed here; it may have had no node. A node's other names stay."""
+        """Remove a name that is gone; it may have had no node. A node's other names stay."""
         node = self.child(parent, name)
         if node:
             self._take_name(node, parent, name)
@@ -369,18 +376,18 @@ class Tree:
         self._give_name(node, parent, name)
 
     def count_lookup(self, node: Node) -> None:
-        """The kernel was given this node."""
+        """Count one lookup: the kernel was given this node."""
         node.lookups += 1
 
     def forget(self, ino: int, lookups: int) -> None:
-        """The kernel gives back so many of the lookups that it was given."""
+        """Take back so many of the lookups that the kernel was given."""
         node = self._nodes.get(ino)
         if node is not None:
             node.lookups -= lookups
             self.drop_if_unused(node)
 
     def drop_if_unused(self, node: Node) -> None:
-        """After something that may have been the last use of the node."""
+        """Drop the node, and what only led to it, if nothing uses it any more."""
         todo = [node]
         while todo:
             node = todo.pop()

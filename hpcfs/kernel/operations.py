@@ -117,7 +117,7 @@ def _drop_attributes(node: Node) -> None:
 
 
 class KernelOperations(pyfuse3.Operations):
-    """pyfuse3 calls these. Names and targets are bytes."""
+    """Implements the requests of pyfuse3. Names and targets are bytes."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False  # it hides the remote's size changes: tail -f would break
@@ -354,11 +354,11 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        """Names are on the remote when the call that made them returns."""
+        """Do nothing: names are on the remote when the call that made them returns."""
 
 
 def mount(filesystem: Filesystem, mountpoint: str) -> None:
-    """Raises RuntimeError when the kernel or fusermount3 refuses."""
+    """Mount the filesystem. Raises RuntimeError when the kernel or fusermount3 refuses."""
     options = set(pyfuse3.default_options)
     options.discard("default_permissions")  # cluster groups are unknown here: the remote decides
     options.add("fsname=hpcfs")

@@ -45,7 +45,7 @@ _MOST_DIRECTORIES = 8
 
 @dataclass(eq=False)
 class Foreseen:
-    """A file that may be read next, as it was listed: a reading.Place."""
+    """A file that may be read next, as it was listed."""
 
     ino: int
     path: bytes
@@ -95,13 +95,13 @@ class FilePrefetcher:
 
     @property
     def holds(self) -> list[_Hold]:
-        """What is fetched or held at this moment."""
+        """The files that are fetched or held at this moment."""
         return list(self._holds.values())
 
     # --- what programs do -------------------------------------------------------------------------
 
     def opened(self, node: Node) -> None:
-        """A program opens the file to read it."""
+        """Note that a program opens the file to read it, and fetch those that follow."""
         directory, namespace = node.parent, node.namespace
         if directory is None or namespace is None or not node.is_attached:
             return
@@ -115,8 +115,10 @@ class FilePrefetcher:
             self._order, self._order_seen = predictor.order, self._tree.now()
 
     def listed(self, directory: Node) -> None:
-        """A program has read all names of the directory. If it was reading the files of another
-        one just before, it goes on with these."""
+        """Note that a program has read all names of the directory.
+
+        If it was reading the files of another one just before, it goes on with these.
+        """
         namespace = directory.namespace
         if namespace is None or not self._goes_on:
             return
@@ -132,7 +134,7 @@ class FilePrefetcher:
     def listed_ahead(
         self, namespace: Namespace, path: bytes, entries: Iterable[Entry], asked: float
     ) -> None:
-        """The program will come to this directory next."""
+        """Note the files of a directory that the program will come to next; `asked` is its age."""
         if not self._goes_on or (namespace, path) in self._predictors:
             return
         above = path + b"/" if path else b""
@@ -178,7 +180,7 @@ class FilePrefetcher:
         return hold.current and same and self._tree.now() - hold.asked < ATTRIBUTE_SECONDS
 
     async def take(self, node: Node) -> CacheFile | None:
-        """The cache file with what was fetched ahead; the caller is its user from now on."""
+        """Return the cache file with what was fetched ahead, in use by the caller from now on."""
         hold = self._find(node)
         if hold is None:
             return None
@@ -244,7 +246,7 @@ class FilePrefetcher:
         self._tell(hold)
 
     def _tell(self, hold: _Hold) -> None:
-        """The node, if the file has one, is as the fetch saw it; or has changed."""
+        """Tell the node, if the file has one, that it is as the fetch saw it, or has changed."""
         node = hold.place.node
         if node is None or node.entry.version != hold.place.entry.version or node.content:
             return
@@ -269,6 +271,6 @@ def _files_of(directory: Node) -> list[Foreseen]:
 
 
 def _worth_sorting(files: Iterable[Foreseen]) -> list[Foreseen]:
-    """None of them where there are too few for a pattern, or too many to be sorted."""
+    """Return the files, or none where they are too few for a pattern or too many to be sorted."""
     found = list(files)
     return found if _FEWEST_FILES <= len(found) <= _MOST_FILES else []

@@ -40,7 +40,7 @@ _entries = msgspec.msgpack.Decoder(list[Entry])
 
 
 class SiteCalls(Protocol):
-    """One site's transfer process."""
+    """Calls to one site's transfer process."""
 
     async def call(
         self,
@@ -75,7 +75,7 @@ class _Named(Protocol):
 
 
 class Versioned(Protocol):
-    """An open file's content."""
+    """A version of a file, such as a content stands on."""
 
     @property
     def place(self) -> _Named:
@@ -168,7 +168,7 @@ class Namespace:
         """(path, version) of files without bytes that were read, and had none."""
 
     def is_empty(self, content: Versioned) -> bool:
-        """Whether it was found to have no bytes; its size says nothing of a file in /proc."""
+        """Whether the file was found to have no bytes; its size says nothing of one in /proc."""
         return not content.size and (content.place.path, content.version) in self._empty
 
     def note_empty(self, content: Versioned) -> None:
@@ -180,7 +180,7 @@ class Namespace:
             self._empty.popitem(last=False)
 
     def new_handle(self) -> int:
-        """Identifies an open file to the transfer process."""
+        """Return a number that identifies an open file to the transfer process."""
         self._next_handle += 1
         return self._next_handle
 
@@ -190,15 +190,15 @@ class Namespace:
             raise ReadOnly(f"{self.name} is mounted read-only")
 
     async def call(self, request: m.Request, kind: type[T], timeout: float = DEFAULT_TIMEOUT) -> T:
-        """Raises RemoteError."""
+        """Return the answer to a request, decoded as `kind`. Raises RemoteError."""
         return await self._site.call(self.name, request, kind, timeout)
 
     def knows_capabilities(self, capabilities: Capabilities) -> None:
-        """As an earlier mount found them, for as long as the remote was not asked."""
+        """Assume the capabilities that an earlier mount found, until the remote is asked."""
         self._capabilities = self._capabilities or capabilities
 
     def knows_better(self, capabilities: Capabilities) -> None:
-        """One of them turned out to be missing."""
+        """Replace the capabilities, of which one turned out to be missing."""
         self._capabilities = capabilities
 
     async def upload(
@@ -221,13 +221,13 @@ class Namespace:
         return await self._site.call(self.name, upload, Entry, timeout, progressed)
 
     async def capabilities(self) -> Capabilities:
-        """Connects on first use. Raises RemoteError."""
+        """Return what the remote can do; connects on first use. Raises RemoteError."""
         if self._capabilities is None:
             self._capabilities = await self.call(m.Connect(), Capabilities, timeout=LOGIN_TIMEOUT)
         return self._capabilities
 
     async def check_takes_writes(self) -> None:
-        """Before something is changed that the remote will hear of later. Raises ReadOnly."""
+        """Raise ReadOnly where the remote would refuse a change that it hears of later."""
         if not (await self.capabilities()).read_only:
             return
         self._capabilities = await self.call(m.Connect(), Capabilities)  # perhaps it no longer is
@@ -236,12 +236,14 @@ class Namespace:
 
     @property
     def dates_directories(self) -> bool:
-        """Taken to be so as long as the remote was not asked."""
+        """Whether the remote keeps directories' times; assumed until it is asked."""
         return self._capabilities is None or self._capabilities.dates_directories
 
     async def try_now(self) -> None:
-        """Somebody waits for the site: a connection is tried now, whenever the last attempt was.
-        Raises RemoteError."""
+        """Try to connect now, whenever the last attempt was, since somebody waits for the site.
+
+        Raises RemoteError.
+        """
         await self.call(m.Connect(now=True), Capabilities, timeout=LOGIN_TIMEOUT)
 
     async def stat(self, path: bytes) -> Entry:
@@ -254,17 +256,21 @@ class Namespace:
         return entry
 
     async def fetch(self, request: m.Fetch, timeout: float) -> m.Fetched:
+        """Have a range fetched into a cache file, within `timeout` seconds without progress."""
         mark = self.bandwidth.begin()
         fetched = await self.call(request, m.Fetched, timeout)
         self.bandwidth.delivered(mark, fetched.length)
         return fetched
 
     async def entry(self, request: m.Request) -> Entry:
-        """Requests whose answer is the entry as it is afterwards."""
+        """Return the answer to a request that is the entry as it is afterwards.
+
+        Raises RemoteError.
+        """
         return await self.call(request, Entry)
 
     async def do(self, request: m.Request) -> None:
-        """Requests without an answer."""
+        """Call without an answer. Raises RemoteError."""
         await self.call(request, type(None))
 
     async def list_pages(self, path: bytes, on_page: Callable[[bytes], None]) -> None:

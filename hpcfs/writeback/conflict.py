@@ -21,14 +21,14 @@ MARK = b".hpcfs-conflict-"
 
 
 def path_beside(path: bytes, now: float) -> bytes:
-    """PATH.hpcfs-conflict-DATE-TIME, in UTC, the name cut to what a directory can hold."""
+    """Return PATH.hpcfs-conflict-DATE-TIME, in UTC; the name is cut to 255 bytes."""
     folder, slash, name = path.rpartition(b"/")
     suffix = MARK + time.strftime("%Y%m%d-%H%M%S", time.gmtime(now)).encode()
     return folder + slash + name[: MAX_NAME_BYTES - len(suffix)] + suffix
 
 
 async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
-    """Save the local version; returns what to tell the user.
+    """Save the local version beside the remote's, or strand it; return the sentence for the user.
 
     Raises Unreachable where the remote can't be asked now, and OSError or sqlite3.Error when the
     cache's disk fails; the version is then where it was.
@@ -50,7 +50,7 @@ async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
 
 
 async def _send(content: Content, path: bytes) -> Entry:
-    """The whole file as it is here, as a new one of this name."""
+    """Upload the whole file as it is here, as a new one of this name."""
     entry = content.place.entry
     attributes = Attributes(
         mode=content.state.attributes.mode,

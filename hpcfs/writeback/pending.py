@@ -33,10 +33,12 @@ RowState = Literal["writing", "waiting", "uploading", "failed", "kept"]
 
 @dataclass(frozen=True, slots=True)
 class PendingRow:
-    """A file that the remote has not confirmed. `size` and `left`, what is still to be sent, are
-    bytes; `since` is in seconds since the epoch. "failed" says that the remote refused it or is out
-    of reach, "kept" that the mount does not show it: then `data` is the local file with its bytes.
-    `id` is the journal's name for it."""
+    """A file that the remote has not confirmed.
+
+    `size`, and `left`, what is still to be sent, are in bytes; `since` is in seconds since the
+    epoch. "failed" says that the remote refused it or is out of reach, "kept" that the mount does
+    not show it: then `data` is the local file with its bytes. `id` is the journal's name for it.
+    """
 
     id: str
     namespace: str
@@ -55,7 +57,10 @@ class PendingRow:
 
 
 class Pending:
-    """Of one mount. Ids that are pending no longer are ignored."""
+    """Lists, retries, discards and copies out the pending files of one mount.
+
+    Ids that are not pending any more are ignored.
+    """
 
     def __init__(
         self, tree: Tree, store: Store, closer: Closer, journal: Journal, recovery: Recovery
@@ -90,9 +95,13 @@ class Pending:
     async def sync(
         self, namespace: str | None, path: bytes, on_progress: OnProgress, patience: float = 0.0
     ) -> None:
-        """Return when the remote has all of it. `path` is a file or a directory; None and b"" are
-        all. Raises RemoteError, the first, where it was refused or out of reach for `patience`
-        seconds; the others go on."""
+        """Return when the remote has all of it.
+
+        `path` is a file or a directory; None and b"" are all.
+
+        Raises RemoteError, the first, where it was refused or out of reach for `patience` seconds;
+        the others go on.
+        """
         wanted = [
             content
             for content in self._closer.dirty()
@@ -102,7 +111,7 @@ class Pending:
         await self._queue.wait_for(wanted, on_progress, patience)
 
     async def retry(self, ids: Sequence[str]) -> None:
-        """They are tried again now. Raises RemoteError for what is kept and can't be shown."""
+        """Try these again now. Raises RemoteError for a stranded one that can't be shown."""
         found = self._contents(ids)
         for name in ids:
             kept = self._journal.find(name)
@@ -112,7 +121,7 @@ class Pending:
             self._queue.retry(content)
 
     async def _take_back(self, row: Unconfirmed) -> Content:
-        """A kept file is shown again, as it was written."""
+        """Show a stranded file again, as it was written."""
         namespace = self._recovery.namespace_of(row)
         if namespace is None:
             raise InvalidRequest(f"this mount has no namespace {row.namespace} to write to")
@@ -129,7 +138,7 @@ class Pending:
         return self._contents([row.name])[row.name]
 
     async def discard(self, ids: Sequence[str]) -> None:
-        """Forget them. The mount shows what the remote has."""
+        """Forget these. The mount shows what the remote has."""
         found = self._contents(ids)
         for name in ids:
             if content := found.get(name):
@@ -150,7 +159,7 @@ class Pending:
         log.warning("%r was discarded", node.path)
 
     async def recover(self, name: str, target: Path, /) -> int:
-        """Write the local version into `target`; returns its bytes. It stays pending.
+        """Write the local version into `target`; return its bytes. It stays pending.
 
         Raises RemoteError where the remote's part of it can't be had, or OSError.
         """

@@ -46,7 +46,10 @@ class Recovery:
         self._namespaces = namespaces
 
     async def restore(self, rows: Iterable[Unconfirmed]) -> int:
-        """Returns how many files will be uploaded. Raises OSError or sqlite3.Error."""
+        """Show these files again; return how many will be uploaded.
+
+        Raises OSError or sqlite3.Error.
+        """
         count = 0
         for row in rows:
             if row.is_kept:
@@ -60,12 +63,12 @@ class Recovery:
         return count
 
     def namespace_of(self, row: Unconfirmed) -> Namespace | None:
-        """Where it can be uploaded to."""
+        """Return the namespace that a row can be uploaded to, if there is one."""
         fitting = (n for n in self._namespaces if n.origin == row.origin and not n.read_only)
         return next(fitting, None)
 
     def find(self, namespace: Namespace, path: bytes) -> Node | None:
-        """The node of this path, if the mount has one."""
+        """Return the node of this path, if the mount has one."""
         node = self._root_of(namespace)
         for name in path.split(b"/"):
             child = self._tree.child(node, name)
@@ -108,7 +111,10 @@ class Recovery:
         self._queue.resume(content, row.reason)
 
     def _directory(self, namespace: Namespace, row: Unconfirmed) -> Node | None:
-        """The node of the file's directory; None where something else has the name of one."""
+        """Return the node of the file's directory;
+
+        None where something else has the name of one.
+        """
         node = self._root_of(namespace)
         for name in row.path.split(b"/")[:-1]:
             child = self._tree.child(node, name)
@@ -122,8 +128,8 @@ class Recovery:
 
 
 def _as_far_as_written(row: Unconfirmed) -> Unconfirmed:
-    """Of a file that was still being written and of whose old content nothing counts: all that is
-    in its cache file was written by a program. lseek(2) tells data from holes."""
+    """Return the row with all that is in the cache file, for a file that was still being written
+    and of whose old content nothing counts: a program wrote it. lseek(2) tells data from holes."""
     fd = os.open(row.data, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = max(row.size, os.fstat(fd).st_size)

@@ -42,7 +42,10 @@ class Item:
 
 
 class Schedule(Generic[K]):
-    """Keys stand for files; times are any clock's seconds."""
+    """Decides which files are uploaded when.
+
+    Keys stand for files; times are any clock's seconds.
+    """
 
     def __init__(self, most_at_once: int = MOST_AT_ONCE) -> None:
         self._most = most_at_once
@@ -66,7 +69,7 @@ class Schedule(Generic[K]):
     # --- what happens to files ------------------------------------------------------------------
 
     def changed(self, key: K, now: float) -> None:
-        """The file was closed, renamed, or given other attributes, and is to be uploaded."""
+        """Schedule a file that was closed, renamed, or given other attributes."""
         item = self._items.get(key)
         if item is None:
             self._items[key] = Item(now + QUIET_SECONDS)
@@ -77,17 +80,17 @@ class Schedule(Generic[K]):
             item.due = now + QUIET_SECONDS
 
     def refused(self, key: K, reason: str) -> None:
-        """An earlier mount was told so: it waits for the user."""
+        """Take up a file that the remote refused in an earlier mount: it waits for the user."""
         self._items[key] = Item(math.inf, "failed", reason=reason)
 
     def hurry(self, key: K, now: float) -> None:
-        """Somebody waits for it, or asks for another attempt."""
+        """Make a file due now: somebody waits for it, or asks for another attempt."""
         item = self._items.get(key)
         if item is not None and item.state != "uploading":
             item.state, item.due = "waiting", min(item.due, now)
 
     def gone(self, key: K) -> None:
-        """It need not be uploaded any more. An upload under way ends by itself."""
+        """Drop a file. An upload under way ends by itself."""
         item = self._items.pop(key, None)
         if item is not None and item.state == "uploading":
             self._uploading -= 1
@@ -95,7 +98,7 @@ class Schedule(Generic[K]):
     # --- uploads --------------------------------------------------------------------------------
 
     def take(self, now: float) -> list[K]:
-        """Those whose upload begins now; `ended` or `failed` follows for each."""
+        """Return the files whose upload begins now; `ended` or `failed` follows for each."""
         room = self._most - self._uploading
         if room <= 0:
             return []
@@ -113,13 +116,13 @@ class Schedule(Generic[K]):
         return taken
 
     def next_due(self) -> float:
-        """When `take` may have something again if nothing happens; infinity for never."""
+        """Return when `take` may have something again if nothing happens; infinity for never."""
         if self._uploading >= self._most:
             return math.inf
         return min((i.due for i in self._items.values() if i.state == "waiting"), default=math.inf)
 
     def ended(self, key: K, now: float) -> None:
-        """The remote has what was there when the upload began."""
+        """Note that the remote has what was there when the upload began."""
         item = self._items.get(key)
         if item is None or item.state != "uploading":
             return
@@ -130,7 +133,10 @@ class Schedule(Generic[K]):
             del self._items[key]
 
     def failed(self, key: K, now: float, reason: str, *, again: bool) -> None:
-        """`again`: there was no connection, so another attempt follows by itself."""
+        """Note a failed upload.
+
+        `again`: there was no connection, so another attempt follows by itself.
+        """
         item = self._items.get(key)
         if item is None or item.state != "uploading":
             return
