@@ -1,4 +1,4 @@
-"""What `hpcfs cache` asks for, done: in the mount daemon, or on a cache that is not mounted.
+"""Handlers for `hpcfs cache`, in the mount daemon or on a cache that is not mounted.
 
 Owns how a path of the mount becomes a remote folder and a key in the cache; what is done there is
 cache/maintenance.py's. In the daemon the requests come over the control socket; a cache that nobody

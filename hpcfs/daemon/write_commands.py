@@ -1,9 +1,8 @@
-"""What is not uploaded yet, for the user: told, waited for, tried again, copied out, given up.
+"""Handlers for `hpcfs pending`, `sync`, `retry`, `recover` and `discard`.
 
-Owns which files a path of the mount stands for, and where copies of them go. The work itself is the
-backlog's, which knows the journal and the uploads. In the daemon the requests come over the control
-socket; the journal of a mount that is not mounted is read by the command line itself, under the
-cache's lock.
+Owns which files a path of the mount stands for, and where copies of them go. The work itself is
+done by writeback/pending.py. In the daemon the requests come over the control socket; the journal
+of a mount that is not mounted is read by the command line itself, under the cache's lock.
 """
 
 from __future__ import annotations
@@ -55,8 +54,8 @@ _ORDER: dict[PendingState, int] = {
 }
 
 
-class Backlog(Protocol):
-    """All that the remotes have not confirmed. Ids that are pending no longer are ignored."""
+class PendingFiles(Protocol):
+    """The files that the remotes have not confirmed; ids that are not pending are ignored."""
 
     def pending(self) -> Iterable[PendingRow]:
         """Return a row for each file."""
@@ -136,13 +135,13 @@ def _text(path: bytes) -> str:
 class WriteCommands:
     """Answers `hpcfs pending`, `sync`, `retry`, `recover` and `discard` for one mount."""
 
-    def __init__(self, settings: Settings, backlog: Backlog) -> None:
+    def __init__(self, settings: Settings, pending: PendingFiles) -> None:
         self._settings = settings
-        self._backlog = backlog
+        self._pending = pending
 
     def summary(self) -> PendingList:
         """Return all that is pending, for the status."""
-        return summary(self._backlog.pending())
+        return summary(self._pending.pending())
 
     async def answer(self, request: ControlRequest, tell: ReportProgress) -> ControlReply:
         """Do what one of WRITE_COMMANDS says and return the answer. Raises SetupError."""
@@ -160,12 +159,12 @@ class WriteCommands:
             return await self._sync(request.path, tell, request.patience)
         if request.command == "retry":
             stuck = [row for row in self._below(request.path) if row.is_stuck]
-            await self._backlog.retry([row.id for row in stuck])
+            await self._pending.retry([row.id for row in stuck])
             return _outcome(stuck)
         if request.command == "discard":
             return await self._discard(request)
         assert request.command == "recover"
-        return await _recover(self._below(request.path), request.to, self._backlog.recover, tell)
+        return await _recover(self._below(request.path), request.to, self._pending.recover, tell)
 
     async def _sync(self, path: bytes, tell: ReportProgress, patience: float) -> Outcome:
         namespace, key = self._place(path)
@@ -178,7 +177,7 @@ class WriteCommands:
             await tell(found.bytes_done, found.bytes_total, *files, found.reason)
 
         try:
-            await self._backlog.sync(namespace, key, pass_on, patience)
+            await self._pending.sync(namespace, key, pass_on, patience)
         except RemoteError as error:
             raise SetupError(self._what_failed(path) or error.message) from None
         if failure := self._what_failed(path):
@@ -206,14 +205,14 @@ class WriteCommands:
             raise SetupError("a program still has it open for writing: end that first")
         if not rows:
             raise SetupError("nothing of it is pending any more: 'hpcfs status' lists what is")
-        await self._backlog.discard([row.id for row in rows])
+        await self._pending.discard([row.id for row in rows])
         return _outcome(rows)
 
     # --- paths ------------------------------------------------------------------------------------
 
     def _below(self, path: bytes) -> list[PendingRow]:
         """Return the rows of the file, or of all below the directory, at this path of the mount."""
-        return [row for row in self._backlog.pending() if is_below(self._shown(row), path)]
+        return [row for row in self._pending.pending() if is_below(self._shown(row), path)]
 
     def _shown(self, row: PendingRow) -> bytes:
         """Return the row's path in the mount.

@@ -42,7 +42,7 @@ class Listing:
     ) -> None:
         self.asked = asked
         self.scope: trio.CancelScope | None = None
-        """Of what fills it, if it was begun for who reads it."""
+        """Cancels what fills it, if that was begun for a reader of the directory."""
         self.is_complete = False
         self.error: RemoteError | FilesystemError | None = None
         """Why it ended before it was complete."""

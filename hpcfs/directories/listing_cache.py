@@ -1,4 +1,4 @@
-"""What is known of names from listings. No I/O, no clock.
+"""Names and attributes as recent listings tell them. No I/O, no clock.
 
 A complete listing that is at most a second old says which names there are, with their attributes.
 Which there are not it tells only to programs that are about to create them (create_predictor.py):
@@ -14,11 +14,11 @@ from hpcfs.inodes.tree import ATTRIBUTE_SECONDS, Node
 from hpcfs.model.entries import Entry
 
 MAX_BYTES = 16 * 1024 * 1024
-"""Of listings as they came: some 200,000 entries."""
+"""Encoded listings that are kept: some 200,000 entries."""
 MAX_INDEXED = 40_000
 """Entries of listings that were decoded to find names in them, some 500 bytes each."""
 MAX_OLD_BYTES = 4 * 1024 * 1024
-"""The same of those that are not believed any more, but of a laptop that is away."""
+"""Encoded listings of laptops, kept for when the laptop is away."""
 GUESS_SECONDS = 5.0
 """For which a directory that was made here counts as empty while a program fills it: rsync makes
 directories some time before. Who makes a file there that others just made hears of it: the remote

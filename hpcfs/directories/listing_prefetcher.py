@@ -24,7 +24,7 @@ from hpcfs.site.namespace import Namespace
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 4 * 1024 * 1024
-"""Of all that is listed ahead and not used yet."""
+"""Encoded listings that are held and not used yet."""
 EXPIRE_SECONDS = 0.25
 NEXT = 2
 """Directories whose entries are told before the program reads them."""
@@ -160,7 +160,7 @@ class ListingPrefetcher:
             self._nursery.start_soon(self._expire_regularly)
 
     def _tell_of_next(self, namespace: Namespace, keys: Sequence[bytes]) -> None:
-        """What the program reads next, and what is in it, as far as that is known."""
+        """Tell which directories the program reads next, and what is in them if that is known."""
         for key in keys:
             flight = self.flights.get(key)
             if flight is not None and flight.is_news and flight.found(self._now()) is Found.READY:

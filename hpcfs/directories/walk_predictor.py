@@ -28,7 +28,7 @@ QUIET_SECONDS = 1.0
 """A program that read nothing for so long does not walk."""
 _WALKS = 4
 _MAX_NAMES = 20_000
-"""Of subdirectories that one walk remembers."""
+"""Subdirectories that one walk remembers."""
 
 Number = Callable[[bytes], int]
 """The inode number of a path."""
@@ -92,7 +92,7 @@ class _Folder:
         self._read.add(name)
 
     def following(self, order: Order) -> Iterator[bytes]:
-        """Without those that were read while the order seemed to be another one."""
+        """Yield the names that come next in this order and were not read yet."""
         names = islice(self._names(order), self._next(order), None)
         return (name for name in names if name not in self._read)
 
@@ -146,7 +146,7 @@ class WalkPredictor:
         self._forget_all_but(path, held)
 
     def _is_too_small(self) -> bool:
-        """For a program that does not wait only because this one happened to be there."""
+        """Whether the program will have to wait for the next ones at this rate."""
         return self.window * (self._thinks or 0.0) < (self._took or 0.0)
 
     def _step(self, path: bytes) -> int:

@@ -1,4 +1,4 @@
-"""What the kernel asks for: names, attributes, open files, renames, links, extended attributes.
+"""The operations of the mount: names, attributes, open files, renames, links, xattrs.
 
 Owns the meaning of each operation and the coherence of what a program sees with the remote. Knows
 neither pyfuse3 nor the network: kernel/ calls it, a namespace's remote is behind site/, uploads

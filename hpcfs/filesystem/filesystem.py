@@ -1,5 +1,5 @@
-"""What each operation means. Runs with no mount (kernel/ calls it) and no network (a namespace's
-remote is behind site/namespace.py).
+"""The meaning of each operation, without a mount (kernel/ calls it) and without a network (a
+namespace's remote is behind site/namespace.py).
 
 Operations take inode numbers and handles, and return nodes, bytes or numbers. They raise
 FilesystemError (model/errors.py) or RemoteError (protocol/messages.py) and nothing else that
@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 USAGE_PATIENCE = 2.0
 UNLIMITED = DiskUsage(1 << 50, 1 << 50, 1 << 50, 1 << 32, 1 << 32)
-"""What df shows of a remote that knows no limit: 1 PiB free."""
+"""Shown by df for a remote that knows no limit: 1 PiB free."""
 
 
 @dataclass(frozen=True)

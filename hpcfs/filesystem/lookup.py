@@ -113,8 +113,10 @@ class Lookup:
         return node
 
     def _listed(self, parent: Node, name: bytes, child: Node | None, process: int) -> Node | None:
-        """What a listing of a moment ago tells; None if the remote must be asked. No await. Raises
-        NotFound if it has no such name, and the process would create it."""
+        """Return the node that a recent listing has; None if the remote must be asked. No await.
+
+        Raises NotFound if it has no such name, and the process would create it.
+        """
         found = self._lister.find(parent, name)
         if found is None:
             return None

@@ -149,9 +149,9 @@ class Renamer:
     async def unlink(
         self, namespace: Namespace, node: Node | None, parent: Node, name: bytes
     ) -> None:
-        """Remove a name;
+        """Remove a name, which `node` has if the mount knows it.
 
-        `node` has it, if the mount knows it. Raises FilesystemError, RemoteError.
+        Raises FilesystemError and RemoteError.
         """
         if node and node.extra_links:
             await self._unlink_one(namespace, node, parent, name)
@@ -171,7 +171,7 @@ class Renamer:
         await self._store.remove(namespace.origin, join(parent, name))
 
     async def _remove_there(self, namespace: Namespace, path: bytes, node: Node | None) -> None:
-        """After an upload that broke off, the remote may have the file or not."""
+        """Remove it on the remote, which after an interrupted upload may have the file or not."""
         content = node.content if node else None
         if content and content.is_only_here:
             return

@@ -1,4 +1,4 @@
-"""What the mode bits of the user's own files and directories forbid.
+"""Checks of the mode bits of the user's own files and directories.
 
 The remote decides: groups and access lists of a cluster are unknown here, so other people's entries
 are never judged. But an open file is read from the cache, and S3 checks nothing at all.

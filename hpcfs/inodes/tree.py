@@ -185,7 +185,7 @@ class Tree:
         self._watchers: list[NameWatcher] = []
         self._nodes: dict[int, Node] = {root.ino: root}
         self._prefix: tuple[Node | None, bytes] = (None, b"")
-        """What the names in that directory are hashed with."""
+        """(directory, prefix with which the names in it are hashed)"""
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -321,7 +321,7 @@ class Tree:
         self.drop_if_unused(node)
 
     def _take_name(self, node: Node, parent: Node, name: bytes) -> None:
-        """Of several names another becomes the one that the node goes by."""
+        """Take one name from the node, which goes by another one from now on if it has several."""
         if parent.children is not None and parent.children.get(name) is node:
             del parent.children[name]
         if (parent, name) in node.extra_links:

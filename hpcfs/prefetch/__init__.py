@@ -1,4 +1,4 @@
-"""What to fetch before programs read it: within one file, and of the next files of a directory.
+"""Fetching before programs read: further on in a file, and the next files of a directory.
 
 Owns the recognition of access patterns (`readahead`, `file_predictor`: pure policies without I/O,
 clock or awaits) and the files that are fetched ahead (`file_prefetcher`). How bytes are fetched is

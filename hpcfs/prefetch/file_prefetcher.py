@@ -30,12 +30,12 @@ from hpcfs.site.namespace import Namespace
 log = logging.getLogger(__name__)
 
 FETCH_BYTES = 1024 * 1024
-"""Of each file; the rest of a larger one is readahead's to fetch."""
+"""Bytes of each file; the rest of a larger one is readahead's to fetch."""
 MOST_BYTES = 16 * 1024 * 1024
 """Under way at once."""
 HOLD_SECONDS = 2.0
 NEXT_FILES = 32
-"""Of a directory that the program did not come to yet."""
+"""Files fetched of a directory that the program did not come to yet."""
 _FEWEST_FILES = 3
 _MOST_FILES = 10_000
 """In directories with more, sorting them would delay the program."""
@@ -258,7 +258,7 @@ class FilePrefetcher:
 
 
 def _files_of(directory: Node) -> list[Foreseen]:
-    """As they were listed."""
+    """Return the regular files in the order listed."""
     children = directory.children or {}
     if len(children) > _MOST_FILES:
         return []

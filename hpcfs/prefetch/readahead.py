@@ -1,4 +1,4 @@
-"""What to fetch ahead of a reader: pure policy, no I/O, never awaits.
+"""Readahead within one open file: pure policy, no I/O, never awaits.
 
 Every read either goes on with one of a handle's streams or begins a new one. A stream moves by
 steps: a *sequential* one goes on near where it ended, a *strided* one repeats its last step, which
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 FIRST_WINDOW_BYTES = 256 * 1024
 MAX_STREAMS = 8
-"""Of one handle: threads and libraries (HDF5, zip) read a few places in turn."""
+"""Streams of one handle: threads and libraries (HDF5, zip) read a few places in turn."""
 _IDLE_READS = 24
 """A stream that so many reads of the handle passed by has ended."""
 _OUT_OF_ORDER = 4
@@ -34,7 +34,7 @@ Range = tuple[int, int]
 
 @dataclass
 class Plan:
-    """What to fetch ahead: `wanted`, most urgent first; and `dropped`, what is wanted no more."""
+    """Ranges to fetch ahead (`wanted`, most urgent first), and those to cancel (`dropped`)."""
 
     wanted: list[Range] = field(default_factory=list)
     dropped: list[Range] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What the way to a site carries, estimated from the transfers themselves: pure, no I/O.
+"""Bandwidth and delay of the link to a site, estimated from the transfers: pure, no I/O.
 
 The method is BBR's (Cardwell et al., draft-cardwell-iccrg-bbr-congestion-control): the rate is the
 largest delivery rate of the last seconds, measured over each fetch as what arrived of all fetches
@@ -66,7 +66,7 @@ class Bandwidth:
         self._delivered = 0
         self._rates = _Extreme(_RATE_SECONDS)
         self._quickness = _Extreme(_DELAY_SECONDS)
-        """Of 1 / delay, so that both keep the largest."""
+        """Max filter over 1 / RTT, i.e. the minimum RTT."""
         self.window = FIRST_WINDOW_BYTES
         """Bytes to have under way so that the link is never idle."""
 

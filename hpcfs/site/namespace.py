@@ -24,7 +24,7 @@ from hpcfs.site.bandwidth import Bandwidth
 
 T = TypeVar("T")
 WriteMode = Literal["through", "back"]
-"""What close(2) waits for: the remote, or the local journal."""
+"""Whether close(2) waits for the remote (through) or the local journal (back)."""
 SymlinkMode = Literal["contain", "follow", "hide"]
 """Where symbolic links of the remote may lead: to what is in the namespace, anywhere; or they are
 not shown."""
@@ -285,7 +285,7 @@ class Namespace:
 
 
 def _without_links(page: bytes) -> bytes:
-    """Of a MessagePack list[Entry]; what can't be read is for the listing to tell."""
+    """Return a MessagePack list[Entry] without symbolic links; any other page as it is."""
     try:
         entries = _entries.decode(page)
     except msgspec.DecodeError:

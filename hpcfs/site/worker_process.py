@@ -100,7 +100,7 @@ class WorkerProcess:
             self._outbox.send_nowait(rest)
 
     def _send_now(self, frame: bytes) -> bytes:
-        """What of the frame is to wait: a task of its own would cost a small request a tenth."""
+        """Send what fits, and return the rest: a task for it would cost a small request a tenth."""
         if self._waiting:
             return frame
         try:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 MOST_NOTICES = 100
 KEEP_REMOVED_BYTES = 64 * 1024 * 1024
-"""Of a file that is removed while it is open, so much that is missing is fetched first."""
+"""Bytes fetched, at most, of a file that is removed while it is open."""
 
 
 class Closer:
@@ -52,7 +52,7 @@ class Closer:
         self._in_use: dict[Content, None] = {}
         self.queue = UploadQueue(uploader, self.flush, self._retire_if_done, nursery, limit)
         self.notices: deque[str] = deque(maxlen=MOST_NOTICES)
-        """What the user should know, the last ones: conflicts."""
+        """The last conflicts, as sentences for the user."""
 
     def use(self, content: Content) -> None:
         """Count one user more; `leave` is to follow."""

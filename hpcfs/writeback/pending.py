@@ -1,6 +1,7 @@
-"""What the remotes do not have yet, as the user sees it: listed, waited for, tried again, copied
-out, given up. In `through` mode that is what is being written, and what was kept; in `back` mode
-also what waits in the backlog.
+"""Pending files for the user: listed, waited for, retried, copied out, discarded.
+
+In `through` mode these are files that are being written or were stranded; in `back` mode also those
+that wait in the queue.
 """
 
 from __future__ import annotations

@@ -38,14 +38,14 @@ log = logging.getLogger(__name__)
 
 DEFAULT_LIMIT = 10 * 1024**3
 NEARLY = 0.8
-"""Of the limit: from here on each write waits a little, up to SLOWEST_SECONDS per MiB."""
+"""Part of the limit from which on each write waits a little, up to SLOWEST_SECONDS per MiB."""
 SLOWEST_SECONDS = 0.1
 FULL_PATIENCE = 60.0
 """Seconds without any upload ending, for which a writer waits for room."""
 MOST_FILES = 8192
 """Each has a descriptor open."""
 TELL_SECONDS = 0.25
-"""Who waits hears of progress so often."""
+"""Between two reports of progress."""
 ASK_SECONDS = 1.0
 LONGEST_ASK_SECONDS = 5.0
 """Where somebody waits, a site that is out of reach is asked again after this, doubling up to that;

@@ -1,7 +1,7 @@
-"""Taking up what an earlier mount had not uploaded: the tree shows it again, the backlog brings it.
+"""Resumes what an earlier mount had not uploaded: the tree shows it again, the queue uploads it.
 
 Directories on the way to a file are placeholders until somebody asks for them: nothing here needs
-the remote. What belongs to no namespace of this mount is kept where the user finds it.
+the remote. What belongs to no namespace of this mount is stranded: left where the user finds it.
 """
 
 from __future__ import annotations
@@ -111,10 +111,7 @@ class Recovery:
         self._queue.resume(content, row.reason)
 
     def _directory(self, namespace: Namespace, row: Unconfirmed) -> Node | None:
-        """Return the node of the file's directory;
-
-        None where something else has the name of one.
-        """
+        """Return the node of the file's directory, None if one on the way is something else."""
         node = self._root_of(namespace)
         for name in row.path.split(b"/")[:-1]:
             child = self._tree.child(node, name)

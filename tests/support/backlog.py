@@ -38,7 +38,7 @@ def row(
 
 
 class FakeBacklog:
-    """Implements writeservice.Backlog. `rate` is in bytes a second: with 0 nothing ever goes up,
+    """Implements write_commands.PendingFiles. `rate` is in bytes a second: with 0 nothing ever goes up,
     and with `waits` nothing before somebody syncs. What is to fail has its reason in `refuses`, by
     id."""
 
