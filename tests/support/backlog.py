@@ -38,9 +38,9 @@ def row(
 
 
 class FakeBacklog:
-    """Implements write_commands.PendingFiles. `rate` is in bytes a second: with 0 nothing ever goes up,
-    and with `waits` nothing before somebody syncs. What is to fail has its reason in `refuses`, by
-    id."""
+    """Implements write_commands.PendingFiles. `rate` is in bytes a second: with 0 nothing ever goes
+    up, and with `waits` nothing before somebody syncs. What is to fail has its reason in `refuses`,
+    by id."""
 
     def __init__(self, rows: Sequence[PendingRow], rate: float = 0.0) -> None:
         self.rows = {one.id: one for one in rows}
