@@ -180,7 +180,7 @@ class _Run:
         except SetupError as error:
             problem = str(error)
         status = control.query_status(at)
-        if not umount.tell_failures(status, problem):
+        if not umount.report_failures(status, problem):
             return True
         complain(
             f"'hpcfs recover {self._place} --to DIR' copies it; "
