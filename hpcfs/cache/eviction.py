@@ -81,6 +81,11 @@ class Eviction:
         nothing."""
         return not self._is_short
 
+    def note_cleaned(self) -> None:
+        """Something is evictable that was not: try again where that was what lacked."""
+        if self._is_short or self._estimate > self.max_bytes:
+            self.check()
+
     def check(self) -> None:
         """Wake `run` if the cache is too large, perhaps with blocks that became clean only now, or
         the disk too full."""

@@ -53,6 +53,7 @@ class Store:
     def __init__(self, registry: Registry, eviction: Eviction, lock_fd: int) -> None:
         self.registry = registry
         self.eviction = eviction
+        self.max_bytes = eviction.max_bytes
         self.directory = registry.directory
         self._index = registry.index
         self._lock_fd = lock_fd
@@ -62,7 +63,7 @@ class Store:
         self.memory = MemoryFiles(registry)
         self.note_added = eviction.note_added
         self.may_prefetch = eviction.may_prefetch
-        self.check_bound = eviction.check
+        self.note_cleaned = eviction.note_cleaned
         self.make_room = eviction.make_room
         self.evict_forever = eviction.run
 
@@ -97,11 +98,6 @@ class Store:
                 f"the cache directory {directory} can't be written: {error.strerror}"
             ) from None
         return cls(registry, Eviction(registry, max_bytes, min_free or MinFree()), lock_fd)
-
-    @property
-    def max_bytes(self) -> int:
-        """The configured size."""
-        return self.eviction.max_bytes
 
     @property
     def used_bytes(self) -> int:
@@ -259,7 +255,7 @@ class Store:
         file.users -= 1
         file.last_used = time.time()
         if not file.indexed:
-            self.check_bound()
+            self.note_cleaned()
 
     def forget(self, file: CacheFile) -> None:
         """Mark the file's content obsolete; it is deleted when its last user releases it."""

@@ -19,8 +19,7 @@ from hpcfs.cache.file import CacheFile
 from hpcfs.cache.ranges import RangeSet
 from hpcfs.content.factory import ContentFactory
 from hpcfs.content.record import Unconfirmed
-from hpcfs.directories.directories import directory_entry
-from hpcfs.inodes.tree import Node, Tree
+from hpcfs.inodes.tree import Node, Tree, directory_entry
 from hpcfs.site.namespace import Namespace
 from hpcfs.writeback.journal import Journal
 from hpcfs.writeback.queue import UploadQueue
