@@ -213,7 +213,7 @@ async def _reply(
         return ControlReply()
     try:
         return ControlReply(status=await status())
-    except Exception:  # a status that can't be told must not end the mount
+    except Exception:  # a status that can't be computed must not end the mount
         logger.exception("could not put the status together")
         return ControlReply(error="it could not put its status together; its log says why")
 
