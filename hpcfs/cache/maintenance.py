@@ -40,7 +40,7 @@ class CachedPath:
 
 
 @dataclass
-class Verified:
+class Verification:
     """The result of `verify`."""
 
     files: int = 0
@@ -129,11 +129,11 @@ def _is_in(file: CacheFile, places: list[CachedPath] | None) -> bool:
 # --- verify -------------------------------------------------------------------------------------
 
 
-async def verify(store: Store, report: ReportBytes) -> Verified:
+async def verify(store: Store, report: ReportBytes) -> Verification:
     """Compare every block with its checksum. Damaged blocks are dropped, and fetched again when
     they are read."""
     await store.save()
-    found = Verified()
+    found = Verification()
     total = store.used_bytes
     async with aclosing(_pages(store, None)) as pages:
         async for page in pages:
@@ -143,7 +143,7 @@ async def verify(store: Store, report: ReportBytes) -> Verified:
 
 
 async def _verify_file(
-    store: Store, record: Record, found: Verified, step: Callable[[], Awaitable[None]]
+    store: Store, record: Record, found: Verification, step: Callable[[], Awaitable[None]]
 ) -> None:
     damaged = 0
     after = -1

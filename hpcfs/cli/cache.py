@@ -17,7 +17,7 @@ from hpcfs.cli import cache_places, warming
 from hpcfs.cli.cache_places import CacheTarget
 from hpcfs.cli.mount import cache_dir_option
 from hpcfs.cli.output import complain, count, json_line, printable, size
-from hpcfs.cli.progress import Bar
+from hpcfs.cli.progress import ProgressBar
 from hpcfs.control import control
 from hpcfs.control.control import CacheFolder, CacheStatus, ControlRequest, Outcome
 from hpcfs.model.errors import SetupError
@@ -138,7 +138,7 @@ def _on_each(
 
 def _do(place: CacheTarget, request: ControlRequest) -> tuple[CacheTarget, Outcome]:
     request = msgspec.structs.replace(request, path=place.path)
-    with Bar(printable(place.name)) as bar:
+    with ProgressBar(printable(place.name)) as bar:
         if place.socket is not None:
             return place, control.work(place.socket, request, bar.show)
         outcome = cache_places.answer(place, request, bar.show).outcome

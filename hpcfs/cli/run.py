@@ -22,7 +22,7 @@ from hpcfs.cli import arguments, background, mount, umount
 from hpcfs.cli.main import Invocation
 from hpcfs.cli.mount import Options
 from hpcfs.cli.output import complain
-from hpcfs.cli.progress import Bar
+from hpcfs.cli.progress import ProgressBar
 from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import ControlRequest
@@ -175,7 +175,7 @@ class _Run:
         don't have."""
         problem = ""
         try:
-            with Bar("uploading") as bar:
+            with ProgressBar("uploading") as bar:
                 control.work(at, ControlRequest("sync"), bar.show)
         except SetupError as error:
             problem = str(error)

@@ -13,7 +13,7 @@ import click
 from hpcfs.cli import cache_places, pending, waiting
 from hpcfs.cli.cache_places import CacheTarget
 from hpcfs.cli.output import complain, printable
-from hpcfs.cli.progress import Bar
+from hpcfs.cli.progress import ProgressBar
 from hpcfs.cli.waiting import timeout_option
 from hpcfs.control import control
 from hpcfs.control.control import WorkProgress
@@ -37,7 +37,7 @@ def _sync(place: CacheTarget, end: float | None) -> int:
     notice = waiting.OutageNotice()
     try:
         pending.query(place)
-        with Bar("uploading") as bar:
+        with ProgressBar("uploading") as bar:
 
             def show(step: WorkProgress) -> None:
                 bar.show(step)

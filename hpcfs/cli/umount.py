@@ -20,7 +20,7 @@ import click
 
 from hpcfs.cli import pending, waiting
 from hpcfs.cli.output import complain, count, printable
-from hpcfs.cli.progress import Bar
+from hpcfs.cli.progress import ProgressBar
 from hpcfs.cli.waiting import timeout_option
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import MountStatus, WorkProgress
@@ -79,7 +79,7 @@ def _upload(at: Path, target: Path, end: float | None) -> int:
     remote."""
     problem = ""
     try:
-        with Bar("uploading") as bar:
+        with ProgressBar("uploading") as bar:
             control.work(
                 at, waiting.sync_request(end), _Watcher(bar, target).show, waiting.left(end)
             )
@@ -100,7 +100,7 @@ def _upload(at: Path, target: Path, end: float | None) -> int:
 class _Watcher:
     """Shows the progress, and reports once what a user who waits long should know."""
 
-    def __init__(self, bar: Bar, target: Path) -> None:
+    def __init__(self, bar: ProgressBar, target: Path) -> None:
         self._bar = bar
         self._target = target
         self._report_at = time.monotonic() + PATIENCE_SECONDS
@@ -155,7 +155,7 @@ def _wait(daemon: socket.socket, at: Path, target: Path, end: float | None) -> i
             f"{target} is unmounted; waiting for its daemon to finish (Ctrl-C stops only waiting)"
         )
     try:
-        with Bar("uploading") as bar, suppress(SetupError):
+        with ProgressBar("uploading") as bar, suppress(SetupError):
             control.work(at, waiting.sync_request(end), bar.show, waiting.left(end))
         if control.wait_until_gone(daemon, waiting.left(end)):
             return 0

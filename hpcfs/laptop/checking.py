@@ -15,9 +15,9 @@ from hpcfs.config.tunnel import TunnelSettings
 from hpcfs.laptop import forwards, listening, publishing
 from hpcfs.laptop.acceptor import Acceptor
 from hpcfs.laptop.forwards import ForwardEnds
-from hpcfs.laptop.identity import Identity
-from hpcfs.laptop.publishing import Directory
-from hpcfs.laptop.running import Asker, AskUser
+from hpcfs.laptop.identity import TunnelIdentity
+from hpcfs.laptop.publishing import TunnelDirectory
+from hpcfs.laptop.running import AskUser, ThreadedPrompter
 from hpcfs.model.errors import RemoteError
 from hpcfs.remotes.sftp.translate import translated
 from hpcfs.remotes.ssh.login import SshLogin, log_in
@@ -41,7 +41,7 @@ async def _check(settings: TunnelSettings, ask: AskUser, report: ReportFinding) 
         report("fail", settings.shown, 'transport = "openssh" can\'t forward: leave that key out')
         return
     try:
-        login = await log_in(settings.site, Asker(ask))
+        login = await log_in(settings.site, ThreadedPrompter(ask))
     except RemoteError as error:
         report("fail", settings.shown, error.message)
         return
@@ -67,7 +67,7 @@ async def _look_around(settings: TunnelSettings, login: SshLogin, report: Report
         report("ok", "rendezvous", f"{directory.path} is yours alone{await _kind(directory)}")
         await _look_for_others(settings, directory, login, report)
         path = directory.new_socket(settings.name)
-        handshake = Identity().handshake
+        handshake = TunnelIdentity().handshake
         acceptor = Acceptor(handshake, lambda stream, _: stream.end("this is a check"))
         try:
             await _try_forwards(settings, ForwardEnds(login, sftp, acceptor), path, report)
@@ -90,7 +90,7 @@ async def _missing_directories(sftp: asyncssh.SFTPClient) -> list[str]:
     return found
 
 
-async def _kind(directory: Directory) -> str:
+async def _kind(directory: TunnelDirectory) -> str:
     """Return the file system's type in brackets. On a shared file system the socket is visible on
     all login nodes, but works on one."""
     kind = await listening.filesystem(directory.sftp, directory.path)
@@ -98,7 +98,7 @@ async def _kind(directory: Directory) -> str:
 
 
 async def _look_for_others(
-    settings: TunnelSettings, directory: Directory, login: SshLogin, report: ReportFinding
+    settings: TunnelSettings, directory: TunnelDirectory, login: SshLogin, report: ReportFinding
 ) -> None:
     try:
         await directory.check_free(login.connection, settings.name, "")

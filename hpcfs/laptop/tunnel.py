@@ -24,9 +24,9 @@ from hpcfs.laptop import changes, forwards, publishing
 from hpcfs.laptop.changes import MachineChange
 from hpcfs.laptop.connected_mounts import ConnectedMounts
 from hpcfs.laptop.forwards import ForwardEnds, Forwards
-from hpcfs.laptop.identity import Identity
+from hpcfs.laptop.identity import TunnelIdentity
 from hpcfs.laptop.pauses import Pauses, is_unreached
-from hpcfs.laptop.publishing import Directory
+from hpcfs.laptop.publishing import TunnelDirectory
 from hpcfs.laptop.rates import Rate
 from hpcfs.laptop.sftp_server import Shares
 from hpcfs.laptop.shares import Share
@@ -86,7 +86,7 @@ class Tunnel:
                 f'"{plan.site.transport}" can\'t make: name a host or namespace without that key'
             )
         self.plan = plan
-        self.identity = Identity()
+        self.identity = TunnelIdentity()
         self._shares = Shares(plan.shares)
         self._mounts = ConnectedMounts(self._shares, self.identity, on_change)
         self._prompter = prompter
@@ -168,7 +168,7 @@ class Tunnel:
         reach = None if self._state == "connecting" else REACH_SECONDS
         login = await self._log_in(reach)
         losing = asyncio.create_task(self._wake_when(login.ended))
-        directory: Directory | None = None
+        directory: TunnelDirectory | None = None
         answers = True
         try:
             login.connection.set_keepalive(KEEPALIVE_SECONDS, KEEPALIVES_MISSED)
@@ -202,7 +202,7 @@ class Tunnel:
             raise Unreachable("the tunnel is being stopped")
         return logging_in.result()
 
-    async def _set_up(self, login: SshLogin) -> Directory:
+    async def _set_up(self, login: SshLogin) -> TunnelDirectory:
         """Open the forwards, then write the file that names them."""
         try:
             async with asyncio.timeout(SETUP_SECONDS):
@@ -213,7 +213,7 @@ class Tunnel:
                 f"{login.shown} let us in, but did not answer within {SETUP_SECONDS:g} s"
             ) from None
 
-    async def _publish(self, login: SshLogin) -> Directory:
+    async def _publish(self, login: SshLogin) -> TunnelDirectory:
         name, identity = self.plan.name, self.identity
         if self._state == "connecting":  # asyncssh's client would wait forever
             with suppress(asyncssh.ChannelOpenError):  # reported below
@@ -253,7 +253,7 @@ class Tunnel:
             shares=[share.name for share in self.plan.shares],
         )
 
-    async def _watch(self, directory: Directory, ended: asyncio.Event) -> None:
+    async def _watch(self, directory: TunnelDirectory, ended: asyncio.Event) -> None:
         """Watch the connection until it is lost, or the tunnel is to stop."""
         shown = directory.shown
         while not self._stopping.is_set():
@@ -267,7 +267,7 @@ class Tunnel:
                 )
                 self._retries_at_once = False
 
-    async def _check_file(self, directory: Directory, limit: float) -> None:
+    async def _check_file(self, directory: TunnelDirectory, limit: float) -> None:
         """Check that the file is there, which also tests whether the login node still answers."""
         try:
             async with asyncio.timeout(limit):
@@ -277,7 +277,7 @@ class Tunnel:
         except TimeoutError:
             raise TimedOut(f"{directory.shown} did not answer within {limit:g} s") from None
 
-    async def _withdraw(self, directory: Directory) -> None:
+    async def _withdraw(self, directory: TunnelDirectory) -> None:
         """Remove the file. If that fails, the next tunnel or a mount will find it to be stale."""
         try:
             async with asyncio.timeout(FAREWELL_SECONDS):
