@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpcfs.config import config, tunnel
+from tests.policy.test_imports import MAY_IMPORT
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -75,10 +76,22 @@ def test_configuration_explains_each_key(key: str) -> None:
     assert re.search(rf"^- `{key}` \([^)]*; [^)]*\): \S", text, re.MULTILINE)
 
 
-TOO_LONG = {"architecture.md"}
+def test_architecture_lists_the_layers_in_their_order() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    layers = text.split("\n## Layers\n")[1].split("\n## ")[0]
+    assert re.findall(r"^- `(\w+)/`", layers, re.MULTILINE) == list(MAY_IMPORT)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in TOO_LONG])
+def test_the_glossary_defines_each_word_once() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    words = re.findall(
+        r"^\| ([^|]+) \|", text.split("| word | meaning |\n")[1].split("\n\n")[0], re.M
+    )
+    assert len(words) > 20
+    assert len(set(words)) == len(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_lines_of_a_page_are_short(page: Path) -> None:
     """A word that can't be broken, such as a URL or the name of a test, may be longer."""
     lines = enumerate(page.read_text().splitlines(), 1)
