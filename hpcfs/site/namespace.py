@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import stat
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Literal, Protocol, TypeVar
 
@@ -20,7 +20,6 @@ from hpcfs.model.errors import NotFound, ReadOnly
 from hpcfs.model.uploads import UploadRequest
 from hpcfs.protocol import messages as m
 from hpcfs.site.bandwidth import Bandwidth
-from hpcfs.site.upload_rate import UploadRate
 
 T = TypeVar("T")
 WriteMode = Literal["through", "back"]
@@ -32,6 +31,8 @@ not shown."""
 DEFAULT_TIMEOUT = 30.0
 """Seconds without an answer or progress, for every call."""
 LOGIN_TIMEOUT = 90.0
+RATE_SECONDS = 5.0
+"""Over which the rate of uploads is taken."""
 
 
 _entries = msgspec.msgpack.Decoder(list[Entry])
@@ -77,6 +78,35 @@ class Versioned(Protocol):
 
     @property
     def size(self) -> int: ...
+
+
+class UploadRate:
+    """Counts uploaded bytes, and how fast that goes; `now` is any clock in seconds."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self.total = 0
+        self._recent: deque[tuple[float, int]] = deque()
+
+    def add(self, count: int) -> None:
+        """Count bytes that were uploaded now."""
+        now = self._now()
+        self.total += count
+        if self._recent and now - self._recent[-1][0] < RATE_SECONDS / 20:
+            at, before = self._recent.pop()
+            self._recent.append((at, before + count))
+        else:
+            self._recent.append((now, count))
+        self._forget(now)
+
+    def rate(self) -> float:
+        """Return bytes per second, over the last RATE_SECONDS."""
+        self._forget(self._now())
+        return sum(count for _, count in self._recent) / RATE_SECONDS
+
+    def _forget(self, now: float) -> None:
+        while self._recent and now - self._recent[0][0] > RATE_SECONDS:
+            self._recent.popleft()
 
 
 class Namespace:

@@ -214,7 +214,7 @@ class Kernel:
         """`path` starts with the namespace; "" is the mount's top."""
         node = self._fs.tree.get(ROOT_INO)
         for name in os.fsencode(path).split(b"/") if path else []:
-            node = self._count(await self._fs.lookup(node.ino, name, self.process))
+            node = self._count(await self._fs.lookup.find(node.ino, name, self.process))
         return node
 
     async def parent(self, path: str) -> tuple[int, bytes]:
@@ -238,7 +238,7 @@ class Kernel:
     async def stat(self, path: str) -> Entry:
         async def act() -> Entry:
             node = await self.walk(path)
-            return (await self._fs.getattr(node.ino)).entry
+            return (await self._fs.lookup.getattr(node.ino)).entry
 
         return await self.twice_if_stale(act)
 
@@ -260,7 +260,7 @@ class Kernel:
         return self._fs.files.get(handle).node
 
     async def fstat(self, handle: int) -> Entry:
-        return (await self._fs.getattr(self.node_of(handle).ino)).entry
+        return (await self._fs.lookup.getattr(self.node_of(handle).ino)).entry
 
     async def pread(self, handle: int, offset: int, length: int) -> bytes:
         return await self._fs.files.read(handle, offset, length)
