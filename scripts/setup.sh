@@ -1,7 +1,7 @@
 # What scripts/demo and scripts/test share: finding out what is missing, installing it with the
 # system's package manager after asking, and a virtual environment. Sourced, never run.
 #
-# Abilities are tested, not package names: a Python or a compiler of one's own is as good as the
+# Capabilities are tested, not package names: a Python or a compiler of one's own is as good as the
 # distribution's, and a second run finds nothing to do without asking the package manager.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -22,7 +22,7 @@ has() {
     command -v "$1" >/dev/null 2>&1 || [ -x "/usr/sbin/$1" ] || [ -x "/sbin/$1" ]
 }
 
-# need ABILITY APT_PACKAGE DNF_PACKAGE: unless the command ABILITY succeeds, the package is missing.
+# need TEST APT_PACKAGE DNF_PACKAGE: unless the command TEST succeeds, the package is missing.
 need() {
     if $1 >/dev/null 2>&1; then return; fi
     case "$manager" in
