@@ -1,6 +1,6 @@
 """Lists the host aliases in ~/.ssh/config.
 
-ssh itself interprets the file for a host (remotes/ssh/said.py). This module reads only `Host`
+ssh itself interprets the file for a host (remotes/ssh/options.py). This module reads only `Host`
 lines, to tell an alias from an rclone remote and to offer hosts in `hpcfs init`.
 """
 

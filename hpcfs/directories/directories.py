@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from hpcfs.directories.lister import Lister
+from hpcfs.directories.lister import DirectoryLister
 from hpcfs.directories.listing import Listing, OpenDirectory
 from hpcfs.inodes.tree import Node, Tree
 from hpcfs.model.entries import Entry
@@ -30,7 +30,7 @@ class Directories:
     """
 
     def __init__(
-        self, tree: Tree, lister: Lister, adopt: Adopt, file_prefetcher: FilePrefetcher
+        self, tree: Tree, lister: DirectoryLister, adopt: Adopt, file_prefetcher: FilePrefetcher
     ) -> None:
         self._tree = tree
         self._lister = lister

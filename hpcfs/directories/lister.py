@@ -36,7 +36,7 @@ _MAX_RENEWALS = 4
 """Background listings under way at once, beside those of walks."""
 
 
-class Lister:
+class DirectoryLister:
     """Owns the listings of one mount, complete or under way.
 
     `spool_directory` takes listings too long for memory, as far as `spool` has room for that many

@@ -21,7 +21,7 @@ import trio
 from hpcfs.cache.store import Store
 from hpcfs.content.factory import ContentFactory
 from hpcfs.directories.directories import Directories
-from hpcfs.directories.lister import Lister
+from hpcfs.directories.lister import DirectoryLister
 from hpcfs.filesystem.attributes import AttributeChanges
 from hpcfs.filesystem.create_predictor import UNKNOWN_PROCESS, CreatePredictor
 from hpcfs.filesystem.files import Files
@@ -105,7 +105,7 @@ class Filesystem:
         self.contents = ContentFactory(store, nursery, options.now)
         self.closer = Closer(self.tree, store, uploader, nursery, options.journal_size)
         self.file_prefetcher = FilePrefetcher(self.tree, self.contents)
-        self.lister = Lister(
+        self.lister = DirectoryLister(
             self.tree, self.file_prefetcher, str(store.directory), store.spool, nursery
         )
         self.create_predictor = CreatePredictor()

@@ -35,7 +35,7 @@ import stat
 import trio
 
 from hpcfs.content.content import Content
-from hpcfs.directories.lister import Lister
+from hpcfs.directories.lister import DirectoryLister
 from hpcfs.filesystem.create_predictor import UNKNOWN_PROCESS, CreatePredictor
 from hpcfs.inodes.permissions import Permissions
 from hpcfs.inodes.tree import ROOT_INO, Node, Tree, join
@@ -68,7 +68,7 @@ class Lookup:
     def __init__(
         self,
         tree: Tree,
-        lister: Lister,
+        lister: DirectoryLister,
         closer: Closer,
         file_prefetcher: FilePrefetcher,
         create_predictor: CreatePredictor,

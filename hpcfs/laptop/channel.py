@@ -60,7 +60,7 @@ _BY_ERRNO: dict[int, Callable[[str], SFTPError]] = {
 """The mapping of errno_to_portable in OpenSSH's sftp-server.c, which clients understand. Only EROFS
 is a "failure" there; statvfs tells it from EACCES."""
 _BAD_MESSAGE = "Bad message"
-"""OpenSSH's message for that code, which remotes/sftp/errors.py looks for."""
+"""OpenSSH's message for that code, which remotes/sftp/translate.py looks for."""
 
 
 class HandleTable(dict[bytes, object]):

@@ -19,8 +19,8 @@ from hpcfs.laptop.identity import Identity
 from hpcfs.laptop.publishing import Directory
 from hpcfs.laptop.running import Asker, AskUser
 from hpcfs.model.errors import RemoteError
-from hpcfs.remotes.sftp.errors import translated
-from hpcfs.remotes.ssh.login import Login, log_in
+from hpcfs.remotes.sftp.translate import translated
+from hpcfs.remotes.ssh.login import SshLogin, log_in
 from hpcfs.tunnel.file import DIRECTORY
 
 Level = Literal["ok", "warn", "fail"]
@@ -58,7 +58,7 @@ async def _check(settings: TunnelSettings, ask: AskUser, tell: ReportFinding) ->
         await login.close()
 
 
-async def _look_around(settings: TunnelSettings, login: Login, tell: ReportFinding) -> None:
+async def _look_around(settings: TunnelSettings, login: SshLogin, tell: ReportFinding) -> None:
     sftp = await publishing.start_sftp(login)
     missing = await _missing_directories(sftp)
     try:
@@ -98,7 +98,7 @@ async def _kind(directory: Directory) -> str:
 
 
 async def _look_for_others(
-    settings: TunnelSettings, directory: Directory, login: Login, tell: ReportFinding
+    settings: TunnelSettings, directory: Directory, login: SshLogin, tell: ReportFinding
 ) -> None:
     try:
         await directory.check_free(login.connection, settings.name, "")

@@ -19,7 +19,7 @@ from hpcfs.laptop import listening, probing
 from hpcfs.laptop.acceptor import Acceptor, EndpointKind, Incoming
 from hpcfs.laptop.connected_mounts import takes_packets
 from hpcfs.model.errors import WrongSettings
-from hpcfs.remotes.ssh.login import Login
+from hpcfs.remotes.ssh.login import SshLogin
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES
 from hpcfs.tunnel.file import Endpoint, TcpEndpoint, UnixEndpoint
 
@@ -58,7 +58,7 @@ class Forwards:
 class ForwardEnds:
     """The parties that a forward connects. `sftp` is the session on the login node."""
 
-    login: Login
+    login: SshLogin
     sftp: asyncssh.SFTPClient
     acceptor: Acceptor
 
@@ -132,7 +132,7 @@ def _guard(listener: Any, acceptor: Acceptor) -> None:
     listener.process_connection = process_connection
 
 
-def _forbidding(login: Login, said_before: int) -> str:
+def _forbidding(login: SshLogin, said_before: int) -> str:
     for text in list(login.said)[said_before:]:
         for words, setting in _FORBIDDEN.items():
             if text.startswith(words):

@@ -42,8 +42,8 @@ from hpcfs.model.errors import (
 from hpcfs.model.sites import SshSite
 from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.sftp.channels import check_service
-from hpcfs.remotes.sftp.errors import translated
-from hpcfs.remotes.ssh.login import Login, log_in
+from hpcfs.remotes.sftp.translate import translated
+from hpcfs.remotes.ssh.login import SshLogin, log_in
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
 from hpcfs.tunnel.file import Endpoint, Rendezvous, UnixEndpoint
@@ -187,7 +187,7 @@ class Tunnel:
                 await self._take_leave(directory)
             await login.close()
 
-    async def _log_in(self, reach: float | None) -> Login:
+    async def _log_in(self, reach: float | None) -> SshLogin:
         """Log in, or give up when the tunnel is to stop."""
         logging_in = asyncio.create_task(log_in(self.plan.site, self._prompter, reach))
         while not logging_in.done() and not self._stopping.is_set():
@@ -202,7 +202,7 @@ class Tunnel:
             raise Unreachable("the tunnel is being stopped")
         return logging_in.result()
 
-    async def _set_up(self, login: Login) -> Directory:
+    async def _set_up(self, login: SshLogin) -> Directory:
         """Open the forwards, then write the file that names them."""
         try:
             async with asyncio.timeout(SETUP_SECONDS):
@@ -213,7 +213,7 @@ class Tunnel:
                 f"{login.shown} let us in, but did not answer within {SETUP_SECONDS:g} s"
             ) from None
 
-    async def _publish(self, login: Login) -> Directory:
+    async def _publish(self, login: SshLogin) -> Directory:
         name, identity = self.plan.name, self.identity
         if self._state == "connecting":  # asyncssh's client would wait forever
             with suppress(asyncssh.ChannelOpenError):  # reported below

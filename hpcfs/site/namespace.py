@@ -10,6 +10,7 @@ import stat
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
 import msgspec
@@ -109,33 +110,44 @@ class UploadRate:
             self._recent.popleft()
 
 
+@dataclass(frozen=True)
+class NamespacePolicy:
+    """How the mount treats a remote.
+
+    `sleeps` says that it is a laptop, away at times: what was seen of it is believed meanwhile.
+    `keeps_xattrs` is known without asking the remote: the kernel asks with the first write.
+    """
+
+    read_only: bool = False
+    write: WriteMode = "through"
+    symlinks: SymlinkMode = "contain"
+    keeps_xattrs: bool = False
+    sleeps: bool = False
+
+
 class Namespace:
-    """`origin` names the remote folder across mounts: the cache is kept under it."""
+    """One top-level directory of the mount: typed calls to the remote folder behind it.
+
+    `origin` names that folder across mounts: the cache is kept under it. All namespaces of a site
+    share its `bandwidth`.
+    """
 
     def __init__(
         self,
         name: str,
         origin: str,
         site: SiteCalls,
+        policy: NamespacePolicy,
         bandwidth: Bandwidth | None = None,
-        *,
-        read_only: bool,
-        write: WriteMode = "through",
-        keeps_xattrs: bool = False,
-        sleeps: bool = False,
-        symlinks: SymlinkMode = "contain",
     ) -> None:
         self.name = name
         self.origin = origin
-        self.read_only = read_only
-        self.writes_back = write == "back"
-        self.symlinks = symlinks
-        self.sleeps = sleeps
-        """The remote is a laptop: away at times. What was seen of it is believed meanwhile."""
-        self.keeps_xattrs = keeps_xattrs
-        """Known without asking the remote: the kernel wants to know with the first write."""
+        self.read_only = policy.read_only
+        self.writes_back = policy.write == "back"
+        self.symlinks = policy.symlinks
+        self.sleeps = policy.sleeps
+        self.keeps_xattrs = policy.keeps_xattrs
         self.bandwidth = bandwidth or Bandwidth()
-        """Shared by all namespaces of the site."""
         self._site = site
         self.uploaded = UploadRate(time.monotonic)
         self._capabilities: Capabilities | None = None

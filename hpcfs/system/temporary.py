@@ -1,7 +1,8 @@
 """Makes temporary directories: in $TMPDIR, unless other users may replace what is in it.
 
 Whoever may rename an entry of the parent directory can put another one in our directory's place:
-with a program that ssh runs (remotes/ssh/asking.py), or with files that a job takes for its own.
+with a program that ssh runs (remotes/ssh/askpass_server.py), or with files that a job takes for its
+own.
 """
 
 from __future__ import annotations

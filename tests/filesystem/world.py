@@ -23,7 +23,7 @@ from hpcfs.filesystem.filesystem import Filesystem, MountOptions
 from hpcfs.inodes.tree import ATTRIBUTE_SECONDS, ROOT_INO, Node
 from hpcfs.model.entries import BLOCK_BYTES, Attributes, Entry
 from hpcfs.model.errors import AlreadyExists, NotFound, Stale
-from hpcfs.site.namespace import Namespace, SymlinkMode, WriteMode
+from hpcfs.site.namespace import Namespace, NamespacePolicy, SymlinkMode, WriteMode
 from hpcfs.writeback.close import Closer
 from hpcfs.writeback.journal import Journal
 from hpcfs.writeback.pending import Pending
@@ -135,10 +135,12 @@ async def world(
                 name,
                 f"memory:{name}",
                 sites[name],
-                read_only=read_only,
-                write=write,
-                keeps_xattrs=not remotes[name].is_sftp,
-                symlinks=symlinks,
+                NamespacePolicy(
+                    read_only=read_only,
+                    write=write,
+                    keeps_xattrs=not remotes[name].is_sftp,
+                    symlinks=symlinks,
+                ),
             )
             for name in remotes
         ]

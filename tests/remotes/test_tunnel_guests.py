@@ -22,7 +22,7 @@ import pytest
 from hpcfs.laptop import connected_mounts
 from hpcfs.laptop.acceptor import EndpointKind
 from hpcfs.laptop.shares import Share
-from hpcfs.remotes.tunnel.line import Line, Meeting, Pulse
+from hpcfs.remotes.tunnel.line import Line, Pulse, RendezvousFile
 from hpcfs.tunnel.file import UnixEndpoint, read
 from hpcfs.tunnel.proof import (
     NONCE_BYTES,
@@ -65,7 +65,7 @@ def tcp(tmp_path: Path, share: Share) -> Iterator[Laptop]:
 
 @asynccontextmanager
 async def line_to(running: Laptop) -> AsyncIterator[Line]:
-    line = await Line.open(Meeting(running.directory, NAME), Pulse())
+    line = await Line.open(RendezvousFile(running.directory, NAME), Pulse())
     try:
         yield line
     finally:

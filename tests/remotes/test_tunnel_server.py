@@ -38,7 +38,7 @@ from hpcfs.model.errors import CrossDevice
 from hpcfs.remotes.sftp.remote import SftpRemote
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.session import SftpSession
-from hpcfs.remotes.tunnel.line import Meeting
+from hpcfs.remotes.tunnel.line import RendezvousFile
 from hpcfs.remotes.tunnel.session import TunnelLogin, open_session
 from hpcfs.remotes.tunnel.site import TunnelSiteConnection
 from tests.remotes.contract import put
@@ -76,7 +76,7 @@ def running(request: pytest.FixtureRequest, directory: Path) -> Iterator[Laptop]
 @asynccontextmanager
 async def session(running: Laptop) -> AsyncIterator[SftpSession]:
     spec = running.site_spec("/", running.directory)
-    found = await open_session(spec, Meeting(running.directory, NAME))
+    found = await open_session(spec, RendezvousFile(running.directory, NAME))
     try:
         yield found
     finally:

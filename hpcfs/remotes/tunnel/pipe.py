@@ -117,7 +117,7 @@ class PipeEnd(asyncio.Protocol):
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedPipe:
     """`stream_id` is zeros where the tunnel has no such stream, `seen` how many of our bytes have
     come there."""
 
@@ -128,7 +128,7 @@ class Opened:
 
 async def connect(
     place: Endpoint, handshake: TunnelHandshake, stream_id: bytes, received: int
-) -> Opened:
+) -> OpenedPipe:
     """A pipe to that tunnel, on which the stream of that id goes on, of which so many bytes have
     come. Raises NoAnswer."""
     try:
@@ -150,7 +150,7 @@ async def connect(
     except BaseException:
         pipe.close()
         raise
-    return Opened(pipe, found, seen)
+    return OpenedPipe(pipe, found, seen)
 
 
 async def _open(place: Endpoint) -> PipeEnd:

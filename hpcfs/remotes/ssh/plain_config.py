@@ -55,7 +55,7 @@ _ALGORITHMS = frozenset(
 
 def read(site: SshSite, files: Sequence[str]) -> dict[str, list[str]]:
     """The options of `site`, as `ssh -G` names them. Raises WrongSettings."""
-    reader = _Reader(site.host)
+    reader = _ConfigReader(site.host)
     if site.user is not None:
         reader.options["user"] = [site.user]
     if site.port is not None:
@@ -71,7 +71,7 @@ def read(site: SshSite, files: Sequence[str]) -> dict[str, list[str]]:
 
 
 @dataclass
-class _Reader:
+class _ConfigReader:
     host: str
     options: dict[str, list[str]] = field(default_factory=dict)
     _place: str = ""
