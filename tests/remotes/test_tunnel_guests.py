@@ -364,10 +364,10 @@ def test_a_connection_asks_nobody_for_this_machines_name(
 PROXY = """
 import asyncio, os, sys
 from pathlib import Path
-from hpcfs.remotes.tunnel.line import Line, Meeting, Pulse
+from hpcfs.remotes.tunnel.line import Line, Pulse, RendezvousFile
 
 async def main():
-    line = await Line.open(Meeting(Path(sys.argv[1]), sys.argv[2]), Pulse())
+    line = await Line.open(RendezvousFile(Path(sys.argv[1]), sys.argv[2]), Pulse())
     over = asyncio.Event()
     def out(data):
         while data:
