@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import hpcfs
 from hpcfs.config import config, tunnel
 from tests.policy.test_imports import MAY_IMPORT
 
@@ -82,6 +84,11 @@ def test_each_promise_names_its_test(page: str, at_least: int) -> None:
 def test_configuration_explains_each_key(key: str) -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
     assert re.search(rf"^- `{key}` \([^)]*; [^)]*\): \S", text, re.MULTILINE)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == hpcfs.__version__
 
 
 def test_architecture_lists_the_layers_in_their_order() -> None:
