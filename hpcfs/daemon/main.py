@@ -250,7 +250,7 @@ class _Daemon:
         )
         tree, closer = self._fs.tree, self._fs.closer
         self._recovery = Recovery(
-            tree, self._fs.contents, closer.queue, self._journal, self._namespaces
+            tree, self._fs.shared, closer.queue, self._journal, self._namespaces
         )
         self._pending = Pending(tree, self._store, closer, self._journal, self._recovery)
 

@@ -19,7 +19,7 @@ import msgspec
 import trio
 
 from hpcfs.cache.store import Store
-from hpcfs.content.factory import ContentFactory
+from hpcfs.content.shared import Shared
 from hpcfs.directories.directories import Directories, directory_entry
 from hpcfs.filesystem.attributes import AttributeChanges
 from hpcfs.filesystem.files import Files
@@ -106,11 +106,11 @@ class Filesystem:
         self._namespaces = list(namespaces)
         self.tree = _make_tree(self._namespaces, options)
         self.permissions = Permissions(options.uid, options.gid)
-        self.contents = ContentFactory(store, nursery, options.now)
+        self.shared = Shared(store, nursery, options.now)
         self.closer = Closer(self.tree, store, uploader, nursery, options.journal_size)
-        self.file_prefetcher = FilePrefetcher(self.tree, self.contents)
+        self.file_prefetcher = FilePrefetcher(self.tree, self.shared)
         self.files = Files(
-            self.tree, self.contents, self.closer, uploader, self.file_prefetcher, self.permissions
+            self.tree, self.shared, self.closer, uploader, self.file_prefetcher, self.permissions
         )
         self._links = Symlinks(self.tree, self.lookup, options.mountpoint)
         self.makers = Makers()
@@ -290,7 +290,7 @@ class Filesystem:
         assert node.namespace
         asked = self.tree.now()
         if node.content:
-            entry = await node.content.revalidate()
+            entry = await node.content.reader.base.revalidate()
             if entry is not None:
                 self.tree.update_open(node, entry, asked)
                 return

@@ -61,24 +61,6 @@ class SiteCalls(Protocol):
 _EMPTY_NOTED = 10_000
 
 
-class _Named(Protocol):
-    @property
-    def path(self) -> bytes: ...
-
-
-class Versioned(Protocol):
-    """An open file's content."""
-
-    @property
-    def place(self) -> _Named: ...
-
-    @property
-    def version(self) -> bytes: ...
-
-    @property
-    def size(self) -> int: ...
-
-
 class Namespace:
     """`origin` names the remote folder across mounts: the cache is kept under it."""
 
@@ -113,14 +95,13 @@ class Namespace:
         self._empty: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
         """(path, version) of files without bytes that were read, and had none."""
 
-    def is_empty(self, content: Versioned) -> bool:
-        """Whether it was found to have no bytes; its size says nothing of a file in /proc."""
-        return not content.size and (content.place.path, content.version) in self._empty
+    def is_empty(self, path: bytes, version: bytes) -> bool:
+        """Whether this file was found to have no bytes; its size says nothing of one in /proc."""
+        return (path, version) in self._empty
 
-    def note_empty(self, content: Versioned) -> None:
-        if content.size:
-            return
-        self._empty[content.place.path, content.version] = None
+    def note_empty(self, path: bytes, version: bytes) -> None:
+        """This file tells no size, and had no bytes when it was read."""
+        self._empty[path, version] = None
         if len(self._empty) > _EMPTY_NOTED:
             self._empty.popitem(last=False)
 

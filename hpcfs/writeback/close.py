@@ -77,7 +77,7 @@ class Closer:
         """Others changed the file since it was opened: both versions stay. Returns the user's
         sentence. Raises Unreachable when that can't be done now."""
         node = self._node(content)
-        async with content.upload_lock:
+        async with content.upload.lock:
             if content.state.is_unlinked:
                 return reason
             told = await conflict.set_aside(content, self._uploader, reason)
@@ -131,7 +131,7 @@ class Closer:
         nobody was told that it is safe."""
         for content in self.dirty():
             is_stale = content.state.durability is Durability.JOURNALED
-            if is_stale and not content.upload_lock.locked():
+            if is_stale and not content.upload.lock.locked():
                 await self._uploader.note_writing(content)
 
     async def flush_all(self) -> None:
@@ -159,7 +159,7 @@ class Closer:
         if not content.leave():
             return
         self._in_use.pop(content, None)
-        content.stop_prefetch()
+        content.reader.fetcher.cancel_all()
         if content.namespace.writes_back and content.is_dirty():
             await self._leave_to_queue(content)
             return
@@ -183,7 +183,7 @@ class Closer:
         """After something that may have been the content's last use."""
         if content.users or content.closing is not None or content.is_dirty():
             return
-        if content.is_idle():
+        if not content.reader.fetcher.is_busy:
             self._retire(content)
         else:
             self._nursery.start_soon(self._retire_when_idle, content)
@@ -208,7 +208,7 @@ class Closer:
         return True
 
     async def _retire_when_idle(self, content: Content) -> None:
-        await content.settle()
+        await content.reader.fetcher.settle()
         if not content.users and content.closing is None and not content.is_dirty():
             self._retire(content)
 
@@ -221,8 +221,8 @@ class Closer:
             node.content = None
         self._store.release(content.file)
         self._tree.drop_if_unused(node)
-        if content.held:
-            self._nursery.start_soon(content.let_go)
+        if content.reader.base.held:
+            self._nursery.start_soon(content.reader.base.let_go)
 
     # --- names change -----------------------------------------------------------------------------
 
@@ -231,8 +231,8 @@ class Closer:
         if node.content is None:
             return
         try:
-            node.content.use_disk()  # in memory it would not stay
-            await node.content.fetch_all(KEEP_REMOVED_BYTES)
+            node.content.reader.use_disk()  # in memory it would not stay
+            await node.content.reader.fetch_all(KEEP_REMOVED_BYTES)
         except (RemoteError, CacheFull, Stale) as error:
             log.debug("%r is removed without its missing blocks: %s", node.path, error)
 

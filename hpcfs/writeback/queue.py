@@ -117,7 +117,7 @@ class UploadQueue:
     async def closed(self, content: Content) -> None:
         """A program that wrote to the file closed it, or changed it without opening it: the journal
         has it when this returns. Raises what became of an earlier attempt to upload it, once."""
-        failure = content.take_failure()
+        failure = content.upload.take_failure()
         await self.secure(content)
         if failure is not None:
             raise type(failure)(failure.message)
@@ -148,7 +148,7 @@ class UploadQueue:
 
     def retry(self, content: Content) -> None:
         """The user wants another attempt now."""
-        content.note_failure(None)
+        content.upload.note_failure(None)
         self._hasten(content)
         self._ask_site(content.namespace)
 
@@ -203,8 +203,8 @@ class UploadQueue:
 
     def _count(self, content: Content) -> None:
         self._uncount(content)
-        self._counted[content] = content.dirty_bytes
-        self._bytes += content.dirty_bytes
+        self._counted[content] = content.upload.dirty_bytes
+        self._bytes += content.upload.dirty_bytes
 
     def _uncount(self, content: Content) -> None:
         self._bytes -= self._counted.pop(content, 0)
@@ -249,7 +249,7 @@ class UploadQueue:
                 self._ask_site(content.namespace)
             return
         log.error("%r was not uploaded: %s", content.place.path, error.message)
-        content.note_failure(error if isinstance(error, RemoteError) else None)
+        content.upload.note_failure(error if isinstance(error, RemoteError) else None)
         if content.is_dirty():
             self._nursery.start_soon(self._note_failure, content, error.message)
 
@@ -350,7 +350,7 @@ class UploadQueue:
         self, contents: Iterable[Content], tell: Tell | None, patience: float, began: float
     ) -> None:
         """An outage counts from when it was noticed, but not from before `began`."""
-        waiting = {content: content.dirty_bytes for content in contents}
+        waiting = {content: content.upload.dirty_bytes for content in contents}
         total_files, total_bytes = len(waiting), sum(waiting.values())
         attempts: dict[Content, int] = {}
         for content in waiting:
@@ -367,7 +367,7 @@ class UploadQueue:
                     if reason is not None:
                         failures[content] = _failure_of(content, reason)
                 if tell is not None:
-                    bytes_left = sum(content.bytes_left for content in left)
+                    bytes_left = sum(content.upload.bytes_left for content in left)
                     done = max(0, total_bytes - bytes_left)
                     away = next((o.reason for n in namespaces if (o := self._outages.get(n))), "")
                     files = total_files - len(left)
