@@ -337,7 +337,7 @@ class FileUpload:
     def _end(self) -> None:
         self._under_way = None
         self._done_bytes = 0
-        self._store.check_bound()
+        self._store.note_cleaned()
 
     @contextmanager
     def pinned(self) -> Iterator[None]:

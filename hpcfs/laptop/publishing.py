@@ -23,10 +23,10 @@ from asyncssh.sftp import SFTPAttrs
 
 from hpcfs.laptop import listening, probing
 from hpcfs.model.errors import PermissionDenied, RemoteError, WrongSettings
-from hpcfs.remotes.sftp.errors import translated
-from hpcfs.remotes.ssh.login import Login
+from hpcfs.remotes.sftp.translate import translated
+from hpcfs.remotes.ssh.login import SshLogin
 from hpcfs.tunnel.file import DIRECTORY, MAX_FILE_BYTES, Rendezvous, decode, encode, file_name
-from hpcfs.tunnel.knock import Door
+from hpcfs.tunnel.knock import TunnelHandshake
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,9 @@ class Directory:
             return
         for place in other.places:
             with translated(b"", self.shown):
-                answer = await probing.look(connection, place, Door(other.id, other.secret))
+                answer = await probing.look(
+                    connection, place, TunnelHandshake(other.id, other.secret)
+                )
             if answer == "greets":
                 raise NameTaken(
                     f"a tunnel named {name} is up already, from {other.laptop} "
@@ -197,7 +199,7 @@ def _raise_if_lost(error: RemoteError) -> None:
         raise error
 
 
-async def start_sftp(login: Login) -> asyncssh.SFTPClient:
+async def start_sftp(login: SshLogin) -> asyncssh.SFTPClient:
     """Open the session that writes and watches the file. It stays open, since only with a session
     does sshd send without delay (TCP_NODELAY)."""
     try:

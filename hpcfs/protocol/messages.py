@@ -200,12 +200,6 @@ class Fetched(msgspec.Struct, frozen=True):
     """and what writing it to the cache file took."""
 
 
-class Progress(msgspec.Struct, frozen=True):
-    """Bytes of an upload or a fetch that are done; each one also renews the request's deadline."""
-
-    done: int
-
-
 Request = (
     Connect | Stat | StatOpen | List | ReadLink | Fetch | ReadUnsized | Release | Upload
     | UploadPiece | Create | MakeDirectory | MakeSymlink | MakeLink | Rename | Remove
@@ -254,10 +248,11 @@ class Reply(msgspec.Struct, frozen=True, tag="reply"):
 
 
 class Advance(msgspec.Struct, frozen=True, tag="advance"):
-    """Transfer process -> daemon: a long call moves on."""
+    """Transfer process -> daemon: a long call moves on, which renews its deadline. `done` counts
+    the bytes (renames: the objects) that are done so far."""
 
     id: int
-    progress: Progress
+    done: int
 
 
 class Question(msgspec.Struct, frozen=True, tag="question"):

@@ -35,14 +35,14 @@ class Prompter(Protocol):
         ...
 
 
-class _NoPrompter:
+class _Unattended:
     """Asks nobody."""
 
     async def ask(self, text: str, *, echo: bool = False) -> str | None:
         return None
 
 
-NO_PROMPTER: Prompter = _NoPrompter()
+NO_PROMPTER: Prompter = _Unattended()
 """For programs that nobody watches."""
 
 

@@ -1,7 +1,8 @@
 """Makes temporary directories: in $TMPDIR, unless other users may replace what is in it.
 
 Whoever may rename an entry of the parent directory can put another one in our directory's place:
-with a program that ssh runs (remotes/ssh/asking.py), or with files that a job takes for its own.
+with a program that ssh runs (remotes/ssh/askpass_server.py), or with files that a job takes for its
+own.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ def directory(prefix: str) -> Iterator[Path]:
 
 def _place() -> Path:
     given = Path(tempfile.gettempdir())
-    reason = ownership.why_not(given)
+    reason = ownership.unsafe_reason(given)
     if not reason:
         return given
-    if not ownership.why_not(paths.SHARED_TMP):
+    if not ownership.unsafe_reason(paths.SHARED_TMP):
         return paths.SHARED_TMP
     raise SetupError(
         f"{given} is not safe from others ({reason}): set TMPDIR to a directory of your own"

@@ -47,7 +47,7 @@ KEPT_PIECE_BYTES = 32 * 1024 * 1024
 KEPT_BYTES = 64 * 1024 * 1024
 
 
-class Connection:
+class DaemonConnection:
     """The process's side of the socket."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -91,7 +91,7 @@ class Connection:
 class Worker:
     """Runs calls against a site, each in a task of its own."""
 
-    def __init__(self, connection: Connection, site: Site, disk: CacheDisk) -> None:
+    def __init__(self, connection: DaemonConnection, site: Site, disk: CacheDisk) -> None:
         self._connection = connection
         self._site = site
         self._disk = disk
@@ -174,7 +174,7 @@ class Worker:
             source.close()
 
     def _reporter(self, call_id: int) -> ReportProgress:
-        return lambda done: self._connection.send_soon(m.Advance(call_id, m.Progress(done)))
+        return lambda done: self._connection.send_soon(m.Advance(call_id, done))
 
 
 async def upload_piece(remote: Remote, request: m.UploadPiece) -> None:
@@ -262,7 +262,7 @@ def perform(
 async def serve(sock: socket.socket, files: socket.socket) -> None:
     """`files` is where the daemon lends its files in memory."""
     reader, writer = await asyncio.open_unix_connection(sock=sock, limit=4 * 1024 * 1024)
-    connection = Connection(reader, writer)
+    connection = DaemonConnection(reader, writer)
     start = await connection.receive(m.Start)
     assert isinstance(start, m.Start)
     set_up_logging(start.log_level)

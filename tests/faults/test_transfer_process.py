@@ -25,7 +25,7 @@ from hpcfs.protocol.messages import Fetch, Fetched, Stat
 from hpcfs.site import client as client_module
 from hpcfs.site.client import SiteClient
 from hpcfs.site.worker_process import WorkerProcess
-from hpcfs.worker.main import Connection
+from hpcfs.worker.main import DaemonConnection
 
 SECONDS = 30.0
 NOBODY = "http://127.0.0.1:1"
@@ -158,7 +158,7 @@ def test_what_ends_after_the_daemon_was_killed_tells_nobody() -> None:
     async def story() -> None:
         ours, theirs = socket.socketpair()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
-        connection = Connection(reader, writer)
+        connection = DaemonConnection(reader, writer)
         theirs.close()
         writer.transport.abort()
         await asyncio.sleep(0)

@@ -64,7 +64,7 @@ def test_every_request_was_tried() -> None:
     [
         m.Reply(1, m.pack([1, 2]), more=True),
         m.Reply(1, failure=Failure("Changed", "why")),
-        m.Advance(1, m.Progress(2**40)),
+        m.Advance(1, 2**40),
         m.Question(1, "Password: ", echo=False),
     ],
     ids=lambda message: type(message).__name__,

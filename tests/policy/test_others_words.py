@@ -14,7 +14,7 @@ from hpcfs.config import config, rclone_conf
 from hpcfs.daemon.write_commands import make_target
 from hpcfs.model.errors import SetupError, WrongSettings
 from hpcfs.model.sites import SshSite
-from hpcfs.remotes.ssh import said
+from hpcfs.remotes.ssh import options
 from hpcfs.system import ownership, paths, temporary
 from tests.policy.test_other_users import OTHER, base, shared_tmp
 
@@ -108,11 +108,11 @@ def test_an_ssh_config_that_others_may_write_is_refused(
     if way == "included":
         file = _write(home / "more", "Host h\n  User v\n")
         _write(home / ".ssh" / "config", f"Include {file}\n")
-    found = asyncio.run(said.read(site))
+    found = asyncio.run(options.read(site))
     assert found.one("user") == ("v" if way == "included" else "u")
     open_it(file)
     with pytest.raises(WrongSettings, match=r"somebody else's word|Bad owner or permissions"):
-        asyncio.run(said.read(site))
+        asyncio.run(options.read(site))
 
 
 # --- places ---------------------------------------------------------------------------------------
@@ -158,5 +158,5 @@ def test_copies_go_where_nobody_puts_a_link_in_their_place(base: Path) -> None:
 
 
 def test_a_sticky_directory_is_as_safe_as_its_owner(base: Path) -> None:
-    assert ownership.why_not(_open(base / "root-s", 0o1777) / "mine") is None
-    assert ownership.why_not(_open(base / "their-s", 0o1777, OTHER) / "mine")
+    assert ownership.unsafe_reason(_open(base / "root-s", 0o1777) / "mine") is None
+    assert ownership.unsafe_reason(_open(base / "their-s", 0o1777, OTHER) / "mine")

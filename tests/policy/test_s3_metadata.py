@@ -25,11 +25,11 @@ from hpcfs.model.errors import (
     Unreachable,
     WrongSettings,
 )
-from hpcfs.remotes.s3.errors import LONGEST_DELAY, Health, translate
-from hpcfs.remotes.s3.known import Known, MetadataCache
+from hpcfs.remotes.s3.caches import ExpiringCache, MetadataCache
 from hpcfs.remotes.s3.metadata import MAX_TIME_NS, Metadata, decode, encode, format_time, parse_time
 from hpcfs.remotes.s3.objects import Info, Summary
 from hpcfs.remotes.s3.parts import Limits
+from hpcfs.remotes.s3.translate import LONGEST_DELAY, Health, translate
 
 SECOND = 1_000_000_000
 times = st.integers(-MAX_TIME_NS, MAX_TIME_NS)
@@ -210,7 +210,7 @@ def test_what_is_remembered_is_bounded() -> None:
 
 def test_known_things_are_forgotten_by_age_and_number() -> None:
     now = 0.0
-    known: Known[int] = Known(5, 2, lambda: now)
+    known: ExpiringCache[int] = ExpiringCache(5, 2, lambda: now)
     for number in range(3):
         known.put(str(number), number)
     assert [known.get(str(number)) for number in range(3)] == [None, 1, 2]

@@ -6,7 +6,7 @@ from asyncssh import SFTPAttrs, SFTPName
 from asyncssh.packet import SSHPacket, UInt32
 from hypothesis import given, settings, strategies as st
 
-from hpcfs.remotes.sftp.names import usual_names
+from hpcfs.remotes.sftp.name_reply import usual_names
 
 repeatable = settings(deadline=None, derandomize=True, database=None)
 numbers = st.integers(0, 2**32 - 1)

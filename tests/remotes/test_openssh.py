@@ -24,8 +24,8 @@ from hpcfs.model.errors import (
 )
 from hpcfs.model.sites import SftpRoot, SiteSpec, SshSite
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
-from hpcfs.remotes.sftp.stdio import SshLogin
-from hpcfs.remotes.ssh.openssh import Target, command, read_target
+from hpcfs.remotes.sftp.stdio import OpenSshLogin
+from hpcfs.remotes.ssh.openssh import OpenSshTarget, command, read_target
 from hpcfs.remotes.ssh.stderr import ending
 from tests.remotes.contract import get, put
 from tests.remotes.test_sftp_uploads import verify_uploads, verifying
@@ -78,10 +78,10 @@ async def enter(spec: SiteSpec, *answers: str | None) -> list[tuple[str, bool]]:
     return prompter.asked
 
 
-def login_of(remote: SftpRemote) -> SshLogin:
-    session = remote._kept._session
+def login_of(remote: SftpRemote) -> OpenSshLogin:
+    session = remote._shared._session
     assert session is not None
-    assert isinstance(session.login, SshLogin)
+    assert isinstance(session.login, OpenSshLogin)
     return session.login
 
 
@@ -458,7 +458,7 @@ def test_a_killed_child_is_replaced(sshd: SshServer) -> None:
     async def story(remote: SftpRemote) -> None:
         await put(remote, b"file", b"content")
         (pid,) = pids(remote)
-        session = remote._kept._session
+        session = remote._shared._session
         assert session is not None
         os.kill(pid, signal.SIGKILL)
         await session.ended.wait()
@@ -504,7 +504,7 @@ def test_a_child_that_does_not_react_is_killed(sshd: SshServer) -> None:
     asyncio.run(main())
 
 
-TARGET = Target(SshSite(ALIAS), LOOPBACK, "22", "me", None)
+TARGET = OpenSshTarget(SshSite(ALIAS), LOOPBACK, "22", "me", None)
 
 
 @pytest.mark.parametrize(

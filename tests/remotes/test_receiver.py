@@ -14,10 +14,10 @@ from hypothesis import given, strategies as st
 
 from hpcfs.model.errors import Unreachable
 from hpcfs.model.sites import SiteSpec, SshSite
-from hpcfs.remotes.sftp.decoder import Bytes, Inbox, Malformed
+from hpcfs.remotes.sftp.decoder import DataSink, Malformed, MessageDecoder
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
 from hpcfs.remotes.ssh.login import log_in
-from hpcfs.remotes.ssh.receiver import Receiver, shorten
+from hpcfs.remotes.ssh.receiver import PacketReceiver, shorten
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES
 from tests.support.sshd import ALIAS, ScriptedPrompter, SshServer, ssh_server
 
@@ -32,13 +32,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
         yield server
 
 
-def receiver_of(remote: SftpRemote) -> Receiver:
-    session = remote._kept._session
+def receiver_of(remote: SftpRemote) -> PacketReceiver:
+    session = remote._shared._session
     assert session is not None
     transport: Any = session.login.connection._transport
     through_jump_host = isinstance(transport, SSHChannel)
     receiver = transport._session if through_jump_host else transport.get_protocol()
-    assert isinstance(receiver, Receiver), "asyncssh has changed: see remotes/ssh/receiver.py"
+    assert isinstance(receiver, PacketReceiver), "asyncssh has changed: see remotes/ssh/receiver.py"
     return receiver
 
 
@@ -49,7 +49,7 @@ async def fetched(remote: SftpRemote, length: int = len(CONTENT)) -> bytes:
 
 def taken_by_a_fetch(
     spec: SiteSpec,
-    prepare: Callable[[Receiver], None] = lambda receiver: None,
+    prepare: Callable[[PacketReceiver], None] = lambda receiver: None,
     runner: Callable[..., int] = asyncio.run,
 ) -> int:
     """How many packets went the shorter way while the content came as it is."""
@@ -91,7 +91,7 @@ def test_where_a_cipher_needs_them_empty_packets_are_sent(tmp_path: Path) -> Non
         try:
             remote = site.remote("ns")
             await remote.connect()
-            session = remote._kept._session
+            session = remote._shared._session
             assert session is not None
             connection: Any = session.login.connection
             before = connection._send_seq
@@ -144,7 +144,7 @@ def test_whatever_comes_is_a_sign_of_life(served: SshServer) -> None:
 
 
 def test_packets_that_come_in_crumbs(served: SshServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def crumbs(receiver: Receiver) -> None:
+    def crumbs(receiver: PacketReceiver) -> None:
         whole = receiver.get_buffer
         sizes = iter([7, 1, 3, 5000, 40_000, 16, 4] * 1_000_000)
         monkeypatch.setattr(receiver, "get_buffer", lambda hint: whole(hint)[: next(sizes)])
@@ -157,7 +157,7 @@ def test_new_keys_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (server.root / "file").write_bytes(CONTENT)
         seen = set[int]()
 
-        def watch(receiver: Receiver) -> None:
+        def watch(receiver: PacketReceiver) -> None:
             current = receiver._current_cipher
 
             def noted() -> object:
@@ -188,9 +188,9 @@ def test_through_a_jump_host_the_way_is_short_twice(served: SshServer, tmp_path:
         config = tmp_path / "config"
         config.write_text(text)
         spec = served.site_spec(site=SshSite(ALIAS, ssh_config=str(config)))
-        outer = list[Receiver]()
+        outer = list[PacketReceiver]()
 
-        def note(receiver: Receiver) -> None:
+        def note(receiver: PacketReceiver) -> None:
             channel = receiver._connection._transport
             assert channel.get_recv_window() == CHANNEL_WINDOW_BYTES
             outer.append(channel.get_connection()._transport.get_protocol())
@@ -218,8 +218,8 @@ def test_a_forged_packet_ends_the_connection(
             monkeypatch.setattr(receiver, "_take", forged)
             with pytest.raises(Unreachable, match="MAC"):
                 await fetched(remote, MIB)
-            assert remote._kept._session is not None
-            assert remote._kept._session.lost
+            assert remote._shared._session is not None
+            assert remote._shared._session.lost
         finally:
             await site.close()
 
@@ -240,7 +240,7 @@ class Collected:
     def message(self, message: bytes) -> None:
         self.messages.append(message)
 
-    def data(self, request: int, length: int) -> Bytes | None:
+    def data(self, request: int, length: int) -> DataSink | None:
         return None if request in self.unwanted else _Piece(self, request)
 
 
@@ -278,7 +278,7 @@ def test_messages_come_out_whole_wherever_the_stream_is_cut(
         framed(item) if isinstance(item, bytes) else data_message(*item) for item in told
     )
     collected = Collected(refused)
-    inbox = Inbox(collected)
+    inbox = MessageDecoder(collected)
     at = turn = 0
     while at < len(stream):
         size = cuts[turn % len(cuts)]
@@ -297,4 +297,4 @@ def test_messages_come_out_whole_wherever_the_stream_is_cut(
 )  # fmt: skip
 def test_what_is_no_message_is_refused(stream: bytes) -> None:
     with pytest.raises(Malformed):
-        Inbox(Collected()).feed(stream)
+        MessageDecoder(Collected()).feed(stream)

@@ -18,9 +18,9 @@ from botocore.exceptions import ClientError
 
 from hpcfs.model.errors import RemoteFailure
 from hpcfs.remotes.s3.checksums import PartSent, crc_of, joined_crc
-from hpcfs.remotes.s3.errors import translate
 from hpcfs.remotes.s3.parts import MIB
 from hpcfs.remotes.s3.remote import S3Remote
+from hpcfs.remotes.s3.translate import translate
 from tests.remotes.test_s3 import Bytes, content, put_directly, remote_of, run
 from tests.remotes.test_s3_uploads import LIMITS, upload
 from tests.support.s3 import S3Server

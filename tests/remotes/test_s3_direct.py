@@ -29,10 +29,16 @@ from hypothesis import given, settings, strategies as st
 from hpcfs.model.errors import Changed, ProtocolError, Unreachable
 from hpcfs.model.sites import S3Root, S3Site, Secret, SiteSpec
 from hpcfs.remotes.s3.direct import STRANGE_IN_A_ROW
-from hpcfs.remotes.s3.http import PIECE_BYTES, Answer, Lost, Question, Unusual
-from hpcfs.remotes.s3.login import Login
+from hpcfs.remotes.s3.http import (
+    PIECE_BYTES,
+    ConnectionLost,
+    HttpRequest,
+    HttpResponse,
+    UnusualResponse,
+)
+from hpcfs.remotes.s3.login import S3Login
 from hpcfs.remotes.s3.metadata import Metadata
-from hpcfs.remotes.s3.pool import MIB, Bounds, Gate, Host, Pool
+from hpcfs.remotes.s3.pool import MIB, Bounds, Gate, HostAddress, Pool
 from hpcfs.remotes.s3.remote import S3Remote
 from hpcfs.remotes.s3.signing import UNSIGNED, Keys, Signer
 from hpcfs.remotes.s3.site import S3SiteConnection
@@ -216,7 +222,7 @@ def test_credentials_that_expire_are_renewed(
     monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
 
     async def test() -> None:
-        login = Login(S3Site(profile="p"))
+        login = S3Login(S3Site(profile="p"))
         first, second = await login.keys(), await login.keys()
         assert (first.token, second.token) == ("t", "t")
         assert int(second.access_key[3:]) > int(first.access_key[3:])
@@ -319,7 +325,7 @@ async def pool_to(serve: Serve, read_timeout: float = 30) -> AsyncIterator[Pool]
 
     listener = await asyncio.start_server(one, LOOPBACK, 0)
     port = listener.sockets[0].getsockname()[1]
-    pool = Pool(Host(LOOPBACK, port, None), 5, read_timeout, lambda seconds: None)
+    pool = Pool(HostAddress(LOOPBACK, port, None), 5, read_timeout, lambda seconds: None)
     try:
         yield pool
     finally:
@@ -344,10 +350,10 @@ def always(answer: bytes, *, pieces: int = 1 << 20, then_close: bool = False) ->
     return serve
 
 
-ASK = Question(b"GET / HTTP/1.1\r\n\r\n", limit=1000)
+ASK = HttpRequest(b"GET / HTTP/1.1\r\n\r\n", limit=1000)
 
 
-async def ask(serve: Serve, question: Question = ASK) -> Answer:
+async def ask(serve: Serve, question: HttpRequest = ASK) -> HttpResponse:
     async with pool_to(serve) as pool:
         return await pool.ask(question)
 
@@ -370,13 +376,13 @@ MALFORMED = {
 
 @pytest.mark.parametrize("answer", MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_answer_is_refused(answer: bytes) -> None:
-    with pytest.raises(Unusual):
+    with pytest.raises(UnusualResponse):
         asyncio.run(ask(always(answer)))
 
 
 @pytest.mark.parametrize("answer", [b"", OK, OK + b"content-length: 9\r\n\r\nabc"])
 def test_an_answer_that_breaks_off(answer: bytes) -> None:
-    with pytest.raises(Lost):
+    with pytest.raises(ConnectionLost):
         asyncio.run(ask(always(answer, then_close=True)))
 
 
@@ -409,7 +415,7 @@ def test_answers_to_head_have_no_body() -> None:
     async def test() -> None:
         async with pool_to(always(answer)) as pool:
             for _ in range(3):
-                found = await pool.ask(Question(b"HEAD / HTTP/1.1\r\n\r\n", bodiless=True))
+                found = await pool.ask(HttpRequest(b"HEAD / HTTP/1.1\r\n\r\n", bodiless=True))
                 assert (found.body, found.status) == (b"", 200)
 
     asyncio.run(test())
@@ -693,7 +699,7 @@ def test_a_server_that_is_never_understood_is_left_to_botocore(
         tried.append(headers)
         raise ValueError("not understood")
 
-    monkeypatch.setattr("hpcfs.remotes.s3.direct.of_object", strange)
+    monkeypatch.setattr("hpcfs.remotes.s3.direct.parse_object", strange)
 
     async def test() -> None:
         async with remote_of(moto, prefix) as remote:
@@ -709,9 +715,9 @@ def test_a_server_that_is_never_understood_is_left_to_botocore(
 # --- bodies that are sent -------------------------------------------------------------------------
 
 
-def asking(body: bytes, sent: Callable[[], None] | None = None) -> Question:
+def asking(body: bytes, sent: Callable[[], None] | None = None) -> HttpRequest:
     head = f"PUT / HTTP/1.1\r\ncontent-length: {len(body)}\r\n\r\n"
-    return Question(head.encode(), limit=1000, body=body, sent=sent)
+    return HttpRequest(head.encode(), limit=1000, body=body, sent=sent)
 
 
 @pytest.mark.parametrize("size", [1, 5000, PIECE_BYTES, 9 * MIB + 1])

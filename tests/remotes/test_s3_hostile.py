@@ -12,11 +12,11 @@ import pytest
 
 from hpcfs.model.errors import AccessRefused, ProtocolError, RemoteFailure
 from hpcfs.model.sites import S3Root, S3Site, SiteSpec
-from hpcfs.remotes.s3.answers import MOST_MARKS, of_listing
 from hpcfs.remotes.s3.direct import Direct
 from hpcfs.remotes.s3.http import HEAD_BYTES, MOST_INTERIM
 from hpcfs.remotes.s3.objects import check_range
 from hpcfs.remotes.s3.remote import S3Remote
+from hpcfs.remotes.s3.responses import MOST_MARKS, parse_listing
 from hpcfs.remotes.s3.signing import Keys
 from hpcfs.remotes.s3.site import S3SiteConnection
 from tests.remotes.test_s3_direct import remote_of
@@ -75,7 +75,7 @@ def test_a_page_of_a_server_that_gives_many_keys_is_read() -> None:
         "<Contents><Key>some/key/{}</Key><Size>1</Size><ETag>e</ETag><StorageClass>S</StorageClass>"
     )
     page = listing("".join(f"{key.format(i)}</Contents>" for i in range(10_000)))
-    assert len(of_listing(page)["Contents"]) == 10_000
+    assert len(parse_listing(page)["Contents"]) == 10_000
 
 
 @pytest.mark.parametrize("way", WAYS)

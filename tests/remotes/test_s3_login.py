@@ -13,7 +13,7 @@ import pytest
 from hpcfs.model.errors import AccessRefused, PermissionDenied, WrongSettings
 from hpcfs.model.sites import S3Root, S3Site, Secret, SiteSpec
 from hpcfs.remotes.base import no_report
-from hpcfs.remotes.s3.login import Login, check_secrecy
+from hpcfs.remotes.s3.login import S3Login, check_secrecy
 from hpcfs.remotes.s3.remote import S3Remote
 from hpcfs.remotes.s3.signing import Keys
 from hpcfs.remotes.s3.site import S3SiteConnection
@@ -141,7 +141,7 @@ def test_an_access_point_is_asked_at_its_own_host(separator: str) -> None:
 
     async def test() -> Any:
         keys = (Secret("KEY"), Secret("secret"))
-        login = Login(S3Site(None, "eu-west-1", None, *keys))
+        login = S3Login(S3Site(None, "eu-west-1", None, *keys))
         request = await login.prepared(name)
         await login.close()
         return request

@@ -17,7 +17,7 @@ import pytest
 
 from hpcfs.model.errors import ProtocolError, RemoteError, RemoteFailure
 from hpcfs.model.sites import S3Site
-from hpcfs.remotes.s3.login import Login
+from hpcfs.remotes.s3.login import S3Login
 from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.remotes.s3.objects import Info
 from hpcfs.remotes.s3.remote import S3Remote
@@ -270,7 +270,7 @@ def test_providers_of_credentials_follow_none(
             environment, profile = provider(first.url, tmp_path)
             for name, value in environment.items():
                 monkeypatch.setenv(name, value)
-            login = Login(S3Site(profile=profile))
+            login = S3Login(S3Site(profile=profile))
             with suppress(Exception):  # each provider has its own, and one none
                 assert await login.keys() is None
             await login.close()
@@ -322,7 +322,7 @@ LONG = {
 def test_an_answer_without_end_is_given_up(
     head: bytes, piece: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hpcfs.remotes.s3.wire.ANSWER_BYTES", LIMIT)
+    monkeypatch.setattr("hpcfs.remotes.s3.botocore_guard.ANSWER_BYTES", LIMIT)
 
     async def test() -> None:
         async with endless(head, piece) as (url, counts):

@@ -17,7 +17,7 @@ from hpcfs.model.entries import Attributes, Entry
 from hpcfs.model.errors import Conflict, NotSupported, PiecesLost, RemoteFailure, Unreachable
 from hpcfs.model.sites import S3Root
 from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
-from hpcfs.remotes.s3.bucket import Begun
+from hpcfs.remotes.s3.bucket import MultipartSession
 from hpcfs.remotes.s3.parts import MIB, Limits
 from hpcfs.remotes.s3.remote import S3Remote
 from hpcfs.remotes.s3.site import S3SiteConnection
@@ -29,7 +29,7 @@ from tests.remotes.test_s3 import (
     put_directly,
     remote_of,
     run,
-    start_for,
+    spec_for,
     uploads_left,
 )
 from tests.support.s3 import S3Server
@@ -678,7 +678,7 @@ def test_a_refused_part_is_told_though_others_hear_first_that_the_upload_is_gone
             refused: list[int] = []
 
             async def part(
-                key: str, begun: Begun, number: int, *arguments: Any, **named: Any
+                key: str, begun: MultipartSession, number: int, *arguments: Any, **named: Any
             ) -> Any:
                 if not refused:
                     refused.append(number)
@@ -729,7 +729,7 @@ def test_verified_uploads_compare_what_the_server_holds(
 
     async def test() -> None:
         root = S3Root(server.bucket, prefix, verify=True)
-        site = S3SiteConnection(start_for(server, root, tmp_path), LIMITS)
+        site = S3SiteConnection(spec_for(server, root, tmp_path), LIMITS)
         try:
             remote = site.remote("data")
             await upload(remote, Bytes(data))

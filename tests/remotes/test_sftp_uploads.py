@@ -35,9 +35,9 @@ from hpcfs.remotes.sftp.opening import NEW
 from hpcfs.remotes.sftp.parallel_channels import WIDE_BYTES
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
 from hpcfs.remotes.sftp.session import SftpSession
-from hpcfs.remotes.sftp.streaming_upload import MAX_HELD
-from hpcfs.remotes.sftp.uploads import Uploads
-from hpcfs.remotes.sftp.write import Target, write_ranges
+from hpcfs.remotes.sftp.streaming_upload import MAX_STREAMS
+from hpcfs.remotes.sftp.uploads import SftpUploads
+from hpcfs.remotes.sftp.write import WritableFile, write_ranges
 from tests.remotes.contract import MemorySource, get, put, put_ahead
 from tests.remotes.test_sftp import EXTENSIONS, on, on_evil
 from tests.support import evil_sftp
@@ -69,7 +69,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def held_open(remote: SftpRemote) -> int:
-    return len(remote._uploads._held)
+    return len(remote._uploads._streams)
 
 
 # --- round trips --------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_a_small_file_overtakes_large_ones(sshd: SshServer) -> None:
         session = (await remote._place(b"")).session
         unheard: list[bytes] = []
         bulk = session.bulk
-        target = Target(await remote._place(b"large"), await opened(folder, remote))
+        target = WritableFile(await remote._place(b"large"), await opened(folder, remote))
         with mock.patch.object(bulk, "message", unheard.append):
             source = MemorySource(content(48 * 1024 * 1024))
             ranges = [(0, source.size)]
@@ -186,7 +186,7 @@ def test_large_files_take_turns(sshd: SshServer) -> None:
     on_folder(sshd, story)
 
 
-# --- several ways to one file ---------------------------------------------------------------------
+# --- several channels to one file -----------------------------------------------------------
 
 
 async def bytes_by_channel(session: SftpSession, upload: Awaitable[object]) -> list[int]:
@@ -461,13 +461,13 @@ def test_a_created_file_is_ours_whatever_its_name_is_by_now(sshd: SshServer) -> 
 
 
 def test_held_files_are_bounded_and_closed(tmp_path: Path) -> None:
-    many = range(1, MAX_HELD + 21)
+    many = range(1, MAX_STREAMS + 21)
 
     async def story(remote: SftpRemote, evil: EvilSite) -> None:
         for handle in many:
             await remote.create(b"%d" % handle, 0o644, handle)
         await settle(remote)
-        assert evil_sftp.Counting.held == MAX_HELD
+        assert evil_sftp.Counting.held == MAX_STREAMS
         for handle in many:
             name = b"%d" % handle
             await put(remote, name, name, base_version=b"", handle=handle)
@@ -733,7 +733,7 @@ def test_a_temporary_file_of_a_killed_process_goes_with_the_next_attempt(sshd: S
         await lose(remote, FXP_CLOSE, put(remote, b"file", b"new", replace=True))
         (left,) = os.listdir(folder)
         assert left.startswith(".file.hpcfs-")
-        remote._uploads = Uploads()  # knows what a new process knows
+        remote._uploads = SftpUploads()  # knows what a new process knows
         await put(remote, b"file", b"new", replace=True)
         assert os.listdir(folder) == ["file"]
 

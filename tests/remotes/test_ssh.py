@@ -23,10 +23,10 @@ from hpcfs.model.errors import (
 )
 from hpcfs.model.sites import SiteSpec, SshSite
 from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
-from hpcfs.remotes.ssh.clock import MOST_LETTERS, MOST_QUESTIONS
-from hpcfs.remotes.ssh.connection import LONGEST_PAUSE_SECONDS, Kept
 from hpcfs.remotes.ssh.hostkeys import HostKeys, Rules
+from hpcfs.remotes.ssh.login_clock import MOST_LETTERS, MOST_QUESTIONS
 from hpcfs.remotes.ssh.settings import FAST_CIPHER, jump_site, read_hop
+from hpcfs.remotes.ssh.shared_session import LONGEST_PAUSE_SECONDS, SharedSession
 from tests.remotes.contract import get, listed, put
 from tests.support.evil_sftp import USER, EvilSite, Login, Plain, evil_site
 from tests.support.sshd import (
@@ -542,7 +542,7 @@ def test_a_lost_connection_is_made_anew_and_handles_with_it(tmp_path: Path) -> N
             with pytest.raises(Unreachable, match="connection refused"):
                 await remote.stat(b"file")
             server.start()
-            remote._kept._retry_at = 0  # the pause is over
+            remote._shared._retry_at = 0  # the pause is over
             assert await remote.stat_open(1) is None, "handles ended with their connection"
             assert b"".join(await remote.fetch(b"file", version, 0, 7, 1)) == b"content"
             assert set(await listed(remote, b"")) == {b"file"}
@@ -574,7 +574,7 @@ def test_a_connection_lost_in_flight_is_unreachable(tmp_path: Path) -> None:
 
 
 async def lost(remote: SftpRemote) -> None:
-    session = remote._kept._session
+    session = remote._shared._session
     assert session is not None
     await session.ended.wait()
 
@@ -621,7 +621,7 @@ def test_pauses_double_up_to_a_limit_and_start_anew() -> None:
     async def main() -> None:
         now = 100.0
         opener = Opener(*(Unreachable("down") for _ in range(7)))
-        kept = Kept(opener, lambda: now)
+        kept = SharedSession(opener, lambda: now)
         pauses = []
         for attempt in range(1, 8):
             for _ in range(3):
@@ -645,7 +645,7 @@ def test_what_only_the_user_can_mend_is_never_tried_again(error: type[RemoteErro
     async def main() -> None:
         now = 0.0
         opener = Opener(error("no"))
-        kept = Kept(opener, lambda: now)
+        kept = SharedSession(opener, lambda: now)
         for now in (0.0, 10.0, 10.0**9):  # noqa: B007 (read by the clock)
             with pytest.raises(error, match="no"):
                 await kept.get()
@@ -657,7 +657,7 @@ def test_what_only_the_user_can_mend_is_never_tried_again(error: type[RemoteErro
 def test_a_cancelled_request_does_not_cancel_the_attempt() -> None:
     async def main() -> None:
         opener = Opener()
-        kept = Kept(opener)
+        kept = SharedSession(opener)
         first = asyncio.ensure_future(kept.get())
         second = asyncio.ensure_future(kept.get())
         await asyncio.sleep(0)
@@ -672,7 +672,7 @@ def test_a_cancelled_request_does_not_cancel_the_attempt() -> None:
 
 def test_a_failure_that_nobody_foresaw_is_reported_as_one() -> None:
     async def main() -> None:
-        kept = Kept(Opener(KeyError("surprise")))
+        kept = SharedSession(Opener(KeyError("surprise")))
         with pytest.raises(RemoteFailure, match="surprise"):
             await kept.get()
 

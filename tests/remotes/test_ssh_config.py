@@ -18,7 +18,7 @@ import pytest
 from hpcfs.model.errors import RemoteError, Unreachable, WrongSettings
 from hpcfs.model.sites import SshSite
 from hpcfs.remotes.sftp.remote import SshSiteConnection
-from hpcfs.remotes.ssh import said
+from hpcfs.remotes.ssh import options
 from hpcfs.remotes.ssh.settings import read_hop
 from tests.support.mounts import until
 from tests.support.sshd import LOOPBACK, ScriptedPrompter, SshServer, ssh_server, write_key
@@ -322,7 +322,7 @@ def test_the_systems_file_is_read_after_the_users(
     """HOME is not ssh's own home here, as under `sudo` or in a container."""
     system = tmp_path / "ssh_config"
     system.write_text("Host *\n  Port 2022\n  User of-the-system\n  HashKnownHosts yes\n")
-    monkeypatch.setattr(said, "SYSTEM_FILE", str(system))
+    monkeypatch.setattr(options, "SYSTEM_FILE", str(system))
     (tmp_path / ".ssh").mkdir()
     (tmp_path / ".ssh" / "config").write_text(
         "Host cl\n  User mine\n  UserKnownHostsFile ~/.ssh/kh\nMatch host nobody\n"
@@ -445,7 +445,7 @@ def test_a_locked_key_that_an_agent_holds_is_known_without_its_public_file(tmp_p
 
 @pytest.fixture
 def no_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(said.shutil, "which", lambda _: None)
+    monkeypatch.setattr(options.shutil, "which", lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -470,7 +470,7 @@ def test_a_user_of_no_database_is_as_without_ssh(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ssh says "No user exists for uid ..."; in a container that must not stop a mount."""
-    monkeypatch.setattr(said, "home_of_ssh", lambda: None)
+    monkeypatch.setattr(options, "home_of_ssh", lambda: None)
     assert hpcfs_gets_in(world, world.write(IN["plain"]))
     with pytest.raises(WrongSettings, match="line 1: Match"):
         hop(world.write(IN["Match host"]))

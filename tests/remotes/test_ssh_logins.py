@@ -163,7 +163,7 @@ def test_a_connection_that_ends_after_that_is_noticed(server: SshServer) -> None
         site = SshSiteConnection(unknown(server, "asyncssh"), ScriptedPrompter("yes"))
         try:
             await site.remote("ns").connect()
-            session = site._kept.session
+            session = site._shared.session
             assert session is not None
             server.kill_sessions()
             async with asyncio.timeout(10):

@@ -257,7 +257,7 @@ def test_the_first_that_greets_wins_and_nothing_is_left(
     monkeypatch.setattr(reach, "_resolve", two)
 
     async def main() -> None:
-        host = reach.Host(NAME, alive.port)
+        host = reach.Destination(NAME, alive.port)
         for _ in range(3):
             sock = await reach.reach(host, PATIENCE)
             with sock:
@@ -288,7 +288,7 @@ def test_one_that_gives_up_leaves_no_socket(monkeypatch: pytest.MonkeyPatch) -> 
 
     async def main() -> None:
         before = open_files()
-        trying = asyncio.create_task(reach.reach(reach.Host(NAME, port), PATIENCE))
+        trying = asyncio.create_task(reach.reach(reach.Destination(NAME, port), PATIENCE))
         for _ in range(100):
             await asyncio.sleep(0)
             if open_files() > before:

@@ -15,7 +15,7 @@ from hpcfs.laptop.tunnel import Tunnel, TunnelPlan
 from hpcfs.model.errors import NoService, RemoteError, Unreachable
 from hpcfs.model.sites import SiteSpec, SshSite
 from hpcfs.remotes.sftp.remote import SshSiteConnection
-from hpcfs.remotes.ssh.connection import Kept
+from hpcfs.remotes.ssh.shared_session import SharedSession
 from tests.support.sshd import (
     ALIAS,
     LOOPBACK,
@@ -214,7 +214,7 @@ def test_a_connection_that_the_server_ends(
         site = SshSiteConnection(spec, ScriptedPrompter())
         for _ in range(3):
             with pytest.raises(error, match=words):
-                await site._kept.get()
+                await site._shared.get()
         await site.close()
         acceptor.close()
         await acceptor.wait_closed()
@@ -255,7 +255,7 @@ def test_where_it_worked_before_it_is_tried_again() -> None:
 
     async def main() -> None:
         nonlocal now
-        kept = Kept(Opener(None, NoService("Back at noon"), None), clock)
+        kept = SharedSession(Opener(None, NoService("Back at noon"), None), clock)
         (await kept.get()).lost = True
         for _ in range(2):
             with pytest.raises(Unreachable, match="Back at noon"):

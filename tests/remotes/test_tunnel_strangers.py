@@ -18,7 +18,7 @@ import uvloop
 from hpcfs.laptop.shares import Share
 from hpcfs.model.sites import SftpRoot, SiteSpec, TunnelSite
 from hpcfs.remotes.tunnel import line, pipe
-from hpcfs.remotes.tunnel.line import Line, Meeting, Pulse
+from hpcfs.remotes.tunnel.line import Line, Pulse, RendezvousFile
 from hpcfs.remotes.tunnel.site import TunnelSiteConnection
 from hpcfs.tunnel.file import TcpEndpoint
 from hpcfs.tunnel.knock import GREETING, KNOCK_BYTES, SEALED_BYTES
@@ -163,7 +163,7 @@ def said_to_strangers(place: TcpEndpoint) -> bytes:
 
 
 def place_of(running: Laptop) -> TcpEndpoint:
-    (place,) = Meeting(running.directory, NAME).read().places
+    (place,) = RendezvousFile(running.directory, NAME).read().places
     assert isinstance(place, TcpEndpoint)
     return place
 
@@ -184,7 +184,7 @@ def test_who_takes_the_port_is_neither_told_nor_believed(
     async def story(running: Laptop) -> None:
         place = place_of(running)
         greeting = said_to_strangers(place)
-        found = await Line.open(Meeting(running.directory, NAME), Pulse())
+        found = await Line.open(RendezvousFile(running.directory, NAME), Pulse())
         stream_id = found.stream.id
         running.call(lambda: running.acceptor.keep(running.acceptor._proving.all()[0].stream))
         await asyncio.to_thread(running.deafen)

@@ -28,10 +28,9 @@ from hpcfs.model.errors import (
     WrongSettings,
 )
 from hpcfs.remotes.base import checked_size
-from hpcfs.remotes.s3.checksums import CRC32, Checks, PartSent, proof_of
+from hpcfs.remotes.s3.checksums import CRC32, PartSent, UploadChecks, proof_of
 from hpcfs.remotes.s3.direct import Direct
-from hpcfs.remotes.s3.errors import Health, is_throttling, s3_code, translate, translating
-from hpcfs.remotes.s3.login import Login
+from hpcfs.remotes.s3.login import S3Login
 from hpcfs.remotes.s3.metadata import Metadata, encode
 from hpcfs.remotes.s3.names import checked_key
 from hpcfs.remotes.s3.objects import (
@@ -50,7 +49,8 @@ from hpcfs.remotes.s3.objects import (
 )
 from hpcfs.remotes.s3.pacing import Pacing
 from hpcfs.remotes.s3.pool import Gate
-from hpcfs.remotes.s3.server import Server
+from hpcfs.remotes.s3.server_capabilities import ServerCapabilities
+from hpcfs.remotes.s3.translate import Health, is_throttling, s3_code, translate, translating
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -62,18 +62,18 @@ DELETED_AT_ONCE = 1000
 class Access:
     """What a site's buckets share."""
 
-    login: Login
+    login: S3Login
     direct: Direct
     gate: Gate
     sending: Gate
     """For bodies that are sent: `gate` is for what is asked and received."""
     health: Health
     pacing: Pacing = field(default_factory=Pacing)
-    server: Server = field(default_factory=Server)
+    server: ServerCapabilities = field(default_factory=ServerCapabilities)
 
 
 @dataclass(frozen=True)
-class Begun:
+class MultipartSession:
     """An upload in parts. `with_crc`: the server wants to have a CRC-32 with each of them."""
 
     id: str
@@ -88,7 +88,7 @@ class Bucket:
         self.name = name
         self._access = access
         self.login, self.server = access.login, access.server
-        self._checks = Checks(access.server)
+        self._checks = UploadChecks(access.server)
         self._lasting: RemoteError | None = None
 
     async def call(self, operation: str, subject: str, **parameters: Any) -> dict[str, Any]:
@@ -384,11 +384,11 @@ class Bucket:
 
     async def create_upload(
         self, key: str, metadata: Metadata, headers: Mapping[str, Any]
-    ) -> Begun:
+    ) -> MultipartSession:
         asked = {"Key": checked_key(key), "Metadata": encode(metadata), **settable(headers)}
         with_crc = self._checks.want_crc(headers)
 
-        async def begin(asked: dict[str, Any]) -> Begun:
+        async def begin(asked: dict[str, Any]) -> MultipartSession:
             operation = "create_multipart_upload"
             if with_crc:
                 try:
@@ -397,16 +397,18 @@ class Bucket:
                     if not self._checks.refused_crc(error):
                         raise
                 else:
-                    return Begun(str(answer["UploadId"]), answer.get("ChecksumAlgorithm") == CRC32)
+                    return MultipartSession(
+                        str(answer["UploadId"]), answer.get("ChecksumAlgorithm") == CRC32
+                    )
             answer = await self.call(operation, key, **asked)
-            return Begun(str(answer["UploadId"]))
+            return MultipartSession(str(answer["UploadId"]))
 
         return await _with_belongings(asked, begin)
 
     async def upload_part(
         self,
         key: str,
-        upload: Begun,
+        upload: MultipartSession,
         number: int,
         body: bytes | BinaryIO,
         sent: Callable[[], None] | None = None,
@@ -421,7 +423,13 @@ class Bucket:
         return PartSent(plain_etag(answer.get("ETag")), crc=answer.get("ChecksumCRC32"))
 
     async def copy_part(
-        self, key: str, upload: Begun, number: int, source: Summary, offset: int, length: int
+        self,
+        key: str,
+        upload: MultipartSession,
+        number: int,
+        source: Summary,
+        offset: int,
+        length: int,
     ) -> PartSent:
         """Raises NotSupported where the server does not copy: some take it for an empty part."""
         answer = await self.call(
@@ -440,7 +448,7 @@ class Bucket:
             raise NotSupported(f"{key}: this S3 server can't copy parts of an object")
         return PartSent(etag, crc=copied.get("ChecksumCRC32"))
 
-    async def parts(self, key: str, upload: Begun) -> dict[int, int]:
+    async def parts(self, key: str, upload: MultipartSession) -> dict[int, int]:
         """The sizes of an upload's parts as the server has them, by number."""
         found: dict[int, int] = {}
         more: dict[str, Any] = {}
@@ -458,7 +466,11 @@ class Bucket:
             more = {"PartNumberMarker": marker}
 
     async def complete_upload(
-        self, key: str, upload: Begun, parts: Sequence[PartSent], base: bytes | None = None
+        self,
+        key: str,
+        upload: MultipartSession,
+        parts: Sequence[PartSent],
+        base: bytes | None = None,
     ) -> str:
         """`parts` in order; returns the object's ETag. Raises Conflict as `put` does."""
         listed = [
@@ -478,7 +490,7 @@ class Bucket:
         self._checks.compare_joined(key, answer, parts)
         return plain_etag(answer.get("ETag"))
 
-    async def abort_upload(self, key: str, upload: Begun) -> None:
+    async def abort_upload(self, key: str, upload: MultipartSession) -> None:
         await self.call("abort_multipart_upload", key, Key=key, UploadId=upload.id)
 
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from hpcfs.model.errors import NotSupported, RemoteError, RemoteFailure
 from hpcfs.remotes.s3.direct import THREAD_BYTES
-from hpcfs.remotes.s3.errors import s3_code
 from hpcfs.remotes.s3.objects import is_md5, plain_etag
-from hpcfs.remotes.s3.server import Server
+from hpcfs.remotes.s3.server_capabilities import ServerCapabilities
+from hpcfs.remotes.s3.translate import s3_code
 
 CRC32 = "CRC32"
 _REFUSALS = frozenset({"InvalidRequest", "InvalidArgument"})
@@ -72,10 +72,10 @@ def joined_crc(parts: Sequence[PartSent]) -> str | None:
     return crc_of(b"".join(map(base64.b64decode, crcs)))
 
 
-class Checks:
+class UploadChecks:
     """Of one bucket."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: ServerCapabilities) -> None:
         self._server = server
         self._etags_tell = True
 

@@ -24,9 +24,9 @@ from botocore.httpsession import create_urllib3_context, get_cert_path
 from botocore.parsers import create_parser
 from botocore.utils import get_environ_proxies
 
-from hpcfs.remotes.s3.answers import is_fit_to_parse, of_copy, of_listing, of_object
-from hpcfs.remotes.s3.http import ERROR_BYTES, Answer, Question, Unusual
-from hpcfs.remotes.s3.pool import Host, Pool
+from hpcfs.remotes.s3.http import ERROR_BYTES, HttpRequest, HttpResponse, UnusualResponse
+from hpcfs.remotes.s3.pool import HostAddress, Pool
+from hpcfs.remotes.s3.responses import is_fit_to_parse, parse_copy, parse_listing, parse_object
 from hpcfs.remotes.s3.signing import ALGORITHM, EMPTY_SHA256, UNSIGNED, Keys, Signer
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ _FINAL_CODES = (b"<Code>BadDigest</Code>", b"<Code>InvalidDigest</Code>")
 would say of the same part that there is no such upload."""
 
 
-class Login(Protocol):
+class DirectLogin(Protocol):
     """What a site logs in with (login.py)."""
 
     async def prepared(self, bucket: str) -> Any: ...
@@ -107,7 +107,7 @@ class Direct:
 
     def __init__(
         self,
-        login: Login,
+        login: DirectLogin,
         answered_in: Callable[[float], None],
         connect_timeout: float,
         read_timeout: float,
@@ -149,14 +149,14 @@ class Direct:
         try:
             head = _head(route, operation, bucket, parameters, keys, payload)
             bodiless = _METHODS[operation] == "HEAD"
-            found = await route.pool.ask(Question(head, bodiless, limit, body, sent))
+            found = await route.pool.ask(HttpRequest(head, bodiless, limit, body, sent))
             if found.status < 300:
                 parsed = _parsed(operation, found)
                 self._strange.pop(bucket, None)
                 return parsed
         except TimeoutError:
             raise
-        except (Unusual, ValueError) as error:
+        except (UnusualResponse, ValueError) as error:
             self._note_strange(bucket, error)
             return None
         except OSError as error:
@@ -185,7 +185,7 @@ class Direct:
         for pool in self._pools.values():
             pool.close()
 
-    def _refusal(self, answer: Answer) -> dict[str, Any]:
+    def _refusal(self, answer: HttpResponse) -> dict[str, Any]:
         """In botocore's form, by its own parser. Answers to HEAD have no body to parse."""
         if not answer.body or not is_fit_to_parse(answer.body):
             return {
@@ -236,7 +236,7 @@ class Direct:
             tls = None
             if scheme == "https":
                 tls = await asyncio.to_thread(_tls_context, self._login.trusted())
-            pool = Pool(Host(name, port, tls), *self._timeouts, self._answered_in)
+            pool = Pool(HostAddress(name, port, tls), *self._timeouts, self._answered_in)
             self._pools[scheme, name, port] = pool
         return pool
 
@@ -311,15 +311,15 @@ def _query(operation: str, parameters: Mapping[str, Any]) -> str:
     return "&".join(f"{name}={quote(given[name], safe='-_.~')}" for name in sorted(given))
 
 
-def _parsed(operation: str, answer: Answer) -> dict[str, Any]:
+def _parsed(operation: str, answer: HttpResponse) -> dict[str, Any]:
     """Raises ValueError."""
     if operation == "list_objects_v2":
         if answer.body is None:
             raise ValueError("the listing is too long")
-        return of_listing(answer.body)
+        return parse_listing(answer.body)
     if operation == "copy_object":
-        return of_copy(answer.body or b"")
-    found = of_object(answer.headers)
+        return parse_copy(answer.body or b"")
+    found = parse_object(answer.headers)
     if operation == "get_object" and answer.body is not None:
         found |= {"Body": answer.body, "ContentLength": len(answer.body)}
     return found

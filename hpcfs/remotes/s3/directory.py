@@ -12,15 +12,15 @@ from weakref import WeakValueDictionary
 from hpcfs.model.entries import LIST_MAX_ENTRIES, LIST_PAGE_ENTRIES, Entry
 from hpcfs.model.errors import NotADirectory, NotFound, PermissionDenied, TooLarge
 from hpcfs.remotes.s3.bucket import Bucket
+from hpcfs.remotes.s3.caches import ExpiringCache, MetadataCache
 from hpcfs.remotes.s3.entries import Entries
-from hpcfs.remotes.s3.known import Known, MetadataCache
 from hpcfs.remotes.s3.listing import Collator, Listed, in_order, is_marker
 from hpcfs.remotes.s3.markers import Markers
 from hpcfs.remotes.s3.metadata import DIRECTORY_MODE, Metadata
 from hpcfs.remotes.s3.multipart import each
 from hpcfs.remotes.s3.names import shown
 from hpcfs.remotes.s3.objects import Info, Page, Summary
-from hpcfs.remotes.s3.paths import Place, text
+from hpcfs.remotes.s3.paths import S3Path, text
 
 HEADS_IN_FLIGHT = 96
 """Of one listing; the site's gate bounds those of all, and gives fewer to what is near."""
@@ -35,7 +35,7 @@ class Lister:
         self._bucket, self._markers, self._entries = bucket, markers, entries
         self.cache = MetadataCache()
 
-    async def pages(self, place: Place, *, read_only: bool) -> AsyncIterator[Sequence[Entry]]:
+    async def pages(self, place: S3Path, *, read_only: bool) -> AsyncIterator[Sequence[Entry]]:
         """`read_only` spares the request per object: attributes are what the listing says.
 
         Raises NotFound or NotADirectory.
@@ -57,7 +57,7 @@ class Lister:
         for entries in await self._entries_of(list(collator.end()), place.directory, read_only):
             yield entries
 
-    async def _refuse(self, place: Place) -> None:
+    async def _refuse(self, place: S3Path) -> None:
         found = await self._bucket.head(place.key) if place.key else None
         if found is not None and found.is_directory:
             return
@@ -130,8 +130,8 @@ class Parents:
 
     def __init__(self, bucket: Bucket, markers: Markers, base: str) -> None:
         self._bucket, self._markers, self._base = bucket, markers, base
-        self._there: Known[bool] = Known(10.0, 10_000)
-        self._marked: Known[bool] = Known(60.0, 10_000)
+        self._there: ExpiringCache[bool] = ExpiringCache(10.0, 10_000)
+        self._marked: ExpiringCache[bool] = ExpiringCache(60.0, 10_000)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def made(self, directory: str) -> None:
@@ -143,7 +143,7 @@ class Parents:
         self._there.clear()
         self._marked.clear()
 
-    async def require(self, place: Place) -> None:
+    async def require(self, place: S3Path) -> None:
         """Raises NotFound or NotADirectory."""
         parent = place.parent
         if parent == self._base or self._there.get(parent):
@@ -160,7 +160,7 @@ class Parents:
         self._there.put(parent, True)
 
     @asynccontextmanager
-    async def kept(self, place: Place) -> AsyncIterator[None]:
+    async def kept(self, place: S3Path) -> AsyncIterator[None]:
         """Around the removal of `place`: a marker is written where nothing else would be left.
 
         Before and not after, so that no reader sees the directory missing; one removal at a time
@@ -175,7 +175,7 @@ class Parents:
             await self._mark_if_last(place)
             yield
 
-    async def _mark_if_last(self, place: Place) -> None:
+    async def _mark_if_last(self, place: S3Path) -> None:
         parent = place.parent
         page = await self._bucket.first(parent, SIBLINGS_LOOKED_AT, delimiter="/")
         if any(is_marker(item.key[len(parent) :], item.size) for item in page.objects):

@@ -5,8 +5,8 @@ by way of botocore, 0.1 ms with aiohttp alone and 0.03 ms here; a gigabyte costs
 seconds. A body is received where it stays: no piece of it is copied or joined.
 
 It refuses whatever it does not know for sure (a length that is no number, a body without end, bytes
-that nobody asked for): then the connection is gone, `Unusual` is raised, and the caller asks again
-through botocore. Nothing that a server sends makes it hold more than `limit` bytes.
+that nobody asked for): then the connection is gone, `UnusualResponse` is raised, and the caller
+asks again through botocore. Nothing that a server sends makes it hold more than `limit` bytes.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _LENGTH = re.compile(r"[0-9]{1,19}\Z")
 _CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;|\Z)")
 
 
-class Unusual(ConnectionError):
+class UnusualResponse(ConnectionError):
     """An answer that this module does not understand."""
 
 
-class Lost(ConnectionError):
+class ConnectionLost(ConnectionError):
     """The connection broke before the answer was whole."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class HttpResponse:
     """`headers` by lower-case name. `body` is None where it was larger than the limit."""
 
     status: int
@@ -47,7 +47,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Question:
+class HttpRequest:
     """A request as it goes over the wire: its head, and its body, which must not change meanwhile.
     `sent` is called for every piece of the body that the system took."""
 
@@ -60,11 +60,11 @@ class Question:
     sent: Callable[[], None] | None = None
 
 
-class Connection(asyncio.BufferedProtocol):
+class HttpConnection(asyncio.BufferedProtocol):
     """`on_lost` is called once, when the connection is gone. `asked` and `heard` are times of the
     loop's: of the last question, and of the last sign of life."""
 
-    def __init__(self, on_lost: Callable[[Connection], None]) -> None:
+    def __init__(self, on_lost: Callable[[HttpConnection], None]) -> None:
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -73,9 +73,9 @@ class Connection(asyncio.BufferedProtocol):
         self._body: bytearray | None = None
         self._received = 0
         self._chunks: _Chunks | None = None
-        self._question = Question(b"")
-        self._answer: Answer | None = None
-        self._waiter: asyncio.Future[Answer] | None = None
+        self._request = HttpRequest(b"")
+        self._response: HttpResponse | None = None
+        self._waiter: asyncio.Future[HttpResponse] | None = None
         self._room: asyncio.Future[None] | None = None
         """While the transport holds as much as it should."""
         self.began = False
@@ -87,18 +87,18 @@ class Connection(asyncio.BufferedProtocol):
     def busy(self) -> bool:
         return self._waiter is not None
 
-    async def ask(self, question: Question) -> Answer:
+    async def ask(self, request: HttpRequest) -> HttpResponse:
         """Raises Unusual, Lost, or TimeoutError after `expire`. Whoever is cancelled loses the
         connection: the rest of the answer would take as long as it takes."""
         self.began = False
         if self._transport is None or not self.reusable:
-            raise Lost("the connection is closed")
-        self._question, self._filled, self._answer = question, 0, None
+            raise ConnectionLost("the connection is closed")
+        self._request, self._filled, self._response = request, 0, None
         self._interim = 0
         self._waiter = self._loop.create_future()
         self.asked = self.heard = self._loop.time()
         try:
-            await self._send(self._transport, question)
+            await self._send(self._transport, request)
             return await self._waiter
         except BaseException:
             self.abort()
@@ -106,14 +106,14 @@ class Connection(asyncio.BufferedProtocol):
         finally:
             self._waiter = None
 
-    async def _send(self, transport: asyncio.Transport, question: Question) -> None:
+    async def _send(self, transport: asyncio.Transport, request: HttpRequest) -> None:
         """An answer that comes before the body was sent is a refusal: the rest is not wanted, and
         nothing else can follow on this connection."""
-        if len(question.body) <= HEAD_BYTES:
-            transport.write(question.data + question.body)
+        if len(request.body) <= HEAD_BYTES:
+            transport.write(request.data + request.body)
             return
-        transport.write(question.data)
-        body = memoryview(question.body)
+        transport.write(request.data)
+        body = memoryview(request.body)
         for start in range(0, len(body), PIECE_BYTES):
             if self._waiter is None or self._waiter.done():
                 self.abort()
@@ -122,8 +122,8 @@ class Connection(asyncio.BufferedProtocol):
             if self._room is not None:
                 await self._room
             self.heard = self._loop.time()
-            if question.sent is not None:
-                question.sent()
+            if request.sent is not None:
+                request.sent()
 
     def expire(self) -> None:
         """The answer has taken too long."""
@@ -142,7 +142,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.reusable = False
-        self._fail(Lost(f"the connection was lost ({exc or 'closed by the server'})"))
+        self._fail(ConnectionLost(f"the connection was lost ({exc or 'closed by the server'})"))
         self._transport = None
         self._on_lost(self)
 
@@ -172,8 +172,8 @@ class Connection(asyncio.BufferedProtocol):
                 self._feed_chunks(memoryview(self._head)[:nbytes])
             else:
                 self._extend_head(nbytes)
-        except (Unusual, ValueError) as error:
-            self._fail(error if isinstance(error, Unusual) else Unusual(str(error)))
+        except (UnusualResponse, ValueError) as error:
+            self._fail(error if isinstance(error, UnusualResponse) else UnusualResponse(str(error)))
 
     # --- the answer -------------------------------------------------------------------------------
 
@@ -184,47 +184,47 @@ class Connection(asyncio.BufferedProtocol):
             status, headers = self._parsed(bytes(memoryview(self._head)[:end]))
             rest = bytes(memoryview(self._head)[end + 4 : self._filled])
             if status >= 200:
-                self._begin_body(Answer(status, headers, None), rest)
+                self._begin_body(HttpResponse(status, headers, None), rest)
                 return
             self._interim += 1  # the real one follows
             if self._interim > MOST_INTERIM:
-                raise Unusual("the answer only announces another one")
+                raise UnusualResponse("the answer only announces another one")
             self._head[: len(rest)] = rest
             start, self._filled = 0, len(rest)
         if self._filled == HEAD_BYTES:
-            raise Unusual("the headers of the answer do not end")
+            raise UnusualResponse("the headers of the answer do not end")
 
     def _parsed(self, head: bytes) -> tuple[int, dict[str, str]]:
         first, *lines = head.split(b"\r\n")
         found = _STATUS.match(first)
         if found is None:
-            raise Unusual("the answer is not HTTP")
+            raise UnusualResponse("the answer is not HTTP")
         headers: dict[str, str] = {}
         for line in lines:
             name, colon, value = line.partition(b":")
             if not colon or not name or name != name.strip():
-                raise Unusual("a header of the answer is malformed")
+                raise UnusualResponse("a header of the answer is malformed")
             key, text = name.decode("ascii").lower(), value.strip().decode("utf-8")
             if headers.setdefault(key, text) != text and key == "content-length":
-                raise Unusual("the answer has two lengths")
+                raise UnusualResponse("the answer has two lengths")
         if "close" in headers.get("connection", "").lower() or found[1] == b"0":
             self.reusable = False
         return int(found[2]), headers
 
-    def _begin_body(self, answer: Answer, rest: bytes) -> None:
-        self._answer, self._filled = answer, 0
-        limit = self._question.limit if answer.status < 300 else ERROR_BYTES
-        if self._question.bodiless or answer.status in (204, 304):
+    def _begin_body(self, response: HttpResponse, rest: bytes) -> None:
+        self._response, self._filled = response, 0
+        limit = self._request.limit if response.status < 300 else ERROR_BYTES
+        if self._request.bodiless or response.status in (204, 304):
             self._end(bytearray(), surplus=bool(rest))
-        elif "transfer-encoding" in answer.headers:
-            if answer.headers["transfer-encoding"].lower() != "chunked":
-                raise Unusual("the answer's encoding is unknown")
+        elif "transfer-encoding" in response.headers:
+            if response.headers["transfer-encoding"].lower() != "chunked":
+                raise UnusualResponse("the answer's encoding is unknown")
             self._chunks = _Chunks(limit)
             self._feed_chunks(memoryview(rest))
         else:
-            length = answer.headers.get("content-length", "")
+            length = response.headers.get("content-length", "")
             if not _LENGTH.match(length):
-                raise Unusual("the answer does not say how long it is")
+                raise UnusualResponse("the answer does not say how long it is")
             self._begin_counted(int(length), limit, rest)
 
     def _begin_counted(self, length: int, limit: int, rest: bytes) -> None:
@@ -249,19 +249,21 @@ class Connection(asyncio.BufferedProtocol):
             self._end(self._body)
 
     def _end(self, body: bytearray, *, surplus: bool = False) -> None:
-        assert self._answer is not None
+        assert self._response is not None
         self._body = None
         if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(Answer(self._answer.status, self._answer.headers, body))
+            self._waiter.set_result(
+                HttpResponse(self._response.status, self._response.headers, body)
+            )
         if surplus or not self.reusable:
             self.abort()
         self.resume_writing()
 
     def _refuse_body(self) -> None:
         """The status and the headers are of use, and whoever asked decides."""
-        assert self._answer is not None
+        assert self._response is not None
         if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(self._answer)
+            self._waiter.set_result(self._response)
         self.abort()
         self.resume_writing()
 
@@ -286,7 +288,7 @@ class _Chunks:
         """Whether the body has ended."""
         self._raw += data
         if len(self._raw) + len(self.body) > self._limit + HEAD_BYTES:
-            raise Unusual("the answer is too long")
+            raise UnusualResponse("the answer is too long")
         begin = 0
         while not self._in_trailer:
             line_end = self._raw.find(b"\r\n", begin)
@@ -294,7 +296,7 @@ class _Chunks:
                 break
             found = _CHUNK_SIZE.match(bytes(self._raw[begin:line_end]))
             if found is None:
-                raise Unusual("the answer's pieces are malformed")
+                raise UnusualResponse("the answer's pieces are malformed")
             size, start = int(found[1], 16), line_end + 2
             if size == 0:
                 begin, self._in_trailer = line_end, True
@@ -303,7 +305,7 @@ class _Chunks:
             else:
                 self.body += memoryview(self._raw)[start : start + size]
                 if self._raw[start + size : start + size + 2] != b"\r\n":
-                    raise Unusual("the answer's pieces are malformed")
+                    raise UnusualResponse("the answer's pieces are malformed")
                 begin = start + size + 2
         del self._raw[:begin]
         return self._in_trailer and self._trailer_ended()

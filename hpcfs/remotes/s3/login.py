@@ -31,8 +31,8 @@ from botocore.handlers import validate_bucket_name
 
 from hpcfs.model.errors import Unreachable, WrongSettings
 from hpcfs.model.sites import S3Site
+from hpcfs.remotes.s3.botocore_guard import guard
 from hpcfs.remotes.s3.signing import Keys
-from hpcfs.remotes.s3.wire import guard
 
 log = logging.getLogger(__name__)
 READ_TIMEOUT = 60.0
@@ -106,7 +106,7 @@ def _checked(keys: Keys) -> Keys:
     return keys
 
 
-class Login:
+class S3Login:
     """One per site."""
 
     def __init__(self, site: S3Site) -> None:

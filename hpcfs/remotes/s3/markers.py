@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpcfs.remotes.s3.bucket import Bucket
-from hpcfs.remotes.s3.known import Known
+from hpcfs.remotes.s3.caches import ExpiringCache
 from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.remotes.s3.names import MARKER
 from hpcfs.remotes.s3.objects import Info, Page
@@ -32,7 +32,7 @@ class Markers:
         self._inside: bool | None = None
         self._sample: str | None = None
         self._lock = asyncio.Lock()
-        self._read: Known[tuple[Info | None]] = Known(REMEMBERED_SECONDS, 10_000)
+        self._read: ExpiringCache[tuple[Info | None]] = ExpiringCache(REMEMBERED_SECONDS, 10_000)
 
     def saw(self, page: Page) -> None:
         """The root's beginning, which has an object to tell by: a round trip is spared later."""

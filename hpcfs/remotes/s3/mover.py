@@ -26,7 +26,7 @@ from hpcfs.model.errors import NotSupported, RemoteError, TimedOut
 from hpcfs.remotes.base import ReportProgress, no_report
 from hpcfs.remotes.s3.bucket import DELETED_AT_ONCE, Bucket
 from hpcfs.remotes.s3.listing import is_marker
-from hpcfs.remotes.s3.multipart import Progress, each, renewed
+from hpcfs.remotes.s3.multipart import TransferProgress, each, renewed
 from hpcfs.remotes.s3.names import checked_key
 from hpcfs.remotes.s3.objects import Page, Summary
 from hpcfs.remotes.s3.parts import MIB
@@ -59,7 +59,7 @@ class Mover:
     async def move(self, source: str, target: str, report: ReportProgress) -> None:
         """`report` is told how many objects were copied or removed."""
         lock = self._locks.setdefault((source, target), asyncio.Lock())
-        progress = Progress(report)
+        progress = TransferProgress(report)
         async with renewed(progress), lock:
             with tempfile.TemporaryFile(dir=self._state_dir) as spool:
                 move = _Move(self._bucket, self._transfer, source, target, spool, progress)
@@ -110,7 +110,7 @@ class _Move:
         source: str,
         target: str,
         spool: IO[bytes],
-        progress: Progress,
+        progress: TransferProgress,
     ) -> None:
         self.source, self.target = source, target
         self._bucket, self._transfer = bucket, transfer

@@ -18,12 +18,12 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from hpcfs.model.errors import Changed, Conflict, NotSupported, RemoteError, RemoteFailure
 from hpcfs.remotes.base import ReportProgress, Source
-from hpcfs.remotes.s3.bucket import Begun, Bucket
+from hpcfs.remotes.s3.bucket import Bucket, MultipartSession
 from hpcfs.remotes.s3.checksums import PartSent
-from hpcfs.remotes.s3.errors import s3_code
 from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.remotes.s3.objects import Info, Summary, is_md5
 from hpcfs.remotes.s3.parts import MIB, Part
+from hpcfs.remotes.s3.translate import s3_code
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -36,7 +36,7 @@ INLINE_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True)
-class Target:
+class NewObject:
     """What an upload makes, and the version that it replaces (see UploadRequest)."""
 
     key: str
@@ -45,7 +45,7 @@ class Target:
     base: bytes | None = None
 
 
-class Progress:
+class TransferProgress:
     """What is done, told as it grows; and at times that it still grows."""
 
     def __init__(self, report: ReportProgress) -> None:
@@ -72,7 +72,7 @@ class Progress:
 
 
 @asynccontextmanager
-async def renewed(progress: Progress) -> AsyncIterator[None]:
+async def renewed(progress: TransferProgress) -> AsyncIterator[None]:
     """While the server works: what waits for it must not count as stuck. It is the connection that
     must show a sign of life in time (login.READ_TIMEOUT), and S3 sends blanks meanwhile."""
     beat = asyncio.create_task(progress.beat())
@@ -157,7 +157,7 @@ async def checked(bucket: Bucket, key: str, size: int) -> Info:
 class Multipart:
     """One upload. Parts come in any order, and may be sent again."""
 
-    def __init__(self, bucket: Bucket, target: Target, upload: Begun) -> None:
+    def __init__(self, bucket: Bucket, target: NewObject, upload: MultipartSession) -> None:
         self.target = target
         self._bucket, self._upload = bucket, upload
         self._parts: dict[int, tuple[int, PartSent]] = {}
@@ -169,7 +169,7 @@ class Multipart:
         self._news = asyncio.Event()
 
     @classmethod
-    async def begin(cls, bucket: Bucket, target: Target) -> Multipart:
+    async def begin(cls, bucket: Bucket, target: NewObject) -> Multipart:
         upload = await bucket.create_upload(target.key, target.metadata, target.headers)
         return cls(bucket, target, upload)
 
@@ -177,7 +177,7 @@ class Multipart:
         found = self._parts.get(part.number)
         return found is not None and found[0] == part.length
 
-    async def send(self, part: Part, body: bytes | BinaryIO, progress: Progress) -> None:
+    async def send(self, part: Part, body: bytes | BinaryIO, progress: TransferProgress) -> None:
         key, number = self.target.key, part.number
         self._parts.pop(number, None)
         async with self._beside_others():
@@ -185,7 +185,7 @@ class Multipart:
         self._parts[number] = part.length, sent
 
     async def send_from(
-        self, part: Part, source: Source, buffered: int, progress: Progress
+        self, part: Part, source: Source, buffered: int, progress: TransferProgress
     ) -> None:
         """`buffered` is how much may be in memory at once: larger parts are streamed."""
         size = min(part.length, buffered)
@@ -239,7 +239,7 @@ class Multipart:
         found = await self._bucket.parts(self.target.key, self._upload)
         return all(found.get(part.number) == part.length for part in parts)
 
-    async def complete(self, size: int, count: int, progress: Progress) -> Info:
+    async def complete(self, size: int, count: int, progress: TransferProgress) -> Info:
         """The object of parts 1 to `count`, as it is then.
 
         The server is asked for the present version just before, because some that mind conditions
@@ -259,11 +259,11 @@ class Multipart:
 
     async def _complete(self, parts: Sequence[PartSent]) -> str:
         key, base, server = self.target.key, self.target.base, self._bucket.server
-        if base is not None and server.minds(base) is not False:
+        if base is not None and server.honours(base) is not False:
             try:
                 return await self._bucket.complete_upload(key, self._upload, parts, base)
             except NotSupported:
-                server.note(base, minds=False)
+                server.note(base, honours=False)
         return await self._bucket.complete_upload(key, self._upload, parts)
 
     async def _completed_before(self, error: RemoteError, size: int, count: int) -> Info:

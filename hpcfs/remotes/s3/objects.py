@@ -11,9 +11,9 @@ from typing import Any
 
 from hpcfs.model.errors import Changed, ProtocolError
 from hpcfs.remotes.base import checked_size
-from hpcfs.remotes.s3.answers import http_time
 from hpcfs.remotes.s3.metadata import MAX_TIME_NS, NANOSECONDS, Metadata, decode
 from hpcfs.remotes.s3.names import MARKER
+from hpcfs.remotes.s3.responses import http_time
 
 KEPT_HEADERS = (
     *("CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType"),
@@ -26,7 +26,8 @@ BELONGINGS = (
     *("Tagging", *ACCESS),
     *("ObjectLockMode", "ObjectLockRetainUntilDate", "ObjectLockLegalHoldStatus"),
 )
-"""The same, of what needs permissions of its own, or servers that know it (see belongings.py)."""
+"""The same, of what needs permissions of its own, or servers that know it (see
+tags_and_acls.py)."""
 _LOCK = ("ObjectLockMode", "ObjectLockRetainUntilDate")
 PRIVATE = "private"
 """The access list that objects have by themselves: known, and not sent."""

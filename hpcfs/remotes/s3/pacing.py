@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from botocore.exceptions import ClientError
 
-from hpcfs.remotes.s3.errors import is_throttling
+from hpcfs.remotes.s3.translate import is_throttling
 
 T = TypeVar("T")
 SHORTEST = 0.1

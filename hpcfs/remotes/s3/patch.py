@@ -15,10 +15,10 @@ from hpcfs.model.errors import Changed, Conflict, NotSupported, RemoteFailure
 from hpcfs.model.uploads import UploadRequest
 from hpcfs.remotes.base import ReportProgress, Source
 from hpcfs.remotes.s3.bucket import Bucket
-from hpcfs.remotes.s3.errors import s3_code
-from hpcfs.remotes.s3.multipart import Multipart, Progress, Target, each, read
+from hpcfs.remotes.s3.multipart import Multipart, NewObject, TransferProgress, each, read
 from hpcfs.remotes.s3.objects import Info
 from hpcfs.remotes.s3.parts import Limits, Part, changed, merged
+from hpcfs.remotes.s3.translate import s3_code
 
 _WHOLE = "this change can't be made on the server: the whole file must be sent"
 
@@ -47,7 +47,7 @@ class Patcher:
 
     async def upload(
         self,
-        target: Target,
+        target: NewObject,
         old: Info,
         request: UploadRequest,
         parts: Sequence[Part],
@@ -56,7 +56,7 @@ class Patcher:
     ) -> Info:
         """The object as it is then. Raises Conflict, and NotSupported where the server does not
         copy parts; nothing was changed then."""
-        progress = Progress(report)
+        progress = TransferProgress(report)
         upload = await Multipart.begin(self._bucket, target)
         filler = _Filler(self._bucket, old, request, source)
 

@@ -18,7 +18,7 @@ from hpcfs.model.errors import (
     NotFound,
 )
 from hpcfs.remotes.s3.bucket import Bucket
-from hpcfs.remotes.s3.known import Known
+from hpcfs.remotes.s3.caches import ExpiringCache
 from hpcfs.remotes.s3.listing import is_marker
 from hpcfs.remotes.s3.names import checked_key, decoded, is_plain, parse, search_prefix, stands_for
 from hpcfs.remotes.s3.objects import Info, Page
@@ -32,7 +32,7 @@ ESCAPES = 10_000
 
 
 @dataclass(frozen=True)
-class Place:
+class S3Path:
     """Where a path is in the bucket.
 
     `parent` and `directory` are prefixes that end in "/"; `key` is the object's, "" where there
@@ -52,11 +52,11 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Look:
+class S3Lookup:
     """What was found at a place. `markers` is complete only where there are no `children`; an old
     one, without a slash, comes last."""
 
-    place: Place
+    place: S3Path
     object: Info | None
     children: bool
     markers: list[str]
@@ -84,18 +84,18 @@ class Look:
         return self.is_directory or self.file is not None
 
 
-class Paths:
+class PathResolver:
     """`base` is the root's prefix with its "/", or ""."""
 
     def __init__(self, bucket: Bucket, base: str, *, read_only: bool) -> None:
         self._bucket = bucket
         self._base = base
         self._read_only = read_only
-        self._escapes: Known[str] = Known(ESCAPES_SECONDS, ESCAPES)
-        self._seen: Known[Look] = Known(SEEN_SECONDS, ESCAPES)
+        self._escapes: ExpiringCache[str] = ExpiringCache(ESCAPES_SECONDS, ESCAPES)
+        self._seen: ExpiringCache[S3Lookup] = ExpiringCache(SEEN_SECONDS, ESCAPES)
         self._changes = 0
 
-    async def place(self, path: bytes) -> Place:
+    async def place(self, path: bytes) -> S3Path:
         """Raises NotFound where a shown name stands for nothing."""
         parent, key, beside, escaped = self._base, "", False, False
         directory = self._base
@@ -107,9 +107,9 @@ class Paths:
             escaped = not is_plain(name)
             key = parent + component
             directory = key + "/"
-        return Place(path, parent, checked_key(key), directory, beside, escaped)
+        return S3Path(path, parent, checked_key(key), directory, beside, escaped)
 
-    async def new_place(self, path: bytes) -> Place:
+    async def new_place(self, path: bytes) -> S3Path:
         """For what may not be there yet: reserved names are refused with the reason.
 
         Raises InvalidName.
@@ -151,18 +151,18 @@ class Paths:
                     return component
         raise NotFound(f"{text(name)}: there is no such name")
 
-    async def recall(self, place: Place, seconds: float = SEEN_SECONDS) -> Look:
+    async def recall(self, place: S3Path, seconds: float = SEEN_SECONDS) -> S3Lookup:
         """What a look found at most so long ago, or a new look: a program that writes a file makes
         several requests in a row, and each would ask the same."""
         return self._seen.get(text(place.path), seconds) or await self.look(place)
 
-    def saw_file(self, place: Place, info: Info) -> None:
+    def saw_file(self, place: S3Path, info: Info) -> None:
         """The object was written here."""
         self.changed(place)
         if not place.beside and info.etag:
-            self._seen.put(text(place.path), Look(place, info, False, []))
+            self._seen.put(text(place.path), S3Lookup(place, info, False, []))
 
-    def changed(self, place: Place) -> None:
+    def changed(self, place: S3Path) -> None:
         """What is at this path was changed here: looks under way don't count."""
         self._changes += 1
         self._seen.drop(text(place.path))
@@ -171,14 +171,14 @@ class Paths:
         self._changes += 1
         self._seen.clear()
 
-    async def look(self, place: Place) -> Look:
+    async def look(self, place: S3Path) -> S3Lookup:
         changes = self._changes
         look = await self._look(place)
         if changes == self._changes:
             self._seen.put(text(place.path), look)
         return look
 
-    async def _look(self, place: Place) -> Look:
+    async def _look(self, place: S3Path) -> S3Lookup:
         """Both requests at once: a round trip costs more than a request."""
         found, page = await asyncio.gather(
             self._object(place),
@@ -201,9 +201,9 @@ class Paths:
         if found is not None and found.is_directory:
             markers.append(found.key)
             found = None
-        return Look(place, found, children, markers)
+        return S3Lookup(place, found, children, markers)
 
-    async def _object(self, place: Place) -> Info | None:
+    async def _object(self, place: S3Path) -> Info | None:
         """By a listing where that is all that may be known, or where the key is an odd one: some
         servers answer HEAD of ".." with an error, but none lists what it can't hold."""
         if not place.key:
@@ -222,18 +222,18 @@ def text(path: bytes) -> str:
     return path.decode(errors="backslashreplace")
 
 
-def file_of(look: Look) -> Info:
+def file_of(look: S3Lookup) -> Info:
     if look.file is None:
         raise NotFound(f"{text(look.place.path)}: there is no such file or directory")
     return look.file
 
 
-def refuse_existing(look: Look) -> None:
+def refuse_existing(look: S3Lookup) -> None:
     if look.exists:
         raise AlreadyExists(f"{text(look.place.path)} is there already")
 
 
-def check_replaceable(source: Look, goal: Look) -> None:
+def check_replaceable(source: S3Lookup, goal: S3Lookup) -> None:
     target = text(goal.place.path)
     if source.is_directory and goal.file is not None:
         raise NotADirectory(f"{target} is a file, and a directory can't replace it")

@@ -18,7 +18,7 @@ from typing import Any
 
 import aiohappyeyeballs
 
-from hpcfs.remotes.s3.http import Answer, Connection, Lost, Question
+from hpcfs.remotes.s3.http import ConnectionLost, HttpConnection, HttpRequest, HttpResponse
 
 MIB = 1024 * 1024
 MILLISECOND = 0.001
@@ -138,7 +138,7 @@ class Gate:
 
 
 @dataclass(frozen=True)
-class Host:
+class HostAddress:
     """Where a pool's connections lead. `tls` is None for plain HTTP."""
 
     name: str
@@ -152,7 +152,7 @@ class Pool:
 
     def __init__(
         self,
-        host: Host,
+        host: HostAddress,
         connect_timeout: float,
         read_timeout: float,
         answered_in: Callable[[float], None],
@@ -160,8 +160,8 @@ class Pool:
         self._host = host
         self._answered_in = answered_in
         self._connect_timeout, self._read_timeout = connect_timeout, read_timeout
-        self._all: set[Connection] = set()
-        self._idle: list[Connection] = []
+        self._all: set[HttpConnection] = set()
+        self._idle: list[HttpConnection] = []
         self._ticker: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -174,31 +174,31 @@ class Pool:
         """Whether it is TLS that is spoken."""
         return self._host.tls is not None
 
-    async def ask(self, question: Question) -> Answer:
+    async def ask(self, request: HttpRequest) -> HttpResponse:
         """Raises Unusual, Lost, and what connecting raises: OSError, TimeoutError."""
         while self._idle:
             connection = self._idle.pop()
             try:
-                return await self._ask(connection, question)
-            except Lost:
+                return await self._ask(connection, request)
+            except ConnectionLost:
                 # The server may have closed it just now, as it may close an idle one at any
                 # time. All the idle ones are as old: the next to try is a new one.
                 if connection.began:
                     raise
                 self._drop_idle()
-        return await self._ask(await self._connect(), question)
+        return await self._ask(await self._connect(), request)
 
-    async def _ask(self, connection: Connection, question: Question) -> Answer:
-        answer = await connection.ask(question)
-        if question.bodiless:
+    async def _ask(self, connection: HttpConnection, request: HttpRequest) -> HttpResponse:
+        response = await connection.ask(request)
+        if request.bodiless:
             self._answered_in(connection.heard - connection.asked)
         if connection.reusable and not self._closed:
             self._idle.append(connection)
-        return answer
+        return response
 
-    async def _connect(self) -> Connection:
+    async def _connect(self) -> HttpConnection:
         if self._closed:
-            raise Lost("the connections are closed")
+            raise ConnectionLost("the connections are closed")
         loop = asyncio.get_running_loop()
         host = self._host
         async with asyncio.timeout(self._connect_timeout):
@@ -208,7 +208,7 @@ class Pool:
             )
             try:
                 _, connection = await loop.create_connection(
-                    lambda: Connection(self._all.discard),
+                    lambda: HttpConnection(self._all.discard),
                     sock=sock,
                     ssl=host.tls,
                     server_hostname=host.name if host.tls else None,

@@ -45,24 +45,24 @@ from hpcfs.remotes.base import ReportProgress, Source, last_name, no_report
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.directory import Lister, Parents
 from hpcfs.remotes.s3.entries import Entries
-from hpcfs.remotes.s3.errors import is_refusal, not_public
 from hpcfs.remotes.s3.markers import HEADERS, Markers
 from hpcfs.remotes.s3.metadata import DIRECTORY_MODE, FILE_MODE, PERMISSIONS, SYMLINK_MODE, Metadata
 from hpcfs.remotes.s3.mover import Mover
-from hpcfs.remotes.s3.multipart import Target, stands_on
+from hpcfs.remotes.s3.multipart import NewObject, stands_on
 from hpcfs.remotes.s3.objects import Info, Summary
 from hpcfs.remotes.s3.parts import Limits
 from hpcfs.remotes.s3.paths import (
-    Look,
-    Paths,
-    Place,
+    PathResolver,
+    S3Lookup,
+    S3Path,
     check_replaceable,
     file_of,
     refuse_existing,
     text,
 )
 from hpcfs.remotes.s3.transfer import FileSource, Transfer
-from hpcfs.remotes.s3.uploads import Uploads, info_of_stored
+from hpcfs.remotes.s3.translate import is_refusal, not_public
+from hpcfs.remotes.s3.uploads import S3Uploads, info_of_stored
 
 ABILITIES = Capabilities(
     partial_writes=False,
@@ -88,12 +88,12 @@ class S3Remote:
         self._base = f"{root.prefix}/" if root.prefix else ""
         self._state_dir = spec.state_dir
         self._entries = Entries(spec.uid, spec.gid)
-        self._paths = Paths(bucket, self._base, read_only=root.read_only)
+        self._paths = PathResolver(bucket, self._base, read_only=root.read_only)
         self._markers = Markers(bucket, self._base)
         self._lister = Lister(bucket, self._markers, self._entries)
         self._parents = Parents(bucket, self._markers, self._base)
         self._transfer = Transfer(bucket, limits, verify=root.verify)
-        self._uploads = Uploads(bucket, self._transfer, self._entries, limits)
+        self._uploads = S3Uploads(bucket, self._transfer, self._entries, limits)
         endpoint = getattr(spec.site, "endpoint_url", None) or ""
         self._mover = Mover(bucket, self._transfer, spec.state_dir, f"{endpoint}/{bucket.name}")
         self._root_metadata = Metadata()
@@ -192,7 +192,7 @@ class S3Remote:
     async def upload(self, request: UploadRequest, source: Source, report: ReportProgress) -> Entry:
         look = await self._look_for_new(request.path)
         base = request.base_version
-        if base is not None and not self._bucket.server.minds(base):
+        if base is not None and not self._bucket.server.honours(base):
             look = await self._paths.recall(look.place, FRESH_SECONDS)
         if base is not None and not stands_on(look.file, base):
             look = await self._paths.look(look.place)
@@ -206,7 +206,7 @@ class S3Remote:
         return self._entries.file(last_name(request.path), stored, info.metadata)
 
     async def upload_piece(self, request: UploadPieceRequest, source: Source) -> None:
-        async def look() -> Look:
+        async def look() -> S3Lookup:
             found = await self._look_for_new(request.path)
             if found.is_directory:
                 raise IsADirectory(f"{text(request.path)} is a directory")
@@ -279,7 +279,7 @@ class S3Remote:
             await self._download(found, file, min(size, found.size))
             await asyncio.to_thread(file.truncate, size)
             source = FileSource(file, size)
-            headers = await self._transfer.belongings.of(found)
+            headers = await self._transfer.tags_and_acls.of(found)
             return await self._store(look.place, source, metadata, headers)
 
     async def rename(
@@ -347,7 +347,7 @@ class S3Remote:
         if uid != 0 and (attributes.uid not in (None, uid) or attributes.gid not in (None, gid)):
             raise NotOwner("only root can give files on S3 to other users or groups")
 
-    async def _look_for_new(self, path: bytes) -> Look:
+    async def _look_for_new(self, path: bytes) -> S3Lookup:
         """What is at a path that may be made, in a directory that is there."""
         self._check_writable()
         place = await self._paths.new_place(path)
@@ -355,16 +355,16 @@ class S3Remote:
         return look
 
     async def _store(
-        self, place: Place, source: Source, metadata: Metadata, headers: Mapping[str, Any]
+        self, place: S3Path, source: Source, metadata: Metadata, headers: Mapping[str, Any]
     ) -> Entry:
         self._lister.cache.drop(place.key)
         self._paths.changed(place)
-        target = Target(place.key, metadata, headers)
+        target = NewObject(place.key, metadata, headers)
         stored = await self._transfer.upload(target, source, no_report)
         self._paths.saw_file(place, info_of_stored(stored, metadata, headers))
         return self._entries.file(last_name(place.path), stored, metadata)
 
-    async def _rewrite(self, place: Place, found: Info, attributes: Attributes) -> Entry:
+    async def _rewrite(self, place: S3Path, found: Info, attributes: Attributes) -> Entry:
         """New attributes: the object is copied onto itself. Its time must not become now."""
         old = found.metadata
         if old.mtime_ns is None:
@@ -383,7 +383,7 @@ class S3Remote:
         return self._entries.file(last_name(place.path), stored, metadata)
 
     async def _directory_metadata(
-        self, place: Place, listed: Sequence[str] | None = None
+        self, place: S3Path, listed: Sequence[str] | None = None
     ) -> Metadata | None:
         if self._read_only:
             return None
@@ -392,7 +392,7 @@ class S3Remote:
         marker = await self._markers.read(place.directory, listed=listed)
         return marker.metadata if marker else None
 
-    async def _set_directory_attributes(self, place: Place, attributes: Attributes) -> Entry:
+    async def _set_directory_attributes(self, place: S3Path, attributes: Attributes) -> Entry:
         """The root of a whole bucket has no key: its attributes last as long as the process."""
         old = await self._directory_metadata(place) or Metadata()
         metadata = old.changed(attributes, old.mode if old.mode is not None else DIRECTORY_MODE)
@@ -401,19 +401,19 @@ class S3Remote:
         elif metadata != old:
             self._paths.changed(place)
             marker = await self._markers.read(place.directory)
-            kept = await self._transfer.belongings.of(marker) if marker is not None else HEADERS
+            kept = await self._transfer.tags_and_acls.of(marker) if marker is not None else HEADERS
             await self._markers.write(place.directory, metadata, kept)
             self._parents.made(place.directory)
         return self._entries.directory(last_name(place.path), metadata)
 
-    async def _renew_marker(self, look: Look) -> None:
+    async def _renew_marker(self, look: S3Lookup) -> None:
         """One that s3fs wrote once becomes one of the form that all understand."""
         if look.old_marker is None:
             return
         directory = look.place.directory
         old = await self._bucket.head(look.old_marker)
         if old is not None and directory not in look.markers:
-            headers = await self._transfer.belongings.of(old)
+            headers = await self._transfer.tags_and_acls.of(old)
             await self._markers.write(directory, old.metadata, headers)
         self._paths.changed(look.place)
         self._lister.cache.drop(look.old_marker)
@@ -426,14 +426,14 @@ class S3Remote:
             data = await self._bucket.get(found.key, found.version, offset, length)
             await asyncio.to_thread(file.write, data)
 
-    async def _delete_file(self, place: Place, found: Info) -> None:
+    async def _delete_file(self, place: S3Path, found: Info) -> None:
         self._lister.cache.drop(found.key)
         self._paths.changed(place)
         async with self._parents.kept(place):
             await self._bucket.delete(found.key)
         self._paths.changed(place)
 
-    async def _rename_file(self, source: Place, found: Info, goal: Look) -> None:
+    async def _rename_file(self, source: S3Path, found: Info, goal: S3Lookup) -> None:
         """Editors and rsync write beside a file, and rename over it: the tags, by which lifecycle
         rules go, stay with the name."""
         target = goal.place
@@ -441,7 +441,7 @@ class S3Remote:
         self._paths.changed(target)
         tags: dict[str, Any] = {}
         if goal.file is not None and not found.is_tagged:
-            tags = await self._transfer.belongings.tags(goal.file)
+            tags = await self._transfer.tags_and_acls.tags(goal.file)
         stored = await self._transfer.copy(found, target.key, tags=tags)
         headers = {**found.headers, **tags}
         self._paths.saw_file(
@@ -449,7 +449,9 @@ class S3Remote:
         )
         await self._delete_file(source, found)
 
-    async def _rename_directory(self, source: Place, target: Place, report: ReportProgress) -> None:
+    async def _rename_directory(
+        self, source: S3Path, target: S3Path, report: ReportProgress
+    ) -> None:
         try:
             async with self._parents.kept(source):
                 await self._mover.move(source.directory, target.directory, report)

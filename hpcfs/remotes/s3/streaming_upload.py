@@ -16,16 +16,16 @@ from dataclasses import dataclass, field
 from hpcfs.model.errors import Changed, InvalidRequest, NotSupported, PiecesLost, RemoteFailure
 from hpcfs.remotes.base import ReportProgress, Source, no_report
 from hpcfs.remotes.s3.bucket import Bucket
-from hpcfs.remotes.s3.multipart import Multipart, Progress, Target, each
+from hpcfs.remotes.s3.multipart import Multipart, NewObject, TransferProgress, each
 from hpcfs.remotes.s3.objects import Info
 from hpcfs.remotes.s3.parts import Growing, Limits, Part
 
 log = logging.getLogger(__name__)
-MakeTarget = Callable[[], Awaitable[Target]]
+MakeObject = Callable[[], Awaitable[NewObject]]
 
 
 @dataclass(eq=False)
-class Stream:
+class S3StreamingUpload:
     """One file. `upload` is begun with its first part."""
 
     path: bytes
@@ -40,17 +40,17 @@ class Stream:
             await asyncio.wait(self.under_way)
 
 
-class Ahead:
+class S3StreamingUploads:
     """The streams of one namespace, by handle."""
 
     def __init__(self, bucket: Bucket, limits: Limits) -> None:
         self._bucket, self._limits = bucket, limits
         self._growing = Growing(limits.upload_part, limits.parts_per_step)
-        self._streams: dict[int, Stream] = {}
+        self._streams: dict[int, S3StreamingUpload] = {}
 
     def expect(self, handle: int, path: bytes) -> None:
         """A file was created that may be sent ahead, or not."""
-        self._streams[handle] = Stream(path)
+        self._streams[handle] = S3StreamingUpload(path)
 
     async def send(
         self,
@@ -59,12 +59,12 @@ class Ahead:
         offset: int,
         length: int,
         source: Source,
-        make_target: MakeTarget,
+        make_target: MakeObject,
     ) -> None:
         unit = self._limits.upload_part
         if offset % unit or length != unit or offset < 0:
             raise InvalidRequest(f"{length} bytes at {offset} are no piece of {unit} to send ahead")
-        stream = self._streams.setdefault(handle, Stream(path))
+        stream = self._streams.setdefault(handle, S3StreamingUpload(path))
         if stream.path != path:
             raise PiecesLost("the file was renamed while it was sent: it is sent again at the end")
         part = self._growing.part(self._growing.number_at(offset))
@@ -84,17 +84,19 @@ class Ahead:
         stream.gathered.pop(part.number, None)
 
     async def _send_part(
-        self, stream: Stream, part: Part, source: Source, make_target: MakeTarget
+        self, stream: S3StreamingUpload, part: Part, source: Source, make_target: MakeObject
     ) -> None:
         async with stream.beginning:
             if stream.upload is None:
                 stream.upload = await Multipart.begin(self._bucket, await make_target())
-        await stream.upload.send_from(part, source, self._limits.buffered_part, Progress(no_report))
+        await stream.upload.send_from(
+            part, source, self._limits.buffered_part, TransferProgress(no_report)
+        )
 
     async def finish(
         self,
         handle: int,
-        target: Target,
+        target: NewObject,
         path: bytes,
         ranges: Sequence[tuple[int, int]],
         source: Source,
@@ -116,10 +118,10 @@ class Ahead:
             stream.upload = None
             await upload.abort()
             return None
-        upload.target = Target(
+        upload.target = NewObject(
             upload.target.key, upload.target.metadata, upload.target.headers, target.base
         )
-        progress = Progress(report)
+        progress = TransferProgress(report)
         parts = list(self._growing.parts(source.size))
         again = self._touched(ranges, source.size)
 

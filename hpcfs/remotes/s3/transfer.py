@@ -23,13 +23,13 @@ from hpcfs.model.errors import (
 )
 from hpcfs.model.uploads import UploadRequest
 from hpcfs.remotes.base import ReportProgress, Source, no_report
-from hpcfs.remotes.s3.belongings import Belongings
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.checksums import is_kms
 from hpcfs.remotes.s3.metadata import Metadata, encode
-from hpcfs.remotes.s3.multipart import Multipart, Progress, Target, checked, each, read
+from hpcfs.remotes.s3.multipart import Multipart, NewObject, TransferProgress, checked, each, read
 from hpcfs.remotes.s3.objects import Info, Summary, is_md5
 from hpcfs.remotes.s3.parts import MIB, Growing, Limits, Part, even
+from hpcfs.remotes.s3.tags_and_acls import TagsAndAcls
 
 log = logging.getLogger(__name__)
 TRIED_BYTES = 64 * 1024
@@ -59,18 +59,18 @@ class Transfer:
 
     def __init__(self, bucket: Bucket, limits: Limits, *, verify: bool = False) -> None:
         self._bucket, self._limits, self._verify = bucket, limits, verify
-        self.belongings = Belongings(bucket)
+        self.tags_and_acls = TagsAndAcls(bucket)
 
     def check_size(self, key: str, size: int) -> None:
         if size > self._limits.largest_object:
             raise TooLarge(f"{key} has {size} bytes, and S3 holds at most 5 TiB in one object")
 
-    async def upload(self, target: Target, source: Source, report: ReportProgress) -> Summary:
+    async def upload(self, target: NewObject, source: Source, report: ReportProgress) -> Summary:
         """The object as it is then. Raises Conflict where the server minds conditions; where it
         does not, the caller has compared the version."""
         size = source.size
         self.check_size(target.key, size)
-        progress = Progress(report)
+        progress = TransferProgress(report)
         if size > self._limits.single_put:
             made = await self._upload_parts(target, source, progress)
             if self._verify:
@@ -97,25 +97,25 @@ class Transfer:
         if told is False:
             raise RemoteFailure(f"{made.key}: S3 holds something else: write it again")
 
-    async def _put(self, target: Target, body: bytes, progress: Progress) -> str:
+    async def _put(self, target: NewObject, body: bytes, progress: TransferProgress) -> str:
         key, base, server = target.key, target.base, self._bucket.server
         metadata, headers = target.metadata, target.headers
-        minds = False if base is None or b":" in base else server.minds(base)
-        if minds is not False:
+        honours = False if base is None or b":" in base else server.honours(base)
+        if honours is not False:
             try:
                 etag = await self._bucket.put(
                     key, body, metadata, headers, base=base, sent=progress.renew
                 )
             except NotSupported:
                 assert base is not None
-                server.note(base, minds=False)
+                server.note(base, honours=False)
             else:
-                if minds is None and len(body) <= TRIED_BYTES:
+                if honours is None and len(body) <= TRIED_BYTES:
                     await self._try_condition(target, body)
                 return etag
         return await self._bucket.put(key, body, metadata, headers, sent=progress.renew)
 
-    async def _try_condition(self, target: Target, body: bytes) -> None:
+    async def _try_condition(self, target: NewObject, body: bytes) -> None:
         """Whether the server minds conditions or ignores them: what was just written is written
         again, on a condition that does not hold. Once for each kind and process."""
         assert target.base is not None
@@ -126,16 +126,18 @@ class Transfer:
         try:
             await self._bucket.put(target.key, body, target.metadata, target.headers, base=kind)
         except Conflict:
-            server.note(kind, minds=True)
+            server.note(kind, honours=True)
         except RemoteError as error:
             log.debug("whether the server minds conditions is not known: %s", error.message)
         else:
-            server.note(kind, minds=False)
+            server.note(kind, honours=False)
             log.info("this S3 server ignores conditions: versions are compared before writing")
         finally:
             server.being_tried = False
 
-    async def _upload_parts(self, target: Target, source: Source, progress: Progress) -> Info:
+    async def _upload_parts(
+        self, target: NewObject, source: Source, progress: TransferProgress
+    ) -> Info:
         async def send(upload: Multipart, part: Part) -> None:
             await upload.send_from(part, source, self._limits.buffered_part, progress)
             progress.add(part.length)
@@ -157,23 +159,23 @@ class Transfer:
         server says of the copy tells that it is whole; where it does not, it is asked again.
         `tags` are for the copy of an object without any."""
         if source.size <= self._limits.single_copy:
-            access = await self.belongings.access(source.key)
+            access = await self.tags_and_acls.access(source.key)
             etag = await self._bucket.copy(
                 source, key, metadata, {**source.headers, **access, **tags}
             )
-            self.belongings.has(key, access)
+            self.tags_and_acls.has(key, access)
             if etag and (key == source.key or etag == source.etag):
                 return Summary(key, source.size, etag, 0)
             return await checked(self._bucket, key, source.size)
-        headers = {**await self.belongings.of(source), **tags}
-        target = Target(key, metadata or source.metadata, headers)
+        headers = {**await self.tags_and_acls.of(source), **tags}
+        target = NewObject(key, metadata or source.metadata, headers)
         return await self._copy_parts(source, target, report)
 
     async def copy_listed(self, source: Summary, key: str, report: ReportProgress) -> str:
         """Copy what a listing showed, without asking for its headers where that can be spared.
         Returns the copy's ETag."""
         if source.size <= self._limits.single_copy:
-            access = await self.belongings.access(source.key)
+            access = await self.tags_and_acls.access(source.key)
             etag = await self._bucket.copy(source, key, headers=access)
             return etag or (await checked(self._bucket, key, source.size)).etag
         info = await self._bucket.head(source.key)
@@ -186,7 +188,7 @@ class Transfer:
         server = self._bucket.server
         if server.copies_markers is not False:
             try:
-                access = await self.belongings.access(source.key)
+                access = await self.tags_and_acls.access(source.key)
                 await self._bucket.copy(source, key, headers=access)
             except (NotSupported, RemoteFailure, InvalidRequest) as error:
                 log.debug("a marker is written anew: %s", error.message)
@@ -195,11 +197,11 @@ class Transfer:
         info = await self._bucket.head(source.key)
         if info is None:
             raise Changed(f"{source.key} was removed on the server while it was renamed")
-        await self._bucket.put(key, b"", info.metadata, await self.belongings.of(info))
+        await self._bucket.put(key, b"", info.metadata, await self.tags_and_acls.of(info))
         server.copies_markers = False
 
-    async def _copy_parts(self, source: Info, target: Target, report: ReportProgress) -> Info:
-        progress = Progress(report)
+    async def _copy_parts(self, source: Info, target: NewObject, report: ReportProgress) -> Info:
+        progress = TransferProgress(report)
 
         async def send(upload: Multipart, part: Part) -> None:
             try:
@@ -216,11 +218,11 @@ class Transfer:
 
     async def _by_parts(
         self,
-        target: Target,
+        target: NewObject,
         size: int,
         parts: Sequence[Part],
         send: Callable[[Multipart, Part], Awaitable[None]],
-        progress: Progress,
+        progress: TransferProgress,
     ) -> Info:
         upload = await Multipart.begin(self._bucket, target)
 

@@ -17,16 +17,16 @@ from hpcfs.remotes.base import ReportProgress, Source, last_name
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.entries import Entries
 from hpcfs.remotes.s3.metadata import PERMISSIONS, Metadata, encode
-from hpcfs.remotes.s3.multipart import Target, check_base
+from hpcfs.remotes.s3.multipart import NewObject, check_base
 from hpcfs.remotes.s3.objects import Info, Summary, access_of, without_access
 from hpcfs.remotes.s3.parts import Limits
 from hpcfs.remotes.s3.patch import Patcher
-from hpcfs.remotes.s3.paths import Look
-from hpcfs.remotes.s3.streaming_upload import Ahead
+from hpcfs.remotes.s3.paths import S3Lookup
+from hpcfs.remotes.s3.streaming_upload import S3StreamingUploads
 from hpcfs.remotes.s3.transfer import Transfer
 
 
-class Uploads:
+class S3Uploads:
     """Of one namespace. `streams` are the files that are sent ahead."""
 
     def __init__(
@@ -34,10 +34,10 @@ class Uploads:
     ) -> None:
         self._bucket, self._transfer, self._entries = bucket, transfer, entries
         self._patcher = Patcher(bucket, limits)
-        self.streams = Ahead(bucket, limits)
+        self.streams = S3StreamingUploads(bucket, limits)
 
     async def upload(
-        self, request: UploadRequest, look: Look, source: Source, report: ReportProgress
+        self, request: UploadRequest, look: S3Lookup, source: Source, report: ReportProgress
     ) -> tuple[Summary, Info]:
         """What the server says of the object as it is then, and what it carries. Raises Conflict
         only where what is there is not what this upload makes: one whose answer was lost is asked
@@ -47,7 +47,7 @@ class Uploads:
             old = with_changes(old, xattrs=())
         mode = stat.S_IFREG | (request.mode & PERMISSIONS)
         metadata = with_changes(old, mtime_ns=time.time_ns()).changed(request.attributes, mode)
-        target = Target(look.place.key, metadata, headers, request.base_version)
+        target = NewObject(look.place.key, metadata, headers, request.base_version)
         try:
             stored, metadata = await self._send(request, target, look, source, report)
         except Conflict:
@@ -55,19 +55,19 @@ class Uploads:
             if found is None or not await self._transfer.holds(found, source, metadata, request):
                 raise
             stored, metadata = await self._with_metadata(found, target, request)
-        self._transfer.belongings.has(target.key, access_of(headers))
+        self._transfer.tags_and_acls.has(target.key, access_of(headers))
         return stored, info_of_stored(stored, metadata, headers)
 
     async def ahead(
-        self, request: UploadPieceRequest, look: Callable[[], Awaitable[Look]], source: Source
+        self, request: UploadPieceRequest, look: Callable[[], Awaitable[S3Lookup]], source: Source
     ) -> None:
-        async def target() -> Target:
+        async def target() -> NewObject:
             """Without times, which are known at the end."""
             found = await look()
             old, headers = await self._kept_of(found)
             mode = stat.S_IFREG | (request.mode & PERMISSIONS)
             metadata = with_changes(old, mtime_ns=None, atime_ns=None).changed(Attributes(), mode)
-            return Target(found.place.key, metadata, headers, request.base_version)
+            return NewObject(found.place.key, metadata, headers, request.base_version)
 
         await self.streams.send(
             request.handle, request.path, request.offset, request.length, source, target
@@ -76,8 +76,8 @@ class Uploads:
     async def _send(
         self,
         request: UploadRequest,
-        target: Target,
-        look: Look,
+        target: NewObject,
+        look: S3Lookup,
         source: Source,
         report: ReportProgress,
     ) -> tuple[Summary, Metadata]:
@@ -109,7 +109,7 @@ class Uploads:
         return whole, target.metadata
 
     async def _with_metadata(
-        self, found: Info, target: Target, request: UploadRequest
+        self, found: Info, target: NewObject, request: UploadRequest
     ) -> tuple[Summary, Metadata]:
         """Of an object whose metadata was made before the file was complete. A time that is only
         that of the last write is not worth a copy: then the one of the server's counts."""
@@ -123,18 +123,18 @@ class Uploads:
         return await self._transfer.copy(found, target.key, target.metadata), target.metadata
 
     async def _kept_of(
-        self, look: Look, *, replaced: bool = False
+        self, look: S3Lookup, *, replaced: bool = False
     ) -> tuple[Metadata, Mapping[str, Any]]:
         """What the object that is written anew hands on. To another file that is renamed over it
         (`replaced`) not who may read it: that file may be more private."""
         guessed = _guessed_headers(look.place.path)
         if look.file is None:
             return self._entries.fresh(), guessed
-        belongings = self._transfer.belongings
+        tags_and_acls = self._transfer.tags_and_acls
         if replaced:
-            found = {**without_access(look.file.headers), **await belongings.tags(look.file)}
+            found = {**without_access(look.file.headers), **await tags_and_acls.tags(look.file)}
         else:
-            found = await belongings.of(look.file)
+            found = await tags_and_acls.of(look.file)
         return look.file.metadata, found if look.file.headers else {**guessed, **found}
 
 

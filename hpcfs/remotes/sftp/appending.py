@@ -30,11 +30,12 @@ from hpcfs.model.errors import (
 )
 from hpcfs.model.uploads import UploadRequest
 from hpcfs.remotes.base import ReportProgress, Source, no_report
+from hpcfs.remotes.sftp.explain import explain_full
 from hpcfs.remotes.sftp.opening import open_existing
-from hpcfs.remotes.sftp.place import Place, explain_full
+from hpcfs.remotes.sftp.path import SftpPath
 from hpcfs.remotes.sftp.session import all_of
-from hpcfs.remotes.sftp.upload_resume import Attempt, Attempts
-from hpcfs.remotes.sftp.write import Target, bring, close_quietly, write_ranges
+from hpcfs.remotes.sftp.upload_resume import UnfinishedUploads, UploadAttempt
+from hpcfs.remotes.sftp.write import WritableFile, bring, close_quietly, write_ranges
 
 log = logging.getLogger(__name__)
 
@@ -74,31 +75,35 @@ class Appended:
 
 
 async def append(
-    place: Place, request: UploadRequest, source: Source, report: ReportProgress, attempts: Attempts
+    place: SftpPath,
+    request: UploadRequest,
+    source: Source,
+    report: ReportProgress,
+    unfinished: UnfinishedUploads,
 ) -> Appended:
     """Raises Conflict where the file is gone."""
     if place.session.appends:
         try:
-            return await _append(place, request, source, report, attempts, FXF_APPEND)
+            return await _append(place, request, source, report, unfinished, FXF_APPEND)
         except (RemoteFailure, NotSupported) as error:
             log.info("%s could not append, and is told where to write: %s", place, error.message)
         request = msgspec.structs.replace(request, base_version=None)
-    appended = await _append(place, request, source, report, attempts, 0)
+    appended = await _append(place, request, source, report, unfinished, 0)
     place.session.appends = False
     return appended
 
 
 async def _append(
-    place: Place,
+    place: SftpPath,
     request: UploadRequest,
     source: Source,
     report: ReportProgress,
-    attempts: Attempts,
+    unfinished: UnfinishedUploads,
     flag: int,
 ) -> Appended:
-    attempt = Attempt.of(request, source, checked=False)
+    attempt = UploadAttempt.of(request, source, checked=False)
     try:
-        target = await open_existing(place, attempt, attempts, FXF_WRITE | flag)
+        target = await open_existing(place, attempt, unfinished, FXF_WRITE | flag)
     except NotFound:
         raise Conflict(f"{place} was removed meanwhile") from None
     try:
@@ -124,7 +129,7 @@ async def _append(
 
 
 async def _bring(
-    target: Target, request: UploadRequest, source: Source, report: ReportProgress
+    target: WritableFile, request: UploadRequest, source: Source, report: ReportProgress
 ) -> SFTPAttrs:
     """In order, as each piece goes to the end: all but the last one first."""
     place, keep = target.place, target.size
@@ -152,7 +157,7 @@ def _report_more(report: ReportProgress, before: int, done: int) -> None:
     report(before + done)
 
 
-async def _begun(place: Place, size: int, request: UploadRequest, source: Source) -> int:
+async def _begun(place: SftpPath, size: int, request: UploadRequest, source: Source) -> int:
     """How many bytes of what is to be appended an earlier attempt has brought."""
     length = request.size - request.base_size
     first = max(request.base_size, size - SEARCH_BYTES - length)
@@ -172,7 +177,7 @@ async def _begun(place: Place, size: int, request: UploadRequest, source: Source
     return 0
 
 
-async def _read(place: Place, offset: int, length: int) -> bytes | None:
+async def _read(place: SftpPath, offset: int, length: int) -> bytes | None:
     """None where this user may not read it."""
     bulk, size = place.session.bulk, place.session.read_bytes
     try:

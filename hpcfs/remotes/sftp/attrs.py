@@ -24,9 +24,9 @@ DEFAULT_LINK_MODE = stat.S_IFLNK | 0o777
 
 
 @dataclass(slots=True)
-class Told:
-    """Attributes as names.py reads them: an SFTPAttrs has room for those of all versions, and takes
-    five times as long to make."""
+class ListedAttrs:
+    """Attributes as name_reply.py reads them: an SFTPAttrs has room for those of all versions, and
+    takes five times as long to make."""
 
     size: int | None
     uid: int | None
@@ -36,7 +36,7 @@ class Told:
     mtime: int | None
 
 
-AnyAttrs = SFTPAttrs | Told
+AnyAttrs = SFTPAttrs | ListedAttrs
 
 
 @dataclass(frozen=True)

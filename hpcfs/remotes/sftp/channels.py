@@ -17,11 +17,11 @@ import asyncssh
 from asyncssh.constants import OPEN_REQUEST_SESSION_FAILED
 
 from hpcfs.model.errors import NoService, Unreachable
-from hpcfs.remotes.sftp.handshake import greet
+from hpcfs.remotes.sftp.handshake import shake_hands
 from hpcfs.remotes.sftp.requests import Requests
-from hpcfs.remotes.ssh.errors import no_service
-from hpcfs.remotes.ssh.login import Login
+from hpcfs.remotes.ssh.login import SshLogin
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES
+from hpcfs.remotes.ssh.translate import no_service
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Channel(asyncssh.SSHClientSession[bytes]):
         return ServiceEnded(self._how, self._complaint.strip() or self.requests.beginning)
 
 
-async def open_channel(login: Login) -> Requests:
+async def open_channel(login: SshLogin) -> Requests:
     """Raises ServiceEnded, NoService, and asyncssh's errors."""
     _, session = await login.connection.create_session(
         Channel, subsystem="sftp", command=None, request_pty=False, encoding=None,
@@ -93,7 +93,7 @@ async def open_channel(login: Login) -> Requests:
     )  # fmt: skip
     assert isinstance(session, Channel)
     try:
-        await greet(session.requests, login.shown)
+        await shake_hands(session.requests, login.shown)
     except asyncssh.SFTPConnectionLost as error:
         if login.ended.is_set():
             raise
@@ -101,7 +101,7 @@ async def open_channel(login: Login) -> Requests:
     return session.requests
 
 
-async def open_channels(login: Login) -> list[Requests]:
+async def open_channels(login: SshLogin) -> list[Requests]:
     """One or two, asked for at once: each takes four round trips."""
     both = await asyncio.gather(open_channel(login), open_channel(login), return_exceptions=True)
     failures = [result for result in both if isinstance(result, BaseException)]
@@ -123,7 +123,7 @@ async def open_more(opening: Callable[[], Awaitable[Requests]]) -> list[Requests
     return [result for result in opened if isinstance(result, Requests)]
 
 
-def _opening_error(error: BaseException, login: Login) -> BaseException:
+def _opening_error(error: BaseException, login: SshLogin) -> BaseException:
     if login.ended.is_set() or not isinstance(error, asyncssh.ChannelOpenError):
         return error
     if error.code == OPEN_REQUEST_SESSION_FAILED:
@@ -134,12 +134,12 @@ def _opening_error(error: BaseException, login: Login) -> BaseException:
     return Unreachable(f"{login.shown} opens no SFTP session now: {error.reason}")
 
 
-async def check_service(login: Login) -> None:
+async def check_service(login: SshLogin) -> None:
     """Raises NoService, where a channel opens and SFTP does not begin, and asyncssh's errors."""
     (await of_service(open_channel(login), login)).lost(None)
 
 
-async def of_service(opening: Awaitable[T], login: Login) -> T:
+async def of_service(opening: Awaitable[T], login: SshLogin) -> T:
     """What is opened. Raises NoService where the server ends it by itself: it would do so again."""
     try:
         return await opening

@@ -23,7 +23,7 @@ class Malformed(Exception):
     """What came is no SFTP message."""
 
 
-class Bytes(Protocol):
+class DataSink(Protocol):
     """Takes the bytes of one data message."""
 
     def add(self, chunk: bytes) -> None: ...
@@ -31,22 +31,22 @@ class Bytes(Protocol):
     def end(self) -> None: ...
 
 
-class Receiver(Protocol):
+class MessageSink(Protocol):
     def message(self, message: bytes) -> None:
         """A whole message, from its type on."""
         ...
 
-    def data(self, request: int, length: int) -> Bytes | None:
+    def data(self, request: int, length: int) -> DataSink | None:
         """The beginning of `length` bytes; None where nobody wants them any more."""
         ...
 
 
-class Inbox:
-    def __init__(self, receiver: Receiver) -> None:
+class MessageDecoder:
+    def __init__(self, receiver: MessageSink) -> None:
         self._receiver = receiver
         self._message = bytearray()
         self._next_look = LENGTH_BYTES
-        self._bytes: Bytes | None = None
+        self._bytes: DataSink | None = None
         self._bytes_left = 0
 
     def feed(self, received: bytes | memoryview) -> None:

@@ -9,7 +9,7 @@ from asyncssh.sftp import SFTPLimits
 
 from hpcfs.model.errors import NoService
 from hpcfs.remotes.sftp.requests import Requests
-from hpcfs.remotes.ssh.errors import quoted
+from hpcfs.remotes.ssh.translate import quoted
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ SAFE_PIECE_BYTES = 32 * 1024
 """What the protocol promises for servers that do not tell their limits."""
 
 
-async def greet(requests: Requests, shown: str) -> None:
+async def shake_hands(requests: Requests, shown: str) -> None:
     """Raises NoService for what is no SFTP, and asyncssh's errors."""
     try:
         await requests.start()

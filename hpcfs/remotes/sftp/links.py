@@ -19,7 +19,7 @@ import asyncssh
 from asyncssh.constants import FX_NO_SUCH_FILE, FX_NO_SUCH_PATH
 
 from hpcfs.model.errors import RemoteFailure
-from hpcfs.remotes.sftp.place import Place
+from hpcfs.remotes.sftp.path import SftpPath
 from hpcfs.remotes.sftp.rename import name_beside
 from hpcfs.remotes.sftp.requests import Requests
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _MISSING = (FX_NO_SUCH_FILE, FX_NO_SUCH_PATH)
 
 
-async def reads_target_first(place: Place) -> bool:
+async def reads_target_first(place: SftpPath) -> bool:
     """Whether the server reads the target before the link, as OpenSSH does; `place` is where a link
     is wanted. Raises RemoteError where no link can be made there."""
     session = place.session
@@ -39,13 +39,13 @@ async def reads_target_first(place: Place) -> bool:
     return session.reads_target_first
 
 
-async def make(place: Place, target: bytes, *, target_first: bool) -> None:
+async def make(place: SftpPath, target: bytes, *, target_first: bool) -> None:
     """Raises asyncssh's errors."""
     paths = (target, place.full) if target_first else (place.full, target)
     await place.session.meta.symlink_paths(*paths)
 
 
-async def _refused_order(place: Place) -> bool | None:
+async def _refused_order(place: SftpPath) -> bool | None:
     """Nothing is made. None where the server gives both refusals the same reason."""
     meta = place.session.meta
     there = place.parent().full or b"/"
@@ -69,7 +69,7 @@ def _is_missing(answer: object) -> bool:
     return isinstance(answer, asyncssh.SFTPError) and answer.code in _MISSING
 
 
-async def _tried_order(place: Place) -> bool:
+async def _tried_order(place: SftpPath) -> bool:
     """For servers that give no reasons: of two new names beside the link, one becomes a link to the
     other, and is removed in the same flight."""
     meta = place.session.meta
@@ -95,6 +95,6 @@ async def _tried_order(place: Place) -> bool:
     return second
 
 
-async def _removed(meta: Requests, place: Place) -> Any:
+async def _removed(meta: Requests, place: SftpPath) -> Any:
     with place.asking():
         await meta.remove(place.full)

@@ -24,10 +24,10 @@ from hpcfs.model.entries import LIST_MAX_ENTRIES, LIST_PAGE_ENTRIES, Entry
 from hpcfs.model.errors import NotFound, RemoteError, TooLarge
 from hpcfs.remotes.base import is_valid_name
 from hpcfs.remotes.sftp.attrs import AnyAttrs, listed_entry, tells_type
-from hpcfs.remotes.sftp.errors import translated
-from hpcfs.remotes.sftp.names import Listed
-from hpcfs.remotes.sftp.place import Place
+from hpcfs.remotes.sftp.name_reply import Listed
+from hpcfs.remotes.sftp.path import SftpPath
 from hpcfs.remotes.sftp.session import all_of, give_up
+from hpcfs.remotes.sftp.translate import translated
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ REQUESTS_AHEAD = 16
 STATS_AT_ONCE = 64
 
 
-async def pages(place: Place, handle: bytes) -> AsyncGenerator[list[Entry], None]:
+async def pages(place: SftpPath, handle: bytes) -> AsyncGenerator[list[Entry], None]:
     """The entries of the open directory `handle`, which the caller closes."""
     seen: set[bytes] = set()
     page: list[Entry] = []
@@ -78,7 +78,7 @@ def _usable(names: list[Listed], seen: set[bytes]) -> tuple[list[Listed], int]:
     return usable, refused
 
 
-async def _replies(place: Place, handle: bytes) -> AsyncGenerator[list[Listed], None]:
+async def _replies(place: SftpPath, handle: bytes) -> AsyncGenerator[list[Listed], None]:
     """What READDIR returns, in order, until the end; an empty reply ends the listing too."""
     meta = place.session.meta
     ahead: deque[asyncio.Task[Any]] = deque()
@@ -101,7 +101,7 @@ async def _replies(place: Place, handle: bytes) -> AsyncGenerator[list[Listed], 
         await give_up(ahead)
 
 
-async def _with_attributes(place: Place, names: list[Listed]) -> list[Listed]:
+async def _with_attributes(place: SftpPath, names: list[Listed]) -> list[Listed]:
     """Names with their attributes. Entries of which the server tells too little are looked at."""
     known = list(names)
     bare = [number for number, (_, attrs) in enumerate(known) if not _is_enough(attrs)]
@@ -118,11 +118,11 @@ def _is_enough(attrs: AnyAttrs) -> bool:
     return tells_type(attrs) and (attrs.size is not None or not is_regular)
 
 
-async def _look(place: Place, name: bytes, listed: AnyAttrs) -> AnyAttrs:
+async def _look(place: SftpPath, name: bytes, listed: AnyAttrs) -> AnyAttrs:
     full = place.full.rstrip(b"/") + b"/" + name
     path = place.path + b"/" + name if place.path else name
     try:
-        return await Place(place.session, path, full).attrs()
+        return await SftpPath(place.session, path, full).attrs()
     except NotFound:
         return listed
     except RemoteError as error:

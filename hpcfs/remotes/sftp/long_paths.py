@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 import asyncssh
 
 from hpcfs.model.errors import NameTooLong
-from hpcfs.remotes.sftp.errors import MAX_PATH_BYTES, shown
-from hpcfs.remotes.sftp.place import Place
+from hpcfs.remotes.sftp.path import SftpPath
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.session import SftpSession
+from hpcfs.remotes.sftp.translate import MAX_PATH_BYTES, shown
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class LongPaths:
         self._open: list[_Directory] = []
         self._lock = asyncio.Lock()
 
-    async def place(self, session: SftpSession, path: bytes, full: bytes) -> Place:
+    async def place(self, session: SftpSession, path: bytes, full: bytes) -> SftpPath:
         """Raises NameTooLong where the server has no other name for it, and RemoteErrors."""
         cut = full.find(b"/", len(full) - MOST_REST_BYTES)
         prefix, rest = full[:cut], full[cut + 1 :]
@@ -63,11 +63,11 @@ class LongPaths:
             here = await self._channel(session)
             directory = None
             if here is not None:
-                with Place(here, path, prefix).asking():
+                with SftpPath(here, path, prefix).asking():
                     directory = await self._directory(here.meta, prefix)
         if here is None or directory is None:
             raise too_long
-        return Place(here, path, directory.base + b"/./" + rest)
+        return SftpPath(here, path, directory.base + b"/./" + rest)
 
     async def _channel(self, session: SftpSession) -> SftpSession | None:
         """None where a further one would be a login of its own, or is not granted."""

@@ -26,16 +26,17 @@ from hpcfs.model.errors import (
 )
 from hpcfs.remotes.base import checked_size
 from hpcfs.remotes.sftp.attrs import full_mode, narrower, version_of
-from hpcfs.remotes.sftp.place import Place, explain_file, explain_new, learn_user
-from hpcfs.remotes.sftp.upload_resume import Attempt, Attempts
-from hpcfs.remotes.sftp.write import Sent, Target, answers, close_quietly, send
+from hpcfs.remotes.sftp.explain import explain_file, explain_new
+from hpcfs.remotes.sftp.path import SftpPath, learn_user
+from hpcfs.remotes.sftp.upload_resume import UnfinishedUploads, UploadAttempt
+from hpcfs.remotes.sftp.write import Sent, WritableFile, answers, close_quietly, send
 
 log = logging.getLogger(__name__)
 
 NEW = FXF_WRITE | FXF_CREAT | FXF_EXCL
 
 
-async def open_new(place: Place, mode: int) -> Target:
+async def open_new(place: SftpPath, mode: int) -> WritableFile:
     """An empty file that did not exist. The server's umask, access lists and set-group-ID
     directories decide what becomes of `mode`: `now` of the target, asked for in the same flight.
 
@@ -46,7 +47,7 @@ async def open_new(place: Place, mode: int) -> Target:
         handle = await _open(place, NEW, mode)
     finally:
         await asyncio.wait([looking])
-    target = Target(place, handle)
+    target = WritableFile(place, handle)
     try:
         target.now = await _given(target, looking)
         await learn_user(place, target.now)
@@ -60,13 +61,13 @@ async def open_new(place: Place, mode: int) -> Target:
     return target
 
 
-async def _look_next(place: Place) -> SFTPAttrs:
+async def _look_next(place: SftpPath) -> SFTPAttrs:
     """Sent after what is sent in this turn of the event loop."""
     await asyncio.sleep(0)
     return await place.attrs(place.session.bulk)
 
 
-async def _given(target: Target, looking: Sent) -> SFTPAttrs:
+async def _given(target: WritableFile, looking: Sent) -> SFTPAttrs:
     """What the new file is like. A server that answers out of order may not have had it yet."""
     try:
         attrs = looking.result()
@@ -77,7 +78,9 @@ async def _given(target: Target, looking: Sent) -> SFTPAttrs:
     return attrs
 
 
-async def open_target(place: Place, attempt: Attempt, mode: int, attempts: Attempts) -> Target:
+async def open_target(
+    place: SftpPath, attempt: UploadAttempt, mode: int, unfinished: UnfinishedUploads
+) -> WritableFile:
     """The file that the attempt is to write to, made if it has to be.
 
     Raises Conflict when the server has another version than the attempt's, which none of our own
@@ -87,9 +90,9 @@ async def open_target(place: Place, attempt: Attempt, mode: int, attempts: Attem
         try:
             return await open_new(place, mode)
         except AlreadyExists:
-            return await open_existing(place, attempt, attempts)
+            return await open_existing(place, attempt, unfinished)
     try:
-        return await open_existing(place, attempt, attempts)
+        return await open_existing(place, attempt, unfinished)
     except NotFound:
         if attempt.base_version is not None:
             raise Conflict(f"{place} was removed meanwhile") from None
@@ -97,8 +100,8 @@ async def open_target(place: Place, attempt: Attempt, mode: int, attempts: Attem
 
 
 async def open_existing(
-    place: Place, attempt: Attempt, attempts: Attempts, flags: int = FXF_WRITE
-) -> Target:
+    place: SftpPath, attempt: UploadAttempt, unfinished: UnfinishedUploads, flags: int = FXF_WRITE
+) -> WritableFile:
     """Refusals to open it count only once it is known to be the right file."""
     handle: bytes | None = None
     refusal: RemoteError | None = None
@@ -112,12 +115,12 @@ async def open_existing(
     earlier = []
     try:
         attrs = looking.result()
-        await check_version(place, attrs, attempt, attempts)
+        await check_version(place, attrs, attempt, unfinished)
         if handle is None:
             assert refusal is not None
             handle, restored = await _open_read_only(place, attrs, refusal, flags)
             earlier.append(restored)
-        return Target(place, handle, checked_size(attrs.size, place.full), attrs, earlier)
+        return WritableFile(place, handle, checked_size(attrs.size, place.full), attrs, earlier)
     except BaseException:
         if handle is not None:
             await close_quietly(place, handle)
@@ -125,7 +128,7 @@ async def open_existing(
 
 
 async def check_version(
-    place: Place, attrs: SFTPAttrs, attempt: Attempt, attempts: Attempts
+    place: SftpPath, attrs: SFTPAttrs, attempt: UploadAttempt, unfinished: UnfinishedUploads
 ) -> None:
     """Raises Conflict, or an error for what is no regular file."""
     kind = stat.S_IFMT(full_mode(attrs))
@@ -137,12 +140,12 @@ async def check_version(
         raise Conflict(f"{place} was replaced by something that is no regular file")
     if attempt.base_version is None or version_of(attrs, place.full) == attempt.base_version:
         return
-    if not await attempts.has_left(place, attrs, attempt):
+    if not await unfinished.has_left(place, attrs, attempt):
         what = "made" if attempt.base_version == b"" else "changed"
         raise Conflict(f"{place} was {what} by somebody else meanwhile")
 
 
-async def _open(place: Place, flags: int, mode: int | None = None) -> bytes:
+async def _open(place: SftpPath, flags: int, mode: int | None = None) -> bytes:
     attrs = SFTPAttrs() if mode is None else SFTPAttrs(permissions=mode & 0o7777)
     bulk = place.session.bulk
     try:
@@ -154,7 +157,7 @@ async def _open(place: Place, flags: int, mode: int | None = None) -> bytes:
 
 
 async def _open_read_only(
-    place: Place, attrs: SFTPAttrs, refusal: RemoteError, flags: int
+    place: SftpPath, attrs: SFTPAttrs, refusal: RemoteError, flags: int
 ) -> tuple[bytes, Sent]:
     """`cp -a` of a read-only file and git's objects write through a descriptor that is older than
     the mode. Here the descriptor is younger, so the owner may write for as long as opening takes.
@@ -178,7 +181,7 @@ async def _open_read_only(
     return handle, send(bulk.setstat(place.full, read_only))
 
 
-async def _restore_quietly(place: Place, mode: SFTPAttrs) -> None:
+async def _restore_quietly(place: SftpPath, mode: SFTPAttrs) -> None:
     """After a failure that is being reported already."""
     try:
         await answers([send(place.session.bulk.setstat(place.full, mode))])

@@ -1,4 +1,4 @@
-"""Several ways to one file: what is large is written over several channels.
+"""Writes a large file over several channels at once.
 
 OpenSSH lets a sender have 2 MiB under way on a channel (CHAN_SES_WINDOW_DEFAULT in its channels.h),
 which is 100 MB/s at 20 ms and 20 at 100, whatever the link carries. So a large upload opens its
@@ -6,8 +6,8 @@ file once more on each of a few further channels. A name may have become another
 before anything is written the first handle gives the file a time that nobody else does, and a
 handle that does not show it is not used.
 
-What is written over old content goes one way: an attempt that breaks off must leave a beginning of
-it (remotes/sftp/upload_resume.py), and channels don't keep to one order.
+Old content is overwritten through one channel: an attempt that breaks off must leave a beginning of
+the new content (upload_resume.py), and several channels don't keep one order.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from asyncssh import SFTPAttrs
 from asyncssh.constants import FXF_WRITE
 
 from hpcfs.model.errors import RemoteError
-from hpcfs.remotes.sftp.place import Place
+from hpcfs.remotes.sftp.path import SftpPath
 from hpcfs.remotes.sftp.requests import Requests
 
 log = logging.getLogger(__name__)
 
 WIDE_BYTES = 8 * 1024 * 1024
-"""From this size on it is worth the three round trips."""
+"""Smaller uploads are not worth the three round trips that further channels cost."""
 
 
 @dataclass(eq=False)
-class Way:
+class WriteChannel:
     """A handle on a channel, and how many bytes are under way on it."""
 
     requests: Requests
@@ -46,17 +46,17 @@ class Way:
             self.under_way -= len(data)
 
 
-class Ways:
-    """Of one file that is open for writing; `first` is the handle that completes it."""
+class ParallelChannels:
+    """The channels over which one open file is written; `first` is the handle that completes it."""
 
-    def __init__(self, place: Place, first: bytes) -> None:
+    def __init__(self, place: SftpPath, first: bytes) -> None:
         self._place = place
-        self._first = Way(place.session.bulk, first)
-        self._others: list[Way] = []
+        self._first = WriteChannel(place.session.bulk, first)
+        self._others: list[WriteChannel] = []
         self._widening: asyncio.Task[None] | None = None
 
-    async def for_writing(self, length: int) -> list[Way]:
-        """Those for that many bytes. Nothing may be written before the first answer to this."""
+    async def for_writing(self, length: int) -> list[WriteChannel]:
+        """The channels for `length` bytes. Nothing may be written before the first call returns."""
         if length >= WIDE_BYTES and self._widening is None:
             self._widening = asyncio.create_task(self._widen())
         if self._widening is not None:
@@ -78,28 +78,29 @@ class Ways:
 
     async def _add(self, channel: Requests, mark: int) -> None:
         opening = channel.open_spare(self._place.full, FXF_WRITE)
-        way = Way(channel, await channel.kept(opening))
-        if (await channel.fstat(way.handle, 0)).mtime == mark:
-            self._others.append(way)
+        opened = WriteChannel(channel, await channel.kept(opening))
+        if (await channel.fstat(opened.handle, 0)).mtime == mark:
+            self._others.append(opened)
         else:
-            channel.close_soon(way.handle)
+            channel.close_soon(opened.handle)
 
     async def close_others(self) -> None:
-        """Everything was written: what a close reports counts. Raises what the server says."""
+        """Close the further handles after everything was written. Raises what the server
+        reports."""
         others, self._others = self._others, []
-        await asyncio.gather(*(way.requests.close(way.handle) for way in others))
+        await asyncio.gather(*(one.requests.close(one.handle) for one in others))
 
     async def give_up(self) -> None:
-        """After a failure that is being reported already; returns once the server is through with
-        what was sent on the other handles."""
+        """Close the further handles after a failure, which is reported already; returns once the
+        server is through with what was sent on them."""
         others, self._others = self._others, []
-        closing = [way.requests.close(way.handle) for way in others if not way.requests.ended]
+        closing = [one.requests.close(one.handle) for one in others if not one.requests.ended]
         for failed in await asyncio.gather(*closing, return_exceptions=True):
             if isinstance(failed, Exception):
                 log.debug("after a failure of %s, another one: %s", self._place, failed)
 
     def close_soon(self) -> None:
-        """Nobody waits: the file is given up."""
+        """Close the further handles without waiting."""
         others, self._others = self._others, []
-        for way in others:
-            way.requests.close_soon(way.handle)
+        for one in others:
+            one.requests.close_soon(one.handle)

@@ -24,7 +24,7 @@ from hpcfs.model.entries import NO_HANDLE
 from hpcfs.model.errors import Changed
 from hpcfs.remotes.sftp.attrs import version_of
 from hpcfs.remotes.sftp.flow import Flow
-from hpcfs.remotes.sftp.place import Place
+from hpcfs.remotes.sftp.path import SftpPath
 from hpcfs.remotes.sftp.requests import Chunks, Requests
 from hpcfs.remotes.sftp.session import SftpSession, all_of, give_up
 
@@ -36,10 +36,10 @@ opened again by the next fetch."""
 
 
 @dataclass(eq=False)
-class OpenFile:
+class ReadHandle:
     """A remote handle, open or being opened. It is closed once dropped and not in use."""
 
-    place: Place
+    place: SftpPath
     opening: asyncio.Task[bytes]
     users: int = 0
     dropped: bool = False
@@ -49,19 +49,21 @@ class OpenFile:
         return self.place.session
 
 
-class OpenFiles:
+class ReadHandles:
     """The remote handles by the reader's handle, least recently used first."""
 
     def __init__(self, limit: int = MAX_OPEN_HANDLES) -> None:
         self._limit = limit
-        self._files: OrderedDict[int, OpenFile] = OrderedDict()
+        self._files: OrderedDict[int, ReadHandle] = OrderedDict()
 
     @asynccontextmanager
-    async def using(self, place: Place, handle: int) -> AsyncIterator[bytes]:
+    async def using(self, place: SftpPath, handle: int) -> AsyncIterator[bytes]:
         """The remote handle for `handle`, opened at `place` by the first to ask; for NO_HANDLE, one
         for this use alone."""
         if handle == NO_HANDLE:
-            async with self._held(handle, OpenFile(place, _opening(place), dropped=True)) as remote:
+            async with self._held(
+                handle, ReadHandle(place, _opening(place), dropped=True)
+            ) as remote:
                 yield remote
             return
         file = self._files.get(handle)
@@ -74,7 +76,7 @@ class OpenFiles:
     @asynccontextmanager
     async def if_open(
         self, session: SftpSession, handle: int
-    ) -> AsyncIterator[tuple[Place, bytes] | None]:
+    ) -> AsyncIterator[tuple[SftpPath, bytes] | None]:
         """Where the file was opened and its remote handle; None where this connection has none."""
         file = self._files.get(handle)
         if file is None or file.session is not session:
@@ -88,14 +90,14 @@ class OpenFiles:
         if file is not None:
             self._drop(file)
 
-    def _open(self, place: Place, handle: int) -> OpenFile:
-        file = self._files[handle] = OpenFile(place, _opening(place))
+    def _open(self, place: SftpPath, handle: int) -> ReadHandle:
+        file = self._files[handle] = ReadHandle(place, _opening(place))
         while len(self._files) > self._limit:
             self._drop(self._files.popitem(last=False)[1])
         return file
 
     @asynccontextmanager
-    async def _held(self, handle: int, file: OpenFile) -> AsyncIterator[bytes]:
+    async def _held(self, handle: int, file: ReadHandle) -> AsyncIterator[bytes]:
         file.users += 1
         file.session.handles.wake(file)
         try:
@@ -111,24 +113,24 @@ class OpenFiles:
                 give_up = partial(self._give_up, handle, file)
                 file.session.handles.rest(file, file.place.full, give_up)
 
-    def _give_up(self, handle: int, file: OpenFile) -> None:
+    def _give_up(self, handle: int, file: ReadHandle) -> None:
         """The server grants few handles, and another is wanted."""
         if self._files.get(handle) is file:
             del self._files[handle]
         self._drop(file)
 
-    def _drop(self, file: OpenFile) -> None:
+    def _drop(self, file: ReadHandle) -> None:
         file.dropped = True
         if not file.users:
             self._close(file)
 
-    def _close(self, file: OpenFile) -> None:
+    def _close(self, file: ReadHandle) -> None:
         """Once it is open: nobody waits for a reader's close."""
         file.session.handles.wake(file)
         file.opening.add_done_callback(partial(_close_remote, file.session.bulk))
 
 
-def _opening(place: Place) -> asyncio.Task[bytes]:
+def _opening(place: SftpPath) -> asyncio.Task[bytes]:
     opening = asyncio.ensure_future(place.session.bulk.open(place.full, FXF_READ, SFTPAttrs()))
     opening.add_done_callback(lambda task: task.cancelled() or task.exception())
     return opening
@@ -140,7 +142,7 @@ def _close_remote(bulk: Requests, opening: asyncio.Task[bytes]) -> None:
 
 
 async def read_range(
-    place: Place,
+    place: SftpPath,
     handle: bytes,
     version: bytes,
     offset: int,
@@ -173,7 +175,7 @@ async def read_range(
 class _Reading:
     """One range of a file."""
 
-    place: Place
+    place: SftpPath
     handle: bytes
     offset: int
     length: int

@@ -1,7 +1,7 @@
 """SSH sites and their namespaces: the Remote protocol over SFTP 3 with OpenSSH's extensions.
 
 This module says what each operation is made of; how a connection is had, how bytes move and what
-vague refusals mean is beside it (../ssh/connection.py, session.py, read.py, write.py, place.py).
+vague refusals mean is beside it (../ssh/shared_session.py, session.py, read.py, write.py, path.py).
 Extensions are used where the server has them and done without where it does not:
 posix-rename (emulated), fsync (left out), statvfs (no numbers), limits (32 KiB pieces), hardlink
 and lsetstat (NotSupported). Symbolic links are never followed below the root: the kernel resolves
@@ -50,10 +50,7 @@ from hpcfs.remotes.base import (
 )
 from hpcfs.remotes.sftp import links, listing, read, rename as renaming
 from hpcfs.remotes.sftp.attrs import full_mode, narrower, needs_present, owner_to_set, rest_to_set
-from hpcfs.remotes.sftp.errors import MAX_PATH_BYTES, shown
-from hpcfs.remotes.sftp.long_paths import LongPaths
-from hpcfs.remotes.sftp.place import (
-    Place,
+from hpcfs.remotes.sftp.explain import (
     explain_device,
     explain_directory,
     explain_file,
@@ -63,11 +60,13 @@ from hpcfs.remotes.sftp.place import (
     explain_size,
     explain_sticky,
     is_read_only,
-    learn_user,
 )
+from hpcfs.remotes.sftp.long_paths import LongPaths
+from hpcfs.remotes.sftp.path import SftpPath, learn_user
 from hpcfs.remotes.sftp.session import SftpSession, open_session, together, traffic_of
-from hpcfs.remotes.sftp.uploads import Uploads
-from hpcfs.remotes.ssh.connection import Kept
+from hpcfs.remotes.sftp.translate import MAX_PATH_BYTES, shown
+from hpcfs.remotes.sftp.uploads import SftpUploads
+from hpcfs.remotes.ssh.shared_session import SharedSession
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +81,13 @@ ABILITIES = Capabilities(
 class SftpSite:
     """All namespaces that one kept session reaches: a base.Site."""
 
-    def __init__(self, spec: SiteSpec, kept: Kept[SftpSession], *, is_virtual: bool = False):
+    def __init__(
+        self, spec: SiteSpec, kept: SharedSession[SftpSession], *, is_virtual: bool = False
+    ):
         """`is_virtual`: the paths that it serves are not those of the machine that serves them."""
-        self._kept = kept
+        self._shared = kept
         self._remotes = {
-            name: SftpRemote(self._kept, root, is_virtual=is_virtual)
+            name: SftpRemote(self._shared, root, is_virtual=is_virtual)
             for name, root in spec.roots.items()
             if isinstance(root, SftpRoot)
         }
@@ -98,44 +99,46 @@ class SftpSite:
             raise WrongSettings(f"no namespace {namespace!r} lives on this site") from None
 
     def traffic(self) -> Traffic:
-        return traffic_of(self._kept)
+        return traffic_of(self._shared)
 
     def try_now(self) -> None:
-        self._kept.try_now()
+        self._shared.try_now()
 
     async def close(self) -> None:
-        await self._kept.close()
+        await self._shared.close()
 
 
 class SshSiteConnection(SftpSite):
     """One SSH login."""
 
     def __init__(self, spec: SiteSpec, prompter: Prompter):
-        super().__init__(spec, Kept(lambda: open_session(spec, prompter)))
+        super().__init__(spec, SharedSession(lambda: open_session(spec, prompter)))
 
 
 class SftpRemote:
     """One namespace on an SSH site: a base.Remote."""
 
-    def __init__(self, kept: Kept[SftpSession], root: SftpRoot, *, is_virtual: bool = False):
-        self._kept = kept
+    def __init__(
+        self, kept: SharedSession[SftpSession], root: SftpRoot, *, is_virtual: bool = False
+    ):
+        self._shared = kept
         self._is_virtual = is_virtual
         self._root = root
         self._rooted: tuple[SftpSession, bytes] | None = None
         self._roots: tuple[bytes, ...] = ()
         """What links on the server may call the root: as it was named, and without links."""
-        self._files = read.OpenFiles()
-        self._uploads = Uploads(root.verify)
+        self._files = read.ReadHandles()
+        self._uploads = SftpUploads(root.verify)
         self._long_paths = LongPaths()
 
     # --- where ----------------------------------------------------------------------------------
 
-    async def _place(self, path: bytes, *, room: int = 0) -> Place:
+    async def _place(self, path: bytes, *, room: int = 0) -> SftpPath:
         """The path on the server, with a connection; the root is looked at once per connection.
         `room` is how many bytes longer paths will be that the server makes of this one, or we."""
         if b"\0" in path:
             raise InvalidName(f"{shown(path)} has a NUL byte")
-        session = await self._kept.get()
+        session = await self._shared.get()
         if self._rooted is None or self._rooted[0] is not session:
             self._rooted = (session, await self._find_root(session))
         root = self._rooted[1]
@@ -146,18 +149,18 @@ class SftpRemote:
             except NameTooLong:
                 if len(full) > MAX_PATH_BYTES:
                     raise
-        return Place(session, path, full)
+        return SftpPath(session, path, full)
 
-    async def _both(self, path: bytes, other: bytes) -> tuple[Place, Place]:
+    async def _both(self, path: bytes, other: bytes) -> tuple[SftpPath, SftpPath]:
         """Of a request that names two: on the channel of that with a long path, if there is one."""
         one, two = await self._place(path), await self._place(other)
-        main = await self._kept.get()
+        main = await self._shared.get()
         session = two.session if one.session is main else one.session
         one, two = (dataclasses.replace(place, session=session) for place in (one, two))
         return one, two
 
     @asynccontextmanager
-    async def _changing(self, path: bytes, *, room: int = 0) -> AsyncIterator[Place]:
+    async def _changing(self, path: bytes, *, room: int = 0) -> AsyncIterator[SftpPath]:
         """The same, for what changes something there: refusals tell a remote that is read-only."""
         place = await self._place(path, room=room)
         try:
@@ -170,7 +173,7 @@ class SftpRemote:
 
     async def _find_root(self, session: SftpSession) -> bytes:
         full = _root_path(self._root.path, session.home)
-        place = Place(session, b"", full)
+        place = SftpPath(session, b"", full)
         try:
             attrs, real = await together(place.attrs(), _real_path(place))
             kind = stat.S_IFMT(full_mode(attrs, stat.S_IFDIR))
@@ -328,7 +331,7 @@ class SftpRemote:
             narrowed = narrower(attrs, mode, stat.S_IFDIR)
             return await self._changed(place, narrowed) if narrowed else place.entry_of(attrs)
 
-    async def _made(self, place: Place, making: Coroutine[Any, Any, None]) -> SFTPAttrs:
+    async def _made(self, place: SftpPath, making: Coroutine[Any, Any, None]) -> SFTPAttrs:
         """What something new is like, looked at in the flight that makes it."""
         try:
             with place.asking():
@@ -396,7 +399,7 @@ class SftpRemote:
             await self._uploads.settled(path)
             return await self._set(place, attributes)
 
-    async def _set(self, place: Place, attributes: Attributes) -> Entry:
+    async def _set(self, place: SftpPath, attributes: Attributes) -> Entry:
         session = place.session
         if not (place.path and session.sets_without_following) or needs_present(attributes):
             return await self._look_and_set(place, attributes)
@@ -412,7 +415,7 @@ class SftpRemote:
             session.sets_without_following = False
         return entry
 
-    async def _look_and_set(self, place: Place, attributes: Attributes) -> Entry:
+    async def _look_and_set(self, place: SftpPath, attributes: Attributes) -> Entry:
         now = await place.attrs()
         is_link = stat.S_ISLNK(full_mode(now))
         if is_link and attributes.mode is not None:
@@ -427,7 +430,7 @@ class SftpRemote:
         except PermissionDenied as error:
             raise NotOwner(error.message) from error
 
-    async def _changed(self, place: Place, *wanted: SFTPAttrs, follow: bool = True) -> Entry:
+    async def _changed(self, place: SftpPath, *wanted: SFTPAttrs, follow: bool = True) -> Entry:
         """The entry after the changes, asked for in the same flight."""
         meta = place.session.meta
         with place.asking():
@@ -435,12 +438,12 @@ class SftpRemote:
             *_, attrs = await together(*changes, place.attrs())
         return place.entry_of(attrs)
 
-    async def _refuse_link(self, place: Place) -> None:
+    async def _refuse_link(self, place: SftpPath) -> None:
         if stat.S_ISLNK(full_mode(await place.attrs())):
             raise InvalidRequest(f"{place} is a symbolic link")
 
 
-async def _real_path(place: Place) -> bytes | None:
+async def _real_path(place: SftpPath) -> bytes | None:
     """None where the server does not tell."""
     try:
         with place.asking():

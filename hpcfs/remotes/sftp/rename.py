@@ -24,12 +24,13 @@ from hpcfs.model.errors import (
     RemoteError,
 )
 from hpcfs.remotes.base import MAX_NAME_BYTES, last_name
-from hpcfs.remotes.sftp.place import Place, explain_device, explain_sticky
+from hpcfs.remotes.sftp.explain import explain_device, explain_sticky
+from hpcfs.remotes.sftp.path import SftpPath
 
 log = logging.getLogger(__name__)
 
 
-async def rename(source: Place, target: Place, *, replace: bool) -> None:
+async def rename(source: SftpPath, target: SftpPath, *, replace: bool) -> None:
     if not source.path or target.full.startswith(source.full + b"/"):
         raise InvalidRequest(f"{source} can't be moved into itself")
     if not replace:
@@ -47,13 +48,13 @@ async def rename(source: Place, target: Place, *, replace: bool) -> None:
         raise await explain_sticky(target, error) from None
 
 
-async def _rename_to_new(source: Place, target: Place) -> None:
+async def _rename_to_new(source: SftpPath, target: SftpPath) -> None:
     if await target.kind() is not None:
         raise AlreadyExists(f"{target} exists already")
     await rename_regular_to_new(source, target)
 
 
-async def rename_regular_to_new(source: Place, target: Place) -> None:
+async def rename_regular_to_new(source: SftpPath, target: SftpPath) -> None:
     """Raises AlreadyExists. For links and directories OpenSSH looks where the target leads."""
     try:
         await _plain_rename(source, target)
@@ -63,7 +64,7 @@ async def rename_regular_to_new(source: Place, target: Place) -> None:
         raise
 
 
-async def _plain_rename(source: Place, target: Place) -> None:
+async def _plain_rename(source: SftpPath, target: SftpPath) -> None:
     try:
         with source.asking():
             await source.session.meta.rename(source.full, target.full, 0)
@@ -71,7 +72,7 @@ async def _plain_rename(source: Place, target: Place) -> None:
         raise await explain_device(source, target, error) from None
 
 
-async def _check(source: Place, target: Place) -> int | None:
+async def _check(source: SftpPath, target: SftpPath) -> int | None:
     """Raises what makes this rename impossible; returns the target's type, None if it is new."""
     source_kind = await source.kind()
     if source_kind is None:
@@ -88,7 +89,7 @@ async def _check(source: Place, target: Place) -> int | None:
     return target_kind
 
 
-async def _rename_without_extension(source: Place, target: Place) -> None:
+async def _rename_without_extension(source: SftpPath, target: SftpPath) -> None:
     target_kind = await _check(source, target)
     if source.full == target.full:
         return
@@ -115,7 +116,7 @@ def name_beside(name: bytes, origin: str | None = None) -> bytes:
     return b"." + name[: MAX_NAME_BYTES - 1 - len(suffix)] + suffix
 
 
-async def _remove_aside(aside: Place, kind: int) -> None:
+async def _remove_aside(aside: SftpPath, kind: int) -> None:
     """The rename is done; a leftover is worth a warning, not a failure."""
     try:
         with aside.asking():

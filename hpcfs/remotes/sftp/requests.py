@@ -31,9 +31,9 @@ from asyncssh.logging import SSHLogger
 from asyncssh.packet import PacketDecodeError, SSHPacket
 from asyncssh.sftp import SFTPClientHandler
 
-from hpcfs.remotes.sftp.decoder import Bytes, Inbox, Malformed
+from hpcfs.remotes.sftp.decoder import DataSink, Malformed, MessageDecoder
 from hpcfs.remotes.sftp.handles import Handles
-from hpcfs.remotes.sftp.names import Listed, type_in_line, usual_names
+from hpcfs.remotes.sftp.name_reply import Listed, type_in_line, usual_names
 
 SFTP_VERSION = 3
 SHOWN_ERRORS = "replace"
@@ -85,12 +85,12 @@ class Requests(SFTPClientHandler):
         loop = asyncio.get_running_loop()
         end = cast(Any, carrier)  # of a reader and a writer, what the base class uses of them
         super().__init__(loop, SHOWN_ERRORS, end, end, SFTP_VERSION)
-        self._inbox = Inbox(self)
+        self._decoder = MessageDecoder(self)
         self._pieces: dict[int, _Piece] = {}
         self.bytes_asked_for = 0
         """Of files, and not here yet."""
-        self._greeting: asyncio.Future[SSHPacket] = loop.create_future()
-        self._greeting.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._first_message: asyncio.Future[SSHPacket] = loop.create_future()
+        self._first_message.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._to_send: list[bytes] = []
         self.beginning = b""
         """What came before the greeting, or is its beginning: it may be text."""
@@ -230,13 +230,13 @@ class Requests(SFTPClientHandler):
 
     async def recv_packet(self) -> SSHPacket:
         """The first message, which `start` waits for."""
-        return await self._greeting
+        return await self._first_message
 
     def received(self, data: bytes | memoryview) -> None:
-        if not self._greeting.done() and len(self.beginning) < BEGINNING_BYTES:
+        if not self._first_message.done() and len(self.beginning) < BEGINNING_BYTES:
             self.beginning += bytes(data[:BEGINNING_BYTES])
         try:
-            self._inbox.feed(data)
+            self._decoder.feed(data)
         except (Malformed, PacketDecodeError) as error:
             self.lost(SFTPBadMessage(str(error)))
 
@@ -244,8 +244,8 @@ class Requests(SFTPClientHandler):
         if self.ended:
             return
         packet = SSHPacket(message)
-        if not self._greeting.done():
-            self._greeting.set_result(packet)
+        if not self._first_message.done():
+            self._first_message.set_result(packet)
             return
         kind, number = packet.get_byte(), packet.get_uint32()
         waiter: asyncio.Future[Any] | None = self._requests.pop(number, None)
@@ -259,7 +259,7 @@ class Requests(SFTPClientHandler):
         else:
             waiter.set_exception(_refusal(kind, packet))
 
-    def data(self, request: int, length: int) -> Bytes | None:
+    def data(self, request: int, length: int) -> DataSink | None:
         piece = self._answered(request)
         waiter = self._requests.pop(request, None)
         if piece is None or waiter is None:
@@ -283,7 +283,7 @@ class Requests(SFTPClientHandler):
             return
         self.ended = True
         reason = error or SFTPConnectionLost("Connection closed")
-        waiters: list[asyncio.Future[Any]] = [self._greeting, *self._requests.values()]
+        waiters: list[asyncio.Future[Any]] = [self._first_message, *self._requests.values()]
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_exception(reason)

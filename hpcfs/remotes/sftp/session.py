@@ -20,16 +20,16 @@ from hpcfs.model.usage import Traffic
 from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.sftp.attrs import Owners
 from hpcfs.remotes.sftp.channels import of_service, open_channel, open_channels, open_more
-from hpcfs.remotes.sftp.errors import translated
 from hpcfs.remotes.sftp.flow import Flow
 from hpcfs.remotes.sftp.handles import Handles
 from hpcfs.remotes.sftp.hashes import Hasher
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.stdio import log_in_by_ssh
-from hpcfs.remotes.ssh.connection import Kept
+from hpcfs.remotes.sftp.translate import translated
 from hpcfs.remotes.ssh.login import log_in
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
+from hpcfs.remotes.ssh.shared_session import SharedSession
 from hpcfs.remotes.ssh.shell import Shell
 
 UPLOAD_BYTES_UNDER_WAY = 16 * 1024 * 1024
@@ -158,8 +158,8 @@ class SftpSession:
         await self.login.close()
 
 
-def traffic_of(kept: Kept[SftpSession]) -> Traffic:
-    return Traffic() if kept.session is None else kept.session.traffic()
+def traffic_of(shared: SharedSession[SftpSession]) -> Traffic:
+    return Traffic() if shared.session is None else shared.session.traffic()
 
 
 async def open_session(spec: SiteSpec, prompter: Prompter) -> SftpSession:

@@ -19,11 +19,18 @@ from asyncssh.logging import SSHLogger, logger as asyncssh_logger
 from hpcfs.model.errors import RemoteError, Unreachable
 from hpcfs.model.sites import SshSite
 from hpcfs.remotes.base import Prompter
-from hpcfs.remotes.sftp.handshake import greet
+from hpcfs.remotes.sftp.handshake import shake_hands
 from hpcfs.remotes.sftp.requests import Requests
-from hpcfs.remotes.ssh.asking import asking
-from hpcfs.remotes.ssh.clock import Clock
-from hpcfs.remotes.ssh.openssh import Target, command, has_master, read_target, shell_command, start
+from hpcfs.remotes.ssh.askpass_server import asking
+from hpcfs.remotes.ssh.login_clock import LoginClock
+from hpcfs.remotes.ssh.openssh import (
+    OpenSshTarget,
+    command,
+    has_master,
+    read_target,
+    shell_command,
+    start,
+)
 from hpcfs.remotes.ssh.program import Program
 from hpcfs.remotes.ssh.shell import Shell, StreamShell
 from hpcfs.remotes.ssh.stderr import ending
@@ -70,10 +77,10 @@ class Stdio(asyncio.Protocol):
 
 
 @dataclass
-class SshLogin:
+class OpenSshLogin:
     """The children and their channels."""
 
-    target: Target
+    target: OpenSshTarget
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a channel ends that did speak SFTP."""
     programs: list[Program] = field(default_factory=list)
@@ -120,7 +127,7 @@ class SshLogin:
         loop = asyncio.get_running_loop()
         _, stdio = await loop.create_connection(Stdio, sock=program.socket)
         self.begun.append(stdio.requests)
-        await greet(stdio.requests, self.shown)
+        await shake_hands(stdio.requests, self.shown)
         stdio.on_lost = self.ended.set
         self.channels.append(stdio.requests)
 
@@ -130,9 +137,9 @@ class SshLogin:
         await asyncio.gather(*(program.close() for program in self.programs))
 
 
-async def log_in_by_ssh(site: SshSite, prompter: Prompter) -> SshLogin:
+async def log_in_by_ssh(site: SshSite, prompter: Prompter) -> OpenSshLogin:
     """A login with its first channel. Raises RemoteErrors only."""
-    login = SshLogin(await read_target(site))
+    login = OpenSshLogin(await read_target(site))
     try:
         await _log_in(login, prompter)
     except BaseException:
@@ -141,9 +148,9 @@ async def log_in_by_ssh(site: SshSite, prompter: Prompter) -> SshLogin:
     return login
 
 
-async def _log_in(login: SshLogin, prompter: Prompter) -> None:
+async def _log_in(login: OpenSshLogin, prompter: Prompter) -> None:
     seconds = max(login.target.site.connect_timeout, LOGIN_SECONDS)
-    clock = Clock(seconds, prompter)
+    clock = LoginClock(seconds, prompter)
     async with asking(clock) as questions:
         program = await login.start(command(login.target.site), questions.environ)
         try:

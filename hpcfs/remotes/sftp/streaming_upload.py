@@ -15,27 +15,27 @@ from functools import partial
 from typing import Any
 
 from hpcfs.model.errors import NotSupported
-from hpcfs.remotes.sftp.place import Place
-from hpcfs.remotes.sftp.write import Target, send
+from hpcfs.remotes.sftp.path import SftpPath
+from hpcfs.remotes.sftp.write import WritableFile, send
 
-MAX_HELD = 64
+MAX_STREAMS = 64
 """Per namespace."""
 NOTED = 1024
 
 
 @dataclass(eq=False)
-class HeldFile:
-    """`ahead` are the ranges that the server confirmed; `writers` count those on their way."""
+class SftpStreamingUpload:
+    """`sent` are the ranges that the server confirmed; `writers` count those on their way."""
 
-    place: Place
-    opening: asyncio.Task[Target]
-    ahead: list[tuple[int, int]] = field(default_factory=list)
+    place: SftpPath
+    opening: asyncio.Task[WritableFile]
+    sent: list[tuple[int, int]] = field(default_factory=list)
     writers: int = 0
     dropped: bool = False
 
     @property
     def end(self) -> int:
-        return max([0, *(offset + length for offset, length in self.ahead)])
+        return max([0, *(offset + length for offset, length in self.sent)])
 
     @property
     def is_usable(self) -> bool:
@@ -53,26 +53,28 @@ class HeldFile:
             self.opening.add_done_callback(_close)
 
 
-def _close(opening: asyncio.Task[Target]) -> None:
+def _close(opening: asyncio.Task[WritableFile]) -> None:
     if not opening.cancelled() and opening.exception() is None:
         target = opening.result()
-        target.ways.close_soon()
+        target.channels.close_soon()
         target.session.bulk.close_soon(target.handle)
 
 
-class HeldFiles:
-    def __init__(self, limit: int = MAX_HELD) -> None:
+class SftpStreamingUploads:
+    def __init__(self, limit: int = MAX_STREAMS) -> None:
         self._limit = limit
-        self._files: OrderedDict[int, HeldFile] = OrderedDict()
+        self._files: OrderedDict[int, SftpStreamingUpload] = OrderedDict()
         self._completed: OrderedDict[int, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def get(self, handle: int) -> HeldFile | None:
+    def get(self, handle: int) -> SftpStreamingUpload | None:
         return self._files.get(handle)
 
-    def hold(self, handle: int, place: Place, opening: Coroutine[Any, Any, Target]) -> HeldFile:
+    def begin(
+        self, handle: int, place: SftpPath, opening: Coroutine[Any, Any, WritableFile]
+    ) -> SftpStreamingUpload:
         """Raises NotSupported where there is no room."""
         self.release(handle)
         granted = place.session.handles.limit
@@ -83,7 +85,7 @@ class HeldFiles:
         except NotSupported:
             opening.close()
             raise
-        file = self._files[handle] = HeldFile(place, send(opening))
+        file = self._files[handle] = SftpStreamingUpload(place, send(opening))
         return file
 
     def rest(self, handle: int) -> None:
@@ -92,16 +94,16 @@ class HeldFiles:
         if file is not None and not file.writers:
             give_up = partial(self.release, handle)
             place = file.place
-            place.session.handles.rest(file, place.full, give_up, last=bool(file.ahead))
+            place.session.handles.rest(file, place.full, give_up, last=bool(file.sent))
 
     def _make_room(self) -> None:
         for handle, file in self._files.items():
-            if not file.ahead and not file.writers:
+            if not file.sent and not file.writers:
                 self.release(handle)
                 return
         raise NotSupported("too many files are being sent ahead")
 
-    def take(self, handle: int) -> HeldFile | None:
+    def take(self, handle: int) -> SftpStreamingUpload | None:
         """It belongs to the caller from now on."""
         file = self._files.pop(handle, None)
         if file is not None:
@@ -123,7 +125,7 @@ class HeldFiles:
                 if not file.opening.exception() and file.opening.result().earlier:
                     await asyncio.wait(file.opening.result().earlier)
 
-    def forget(self, handle: int, file: HeldFile) -> None:
+    def forget(self, handle: int, file: SftpStreamingUpload) -> None:
         """It could not be opened."""
         if self._files.get(handle) is file:
             del self._files[handle]
@@ -136,7 +138,7 @@ class HeldFiles:
         while len(self._completed) > NOTED:
             self._completed.popitem(last=False)
 
-    def note_ahead(self, handle: int) -> None:
+    def note_piece(self, handle: int) -> None:
         self._completed.pop(handle, None)
 
     def is_complete(self, handle: int) -> bool:

@@ -33,7 +33,7 @@ from hpcfs.model.errors import NotFound, PermissionDenied
 from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
 from hpcfs.remotes.base import Source
 from hpcfs.remotes.sftp.attrs import NANOSECONDS
-from hpcfs.remotes.sftp.place import Place
+from hpcfs.remotes.sftp.path import SftpPath
 from hpcfs.remotes.sftp.session import SftpSession, all_of
 
 SAMPLES = 32
@@ -46,7 +46,7 @@ Sample = tuple[int, bytes]
 
 
 @dataclass(frozen=True)
-class Attempt:
+class UploadAttempt:
     """An upload, as much of it as is needed to recognise it. `base_version` is None where any
     version will do; `grown_from` is where the old content ends."""
 
@@ -59,7 +59,7 @@ class Attempt:
     """In the order of writing."""
 
     @classmethod
-    def of(cls, request: UploadRequest, source: Source, *, checked: bool = True) -> Attempt:
+    def of(cls, request: UploadRequest, source: Source, *, checked: bool = True) -> UploadAttempt:
         wanted = request.attributes.mtime_ns
         return cls(
             request.base_version if checked else None,
@@ -71,7 +71,9 @@ class Attempt:
         )
 
     @classmethod
-    def ahead(cls, request: UploadPieceRequest, source: Source, *, checked: bool = True) -> Attempt:
+    def of_piece(
+        cls, request: UploadPieceRequest, source: Source, *, checked: bool = True
+    ) -> UploadAttempt:
         return cls(
             request.base_version if checked else None,
             samples=tuple(_samples([(0, source.size)], source)),
@@ -130,13 +132,13 @@ def _samples(ranges: Sequence[tuple[int, int]], source: Source) -> list[Sample]:
     return samples
 
 
-class Attempts:
+class UnfinishedUploads:
     """The uploads that this process began and has not seen the end of, by path."""
 
     def __init__(self) -> None:
-        self._begun: OrderedDict[bytes, Attempt] = OrderedDict()
+        self._begun: OrderedDict[bytes, UploadAttempt] = OrderedDict()
 
-    def begin(self, path: bytes, attempt: Attempt) -> None:
+    def begin(self, path: bytes, attempt: UploadAttempt) -> None:
         self._begun[path] = attempt
         self._begun.move_to_end(path)
         while len(self._begun) > REMEMBERED:
@@ -145,7 +147,7 @@ class Attempts:
     def end(self, path: bytes) -> None:
         self._begun.pop(path, None)
 
-    async def has_left(self, place: Place, attrs: SFTPAttrs, attempt: Attempt) -> bool:
+    async def has_left(self, place: SftpPath, attrs: SFTPAttrs, attempt: UploadAttempt) -> bool:
         """Whether the regular file at `place`, with these attributes, comes from `attempt` or from
         an earlier one on the same version."""
         earlier = self._begun.get(place.path)
@@ -162,7 +164,7 @@ class Attempts:
         return False
 
 
-async def _look(place: Place, samples: Sequence[Sample]) -> list[bytes] | None:
+async def _look(place: SftpPath, samples: Sequence[Sample]) -> list[bytes] | None:
     """The bytes at these places; None where this user may not read them."""
     bulk = place.session.bulk
     try:

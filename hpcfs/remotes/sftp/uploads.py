@@ -40,14 +40,15 @@ from hpcfs.remotes.base import ReportProgress, Source, last_name
 from hpcfs.remotes.sftp import rename as renaming
 from hpcfs.remotes.sftp.appending import append
 from hpcfs.remotes.sftp.attrs import NANOSECONDS, full_mode, version_of
+from hpcfs.remotes.sftp.explain import explain_full
 from hpcfs.remotes.sftp.opening import check_version, open_new, open_target
-from hpcfs.remotes.sftp.place import Place, explain_full
-from hpcfs.remotes.sftp.streaming_upload import HeldFile, HeldFiles
-from hpcfs.remotes.sftp.upload_resume import Attempt, Attempts
+from hpcfs.remotes.sftp.path import SftpPath
+from hpcfs.remotes.sftp.streaming_upload import SftpStreamingUpload, SftpStreamingUploads
+from hpcfs.remotes.sftp.upload_resume import UnfinishedUploads, UploadAttempt
 from hpcfs.remotes.sftp.write import (
     Ranges,
     Sent,
-    Target,
+    WritableFile,
     answers,
     bring,
     close_quietly,
@@ -64,38 +65,38 @@ LEFTOVERS = 256
 NOTED = 1024
 
 
-class Uploads:
+class SftpUploads:
     def __init__(self, verify: bool = False) -> None:
         self._verify = verify
-        self._held = HeldFiles()
-        self._attempts = Attempts()
+        self._streams = SftpStreamingUploads()
+        self._unfinished = UnfinishedUploads()
         self._begin_anew: OrderedDict[bytes, bool] = OrderedDict()
         """Paths of which all will be sent once more."""
-        self._leftovers: list[Place] = []
+        self._leftovers: list[SftpPath] = []
         """Temporary files that could not be removed, as the connection was lost."""
         self._temporaries: set[bytes] = set()
         """Those that are there now."""
 
     def release(self, handle: int) -> None:
-        self._held.release(handle)
+        self._streams.release(handle)
 
     async def settled(self, path: bytes) -> None:
-        await self._held.settled(path)
+        await self._streams.settled(path)
 
     # --- making ---------------------------------------------------------------------------------
 
-    async def create(self, place: Place, mode: int, handle: int) -> Entry:
+    async def create(self, place: SftpPath, mode: int, handle: int) -> Entry:
         """A new empty file. Its permissions and group are what the server gave it."""
         target = await open_new(place, mode)
         if handle == NO_HANDLE:
             request = _nothing(place.path, mode)
             return place.entry_of(await bring(target, request, _Empty(), _ignore, keep=0))
         try:
-            self._held.hold(handle, place, _already(target))
-            self._held.rest(handle)
+            self._streams.begin(handle, place, _already(target))
+            self._streams.rest(handle)
         except NotSupported:
             place.session.bulk.close_soon(target.handle)
-        self._held.note_complete(handle)
+        self._streams.note_complete(handle)
         assert target.now
         now = int(time.time()) * NANOSECONDS
         made = place.entry_of(target.now)
@@ -103,45 +104,47 @@ class Uploads:
 
     # --- ahead ----------------------------------------------------------------------------------
 
-    async def upload_piece(self, place: Place, request: UploadPieceRequest, source: Source) -> None:
-        self._held.note_ahead(request.handle)
-        file = self._held.get(request.handle)
+    async def upload_piece(
+        self, place: SftpPath, request: UploadPieceRequest, source: Source
+    ) -> None:
+        self._streams.note_piece(request.handle)
+        file = self._streams.get(request.handle)
         if file is not None and not file.is_usable:
-            self._held.release(request.handle)
-            if file.ahead or file.writers:
-                raise self._ahead_lost(place)
+            self._streams.release(request.handle)
+            if file.sent or file.writers:
+                raise self._pieces_lost(place)
             file = None
         if file is None:
-            opening = self._open_ahead(place, request, source)
-            file = self._held.hold(request.handle, place, opening)
+            opening = self._open_for_pieces(place, request, source)
+            file = self._streams.begin(request.handle, place, opening)
         file.writers += 1
         place.session.handles.wake(file)
         try:
-            await _send_ahead(file, request, source)
+            await _send_piece(file, request, source)
         finally:
             file.leave()
             if not file.opening.done() or file.opening.cancelled() or file.opening.exception():
-                self._held.forget(request.handle, file)
-            self._held.rest(request.handle)
+                self._streams.forget(request.handle, file)
+            self._streams.rest(request.handle)
 
-    async def _open_ahead(
-        self, place: Place, request: UploadPieceRequest, source: Source
-    ) -> Target:
+    async def _open_for_pieces(
+        self, place: SftpPath, request: UploadPieceRequest, source: Source
+    ) -> WritableFile:
         """Of an unknown handle, another process may have sent something ahead. Then the file has
         another version than its base: bytes of ours, which would count as sent."""
         anew = self._begin_anew.pop(place.path, None)
-        attempt = Attempt.ahead(request, source, checked=not anew)
-        target = await open_target(place, attempt, request.mode, self._attempts)
+        attempt = UploadAttempt.of_piece(request, source, checked=not anew)
+        target = await open_target(place, attempt, request.mode, self._unfinished)
         if target.size:
             if not anew and not _is_base(target, request):
                 await close_quietly(place, target.handle)
-                raise self._ahead_lost(place)
+                raise self._pieces_lost(place)
             cut = place.session.bulk.fsetstat(target.handle, SFTPAttrs(size=0))
             target.earlier.append(send(cut))
             target.size = 0
         return target
 
-    def _ahead_lost(self, place: Place) -> PiecesLost:
+    def _pieces_lost(self, place: SftpPath) -> PiecesLost:
         self._begin_anew[place.path] = True
         while len(self._begin_anew) > NOTED:
             self._begin_anew.popitem(last=False)
@@ -150,7 +153,7 @@ class Uploads:
     # --- uploads --------------------------------------------------------------------------------
 
     async def upload(
-        self, place: Place, request: UploadRequest, source: Source, report: ReportProgress
+        self, place: SftpPath, request: UploadRequest, source: Source, report: ReportProgress
     ) -> Entry:
         """Raises Changed when the remote lost bytes that are still meant to be there."""
         if request.size < 0 or request.base_size < 0:
@@ -166,50 +169,50 @@ class Uploads:
         except BaseException:
             self._remember(place, request, source)
             raise
-        self._attempts.end(place.path)
-        self._held.note_complete(request.handle)
+        self._unfinished.end(place.path)
+        self._streams.note_complete(request.handle)
         return place.entry_of(attrs)
 
     async def _append(
-        self, place: Place, request: UploadRequest, source: Source, report: ReportProgress
+        self, place: SftpPath, request: UploadRequest, source: Source, report: ReportProgress
     ) -> Entry:
-        self._held.release(request.handle)
+        self._streams.release(request.handle)
         async with place.session.uploading:
-            appended = await append(place, request, source, report, self._attempts)
+            appended = await append(place, request, source, report, self._unfinished)
             if self._verify and appended.is_alone:
                 await _compare(place, appended.request, appended.source, report)
         return place.entry_of(appended.attrs)
 
-    def _remember(self, place: Place, request: UploadRequest, source: Source) -> None:
+    def _remember(self, place: SftpPath, request: UploadRequest, source: Source) -> None:
         """After a failure that is being reported already."""
         try:
-            self._attempts.begin(place.path, Attempt.of(request, source))
+            self._unfinished.begin(place.path, UploadAttempt.of(request, source))
         except (OSError, RemoteError) as error:
             log.warning("what is uploaded to %s can't be read here: %s", place, error)
 
-    def _taken(self, place: Place, request: UploadRequest) -> HeldFile | None:
+    def _taken(self, place: SftpPath, request: UploadRequest) -> SftpStreamingUpload | None:
         """The file that is held for this upload. Raises PiecesLost when bytes of it may be lost."""
-        file = self._held.take(request.handle)
+        file = self._streams.take(request.handle)
         if file is not None and file.is_usable:
             return file
         if file is not None:
-            lost = bool(file.ahead)
+            lost = bool(file.sent)
         else:
-            lost = not self._held.is_complete(request.handle) and not _is_whole(request)
+            lost = not self._streams.is_complete(request.handle) and not _is_whole(request)
         if lost:
-            self._held.note_complete(request.handle)  # what comes next is all of it
-            raise self._ahead_lost(place)
+            self._streams.note_complete(request.handle)  # what comes next is all of it
+            raise self._pieces_lost(place)
         return None
 
     async def _bring(
         self,
-        place: Place,
+        place: SftpPath,
         request: UploadRequest,
         source: Source,
         report: ReportProgress,
-        file: HeldFile | None,
+        file: SftpStreamingUpload | None,
     ) -> SFTPAttrs:
-        if request.replace and not (file and file.ahead):
+        if request.replace and not (file and file.sent):
             if file is not None:
                 file.drop()
             return await self._replace(place, request, source, report, ours=file is not None)
@@ -219,13 +222,13 @@ class Uploads:
             target.size = file.end
             keep = max(keep, file.end)
         else:
-            attempt = Attempt.of(request, source)
-            target = await open_target(place, attempt, request.mode, self._attempts)
+            attempt = UploadAttempt.of(request, source)
+            target = await open_target(place, attempt, request.mode, self._unfinished)
         return await self._bring_all(target, request, source, report, keep)
 
     async def _bring_all(
         self,
-        target: Target,
+        target: WritableFile,
         request: UploadRequest,
         source: Source,
         report: ReportProgress,
@@ -249,7 +252,7 @@ class Uploads:
 
     async def _replace(
         self,
-        place: Place,
+        place: SftpPath,
         request: UploadRequest,
         source: Source,
         report: ReportProgress,
@@ -260,12 +263,12 @@ class Uploads:
         if request.base_size:
             raise InvalidRequest("a file is only replaced by a whole one")
         await self._remove_leftovers(place)
-        attempt = Attempt.of(request, source, checked=not ours)
+        attempt = UploadAttempt.of(request, source, checked=not ours)
         with self._temporary_for(place, source) as temporary:
             return await self._replace_by(temporary, place, request, source, report, attempt)
 
     @contextmanager
-    def _temporary_for(self, place: Place, source: Source) -> Iterator[Place]:
+    def _temporary_for(self, place: SftpPath, source: Source) -> Iterator[SftpPath]:
         """A name that no other upload takes: it is made of the source's (`Source.name`).
         Only one that is still being given up here makes another name necessary."""
         name = renaming.name_beside(last_name(place.path), source.name)
@@ -280,12 +283,12 @@ class Uploads:
 
     async def _replace_by(
         self,
-        temporary: Place,
-        place: Place,
+        temporary: SftpPath,
+        place: SftpPath,
         request: UploadRequest,
         source: Source,
         report: ReportProgress,
-        attempt: Attempt,
+        attempt: UploadAttempt,
     ) -> SFTPAttrs:
         looking = send(place.attrs(place.session.bulk))
         try:
@@ -310,7 +313,7 @@ class Uploads:
             raise
         return attrs
 
-    async def _may_replace(self, place: Place, attempt: Attempt, looking: Sent) -> bool:
+    async def _may_replace(self, place: SftpPath, attempt: UploadAttempt, looking: Sent) -> bool:
         """Whether there is something to be replaced. Raises Conflict when it is the wrong thing."""
         try:
             attrs = looking.result()
@@ -320,10 +323,10 @@ class Uploads:
             return False
         is_special = stat.S_IFMT(full_mode(attrs)) not in (stat.S_IFREG, stat.S_IFDIR)
         if not (is_special and attempt.base_version is None):  # rename(2) replaces a link, too
-            await check_version(place, attrs, attempt, self._attempts)
+            await check_version(place, attrs, attempt, self._unfinished)
         return True
 
-    async def _remove_temporary(self, temporary: Place) -> None:
+    async def _remove_temporary(self, temporary: SftpPath) -> None:
         """After a failure that is being reported already."""
         try:
             with temporary.asking():
@@ -333,11 +336,11 @@ class Uploads:
         except RemoteError as error:
             log.warning("the temporary file %s could not be removed: %s", temporary, error.message)
 
-    async def _remove_leftovers(self, place: Place) -> None:
+    async def _remove_leftovers(self, place: SftpPath) -> None:
         """What an earlier connection could not remove."""
         leftovers, self._leftovers = self._leftovers, []
         for leftover in leftovers:
-            here = Place(place.session, leftover.path, leftover.full)
+            here = SftpPath(place.session, leftover.path, leftover.full)
             try:
                 with here.asking():
                     await here.session.meta.remove(here.full)
@@ -347,7 +350,7 @@ class Uploads:
                 log.warning("the temporary file %s is still there: %s", here, error.message)
 
 
-async def _open_temporary(temporary: Place, mode: int) -> Target:
+async def _open_temporary(temporary: SftpPath, mode: int) -> WritableFile:
     """A process that was killed may have left it."""
     try:
         return await open_new(temporary, mode)
@@ -357,23 +360,25 @@ async def _open_temporary(temporary: Place, mode: int) -> Target:
     return await open_new(temporary, mode)
 
 
-async def _send_ahead(file: HeldFile, request: UploadPieceRequest, source: Source) -> None:
+async def _send_piece(
+    file: SftpStreamingUpload, request: UploadPieceRequest, source: Source
+) -> None:
     target = await asyncio.shield(file.opening)
     piece = request.offset, request.length
     try:
         with target.place.asking():
             await write_ranges(target, [piece], source, _ignore, wide=True)
     except BaseException as error:
-        await target.ways.give_up()
+        await target.channels.give_up()
         await wait_quietly(target)
         if isinstance(error, RemoteError):
             raise await explain_full(target.place, error) from error
         raise
-    file.ahead.append(piece)
+    file.sent.append(piece)
 
 
 async def _compare(
-    place: Place, request: UploadRequest, source: Source, report: ReportProgress
+    place: SftpPath, request: UploadRequest, source: Source, report: ReportProgress
 ) -> None:
     """Where nothing of the old content counts, all of the file is here."""
     ranges = request.ranges if request.base_size else [(0, request.size)]
@@ -389,7 +394,9 @@ async def _compare(
         raise failure
 
 
-async def _take_place(temporary: Place, place: Place, attempt: Attempt, *, exists: bool) -> None:
+async def _take_place(
+    temporary: SftpPath, place: SftpPath, attempt: UploadAttempt, *, exists: bool
+) -> None:
     if not exists:
         try:
             await renaming.rename_regular_to_new(temporary, place)
@@ -401,7 +408,7 @@ async def _take_place(temporary: Place, place: Place, attempt: Attempt, *, exist
     await renaming.rename(temporary, place, replace=True)
 
 
-def _is_base(target: Target, request: UploadPieceRequest) -> bool:
+def _is_base(target: WritableFile, request: UploadPieceRequest) -> bool:
     if request.base_version is None or target.now is None:
         return request.offset == 0
     return version_of(target.now, target.place.full) == request.base_version
@@ -441,5 +448,5 @@ def _ignore(done: int) -> None:
     """Nobody asked how far it is."""
 
 
-async def _already(target: Target) -> Target:
+async def _already(target: WritableFile) -> WritableFile:
     return target

@@ -26,8 +26,9 @@ from hpcfs.model.errors import RemoteError, Unreachable
 from hpcfs.model.uploads import UploadRequest
 from hpcfs.remotes.base import ReportProgress, Source
 from hpcfs.remotes.sftp.attrs import needs_present, owner_to_set, rest_to_set
-from hpcfs.remotes.sftp.parallel_channels import Way, Ways
-from hpcfs.remotes.sftp.place import Place, explain_full, explain_size
+from hpcfs.remotes.sftp.explain import explain_full, explain_size
+from hpcfs.remotes.sftp.parallel_channels import ParallelChannels, WriteChannel
+from hpcfs.remotes.sftp.path import SftpPath
 from hpcfs.remotes.sftp.session import SftpSession
 
 log = logging.getLogger(__name__)
@@ -40,19 +41,19 @@ Sent = asyncio.Task[Any]
 
 
 @dataclass
-class Target:
+class WritableFile:
     """A file that is open for writing at `place`, with `size` bytes; `now` is what it was like when
     it was opened or made. `earlier` was sent on the handle and is not answered yet."""
 
-    place: Place
+    place: SftpPath
     handle: bytes
     size: int = 0
     now: SFTPAttrs | None = None
     earlier: list[Sent] = field(default_factory=list)
-    ways: Ways = field(init=False)
+    channels: ParallelChannels = field(init=False)
 
     def __post_init__(self) -> None:
-        self.ways = Ways(self.place, self.handle)
+        self.channels = ParallelChannels(self.place, self.handle)
 
     @property
     def session(self) -> SftpSession:
@@ -60,7 +61,12 @@ class Target:
 
 
 async def bring(
-    target: Target, request: UploadRequest, source: Source, report: ReportProgress, *, keep: int
+    target: WritableFile,
+    request: UploadRequest,
+    source: Source,
+    report: ReportProgress,
+    *,
+    keep: int,
 ) -> SFTPAttrs:
     """Cut the file to `keep` bytes, write the ranges, complete and close it -> what it is like.
 
@@ -82,11 +88,11 @@ async def bring(
             cut = _sent(_cut(target, keep))
             is_new = request.base_size == 0
             await write_ranges(target, request.ranges, source, report, wide=is_new)
-            await target.ways.close_others()
+            await target.channels.close_others()
             tail_sent = True
             return await _completed(target, request, keep, cut)
     except BaseException as error:
-        await target.ways.give_up()
+        await target.channels.give_up()
         if not tail_sent:
             await close_quietly(target.place, target.handle)
         if isinstance(error, RemoteError):
@@ -98,7 +104,7 @@ async def bring(
 
 
 async def _completed(
-    target: Target, request: UploadRequest, keep: int, before: list[Sent]
+    target: WritableFile, request: UploadRequest, keep: int, before: list[Sent]
 ) -> SFTPAttrs:
     results = await answers([*target.earlier, *before, *_sent(_tail(target, request, keep))])
     attrs = results[-2]
@@ -156,18 +162,22 @@ class _Room:
 # --- single requests ------------------------------------------------------------------------------
 
 
-def _cut(target: Target, size: int) -> list[Coroutine[Any, Any, None]]:
+def _cut(target: WritableFile, size: int) -> list[Coroutine[Any, Any, None]]:
     if target.size <= size:
         return []
     return [target.session.bulk.fsetstat(target.handle, SFTPAttrs(size=size))]
 
 
-def _writes(target: Target, pieces: list[tuple[int, bytes]]) -> list[Coroutine[Any, Any, int]]:
+def _writes(
+    target: WritableFile, pieces: list[tuple[int, bytes]]
+) -> list[Coroutine[Any, Any, int]]:
     bulk = target.session.bulk
     return [bulk.write(target.handle, offset, data) for offset, data in pieces]
 
 
-def _tail(target: Target, request: UploadRequest, keep: int) -> list[Coroutine[Any, Any, Any]]:
+def _tail(
+    target: WritableFile, request: UploadRequest, keep: int
+) -> list[Coroutine[Any, Any, Any]]:
     """What completes the file: its owner first, since that clears mode bits; then its size, mode
     and times in one request, so that none is there without the others."""
     bulk, handle = target.session.bulk, target.handle
@@ -188,7 +198,7 @@ def _tail(target: Target, request: UploadRequest, keep: int) -> list[Coroutine[A
     return [*tail, bulk.fstat(handle, 0), bulk.close(handle)]
 
 
-async def _set_rest(target: Target, attrs: SFTPAttrs) -> None:
+async def _set_rest(target: WritableFile, attrs: SFTPAttrs) -> None:
     """Who may write to a file of somebody else's may not say when it was written: then the server
     does."""
     try:
@@ -199,25 +209,25 @@ async def _set_rest(target: Target, attrs: SFTPAttrs) -> None:
         log.debug("the times of %s are the server's: it is somebody else's file", target.place)
 
 
-async def _sync(target: Target) -> None:
+async def _sync(target: WritableFile) -> None:
     try:
         await target.session.bulk.fsync(target.handle)
     except SFTPOpUnsupported:
         log.debug("%s has no fsync: the bytes are with the server", target.place.session.shown)
 
 
-async def close_quietly(place: Place, handle: bytes) -> None:
+async def close_quietly(place: SftpPath, handle: bytes) -> None:
     """After a failure that is being reported already; returns once the server is through with all
     that was sent on the handle."""
     await _quietly(place, place.session.bulk.close(handle))
 
 
-async def wait_quietly(target: Target) -> None:
+async def wait_quietly(target: WritableFile) -> None:
     """The same, and the file stays open."""
     await _quietly(target.place, target.session.bulk.fstat(target.handle, 0))
 
 
-async def _quietly(place: Place, request: Coroutine[Any, Any, Any]) -> None:
+async def _quietly(place: SftpPath, request: Coroutine[Any, Any, Any]) -> None:
     try:
         with place.asking():
             await answers([send(request)])
@@ -225,7 +235,7 @@ async def _quietly(place: Place, request: Coroutine[Any, Any, Any]) -> None:
         log.debug("after a failure of %s, another one: %s", place, error.message)
 
 
-async def touch(place: Place, failure: RemoteError) -> None:
+async def touch(place: SftpPath, failure: RemoteError) -> None:
     """What failed may have the size and time it was meant to have, and not the bytes: it must not
     be taken for that version."""
     if isinstance(failure, Unreachable):
@@ -259,18 +269,18 @@ def _read_all(session: SftpSession, ranges: Ranges, source: Source) -> list[tupl
 
 
 async def write_ranges(
-    target: Target, ranges: Ranges, source: Source, report: ReportProgress, *, wide: bool
+    target: WritableFile, ranges: Ranges, source: Source, report: ReportProgress, *, wide: bool
 ) -> None:
     """All pieces pipelined. They are read inline: the cache file was written a moment ago, so its
     bytes are in the page cache, and a thread per piece would cost more than the copy."""
     session = target.session
-    ways = await target.ways.for_writing(_length(ranges) if wide else 0)
+    channels = await target.channels.for_writing(_length(ranges) if wide else 0)
     turn = session.writing.turn()
     done = 0
 
-    async def write(way: Way, offset: int, data: bytes) -> None:
+    async def write(channel: WriteChannel, offset: int, data: bytes) -> None:
         nonlocal done
-        await way.write(offset, data)
+        await channel.write(offset, data)
         done += len(data)
         report(done)
 
@@ -279,8 +289,8 @@ async def write_ranges(
             for offset, length in _pieces(ranges, session.write_bytes):
                 data = source.read(offset, length)
                 await session.writing.enter(length, turn)
-                way = min(ways, key=lambda way: way.under_way)
-                task = group.create_task(write(way, offset, data))
+                channel = min(channels, key=lambda channel: channel.under_way)
+                task = group.create_task(write(channel, offset, data))
                 task.add_done_callback(partial(_leave, session, length))
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None

@@ -19,58 +19,58 @@ from asyncssh.public_key import (
 )
 
 from hpcfs.model.errors import WrongSettings
-from hpcfs.remotes.ssh.said import Said
+from hpcfs.remotes.ssh.options import SshOptions
 
 FAST_CIPHER = "aes128-gcm@openssh.com"
 _GSS = "gss-"
 
 
-def ciphers(said: Said) -> list[str]:
-    found = _offered(said, "Ciphers", get_encryption_algs(), get_default_encryption_algs())
-    if said.is_chosen("ciphers") or FAST_CIPHER not in found:
+def ciphers(options: SshOptions) -> list[str]:
+    found = _offered(options, "Ciphers", get_encryption_algs(), get_default_encryption_algs())
+    if options.is_chosen("ciphers") or FAST_CIPHER not in found:
         return found
     return [FAST_CIPHER, *(name for name in found if name != FAST_CIPHER)]
 
 
-def macs(said: Said) -> list[str]:
-    return _offered(said, "MACs", get_mac_algs(), get_default_mac_algs())
+def macs(options: SshOptions) -> list[str]:
+    return _offered(options, "MACs", get_mac_algs(), get_default_mac_algs())
 
 
-def key_exchanges(said: Said) -> list[str]:
+def key_exchanges(options: SshOptions) -> list[str]:
     """Kerberos' first, where they are asked for: asyncssh passes them over without a ticket."""
     plain = [name for name in get_default_kex_algs() if not name.startswith(_GSS.encode())]
-    found = _offered(said, "KexAlgorithms", get_kex_algs(), plain)
-    if not said.is_on("gssapikeyexchange"):
+    found = _offered(options, "KexAlgorithms", get_kex_algs(), plain)
+    if not options.is_on("gssapikeyexchange"):
         return found
     known = {name.decode() for name in get_kex_algs()}
-    named = (name.removesuffix("-") for name in said.names("gssapikexalgorithms"))
+    named = (name.removesuffix("-") for name in options.names("gssapikexalgorithms"))
     return [name for name in named if name in known and not _is_weak(name)] + found
 
 
-def signatures(said: Said) -> list[str]:
+def signatures(options: SshOptions) -> list[str]:
     """Of the user's keys."""
     option = "PubkeyAcceptedAlgorithms"
-    if option.lower() not in said.options and "pubkeyacceptedkeytypes" in said.options:
+    if option.lower() not in options.options and "pubkeyacceptedkeytypes" in options.options:
         option = "PubkeyAcceptedKeyTypes"  # its name before OpenSSH 8.5
     defaults = [name for name in get_default_public_key_algs() if name != b"ssh-rsa"]
-    return _offered(said, option, get_public_key_algs(), defaults)
+    return _offered(options, option, get_public_key_algs(), defaults)
 
 
-def host_keys(said: Said) -> list[str]:
+def host_keys(options: SshOptions) -> list[str]:
     """In ssh's order, which the known keys of a host change (hostkeys.py). Certificates too."""
     defaults = [name for name in get_default_public_key_algs() if name != b"ssh-rsa"]
     known = [*get_certificate_algs(), *get_public_key_algs()]
-    return _offered(said, "HostKeyAlgorithms", known, [*get_certificate_algs(), *defaults])
+    return _offered(options, "HostKeyAlgorithms", known, [*get_certificate_algs(), *defaults])
 
 
 def _offered(
-    said: Said, option: str, known: Iterable[bytes], defaults: Iterable[bytes]
+    options: SshOptions, option: str, known: Iterable[bytes], defaults: Iterable[bytes]
 ) -> list[str]:
     """Raises WrongSettings when asyncssh has none of what the configuration names."""
     have = {name.decode() for name in known}
-    named: Sequence[str] = said.names(option.lower()) or [name.decode() for name in defaults]
+    named: Sequence[str] = options.names(option.lower()) or [name.decode() for name in defaults]
     found = [name for name in named if name in have]
-    if not said.is_chosen(option.lower()):
+    if not options.is_chosen(option.lower()):
         found = [name for name in found if not _is_weak(name)]
     if not found:
         raise WrongSettings(

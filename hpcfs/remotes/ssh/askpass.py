@@ -1,4 +1,5 @@
-"""The program that `ssh` runs to ask the user something: it asks the transfer process (asking.py).
+"""The program that `ssh` runs to ask the user something: it asks the transfer process
+(askpass_server.py).
 
 Run by its path, isolated and without a site: nothing but the standard library may be imported, and
 little of that, since a user waits for it.

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from hpcfs.model.errors import HostKeyRefused, WrongSettings
 from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.ssh import knownhosts, revoked
-from hpcfs.remotes.ssh.knownhosts import Entry
+from hpcfs.remotes.ssh.knownhosts import KnownHost
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class HostKeys:
 
     rules: Rules
     _accepted: list[asyncssh.SSHKey] = field(default_factory=list)
-    _found: dict[tuple[Path, str], list[Entry]] = field(default_factory=dict)
+    _found: dict[tuple[Path, str], list[KnownHost]] = field(default_factory=dict)
     """What the files say, read once: a file of thousands of hashed names takes a while."""
 
     def trusted(self, _host: str, _address: str, _port: int | None) -> TrustedKeys:
@@ -227,7 +227,7 @@ class HostKeys:
         log.warning("%s; StrictHostKeyChecking is no, so it goes on without passwords", text)
         return Judgement(key, "unproved", text)
 
-    def _changed(self, key: asyncssh.SSHKey, offending: Entry) -> str:
+    def _changed(self, key: asyncssh.SSHKey, offending: KnownHost) -> str:
         return (
             f"the host key of {self.rules.name} is not the one in {offending.path} line "
             f"{offending.line} (it is now {self._shown(key)}): someone may be intercepting the "
@@ -237,15 +237,15 @@ class HostKeys:
 
     # --- what is known --------------------------------------------------------------------------
 
-    def _entries(self, marker: knownhosts.Marker) -> Iterator[Entry]:
+    def _entries(self, marker: knownhosts.Marker) -> Iterator[KnownHost]:
         """For the host, on its port or on any."""
         for name in self.rules.names:
             yield from (entry for entry in self._find(name) if entry.marker == marker)
 
-    def _plain(self, name: str) -> list[Entry]:
+    def _plain(self, name: str) -> list[KnownHost]:
         return [entry for entry in self._find(name) if not entry.marker]
 
-    def _find(self, name: str) -> Iterator[Entry]:
+    def _find(self, name: str) -> Iterator[KnownHost]:
         for path in self.rules.files:
             if (path, name) not in self._found:
                 self._found[path, name] = knownhosts.find(path, name)

@@ -18,7 +18,7 @@ from asyncssh.public_key import load_keypairs
 
 from hpcfs.model.errors import WrongSettings
 from hpcfs.model.sites import SshSite
-from hpcfs.remotes.ssh.said import Said
+from hpcfs.remotes.ssh.options import SshOptions
 from hpcfs.remotes.ssh.tokens import Tokens
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _MAGIC = b"openssh-key-v1\0"
 DEFAULT_KEY_NAMES = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 
-class _Keys(list[asyncssh.SSHKeyPair]):
+class _NonEmptyKeys(list[asyncssh.SSHKeyPair]):
     """asyncssh takes an empty list for "look into ~/.ssh yourself"; this one is none."""
 
     def __bool__(self) -> bool:
@@ -62,7 +62,7 @@ class Identities:
             rest = [pair for pair in self.pairs if pair not in certified]
             files = [pair for pair in rest if pair.public_data not in shown]
             yield {
-                "client_keys": _Keys([*certified, *named, *others, *files]),
+                "client_keys": _NonEmptyKeys([*certified, *named, *others, *files]),
                 "agent_path": "",
                 "pkcs11_provider": self.provider,
             }
@@ -95,7 +95,7 @@ async def _held(agent: asyncssh.SSHAgentClient) -> Sequence[asyncssh.SSHKeyPair]
         return ()
 
 
-def read(site: SshSite, answer: Said, tokens: Tokens) -> Identities:
+def read(site: SshSite, answer: SshOptions, tokens: Tokens) -> Identities:
     """Raises WrongSettings when the mount's own identity_file is not there; what ssh_config names
     and is not there is passed over, as ssh does."""
     named = _named(site, answer, tokens)
@@ -118,7 +118,7 @@ def _beginning(path: Path) -> bytes:
         return file.read(MOST_BYTES)
 
 
-def _named(site: SshSite, answer: Said, tokens: Tokens) -> list[Path]:
+def _named(site: SshSite, answer: SshOptions, tokens: Tokens) -> list[Path]:
     if site.identity_file is not None:
         chosen = Path(site.identity_file).expanduser()
         if not chosen.is_file():
@@ -186,7 +186,7 @@ def _public_half(path: Path) -> Iterator[bytes]:
         return
 
 
-def _agent(answer: Said) -> str:
+def _agent(answer: SshOptions) -> str:
     """The agent's socket, or nothing. IdentityAgent may name a variable in its old form."""
     values = answer.all("identityagent")
     if not values or values[0] == "SSH_AUTH_SOCK":
@@ -198,6 +198,6 @@ def _agent(answer: Said) -> str:
     return os.path.expanduser(values[0])
 
 
-def _provider(answer: Said) -> str | None:
+def _provider(answer: SshOptions) -> str | None:
     provider = answer.one("pkcs11provider")
     return provider if provider and os.path.exists(provider) else None

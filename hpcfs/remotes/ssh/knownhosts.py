@@ -23,7 +23,7 @@ _SALT_BYTES = 20
 
 
 @dataclass(frozen=True)
-class Entry:
+class KnownHost:
     """A key that a file has for a host. `line` counts from 1."""
 
     path: Path
@@ -32,7 +32,7 @@ class Entry:
     key: asyncssh.SSHKey
 
 
-def find(path: Path, name: str) -> list[Entry]:
+def find(path: Path, name: str) -> list[KnownHost]:
     """The entries for `name`: a host, or "[host]:port". A line that makes no sense is passed over,
     as ssh does, not all of the file."""
     found = []
@@ -44,7 +44,7 @@ def find(path: Path, name: str) -> list[Entry]:
         except (asyncssh.KeyImportError, ValueError) as error:
             log.warning("%s line %d is not understood: %s", path, number, error)
             continue
-        found.append(Entry(path, number, marker, key))
+        found.append(KnownHost(path, number, marker, key))
     return found
 
 

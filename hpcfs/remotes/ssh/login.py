@@ -24,13 +24,13 @@ from asyncssh.public_key import KeyPairListArg
 from hpcfs.model.errors import Unreachable, WrongSettings
 from hpcfs.model.sites import SshSite
 from hpcfs.remotes.base import Prompter
-from hpcfs.remotes.ssh.clock import Clock, said_by
-from hpcfs.remotes.ssh.errors import login_error
 from hpcfs.remotes.ssh.hostkeys import Judgement
+from hpcfs.remotes.ssh.login_clock import LoginClock, said_by
 from hpcfs.remotes.ssh.proxy import Proxy
-from hpcfs.remotes.ssh.reach import AddressInfo, Host, NoneAnswers, address_of, reach
+from hpcfs.remotes.ssh.reach import AddressInfo, Destination, NoneAnswers, address_of, reach
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES, Hop, jump_site, read_hop
 from hpcfs.remotes.ssh.shell import ChannelShell, Shell
+from hpcfs.remotes.ssh.translate import login_error
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _PROXY = "hpcfs_proxy"
 
 
 @dataclass(frozen=True)
-class Login:
+class SshLogin:
     """A connection and the jump hosts' connections that carry it, nearest first. `ended` is set
     when the connection has ended, for any reason."""
 
@@ -83,7 +83,7 @@ async def _end(connections: Sequence[asyncssh.SSHClientConnection]) -> None:
             await proxy.close()
 
 
-async def log_in(site: SshSite, prompter: Prompter, reach_seconds: float | None = None) -> Login:
+async def log_in(site: SshSite, prompter: Prompter, reach_seconds: float | None = None) -> SshLogin:
     """Connect to the site.
 
     An address of the first host must take the TCP connection within `reach_seconds`, where that is
@@ -100,7 +100,7 @@ async def log_in(site: SshSite, prompter: Prompter, reach_seconds: float | None 
     except BaseException:
         await _end(jumps[::-1])
         raise
-    return Login(connection, tuple(jumps), target.user, target.shown, ended)
+    return SshLogin(connection, tuple(jumps), target.user, target.shown, ended)
 
 
 async def _connect_jumps(
@@ -151,7 +151,7 @@ class _HopLogin:
         self._prompter = prompter if hop.asks else _Nobody()
         self._seconds = site.connect_timeout
         self._reach_seconds = reach_seconds or site.connect_timeout
-        self._clock = Clock(site.connect_timeout, self._prompter)
+        self._clock = LoginClock(site.connect_timeout, self._prompter)
         self._address: AddressInfo | None = None
 
     async def connect(
@@ -159,7 +159,7 @@ class _HopLogin:
     ) -> tuple[asyncssh.SSHClientConnection, asyncio.Event]:
         """The connection, and what is set when it has ended."""
         while True:
-            client = _Client(self._hop, self._clock)
+            client = _LoginClient(self._hop, self._clock)
             try:
                 if tunnel is not None:
                     connection = await self._log_in(client, tunnel=_Tunnel(tunnel))
@@ -174,7 +174,7 @@ class _HopLogin:
             else:
                 return connection, client.ended
 
-    async def _log_in(self, client: _Client, **way: Any) -> asyncssh.SSHClientConnection:
+    async def _log_in(self, client: _LoginClient, **way: Any) -> asyncssh.SSHClientConnection:
         """Raises RemoteErrors, and HostKeyNotVerifiable."""
         hop = self._hop
         try:
@@ -196,7 +196,7 @@ class _HopLogin:
                 banner=client.banner,
             ) from error
 
-    async def _through_proxy(self, client: _Client) -> asyncssh.SSHClientConnection:
+    async def _through_proxy(self, client: _LoginClient) -> asyncssh.SSHClientConnection:
         """The ProxyCommand ends with the connection."""
         try:
             async with asyncio.timeout(self._seconds):
@@ -219,7 +219,7 @@ class _HopLogin:
         """A socket at an address that answers."""
         hop, seconds = self._hop, self._reach_seconds
         try:
-            host = Host(hop.host, hop.port, hop.family, hop.bind_address)
+            host = Destination(hop.host, hop.port, hop.family, hop.bind_address)
             sock = await reach(host, seconds, self._address)
         except TimeoutError:
             raise self._no_answer(seconds) from None
@@ -249,10 +249,10 @@ class _Tunnel:
         return await self._connection.create_connection(*where, window=CHANNEL_WINDOW_BYTES)
 
 
-class _Client(asyncssh.SSHClient):
+class _LoginClient(asyncssh.SSHClient):
     """asyncssh's callbacks during one connection attempt."""
 
-    def __init__(self, hop: Hop, clock: Clock):
+    def __init__(self, hop: Hop, clock: LoginClock):
         self._hop = hop
         self._clock = clock
         self.ended = asyncio.Event()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hpcfs.model.errors import Unreachable, WrongSettings
 from hpcfs.model.sites import SshSite
-from hpcfs.remotes.ssh import program, said
+from hpcfs.remotes.ssh import options, program
 from hpcfs.remotes.ssh.program import Program
 from hpcfs.remotes.ssh.settings import KEEPALIVE_SECONDS, KEEPALIVES_MISSED
 from hpcfs.remotes.ssh.shell import COMMAND
@@ -34,7 +34,7 @@ _OPTIONS = (
 
 
 @dataclass(frozen=True)
-class Target:
+class OpenSshTarget:
     """A site as `ssh -G` understands it."""
 
     site: SshSite = field(repr=False)
@@ -82,10 +82,10 @@ def _existing(identity_file: str, host: str) -> Path:
     return chosen
 
 
-async def read_target(site: SshSite) -> Target:
+async def read_target(site: SshSite) -> OpenSshTarget:
     """Raises WrongSettings when ssh is missing or does not understand its configuration."""
-    found = said.parse(await said.ask_ssh(command(site, "-G"), site))
-    return Target(
+    found = options.parse(await options.ask_ssh(command(site, "-G"), site))
+    return OpenSshTarget(
         site,
         found.one("hostname") or site.host,
         found.one("port") or "22",
@@ -94,7 +94,7 @@ async def read_target(site: SshSite) -> Target:
     )
 
 
-async def has_master(target: Target) -> bool:
+async def has_master(target: OpenSshTarget) -> bool:
     """Whether a ControlMaster connection is there, over which more channels cost nothing."""
     if target.control_path is None:
         return False
@@ -111,4 +111,4 @@ async def start(line: list[str], environ: Mapping[str, str] | None = None) -> Pr
     try:
         return await Program.start("ssh", line, environ)
     except OSError as error:
-        raise said.no_ssh(error) from error
+        raise options.no_ssh(error) from error

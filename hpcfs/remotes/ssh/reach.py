@@ -31,7 +31,7 @@ class NoneAnswers(Exception):
 
 
 @dataclass(frozen=True)
-class Host:
+class Destination:
     """Where to connect to. `family` is a socket.AF_; `local` an address of ours to come from."""
 
     name: str
@@ -40,7 +40,9 @@ class Host:
     local: str | None = None
 
 
-async def reach(host: Host, seconds: float, only: AddressInfo | None = None) -> socket.socket:
+async def reach(
+    host: Destination, seconds: float, only: AddressInfo | None = None
+) -> socket.socket:
     """A connected socket; each address has so many seconds. With `only`, no other is tried.
 
     Raises OSError (TimeoutError, socket.gaierror) where there is one address, or NoneAnswers.

@@ -51,7 +51,7 @@ NAMES = {
 }  # fmt: skip
 
 
-def shorten(connection: asyncssh.SSHClientConnection) -> Receiver | None:
+def shorten(connection: asyncssh.SSHClientConnection) -> PacketReceiver | None:
     """Put a receiver between the socket and the connection; None where it can't be done."""
     missing = [name for name in NAMES["connection"] if not hasattr(connection, name)]
     missing += [name for name in NAMES["channel class"] if not hasattr(SSHChannel, name)]
@@ -61,7 +61,7 @@ def shorten(connection: asyncssh.SSHClientConnection) -> Receiver | None:
     if missing or not (through_jump_host or hasattr(transport, "set_protocol")):
         log.debug("no receiver of ours: %s", missing or type(transport).__name__)
         return None
-    receiver = Receiver(connection)
+    receiver = PacketReceiver(connection)
     if through_jump_host:
         transport._session = receiver
     else:
@@ -69,7 +69,7 @@ def shorten(connection: asyncssh.SSHClientConnection) -> Receiver | None:
     return receiver
 
 
-class Receiver(asyncio.BufferedProtocol):
+class PacketReceiver(asyncio.BufferedProtocol):
     """Between a transport and an SSH connection that is logged in."""
 
     def __init__(self, connection: asyncssh.SSHClientConnection) -> None:

@@ -1,4 +1,4 @@
-"""What ssh says about one host (said.py), as the options of a connection.
+"""What ssh says about one host (options.py), as the options of a connection.
 
 Owns the choice of connection options. asyncssh reads no file of its own here: it is told
 everything. What of a configuration it can't do is refused by name, where that would lead elsewhere,
@@ -24,11 +24,11 @@ import asyncssh
 from hpcfs.model import ssh_syntax
 from hpcfs.model.errors import WrongSettings
 from hpcfs.model.sites import SshSite
-from hpcfs.remotes.ssh import algorithms, identities, said
+from hpcfs.remotes.ssh import algorithms, identities, options
 from hpcfs.remotes.ssh.algorithms import FAST_CIPHER as FAST_CIPHER
 from hpcfs.remotes.ssh.hostkeys import HostKeys, Rules, Strictness
 from hpcfs.remotes.ssh.identities import Identities
-from hpcfs.remotes.ssh.said import Said
+from hpcfs.remotes.ssh.options import SshOptions
 from hpcfs.remotes.ssh.tokens import Tokens
 
 KEEPALIVE_SECONDS = 15
@@ -97,7 +97,7 @@ async def read_hop(site: SshSite, *, is_behind: bool = False) -> Hop:
     not answer.
     """
     _must_be_names(site.host, site.user)
-    answer = await said.read(site)
+    answer = await options.read(site)
     try:
         return await asyncio.to_thread(_read_hop, site, answer, is_behind)
     except (asyncssh.KeyImportError, ValueError) as error:
@@ -136,7 +136,7 @@ def _must_be_names(host: str, user: str | None, where: str = "") -> None:
         raise WrongSettings(f"{user!r}{where} is no user name: {reason}")
 
 
-def _read_hop(site: SshSite, answer: Said, is_behind: bool) -> Hop:
+def _read_hop(site: SshSite, answer: SshOptions, is_behind: bool) -> Hop:
     host, port = answer.one("hostname") or site.host, int(answer.one("port") or 22)
     user = answer.one("user") or ""
     alias = answer.one("hostkeyalias")
@@ -170,11 +170,11 @@ def _read_hop(site: SshSite, answer: Said, is_behind: bool) -> Hop:
     return replace(hop, host_keys=host_keys, options=_options(answer, hop, host_keys))
 
 
-def _options(answer: Said, hop: Hop, host_keys: HostKeys) -> dict[str, Any]:
+def _options(answer: SshOptions, hop: Hop, host_keys: HostKeys) -> dict[str, Any]:
     """asyncssh's, but for the keys. Where nothing else is said, ssh's own defaults."""
     offered = algorithms.host_keys(answer)
     named = answer.names("hostkeyalgorithms")
-    default = Said(answer.defaults).names("hostkeyalgorithms")
+    default = SshOptions(answer.defaults).names("hostkeyalgorithms")
     return {
         "config": None,
         "username": hop.user,
@@ -200,7 +200,7 @@ def _options(answer: Said, hop: Hop, host_keys: HostKeys) -> dict[str, Any]:
     }
 
 
-def _ways_in(answer: Said, hop: Hop) -> dict[str, Any]:
+def _ways_in(answer: SshOptions, hop: Hop) -> dict[str, Any]:
     """What of a login is tried, and in which order."""
 
     def is_off(option: str) -> bool:
@@ -223,7 +223,7 @@ def _ways_in(answer: Said, hop: Hop) -> dict[str, Any]:
     }
 
 
-def _rules(answer: Said, hop: Hop, alias: str | None, *, is_direct: bool) -> Rules:
+def _rules(answer: SshOptions, hop: Hop, alias: str | None, *, is_direct: bool) -> Rules:
     """`is_direct`: the server's address is known."""
     strict = (answer.one("stricthostkeychecking") or "ask").lower()
     users = answer.files("userknownhostsfile")
@@ -252,19 +252,19 @@ def _rules(answer: Said, hop: Hop, alias: str | None, *, is_direct: bool) -> Rul
 
 def _known_hosts_files(names: list[str]) -> tuple[Path, ...]:
     """ssh has replaced the ~ already."""
-    return tuple(said.at_home(Path(name).expanduser()) for name in names)
+    return tuple(options.at_home(Path(name).expanduser()) for name in names)
 
 
 # --- the way there --------------------------------------------------------------------------------
 
 
-def _last_jump(answer: Said) -> str:
+def _last_jump(answer: SshOptions) -> str:
     """The host of %j."""
     jump = (answer.one("proxyjump") or "").rpartition(",")[2]
     return jump_site(jump, SshSite("")).host if jump and "%" not in jump else ""
 
 
-def _jumps(answer: Said, tokens: Tokens) -> tuple[str, ...]:
+def _jumps(answer: SshOptions, tokens: Tokens) -> tuple[str, ...]:
     """ssh makes a command line of them, which a shell reads: so a backslash of a user's name must
     be doubled there, here as there."""
     text = answer.one("proxyjump")
@@ -281,7 +281,7 @@ def _jumps(answer: Said, tokens: Tokens) -> tuple[str, ...]:
     return tuple(jump for jump in found if jump)
 
 
-def _proxy_command(answer: Said, tokens: Tokens, host: str, user: str) -> str | None:
+def _proxy_command(answer: SshOptions, tokens: Tokens, host: str, user: str) -> str | None:
     """Raises WrongSettings where a name would mean more to the shell than itself."""
     text = answer.one("proxycommand")
     if text is None:
@@ -297,7 +297,7 @@ def _proxy_command(answer: Said, tokens: Tokens, host: str, user: str) -> str | 
 # --- what can't be obeyed -------------------------------------------------------------------------
 
 
-def _refuse_what_we_cannot_do(site: SshSite, answer: Said) -> None:
+def _refuse_what_we_cannot_do(site: SshSite, answer: SshOptions) -> None:
     """Passing these over would lead elsewhere or trust more or less than the user said."""
     options: list[str] = [option for option in _REFUSED if answer.one(option.lower())]
     provider = answer.one("pkcs11provider")
@@ -311,7 +311,7 @@ def _refuse_what_we_cannot_do(site: SshSite, answer: Said) -> None:
         )
 
 
-def _not_obeyed(answer: Said) -> list[str]:
+def _not_obeyed(answer: SshOptions) -> list[str]:
     return [
         f"{option} {answer.one(option.lower())} is passed over: {why}"
         for option, why in _NOT_OBEYED.items()

@@ -26,7 +26,7 @@ class Shell(Protocol):
     def close(self) -> None: ...
 
 
-class _Session(asyncssh.SSHClientSession[bytes]):
+class _ShellSession(asyncssh.SSHClientSession[bytes]):
     """What comes is copied: receiver.py decrypts the next packet to where it lies."""
 
     def __init__(self) -> None:
@@ -47,15 +47,15 @@ class _Session(asyncssh.SSHClientSession[bytes]):
 @dataclass(frozen=True)
 class ChannelShell:
     channel: asyncssh.SSHClientChannel[bytes]
-    session: _Session
+    session: _ShellSession
 
     @classmethod
     async def start(cls, connection: asyncssh.SSHClientConnection) -> ChannelShell:
         """Raises asyncssh's errors and OSError."""
         channel, session = await connection.create_session(
-            _Session, command=COMMAND, request_pty=False, encoding=None
+            _ShellSession, command=COMMAND, request_pty=False, encoding=None
         )
-        assert isinstance(session, _Session)
+        assert isinstance(session, _ShellSession)
         return cls(channel, session)
 
     def write(self, script: bytes) -> None:

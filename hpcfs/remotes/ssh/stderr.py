@@ -16,9 +16,9 @@ from hpcfs.model.errors import (
     Unreachable,
     WrongSettings,
 )
-from hpcfs.remotes.ssh.asking import is_decision
-from hpcfs.remotes.ssh.errors import no_service
-from hpcfs.remotes.ssh.openssh import Target
+from hpcfs.remotes.ssh.askpass_server import is_decision
+from hpcfs.remotes.ssh.openssh import OpenSshTarget
+from hpcfs.remotes.ssh.translate import no_service
 
 _HOST_KEY = re.compile(
     r"Host key verification failed|REMOTE HOST IDENTIFICATION HAS CHANGED|host key is known for"
@@ -31,7 +31,7 @@ SSH_FAILED = 255
 
 
 def ending(
-    target: Target, lines: list[str], unanswered: str | None, code: int | None = None
+    target: OpenSshTarget, lines: list[str], unanswered: str | None, code: int | None = None
 ) -> RemoteError:
     """The error to raise when ssh ended before SFTP began, with that exit code if it is known."""
     if unanswered is not None:
@@ -61,7 +61,7 @@ def ending(
     return Unreachable(f"ssh does not reach {target.shown}: {said}")
 
 
-def _nobody(target: Target, question: str) -> RemoteError:
+def _nobody(target: OpenSshTarget, question: str) -> RemoteError:
     alias = target.site.host
     if is_decision(question):
         return HostKeyRefused(

@@ -13,8 +13,8 @@ from hpcfs.model.errors import RemoteError, TimedOut
 from hpcfs.model.sites import SftpRoot, SiteSpec, TunnelSite
 from hpcfs.remotes.sftp.remote import SftpRemote
 from hpcfs.remotes.sftp.session import SftpSession
-from hpcfs.remotes.ssh.connection import Kept
-from hpcfs.remotes.tunnel.line import Meeting
+from hpcfs.remotes.ssh.shared_session import SharedSession
+from hpcfs.remotes.tunnel.line import RendezvousFile
 from hpcfs.remotes.tunnel.session import TunnelLogin, open_session
 from hpcfs.tunnel.file import Rendezvous
 
@@ -40,20 +40,20 @@ def look(site: TunnelSite, root: SftpRoot) -> Laptop:
 
 
 async def _look(site: TunnelSite, root: SftpRoot) -> Laptop:
-    meeting = Meeting(Path(site.directory), site.name)
+    rendezvous_file = RendezvousFile(Path(site.directory), site.name)
     spec = SiteSpec(site, {}, "", os.getuid(), os.getgid())
-    session = await open_session(spec, meeting)
+    session = await open_session(spec, rendezvous_file)
 
     async def opened() -> SftpSession:
         return session
 
-    kept: Kept[SftpSession] = Kept(opened)
+    shared: SharedSession[SftpSession] = SharedSession(opened)
     try:
         async with asyncio.timeout(SECONDS):
             assert isinstance(session.login, TunnelLogin)
             line = session.login.lines[0]
-            shares = await _names(SftpRemote(kept, SftpRoot("/")))
-            return Laptop(line.rendezvous, line.is_private, shares, await _obstacle(kept, root))
+            shares = await _names(SftpRemote(shared, SftpRoot("/")))
+            return Laptop(line.rendezvous, line.is_private, shares, await _obstacle(shared, root))
     except TimeoutError:
         raise TimedOut(
             f"the laptop {site.name} let us in, but does not answer within {SECONDS:g} s"
@@ -67,9 +67,9 @@ async def _names(remote: SftpRemote) -> list[str]:
     return [name.decode(errors="backslashreplace") for name in sorted(names)]
 
 
-async def _obstacle(kept: Kept[SftpSession], root: SftpRoot) -> str:
+async def _obstacle(shared: SharedSession[SftpSession], root: SftpRoot) -> str:
     try:
-        await SftpRemote(kept, root).connect()
+        await SftpRemote(shared, root).connect()
     except RemoteError as error:
         return error.message
     return ""

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hpcfs.model.errors import RemoteError, Unreachable
-from hpcfs.remotes.tunnel.pipe import NoAnswer, Opened, PipeEnd, Silent, TurnedAway, connect
+from hpcfs.remotes.tunnel.pipe import NoAnswer, OpenedPipe, PipeEnd, Silent, TurnedAway, connect
 from hpcfs.tunnel import file
 from hpcfs.tunnel.file import Endpoint, Rendezvous, UnixEndpoint
-from hpcfs.tunnel.knock import Door
-from hpcfs.tunnel.stream import NEW_STREAM, Garbled, TunnelStream
+from hpcfs.tunnel.knock import TunnelHandshake
+from hpcfs.tunnel.stream import NEW_STREAM, ProtocolViolation, TunnelStream
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +38,13 @@ CHECK_SECONDS = 1.0
 CROWD_SECONDS = 2.0
 CROWD_PAUSE_SECONDS = 0.02
 """How long, and how often, one tries again where the connection was closed at once: strangers may
-crowd at the door."""
+crowd at the handshake."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Meeting:
+class RendezvousFile:
     """Where a tunnel's rendezvous file is."""
 
     directory: Path
@@ -73,7 +73,7 @@ class Pulse:
     asked_at: float = 0.0
 
 
-class _Over(Exception):
+class _StreamGone(Exception):
     """The laptop has no such stream any more."""
 
 
@@ -82,7 +82,7 @@ class Line:
 
     def __init__(
         self,
-        meeting: Meeting,
+        rendezvous_file: RendezvousFile,
         pulse: Pulse,
         stamp: file.Stamp | None,
         rendezvous: Rendezvous,
@@ -94,25 +94,29 @@ class Line:
         """Of the file, before it was read: what changes afterwards is another one."""
         self.is_private = isinstance(place, UnixEndpoint)
         """Nobody but the user can reach the place: see tunnel/proof.py."""
-        self._meeting = meeting
+        self._rendezvous_file = rendezvous_file
         self._loop = asyncio.get_running_loop()
 
     @classmethod
-    async def open(cls, meeting: Meeting, pulse: Pulse) -> Line:
+    async def open(cls, rendezvous_file: RendezvousFile, pulse: Pulse) -> Line:
         """Raises Unreachable or WrongSettings."""
-        stamp = meeting.stamp()
-        opening = cls._open(meeting, pulse, stamp, meeting.read())
-        return await _unless_moved(meeting, stamp, opening)
+        stamp = rendezvous_file.stamp()
+        opening = cls._open(rendezvous_file, pulse, stamp, rendezvous_file.read())
+        return await _unless_moved(rendezvous_file, stamp, opening)
 
     @classmethod
     async def _open(
-        cls, meeting: Meeting, pulse: Pulse, stamp: file.Stamp | None, rendezvous: Rendezvous
+        cls,
+        rendezvous_file: RendezvousFile,
+        pulse: Pulse,
+        stamp: file.Stamp | None,
+        rendezvous: Rendezvous,
     ) -> Line:
         place, opened = await _meet(rendezvous, rendezvous.places, NEW_STREAM, 0)
         if opened.stream_id == NEW_STREAM:
             opened.pipe.close()
             raise Unreachable(f"the tunnel {rendezvous.name} takes no more connections now")
-        line = cls(meeting, pulse, stamp, rendezvous, place)
+        line = cls(rendezvous_file, pulse, stamp, rendezvous, place)
         line.stream = TunnelStream(opened.stream_id)
         opened.pipe.carry(line.stream, opened.seen)
         line._tending = asyncio.create_task(line._tend(opened.pipe))
@@ -137,7 +141,7 @@ class Line:
                     pipe = await self._again()
             except TimeoutError:
                 self.stream.end(f"{self.shown} did not come back within {GRACE_SECONDS:g} s")
-            except (_Over, RemoteError) as error:
+            except (_StreamGone, RemoteError) as error:
                 self.stream.end(str(error))
             else:
                 log.info("the connection to %s goes on", self.shown)
@@ -157,7 +161,7 @@ class Line:
             now = self._loop.time()
             pulse.heard_at = max(pulse.heard_at, pipe.heard_at)
             silence = now - pulse.heard_at
-            moved = self._meeting.stamp() != self._stamp
+            moved = self._rendezvous_file.stamp() != self._stamp
             if pipe.broken.is_set() or moved or silence > SILENT_SECONDS:
                 break
             if silence >= ASK_SECONDS and now - pulse.asked_at >= ASK_SECONDS:
@@ -168,14 +172,14 @@ class Line:
     async def _again(self) -> PipeEnd:
         """A new pipe that carries the stream. Raises _Over where that can't be."""
         while True:
-            self._stamp = self._meeting.stamp()
+            self._stamp = self._rendezvous_file.stamp()
             try:
-                rendezvous = self._meeting.read()
+                rendezvous = self._rendezvous_file.read()
                 if rendezvous.id != self.rendezvous.id:
-                    raise _Over(f"'hpcfs tunnel' was started anew on {self.shown}")
+                    raise _StreamGone(f"'hpcfs tunnel' was started anew on {self.shown}")
                 self.rendezvous = rendezvous
                 resuming = self._resume(rendezvous)
-                return await _unless_moved(self._meeting, self._stamp, resuming)
+                return await _unless_moved(self._rendezvous_file, self._stamp, resuming)
             except Unreachable as error:
                 log.debug("%s", error.message)
             await asyncio.sleep(LOOK_SECONDS)
@@ -189,27 +193,27 @@ class Line:
         _, opened = await _meet(rendezvous, places, self.stream.id, self.stream.received)
         if opened.stream_id != self.stream.id:
             opened.pipe.close()
-            raise _Over(f"{self.shown} has given the connection up")
+            raise _StreamGone(f"{self.shown} has given the connection up")
         try:
             opened.pipe.carry(self.stream, opened.seen)
-        except Garbled as error:
+        except ProtocolViolation as error:
             opened.pipe.close()
-            raise _Over(f"{self.shown} can't go on: {error}") from None
+            raise _StreamGone(f"{self.shown} can't go on: {error}") from None
         return opened.pipe
 
 
 async def _meet(
     rendezvous: Rendezvous, places: Sequence[Endpoint], stream_id: bytes, received: int
-) -> tuple[Endpoint, Opened]:
+) -> tuple[Endpoint, OpenedPipe]:
     """The first place where the tunnel answers. Raises Unreachable."""
     loop = asyncio.get_running_loop()
-    door = Door(rendezvous.id, rendezvous.secret)
+    handshake = TunnelHandshake(rendezvous.id, rendezvous.secret)
     end = loop.time() + CROWD_SECONDS
     while True:
         reasons: list[NoAnswer] = []
         for place in places:
             try:
-                return place, await connect(place, door, stream_id, received)
+                return place, await connect(place, handshake, stream_id, received)
             except NoAnswer as error:
                 reasons.append(error)
         crowded = any(isinstance(reason, TurnedAway) for reason in reasons)
@@ -219,15 +223,15 @@ async def _meet(
 
 
 async def _unless_moved(
-    meeting: Meeting, stamp: file.Stamp | None, attempt: Coroutine[Any, Any, T]
+    rendezvous_file: RendezvousFile, stamp: file.Stamp | None, attempt: Coroutine[Any, Any, T]
 ) -> T:
     """What the attempt brings. Raises Unreachable when the tunnel is meanwhile somewhere else."""
     trying = asyncio.ensure_future(attempt)
-    moved = asyncio.ensure_future(meeting.changed(stamp))
+    moved = asyncio.ensure_future(rendezvous_file.changed(stamp))
     try:
         await asyncio.wait([trying, moved], return_when=asyncio.FIRST_COMPLETED)
         if not trying.done():
-            raise Unreachable(f"the tunnel {meeting.name} is moving")
+            raise Unreachable(f"the tunnel {rendezvous_file.name} is moving")
         return trying.result()
     finally:
         for task in (trying, moved):

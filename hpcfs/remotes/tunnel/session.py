@@ -24,15 +24,15 @@ from asyncssh.logging import SSHLogger, logger as asyncssh_logger
 from hpcfs.model.errors import AccessRefused, Unreachable
 from hpcfs.model.sites import SiteSpec
 from hpcfs.remotes.sftp.channels import open_channels
-from hpcfs.remotes.sftp.handshake import greet
+from hpcfs.remotes.sftp.handshake import shake_hands
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.session import SftpSession, begin, together
-from hpcfs.remotes.ssh.login import Login
+from hpcfs.remotes.ssh.login import SshLogin
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
 from hpcfs.remotes.ssh.settings import FAST_CIPHER, KEY_EXCHANGE
 from hpcfs.remotes.ssh.shell import Shell
-from hpcfs.remotes.tunnel.line import Line, Meeting, Pulse
+from hpcfs.remotes.tunnel.line import Line, Pulse, RendezvousFile
 from hpcfs.tunnel.file import Rendezvous
 from hpcfs.tunnel.proof import SESSION_BYTES, NotProved, prove_as_client
 from hpcfs.tunnel.pump import socket_of
@@ -79,7 +79,7 @@ class TunnelLogin:
     user: str
     shown: str
     lines: list[Line]
-    ssh: Login | None = None
+    ssh: SshLogin | None = None
     channels: list[Requests] = field(default_factory=list)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -98,34 +98,36 @@ class TunnelLogin:
             await line.close()
 
 
-async def open_session(spec: SiteSpec, meeting: Meeting) -> SftpSession:
+async def open_session(spec: SiteSpec, rendezvous_file: RendezvousFile) -> SftpSession:
     """Raises RemoteErrors only."""
     pulse = Pulse()
-    line = await Line.open(meeting, pulse)
+    line = await Line.open(rendezvous_file, pulse)
     login = TunnelLogin(line.rendezvous.user, line.shown, [line])
     if line.is_private:
-        channels = _private_channels(login, meeting, pulse)
+        channels = _private_channels(login, rendezvous_file, pulse)
         return await begin(login, spec, channels, shared_handles=True)
     return await begin(login, spec, _ssh_channels(login))
 
 
-async def _private_channels(login: TunnelLogin, meeting: Meeting, pulse: Pulse) -> list[Requests]:
+async def _private_channels(
+    login: TunnelLogin, rendezvous_file: RendezvousFile, pulse: Pulse
+) -> list[Requests]:
     """One for small requests and some for bytes."""
     opened = await asyncio.gather(
-        *(Line.open(meeting, pulse) for _ in range(READERS)), return_exceptions=True
+        *(Line.open(rendezvous_file, pulse) for _ in range(READERS)), return_exceptions=True
     )
     login.lines += [line for line in opened if isinstance(line, Line)]
     for failure in opened:
         if isinstance(failure, BaseException):
             raise failure
     if any(not line.is_private for line in login.lines):
-        raise Unreachable(f"the tunnel {meeting.name} is moving")
+        raise Unreachable(f"the tunnel {rendezvous_file.name} is moving")
     session = secrets.token_bytes(SESSION_BYTES)
     return await together(*(_channel(line, session, login.ended.set) for line in login.lines))
 
 
 async def _channel(line: Line, session: bytes, on_lost: Callable[[], None]) -> Requests:
-    keys = _Keys(line.rendezvous)
+    keys = _TunnelKeys(line.rendezvous)
     here = socket.gethostname()
     try:
         async with asyncio.timeout(PROVE_SECONDS):
@@ -139,13 +141,13 @@ async def _channel(line: Line, session: bytes, on_lost: Callable[[], None]) -> R
             None
         )
     carrier = StreamCarrier(line.stream, on_lost)
-    await greet(carrier.requests, line.shown)
+    await shake_hands(carrier.requests, line.shown)
     return carrier.requests
 
 
 async def _ssh_channels(login: TunnelLogin) -> list[Requests]:
     line = login.lines[0]
-    keys = _Keys(line.rendezvous)
+    keys = _TunnelKeys(line.rendezvous)
     pair = await socket_of(line.stream)
     try:
         connection = await asyncssh.connect(
@@ -160,7 +162,7 @@ async def _ssh_channels(login: TunnelLogin) -> list[Requests]:
             kex_algs=[KEY_EXCHANGE],
             encryption_algs=[FAST_CIPHER],
             compression_algs=None,
-            client_factory=lambda: _Client(login.ended.set),
+            client_factory=lambda: _LossListener(login.ended.set),
         )
     except asyncssh.HostKeyNotVerifiable as error:
         raise AccessRefused(f"{line.shown} is not the one whose tunnel this is") from error
@@ -168,11 +170,11 @@ async def _ssh_channels(login: TunnelLogin) -> list[Requests]:
         raise AccessRefused(f"{line.shown} refuses the key of its tunnel") from error
     shorten(connection)
     shorten_sending(connection)
-    login.ssh = Login(connection, (), "hpcfs", line.shown)
+    login.ssh = SshLogin(connection, (), "hpcfs", line.shown)
     return await open_channels(login.ssh)
 
 
-class _Client(asyncssh.SSHClient):
+class _LossListener(asyncssh.SSHClient):
     def __init__(self, on_lost: Callable[[], None]) -> None:
         self._on_lost = on_lost
 
@@ -180,7 +182,7 @@ class _Client(asyncssh.SSHClient):
         self._on_lost()
 
 
-class _Keys:
+class _TunnelKeys:
     def __init__(self, rendezvous: Rendezvous) -> None:
         self.tunnel = bytes.fromhex(rendezvous.id)
         try:

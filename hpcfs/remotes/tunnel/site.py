@@ -12,8 +12,8 @@ from hpcfs.model.sites import SiteSpec, TunnelSite
 from hpcfs.model.usage import Traffic
 from hpcfs.remotes.sftp.remote import SftpSite
 from hpcfs.remotes.sftp.session import SftpSession
-from hpcfs.remotes.ssh.connection import Kept
-from hpcfs.remotes.tunnel.line import Meeting
+from hpcfs.remotes.ssh.shared_session import SharedSession
+from hpcfs.remotes.tunnel.line import RendezvousFile
 from hpcfs.remotes.tunnel.session import open_session
 from hpcfs.tunnel.file import Stamp
 
@@ -27,29 +27,29 @@ class TunnelSiteConnection(SftpSite):
 
     def __init__(self, spec: SiteSpec):
         assert isinstance(spec.site, TunnelSite)
-        self._meeting = Meeting(Path(spec.site.directory), spec.site.name)
+        self._rendezvous_file = RendezvousFile(Path(spec.site.directory), spec.site.name)
         self._spec = spec
         self._tried: Stamp | None = None
-        super().__init__(spec, Kept(self._open), is_virtual=True)
-        self._tending = asyncio.create_task(self._kept.tend(self._worth_trying))
+        super().__init__(spec, SharedSession(self._open), is_virtual=True)
+        self._tending = asyncio.create_task(self._shared.tend(self._worth_trying))
 
     async def _open(self) -> SftpSession:
-        self._tried = self._meeting.stamp()
-        return await open_session(self._spec, self._meeting)
+        self._tried = self._rendezvous_file.stamp()
+        return await open_session(self._spec, self._rendezvous_file)
 
     async def _worth_trying(self, failure: RemoteError) -> None:
         """What the file's keys or its owner forbid is not tried again before it is another file."""
         if failure.lasting:
-            await self._meeting.changed(self._tried, PAUSE_SECONDS)
+            await self._rendezvous_file.changed(self._tried, PAUSE_SECONDS)
             return
         try:
             async with asyncio.timeout(PAUSE_SECONDS):
-                await self._meeting.changed(self._tried)
+                await self._rendezvous_file.changed(self._tried)
         except TimeoutError:
             return
 
     def traffic(self) -> Traffic:
-        return msgspec.structs.replace(super().traffic(), away=self._kept.away)
+        return msgspec.structs.replace(super().traffic(), away=self._shared.away)
 
     async def close(self) -> None:
         self._tending.cancel()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from hpcfs.model.errors import SetupError, WrongSettings
 from hpcfs.remotes.ssh import askpass
-from hpcfs.remotes.ssh.clock import Clock, said_by
+from hpcfs.remotes.ssh.login_clock import LoginClock, said_by
 from hpcfs.system import temporary
 
 log = logging.getLogger(__name__)
@@ -30,10 +30,10 @@ _DECISION = re.compile(r"\(yes/no|[Pp]lease type 'yes'")
 """ssh's question about a host key, whose answer is no secret."""
 
 
-class Asking:
+class AskpassServer:
     """`unanswered` is the question that nobody was there to answer."""
 
-    def __init__(self, clock: Clock, folder: Path) -> None:
+    def __init__(self, clock: LoginClock, folder: Path) -> None:
         self._clock = clock
         self._tasks: set[asyncio.Task[None]] = set()
         self.program = folder / "askpass"
@@ -94,14 +94,14 @@ def is_decision(question: str) -> bool:
 
 
 @asynccontextmanager
-async def asking(clock: Clock) -> AsyncIterator[Asking]:
+async def asking(clock: LoginClock) -> AsyncIterator[AskpassServer]:
     """Raises WrongSettings where there is no place for a socket and a program."""
     with ExitStack() as stack:
         try:
             folder = stack.enter_context(temporary.directory("hpcfs-ssh-"))
         except SetupError as error:
             raise WrongSettings(f"ssh could ask nothing: {error}") from error
-        answerer = Asking(clock, folder)
+        answerer = AskpassServer(clock, folder)
         try:
             answerer.write_program()
             server = await asyncio.start_unix_server(answerer.answer, answerer.socket)

@@ -1,8 +1,8 @@
 """One connection per site, kept: made on first use, shared, noticed when lost, made anew.
 
-`Kept` owns when to connect and what to answer while there is no connection; how one is made is
-given to it (sftp/session.open_session). Three rules, each from invariant 4 of the design: all
-requests share one attempt; what only the user can mend is never tried again on its own; after a
+`SharedSession` owns when to connect and what to answer while there is no connection; how one is
+made is given to it (sftp/session.open_session). Three rules, each from invariant 4 of the design:
+all requests share one attempt; what only the user can mend is never tried again on its own; after a
 failed attempt requests are answered at once for a while (1 s, doubling to 30 s) instead of each
 waiting for its own timeout. An account behind which there is no service is the user's to mend, too,
 unless there was one before: then it is the site that is being mended.
@@ -23,7 +23,7 @@ FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
 
 
-class Session(Protocol):
+class AnySession(Protocol):
     """A connection in use."""
 
     @property
@@ -37,10 +37,10 @@ class Session(Protocol):
     async def close(self) -> None: ...
 
 
-S = TypeVar("S", bound=Session)
+S = TypeVar("S", bound=AnySession)
 
 
-class Kept(Generic[S]):
+class SharedSession(Generic[S]):
     """The site's one session, whoever asks for it."""
 
     def __init__(

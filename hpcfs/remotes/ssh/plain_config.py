@@ -55,7 +55,7 @@ _ALGORITHMS = frozenset(
 
 def read(site: SshSite, files: Sequence[str]) -> dict[str, list[str]]:
     """The options of `site`, as `ssh -G` names them. Raises WrongSettings."""
-    reader = _Reader(site.host)
+    reader = _ConfigReader(site.host)
     if site.user is not None:
         reader.options["user"] = [site.user]
     if site.port is not None:
@@ -71,7 +71,7 @@ def read(site: SshSite, files: Sequence[str]) -> dict[str, list[str]]:
 
 
 @dataclass
-class _Reader:
+class _ConfigReader:
     host: str
     options: dict[str, list[str]] = field(default_factory=dict)
     _place: str = ""
@@ -161,7 +161,7 @@ def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
 def check_owner(path: Path, found: os.stat_result) -> None:
     """As ssh looks at ~/.ssh/config; that an ssh of one's own could be named with -F, and is not
     looked at then, makes a ProxyCommand of somebody else's no safer. Raises WrongSettings."""
-    if reason := ownership.why_not_believe(found):
+    if reason := ownership.untrusted_reason(found):
         raise WrongSettings(
             f"{path} may be somebody else's word ({reason}), and an SSH configuration runs "
             "commands: make a copy of your own that only you can write to"

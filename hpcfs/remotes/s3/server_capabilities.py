@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Server:
+class ServerCapabilities:
     """Of one site; None where it is not known yet."""
 
     matches: bool | None = None
@@ -24,14 +24,14 @@ class Server:
     joins_md5s: bool | None = None
     """The ETag of an object sent in parts is made of theirs."""
 
-    def minds(self, base: bytes) -> bool | None:
-        """Whether it minds the condition that stands for this version (see UploadRequest)."""
+    def honours(self, base: bytes) -> bool | None:
+        """Whether it honours the condition that stands for this version (see UploadRequest)."""
         if b":" in base:  # no ETag: nothing to send
             return False
         return self.matches if base else self.none_matches
 
-    def note(self, base: bytes, *, minds: bool) -> None:
+    def note(self, base: bytes, *, honours: bool) -> None:
         if base:
-            self.matches = minds
+            self.matches = honours
         else:
-            self.none_matches = minds
+            self.none_matches = honours

@@ -1,7 +1,7 @@
 """What asyncssh and the network raise while a connection is made, as sentences of our own.
 
 One table, used by nothing else than the login and its first steps: after them, errors belong to
-SFTP (sftp/errors.py).
+SFTP (sftp/translate.py).
 """
 
 from __future__ import annotations

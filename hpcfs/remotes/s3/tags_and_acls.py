@@ -19,9 +19,9 @@ from urllib.parse import quote, urlencode
 
 from hpcfs.model.errors import NotFound, PermissionDenied, RemoteError, Unreachable
 from hpcfs.remotes.s3.bucket import Bucket
-from hpcfs.remotes.s3.errors import is_fault
-from hpcfs.remotes.s3.known import Known
+from hpcfs.remotes.s3.caches import ExpiringCache
 from hpcfs.remotes.s3.objects import PRIVATE, Info
+from hpcfs.remotes.s3.translate import is_fault
 
 log = logging.getLogger(__name__)
 SEEN_SECONDS = 1.0
@@ -41,14 +41,14 @@ _GRANTS = {
 _NAMES = {"CanonicalUser": ("id", "ID"), "Group": ("uri", "URI")}
 
 
-class Belongings:
+class TagsAndAcls:
     """Of one bucket."""
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
         self._has_lists: bool | None = None
         self._lock = asyncio.Lock()
-        self._seen: Known[dict[str, Any]] = Known(SEEN_SECONDS, SEEN)
+        self._seen: ExpiringCache[dict[str, Any]] = ExpiringCache(SEEN_SECONDS, SEEN)
         """A program that writes a file changes it several times in a row."""
 
     async def of(self, found: Info) -> dict[str, Any]:

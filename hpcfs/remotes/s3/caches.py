@@ -1,8 +1,8 @@
 """What a remote remembers of the bucket to save requests: bounded, and safe to lose at any time.
 
-`Known` forgets by age. `MetadataCache` does not need to: an object's metadata can't change without
-its modification time changing with it, except within that time's resolution and on servers that
-report a time which writers choose. Neither kind is kept (see `is_settled`).
+`ExpiringCache` forgets by age. `MetadataCache` does not need to: an object's metadata can't change
+without its modification time changing with it, except within that time's resolution and on servers
+that report a time which writers choose. Neither kind is kept (see `is_settled`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SETTLED_NS = 2 * NANOSECONDS
 MILLISECOND_NS = 1_000_000
 
 
-class Known(Generic[V]):
+class ExpiringCache(Generic[V]):
     """Values by key, for `seconds`, the oldest out first."""
 
     def __init__(

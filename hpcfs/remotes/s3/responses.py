@@ -41,7 +41,7 @@ _MONTHS = {
 }
 
 
-def of_object(headers: Mapping[str, str]) -> dict[str, Any]:
+def parse_object(headers: Mapping[str, str]) -> dict[str, Any]:
     """What HeadObject and GetObject say, as far as this package asks for it."""
     answer: dict[str, Any] = {"ResponseMetadata": {"HTTPHeaders": headers}}
     metadata: dict[str, str] = {}
@@ -110,7 +110,7 @@ def is_fit_to_parse(body: bytes | bytearray) -> bool:
     return not defines and body.count(b"<") <= MOST_MARKS and body.count(b"=") <= MOST_MARKS
 
 
-def of_copy(body: bytes | bytearray) -> dict[str, Any]:
+def parse_copy(body: bytes | bytearray) -> dict[str, Any]:
     """What CopyObject says. A failure may come with status 200, once the copying has begun."""
     return {"CopyObjectResult": dict(_texts(_root(body, "CopyObjectResult")))}
 
@@ -127,7 +127,7 @@ def _root(body: bytes | bytearray, tag: str) -> ElementTree.Element:
     return root
 
 
-def of_listing(body: bytes | bytearray) -> dict[str, Any]:
+def parse_listing(body: bytes | bytearray) -> dict[str, Any]:
     """What ListObjectsV2 says. Keys come quoted: XML can't hold every character."""
     root = _root(body, "ListBucketResult")
     answer: dict[str, Any] = {}

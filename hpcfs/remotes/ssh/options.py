@@ -2,7 +2,7 @@
 
 ssh_config has quoting, tokens, `Match exec`, includes and a second pass, and a file that is read
 nearly as ssh reads it logs in as somebody else. So wherever there is an `ssh` it decides. Where
-there is none, `bare.py` reads what it fully understands and refuses the rest.
+there is none, `plain_config.py` reads what it fully understands and refuses the rest.
 
 An option's name is in lower case, as `ssh -G` writes it.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from hpcfs.model.errors import Unreachable, WrongSettings
 from hpcfs.model.sites import SshSite
-from hpcfs.remotes.ssh import bare, program
+from hpcfs.remotes.ssh import plain_config, program
 
 SYSTEM_FILE = "/etc/ssh/ssh_config"
 _HASH = "/%C"
@@ -30,7 +30,7 @@ _DEFAULTS_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Said:
+class SshOptions:
     """The options of one host. `defaults` are those of an ssh without any configuration."""
 
     options: Mapping[str, Sequence[str]]
@@ -70,28 +70,28 @@ class Said:
         return [] if [name.lower() for name in found] == ["none"] else found
 
 
-async def read(site: SshSite) -> Said:
+async def read(site: SshSite) -> SshOptions:
     """Raises WrongSettings when the configuration can't be read or understood, and Unreachable when
     that takes longer than the site's connect_timeout (a `Match exec` may wait for something)."""
     _must_be_readable(site.ssh_config)
     ssh = shutil.which("ssh")
     if ssh is None or home_of_ssh() is None:
-        return Said(bare.read(site, _files(site)))
+        return SshOptions(plain_config.read(site, _files(site)))
     with _chosen_files(site) as (where, given):
         line = [ssh, "-G", "-T", *where, "-o", f"ControlPath={_HASH}", "-o", "RemoteCommand=none"]
         line += ["-l", site.user] if site.user is not None else []
         line += ["-p", str(site.port)] if site.port is not None else []
         answer = await ask_ssh([*line, "-s", "--", site.host, "sftp"], site, given)
-    return Said(parse(answer).options, await _defaults(ssh))
+    return SshOptions(parse(answer).options, await _defaults(ssh))
 
 
-def parse(answer: str) -> Said:
+def parse(answer: str) -> SshOptions:
     """The lines of `ssh -G`."""
     options: dict[str, list[str]] = {}
     for line in answer.splitlines():
         option, _, value = line.partition(" ")
         options.setdefault(option.lower(), []).append(value)
-    return Said(options)
+    return SshOptions(options)
 
 
 async def ask_ssh(line: list[str], site: SshSite, given: int = DEVNULL) -> str:
@@ -132,7 +132,7 @@ def _must_be_readable(name: str | None) -> None:
     file = Path(name).expanduser()
     try:
         with file.open("rb") as opened:
-            bare.check_owner(file, os.fstat(opened.fileno()))
+            plain_config.check_owner(file, os.fstat(opened.fileno()))
     except OSError as error:
         raise WrongSettings(f"{file} can't be read: {error.strerror}") from None
 

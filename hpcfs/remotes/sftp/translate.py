@@ -2,7 +2,7 @@
 
 OpenSSH's server has few codes: ENOTDIR arrives as "no such file", ENAMETOOLONG and EINVAL as "bad
 message", and most of the rest (EEXIST, ENOTEMPTY, EISDIR, ENOSPC, EDQUOT) as plain "failure". What
-was meant is found out by looking (place.py); here only codes are translated.
+was meant is found out by looking (path.py); here only codes are translated.
 """
 
 from __future__ import annotations

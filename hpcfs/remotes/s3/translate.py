@@ -43,7 +43,7 @@ from hpcfs.model.errors import (
     Unreachable,
     WrongSettings,
 )
-from hpcfs.remotes.s3.wire import Unfit
+from hpcfs.remotes.s3.botocore_guard import UnfitResponse
 
 FIRST_DELAY = 1.0
 LONGEST_DELAY = 30.0
@@ -191,7 +191,7 @@ def translate(error: Exception, subject: str) -> RemoteError:
         return ProtocolError(f"{subject}: the answer of the S3 server can't be understood")
     if isinstance(error, RecursionError):
         return ProtocolError(f"{subject}: the answer of the S3 server is nested too deep")
-    if isinstance(inner := _inner(error), Unfit):
+    if isinstance(inner := _inner(error), UnfitResponse):
         return ProtocolError(f"{subject}: {inner}")
     if isinstance(error, _TIMEOUTS):
         return TimedOut(f"the S3 endpoint{_endpoint(error)} did not answer in time")

@@ -14,7 +14,7 @@ from typing import Any
 
 from aiobotocore.httpsession import AIOHTTPSession
 
-from hpcfs.remotes.s3.answers import is_fit_to_parse
+from hpcfs.remotes.s3.responses import is_fit_to_parse
 
 ANSWER_BYTES = 16 * 1024 * 1024
 """Of listings, refusals and credentials; a page has 1000 keys of at most 1 KiB, thrice that when
@@ -22,11 +22,11 @@ quoted. What is read of an object is bounded by who reads it."""
 PIECE_BYTES = 64 * 1024
 
 
-class Unfit(Exception):
+class UnfitResponse(Exception):
     """An answer that is not parsed: of more than ANSWER_BYTES, or one that would become so."""
 
 
-class _Answer:
+class _BoundedResponse:
     """aiohttp's answer. `read` is bounded; the body of an object is read by way of `content`."""
 
     def __init__(self, answer: Any) -> None:
@@ -52,7 +52,7 @@ class _Answer:
     def _without(self) -> bytes:
         """A refusal's status says enough, and proxies send pages of HTML beside it."""
         if self._answer.status < 300:
-            raise Unfit("the answer of the S3 server is not safe to parse")
+            raise UnfitResponse("the answer of the S3 server is not safe to parse")
         return b""
 
 
@@ -62,27 +62,27 @@ async def _bounded(content: Any) -> bytes:
     while piece := await content.read(PIECE_BYTES):
         body += piece
         if len(body) > ANSWER_BYTES:
-            raise Unfit("the answer of the S3 server is too long")
+            raise UnfitResponse("the answer of the S3 server is too long")
     return bytes(body)
 
 
-class _Session:
+class _BoundedSession:
     """aiohttp's session, as far as aiobotocore uses it."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
 
-    async def request(self, method: str, **options: Any) -> _Answer:
+    async def request(self, method: str, **options: Any) -> _BoundedResponse:
         answer = await self._session.request(method, **{**options, "allow_redirects": False})
-        return _Answer(answer)
+        return _BoundedResponse(answer)
 
 
 _handing_out: Any = AIOHTTPSession._get_session
 """A version of aiobotocore without it is not known to be safe: the import fails."""
 
 
-async def _guarded(self: AIOHTTPSession, proxy_url: str | None) -> _Session:
-    return _Session(await _handing_out(self, proxy_url))
+async def _guarded(self: AIOHTTPSession, proxy_url: str | None) -> _BoundedSession:
+    return _BoundedSession(await _handing_out(self, proxy_url))
 
 
 def guard() -> None:

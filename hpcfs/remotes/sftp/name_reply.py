@@ -11,7 +11,7 @@ import re
 import stat
 import struct
 
-from hpcfs.remotes.sftp.attrs import AnyAttrs, Told
+from hpcfs.remotes.sftp.attrs import AnyAttrs, ListedAttrs
 
 _LENGTH = struct.Struct(">I")
 _ATTRS = struct.Struct(">IQIIIII")
@@ -59,7 +59,7 @@ def usual_names(payload: bytes) -> list[Listed] | None:
             if flags != _USUAL or not mode & _TYPE_BITS:
                 return None
             at += _ATTRS.size
-            found.append((name, Told(size, uid, gid, mode & _MODE_BITS, atime, mtime)))
+            found.append((name, ListedAttrs(size, uid, gid, mode & _MODE_BITS, atime, mtime)))
     except struct.error:
         return None
     return found if at == len(payload) else None

@@ -16,9 +16,9 @@ import pytest
 from hpcfs.model.entries import Attributes
 from hpcfs.model.uploads import UploadRequest
 from hpcfs.remotes.base import no_report
-from hpcfs.remotes.s3.belongings import parameters_of
 from hpcfs.remotes.s3.objects import settable
 from hpcfs.remotes.s3.remote import S3Remote
+from hpcfs.remotes.s3.tags_and_acls import parameters_of
 from tests.remotes.test_s3 import Bytes
 from tests.remotes.test_s3_direct import put, remote_of
 from tests.support.relay import Asked, refusal, relay_before
@@ -103,7 +103,7 @@ async def relayed(server: S3Server, prefix: str, cache: Path) -> AsyncIterator[A
         yield relay, remote
 
 
-def belongings(server: S3Server, key: str) -> tuple[Any, Any, Any]:
+def tags_and_acls(server: S3Server, key: str) -> tuple[Any, Any, Any]:
     """Tags, grants but the owner's, headers."""
     with server.client() as client:
         tags = client.get_object_tagging(Bucket=server.bucket, Key=key)["TagSet"]
@@ -136,7 +136,7 @@ def test_they_stay_whatever_is_done(
             await remote.connect()
             return f"{prefix}/{(await work(remote)).decode()}"
 
-    assert belongings(moto, asyncio.run(test())) == EXPECTED
+    assert tags_and_acls(moto, asyncio.run(test())) == EXPECTED
 
 
 @pytest.mark.parametrize("work", OVER.values(), ids=OVER)
@@ -151,7 +151,7 @@ def test_another_file_that_takes_the_name_takes_the_tags_only(
             await remote.connect()
             return f"{prefix}/{(await work(remote)).decode()}"
 
-    tags, public, _ = belongings(moto, asyncio.run(test()))
+    tags, public, _ = tags_and_acls(moto, asyncio.run(test()))
     assert (tags, public) == (TAGS, [])
 
 
@@ -165,7 +165,7 @@ def test_directories_keep_theirs(moto: S3Server, prefix: str, tmp_path: Path) ->
             await remote.rename(b"d", b"e", replace=False)
 
     asyncio.run(test())
-    assert belongings(moto, f"{prefix}/e/")[:2] == (TAGS, [("AllUsers", "READ")])
+    assert tags_and_acls(moto, f"{prefix}/e/")[:2] == (TAGS, [("AllUsers", "READ")])
 
 
 def test_objects_without_tags_cost_no_request_for_them(
@@ -222,7 +222,7 @@ def test_a_fault_of_the_server_does_not_end_it(
     with caplog.at_level(logging.WARNING):
         asyncio.run(test())
     assert "d/g loses its access list" in caplog.text
-    assert belongings(moto, f"{prefix}/d/f")[1] == [("AllUsers", "READ")]
+    assert tags_and_acls(moto, f"{prefix}/d/f")[1] == [("AllUsers", "READ")]
 
 
 def test_where_access_lists_are_switched_off_none_is_asked_for(
@@ -282,7 +282,7 @@ def test_what_can_not_be_kept_is_said(
     with caplog.at_level(logging.WARNING):
         asyncio.run(test())
     assert "loses Tagging, ACL" in caplog.text
-    assert belongings(moto, f"{prefix}/d/f")[0] == []
+    assert tags_and_acls(moto, f"{prefix}/d/f")[0] == []
 
 
 def test_an_access_list_for_single_users_is_told_as_it_was() -> None:

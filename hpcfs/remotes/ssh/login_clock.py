@@ -18,7 +18,7 @@ MOST_LETTERS = 4000
 """Of one question: a screen full."""
 
 
-class Clock:
+class LoginClock:
     def __init__(self, seconds: float, prompter: Prompter):
         self._seconds = seconds
         self._prompter = prompter
