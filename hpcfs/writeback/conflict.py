@@ -10,7 +10,8 @@ from __future__ import annotations
 import stat
 import time
 
-from hpcfs.content.content import UPLOAD_TIMEOUT, Content
+from hpcfs.content.content import Content
+from hpcfs.content.upload import UPLOAD_TIMEOUT
 from hpcfs.model.entries import Attributes, Entry
 from hpcfs.model.errors import FilesystemError, RemoteError, Unreachable
 from hpcfs.model.uploads import UploadRequest
@@ -37,7 +38,7 @@ async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
     shown = path.decode(errors="replace")
     beside = path_beside(path, time.time())
     try:
-        await content.complete(whole=True)
+        await content.upload.fetch_whole()
         await _send(content, beside)
     except Unreachable:
         raise
@@ -67,7 +68,7 @@ async def _send(content: Content, path: bytes) -> Entry:
         stat.S_IMODE(entry.mode),
         base_version=b"",
     )
-    with content.pinned():
+    with content.upload.pinned():
         return await content.namespace.upload(
             request, content.file.path, UPLOAD_TIMEOUT, lambda done: None
         )

@@ -86,7 +86,7 @@ class Pending:
             content.namespace.name,
             content.place.path,
             content.size,
-            content.bytes_left,
+            content.upload.bytes_left,
             _state(item),
             item.reason if item else "",
             noted.since if noted else 0.0,
@@ -148,7 +148,7 @@ class Pending:
                 await self._journal.discard(name)
 
     async def _give_up(self, content: Content) -> None:
-        async with content.upload_lock:
+        async with content.upload.lock:
             content.discard()
             self._store.forget(content.file)
             node = content.place
@@ -167,11 +167,11 @@ class Pending:
         content = self._contents([name]).get(name)
         row = self._journal.find(name)
         if content is not None:
-            await content.complete(whole=True)
+            await content.upload.fetch_whole()
             row = content.unconfirmed()
         if row is None:
             raise NotFound("it is not pending any more")
-        with content.pinned() if content else trio.CancelScope():
+        with content.upload.pinned() if content else trio.CancelScope():
             return await trio.to_thread.run_sync(recover, row, target)
 
     def _contents(self, ids: Iterable[str]) -> dict[str, Content]:

@@ -17,8 +17,9 @@ import msgspec
 
 from hpcfs.cache.file import CacheFile
 from hpcfs.cache.ranges import RangeSet
-from hpcfs.content.factory import ContentFactory
+from hpcfs.content.content import Content
 from hpcfs.content.record import Unconfirmed
+from hpcfs.content.shared import RemoteFile, Shared
 from hpcfs.inodes.tree import Node, Tree, directory_entry
 from hpcfs.site.namespace import Namespace
 from hpcfs.writeback.journal import Journal
@@ -33,14 +34,14 @@ class Recovery:
     def __init__(
         self,
         tree: Tree,
-        contents: ContentFactory,
+        shared: Shared,
         queue: UploadQueue,
         journal: Journal,
         namespaces: Sequence[Namespace],
     ) -> None:
         self._tree = tree
-        self._contents = contents
-        self._store = contents.store
+        self._shared = shared
+        self._store = shared.store
         self._queue = queue
         self._journal = journal
         self._namespaces = namespaces
@@ -105,7 +106,7 @@ class Recovery:
 
     def _resume(self, node: Node, namespace: Namespace, row: Unconfirmed, file: CacheFile) -> None:
         """Give the node a content that is written as far as the row says, and queue it."""
-        content = self._contents.make(node, namespace, row.capabilities, file)
+        content = Content(RemoteFile(node, namespace, row.capabilities), file, self._shared)
         content.resume(row)
         node.content = content
         self._queue.resume(content, row.reason)
