@@ -11,6 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from hpcfs.cache.index import Record
+from hpcfs.model import paths
 
 MAX_DIRECTORIES = 8
 MAX_FILES = 1000
@@ -37,7 +38,7 @@ class RecordCache:
 
     def ask(self, origin: str, key: bytes) -> KnownRecords | None:
         """None where only the index can tell."""
-        files = self._directories.get((origin, _parent(key)))
+        files = self._directories.get((origin, paths.parent(key)))
         if files is None:
             return None
         record = files.get(key, _ABSENT)
@@ -47,7 +48,7 @@ class RecordCache:
 
     def wants(self, origin: str, key: bytes) -> bool:
         """Whether to learn the directory of this file: it is the second one that is asked for."""
-        directory = (origin, _parent(key))
+        directory = (origin, paths.parent(key))
         again = self._seen == directory and directory not in self._directories
         self._seen = directory
         return again
@@ -56,11 +57,11 @@ class RecordCache:
         """What the index answered when `stamp` was the stamp; None: too many files."""
         if stamp != self.stamp:
             return
-        parent = _parent(key)
+        parent = paths.parent(key)
         self._directories[origin, parent] = (
             None
             if files is None
-            else {at: record for at, record in files.items() if _parent(at) == parent}
+            else {at: record for at, record in files.items() if paths.parent(at) == parent}
         )
         if len(self._directories) > MAX_DIRECTORIES:
             self._directories.popitem(last=False)
@@ -68,7 +69,7 @@ class RecordCache:
     def spoil(self, origin: str, key: bytes) -> None:
         """The index is about to change for this file."""
         self.stamp += 1
-        files = self._directories.get((origin, _parent(key)))
+        files = self._directories.get((origin, paths.parent(key)))
         if files is not None:
             files[key] = None
 
@@ -78,7 +79,3 @@ class RecordCache:
 
 
 _ABSENT = Record("", "", b"", b"", 0, 0, 0.0)
-
-
-def _parent(key: bytes) -> bytes:
-    return key.rpartition(b"/")[0]

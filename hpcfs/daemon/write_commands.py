@@ -34,10 +34,11 @@ from hpcfs.control.control import (
 )
 from hpcfs.control.server import ReportProgress
 from hpcfs.daemon import cache_commands
+from hpcfs.model import paths
 from hpcfs.model.errors import RemoteError, SetupError
 from hpcfs.system import ownership
 from hpcfs.writeback.journal import Journal
-from hpcfs.writeback.pending import PendingRow, is_below
+from hpcfs.writeback.pending import PendingRow
 from hpcfs.writeback.queue import Progress
 
 PARTIAL = ".hpcfs-partial"
@@ -208,14 +209,14 @@ class WriteCommands:
 
     def _below(self, path: bytes) -> list[PendingRow]:
         """The file or all below the directory at this path of the mount."""
-        return [row for row in self._backlog.pending() if is_below(self._shown(row), path)]
+        return [row for row in self._backlog.pending() if paths.is_below(self._shown(row), path)]
 
     def _shown(self, row: PendingRow) -> bytes:
         """Its path in the mount. What an earlier mount left may be of a namespace that this one
         does not have; it is shown as if it had."""
         if row.namespace == self._settings.root_namespace:
             return row.path
-        return os.fsencode(row.namespace) + b"/" + row.path
+        return paths.join(os.fsencode(row.namespace), row.path)
 
     def _place(self, path: bytes) -> tuple[str | None, bytes]:
         if not path:
@@ -351,7 +352,9 @@ async def _journal_rows(directory: Path) -> list[Unconfirmed]:
 
 def _may_be_below(row: Unconfirmed, path: bytes) -> bool:
     """The journal does not say whether its namespace was the root of the mount itself."""
-    return is_below(row.path, path) or is_below(os.fsencode(row.namespace) + b"/" + row.path, path)
+    return paths.is_below(row.path, path) or paths.is_below(
+        paths.join(os.fsencode(row.namespace), row.path), path
+    )
 
 
 def _is_whole(row: Unconfirmed) -> bool:

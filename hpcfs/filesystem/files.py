@@ -19,6 +19,7 @@ from hpcfs.content.snapshot import mode_without_ids
 from hpcfs.filesystem.openfile import Opened, OpenFile
 from hpcfs.inodes.permissions import Permissions
 from hpcfs.inodes.tree import Node, Tree, join
+from hpcfs.model import paths
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import NO_HANDLE, Entry
 from hpcfs.model.errors import (
@@ -246,7 +247,7 @@ class Files:
         namespace = parent.namespace
         assert namespace
         capabilities = await namespace.capabilities()
-        path = parent.path + b"/" + name if parent.path else name
+        path = paths.join(parent.path, name)
         asked = self._tree.now()
         handle = NO_HANDLE
         if namespace.writes_back:

@@ -17,6 +17,7 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable
 
 from hpcfs.inodes.tree import Node, Tree
+from hpcfs.model import paths
 from hpcfs.model.errors import LeadsOut, NotADirectory, NotFound
 from hpcfs.protocol import messages as m
 from hpcfs.site.namespace import Namespace
@@ -53,7 +54,7 @@ class Symlinks:
     def moved(self, namespace: Namespace, old: bytes, new: bytes) -> None:
         """A name was renamed here, and all below it."""
         for name, path in list(self._made):
-            if name == namespace.name and (path == old or path.startswith(old + b"/")):
+            if name == namespace.name and paths.is_below(path, old):
                 self._note((name, new + path[len(old) :]), self._made.pop((name, path)))
 
     async def target(self, node: Node) -> bytes:

@@ -11,6 +11,7 @@ import stat
 import time
 
 from hpcfs.content.content import UPLOAD_TIMEOUT, Content
+from hpcfs.model import paths
 from hpcfs.model.entries import Attributes, Entry
 from hpcfs.model.errors import FilesystemError, RemoteError, Unreachable
 from hpcfs.model.uploads import UploadRequest
@@ -22,9 +23,8 @@ MARK = b".hpcfs-conflict-"
 
 def path_beside(path: bytes, now: float) -> bytes:
     """PATH.hpcfs-conflict-DATE-TIME, in UTC, the name cut to what a directory can hold."""
-    folder, slash, name = path.rpartition(b"/")
     suffix = MARK + time.strftime("%Y%m%d-%H%M%S", time.gmtime(now)).encode()
-    return folder + slash + name[: MAX_NAME_BYTES - len(suffix)] + suffix
+    return paths.beside(path, paths.name(path)[: MAX_NAME_BYTES - len(suffix)] + suffix)
 
 
 async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
@@ -45,7 +45,7 @@ async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
         await uploader.keep(content, f"{reason}; it can't be saved beside it: {error.message}")
         return f"{shown} was changed by others: what was written here is kept, see 'hpcfs status'"
     await uploader.forget(content)
-    name = beside.rpartition(b"/")[2].decode(errors="replace")
+    name = paths.name(beside).decode(errors="replace")
     return f"{shown} was changed by others: what was written here is beside it as {name}"
 
 
