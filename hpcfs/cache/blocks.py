@@ -1,13 +1,13 @@
 """Which blocks of one file are in its cache file, and their checksums.
 
-Kept in chunks of CHUNK_BLOCKS, so that a large file costs memory only where it was touched: 9 KiB
-for each 64 MiB. What an earlier mount left stays packed (8 bytes a block) until a chunk of it is
-looked at, so that opening a huge file takes no time. Nothing here awaits or does I/O.
+They are kept in chunks of CHUNK_BLOCKS, so that a large file costs memory only where it was
+touched: 9 KiB for each 64 MiB. Chunks of an earlier mount stay packed (8 bytes per block) until one
+is looked at, so that opening a huge file takes no time. Nothing here awaits or does I/O.
 
-A block is *present* when its bytes are in the cache file, *trusted* when they were put there or
-verified by this process (cache/verified_blocks.py remembers it while the file is closed), and
-*summed* when its checksum is known. What survives a restart is present and summed but not trusted
-until its checksum was compared (invariant 2).
+A block is *present* when its bytes are in the cache file, *trusted* when this process stored or
+verified them (cache/verified_blocks.py remembers that while the file is closed), and *summed* when
+its checksum is known. A block of an earlier mount is present and summed, but not trusted until its
+checksum was compared (invariant 2).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _RUN = re.compile(rb"[^\0]+")
 
 
 class BlockMap:
-    """Block numbers count from 0; checksums are xxh3_64 values, 0 meaning "not known"."""
+    """The blocks of one file. Block numbers count from 0; checksums are xxh3_64 values, where 0
+    means "unknown"."""
 
     __slots__ = (
         "_changed",
@@ -42,19 +43,19 @@ class BlockMap:
         self._flags: dict[int, bytearray] = {}
         self._sums: dict[int, array[int]] = {}
         self._packed: dict[int, bytes] = {}
-        """Chunks as they were loaded, that nobody looked at yet."""
+        """Loaded chunks that were not looked at yet, still packed."""
         self._packed_trust: frozenset[int] = frozenset()
-        """Those that were trusted when they were loaded."""
+        """Loaded chunks that are trusted."""
         self._changed: set[int] = set()
         self._unsummed: set[int] = set()
         """Chunks that may have present blocks without a checksum."""
         self.count = 0
-        """Present blocks."""
+        """The number of present blocks."""
         self.summed = 0
-        """Present blocks with a checksum: what the index can remember."""
+        """The number of present blocks with a checksum, which the index can remember."""
 
     def _find(self, number: int) -> bytearray | None:
-        """The flags of a chunk, if it has any."""
+        """Return the flags of a chunk, or None if it has none."""
         flags = self._flags.get(number)
         if flags is None and number in self._packed:
             return self._unpack(number)
@@ -76,15 +77,17 @@ class BlockMap:
         return flags, self._sums[number]
 
     def is_present(self, block: int) -> bool:
+        """Return whether the block's bytes are in the cache file."""
         flags = self._find(block // CHUNK_BLOCKS)
         return flags is not None and flags[block % CHUNK_BLOCKS] != 0
 
     def is_trusted(self, block: int) -> bool:
+        """Return whether the block was stored or verified by this process."""
         flags = self._find(block // CHUNK_BLOCKS)
         return flags is not None and flags[block % CHUNK_BLOCKS] & _TRUSTED != 0
 
     def are_trusted(self, blocks: range) -> bool:
-        """Whether all of these (consecutive) are present and trusted."""
+        """Return whether all of these consecutive blocks are present and trusted."""
         start, stop = blocks.start, blocks.stop
         while start < stop:
             number, first = divmod(start, CHUNK_BLOCKS)
@@ -96,12 +99,13 @@ class BlockMap:
         return True
 
     def checksum(self, block: int) -> int:
+        """Return the block's checksum, 0 if unknown."""
         if self._find(block // CHUNK_BLOCKS) is None:
             return 0
         return self._sums[block // CHUNK_BLOCKS][block % CHUNK_BLOCKS]
 
     def put(self, block: int, checksum: int = 0) -> bool:
-        """The block's bytes are in the cache file now. True if they were not before."""
+        """Mark the block present and trusted. Returns whether it was absent before."""
         flags, _ = self._chunk(block // CHUNK_BLOCKS)
         index = block % CHUNK_BLOCKS
         new = flags[index] == 0
@@ -111,10 +115,11 @@ class BlockMap:
         return new
 
     def trust(self, block: int) -> None:
-        """The block's checksum was compared."""
+        """Mark the block trusted, since its checksum was compared."""
         self._chunk(block // CHUNK_BLOCKS)[0][block % CHUNK_BLOCKS] |= _TRUSTED
 
     def set_checksum(self, block: int, checksum: int) -> None:
+        """Set the block's checksum; 0 means unknown."""
         number = block // CHUNK_BLOCKS
         sums = self._chunk(number)[1]
         self.summed += (checksum != 0) - (sums[block % CHUNK_BLOCKS] != 0)
@@ -124,7 +129,7 @@ class BlockMap:
             self._unsummed.add(number)
 
     def drop(self, block: int) -> bool:
-        """The block's bytes are gone. True if they were there."""
+        """Mark the block absent. Returns whether it was present before."""
         if not self.is_present(block):
             return False
         flags, sums = self._chunk(block // CHUNK_BLOCKS)
@@ -137,15 +142,16 @@ class BlockMap:
         return True
 
     def present(self, first: int = 0) -> Iterator[int]:
-        """Present blocks from `first` on, in order."""
+        """Yield the present blocks from `first` on, in order."""
         for run in self.runs(first):
             yield from run
 
     def runs(
         self, first: int = 0, stop: int | None = None, *, downward: bool = False
     ) -> Iterator[range]:
-        """Runs of present blocks in [first, stop), none across chunks; looks only at chunks that it
-        gets to, so that who needs a few blocks of a huge file doesn't wait for all."""
+        """Yield runs of present blocks in [first, stop), none across chunks. Only the chunks on the
+        way are unpacked, so that a caller who needs a few blocks of a huge file does not wait for
+        all."""
         last = None if stop is None else (stop - 1) // CHUNK_BLOCKS
         numbers = [
             number
@@ -163,7 +169,7 @@ class BlockMap:
             yield from reversed(runs) if downward else runs
 
     def unsummed(self) -> list[int]:
-        """Present blocks without a checksum; a restart would forget them."""
+        """Return the present blocks without a checksum; a restart would forget them."""
         found: list[int] = []
         for number in sorted(self._unsummed):
             base = number * CHUNK_BLOCKS
@@ -176,11 +182,12 @@ class BlockMap:
 
     @property
     def has_changed(self) -> bool:
-        """Whether `take_changed` has something."""
+        """Whether `take_changed` would return anything."""
         return bool(self._changed)
 
     def take_changed(self) -> dict[int, bytes]:
-        """Checksums, packed, of the chunks changed since the last call; b"" where none is left."""
+        """Return the packed checksums of the chunks that changed since the last call; b"" for a
+        chunk without blocks."""
         taken = {}
         for number in self._changed:
             sums = self._sums.get(number)
@@ -192,28 +199,29 @@ class BlockMap:
         return taken
 
     def load(self, chunks: Mapping[int, bytes], count: int, trusted: Iterable[int] = ()) -> None:
-        """What `take_changed` once gave, with `count` checksums: present, and trusted in the chunks
-        that `trusted` names. For a map that is empty."""
+        """Fill an empty map with chunks from `take_changed` that hold `count` checksums. The blocks
+        are present, and those in the chunks of `trusted` are trusted."""
         self._packed.update(chunks)
         self._packed_trust = frozenset(trusted)
         self.count = self.summed = count
 
     def trusted_chunks(self) -> tuple[int, ...]:
-        """Chunks of which all that is present is trusted."""
+        """Return the chunks whose present blocks are all trusted."""
         looked_at = (number for number, flags in self._flags.items() if _PRESENT not in flags)
         return *looked_at, *(self._packed_trust & self._packed.keys())
 
     def touch(self, numbers: Iterable[int]) -> None:
-        """These chunks count as changed: what was taken of them was not saved."""
+        """Mark these chunks changed again, because what `take_changed` returned was not saved."""
         self._changed.update(numbers)
 
 
 def pack_sums(sums: array[int]) -> bytes:
-    """8 bytes each, native order, without the zeros at the end: most files are small."""
+    """Pack checksums into 8 bytes each, in native byte order, without the zeros at the end: most
+    files are small."""
     packed = sums.tobytes().rstrip(b"\0")
     return packed.ljust(-(-len(packed) // SUM_BYTES) * SUM_BYTES, b"\0")
 
 
 def unpack_sums(packed: bytes) -> array[int]:
-    """The checksums of a whole chunk."""
+    """Return the checksums of a whole chunk."""
     return array("Q", packed[: SUM_BYTES * CHUNK_BLOCKS].ljust(SUM_BYTES * CHUNK_BLOCKS, b"\0"))

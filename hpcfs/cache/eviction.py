@@ -1,12 +1,12 @@
-"""Keeps the cache within `cache_size`, and so much of its disk free as was asked for.
+"""Keeps the cache within `cache_size`, and the configured room on its disk free.
 
-Idle files go first, least recently used first: a small one whole, of a large one as many blocks as
-are needed, from its end. Then clean blocks of open files: those far from where the file is being
-read, then the others. Dirty blocks (invariant 3) and pinned files never go.
+Idle files are evicted first, in order of last use: a small one whole, of a large one as many blocks
+as needed, from its end. Then clean blocks of open files follow: first those far from the read
+position, then the others. Dirty blocks (invariant 3) and pinned files are never evicted.
 
-The bytes go before the index hears of it. Killed in between, the index names blocks that are holes
-by then: their checksums don't match, unless the block is zeros, and then a hole is what it should
-be. Nothing here looks at all files: not for a check, and not to evict a few.
+The bytes are deleted before the index is updated. If the process is killed in between, the index
+names blocks that are holes: their checksums don't match, unless the block is all zeros, and then a
+hole is the right content. Nothing here looks at all files: neither a check nor evicting a few.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 MIB = 1024 * 1024
 _SLACK_BYTES = 256 * MIB
 _SLACK_PART = 20
-"""Eviction makes this much more room than it must (a twentieth of the cache, but no more than
-that), so that it doesn't run for every block."""
+"""Eviction frees this many bytes more than it must (a twentieth of the cache, at most
+_SLACK_BYTES), so that it does not run for every block."""
 _RETRY_SECONDS = 0.5
 _STEP_SECONDS = 0.05
 _CHECK_BYTES = 4 * MIB
@@ -43,40 +43,52 @@ _VICTIMS_AT_ONCE = 200
 _CHUNKS_AT_ONCE = 16
 _CLOSE_BYTES = 2 * MIB
 _AHEAD_BYTES = 64 * MIB
-"""Around a reader: what it has just read and what was fetched for it goes last."""
+"""The window after the read position: blocks just read and blocks prefetched are evicted last."""
 KEEP_FORGOTTEN_BYTES = 64 * MIB
-"""Of a file that lost its name while it is open, so much can perhaps not be fetched again."""
+"""Bytes of an unlinked open file that are not evicted, since they can perhaps not be fetched
+again."""
 
 
 class Eviction:
+    """Bounds the size of one cache, in bytes."""
+
     def __init__(self, registry: Registry, max_bytes: int, min_free: MinFree) -> None:
         self._registry = registry
         self.max_bytes = max_bytes
         self._min_free = min_free
         self._estimate = registry.used_bytes
-        """Brought down to what is true when it matters. Too small only by what files grew that were
-        truncated to more within their last block, until the next save."""
+        """An estimate of the used bytes, replaced by the exact number when it matters. It is too
+        small only by the growth of files that were truncated to more within their last block, until
+        the next save."""
         self._unchecked = 0
         self._wanted = trio.Event()
         self._is_short = False
         self._retry = -math.inf
-        """When to try again (trio's clock) after nothing could go."""
+        """The time (trio's clock) of the next attempt, after nothing could be evicted."""
 
     # --- the bound ------------------------------------------------------------------------------
 
     def note_added(self, length: int) -> None:
-        """`length` bytes were fetched or written; eviction starts when that may be too much."""
+        """Note that `length` bytes were fetched or written; wakes `run` where that may be too
+        much."""
         self._estimate += length + 2 * BLOCK_BYTES  # a byte in a new block counts as the block
         self._unchecked += max(length, BLOCK_BYTES)  # so does a large file's short last block
         if self._unchecked > min(_CHECK_BYTES, self.max_bytes // _SLACK_PART):
             self.check()
 
     def may_prefetch(self) -> bool:
-        """False while there is no room but for what somebody waits for. Costs nothing."""
+        """Return False while there is room only for blocks that somebody waits for. Costs
+        nothing."""
         return not self._is_short
 
+    def note_cleaned(self) -> None:
+        """Something is evictable that was not: try again where that was what lacked."""
+        if self._is_short or self._estimate > self.max_bytes:
+            self.check()
+
     def check(self) -> None:
-        """Start to evict if there is too much, perhaps only now clean; or too little free."""
+        """Wake `run` if the cache is too large, perhaps with blocks that became clean only now, or
+        the disk too full."""
         self._unchecked = 0
         if self._excess() > 0:
             self._wanted.set()
@@ -84,7 +96,7 @@ class Eviction:
             self._is_short = False
 
     def recount(self) -> None:
-        """Check what is true: for who looks at every open file anyway."""
+        """Recompute the usage from the open files (slow path), then check."""
         self._estimate = self._registry.used_bytes
         self.check()
 
@@ -94,7 +106,7 @@ class Eviction:
         return max(self._estimate - self.max_bytes, self._missing())
 
     def _missing(self) -> int:
-        """How much less is free on the disk than should be."""
+        """Return how many bytes are missing to the room that must stay free."""
         try:
             found = disk.space(self._registry.directory)
         except OSError as error:
@@ -103,7 +115,8 @@ class Eviction:
         return self._min_free.of(found.total) - found.free
 
     async def run(self) -> None:
-        """Also on a disk that fails: then the next bytes that come are the next attempt."""
+        """Evict whenever it is needed, forever. After a failure of the disk the next bytes added
+        trigger the next attempt."""
         while True:
             await self._wanted.wait()
             await trio.sleep_until(self._retry)
@@ -127,8 +140,8 @@ class Eviction:
         self._is_short = excess > 0
 
     async def make_room(self, wanted: int) -> int:
-        """Evict at least `wanted` bytes if that can be done; returns the bytes evicted."""
-        freed = await self._registry.bury()
+        """Evict at least `wanted` bytes if possible; return the bytes evicted."""
+        freed = await self._registry.delete_forgotten()
         if freed < wanted:
             freed += await self._evict_idle(wanted - freed)
         if freed < wanted:
@@ -147,8 +160,8 @@ class Eviction:
                     break
                 victims = [record for record in oldest if registry.is_idle(record.name)]
                 for record in victims:
-                    registry.record_cache.spoil(record.origin, record.key)
-                # Not to be believed if the index fails to hear what went.
+                    registry.record_cache.invalidate(record.origin, record.key)
+                # Forgotten at once: the index may fail to record the eviction.
                 known = {one.name: registry.verified_blocks.forget(one.name) for one in victims}
                 last, some = await registry.change(self._evict_records, victims, wanted - freed)
                 for name, verified in known.items():
@@ -159,9 +172,11 @@ class Eviction:
         return freed
 
     def _evict_records(self, records: list[Record], wanted: int) -> tuple[Record | None, int]:
-        """In a thread, and not for long, as who opens a file waits. Returns the last one that was
-        looked at, None if there was none, and the bytes that went. Files first: a full disk takes
-        no change of the index."""
+        """Evict idle files, in a thread; not for long, since opening a file waits for it.
+
+        Returns the last record looked at (None if there was none) and the bytes evicted. Files are
+        deleted before their records: a full disk takes no change of the index.
+        """
         freed, last = 0, None
         whole = []
         deadline = time.monotonic() + _STEP_SECONDS
@@ -182,14 +197,16 @@ class Eviction:
         return last, freed
 
     def _can_cut(self, record: Record) -> bool:
-        """Not what is gone, nor what is also a file of kept/ that a kill left with two names."""
+        """Return whether the file exists, and is not also a file of kept/ that a kill left with two
+        names."""
         try:
             return os.stat(self._registry.path(record.name)).st_nlink == 1
         except FileNotFoundError:
             return False
 
     def _cut(self, record: Record, wanted: int) -> int:
-        """The file's last blocks go. What is cut off its local end reads as zeros, like a hole."""
+        """Evict the file's last blocks. The part cut off the local file reads as zeros, like a
+        hole."""
         index = self._registry.index
         left = -(-wanted // BLOCK_BYTES)
         blocks, cached = record.blocks, record.cached_bytes
@@ -224,7 +241,8 @@ class Eviction:
         return freed
 
     def _far(self, file: CacheFile) -> Iterator[range]:
-        """Blocks behind the reader, then those far ahead of it; all where nobody reads."""
+        """Yield the blocks behind the reader, then those far ahead of it; all blocks where nobody
+        reads."""
         first, _, _, last = self._around(file)
         if file.users > 0:
             yield from file.blocks.runs(0, first)
@@ -233,7 +251,7 @@ class Eviction:
             yield from file.blocks.runs(downward=True)
 
     def _near(self, file: CacheFile) -> Iterator[range]:
-        """Blocks around the reader, but not where it is."""
+        """Yield the blocks around the reader, but not those at its position."""
         first, at, soon, last = self._around(file)
         yield from file.blocks.runs(first, at)
         yield from file.blocks.runs(soon, last, downward=True)
@@ -242,7 +260,8 @@ class Eviction:
         return file.blocks.runs(downward=True)
 
     def _around(self, file: CacheFile) -> tuple[int, int, int, int]:
-        """Blocks: a little before where the file is read, there, a little and far after it."""
+        """Return four block numbers: a little before the read position, the position itself, a
+        little and far after it."""
         at = file.reading_at // BLOCK_BYTES
         little = min(_CLOSE_BYTES, self.max_bytes // 8) // BLOCK_BYTES
         far = min(_AHEAD_BYTES, self.max_bytes // 2) // BLOCK_BYTES
@@ -264,8 +283,8 @@ async def _evict_runs(file: CacheFile, runs: Iterator[range], wanted: int) -> in
 
 
 def _evictable(file: CacheFile) -> int:
-    """How many bytes of it may go, as far as they are clean. A file that was forgotten and has no
-    user goes whole, or is just moved to kept/."""
+    """Return how many bytes of it may be evicted, as far as they are clean. A forgotten file
+    without users is deleted whole, or moved to kept/."""
     if (
         file.in_memory
         or file.pins
@@ -278,7 +297,7 @@ def _evictable(file: CacheFile) -> int:
 
 
 def clean_blocks(file: CacheFile, run: range) -> list[int]:
-    """The blocks that are still present, and not dirty."""
+    """Return the blocks of the run that are still present, and not dirty."""
     blocks = [block for block in run if file.blocks.is_present(block)]
     if not file.dirty.overlaps(run.start * BLOCK_BYTES, run.stop * BLOCK_BYTES):
         return blocks

@@ -1,8 +1,8 @@
 """One cache file: a sparse local file that holds blocks of one version of a remote file.
 
-Owns the descriptor, the block map and what is dirty. Nothing here awaits; callers keep sections
-without an await atomic, which is why there is no lock. Reads of bytes that are in the page cache
-never block; the others are told apart (`read_now` gives None) so that the caller can use a thread.
+Owns the descriptor, the block map and the dirty ranges. Nothing here awaits, so callers can make
+sections without an await, which are atomic and need no lock. Reads of bytes in the page cache never
+block; other reads are reported (`read_now` returns None), so that the caller can use a thread.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 _ALWAYS_POSSIBLE_BYTES = 1 << 40
-"""Every file system has files of 1 TiB."""
+"""Every file system allows files of 1 TiB."""
 
 
 class CacheFile:
-    """`origin` and `key` say which remote file this is, `version` which content of it.
+    """A cache file. `origin` and `key` name the remote file, `version` the version of its content.
 
     `size` is the file's length in bytes as the mount shows it; the local file may be shorter where
     its end was never fetched.
@@ -67,32 +67,34 @@ class CacheFile:
         self.dirty = RangeSet()
         self.users = 0
         self.evictions = 0
-        """Counts evictions: a read in a thread during one may have found a hole."""
+        """The number of evictions: a read in a thread during one may have found a hole."""
         self.pins = 0
-        """While not 0, an upload reads the file and no block may be evicted."""
+        """The number of uploads that read the file; while it is not 0, no block may be evicted."""
         self.pinned = False
-        """Whether the user wants it to stay: then it is not evicted either."""
+        """Whether the user pinned it: then it is not evicted either."""
         self.reading_at = 0
-        """Where it was read last: eviction begins far from there."""
+        """The last read position in bytes: eviction begins far from there."""
         self.indexed = True
-        """Whether the index may remember it: false once it holds what no remote has."""
+        """Whether the index may remember it: False once it holds data that no remote has."""
         self.in_memory = False
-        """Whether it is an anonymous file (memory.py) and not one on the disk."""
+        """Whether it is an anonymous file in memory (memory_files.py) and not one on the disk."""
         self.last_used = 0.0
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     @property
     def cached_bytes(self) -> int:
+        """The bytes that it occupies in the cache."""
         return max(self.dirty.total, min(self.blocks.count * BLOCK_BYTES, self.size))
 
     def close(self) -> None:
+        """Close the descriptor; further calls do nothing."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
     def move(self, fd: int, name: str, path: str, *, in_memory: bool) -> None:
-        """Go on in another file, which is empty. The descriptor's number stays: a read in a thread
-        finds either file behind it, and `evictions` tells its caller to read again."""
+        """Continue in another file, which is empty. The descriptor's number stays: a read in a
+        thread finds either file behind it, and `evictions` tells its caller to read again."""
         os.dup2(fd, self.fd, inheritable=False)
         os.close(fd)
         self.name, self.path, self.in_memory = name, path, in_memory
@@ -100,7 +102,8 @@ class CacheFile:
         self.blocks = BlockMap()
 
     def read_now(self, offset: int, length: int) -> bytes | bytearray | None:
-        """The bytes, or None where the disk must be waited for. Past the local end are zeros."""
+        """Return the bytes, or None where the disk must be waited for. Bytes past the local end are
+        zeros."""
         buffer = bytearray(length)
         try:
             count = os.preadv(self.fd, [buffer], offset, os.RWF_NOWAIT)
@@ -112,10 +115,10 @@ class CacheFile:
             return self.read(offset, length)
         if count < length and not self._is_local_end(offset + count):
             return None
-        return buffer  # not copied to bytes: this is every read of the kernel's
+        return buffer  # not copied to bytes: every read of the kernel comes here
 
     def read(self, offset: int, length: int) -> bytes:
-        """The bytes; may wait for the disk."""
+        """Return the bytes; may wait for the disk."""
         parts = []
         while length > 0:
             part = os.pread(self.fd, length, offset)
@@ -131,9 +134,9 @@ class CacheFile:
         return offset >= os.fstat(self.fd).st_size
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Write all of `data`; it is neither marked present nor dirty.
+        """Write all of `data`, without marking it present or dirty.
 
-        Raises OSError (ENOSPC, EDQUOT, EFBIG) when the cache's disk takes no more.
+        Raises OSError (ENOSPC, EDQUOT, EFBIG) where the cache's disk is full or refuses.
         """
         view = memoryview(data)
         while view:
@@ -142,15 +145,15 @@ class CacheFile:
             offset += count
 
     def mark_written(self, offset: int, end: int) -> None:
-        """[offset, end) holds what a program wrote: present, dirty, checksums unknown."""
+        """Mark [offset, end) as written by a program: present, dirty, checksums unknown."""
         self.dirty.add(offset, end)
         for block in range(offset // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
             self.blocks.put(block)
 
     def resize(self, size: int) -> None:
-        """The file's length changes; what is cut off is forgotten, what is added reads as zeros.
+        """Change the file's length. Bytes cut off are forgotten, bytes added read as zeros.
 
-        Raises OSError (EFBIG) when the cache's file system has no files that large.
+        Raises OSError (EFBIG) where the cache's file system has no files that large.
         """
         if size > max(self.size, _ALWAYS_POSSIBLE_BYTES):
             os.ftruncate(self.fd, size)
@@ -163,8 +166,8 @@ class CacheFile:
         self._forget_checksum_at(min(old, size))
 
     def _forget_checksum_at(self, end: int) -> None:
-        """The block in which the file ends has another length now. One whose checksum was not
-        compared yet can't be trusted any more: it goes, and is fetched anew."""
+        """Handle the block at the file's end, whose length has changed. If its old checksum was not
+        compared yet it can't be trusted any more: it is evicted, and fetched again."""
         block = end // BLOCK_BYTES
         if not end % BLOCK_BYTES or not self.blocks.is_present(block):
             return
@@ -174,18 +177,20 @@ class CacheFile:
             self.evict([block])
 
     def block_length(self, block: int) -> int:
+        """Return the block's length in bytes, which is shorter at the end of the file."""
         return max(0, min(BLOCK_BYTES, self.size - block * BLOCK_BYTES))
 
     def compute_checksums(self, blocks: list[int]) -> list[int]:
-        """Reads the blocks; may wait for the disk, so call it in a thread."""
+        """Read the blocks and return their checksums; may wait for the disk, so call it in a
+        thread."""
         return [self.compute_checksum(block) for block in blocks]
 
     def compute_checksum(self, block: int) -> int:
-        """Reads the block; may wait for the disk, so call it in a thread."""
+        """Read the block and return its checksum; may wait for the disk, so call it in a thread."""
         return checksum(self.read(block * BLOCK_BYTES, self.block_length(block)))
 
     def evict(self, blocks: Iterable[int]) -> None:
-        """Give the blocks' room back to the disk. The caller chose clean ones."""
+        """Return the blocks' space to the disk. The caller chose clean ones."""
         self.evictions += 1
         present = [block for block in blocks if self.blocks.drop(block)]
         for _, run in groupby(enumerate(present), key=lambda pair: pair[1] - pair[0]):
@@ -193,7 +198,7 @@ class CacheFile:
             self._punch(numbers[0] * BLOCK_BYTES, len(numbers) * BLOCK_BYTES)
 
     def discard(self, block: int) -> None:
-        """What is in this clean block is in doubt, whether it counts as present or not."""
+        """Evict a clean block whose content is in doubt, whether it counts as present or not."""
         self.blocks.put(block)
         self.evict([block])
 
@@ -208,5 +213,6 @@ class CacheFile:
 
 
 def checksum(data: bytes | bytearray | memoryview) -> int:
-    """xxh3_64 (github.com/Cyan4973/xxHash), never 0, which means "not known" in a BlockMap."""
+    """Return xxh3_64 of the data (github.com/Cyan4973/xxHash), but never 0, which means "unknown"
+    in a BlockMap."""
     return xxhash.xxh3_64_intdigest(data) or 1

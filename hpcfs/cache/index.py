@@ -1,12 +1,12 @@
-"""What the cache holds, in SQLite, so that it is kept from mount to mount.
+"""The index of the cache's content, in SQLite, so that the cache survives from mount to mount.
 
-Every call blocks on the disk and runs in a thread (cache/registry.py sees to it), but `is_pinned`,
-which is answered from memory. The index may lag behind the cache files: a block it doesn't know is
-fetched again, and a block it knows is served only after its checksum was compared. So nothing here
-needs to be synced, and a damaged index is thrown away.
+Every call blocks on the disk and runs in a thread (cache/registry.py sees to it), except
+`is_pinned`, which is answered from memory. The index may lag behind the cache files: a block that
+it doesn't know is fetched again, and a block that it knows is returned only after its checksum was
+compared. So nothing here needs to be synced, and a damaged index is thrown away.
 
-Nothing but renaming a directory, or pinning it, costs more in a large cache than in a
-small one: triggers keep the totals, what is walked is walked in pages.
+Only renaming a directory, or pinning it, costs more in a large cache than in a small one: triggers
+keep the totals, and long lists are read in pages.
 """
 
 from __future__ import annotations
@@ -90,12 +90,16 @@ _COLUMNS = (
 _FILES = f"SELECT {_COLUMNS} FROM files JOIN origins ON origins.id = files.origin"  # noqa: S608
 _UNDER = "(key = ? OR (key > ? AND key < ?))"
 SMALL_BLOCKS = 64
-"""A file of this many blocks or fewer is read ahead from the index with its directory's others."""
+"""Files of at most this many blocks are loaded from the index together with the others of their
+directory."""
 
 
 class Record(msgspec.Struct, frozen=True):
-    """A cache file as the index knows it; `chunks` are BlockMap chunks by number, `blocks` counts
-    what is in them. `is_complete` is false where `chunks` is left out."""
+    """The index's record of a cache file.
+
+    `chunks` are packed BlockMap chunks by number, `blocks` the number of checksums in them.
+    `is_complete` is False where `chunks` was not loaded.
+    """
 
     name: str
     origin: str
@@ -112,7 +116,7 @@ class Record(msgspec.Struct, frozen=True):
 
 
 class OriginTotals(msgspec.Struct, frozen=True):
-    """What the cache holds of one remote folder."""
+    """The totals of one remote folder in the cache."""
 
     origin: str
     files: int
@@ -158,17 +162,20 @@ class Index:
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
 
     def close(self) -> None:
+        """Close the database."""
         self._db.close()
 
     # --- looking --------------------------------------------------------------------------------
 
     def find(self, origin: str, key: bytes) -> Record | None:
+        """Return the record of a file, or None."""
         row = self._db.execute(
             f"{_FILES} WHERE origins.origin = ? AND key = ?", (origin, key)
         ).fetchone()
         return None if row is None else self._record(row, self.chunks(row[-1]))
 
     def chunks(self, row: int) -> dict[int, bytes]:
+        """Return the packed chunks of a file by number."""
         found = self._db.execute("SELECT number, checksums FROM chunks WHERE file = ?", (row,))
         return dict(found.fetchall())
 
@@ -190,8 +197,8 @@ class Index:
         )
 
     def directory(self, origin: str, directory: bytes, limit: int) -> dict[bytes, Record] | None:
-        """All files below this directory by key, those of more than SMALL_BLOCKS without chunks;
-        None if there are more than `limit`."""
+        """Return all files below this directory by key, those of more than SMALL_BLOCKS without
+        chunks; None if there are more than `limit`."""
         start, end = (directory + b"/", directory + b"0") if directory else (b"", b"\xff" * 300)
         rows = self._db.execute(
             f"{_FILES} WHERE origins.origin = ? AND key > ? AND key < ? LIMIT ?",
@@ -206,8 +213,8 @@ class Index:
         return records
 
     def oldest(self, after: tuple[float, int], limit: int) -> list[Record]:
-        """Files that are not pinned, without chunks, least recently used first; `after` is the
-        (last_used, row) of the last one of the page before."""
+        """Return a page of files that are not pinned, without chunks, least recently used first.
+        `after` is the (last_used, row) of the last one of the page before."""
         rows = self._db.execute(
             f"{_FILES} WHERE pinned = 0 AND (last_used, files.id) > (?, ?)"
             " ORDER BY last_used, files.id LIMIT ?",
@@ -216,14 +223,15 @@ class Index:
         return [self._record(row, None) for row in rows.fetchall()]
 
     def page(self, after: int, limit: int) -> list[Record]:
-        """All files, without chunks, in pages: those whose row is greater than `after`."""
+        """Return a page of all files, without chunks: those whose row is greater than `after`."""
         rows = self._db.execute(
             f"{_FILES} WHERE files.id > ? ORDER BY files.id LIMIT ?", (after, limit)
         )
         return [self._record(row, None) for row in rows.fetchall()]
 
     def page_under(self, origin: str, key: bytes, after: bytes, limit: int) -> list[Record]:
-        """The same for `key` and all below it; `after` is the last key of the page before."""
+        """Return a page of `key` and all files below it; `after` is the last key of the page
+        before."""
         rows = self._db.execute(
             f"{_FILES} WHERE origins.origin = ? AND {_UNDER} AND key > ? ORDER BY key LIMIT ?",
             (origin, *_under(key), after, limit),
@@ -231,7 +239,7 @@ class Index:
         return [self._record(row, None) for row in rows.fetchall()]
 
     def last_chunks(self, row: int, limit: int) -> list[tuple[int, bytes]]:
-        """(number, checksums) of a file's last chunks, the last one first."""
+        """Return (number, checksums) of a file's last chunks, the last one first."""
         found = self._db.execute(
             "SELECT number, checksums FROM chunks WHERE file = ? ORDER BY number DESC LIMIT ?",
             (row, limit),
@@ -239,7 +247,7 @@ class Index:
         return found.fetchall()
 
     def chunk_after(self, row: int, after: int) -> tuple[int, bytes] | None:
-        """(number, checksums) of a file's first chunk whose number is greater."""
+        """Return (number, checksums) of the file's first chunk with a greater number, or None."""
         found: tuple[int, bytes] | None = self._db.execute(
             "SELECT number, checksums FROM chunks WHERE file = ? AND number > ?"
             " ORDER BY number LIMIT 1",
@@ -248,17 +256,19 @@ class Index:
         return found
 
     def totals(self) -> list[OriginTotals]:
+        """Return the totals of all remote folders."""
         rows = self._db.execute(
             "SELECT origin, files, bytes, pinned_files, pinned_bytes FROM origins ORDER BY origin"
         )
         return [OriginTotals(*row) for row in rows.fetchall()]
 
     def total_bytes(self) -> int:
+        """Return the cached bytes of all files."""
         total: int = self._db.execute("SELECT coalesce(sum(bytes), 0) FROM origins").fetchone()[0]
         return total
 
     def known(self, names: Iterable[str]) -> set[str]:
-        """Those of these cache files that the index has."""
+        """Return those of these cache files that the index has."""
         found = set()
         for name in names:
             if self._db.execute("SELECT 1 FROM files WHERE name = ?", (name,)).fetchone():
@@ -268,7 +278,7 @@ class Index:
     # --- changing -------------------------------------------------------------------------------
 
     def save(self, records: Iterable[Record]) -> list[str]:
-        """Remember these; returns the names of cache files that they replace."""
+        """Save these records; return the names of the cache files that they replace."""
         replaced: list[str] = []
         with self._transaction():
             for record in records:
@@ -325,7 +335,8 @@ class Index:
     def change_blocks(
         self, row: int, chunks: Mapping[int, bytes], blocks: int, cached_bytes: int
     ) -> None:
-        """Blocks of an idle file went; b"" stands for a chunk of which nothing is left."""
+        """Record that blocks of an idle file were evicted; b"" stands for a chunk without
+        blocks."""
         with self._transaction():
             self._save_chunks(row, chunks)
             self._db.execute(
@@ -334,6 +345,7 @@ class Index:
             )
 
     def delete(self, names: Sequence[str]) -> None:
+        """Delete the records of these cache files."""
         with self._transaction():
             for name in names:
                 self._delete(name)
@@ -342,8 +354,9 @@ class Index:
         self._db.execute("DELETE FROM files WHERE name = ?", (name,))
 
     def move(self, origin: str, key: bytes, target: bytes) -> list[str]:
-        """`key` and all below it were renamed; returns the names of cache files replaced. What is
-        pinned stays pinned under its new name, and the target's own pin stays too."""
+        """Record that `key` and everything below it was renamed; return the names of cache files
+        replaced. Pinned files stay pinned under their new names, and the target's own pin stays
+        too."""
         moved = {(origin, target + at[len(key) :]) for of, at in self._pins_under(origin, key)}
         with self._transaction():
             replaced = self._under(origin, target)
@@ -359,6 +372,7 @@ class Index:
         return replaced
 
     def renew_version(self, origin: str, key: bytes, old: bytes, new: bytes) -> None:
+        """Replace the version `old` of a file by `new`."""
         self._db.execute(
             "UPDATE files SET version = ? WHERE version = ? AND key = ?"
             " AND origin = (SELECT id FROM origins WHERE origin = ?)",
@@ -366,7 +380,8 @@ class Index:
         )
 
     def remove(self, origin: str, key: bytes) -> list[str]:
-        """`key` and all below it are gone; returns the names of their cache files."""
+        """Delete the records of `key` and everything below it; return the names of their cache
+        files."""
         with self._transaction():
             names = self._under(origin, key)
             for name in names:
@@ -385,15 +400,18 @@ class Index:
     # --- pins -----------------------------------------------------------------------------------
 
     def pins(self) -> list[tuple[str, bytes]]:
+        """Return all pins as (origin, key)."""
         rows = self._db.execute("SELECT origin, key FROM pins ORDER BY origin, key")
         return [(origin, bytes(key)) for origin, key in rows.fetchall()]
 
     def is_pinned(self, origin: str, key: bytes) -> bool:
-        """Whether it, or a directory that it is in, was pinned. From memory."""
+        """Return whether the file, or a directory that contains it, is pinned. Answers from
+        memory."""
         return bool(self._pins) and self.pin_over(origin, key) is not None
 
     def pin_over(self, origin: str, key: bytes) -> bytes | None:
-        """What was pinned of its path: itself, or the directory nearest to it. From memory."""
+        """Return the pin that covers a path: the path itself, or the nearest directory above.
+        Answers from memory."""
         while (origin, key) not in self._pins:
             if not key:
                 return None
@@ -401,13 +419,13 @@ class Index:
         return key
 
     def pin(self, origin: str, key: bytes) -> None:
-        """It stays, with all that is or will be below it."""
+        """Pin a path, with all files that are or will be below it."""
         with self._transaction():
             self._write_pins(self._pins | {(origin, key)})
             self._mark_pinned(origin, key)
 
     def unpin(self, origin: str, key: bytes) -> int:
-        """Returns how many pins, of it and below it, there were."""
+        """Remove the pins at and below a path; return how many there were."""
         found = self._pins_under(origin, key)
         with self._transaction():
             self._write_pins(self._pins - found)
@@ -428,7 +446,7 @@ class Index:
         self._pins = pins
 
     def _mark_pinned(self, origin: str, key: bytes) -> None:
-        """Files at and below `key` say whether they are pinned now."""
+        """Update the pinned flags of the files at and below `key`."""
         self._mark(origin, key, int(self.is_pinned(origin, key)))
         for _, pinned in self._pins_under(origin, key):
             self._mark(origin, pinned, 1)
@@ -442,7 +460,7 @@ class Index:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """BEGIN … COMMIT, or ROLLBACK when the block raises."""
+        """Run the block in a transaction: COMMIT at its end, ROLLBACK where it raises."""
         pins = self._pins
         self._db.execute("BEGIN IMMEDIATE")
         try:
@@ -456,5 +474,6 @@ class Index:
 
 
 def _under(key: bytes) -> tuple[bytes, bytes, bytes]:
-    """What _UNDER asks for: "0" follows "/" in ASCII; all names are under the root, b""."""
+    """Return the parameters of _UNDER. In ASCII "0" follows "/"; all names are below the root,
+    b""."""
     return (key, key + b"/", key + b"0") if key else (b"", b"", b"\xff" * 300)

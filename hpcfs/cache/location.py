@@ -1,8 +1,9 @@
-"""Where the cache may be: on a local disk, writable, ours.
+"""Chooses the directory of the cache: on a local disk, writable, and ours.
 
-On a cluster's login node the home directory is often NFS or Lustre. A cache there is as slow as
-what it caches, and SQLite's WAL needs shared memory that network filesystems don't have. A default
-that lies on one moves to a node-local place and says so; a place that the user named is refused.
+On a cluster's login node the home directory is often on NFS or Lustre. A cache there is as slow as
+the remote that it caches, and SQLite's WAL needs shared memory, which network filesystems lack. A
+default on such a filesystem is replaced by a node-local place, with a note; a place that the user
+named is refused.
 """
 
 from __future__ import annotations
@@ -22,21 +23,23 @@ NETWORK_KINDS = frozenset(
         *("cifs", "smb3", "smbfs", "afs", "9p", "orangefs", "pvfs2", "glusterfs", "gfs2", "ocfs2"),
     )
 )
-SHARED_DISKS = (Path("/scratch"), Path("/var/tmp"))  # noqa: S108 - what is others' is passed over
+SHARED_DISKS = (Path("/scratch"), Path("/var/tmp"))  # noqa: S108 - other users' places are skipped
 LOCAL_FUSE_KINDS = frozenset(["fuse.fuse-overlayfs"])
-"""The root of a rootless container: its bytes are on this node."""
+"""The root of a rootless container, whose bytes are on this node."""
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where the caches of all mounts go; `note` tells the user of a choice made for them."""
+    """The directory for the caches of all mounts; `note` tells the user of a choice made for
+    them."""
 
     directory: Path
     note: str | None = None
 
 
 def network_kind(directory: Path, mounts: Sequence[Mounted]) -> str | None:
-    """The type of the network filesystem that holds this resolved path; None if it is local."""
+    """Return the type of the network filesystem that holds this resolved path; None if it is
+    local."""
     found = mountinfo.containing(directory, mounts)
     if found is None or found.kind in LOCAL_FUSE_KINDS:
         return None
@@ -47,9 +50,9 @@ def network_kind(directory: Path, mounts: Sequence[Mounted]) -> str | None:
 def choose(
     configured: Path | None, default: Path, local_places: Sequence[Path], mounts: Sequence[Mounted]
 ) -> Location:
-    """Pure policy over resolved paths: `local_places` are tried in order.
+    """Choose among resolved paths; pure policy. `local_places` are tried in order.
 
-    Raises SetupError when the user's choice, or every place, is on a network filesystem.
+    Raises SetupError where the user's choice, or every place, is on a network filesystem.
     """
     better = next((place for place in local_places if not network_kind(place, mounts)), None)
     wanted = configured or default
@@ -75,13 +78,14 @@ def choose(
 
 
 def locate(configured: Path | None, environ: Mapping[str, str] = os.environ) -> Location:
-    """`choose` for this machine. Looks, but makes nothing."""
+    """Choose the location on this machine. Looks at the disk, but makes nothing. Raises
+    SetupError."""
     if configured:
         _refuse_unsafe(configured)
     default = paths.default_cache_dir(environ)
     places = local_places(environ)
     mounts = mountinfo.read()
-    if configured is None and (reason := ownership.why_not(default)):
+    if configured is None and (reason := ownership.unsafe_reason(default)):
         return _instead(default, reason, places, mounts)
     return choose(
         Path(os.path.realpath(configured)) if configured else None,
@@ -92,7 +96,7 @@ def locate(configured: Path | None, environ: Mapping[str, str] = os.environ) -> 
 
 
 def _refuse_unsafe(directory: Path) -> None:
-    if reason := ownership.why_not(directory):
+    if reason := ownership.unsafe_reason(directory):
         raise SetupError(
             f"the cache directory {directory} is not safe from others ({reason}): "
             "set cache_dir to a place that only you can change"
@@ -111,10 +115,10 @@ def _instead(
 
 
 def local_places(environ: Mapping[str, str]) -> list[Path]:
-    """Places on a node's own disks, by the habits of clusters; only those that we can write to.
+    """Return writable places on a node's own disks, by the conventions of clusters.
 
     /tmp comes late: it is small or in memory on many nodes. All but $TMPDIR are shared by users, so
-    a place that somebody else has taken, or could, is passed over.
+    a place that another user has taken, or could take, is skipped.
     """
     own = f"hpcfs-{os.getuid()}"
     candidates = [place / own for place in SHARED_DISKS]
@@ -130,14 +134,14 @@ def local_places(environ: Mapping[str, str]) -> list[Path]:
 
 
 def _is_ours(place: Path) -> bool:
-    """Or would be, once it is made."""
-    if ownership.why_not(place):
+    """Return whether the place is ours, or will be once it is made."""
+    if ownership.unsafe_reason(place):
         return False
     return not os.path.lexists(place) or place.lstat().st_uid == os.getuid()
 
 
 def check(directory: Path) -> None:
-    """Raises SetupError when no cache can be made there. Makes nothing."""
+    """Raise SetupError where no cache can be made there. Makes nothing."""
     existing = _nearest(directory)
     if not existing.is_dir():
         raise SetupError(f"the cache directory {directory} can't be: {existing} is no directory")
@@ -159,16 +163,16 @@ def check(directory: Path) -> None:
 
 
 def prepare(location: Location, mountpoint: Path) -> Path:
-    """Make the directory of one mount's cache. Raises SetupError when it can't be made."""
+    """Make the directory of one mount's cache. Raises SetupError where it can't be made."""
     directory = location.directory
     check(directory)
     if directory.parent == paths.shared_tmp_dir():
         paths.make_private(directory.parent)
-    if not directory.exists():  # the mode of one that the user made is the user's
+    if not directory.exists():  # the user chose the mode of an existing one
         paths.make_private(directory)
     return paths.make_private(directory / paths.mount_id(mountpoint))
 
 
 def _nearest(path: Path) -> Path:
-    """The path itself, or its closest parent that exists."""
+    """Return the path itself, or its closest parent that exists."""
     return next(place for place in (path, *path.parents) if os.path.lexists(place))

@@ -1,7 +1,7 @@
-"""What a user may ask of a cache: to be told what it holds, to clear it, to verify it, to pin.
+"""The user's operations on a cache: totals, clear, verify, pin.
 
-Works on an open Store, mounted or not. It goes through the index in pages and lets everything else
-go on meanwhile; dirty data and what is in kept/ is not its business (invariant 3).
+They work on an open Store, mounted or not. They read the index in pages, and let everything else
+continue meanwhile. Dirty data and the files in kept/ are not touched (invariant 3).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ log = logging.getLogger(__name__)
 
 _PAGE = 200
 _READ_BLOCKS = 64
-"""4 MiB at once."""
+"""Blocks that are read at once: 4 MiB."""
 
 ReportBytes = Callable[[int, int], Awaitable[None]]
-"""(bytes done, bytes in all)"""
+"""Called with (bytes done, bytes in total)."""
 
 
 @dataclass(frozen=True, slots=True)
 class CachedPath:
-    """A file or directory of a remote folder; its root is b""."""
+    """A file or directory of a remote folder; `key` is b"" for its root."""
 
     origin: str
     key: bytes
@@ -42,6 +42,8 @@ class CachedPath:
 
 @dataclass
 class Verified:
+    """The result of `verify`."""
+
     files: int = 0
     bytes: int = 0
     damaged_files: int = 0
@@ -49,7 +51,7 @@ class Verified:
 
 
 async def totals(store: Store) -> list[OriginTotals]:
-    """What is in the cache of each remote folder, as far as the index was told."""
+    """Return the totals of each remote folder, as far as the index was told."""
     found = await store.in_thread(store.registry.index.totals)
     return [one for one in found if one.files]
 
@@ -57,7 +59,7 @@ async def totals(store: Store) -> list[OriginTotals]:
 async def _pages(
     store: Store, places: list[CachedPath] | None
 ) -> AsyncGenerator[list[Record], None]:
-    """All files that the index has, or those at and below the places."""
+    """Yield pages of all files in the index, or of those at and below the places."""
     index = store.registry.index
     if places is None:
         after = 0
@@ -80,7 +82,7 @@ async def _pages(
 async def clear(
     store: Store, places: list[CachedPath] | None, tell: ReportBytes, *, pinned: bool = False
 ) -> tuple[int, int]:
-    """Everything clean goes, what is pinned only if asked for; returns (files, bytes) that went."""
+    """Drop all clean data, and pinned files only if `pinned`; return (files, bytes) dropped."""
     await store.save()
     files = freed = 0
     total = store.used_bytes
@@ -101,7 +103,7 @@ async def clear(
 
 
 async def _clear_page(store: Store, page: list[Record], *, pinned: bool) -> list[Record]:
-    """Returns those that went."""
+    """Drop the idle files of a page; return their records."""
     async with store.registry.lookup:
         gone = [
             record
@@ -109,10 +111,10 @@ async def _clear_page(store: Store, page: list[Record], *, pinned: bool) -> list
             if store.registry.is_idle(record.name) and (pinned or not record.pinned)
         ]
         for record in gone:
-            store.registry.record_cache.spoil(record.origin, record.key)
+            store.registry.record_cache.invalidate(record.origin, record.key)
             store.registry.verified_blocks.forget(record.name)
         await store.registry.change(store.registry.index.delete, [record.name for record in gone])
-    for record in gone:  # killed here, they are strays, which the next mount removes
+    for record in gone:  # after a kill here they are strays, which the next mount removes
         await trio.to_thread.run_sync(store.registry.unlink, record.name)
     return gone
 
@@ -127,7 +129,8 @@ def _is_in(file: CacheFile, places: list[CachedPath] | None) -> bool:
 
 
 async def verify(store: Store, tell: ReportBytes) -> Verified:
-    """Compare every block with its checksum; what is damaged goes, to be fetched anew."""
+    """Compare every block with its checksum. Damaged blocks are dropped, and fetched again when
+    they are read."""
     await store.save()
     found = Verified()
     total = store.used_bytes
@@ -163,7 +166,7 @@ async def _verify_file(
 
 
 def _mismatches(path: str, size: int, sums: dict[int, int]) -> list[int]:
-    """In a thread. All of them where there is no such file any more."""
+    """Return the damaged blocks, all of them where the file is gone. Runs in a thread."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -186,12 +189,12 @@ def _checksum(fd: int, block: int, size: int) -> int:
 
 
 async def _drop(store: Store, record: Record, blocks: list[int]) -> int:
-    """Look again while nothing else changes the file, and drop what is damaged still; returns the
-    number of blocks dropped."""
+    """Check again while nothing else changes the file, and drop the blocks that are still damaged;
+    return their number."""
     async with store.registry.lookup:
         file = store.registry.files.get(record.name)
         if file is None:
-            store.registry.record_cache.spoil(record.origin, record.key)
+            store.registry.record_cache.invalidate(record.origin, record.key)
             store.registry.verified_blocks.forget(record.name)
             return await store.registry.change(_drop_idle, store, record, blocks)
     dropped = 0
@@ -206,7 +209,7 @@ async def _drop(store: Store, record: Record, blocks: list[int]) -> int:
 
 
 def _drop_idle(store: Store, record: Record, blocks: list[int]) -> int:
-    """In a thread."""
+    """Do so for an idle file. Runs in a thread."""
     index, dropped = store.registry.index, 0
     now = index.find(record.origin, record.key)
     if now is None or now.row != record.row:
@@ -233,19 +236,19 @@ def _drop_idle(store: Store, record: Record, blocks: list[int]) -> int:
 
 
 async def pin(store: Store, place: CachedPath) -> None:
-    """What is there now, and whatever will be below it, stays."""
+    """Pin a path: its files, and those that will be below it, stay in the cache."""
     await _change_pins(store, place, store.registry.index.pin)
 
 
 async def unpin(store: Store, place: CachedPath) -> int:
-    """Returns how many pins there were at and below it."""
+    """Remove the pins at and below a path; return how many there were."""
     return await _change_pins(store, place, store.registry.index.unpin) or 0
 
 
 async def _change_pins(
     store: Store, place: CachedPath, change: Callable[[str, bytes], int | None]
 ) -> int | None:
-    store.registry.record_cache.spoil_all()
+    store.registry.record_cache.invalidate_all()
     changed = await store.in_thread(change, place.origin, place.key)
     store.mark_pinned(place.origin, place.key)
     await store.save()
@@ -253,5 +256,5 @@ async def _change_pins(
 
 
 def pin_over(store: Store, place: CachedPath) -> bytes | None:
-    """The directory by which it is pinned, or itself."""
+    """Return the pin that covers the path: itself, or a directory above."""
     return store.registry.index.pin_over(place.origin, place.key)

@@ -1,15 +1,15 @@
-"""Cache files in memory, for as long as the disk is slower than the remote, or full.
+"""Cache files in memory, for times in which the disk is slower than the remote, or full.
 
-A file that is only read here may leave the disk at any moment: it goes on, empty, in an anonymous
-file in memory (memfd_create(2)) under the same descriptor, and what is fetched next lands there.
-What the index has of it on the disk stays as it is. The transfer process opens it through /proc,
-with its name, as descriptors' numbers are used again. All of them together hold at most MAX_BYTES:
-what came first goes first, which is what lies behind the readers, as less than that is fetched
-ahead of them (fetcher.PREFETCH_BYTES).
+A file that is only read may leave the disk at any moment: it continues, empty, in an anonymous file
+in memory (memfd_create(2)) under the same descriptor, and blocks fetched later are stored there.
+The index keeps its record of the blocks on the disk. The worker process opens the file through
+/proc, with its name, since descriptor numbers are reused. All such files together hold at most
+MAX_BYTES. The oldest blocks are evicted first; they lie behind the readers, since less than that is
+prefetched ahead of them (fetcher.PREFETCH_BYTES).
 
-The index never hears of such a file. What is to be uploaded, kept or pinned must be on the disk:
-before anything of a file becomes dirty it moves there (`to_disk`), empty once more. Nothing is lost
-with what a move drops: it was clean.
+The index never learns of such a file. Data that is to be uploaded, kept or pinned must be on the
+disk: before any of a file becomes dirty, the file moves back (`to_disk`), empty again. A move loses
+nothing: all blocks that it drops were clean.
 """
 
 from __future__ import annotations
@@ -25,26 +25,30 @@ from hpcfs.model.entries import BLOCK_BYTES, IN_MEMORY
 
 MAX_BYTES = 64 * 1024 * 1024
 MAX_FILES = 32
-"""In use at once; others stay on the disk. What a reader waits for, and what is fetched ahead, must
-still be there when the last of it has come."""
+"""Files in memory at once; others stay on the disk. The blocks that a reader waits for, and those
+prefetched, must still be there when the last of them has arrived."""
 
 
 class MemoryFiles:
+    """The files of one cache that are in memory, and the decision whether more may follow."""
+
     def __init__(self, registry: Registry, max_bytes: int = MAX_BYTES) -> None:
         self._registry = registry
         self.max_bytes = max_bytes
         self.slow_disk = SlowDisk()
         self.is_usable = True
-        """False once the transfer process could not open such a file."""
+        """False once the worker process failed to open such a file."""
         self._files: list[CacheFile] = []
         self._arrived: deque[tuple[CacheFile, range]] = deque()
         self._blocks = 0
-        """In `_arrived`."""
+        """The number of blocks in `_arrived`."""
         self.abandoned: list[str] = []
-        """Files on the disk that others go on without: the index may know them, or not."""
+        """Names of the files on the disk that were left for memory: the index may know them, or
+        not."""
 
     def to_memory(self, file: CacheFile) -> bool:
-        """Whether the file, whose bytes are clean, goes on in memory. No await."""
+        """Move a file into memory, if its data is clean; return whether it moved. Does not
+        await."""
         must_stay = file.pins or file.pinned or file.dirty or not file.indexed
         if file.in_memory or must_stay or not self.is_usable:
             return False
@@ -54,13 +58,14 @@ class MemoryFiles:
         self._files.append(file)
         name = secrets.token_hex(12)
         fd = os.memfd_create(name, os.MFD_CLOEXEC)
-        self._registry.record_cache.spoil(file.origin, file.key)
+        self._registry.record_cache.invalidate(file.origin, file.key)
         self.abandoned.append(file.name)
         self._move(file, fd, name, f"{IN_MEMORY}{name}", in_memory=True)
         return True
 
     def to_disk(self, file: CacheFile) -> None:
-        """The file goes on on the disk. No await. Raises OSError where that has no room for it."""
+        """Move a file back to the disk. Does not await. Raises OSError where that has no room for
+        it."""
         name = secrets.token_hex(12)
         path = self._registry.path(name)
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
@@ -74,7 +79,8 @@ class MemoryFiles:
         self._registry.files[name] = file
 
     def arrived(self, file: CacheFile, offset: int, length: int) -> None:
-        """These blocks are about to be present in a file in memory: the oldest make room."""
+        """Note that these blocks are about to be present in a file in memory; the oldest blocks
+        make room."""
         blocks = range(offset // BLOCK_BYTES, -(-(offset + length) // BLOCK_BYTES))
         self._arrived.append((file, blocks))
         self._blocks += len(blocks)

@@ -1,6 +1,6 @@
-"""A set of byte positions, kept as sorted, disjoint, non-touching ranges.
+"""A set of byte positions, kept as sorted, disjoint, non-adjacent ranges.
 
-Used for what is dirty in a file. A file written front to back is one range; only a program that
+It holds the dirty ranges of a file. A file written front to back is one range; only a program that
 writes at random makes many, and each costs two ints.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 
 class RangeSet:
-    """Ranges are half-open: [start, end), in bytes."""
+    """A set of half-open ranges [start, end), in bytes."""
 
     __slots__ = ("_ends", "_starts")
 
@@ -29,10 +29,11 @@ class RangeSet:
 
     @property
     def total(self) -> int:
-        """Bytes in the set."""
+        """The number of bytes in the set."""
         return sum(self._ends) - sum(self._starts)
 
     def add(self, start: int, end: int) -> None:
+        """Add [start, end)."""
         if start >= end:
             return
         if self._ends and start == self._ends[-1]:  # the next piece of a sequential write
@@ -47,6 +48,7 @@ class RangeSet:
         self._ends[first:last] = [end]
 
     def remove(self, start: int, end: int) -> None:
+        """Remove [start, end)."""
         if start >= end:
             return
         first = bisect_right(self._ends, start)
@@ -59,22 +61,24 @@ class RangeSet:
         self._ends[first:last] = [right for _, right in kept]
 
     def overlaps(self, start: int, end: int) -> bool:
+        """Return whether any byte of [start, end) is in the set."""
         first = bisect_right(self._ends, start)
         return first < len(self._starts) and self._starts[first] < end
 
     def covers(self, start: int, end: int) -> bool:
-        """Whether all of [start, end) is in the set."""
+        """Return whether all of [start, end) is in the set."""
         at = bisect_right(self._starts, start) - 1
         return start >= end or (at >= 0 and self._ends[at] >= end)
 
     def without(self, other: RangeSet) -> RangeSet:
-        """What is in this set and not in the other."""
+        """Return this set minus the other one."""
         rest = self.copy()
         for start, end in other:
             rest.remove(start, end)
         return rest
 
     def copy(self) -> RangeSet:
+        """Return an independent copy."""
         twin = RangeSet()
         twin._starts = self._starts.copy()
         twin._ends = self._ends.copy()

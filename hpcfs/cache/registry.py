@@ -1,11 +1,11 @@
-"""A cache directory as all parts of the cache share it: its index, and the files that are open.
+"""The shared state of one cache directory: its index, and the files that are open.
 
-A file that is open here is known in memory, and what the index has of it is behind; one that is
-not is *idle*, and only the index knows of it. Files change sides under `lookup`, so that what one
-task is about to open is not what another evicts.
+The state of an open file is in memory, and its record in the index lags behind; other files are
+*idle*, and only the index knows them. A file becomes open or idle only under the lock `lookup`, so
+that one task does not open a file that another evicts.
 
-`indexed_bytes` and `rows` are of the same moment whenever a task looks: the total comes back with
-what changed it (`change`), and who changed the index changes `rows` before its next await. A sum
+`indexed_bytes` and `rows` describe the same moment whenever a task looks: the total comes back with
+the change (`change`), and code that changed the index updates `rows` before its next await. A sum
 taken in between would be too small, and eviction would believe it.
 """
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What the index says of an open file, to tell whether it must be told anew."""
+    """The index's fields of an open file, to tell whether its record must be saved again."""
 
     key: bytes
     version: bytes
@@ -41,39 +41,43 @@ class Row:
 
     @classmethod
     def of(cls, file: CacheFile | Record) -> Row:
+        """Return the row of a file or a record."""
         return cls(
             file.key, file.version, file.size, file.cached_bytes, file.last_used, file.pinned
         )
 
 
 class Registry:
+    """The open files and the index of one cache directory."""
+
     def __init__(self, directory: Path, index: Index) -> None:
         self.directory = directory
         self.index = index
         self.files: dict[str, CacheFile] = {}
-        """All that are open, by name."""
+        """All open files, by name."""
         self.rows: dict[str, Row] = {}
-        """What the index has of them."""
+        """The index's rows of open files, by name."""
         self.indexed_bytes = index.total_bytes()
-        """As the index had it last, open files included."""
+        """The index's last total of cached bytes, open files included."""
         self.spooled_bytes = 0
-        """Of long listings, in temporary files beside the cache's."""
+        """Bytes of long listings, in temporary files beside the cache's."""
         self.lookup = trio.Lock()
         self.record_cache = RecordCache()
         self.verified_blocks = VerifiedBlocks()
         self.is_saving = False
-        """While the index is told of open files: none may be closed meanwhile."""
-        self.leaving: set[str] = set()
-        """Closed for good, and perhaps still in the index: not to be opened again."""
+        """Whether open files are being saved to the index: none may be closed meanwhile."""
+        self.deleting: set[str] = set()
+        """Names of files that are closed and about to be deleted, but perhaps still in the index:
+        not to be opened again."""
         self._data = str(directory / "data")
         self._limiter = trio.CapacityLimiter(1)
 
     async def in_thread(self, work: Callable[..., T], *args: object) -> T:
-        """Disk work, one piece at a time: the index serves one caller."""
+        """Run disk work in a thread, one piece at a time: the index serves one caller."""
         return await trio.to_thread.run_sync(work, *args, limiter=self._limiter)
 
     async def change(self, work: Callable[..., T], *args: object) -> T:
-        """Work in a thread after which the index may hold more or less, also if it fails."""
+        """Run work in a thread that may change the index's totals, also if it fails."""
         total = -1
 
         def counted() -> T:
@@ -90,34 +94,36 @@ class Registry:
                 self.indexed_bytes = total
 
     def path(self, name: str) -> str:
+        """Return the path of a cache file."""
         return f"{self._data}/{name[:2]}/{name}"
 
     def unlink(self, name: str) -> None:
+        """Delete a cache file, if it exists."""
         with suppress(FileNotFoundError):
             os.unlink(self.path(name))
 
     def is_idle(self, name: str) -> bool:
-        """Of a file that the index has."""
-        return name not in self.files and name not in self.leaving
+        """Return whether a file of the index is idle: neither open nor being deleted."""
+        return name not in self.files and name not in self.deleting
 
     def close(self, file: CacheFile) -> None:
-        """What the index has of it is all that is known from now on."""
+        """Close a file; from now on only the index knows it."""
         if file.indexed and not file.in_memory:
             self.verified_blocks.remember(file)
         del self.files[file.name]
         self.rows.pop(file.name, None)
         file.close()
 
-    async def bury(self) -> int:
-        """Files that were forgotten and have no user any more go; returns their bytes. All are
-        closed before anything is awaited, as two tasks may be here at once; so all must go then."""
+    async def delete_forgotten(self) -> int:
+        """Delete forgotten files without users; return their bytes. All are closed before the first
+        await, since two tasks may run this at once; so all must be deleted then."""
         if self.is_saving:
             return 0
         gone = [file for file in self.files.values() if not file.indexed and file.users == 0]
         freed = sum(file.cached_bytes for file in gone)
         names = [file.name for file in gone]
         in_index = [name for name in names if name in self.rows]
-        self.leaving.update(names)
+        self.deleting.update(names)
         for file in gone:
             self.close(file)
         try:
@@ -126,20 +132,21 @@ class Registry:
                     await self.in_thread(self.unlink, name)
                 if in_index:
                     for file in gone:
-                        self.record_cache.spoil(file.origin, file.key)
+                        self.record_cache.invalidate(file.origin, file.key)
                     await self.change(self.index.delete, in_index)
         finally:
-            self.leaving.difference_update(names)
+            self.deleting.difference_update(names)
         return freed
 
     @property
     def idle_bytes(self) -> int:
+        """The cached bytes of idle files."""
         in_use = sum(row.cached_bytes for row in self.rows.values())
         return max(0, self.indexed_bytes - in_use)
 
     @property
     def used_bytes(self) -> int:
-        """Looks at every open file: not for every read."""
+        """The bytes that the cache occupies. Looks at every open file, so not for every read."""
         return (
             self.spooled_bytes
             + self.idle_bytes
@@ -147,7 +154,7 @@ class Registry:
         )
 
     def under(self, origin: str, key: bytes) -> Iterator[CacheFile]:
-        """The open files at and below `key`."""
+        """Yield the open files at and below `key`."""
         below = key + b"/" if key else b""
         for file in list(self.files.values()):
             if file.origin == origin and (file.key == key or file.key.startswith(below)):

@@ -1,9 +1,9 @@
-"""Whether the disk with the cache keeps up with what is fetched: pure, no I/O.
+"""Decides whether the cache's disk keeps up with the fetched data. Pure policy, no I/O.
 
-A fetch first waits for the remote, then for the disk. What is under way is bounded, so it queues
-where the way is narrowest: where fetches wait longer for the disk than for the remote, and the disk
-is busy most of the time, the disk is what readers wait for. But not where it takes so much that
-memory would be no better, as can be with a server on this machine.
+A fetch first waits for the remote, then for the disk. The number of bytes in flight is bounded, so
+they queue at the bottleneck. Where fetches wait longer for the disk than for the remote, and the
+disk is busy most of the time, readers wait for the disk. The exception is a disk that is so fast
+that memory would be no better, which happens with a server on this machine.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import time
 from collections.abc import Callable
 
 BUSY_SECONDS = 1.0
-"""So long the disk is watched being busy before it is judged."""
+"""Seconds that the disk must have been busy before it is judged."""
 _SPELL_SECONDS = 4.0
 FAST_RATE = 150e6
-"""Bytes per second that no slow disk takes: more than a link of 1 Gbit/s brings."""
+"""Bytes per second that no slow disk reaches: more than a link of 1 Gbit/s delivers."""
 PAUSE_SECONDS = 30.0
-"""For which a slow disk is left alone; then it is tried again."""
+"""Seconds for which a slow disk is left alone before it is tried again."""
 MAX_PAUSE_SECONDS = 300.0
-"""Where it turned out to be slow again and again."""
+"""The longest such pause, after the disk was slow again and again."""
 
 
 class SlowDisk:
-    """One mount's. `now` is a monotonic clock in seconds."""
+    """The verdict on one mount's disk. `now` is a monotonic clock in seconds."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
@@ -35,14 +35,15 @@ class SlowDisk:
 
     @property
     def is_slow(self) -> bool:
+        """Whether the disk is to be left alone now."""
         return self._now() < self._slow_until
 
     def stored(self, length: int, fetch_seconds: float, store_seconds: float) -> bool:
-        """Just now a fetch of `length` bytes ended that took so long to come, and then to store.
-        True if that shows that the disk is slow."""
+        """Report a fetch of `length` bytes that just ended, and how many seconds it waited for the
+        remote and for the disk. Returns whether this shows that the disk is slow."""
         now = self._now()
         if now < self._slow_until:
-            return False  # it began before
+            return False  # the fetch began before
         busy = min(store_seconds, now - self._last)  # several are stored at once
         if now - self._began > _SPELL_SECONDS and self._busy < (now - self._began) / 2:
             self._begin(now - busy)

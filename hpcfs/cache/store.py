@@ -3,14 +3,14 @@
 A cache directory belongs to one mount at a time (`flock`, so a killed daemon holds nothing). In it:
 
     lock          who holds the cache: pid and mount point
-    index.db      what the cache files hold (cache/index.py)
+    index.db      the index of the cache files (cache/index.py)
     data/ab/...   cache files (cache/file.py), named at random and never reused
-    journal.db    what is not on the remote yet (writeback/journal.py)
+    journal.db    data that is not on the remote yet (writeback/journal.py)
     kept/         files that could not be uploaded
 
-Files in use are known in memory and written to the index by `save`, some time later and once more
-at the end; all SQLite work runs in one worker thread at a time. What goes when there is too much is
-eviction.py's.
+The state of files in use is in memory; `save` writes it to the index, some time later and once more
+at the end. All SQLite work runs in one worker thread at a time. eviction.py decides what is deleted
+when the cache is too large.
 """
 
 from __future__ import annotations
@@ -40,29 +40,31 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _SUMS_AT_ONCE = 32
-"""Blocks: 2 MiB for each time that a thread is asked."""
+"""Blocks summed by one call of a thread: 2 MiB."""
 
 
 class CacheUnusable(Exception):
-    """The cache directory can't be used; the message is a sentence for the user."""
+    """The cache directory can't be used. The message is a sentence for the user."""
 
 
 class Store:
-    """Sizes in bytes. Use `Store.open`, which may raise CacheUnusable."""
+    """The open cache; sizes are in bytes. Make one with `Store.open`, which may raise
+    CacheUnusable."""
 
     def __init__(self, registry: Registry, eviction: Eviction, lock_fd: int) -> None:
         self.registry = registry
         self.eviction = eviction
+        self.max_bytes = eviction.max_bytes
         self.directory = registry.directory
         self._index = registry.index
         self._lock_fd = lock_fd
         self._active: dict[tuple[str, bytes], CacheFile] = {}
-        """By origin and key: the open files that have a name."""
+        """The current open file of each (origin, key)."""
         self._save_lock = trio.Lock()
         self.memory = MemoryFiles(registry)
         self.note_added = eviction.note_added
         self.may_prefetch = eviction.may_prefetch
-        self.check_bound = eviction.check
+        self.note_cleaned = eviction.note_cleaned
         self.make_room = eviction.make_room
         self.evict_forever = eviction.run
 
@@ -70,7 +72,8 @@ class Store:
     def open(
         cls, directory: Path, max_bytes: int, holder: str, min_free: MinFree | None = None
     ) -> Store:
-        """`holder` names the mount for whoever finds the cache locked."""
+        """Open and lock the cache directory. `holder` describes the mount to others who find the
+        cache locked. Raises CacheUnusable."""
         try:
             (directory / "data").mkdir(mode=0o700, parents=True, exist_ok=True)
             lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -98,16 +101,14 @@ class Store:
         return cls(registry, Eviction(registry, max_bytes, min_free or MinFree()), lock_fd)
 
     @property
-    def max_bytes(self) -> int:
-        return self.eviction.max_bytes
-
-    @property
     def used_bytes(self) -> int:
+        """The bytes that the cache occupies."""
         return self.registry.used_bytes
 
     def spool(self, length: int) -> bool:
-        """So many bytes of a long listing go to the disk, or (negative) have gone from it. False
-        where all listings together would take more than the cache may."""
+        """Account for `length` bytes of a long listing that are written to the disk, or (negative)
+        removed from it. Returns False where all listings together would take more than the cache
+        may."""
         if length > 0 and self.registry.spooled_bytes + length > self.max_bytes:
             return False
         self.registry.spooled_bytes += length
@@ -116,28 +117,28 @@ class Store:
         return True
 
     async def in_thread(self, work: Callable[..., T], *args: object) -> T:
-        """Disk work, one piece at a time."""
+        """Run disk work in a thread, one piece at a time."""
         return await self.registry.in_thread(work, *args)
 
     # --- files in use ---------------------------------------------------------------------------
 
     async def acquire(self, origin: str, key: bytes, version: bytes, size: int) -> CacheFile:
-        """The cache file of this version, with what is left in it from earlier.
+        """Return the cache file of this version, with the blocks that are left from earlier use.
 
-        It has one user at a time: bytes that one fetches must not meet what another writes. Where
-        it is in use (a folder that two namespaces show, two that open a file at once), the newer
-        user gets a file of its own, which goes with it.
+        A file has one user at a time: one user's fetched bytes must not overwrite another's written
+        ones. Where it is in use (a folder that two namespaces show, two callers that open a file at
+        once), the later user gets a file of its own, which is deleted with its use.
         """
         file = self._in_use(origin, key, version, size)
         if file is None:
             lookup = self.registry.lookup
-            known = None if lookup.locked() else self.registry.record_cache.ask(origin, key)
+            known = None if lookup.locked() else self.registry.record_cache.find(origin, key)
             if known is not None:
                 file = self._take(known.record, origin, key, version, size)
             else:
                 async with lookup:
                     record = await self._look_up(origin, key)
-                    file = self._in_use(origin, key, version, size)  # somebody may be faster
+                    file = self._in_use(origin, key, version, size)  # another task may be faster
                     file = file or self._take(record, origin, key, version, size)
         file.users += 1
         file.last_used = time.time()
@@ -154,7 +155,8 @@ class Store:
         return await self.in_thread(self._index.find, origin, key)
 
     def in_memory(self, name: str) -> int | None:
-        """The descriptor of the file in memory that has this name now."""
+        """Return the descriptor of the file in memory that has this name now; None where there is
+        none."""
         file = self.registry.files.get(name)
         return file.fd if file is not None and file.in_memory and file.fd >= 0 else None
 
@@ -172,11 +174,12 @@ class Store:
     def _take(
         self, record: Record | None, origin: str, key: bytes, version: bytes, size: int
     ) -> CacheFile:
-        """What the record stands for, if it is this version; else an empty file. No await."""
+        """Return the file of the record, if it is this version; otherwise an empty file. Does not
+        await."""
         active = self._active.get((origin, key))
         if active and active.users and active.version == version and active.size == size:
             own = self.create(origin, key, version, size)
-            own.indexed = False  # the older user's is the one that is kept
+            own.indexed = False  # the older user's file is the one that is kept
             return own
         usable = record and record.version == version and record.size == size
         file = self._reopen(record) if record and usable else None
@@ -201,7 +204,7 @@ class Store:
         return file
 
     def create(self, origin: str, key: bytes, version: bytes, size: int) -> CacheFile:
-        """An empty cache file. Raises OSError when the disk has no room for it."""
+        """Return a new, empty cache file. Raises OSError where the disk has no room for it."""
         name = secrets.token_hex(12)
         try:
             return self._open_file(name, origin, key, version, size)
@@ -217,7 +220,7 @@ class Store:
         self.registry.files[name] = file
         return file
 
-    async def take_up(
+    async def resume(
         self,
         name: str,
         origin: str,
@@ -226,8 +229,9 @@ class Store:
         size: int,
         dirty: list[tuple[int, int]],
     ) -> CacheFile:
-        """The cache file in which an earlier mount left bytes that the remote does not have. What
-        the index knows of its other blocks counts, once verified. Raises OSError, sqlite3.Error."""
+        """Return the cache file in which an earlier mount left bytes that the remote does not
+        have. Its other blocks count as the index has them, once verified. Raises OSError,
+        sqlite3.Error."""
         async with self.registry.lookup:
             record = await self.in_thread(self._index.find, origin, key)
             file = self._open_file(name, origin, key, version, size)
@@ -241,21 +245,21 @@ class Store:
         return file
 
     def adopt(self, file: CacheFile) -> None:
-        """`file` is what its key means from now on; another version that is in use is not."""
+        """Make `file` the current one of its key; another version that is in use is forgotten."""
         other = self._active.get((file.origin, file.key))
         if other is not None and other is not file:
             self.forget(other)
         self._active[file.origin, file.key] = file
 
     def release(self, file: CacheFile) -> None:
-        """A user is done. The file is closed once `save` has told the index of it."""
+        """End one use. The file is closed once `save` has written it to the index."""
         file.users -= 1
         file.last_used = time.time()
         if not file.indexed:
-            self.check_bound()
+            self.note_cleaned()
 
     def forget(self, file: CacheFile) -> None:
-        """What the file holds belongs to nothing any more; it goes when its last user does."""
+        """Mark the file's content obsolete; it is deleted when its last user releases it."""
         file.indexed = False
         if self._active.get((file.origin, file.key)) is file:
             del self._active[file.origin, file.key]
@@ -263,9 +267,9 @@ class Store:
     # --- names change -----------------------------------------------------------------------------
 
     async def move(self, origin: str, key: bytes, target: bytes) -> None:
-        """The remote renamed `key` (a file, or a directory and all below it)."""
+        """Note that the remote renamed `key` (a file, or a directory and all below it)."""
         self._forget_under(origin, target)
-        self.registry.record_cache.spoil_all()
+        self.registry.record_cache.invalidate_all()
         for file in self._under(origin, key):
             del self._active[origin, file.key]
             file.key = target + file.key[len(key) :]
@@ -274,33 +278,33 @@ class Store:
         self.mark_pinned(origin, target)
 
     async def remove(self, origin: str, key: bytes) -> None:
-        """The remote removed `key`."""
+        """Note that the remote removed `key`."""
         self._forget_under(origin, key)
-        self.registry.record_cache.spoil_all()
+        self.registry.record_cache.invalidate_all()
         await self._drop_names(await self.registry.change(self._index.remove, origin, key))
 
-    async def outdate(self, origin: str, key: bytes) -> None:
-        """The remote changed the content of a file here: a later version may look like the one that
-        is cached, where versions are sizes and seconds."""
+    async def invalidate(self, origin: str, key: bytes) -> None:
+        """Forget a file whose content changed on the remote. The version can't be relied on for
+        that: where versions are sizes and seconds, a later one may look like the cached one."""
         self._forget_under(origin, key)
-        self.registry.record_cache.spoil(origin, key)
+        self.registry.record_cache.invalidate(origin, key)
         record = await self.in_thread(self._index.find, origin, key)
         if record is not None:
             await self.registry.change(self._index.delete, [record.name])
             await self._drop_names([record.name])
 
     async def renew_version(self, origin: str, key: bytes, old: bytes, new: bytes) -> None:
-        """The same content has another version now (its mtime was set)."""
+        """Note that the same content has another version now, because its mtime was set."""
         file = self._active.get((origin, key))
         if file is not None:
             if file.version == old:
                 file.version = new
             return
-        self.registry.record_cache.spoil(origin, key)
+        self.registry.record_cache.invalidate(origin, key)
         await self.in_thread(self._index.renew_version, origin, key, old, new)
 
     def mark_pinned(self, origin: str, key: bytes) -> None:
-        """The open files at and below `key` know whether they are pinned now."""
+        """Update whether the open files at and below `key` are pinned."""
         for file in self.registry.under(origin, key):
             file.pinned = self._index.is_pinned(origin, file.key)
 
@@ -313,7 +317,7 @@ class Store:
         return [file for file in under if self._active.get((origin, file.key)) is file]
 
     async def _drop_names(self, names: list[str]) -> None:
-        """The index has forgotten these files."""
+        """Delete or forget files whose records the index has deleted."""
         for name in names:
             self.registry.rows.pop(name, None)
         for name in names:
@@ -326,9 +330,9 @@ class Store:
     # --- saving -----------------------------------------------------------------------------------
 
     async def save(self) -> None:
-        """Tell the index what changed, and close the files that nobody uses.
+        """Save the changes to the index, and close the files without users.
 
-        Raises OSError or sqlite3.Error when the cache's disk fails; nothing is forgotten then.
+        Raises OSError or sqlite3.Error where the cache's disk fails; nothing is lost then.
         """
         async with self._save_lock:
             await self._save()
@@ -342,19 +346,19 @@ class Store:
         for file in list(self.registry.files.values()):
             if file.users == 0 and file.indexed and not self._has_news(file):
                 self._close_file(file)
-        await self.registry.bury()
+        await self.registry.delete_forgotten()
         await self._remove_abandoned()
         await self._drop_names(replaced)
         self.eviction.recount()
 
     def _has_news(self, file: CacheFile) -> bool:
-        """Whether the index does not know yet what it should of this file."""
+        """Return whether the file's record in the index is out of date."""
         if file.in_memory:
             return False
         return file.blocks.has_changed or self.registry.rows.get(file.name) != Row.of(file)
 
     async def _save_changes(self) -> list[str]:
-        """Returns the names of files that were replaced in the index."""
+        """Save the records; return the names of files that they replaced in the index."""
         for file in list(self.registry.files.values()):
             if file.indexed and not file.in_memory:
                 await self._sum_blocks(file)
@@ -364,7 +368,7 @@ class Store:
         if not news:
             return []
         for file in news:
-            self.registry.record_cache.spoil(file.origin, file.key)
+            self.registry.record_cache.invalidate(file.origin, file.key)
         records = [self._record(file) for file in news]
         try:
             replaced = await self.registry.change(self._index.save, records)
@@ -373,15 +377,14 @@ class Store:
                 file.blocks.touch(record.chunks)
             raise
         for record in records:
-            if record.name in self.registry.files:  # it may have left the disk meanwhile
+            if record.name in self.registry.files:  # it may have moved to memory meanwhile
                 self.registry.rows[record.name] = Row.of(record)
         for name in replaced:
             self.registry.rows.pop(name, None)
         return replaced
 
     async def _remove_abandoned(self) -> None:
-        """Of the files on the disk that others go on without in memory, those are kept of which
-        the index knows."""
+        """Delete the files on the disk that were left for memory, unless the index knows them."""
         names, self.memory.abandoned = self.memory.abandoned, []
         for name in names:
             folder = Path(self.registry.path(name)).parent
@@ -393,8 +396,9 @@ class Store:
         self.registry.close(file)
 
     async def _sum_blocks(self, file: CacheFile) -> None:
-        """Checksums of what was written here and is on the remote; a block written meanwhile stays
-        unsummed. What is being uploaded is not of the version that the index would give it."""
+        """Compute checksums of blocks that were written here and are on the remote. A block written
+        meanwhile stays unsummed. A file that is being uploaded is skipped: its content is not of
+        the version that the index would record."""
         if file.dirty or file.pins:
             return
         unsummed = file.blocks.unsummed()
@@ -403,7 +407,7 @@ class Store:
             name = file.name
             found = await self.in_thread(file.compute_checksums, blocks)
             if file.name != name:
-                return  # it left the disk meanwhile
+                return  # it moved to memory meanwhile
             for block, checksum in zip(blocks, found, strict=True):
                 start = block * BLOCK_BYTES
                 if file.pins or file.dirty.overlaps(start, start + BLOCK_BYTES):
@@ -426,6 +430,7 @@ class Store:
         )
 
     async def close(self) -> None:
+        """Save, close everything and release the lock."""
         try:
             await self.save()
         finally:
@@ -435,16 +440,16 @@ class Store:
             os.close(self._lock_fd)
 
     async def remove_strays(self) -> None:
-        """Delete cache files that the index doesn't know: what a killed daemon had begun. Those
-        that the journal knows were moved to kept/ when it was opened. One folder at a time."""
+        """Delete cache files that the index doesn't know, which a killed daemon left. Those that
+        the journal knows were moved to kept/ when it was opened. Works on one folder at a time."""
         for folder in await self.in_thread(lambda: sorted((self.directory / "data").iterdir())):
             names = await self.in_thread(os.listdir, folder)
             idle = [name for name in names if name not in self.registry.files]
             await self.in_thread(self._remove_unknown, folder, idle)
 
     def _remove_unknown(self, folder: Path, names: list[str]) -> None:
-        """In a thread. Files that were not open before their names were looked for: what the index
-        doesn't have of them it never will."""
+        """Delete those of these files that the index doesn't have, in a thread. They were not open
+        before their names were listed, so the index will never have them."""
         known = self._index.known(names)
         for name in names:
             if name not in known:

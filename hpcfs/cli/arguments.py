@@ -1,4 +1,4 @@
-"""Tells the arguments of `hpcfs mount` apart: a mount point, and remotes with or without a name.
+"""Sorts the arguments of `hpcfs mount`: a mount point, and remotes with or without a name.
 
 They may come in any order, so that sshfs's habit (remote first) and mount's both work. A colon
 before any slash makes an argument a remote, as for scp; `./odd:name` is a directory.
@@ -20,12 +20,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
+    """The mount point, if one was given, and the remotes as (name or None, URL)."""
+
     mountpoint: str | None
     named_urls: list[tuple[str | None, str]]
 
 
 def recognise(arguments: Sequence[str]) -> Arguments:
-    """Raises click.UsageError when they make no sense together."""
+    """Sort the arguments. Raises click.UsageError where they don't fit together."""
     named_urls: list[tuple[str | None, str]] = []
     directories: list[str] = []
     for argument in arguments:
@@ -48,7 +50,8 @@ def recognise(arguments: Sequence[str]) -> Arguments:
 
 
 def _is_url(url: str, name: str) -> bool:
-    """`data=login3` is meant as NAME=URL though its URL is wrong; `~/a=b` is a directory."""
+    """Return whether NAME=URL is meant. It is for `data=login3`, though its URL is wrong; `~/a=b`
+    is a directory."""
     return urls.looks_like_url(url) or urls.is_valid_name(name)
 
 
@@ -63,7 +66,7 @@ def _checked_name(name: str) -> str:
 def read_by(
     reader: Callable[[object], T],
 ) -> Callable[[click.Context, click.Parameter, str | None], T | None]:
-    """An option whose value is read as the configuration's key of that name is."""
+    """Return a click callback that reads an option's value with a reader of config/values.py."""
 
     def read(ctx: click.Context, parameter: click.Parameter, value: str | None) -> T | None:
         try:

@@ -1,8 +1,9 @@
-"""Starts the daemon in the background, and stays until it is known whether the mount works.
+"""Starts the daemon in the background, and waits until it is known whether the mount works.
 
-The child serves; it keeps the terminal, to ask for passwords, until the mount answers. Then it
-tells its parent over a pipe and leaves the terminal. Whatever happens before, the parent sees it:
-a message, or the end of the pipe when the child died. Forking comes before any import of trio.
+The child serves the mount. It keeps the terminal, to ask for passwords, until the mount answers;
+then it reports to its parent over a pipe and leaves the terminal. The parent learns of any earlier
+failure by a message, or by the end of the pipe when the child died. The fork happens before any
+import of trio.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ STOP_SECONDS = 5.0
 
 
 class MountStartReport(msgspec.Struct, frozen=True):
-    """Exactly one of them, from child to parent."""
+    """The message from child to parent. Exactly one field is set."""
 
     status: MountStatus | None = None
     failure: str | None = None
 
 
 def start(settings: Settings, *, debug: bool, owner: tuple[int, int] | None = None) -> MountStatus:
-    """The status of the mount, served by a child that has left the terminal.
+    """Start a child that serves the mount, and return the status once it has left the terminal.
 
-    With `owner`, the two ends of a pipe, the mount lives until the writing one is closed, and no
-    signal ends it. Raises SetupError when it failed; nothing is mounted and no child is left then.
+    With `owner`, the two ends of a pipe, the mount lives until the writing end is closed, and no
+    signal ends it. Raises SetupError where it failed; then nothing is mounted and no child is left.
     """
     child, line = run_child(
         partial(_serve, settings, debug=debug, owner=owner),
@@ -58,10 +59,11 @@ def start(settings: Settings, *, debug: bool, owner: tuple[int, int] | None = No
 
 
 def run_child(serve: Callable[[int], int], end: Callable[[int], None]) -> tuple[int, bytes]:
-    """The process that runs `serve`, and the line that it told, empty if it ended before.
+    """Fork a child that runs `serve`; return its pid and the line that it sent, empty if it ended
+    before.
 
-    `serve` is given the pipe for that line (see `send_line`), and returns the child's exit code. A
-    parent that is interrupted meanwhile calls `end` with the child.
+    `serve` gets the pipe for that line (see `send_line`), and returns the child's exit code. A
+    parent that is interrupted meanwhile calls `end` with the child's pid.
     """
     reader, writer = os.pipe()
     sys.stdout.flush()
@@ -85,7 +87,7 @@ def run_child(serve: Callable[[int], int], end: Callable[[int], None]) -> tuple[
 
 
 def _run_in_child(serve: Callable[[int], int], writer: int) -> None:
-    """Never returns: this process ends here, whatever the caller's stack would do."""
+    """Run `serve`, and end this process: it must not return into the caller's stack."""
     code = 1
     try:
         code = serve(writer)
@@ -97,14 +99,15 @@ def _run_in_child(serve: Callable[[int], int], writer: int) -> None:
 
 
 def root_failure(settings: Settings, status: MountStatus) -> str | None:
-    """Why a mount whose root is a remote is of no use: as with sshfs, it is undone then."""
+    """Return why a mount whose root is a remote is of no use, else None. As with sshfs, such a
+    mount is undone."""
     failed = [found for found in status.namespaces if found.state == "failed"]
     root = next((found for found in failed if found.name == settings.root_namespace), None)
     return f"{root.url}: {root.reason}" if root else None
 
 
 def stop(child: int, settings: Settings, *, patience: float) -> None:
-    """Wait for the child's end for so long, then end it; leave nothing mounted."""
+    """Wait `patience` seconds for the child's end, then end it; leave nothing mounted."""
     if not has_ended(child, patience):
         os.kill(child, signal.SIGTERM)
         if not has_ended(child, STOP_SECONDS):
@@ -117,7 +120,8 @@ def stop(child: int, settings: Settings, *, patience: float) -> None:
 
 @contextmanager
 def _terminated_raises() -> Iterator[None]:
-    """`timeout 5 hpcfs mount` must not leave a child that mounts later on."""
+    """Raise SystemExit on SIGTERM: `timeout 5 hpcfs mount` must not leave a child that mounts
+    later."""
 
     def give_up(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -130,7 +134,7 @@ def _terminated_raises() -> Iterator[None]:
 
 
 def has_ended(child: int, seconds: float) -> bool:
-    """Waits for it and reaps it; true as well when it was reaped before."""
+    """Wait for the child and reap it; return True as well where it was reaped before."""
     try:
         process = os.pidfd_open(child)
     except ProcessLookupError:
@@ -146,7 +150,7 @@ def has_ended(child: int, seconds: float) -> bool:
 
 
 def _read_line(reader: int) -> bytes:
-    """Empty when the child ended before it had told anything."""
+    """Read the child's line; empty where the child ended before it sent one."""
     received = bytearray()
     while not received.endswith(b"\n"):
         chunk = os.read(reader, 65536)
@@ -192,9 +196,9 @@ def serve(
     foreground: bool,
     owner: int | None = None,
 ) -> None:
-    """Import the daemon only here: it costs what the other commands must not pay.
+    """Serve the mount in this process. Imports the daemon, whose cost other commands must not pay.
 
-    trio wraps what ends it, Ctrl-C too, in groups: the first one inside says what happened.
+    trio wraps the exception that ends it, Ctrl-C too, in groups; the first one inside is raised.
     """
     from hpcfs.daemon import main
 
@@ -213,6 +217,7 @@ def _first(error: BaseException) -> BaseException:
 
 
 def sentence_of(error: Exception) -> str:
+    """Return the error as a sentence for the user."""
     from hpcfs.daemon import main
 
     if isinstance(error, main.MountFailed | SetupError):
@@ -231,7 +236,7 @@ def detach() -> None:
 
 
 def send_line(writer: int, text: bytes) -> None:
-    """Once: the pipe is closed after it, and a parent that is gone needs no report."""
+    """Send the line, and close the pipe. A parent that is gone needs no report."""
     data = memoryview(text + b"\n")
     with suppress(OSError):
         while data:

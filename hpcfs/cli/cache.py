@@ -1,8 +1,8 @@
-"""`hpcfs cache`: shows, clears and verifies caches, and fetches and pins what is to be in one.
+"""`hpcfs cache`: shows, clears and verifies caches, and fetches and pins files.
 
-A mounted cache is the daemon's: it is asked over its control socket and does the work. One that
-nobody mounts is opened here, with the same lock. Exit code 1: something was damaged, or something
-could not be done; the rest was.
+A mounted cache belongs to its daemon, which does the work on request over the control socket. A
+cache that is not mounted is opened here, with the same lock. Exit code 1: something was damaged, or
+something could not be done; the rest was done.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hpcfs.control.control import CacheFolder, CacheStatus, ControlRequest, Outc
 from hpcfs.model.errors import SetupError
 
 FULL_OF_PINS = 0.8
-"""Of the cache: above it the user is told."""
+"""The part of the cache that pins may take before the user is warned."""
 
 
 @click.group(invoke_without_command=True, short_help="Show, fill, clear and verify caches.")
@@ -119,7 +119,8 @@ def _on_each(
     request: ControlRequest,
     tell: Callable[[CacheTarget, Outcome], int],
 ) -> int:
-    """On one cache or all; one that fails does not stop the others. The highest exit code."""
+    """Run the request on one cache or all; one that fails does not stop the others. Returns the
+    highest exit code."""
     if text is not None:
         return tell(*_do(cache_places.find(text, cache_dir), request))
     places = cache_places.find_all(cache_dir)
@@ -161,7 +162,7 @@ def _tell_verified(place: CacheTarget, outcome: Outcome) -> int:
 
 
 def _tell_pins(places: list[CacheTarget]) -> None:
-    """Pins that leave no room make the cache useless for all else."""
+    """Warn of pins that leave so little room that the cache is useless for all else."""
     for socket in {place.socket for place in places if place.socket}:
         found = control.query_cache(socket)
         pinned = sum(folder.pinned_bytes for folder in found.folders)
@@ -176,6 +177,7 @@ def _tell_pins(places: list[CacheTarget]) -> None:
 
 
 def show_all(text: str | None, cache_dir: Path | None, *, as_json: bool) -> int:
+    """Print the status of one cache or all; return the exit code."""
     places = [cache_places.find(text, cache_dir)] if text else cache_places.find_all(cache_dir)
     found: list[CacheStatus] = []
     code = 0

@@ -1,4 +1,4 @@
-"""Which cache is meant: that of a mount, or one that lies in the cache directory unmounted."""
+"""Finds the cache that an argument means: that of a mount, or one that is not mounted."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hpcfs.system import paths
 
 @dataclass(frozen=True, slots=True)
 class CacheTarget:
-    """With a socket it is mounted, and `path` is what of it is meant; b"" is all. Else `directory`
-    is the cache's own."""
+    """A cache, or a path in one. For a mounted cache `socket` is set, and `path` is the path in the
+    mount; b"" means all of it. Otherwise `directory` is the cache's own."""
 
     name: str
     mountpoint: Path | None = None
@@ -28,7 +28,8 @@ class CacheTarget:
 
 
 def find(text: str, cache_dir: Path | None) -> CacheTarget:
-    """What a path or a mount point stands for. Raises SetupError."""
+    """Return the cache, or the part of it, that a path or a mount point means. Raises
+    SetupError."""
     if (place := _in_a_mount(text)) is not None:
         return place
     target = paths.absolute_mountpoint(text)
@@ -39,7 +40,7 @@ def find(text: str, cache_dir: Path | None) -> CacheTarget:
 
 
 def find_mounted(text: str) -> CacheTarget:
-    """Raises SetupError also where it is not mounted."""
+    """Do as `find`, but raise SetupError where it is not mounted."""
     place = find(text, None)
     if place.socket is None:
         raise SetupError(f"{text} is not mounted now: 'hpcfs mount' first")
@@ -47,7 +48,7 @@ def find_mounted(text: str) -> CacheTarget:
 
 
 def find_below(text: str, cache_dir: Path | None) -> CacheTarget:
-    """As `find`, but also for a path below a mount point that is not mounted now."""
+    """Do as `find`, but accept a path below a mount point that is not mounted now."""
     if (place := _in_a_mount(text)) is not None:
         return place
     path, base = paths.absolute_mountpoint(text), _base(cache_dir)
@@ -60,20 +61,20 @@ def find_below(text: str, cache_dir: Path | None) -> CacheTarget:
 
 
 def find_all_mounted() -> list[CacheTarget]:
-    """This user's. Root may reach other users' mounts, but must name them."""
+    """Return this user's mounts. Root may reach other users' mounts, but must name them."""
     own = os.getuid()
     targets = [found.mountpoint for found in mountpoint.mounts() if found.user_id == own]
     return [CacheTarget(str(target), target, paths.find_socket(target)) for target in targets]
 
 
 def find_all(cache_dir: Path | None) -> list[CacheTarget]:
-    """The caches of all of this user's mounts, then those that are not mounted."""
+    """Return the caches of all of this user's mounts, then those that are not mounted."""
     places, in_use = find_all_mounted(), set()
     for place in places:
         assert place.socket
         try:
             in_use.add(Path(control.query_status(place.socket).cache_dir).resolve())
-        except SetupError:  # it is told when the cache is asked for
+        except SetupError:  # reported when the cache itself is queried
             continue
     base = _base(cache_dir)
     found = sorted(base.iterdir()) if base.is_dir() else []
@@ -86,8 +87,8 @@ def find_all(cache_dir: Path | None) -> list[CacheTarget]:
 def answer(
     place: CacheTarget, request: ControlRequest, on_step: Callable[[WorkProgress], None]
 ) -> ControlReply:
-    """For a cache that is not mounted. Raises SetupError."""
-    from hpcfs.daemon import cache_commands  # it brings trio along, which mounted ones don't need
+    """Execute a request on a cache that is not mounted. Raises SetupError."""
+    from hpcfs.daemon import cache_commands  # imports trio, which mounted ones don't need
 
     assert place.directory
     return cache_commands.answer_unmounted(place.directory, request, on_step)
@@ -99,7 +100,8 @@ def _reachable_mounts() -> list[Path]:
 
 
 def _in_a_mount(text: str) -> CacheTarget | None:
-    """Looks into the mount only if the path leads below it."""
+    """Return the target in a mount, or None. Looks into the mount only if the path leads below
+    it."""
     lexical = paths.absolute_mountpoint(text)
     mounts = _reachable_mounts()
     if lexical in mounts:
@@ -116,7 +118,7 @@ def _place(target: Path, path: Path) -> CacheTarget:
 
 
 def _base(cache_dir: Path | None) -> Path:
-    """The directory that holds the caches of all mounts."""
+    """Return the directory that holds the caches of all mounts."""
     if cache_dir is None and paths.config_file().exists():
         file = paths.config_file()
         cache_dir = config.parse(config.read(file), file, needs_namespaces=False).cache_dir

@@ -1,4 +1,4 @@
-"""`hpcfs check`: finds out what would stop a mount, and says what to do about each."""
+"""`hpcfs check`: finds out what would stop a mount, and says how to mend each problem."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _all(args: tuple[str, ...], config_file: Path | None) -> Iterator[Finding]:
 
 
 def _as_urls(args: Sequence[str]) -> list[str]:
-    """A bare HOST is what `ssh HOST` reaches: a check has no mount point."""
+    """Turn a bare HOST into a URL of what `ssh HOST` reaches: a check has no mount point."""
 
     def is_host(text: str) -> bool:
         return not set(text) & set(":/=") and not os.path.isdir(text)
@@ -94,7 +94,7 @@ def _namespace(found: NamespaceConfig) -> Iterator[Finding]:
 
 
 def _show(found: Finding) -> str:
-    """Printed as soon as it is known: an endpoint that is down takes a while."""
+    """Print a finding at once, since an endpoint that is down takes a while; return its level."""
     level = click.style(f"{found.level:<4}", fg=_COLOURS[found.level])
     text = printable(" ".join(found.text.split()))
     click.echo(f"{level}  {printable(found.subject)}: {text}", color=sys.stdout.isatty())

@@ -1,5 +1,8 @@
-"""What would stop a namespace of a laptop, seen from the cluster. Nobody bans for a connection to a
-tunnel, and nobody is asked: so it is tried as a mount does."""
+"""Checks a namespace of a laptop, from the cluster.
+
+The check connects as a mount does: no server bans for a connection to a tunnel, and no question is
+asked.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from hpcfs.tunnel import file as rendezvous
 
 
 def laptop_namespace(subject: str, site: TunnelSite, root: SftpRoot) -> Iterator[Finding]:
-    from hpcfs.remotes.tunnel import checking  # brings asyncssh along
+    """Connect to the tunnel, and check that the share is there."""
+    from hpcfs.remotes.tunnel import checking  # imports asyncssh
 
     try:
         found = checking.look(site, root)
@@ -35,7 +39,7 @@ def laptop_namespace(subject: str, site: TunnelSite, root: SftpRoot) -> Iterator
 
 
 def _left(site: TunnelSite) -> str:
-    """Where there is no file of that name, which there are."""
+    """Where no tunnel of that name has a file, return which tunnels have one."""
     directory = Path(site.directory)
     if rendezvous.stamp(directory, site.name) is not None:
         return ""

@@ -1,4 +1,4 @@
-"""What of this machine would stop a mount: Python, FUSE, the mount point, the cache."""
+"""Checks this machine: Python, FUSE, the mount point, the cache."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ MIN_PYTHON = (3, 11)
 
 
 def machine() -> Iterator[Finding]:
+    """Check Python, /dev/fuse, fusermount3 and the directories of logs and sockets."""
     version = platform.python_version()
     if sys.version_info >= MIN_PYTHON:
         yield Finding("ok", "python", version)
@@ -33,6 +34,7 @@ def machine() -> Iterator[Finding]:
 
 
 def mount_place(config: Config) -> Iterator[Finding]:
+    """Check the configured mount point."""
     if config.mountpoint is None:
         yield Finding("ok", "mountpoint", "none configured: name one at each mount")
         return
@@ -48,6 +50,7 @@ def mount_place(config: Config) -> Iterator[Finding]:
 
 
 def cache(config: Config) -> Iterator[Finding]:
+    """Check the cache's directory and its free space."""
     try:
         where = location.locate(config.cache_dir)
         location.check(where.directory)

@@ -1,4 +1,4 @@
-"""What would stop an S3 namespace: credentials, the endpoint, the bucket. One request is sent."""
+"""Checks an S3 namespace: credentials, the endpoint, the bucket. Sends one request."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ _SET_THEM = (
 
 
 def s3_namespace(subject: str, site: S3Site, root: S3Root) -> Iterator[Finding]:
+    """Check the namespace."""
     from botocore import exceptions
     from botocore.session import Session
 
@@ -45,7 +46,7 @@ def s3_namespace(subject: str, site: S3Site, root: S3Root) -> Iterator[Finding]:
 
 
 def _credentials(session: Any, site: S3Site) -> str | None:
-    """Where they come from; None if there are none."""
+    """Set up credentials, and return where they come from; None if there are none."""
     if site.anonymous:
         return None
     if site.access_key and site.secret_key:

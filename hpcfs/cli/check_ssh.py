@@ -1,5 +1,7 @@
-"""What would stop an SSH namespace, found without logging in: a failed login can cost the user's
-address a ban, and a second factor must not be asked for by a check."""
+"""Checks an SSH namespace without logging in.
+
+A failed login can get the user's address banned, and a check must not ask for a second factor.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ BANNER_BYTES = 255
 
 
 def ssh_namespace(subject: str, site: SshSite) -> Iterator[Finding]:
+    """Check the namespace."""
     for setting, file in (("ssh_config", site.ssh_config), ("identity_file", site.identity_file)):
         if file and not os.access(file, os.R_OK):
             yield Finding("fail", subject, f"{setting} {file} can't be read: correct its path")
@@ -50,7 +53,7 @@ def ssh_namespace(subject: str, site: SshSite) -> Iterator[Finding]:
 
 
 def _login(subject: str, jumps: Sequence[Hop], found: Hop) -> Finding:
-    """What ssh makes of the host's name."""
+    """Report how ssh resolves the host's name."""
     way = [f"{hop.user}@{hop.host} port {hop.port}" for hop in jumps]
     if found.proxy_command is not None:
         way = [f"'{found.proxy_command}'"]

@@ -1,4 +1,4 @@
-"""`hpcfs check --tunnel`: what would stop a tunnel, seen from the laptop."""
+"""`hpcfs check --tunnel`: checks what a tunnel needs, from the laptop."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def check(
     bind: str | None,
     show: Callable[[Finding], str],
 ) -> int:
-    """The exit code. Raises SetupError for what makes no sense."""
-    from hpcfs.laptop import checking  # brings asyncssh along
+    """Run the checks, and return the exit code. Raises SetupError for invalid settings."""
+    from hpcfs.laptop import checking  # imports asyncssh
 
-    wishes = tunnel_config.load(config_file, host, name, (), bind)
+    settings = tunnel_config.load(config_file, host, name, (), bind)
     levels: list[str] = []
 
     def tell(level: Level, subject: str, text: str) -> None:
         levels.append(show(Finding(level, subject, text)))
 
     with terminal.restored():
-        checking.check(wishes, terminal.ask, tell)
+        checking.check(settings, terminal.ask, tell)
     return 1 if "fail" in levels else 0

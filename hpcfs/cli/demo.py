@@ -1,8 +1,8 @@
 """`hpcfs demo`: a complete mount on servers of its own, to try hpcfs out; nothing to configure.
 
 The servers and the laptop run in processes of their own over a temporary directory, the daemon as
-`hpcfs mount` starts it. Whatever ends the demo (Ctrl-C, SIGTERM, an error, `hpcfs umount`
-elsewhere), all of it is gone afterwards: mount, servers, laptop, files.
+`hpcfs mount` starts it. However the demo ends (Ctrl-C, SIGTERM, an error, `hpcfs umount`
+elsewhere), all of it is removed: mount, servers, laptop, files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hpcfs.system import paths
 DEFAULT_MOUNTPOINT = "~/hpcfs-demo"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 END_SECONDS = 15.0
-"""For the daemon to finish what is being written; the files are the demo's own."""
+"""Seconds for the daemon to finish writing; the files are the demo's own."""
 
 
 @click.command(short_help="Mount embedded servers, to try it out.")
@@ -67,7 +67,7 @@ def _interrupt_on_signals() -> None:
 
 
 def _mount(stack: ExitStack, place: str, *, debug: bool) -> tuple[Settings, MountStatus]:
-    """Raises SetupError when one of the namespaces does not work."""
+    """Mount the demo. Raises SetupError where one of the namespaces does not work."""
     target = paths.absolute_mountpoint(place)
     stack.enter_context(_directory(target))
     note = mountpoint.check(target)
@@ -88,7 +88,7 @@ def _mount(stack: ExitStack, place: str, *, debug: bool) -> tuple[Settings, Moun
 
 @contextmanager
 def _directory(target: Path) -> Iterator[None]:
-    """Makes the mount point; removes it afterwards if it made it."""
+    """Make the mount point; remove it afterwards if it was made here."""
     try:
         target.mkdir(mode=0o700)
     except FileExistsError:
@@ -102,7 +102,7 @@ def _directory(target: Path) -> Iterator[None]:
 
 
 def _stay(settings: Settings, status: MountStatus) -> int:
-    with control.open_wait(settings.socket) as daemon:  # before anybody is told that it runs
+    with control.open_wait(settings.socket) as daemon:  # before the welcome is printed
         print(_welcome(settings), flush=True)
         control.wait_until_gone(daemon, None)
     if mountpoint.is_dead(settings.mountpoint):
@@ -132,7 +132,7 @@ Ctrl-C here ends it and removes all of it."""
 
 
 def _unmount(settings: Settings, status: MountStatus) -> None:
-    """Also where a shell is still in it: the daemon then detaches the mount as it ends."""
+    """Unmount, also where a shell is still in it: the daemon then detaches the mount as it ends."""
     patience = END_SECONDS
     try:
         mountpoint.unmount(settings.mountpoint)

@@ -1,4 +1,4 @@
-"""`hpcfs discard`: gives up what the remote does not have, once the user has seen what that is."""
+"""`hpcfs discard`: drops files that are not uploaded, once the user has seen them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def discard(where: str, yes: bool) -> int:
     if not yes and not _confirm(found):
         print("nothing was discarded")
         return 1
-    # What was written while the user thought about it stays.
+    # Data written while the user decides is kept.
     request = ControlRequest("discard", place.path, before=found.time)
     outcome = control.work(place.socket, request, lambda _: None)
     print(printable(f"{place.name}: discarded {pending.amount(outcome.files, outcome.bytes)}"))
@@ -39,7 +39,7 @@ def discard(where: str, yes: bool) -> int:
 
 
 def _confirm(found: PendingList) -> bool:
-    """Raises SetupError where there is nobody to ask."""
+    """Ask the user. Raises SetupError where there is nobody to ask."""
     lost = pending.amount(found.count, found.size)
     if not (os.isatty(0) and os.isatty(1)):
         raise SetupError(f"{lost} would be lost, the remote does not have them: say so with --yes")

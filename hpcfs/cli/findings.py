@@ -10,7 +10,8 @@ Level = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`fail` would stop a mount or a namespace; `text` of a warn or fail says what to do."""
+    """A result. `fail` stops a mount or a namespace; `text` of a warning or failure says how to
+    mend it."""
 
     level: Level
     subject: str

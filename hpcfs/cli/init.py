@@ -1,7 +1,7 @@
-"""`hpcfs init`: writes a commented configuration that offers the hosts and remotes already known.
+"""`hpcfs init`: writes a commented configuration that offers the known hosts and remotes.
 
-What it writes is read back by config.py before it is put in place: a template that the program
-itself refuses would be worse than none.
+config.py parses the text before it is written: a template that the program itself refuses would be
+worse than none.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ _EXAMPLES = """
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A namespace that could be included. `is_complete` ones need nothing from the user."""
+    """A namespace that the user could include. A complete one needs no further values from the
+    user."""
 
     name: str
     origin: str
@@ -73,6 +74,7 @@ class Offer:
     is_complete: bool = True
 
     def table(self, *, commented: bool) -> str:
+        """Return the namespace's table as text."""
         mark = "# " if commented else ""
         rows = [f"[namespaces.{self.name}]", *self.lines]
         return f"\n# from {self.origin}\n" + "".join(f"{mark}{row}\n" for row in rows)
@@ -98,6 +100,7 @@ def init(config_file: Path | None, force: bool) -> None:
 
 
 def compose(offers: Sequence[Offer], chosen: Sequence[Offer]) -> str:
+    """Return the configuration's text; offers that are not chosen are commented out."""
     tables = [offer.table(commented=offer not in chosen) for offer in offers]
     return _HEAD + "".join(tables) + _EXAMPLES
 
@@ -132,7 +135,7 @@ def _rclone_offers() -> Iterator[Offer]:
 
 
 def _rclone_offer(remote: RcloneRemote) -> Offer:
-    """Raises SetupError when the remote makes no sense."""
+    """Return the offer for an rclone remote. Raises SetupError where the remote is invalid."""
     site = remote.site(config.DEFAULT_CONNECT_TIMEOUT)
     origin = f"the rclone remote {remote.name!r}"
     if isinstance(site, SshSite):
@@ -157,7 +160,7 @@ def _rows(values: dict[str, str | int | None]) -> list[str]:
 
 
 def _unique(offers: Sequence[Offer]) -> list[Offer]:
-    """A name that is taken gets a number."""
+    """Append a number to names that are taken."""
     taken: dict[str, Offer] = {}
     for offer in offers:
         name, number = offer.name, 2
@@ -175,12 +178,12 @@ def _name(text: str) -> str:
 
 
 def _as_key(name: str) -> str:
-    """A dot would begin another table."""
+    """Quote a name with a dot, which would begin another table."""
     return f'"{name}"' if "." in name else name
 
 
 def _quoted(text: str) -> str:
-    """A TOML basic string. What JSON escapes, TOML escapes in the same way."""
+    """Return a TOML basic string. JSON's escapes are valid in TOML."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -195,7 +198,7 @@ def _ask(offers: Sequence[Offer]) -> list[Offer]:
 
 
 def _write(file: Path, text: str) -> None:
-    """Complete or not at all."""
+    """Write the file atomically."""
     ownership.make_directories(file.parent)
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     try:

@@ -1,8 +1,8 @@
 """The entry point: finds the command, and turns every failure into one line and an exit code.
 
-Commands are imported when they are used, their help lines are here: `hpcfs --help` must not wait
-for trio, pyfuse3 or rich. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 out of
-time, 130 ended by Ctrl-C.
+Commands are imported when they are used; their help lines are here, since `hpcfs --help` must not
+wait for trio, pyfuse3 or rich. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 out of time, 130
+ended by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from hpcfs.model.errors import SetupError
 
 @dataclass(frozen=True, slots=True)
 class LazyCommand:
+    """A command that is imported when it is used."""
+
     module: str
     attribute: str
     help: str
@@ -47,16 +49,20 @@ ALIASES = {"unmount": "umount"}
 
 @dataclass(slots=True)
 class Invocation:
-    """What the handling of errors must know of the command line."""
+    """Options of the command line that error handling needs."""
 
     debug: bool = False
 
 
 class LazyGroup(click.Group):
+    """The `hpcfs` command, whose subcommands are imported when they are used."""
+
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import a command; None where there is no such one."""
         lazy = COMMANDS.get(ALIASES.get(name, name))
         if lazy is None:
             return None
@@ -65,6 +71,7 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, lazy.help) for name, lazy in COMMANDS.items()])
 
@@ -84,6 +91,7 @@ def group(invocation: Invocation, debug: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, and exit with its code."""
     sys.exit(run(arguments))
 
 

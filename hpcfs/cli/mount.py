@@ -1,4 +1,4 @@
-"""`hpcfs mount`: checks what can be checked, starts the daemon, and tells what came of it."""
+"""`hpcfs mount`: checks what can be checked, starts the daemon, and reports the result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hpcfs.system import paths
 
 
 def _absolute_path(value: object) -> Path:
-    """Unlike the configuration's paths, the shell's may be relative."""
+    """Read a path. Unlike the configuration's paths, the shell's may be relative."""
     text = str(value)
     return config_values.local_path(text if text.startswith(("~", "$")) else str(Path.cwd() / text))
 
@@ -36,7 +36,7 @@ cache_dir_option = click.option(
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What every command that mounts takes, as `options` declares it."""
+    """The options of every command that mounts, as `options` declares them."""
 
     config_file: Path | None
     verbose: bool
@@ -47,7 +47,7 @@ class Options:
     symlinks: config_values.SymlinkMode | None
 
     def load(self, named_urls: Sequence[tuple[str | None, str]]) -> Config:
-        """The configuration, changed by the options. Raises SetupError."""
+        """Return the configuration, changed by the options. Raises SetupError."""
         chosen = config.load(self.config_file, named_urls)
         chosen = replace(
             chosen,
@@ -61,7 +61,7 @@ class Options:
 
 
 def options(command: Callable[..., object]) -> Callable[..., object]:
-    """Declares the parameters that `Options` is made of."""
+    """Declare the click options that make up `Options`."""
     declared = [
         click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE"),
         click.option("--verbose", "-v", is_flag=True, help="Log more; show tracebacks."),
@@ -115,7 +115,8 @@ def mount(
 
 
 def prepare(chosen: Config, mountpoint_text: str | None) -> Settings:
-    """Checks first what needs no network. Raises SetupError."""
+    """Check the mount point, prepare the cache and return the settings; nothing needs the network.
+    Raises SetupError."""
     given = mountpoint_text or chosen.mountpoint
     if given is None:
         raise SetupError("say where to mount: 'hpcfs mount ~/cluster', or set mountpoint")
@@ -143,7 +144,7 @@ def _tell(status: MountStatus, settings: Settings) -> None:
 
 
 def _tell_pending(status: MountStatus) -> None:
-    """What an earlier mount left."""
+    """Report files that an earlier mount left."""
     stuck = pending.stuck(status)
     if resumed := status.resumed_files:
         complain(f"{count(resumed, 'file')} of an earlier mount: the upload goes on")
@@ -152,9 +153,10 @@ def _tell_pending(status: MountStatus) -> None:
 
 
 def _serve_here(settings: Settings) -> None:
-    """Returns once unmounted. Raises SetupError when there was no use in mounting.
+    """Serve in the foreground; return once unmounted. Raises SetupError where mounting was of no
+    use.
 
-    What there is to tell is in the log, which is on stderr here.
+    Messages are in the log, which goes to stderr here.
     """
     failures: list[str] = []
 

@@ -1,4 +1,4 @@
-"""What the commands print: safe for a terminal, and the same words everywhere.
+"""Formats the commands' output: safe for a terminal, and with the same words everywhere.
 
 Names, reasons and prompts may come from a remote: control characters, which could rewrite what the
 terminal shows, are replaced before anything is printed.
@@ -15,12 +15,13 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def printable(text: str) -> str:
-    """One line without control characters or stray surrogates."""
+    """Return one line without control characters or stray surrogates."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def json_line(value: object) -> str:
-    """One line, for programs; characters that could control a terminal are JSON's escapes."""
+    """Return one line of JSON for programs; characters that could control a terminal are
+    escaped."""
     import msgspec  # only here: --help must not wait for it
 
     text = msgspec.json.encode(value).decode()
@@ -28,18 +29,18 @@ def json_line(value: object) -> str:
 
 
 def show_traceback(error: BaseException) -> None:
-    """On stderr; what a remote said may be in it."""
+    """Print the traceback on stderr; it may contain text of a remote."""
     for part in traceback.format_exception(error):
         print("\n".join(map(printable, part.rstrip("\n").split("\n"))), file=sys.stderr)
 
 
 def complain(sentence: str) -> None:
-    """A sentence on stderr. The newlines of a library's message become spaces."""
+    """Print a sentence on stderr. The newlines of a library's message become spaces."""
     print(f"hpcfs: {printable(' '.join(sentence.split()))}", file=sys.stderr)
 
 
 def size(count: int) -> str:
-    """Bytes for a reader: 1.2 GiB."""
+    """Return a number of bytes for a reader: 1.2 GiB."""
     if count < 1024:
         return f"{count} B"
     power = min((count.bit_length() - 1) // 10, len(_UNITS) - 1)
@@ -47,7 +48,7 @@ def size(count: int) -> str:
 
 
 def ago(since: float) -> str:
-    """How long ago, in the largest unit that fits."""
+    """Return how long ago that was, in the largest unit that fits."""
     seconds = max(0, int(time.time() - since))
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
@@ -56,4 +57,5 @@ def ago(since: float) -> str:
 
 
 def count(number: int, one: str) -> str:
+    """Return a number with its noun in the singular or plural."""
     return f"{number} {one}" if number == 1 else f"{number} {one}s"

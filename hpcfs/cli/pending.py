@@ -1,4 +1,4 @@
-"""How mounts and what is not uploaded are shown, the same in all commands."""
+"""Formats mounts and pending uploads, in the same way for all commands."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ class UnansweredMount(msgspec.Struct, frozen=True):
 
 
 def amount(files: int, length: int) -> str:
-    """3 files (1.2 MiB)."""
+    """Return text such as "3 files (1.2 MiB)"."""
     return f"{count(files, 'file')} ({size(length)})"
 
 
 def states(numbers: Mapping[PendingState, int]) -> str:
-    """2 failed, 1 uploading."""
+    """Return text such as "2 failed, 1 uploading"."""
     return ", ".join(f"{numbers[state]} {state}" for state in _STATES if numbers.get(state))
 
 
 def stuck(status: MountStatus) -> int:
-    """How many files failed or are kept."""
+    """Return the number of files that failed or are kept."""
     return status.pending_states.get("failed", 0) + status.pending_states.get("kept", 0)
 
 
 def path_of(status: MountStatus, file: PendingFile) -> str:
-    """Where it is in the mount: what the other commands take as PATH."""
+    """Return the file's path in the mount, which other commands take as PATH."""
     own = [] if file.namespace == status.root_namespace else [file.namespace]
     return os.path.join(status.mountpoint, *own, file.path)
 
 
 def lines(status: MountStatus) -> list[str]:
-    """For `hpcfs status`: what failed by name, all else in numbers."""
+    """Return lines for `hpcfs status`: failed files by name, all others as numbers."""
     if not status.pending_files:
         return ["  uploads: nothing is pending"]
     rate = f", {size(round(status.upload_rate))}/s" if status.upload_rate >= 1 else ""
@@ -73,13 +73,14 @@ def lines(status: MountStatus) -> list[str]:
 
 
 def stuck_lines(status: MountStatus, file: PendingFile) -> list[str]:
+    """Return lines about one file that failed or is kept."""
     about = f"({size(file.size)}, {ago(file.since)} ago): {file.reason}"
     found = [f"    {file.state} {path_of(status, file)} {about}"]
     return [*found, f"      the bytes: {file.data}"] if file.data else found
 
 
 def query(place: CacheTarget, timeout: float = control.STEP_SECONDS) -> PendingList:
-    """Raises SetupError."""
+    """Ask the mount's daemon for its pending files. Raises SetupError."""
     assert place.socket
     assert place.mountpoint
     try:

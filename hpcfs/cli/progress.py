@@ -1,4 +1,4 @@
-"""A progress bar of bytes, and files, on stderr, where that is a terminal; elsewhere nothing."""
+"""A progress bar of bytes and files on stderr, if that is a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Bar:
-    """May be moved by several threads."""
+    """A progress bar, which several threads may update."""
 
     def __init__(self, label: str) -> None:
         self._label = label
@@ -26,7 +26,7 @@ class Bar:
         return self
 
     def _start(self) -> None:
-        # rich is heavy: who has no terminal need not wait for it
+        # rich is slow to import: commands without a terminal need not wait for it
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -60,6 +60,7 @@ class Bar:
             self._progress.stop()
 
     def show(self, step: WorkProgress) -> None:
+        """Draw the progress."""
         if self._progress is not None and self._task is not None:
             total = max(step.total, step.done)
             files = f"{step.files_done}/{step.files_total} files" if step.files_total else ""

@@ -1,6 +1,6 @@
-"""`hpcfs recover`: copies what is not uploaded to a local directory, mounted or not.
+"""`hpcfs recover`: copies files that are not uploaded to a local directory, mounted or not.
 
-It stays pending. Exit code 1: something could not be copied, or not the whole of it.
+They stay pending. Exit code 1: something could not be copied, or only a part of it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def recover(where: str | None, to: str, cache_dir: Path | None) -> int:
 
 
 def _target(text: str) -> Path:
-    """Raises SetupError where a copy would itself wait to be uploaded."""
+    """Return the directory for the copies. Raises SetupError where a copy would itself wait to be
+    uploaded."""
     target = Path(os.path.realpath(os.path.expanduser(text)))
     for found in mountpoint.mounts():
         if target.is_relative_to(found.mountpoint):
@@ -68,7 +69,7 @@ def _recover(place: CacheTarget, target: Path) -> tuple[Outcome, list[Path]]:
             pending.query(place)
             request = ControlRequest("recover", place.path, to=os.fsencode(target))
             return control.work(place.socket, request, bar.show), []
-        # It brings trio along, which mounted ones don't need.
+        # It imports trio, which mounted ones don't need.
         from hpcfs.daemon import write_commands
 
         assert place.directory

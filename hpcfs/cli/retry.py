@@ -1,4 +1,4 @@
-"""`hpcfs retry`: has the daemon try again what could not be uploaded."""
+"""`hpcfs retry`: has the daemon retry uploads that failed."""
 
 from __future__ import annotations
 

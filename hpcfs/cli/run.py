@@ -1,7 +1,8 @@
 """`hpcfs run`: mounts for one command, in a fresh directory, and unmounts once all is uploaded.
 
-Made for jobs of a batch system. The mount lives as long as this process does: the daemon holds the
-other end of a pipe, and no signal that is meant for the job ends it before the job's program has.
+It is made for jobs of a batch system. The mount lives as long as this process does: the daemon
+holds the other end of a pipe, and no signal that is meant for the job ends it before the job's
+program has ended.
 """
 
 from __future__ import annotations
@@ -30,16 +31,18 @@ from hpcfs.system import interpreter, signals, temporary, user_namespace
 
 VARIABLE = "HPCFS_MOUNT"
 NOT_RUN, CANNOT_RUN, NOT_FOUND = 125, 126, 127
-"""The exit codes of env(1), nohup(1) and timeout(1) for what is not the command's own failure."""
+"""The exit codes of env(1), nohup(1) and timeout(1) for failures other than the command's own."""
 SI_KERNEL = 0x80
-"""siginfo_t's si_code of a key pressed on the terminal, whose signal the command gets, too."""
+"""The si_code in siginfo_t for a key pressed on the terminal, whose signal the command gets,
+too."""
 FORWARDED = (*signals.OF_A_JOB, signal.SIGQUIT)
 
 
 class _WithCommand(click.Command):
-    """Click forgets where `--` was."""
+    """Splits the arguments at `--`, since click does not tell where it was."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the options before `--`, and take the rest as the command."""
         ours, separator, command = args, "", []
         if "--" in args:
             at = args.index("--")
@@ -90,7 +93,7 @@ def run(
 
 @contextmanager
 def _directory() -> Iterator[Path]:
-    """For this user alone: gone afterwards, unless it is still mounted."""
+    """Make a directory for this user alone; remove it afterwards, unless it is still mounted."""
     try:
         made = Path(os.path.realpath(temporary.make("hpcfs-run-")))
     except OSError as error:
@@ -118,6 +121,7 @@ class _Run:
         self._settings: Settings = mount.prepare(config, str(place))
 
     def run(self, command: Sequence[str], *, debug: bool) -> int:
+        """Mount, run the command, upload and unmount; return the exit code."""
         lifeline, ours = os.pipe()
         try:
             status = background.start(self._settings, debug=debug, owner=(lifeline, ours))
@@ -139,8 +143,8 @@ class _Run:
         return {**interpreter.given_environment(os.environ), VARIABLE: str(self._place)}
 
     def _end(self, ours: int, code: int) -> int:
-        """From here on Ctrl-C ends the waiting, and nothing else does: what a batch system sends
-        now is followed by SIGKILL soon enough."""
+        """Upload and unmount. From here on only Ctrl-C ends the waiting: other signals of a batch
+        system are soon followed by SIGKILL anyway."""
         for number in signals.OF_A_JOB:
             if number != signal.SIGINT:
                 signal.signal(number, signal.SIG_IGN)
@@ -167,7 +171,8 @@ class _Run:
         return code if is_complete else code or 1
 
     def _upload(self, at: Path) -> bool:
-        """Whether the remotes have all of it; what they have not is told."""
+        """Wait for the uploads; return whether the remotes have all data, and report what they
+        don't have."""
         problem = ""
         try:
             with Bar("uploading") as bar:
@@ -189,14 +194,16 @@ class _Run:
                 mountpoint.unmount(self._place, lazy=True)
 
     def _tidy_up(self, *, keep_log: bool) -> None:
-        """The next run mounts elsewhere: nobody would use this cache again."""
+        """Remove this mount's cache, which nobody would use again: the next run mounts
+        elsewhere."""
         shutil.rmtree(self._settings.cache_dir, ignore_errors=True)
         if not keep_log:
             self._settings.log_file.unlink(missing_ok=True)
 
 
 def _run(command: Sequence[str], environ: dict[str, str]) -> int:
-    """Its exit code, or 128 and the signal that ended it, as a shell has it."""
+    """Run the command; return its exit code, or 128 plus the signal that ended it, as a shell
+    does."""
     watched = {signal.SIGCHLD, *FORWARDED}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     ours = os.environ.get("PATH", os.defpath)

@@ -1,7 +1,7 @@
-"""`hpcfs status`: what is mounted, which namespaces work, and what is not uploaded.
+"""`hpcfs status`: shows mounts, their namespaces, and files that are not uploaded.
 
-Exit code 0: what was asked for is mounted and its daemon answers (without MOUNTPOINT: there is a
-mount and all answer). 1: not so. A namespace that failed does not change the code: the mount works.
+Exit code 0: the named mount is there and its daemon answers (without MOUNTPOINT: there is a mount,
+and all answer). 1: otherwise. A failed namespace does not change the code: the mount works.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hpcfs.model.errors import SetupError
 from hpcfs.system import paths
 
 MAX_NOTICES = 10
-"""Conflicts shown, the last ones; --json has more."""
+"""The number of conflicts shown, the last ones; --json has more."""
 
 
 @click.command(short_help="Show mounts and their namespaces.")
@@ -50,7 +50,7 @@ def _find(place: str | None) -> Sequence[MountStatus | UnansweredMount]:
 def _show(
     place: str | None, found: Sequence[MountStatus | UnansweredMount], *, as_json: bool
 ) -> int:
-    """The exit code."""
+    """Print what was found; return the exit code."""
     if as_json:
         print(json_line(found))
     elif not found:
@@ -63,7 +63,7 @@ def _show(
 
 
 def _own_mounts() -> list[Path]:
-    """Root, who may unmount all, sees all."""
+    """Return this user's mounts; for root, who may unmount all, those of all users."""
     own = os.getuid()
     return [found.mountpoint for found in mountpoint.mounts() if own in (0, found.user_id)]
 

@@ -1,7 +1,7 @@
-"""`hpcfs sync`: waits until the remotes have everything, or all of one path.
+"""`hpcfs sync`: waits until the remotes have everything, or everything below one path.
 
-Exit code 1: something could not be uploaded. 3: --timeout passed before. Ctrl-C ends the waiting,
-not the uploads.
+Exit code 1: something could not be uploaded. 3: --timeout passed before that. Ctrl-C ends the
+waiting, not the uploads.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _sync(place: CacheTarget, end: float | None) -> int:
 
 
 def _tell_rest(place: CacheTarget) -> None:
-    with suppress(SetupError):  # it was asked to stop, not to tell why it can't say more
+    with suppress(SetupError):  # the user wants to stop, and needs no reason
         found = pending.query(place, control.ANSWER_SECONDS)
         left = pending.amount(found.count, found.left)
         complain(f"{place.name}: {left} still to be uploaded; the mount goes on with that")

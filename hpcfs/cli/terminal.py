@@ -16,7 +16,8 @@ _one_question_at_a_time = threading.Lock()
 
 
 def ask(text: str, echo: bool) -> str | None:
-    """What the user typed, without the newline; None when there is nobody to ask."""
+    """Ask the user; return the typed text without its newline, None where there is nobody to
+    ask."""
     with _one_question_at_a_time:
         terminal = _open_terminal()
         if terminal is None:
@@ -53,7 +54,7 @@ def _ask_on(terminal: int, text: str, *, echo: bool) -> str | None:
 
 
 def _read_line(terminal: int) -> str | None:
-    """Ctrl-D on an empty line declines to answer."""
+    """Read a line. Ctrl-D on an empty line declines to answer: None."""
     received = b""
     while not received.endswith(b"\n"):
         chunk = os.read(terminal, 4096)
@@ -66,7 +67,8 @@ def _read_line(terminal: int) -> str | None:
 
 
 def _shown(text: str) -> str:
-    """Prompts come from servers: only printable characters and newlines reach the terminal."""
+    """Return the prompt with printable characters and newlines only, since prompts come from
+    servers."""
     clean = "".join(
         c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text
     )
@@ -75,7 +77,7 @@ def _shown(text: str) -> str:
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Puts the terminal's modes back afterwards: Ctrl-C at a password leaves the echo off."""
+    """Restore the terminal's modes afterwards: Ctrl-C at a password leaves the echo off."""
     try:
         before = termios.tcgetattr(0)
     except termios.error:

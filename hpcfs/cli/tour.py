@@ -19,7 +19,7 @@ COMMAND_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True)
 class TourStep:
-    """`silence` says what it means when the command prints nothing."""
+    """A command of the tour. `silence` is printed if the command prints nothing."""
 
     explanation: str
     command: tuple[str, ...]
@@ -27,6 +27,7 @@ class TourStep:
 
 
 def steps(target: Path) -> list[TourStep]:
+    """Return the commands, for the tools that this machine has."""
     found = [
         TourStep(
             "Three remotes in one tree: a cluster over SSH, a bucket over S3, and a laptop that "
@@ -67,7 +68,7 @@ def steps(target: Path) -> list[TourStep]:
 
 
 def run(target: Path) -> bool:
-    """Whether all went well; the first failure ends the tour."""
+    """Run the tour; return whether all commands succeeded. The first failure ends it."""
     return all(_run_step(step, target) for step in steps(target))
 
 

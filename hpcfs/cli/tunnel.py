@@ -1,4 +1,5 @@
-"""`hpcfs tunnel`, on the laptop: shares folders with a cluster that nothing gets out of."""
+"""`hpcfs tunnel`, on the laptop: shares folders with a cluster that allows no outgoing
+connections."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from hpcfs.cli.main import Invocation
 from hpcfs.cli.output import ago, complain, json_line, printable, size
 from hpcfs.cli.tunnel_line import TunnelStatusLine, sentence
 from hpcfs.config import tunnel as tunnel_config
-from hpcfs.config.tunnel import Wishes
+from hpcfs.config.tunnel import TunnelSettings
 from hpcfs.laptop import status
 from hpcfs.laptop.shares import Share, collect
 from hpcfs.laptop.status import TunnelStatus
@@ -78,36 +79,36 @@ def tunnel(
         return _tell(named, as_json=as_json) if tells else _stop(named)
     if as_json:
         raise click.UsageError("--json goes with --status")
-    wishes = tunnel_config.load(config_file, host, name, shares, bind)
-    shared = collect(wishes.shares, Path.cwd(), paths.home())
+    settings = tunnel_config.load(config_file, host, name, shares, bind)
+    shared = collect(settings.shares, Path.cwd(), paths.home())
     if daemon:
-        _start(wishes, shared, debug=invocation.debug)
+        _start(settings, shared, debug=invocation.debug)
     else:
         line = TunnelStatusLine()
         with line.drawn():
-            _serve(wishes, shared, line.ask, line.show, to_stderr=not sys.stderr.isatty())
+            _serve(settings, shared, line.ask, line.show, to_stderr=not sys.stderr.isatty())
     return 0
 
 
 def _serve(
-    wishes: Wishes,
+    settings: TunnelSettings,
     shares: tuple[Share, ...],
     ask: Callable[[str, bool], str | None],
     show: Callable[[TunnelStatus], None],
     *,
     to_stderr: bool,
 ) -> None:
-    """Imports what the other commands need not wait for."""
+    """Run the tunnel. Imports modules that other commands need not wait for."""
     from hpcfs.laptop import running
 
-    running.run(wishes, shares, ask, show, to_stderr=to_stderr)
+    running.run(settings, shares, ask, show, to_stderr=to_stderr)
 
 
-def _start(wishes: Wishes, shares: tuple[Share, ...], *, debug: bool) -> None:
+def _start(settings: TunnelSettings, shares: tuple[Share, ...], *, debug: bool) -> None:
     line = TunnelStatusLine()
 
     def serve(show: Callable[[TunnelStatus], None]) -> None:
-        _serve(wishes, shares, line.ask, show, to_stderr=False)
+        _serve(settings, shares, line.ask, show, to_stderr=False)
 
     found = tunnel_background.start(serve, debug=debug)
     for note in found.notes:
@@ -127,7 +128,7 @@ def _stop(named: str | None) -> int:
 
 
 def _tell(named: str | None, *, as_json: bool) -> int:
-    """The exit code: 0 if there is one, and all that are shown answer."""
+    """Print the tunnels; return the exit code: 0 if there is one, and all that are shown answer."""
     found, failures = _query(named)
     for failure in failures:
         complain(failure)
@@ -141,7 +142,8 @@ def _tell(named: str | None, *, as_json: bool) -> int:
 
 
 def _query(named: str | None) -> tuple[list[TunnelStatus], list[str]]:
-    """Those that answer, and why others don't. One that was killed left its socket: none."""
+    """Return the tunnels that answer, and why others don't. A tunnel that was killed left its
+    socket: it is skipped."""
     found: list[TunnelStatus] = []
     failures: list[str] = []
     for name in [named] if named else status.running():

@@ -1,6 +1,6 @@
-"""`hpcfs tunnel --daemon`: a child that keeps the terminal until the tunnel stands, then leaves it.
+"""`hpcfs tunnel --daemon`: a child that keeps the terminal until the tunnel is up, then leaves it.
 
-As with mounts (background.py): whatever happens before, the parent tells.
+As with mounts (background.py), the parent reports every earlier failure.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from hpcfs.laptop.status import TunnelStatus
 from hpcfs.model.errors import SetupError
 
 Serve = Callable[[Callable[[TunnelStatus], None]], None]
-"""Runs the tunnel; what it is given is called with each status."""
+"""Runs the tunnel, and calls its argument with each status."""
 
 
 class TunnelStartReport(msgspec.Struct, frozen=True):
-    """Exactly one of them, from child to parent."""
+    """The message from child to parent. Exactly one field is set."""
 
     status: TunnelStatus | None = None
     failure: str | None = None
 
 
 def start(serve: Serve, *, debug: bool) -> TunnelStatus:
-    """The status of the tunnel, which a child serves. Raises SetupError when it failed."""
+    """Start a child that runs the tunnel, and return the tunnel's status. Raises SetupError where
+    it failed."""
     child, received = background.run_child(partial(_serve, serve, debug=debug), _end)
     report = (
         msgspec.json.decode(received, type=TunnelStartReport) if received else TunnelStartReport()
@@ -41,7 +42,7 @@ def start(serve: Serve, *, debug: bool) -> TunnelStatus:
 
 
 def _end(child: int) -> None:
-    """It may be tidying up on the cluster."""
+    """End the child; it gets time, since it may be cleaning up on the cluster."""
     if not background.has_ended(child, 0.0):
         os.kill(child, signal.SIGTERM)
         if not background.has_ended(child, 2 * background.STOP_SECONDS):

@@ -1,4 +1,4 @@
-"""What `hpcfs tunnel` shows while it runs: one line, drawn anew each second, on a terminal."""
+"""The status line of `hpcfs tunnel` on a terminal, redrawn each second."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CLEAR = "\r\x1b[K"
 
 
 class TunnelStatusLine:
-    """Questions have the terminal for themselves. Where stderr is no terminal nothing is drawn."""
+    """The status line. Questions interrupt it. Where stderr is no terminal nothing is drawn."""
 
     def __init__(self) -> None:
         self._draws = sys.stderr.isatty()
@@ -24,12 +24,13 @@ class TunnelStatusLine:
         self._notes: list[str] = []
 
     def ask(self, text: str, echo: bool) -> str | None:
+        """Clear the line and ask the user."""
         with self._lock:
             self._write(_CLEAR)
             return terminal.ask(text, echo)
 
     def show(self, status: TunnelStatus) -> None:
-        """A question may be on the screen: then another time."""
+        """Draw the status, unless a question may be on the screen."""
         if not self._draws or not self._lock.acquire(blocking=False):
             return
         try:
@@ -45,7 +46,7 @@ class TunnelStatusLine:
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
-        """Cleared afterwards."""
+        """Clear the line when the block ends."""
         try:
             yield
         finally:
@@ -58,6 +59,7 @@ class TunnelStatusLine:
 
 
 def sentence(status: TunnelStatus) -> str:
+    """Return the status as one sentence."""
     if status.state == "connecting":
         return f"connecting to {status.host}"
     if status.state == "lost":

@@ -1,8 +1,8 @@
 """`hpcfs umount`: waits for pending uploads, unmounts, and returns once the daemon has ended.
 
-What can't be uploaded does not keep it mounted: it stays in the journal, on this machine. A remote
-that is out of reach is tried for as long as --timeout says, or for half a minute. Exit code
-1: unmounted, but something written through this mount is not on its remote; or not unmounted. 3:
+Files that can't be uploaded do not keep it mounted: they stay in the journal, on this machine. A
+remote that is out of reach is tried for the time of --timeout, or for half a minute. Exit code 1:
+unmounted, but something written through this mount is not on its remote; or not unmounted. 3:
 unmounted, but --timeout passed before all was uploaded.
 """
 
@@ -28,7 +28,8 @@ from hpcfs.model.errors import SetupError
 from hpcfs.system import mountinfo, paths
 
 PATIENCE_SECONDS = 2.0
-"""After this the user is told what is waited for. What a daemon without uploads needs to end."""
+"""Seconds after which the user is told what is waited for. A daemon without uploads ends within
+them."""
 MAX_USERS_NAMED = 5
 MAX_FILES_NAMED = 5
 
@@ -73,8 +74,9 @@ def _check_mounted(target: Path) -> None:
 
 
 def _upload(at: Path, target: Path, end: float | None) -> int:
-    """While it is mounted still, since a program may hold it for as long as this takes. The exit
-    code: 1 if something written through this mount is not on its remote."""
+    """Wait for the uploads while it is still mounted, since a program may use the mount for as long
+    as this takes. Returns the exit code: 1 if something written through this mount is not on its
+    remote."""
     problem = ""
     try:
         with Bar("uploading") as bar:
@@ -85,7 +87,7 @@ def _upload(at: Path, target: Path, end: float | None) -> int:
         complain(f"{target} stays mounted{_rest(at, '; the mount goes on with that')}")
         raise
     except control.OutOfTime:
-        return 0  # what is left is told when it is unmounted
+        return 0  # the rest is reported when it is unmounted
     except SetupError as error:
         problem = str(error)
     try:
@@ -96,7 +98,7 @@ def _upload(at: Path, target: Path, end: float | None) -> int:
 
 
 class _Watcher:
-    """Shows the steps, and tells once what a user who waits for long should know."""
+    """Shows the progress, and reports once what a user who waits long should know."""
 
     def __init__(self, bar: Bar, target: Path) -> None:
         self._bar = bar
@@ -106,6 +108,7 @@ class _Watcher:
         self._outage = waiting.OutageNotice()
 
     def show(self, step: WorkProgress) -> None:
+        """Show the progress."""
         self._bar.show(step)
         self._outage.show(step)
         if self._told or time.monotonic() < self._tell_at:
@@ -121,7 +124,8 @@ class _Watcher:
 
 
 def tell_failures(status: MountStatus, problem: str) -> int:
-    """What an earlier mount could not upload is no news: `hpcfs status` lists it."""
+    """Report failed uploads; return the exit code. Failures of an earlier mount are not reported
+    again: `hpcfs status` lists them."""
     news = [one for one in status.pending if one.is_stuck and one.since >= status.started]
     for file in news[:MAX_FILES_NAMED]:
         complain(f"{pending.path_of(status, file)} is not uploaded: {file.reason}")
@@ -141,7 +145,8 @@ def tell_failures(status: MountStatus, problem: str) -> int:
 
 
 def _wait(daemon: socket.socket, at: Path, target: Path, end: float | None) -> int:
-    """For as long as uploads take: Ctrl-C ends the waiting, not the uploads."""
+    """Wait for the daemon's end as long as uploads take: Ctrl-C ends the waiting, not the
+    uploads."""
     if control.wait_until_gone(daemon, PATIENCE_SECONDS):
         return 0
     goes_on = "; the daemon goes on, and what it does not finish, the next mount resumes"
@@ -162,7 +167,7 @@ def _wait(daemon: socket.socket, at: Path, target: Path, end: float | None) -> i
 
 
 def _rest(at: Path, outlook: str) -> str:
-    """What is pending, and how it goes on."""
+    """Return text that says how much is pending, and what becomes of it."""
     try:
         status = control.query_status(at)
     except SetupError:
@@ -171,7 +176,7 @@ def _rest(at: Path, outlook: str) -> str:
     return f", {left} not uploaded yet{outlook}" if status.pending_files else outlook
 
 
-# --- who uses it --------------------------------------------------------------------------------
+# --- programs that use it -----------------------------------------------------------------------
 
 
 def _busy(target: Path) -> str:
@@ -192,8 +197,8 @@ def _named_users(target: Path) -> str:
 
 
 def users_below(target: Path) -> Iterator[str]:
-    """Processes with a working directory, root or open file there. Reads the links of /proc only:
-    nothing below a mount that may hang is looked at."""
+    """Yield the processes with a working directory, root or open file there. Reads only the links
+    in /proc, since the mount itself may hang."""
     for process in Path("/proc").iterdir():
         if process.name.isdecimal() and any(_is_below(link, target) for link in _links(process)):
             yield f"{_name(process)} (pid {process.name})"

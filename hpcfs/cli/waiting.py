@@ -1,4 +1,4 @@
-"""Waiting for uploads: how long, and what is said of a remote that is out of reach meanwhile."""
+"""Waiting for uploads: time limits, and a notice about a remote that is out of reach."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ timeout_option = click.option(
     help="Wait no longer for uploads; the daemon goes on with them. The exit code is then 3.",
 )
 OUT_OF_TIME = 3
-"""The exit code."""
+"""The exit code for a timeout."""
 
 
 def ends_at(timeout: float | None) -> float | None:
-    """By time.monotonic; None for never."""
+    """Return the end of the timeout in time.monotonic(); None for no limit."""
     return None if timeout is None else time.monotonic() + timeout
 
 
 def left(end: float | None) -> float | None:
+    """Return the seconds until `end`, at least 0; None for no limit."""
     return None if end is None else max(0.0, end - time.monotonic())
 
 
 def sync_request(end: float | None, path: bytes = b"") -> ControlRequest:
-    """A remote that is out of reach is tried until then."""
+    """Return the request that waits for uploads; a remote that is out of reach is tried until
+    `end`."""
     patience = left(end)
     return (
         ControlRequest("sync", path)
@@ -39,12 +41,13 @@ def sync_request(end: float | None, path: bytes = b"") -> ControlRequest:
 
 
 class OutageNotice:
-    """Tells once why nothing moves."""
+    """Reports once why nothing progresses."""
 
     def __init__(self) -> None:
         self._told = False
 
     def show(self, step: WorkProgress) -> None:
+        """Report the reason, if there is one."""
         if step.reason and not self._told:
             self._told = True
             complain(f"waiting for a connection ({step.reason}); Ctrl-C stops only waiting")

@@ -1,8 +1,8 @@
 """`hpcfs cache warm`: walks directories through the mount, and has the daemon fetch the files.
 
-So names are looked at as every program does, while the bytes take the short way into the cache:
-they pass neither the kernel nor this process. Several files are under way at once, since small ones
-cost a round trip each. What fails is told, and does not stop the rest.
+So names are looked up as any program does, while the data goes straight into the cache: it passes
+neither the kernel nor this process. Several files are fetched at once, since small ones cost a
+round trip each. Failures are reported, and do not stop the rest.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from hpcfs.model.errors import SetupError
 
 WORKERS = 8
 MAX_WAITING = 10_000
-"""Files found but not begun: the walk waits, so that memory doesn't grow with the tree."""
+"""Files found but not yet started. The walk waits beyond that, so that memory does not grow with
+the tree."""
 
 
 @dataclass
 class Warmed:
+    """The result: files and bytes fetched, and the number of failures."""
+
     files: int = 0
     bytes: int = 0
     problems: int = 0
@@ -44,7 +47,7 @@ class _File:
 
 @dataclass
 class _Work:
-    """Shared by the walk and the workers."""
+    """State that the walk and the workers share."""
 
     bar: Bar
     waiting: queue.Queue[_File | None] = field(
@@ -56,24 +59,27 @@ class _Work:
     done: int = 0
 
     def problem(self, path: str, reason: str) -> None:
+        """Count and report a failure."""
         with self.lock:
             self.found.problems += 1
             complain(f"{path}: {reason}")
 
     def expect(self, length: int) -> None:
+        """Add a file's size to the total."""
         with self.lock:
             self.total += length
             self.bar.show(WorkProgress(self.done, self.total))
 
     def advance(self, length: int) -> None:
+        """Add fetched bytes."""
         with self.lock:
             self.done += length
             self.bar.show(WorkProgress(self.done, self.total))
 
 
 def warm(places: list[CacheTarget]) -> Warmed:
-    """Returns when all is fetched that can be. Ctrl-C ends the process, and with it the requests:
-    the daemon cancels those whose client is gone."""
+    """Fetch the files, and return when all that can be fetched is. Ctrl-C ends the process, and
+    with it the requests: the daemon cancels those whose client is gone."""
     limits = {place.socket: _limit(place) for place in places}
     with Bar("fetching") as bar:
         work = _Work(bar)
@@ -95,7 +101,7 @@ def warm(places: list[CacheTarget]) -> Warmed:
             work.waiting.put(None)
         for worker in workers:
             while worker.is_alive():
-                worker.join(0.2)  # not for ever: Ctrl-C must get through
+                worker.join(0.2)  # not forever: Ctrl-C must get through
     return work.found
 
 
@@ -107,7 +113,8 @@ def _limit(place: CacheTarget) -> int:
 
 
 def _walk(root: str, work: _Work) -> Iterator[tuple[str, int]]:
-    """Regular files at and below `root`, with their sizes; symbolic links are not followed."""
+    """Yield the regular files at and below `root` with their sizes; symbolic links are not
+    followed."""
     try:
         found = os.lstat(root)
     except OSError as error:
@@ -136,7 +143,7 @@ def _scan(directory: str, directories: list[str], work: _Work) -> Iterator[tuple
 
 
 def _run(work: _Work) -> None:
-    """A worker: one file after the other."""
+    """Fetch one file after the other, as a worker thread."""
     while (file := work.waiting.get()) is not None:
         _fetch(file, work)
 

@@ -1,7 +1,7 @@
-"""`hpcfs status --watch`: what goes on, drawn once a second until Ctrl-C or q.
+"""`hpcfs status --watch`: the status, drawn once a second until Ctrl-C or q.
 
-Draws by itself, on the terminal's alternate screen: rich would take longer to import than a frame
-may take. Lines are not measured: the terminal cuts what is too long.
+It draws on the terminal's alternate screen by itself: rich would take longer to import than a frame
+may take. Lines are not measured: the terminal cuts those that are too long.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Found = Sequence[MountStatus | UnansweredMount]
 
 
 def watch(query: Callable[[], Found], show: Callable[[Found], int], *, draws: bool) -> int:
-    """The exit code of the last look. Where there is no terminal, or with `draws` off, `show`
-    prints each."""
+    """Draw until the user quits, and return the exit code of the last query. Where there is no
+    terminal, or with `draws` off, `show` prints each status."""
     code = 0
     try:
         if not draws or not sys.stdout.isatty():
@@ -57,7 +57,7 @@ def watch(query: Callable[[], Found], show: Callable[[Found], int], *, draws: bo
 
 
 class Rates:
-    """How fast each file goes, in bytes a second, from one look to the next."""
+    """The upload rate of each file in bytes per second, from one query to the next."""
 
     def __init__(self) -> None:
         self._left: dict[tuple[str, str], int] = {}
@@ -65,6 +65,7 @@ class Rates:
         self._rates: dict[tuple[str, str], float] = {}
 
     def note(self, found: Found, now: float) -> None:
+        """Compare with the query before; `now` is in seconds."""
         seen = {
             (one.mountpoint, file.id): file.left
             for one in found
@@ -80,6 +81,7 @@ class Rates:
         self._left, self._at = seen, now
 
     def of(self, status: MountStatus, file: PendingFile) -> float:
+        """Return the file's rate; 0 where it is unknown."""
         return self._rates.get((status.mountpoint, file.id), 0.0)
 
 
@@ -87,7 +89,7 @@ class Rates:
 
 
 def frame(found: Found, rates: Rates, height: int) -> list[str]:
-    """As many lines as there is room for: files that wait for their turn are left out first."""
+    """Return at most `height` lines; queued files are omitted first."""
     head = f"hpcfs  {time.strftime('%H:%M:%S')}   q quits"
     if not found:
         return [head, "", "no hpcfs mount"]
@@ -139,7 +141,7 @@ def _namespace_lines(found: list[NamespaceStatus]) -> Iterator[str]:
 
 
 def _site_lines(sites: list[SiteStatus]) -> Iterator[str]:
-    """Of those that there is a connection to."""
+    """Describe the sites that have a connection."""
     for site in sites:
         if site.connections or site.requests:
             kind = {"sftp": "SSH", "s3": "S3"}.get(site.kind, site.kind)
@@ -188,7 +190,7 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def _screen() -> Iterator[None]:
-    """SIGTERM leaves it, too."""
+    """Switch to the alternate screen, and back; SIGTERM switches back, too."""
 
     def end(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -205,7 +207,7 @@ def _screen() -> Iterator[None]:
 
 @contextmanager
 def _keys() -> Iterator[bool]:
-    """Whether keys can be read, each as it is pressed."""
+    """Switch to reading each key as it is pressed; yield whether that is possible."""
     try:
         before = termios.tcgetattr(0)
     except termios.error:
@@ -219,12 +221,12 @@ def _keys() -> Iterator[bool]:
 
 
 def _draw(lines: list[str]) -> None:
-    """Over the last frame, so that nothing flickers."""
+    """Draw over the last frame, so that nothing flickers."""
     sys.stdout.write("\x1b[H" + "\r\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J")
     sys.stdout.flush()
 
 
 def _quits(has_keys: bool) -> bool:
-    """Waits for the next frame, or for q."""
+    """Wait for the next frame, or for q; return whether to quit."""
     ready, _, _ = select.select([0] if has_keys else [], [], [], SECONDS)
     return bool(ready) and os.read(0, 64).lower() in (b"q", b"")

@@ -1,6 +1,6 @@
-"""The configuration: a TOML file, or URLs of the command line, to frozen values.
+"""The configuration: reads a TOML file, or URLs of the command line, into frozen values.
 
-Owns what keys there are and what they mean (docs/configuration.md lists them). Every mistake is an
+Owns which keys exist and what they mean (docs/configuration.md lists them). Every mistake is an
 error that names file, line and the nearest valid key: a key that is silently ignored would let a
 user believe in a setting that isn't there. Credentials are refused: they have better places.
 """
@@ -60,9 +60,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class NamespaceConfig:
-    """One top-level directory of the mount. `url` is for display and holds no secret. `write` is
-    what close(2) waits for: the remote, or the local journal. `xattrs` is whether extended
-    attributes are wanted, `symlinks` where symbolic links may lead."""
+    """One top-level directory of the mount.
+
+    `url` is for display and holds no secret. `write` names what close(2) waits for: the remote, or
+    the local journal. `xattrs` says whether extended attributes are wanted, `symlinks` where
+    symbolic links may lead.
+    """
 
     name: str
     site: AnySite
@@ -74,17 +77,19 @@ class NamespaceConfig:
 
     @property
     def read_only(self) -> bool:
+        """Whether nothing may be changed on the remote."""
         return self.root.read_only
 
     @property
     def keeps_xattrs(self) -> bool:
-        """SFTP has none, and what is read-only is shown as listings tell it."""
+        """Whether extended attributes are kept. SFTP has none, and a read-only namespace is shown
+        as listings describe it."""
         return isinstance(self.site, S3Site) and self.xattrs and not self.read_only
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What the user asked for. `notes` are things to tell the user once."""
+    """The user's configuration. `notes` are sentences to tell the user once."""
 
     namespaces: dict[str, NamespaceConfig]
     root_namespace: str | None = None
@@ -99,9 +104,12 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What one daemon is built from. `cache_dir` is this mount's own directory. With
-    `root_namespace` that remote is the root of the mount itself, as with sshfs. `journal_size` is
-    how many bytes may wait to be uploaded."""
+    """The settings of one daemon.
+
+    `cache_dir` is this mount's own directory. `root_namespace`, if set, is the remote that is the
+    root of the mount itself, as with sshfs. `journal_size` is the number of bytes that may wait to
+    be uploaded.
+    """
 
     mountpoint: Path
     cache_dir: Path
@@ -116,7 +124,7 @@ class Settings:
 
 
 def settings(config: Config, mountpoint: Path, cache_dir: Path) -> Settings:
-    """Join the user's wishes with this mount's own places."""
+    """Combine the configuration with this mount's own paths."""
     return Settings(
         mountpoint=mountpoint,
         cache_dir=cache_dir,
@@ -132,10 +140,10 @@ def settings(config: Config, mountpoint: Path, cache_dir: Path) -> Settings:
 
 
 def load(file: Path | None, named_urls: Sequence[tuple[str | None, str]] = ()) -> Config:
-    """The configuration in that file, or in the default one, with the URLs' namespaces instead of
-    the file's if there are URLs.
+    """Load the configuration from that file, or from the default one.
 
-    Raises SetupError for any mistake, and when nothing says what to mount.
+    If there are URLs, their namespaces replace the file's. Raises SetupError for any mistake, and
+    where nothing says what to mount.
     """
     chosen = file or paths.config_file()
     if file is None and not chosen.exists():
@@ -151,10 +159,10 @@ def load(file: Path | None, named_urls: Sequence[tuple[str | None, str]] = ()) -
 
 
 def read(file: Path) -> str:
-    """Raises SetupError, also where somebody else may have written what is in it: it names hosts
-    that get passwords, and files whose lines are commands."""
+    """Read the file as text. Raises SetupError, also where another user may have written it: it
+    names hosts that get passwords, and files whose lines are commands."""
     try:
-        raw = ownership.read_ours(file, chosen=file != paths.config_file())
+        raw = ownership.read_trusted(file, chosen=file != paths.config_file())
     except FileNotFoundError:
         raise SetupError(f"there is no configuration file {file}") from None
     except OSError as error:
@@ -167,15 +175,16 @@ def read(file: Path) -> str:
 
 
 def with_urls(base: Config, named_urls: Sequence[tuple[str | None, str]]) -> Config:
-    """Raises SetupError for a URL that can't be mounted, or for two remotes of one name."""
+    """Return the configuration with the URLs' namespaces instead. Raises SetupError for a URL that
+    can't be mounted, and for two remotes with one name."""
     is_root = [name is None for name, _ in named_urls]
     if any(is_root) and len(named_urls) > 1:
         raise SetupError("with several remotes each needs a name: NAME=URL NAME=URL")
-    around = urls.Surroundings(ssh_config.aliases(), rclone_conf.load, DEFAULT_CONNECT_TIMEOUT)
+    context = urls.UrlContext(ssh_config.aliases(), rclone_conf.load, DEFAULT_CONNECT_TIMEOUT)
     found: dict[str, NamespaceConfig] = {}
     notes: list[str] = []
     for name, url in named_urls:
-        target = urls.parse(url, around)
+        target = urls.parse(url, context)
         key = name or _name_of(target.site, target.root)
         if key in found:
             raise SetupError(f"two remotes are named {key!r}: give each its own name")
@@ -202,13 +211,13 @@ def _symlinks_of(target: urls.ParsedUrl) -> SymlinkMode:
 
 
 def with_symlinks(config: Config, mode: SymlinkMode) -> Config:
-    """The same, with every namespace in this mode."""
+    """Return the configuration with this mode in every namespace."""
     namespaces = {name: replace(one, symlinks=mode) for name, one in config.namespaces.items()}
     return replace(config, namespaces=namespaces)
 
 
 def read_only(config: Config) -> Config:
-    """The same, with every namespace read-only."""
+    """Return the configuration with every namespace read-only."""
     return replace(
         config,
         namespaces={
@@ -219,7 +228,7 @@ def read_only(config: Config) -> Config:
 
 
 def writing(config: Config, mode: WriteMode) -> Config:
-    """The same, with every namespace in this mode."""
+    """Return the configuration with this write mode in every namespace."""
     return replace(
         config,
         namespaces={name: replace(found, write=mode) for name, found in config.namespaces.items()},
@@ -227,7 +236,7 @@ def writing(config: Config, mode: WriteMode) -> Config:
 
 
 def parse(text: str, file: Path, *, needs_namespaces: bool = True) -> Config:
-    """Raises SetupError with file and line for the first mistake."""
+    """Parse a configuration. Raises SetupError with file and line of the first mistake."""
     top = _top_table(text, file)
     top.refuse_unknown(TOP_KEYS)
     namespaces = top.get("namespaces", values.table, None) or {}
@@ -266,17 +275,21 @@ class _Table:
     def get(self, key: str, reader: Callable[[object], T], default: T) -> T: ...
 
     def get(self, key: str, reader: Callable[[object], T], default: T | None) -> T | None:
-        """The value as `reader` understands it. Its BadValues become the user's errors."""
+        """Return the value as `reader` reads it, or the default. A BadValue becomes the user's
+        error."""
         if key not in self.entries:
             return default
         return self._read(key, reader)
 
     def require(self, key: str, reader: Callable[[object], T], example: str) -> T:
+        """Return the value. Raises SetupError with an example where the key is missing."""
         if key not in self.entries:
             self.fail(None, f"{key} is missing: add a line such as {key} = {example}")
         return self._read(key, reader)
 
     def below(self, table: str, name: str) -> _Table:
+        """Return the table named `name` inside of `table`. Raises SetupError for an invalid
+        name."""
         inner = self.entries[table]
         assert isinstance(inner, dict)
         path = (*self.path, table, name)
@@ -296,6 +309,7 @@ class _Table:
             self.fail(key, f"{key} {error}")
 
     def refuse_unknown(self, known: Collection[str]) -> None:
+        """Raise SetupError for a key that is not `known`, with the nearest one that is."""
         for key in self.entries:
             if key in known:
                 continue
@@ -310,6 +324,7 @@ class _Table:
             self.fail(key, f"unknown key {key!r}: {hint}")
 
     def fail(self, key: str | None, text: str) -> NoReturn:
+        """Raise SetupError with file, line and table of the key."""
         path = self.path if key is None else (*self.path, key)
         where = f"[{'.'.join(str(part) for part in self.path)}] " if self.path else ""
         raise SetupError(f"{self.file}:{self.lines.get(path, 1)}: {where}{text}")
@@ -324,7 +339,8 @@ def _top_table(text: str, file: Path) -> _Table:
 
 
 def tunnel_table(text: str, file: Path) -> _Table | None:
-    """For config/tunnel.py, which knows its keys; None where there is none."""
+    """Return the [tunnel] table for config/tunnel.py, which knows its keys; None where there is
+    none."""
     top = _top_table(text, file)
     entries = top.get("tunnel", values.table, None)
     return None if entries is None else _Table(entries, ("tunnel",), file, top.lines)
@@ -383,7 +399,8 @@ def _s3(table: _Table) -> tuple[AnySite, AnyRoot]:
 
 
 def _tunnel(table: _Table) -> tuple[AnySite, AnyRoot]:
-    """By default the tunnel has the namespace's own name, and all it shares is shown."""
+    """Read a namespace of type tunnel. By default the tunnel has the namespace's name, and all its
+    shares are shown."""
     name = table.get("tunnel", values.tunnel, str(table.path[-1]))
     seconds = table.get("connect_timeout", values.seconds, DEFAULT_CONNECT_TIMEOUT)
     site = urls.tunnel_site(name, seconds, table.get("directory", values.local_path, None))
@@ -398,7 +415,7 @@ _KINDS: dict[str, tuple[Collection[str], Callable[[_Table], tuple[AnySite, AnyRo
 
 
 def _name_of(site: AnySite, root: AnyRoot) -> str:
-    """A name for a remote that the user gave none: it only shows in the status."""
+    """Return a name for a remote to which the user gave none; only the status shows it."""
     if isinstance(site, TunnelSite):
         return site.name
     text = site.host if isinstance(site, SshSite) else getattr(root, "bucket", "")
@@ -406,7 +423,8 @@ def _name_of(site: AnySite, root: AnyRoot) -> str:
 
 
 def _syntax_error(message: str, text: str, file: Path) -> str:
-    """tomllib ends its message with "(at line 3, column 5)" or "(at end of document)"."""
+    """Build the error's sentence. tomllib ends its message with "(at line 3, column 5)" or "(at end
+    of document)"."""
     sentence, _, place = message.partition(" (at ")
     line = re.search(r"line (\d+)", place)
     number = int(line[1]) if line else text.count("\n") + 1

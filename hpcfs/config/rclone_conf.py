@@ -1,7 +1,7 @@
-"""Reads remotes of rclone.conf, so that what rclone reaches can be mounted by the same name.
+"""Reads remotes from rclone.conf, so that they can be mounted by their rclone names.
 
-Types sftp and s3 only. rclone's own passwords (obscured, not encrypted) are not used: SSH logs in
-by key, agent or a prompt. Keys of an s3 remote are used, as rclone uses them.
+Only the types sftp and s3 are supported. rclone's passwords (obscured, not encrypted) are not used:
+SSH logs in by key, agent or a prompt. The keys of an s3 remote are used, as rclone uses them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ENCRYPTED_MARK = "RCLONE_ENCRYPT_V"
 
 @dataclass(frozen=True, slots=True)
 class RcloneRemote:
-    """One section of the file. `options` may hold secrets: it is not shown."""
+    """One section of the file. `options` may hold secrets, so its repr omits them."""
 
     name: str
     kind: str
@@ -34,7 +34,7 @@ class RcloneRemote:
         return f"RcloneRemote({self.name!r}, {self.kind!r})"
 
     def site(self, connect_timeout: float) -> SshSite | S3Site:
-        """Raises SetupError when hpcfs has no such kind of remote."""
+        """Return the remote's site. Raises SetupError where hpcfs has no such kind of remote."""
         if self.kind == "sftp":
             return self._ssh_site(connect_timeout)
         if self.kind == "s3":
@@ -45,6 +45,8 @@ class RcloneRemote:
         )
 
     def root(self, path: str, *, read_only: bool) -> SftpRoot | S3Root:
+        """Return the folder that REMOTE:path names. Raises SetupError where an S3 path has no
+        bucket."""
         if self.kind == "sftp":
             return SftpRoot(path or "~", read_only)
         bucket, _, prefix = path.strip("/").partition("/")
@@ -53,7 +55,7 @@ class RcloneRemote:
         return S3Root(bucket, prefix.strip("/"), read_only)
 
     def notes(self) -> list[str]:
-        """What of the remote's options is left aside, for the user to know."""
+        """Return sentences about options of the remote that are ignored."""
         if self.kind == "sftp" and self.options.get("pass"):
             return [
                 f"the password of the rclone remote {self.name!r} is not used: "
@@ -117,13 +119,14 @@ class RcloneRemote:
         )
 
     def _uses_environment(self) -> bool:
-        """Without that, and without keys, rclone asks without credentials."""
+        """Return whether credentials come from the environment or a profile. Without these and
+        without keys, rclone sends unsigned requests."""
         env_auth = self.options.get("env_auth", "").lower() in ("1", "t", "true")
         return env_auth or bool(self.options.get("profile"))
 
 
 def default_file(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """The file that rclone would read; None if there is none."""
+    """Return the file that rclone would read; None if there is none."""
     if given := environ.get("RCLONE_CONFIG"):
         return Path(os.path.expanduser(given))
     home = paths.home(environ)
@@ -134,18 +137,20 @@ def default_file(environ: Mapping[str, str] = os.environ) -> Path | None:
 
 
 def load(environ: Mapping[str, str] = os.environ) -> dict[str, RcloneRemote]:
-    """All remotes by name; none without a file. Raises SetupError when it can't be read."""
+    """Return all remotes by name; an empty dict without a file. Raises SetupError where it can't be
+    read."""
     file = default_file(environ)
     if file is None or not file.exists():
         return {}
     try:
-        text = ownership.read_ours(file, chosen="RCLONE_CONFIG" in environ).decode("utf-8")
+        text = ownership.read_trusted(file, chosen="RCLONE_CONFIG" in environ).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SetupError(f"{file} can't be read: {error}") from error
     return parse(text, file)
 
 
 def parse(text: str, file: Path) -> dict[str, RcloneRemote]:
+    """Parse the file's text. Raises SetupError where it is encrypted or malformed."""
     first = next((line for line in text.splitlines() if line and line[0] not in "#;"), "")
     if first.startswith(ENCRYPTED_MARK):
         raise SetupError(
@@ -157,7 +162,7 @@ def parse(text: str, file: Path) -> dict[str, RcloneRemote]:
     )
     try:
         parser.read_string(text)
-    except configparser.Error as error:  # its message may quote a line that holds a secret
+    except configparser.Error as error:  # the message may quote a line with a secret
         line = getattr(error, "lineno", None)
         where = f"{file}:{line}" if line else str(file)
         raise SetupError(f"{where}: this is not the form of an rclone.conf") from None

@@ -1,7 +1,7 @@
-"""The little that set-up needs of ~/.ssh/config: which aliases it names.
+"""Lists the host aliases in ~/.ssh/config.
 
-What the file says of a host is ssh's own to tell (remotes/ssh/options.py); here only `Host` lines
-count, to tell an alias from an rclone remote and to offer hosts to `hpcfs init`.
+ssh itself interprets the file for a host (remotes/ssh/options.py). This module reads only `Host`
+lines, to tell an alias from an rclone remote and to offer hosts in `hpcfs init`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from hpcfs.model import ssh_syntax
 from hpcfs.system import paths
 
 MAX_INCLUDE_DEPTH = 16
-"""OpenSSH's own limit."""
+"""The limit of OpenSSH itself."""
 
 
 def default_file() -> Path:
+    """Return the path of the user's SSH configuration."""
     return paths.home() / ".ssh" / "config"
 
 
 def aliases(file: Path | None = None) -> list[str]:
-    """Names of `Host` lines without wildcards, in order; none if the file can't be read. What ssh
-    would not take as a host is none either."""
+    """Return the names in `Host` lines without wildcards, in order; none if the file can't be read.
+    Names that ssh would refuse as a host are omitted."""
     found = dict.fromkeys(_aliases(file or default_file(), MAX_INCLUDE_DEPTH))
     return [
         name

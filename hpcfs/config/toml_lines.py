@@ -1,7 +1,7 @@
-"""Finds the line of every key in a TOML text, which tomllib does not tell.
+"""Finds the line of every key in a TOML text, which tomllib does not report.
 
-Only for texts that tomllib has accepted: nothing is checked here. A key's path is a tuple of table
-names, key names and, in arrays, indices: exactly the way to its value in the parsed document.
+It takes only texts that tomllib has accepted, and checks nothing. A key's path is a tuple of table
+names, key names and, in arrays, indices: the way to its value in the parsed document.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _STRINGS = (
 
 
 def find_lines(text: str) -> dict[KeyPath, int]:
-    """Line numbers, from 1, where each table, key and array element is first named."""
+    """Return the line number, from 1, where each table, key and array element is first named."""
     scanner = _Scanner(text)
     scanner.scan_document()
     return scanner.lines
 
 
 class _Scanner:
-    """Walks through the text once; `position` is where it is."""
+    """Scans the text once; `position` is the index of the next character."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -40,6 +40,7 @@ class _Scanner:
         """The index of the last element of each array of tables."""
 
     def scan_document(self) -> None:
+        """Scan the whole text, and fill `lines`."""
         table: KeyPath = ()
         self._skip_blank()
         while self.position < len(self.text):

@@ -1,7 +1,7 @@
-"""What `hpcfs tunnel` is to do: the [tunnel] table of the configuration, and the command line.
+"""The settings of `hpcfs tunnel`: the [tunnel] table of the configuration, and the command line.
 
 HOST is an alias of ~/.ssh/config, user@host, sftp://user@host:port, or the name of an sftp
-namespace of the configuration, whose settings then hold for the tunnel too.
+namespace of the configuration, whose settings then apply to the tunnel too.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ _BIND = re.compile(r"[A-Za-z0-9_.:-]+(%\w+)?")
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
-    """`shown` is the host as the user named it; `shares` are as they wrote them."""
+class TunnelSettings:
+    """The settings of one run. `shown` is the host as the user named it; `shares` are as they wrote
+    them."""
 
     site: SshSite
     shown: str
@@ -36,7 +37,9 @@ class Wishes:
 
 
 @dataclass(frozen=True, slots=True)
-class _Given:
+class _TunnelTable:
+    """The values of the [tunnel] table."""
+
     host: str | None = None
     name: str | None = None
     shares: tuple[str, ...] = ()
@@ -49,10 +52,11 @@ def load(
     name: str | None = None,
     shares: Sequence[str] = (),
     bind: str | None = None,
-) -> Wishes:
-    """The command line's values before the configuration's. Raises SetupError."""
+) -> TunnelSettings:
+    """Combine command line and configuration; the command line takes precedence. Raises
+    SetupError."""
     chosen = file or paths.config_file()
-    known, given = Config({}), _Given()
+    known, given = Config({}), _TunnelTable()
     if file is not None or chosen.exists():
         text = config.read(chosen)
         known = config.parse(text, chosen, needs_namespaces=False)
@@ -63,7 +67,7 @@ def load(
             "say where the tunnel leads: 'hpcfs tunnel login3 --share ~/data', or write it "
             f"into a [tunnel] table of {chosen}"
         )
-    return Wishes(
+    return TunnelSettings(
         site=_site(wanted, known),
         shown=wanted,
         name=name or given.name or default_name(),
@@ -74,12 +78,13 @@ def load(
 
 
 def default_name() -> str:
-    """This machine's short host name, as far as a tunnel may have it."""
+    """Return this machine's short host name, reduced to what a tunnel's name may contain."""
     short = socket.gethostname().partition(".")[0]
     return re.sub(r"[^A-Za-z0-9_-]+", "-", short).strip("-")[:64] or "laptop"
 
 
 def tunnel_name(value: object) -> str:
+    """Return the value if a tunnel may have that name. Raises BadValue."""
     name = values.text(value)
     if not _NAME.fullmatch(name):
         raise values.BadValue(f"must be at most 64 letters, digits, '.', '_' and '-', not {name!r}")
@@ -87,7 +92,8 @@ def tunnel_name(value: object) -> str:
 
 
 def bind_address(value: object) -> str:
-    """Mounts connect to it, so it is no wildcard."""
+    """Return the value if it is a name or address that mounts can connect to, so no wildcard.
+    Raises BadValue."""
     address = values.text(value)
     if not _BIND.fullmatch(address) or address in ("0.0.0.0", "::"):  # noqa: S104 - refused
         raise values.BadValue(
@@ -96,12 +102,12 @@ def bind_address(value: object) -> str:
     return address
 
 
-def _read(text: str, file: Path) -> _Given:
+def _read(text: str, file: Path) -> _TunnelTable:
     table = config.tunnel_table(text, file)
     if table is None:
-        return _Given()
+        return _TunnelTable()
     table.refuse_unknown(KEYS)
-    return _Given(
+    return _TunnelTable(
         host=table.get("host", values.text, None),
         name=table.get("name", tunnel_name, None),
         shares=table.get("shares", _texts, ()),
@@ -122,7 +128,7 @@ def _site(host: str, known: Config) -> SshSite:
             raise SetupError(f"{host} is a namespace without an SSH server: name one of type sftp")
         return namespace.site
     url = host if "://" in host else f"{host.removesuffix(':')}:"
-    site = urls.parse(url, urls.Surroundings(connect_timeout=config.DEFAULT_CONNECT_TIMEOUT)).site
+    site = urls.parse(url, urls.UrlContext(connect_timeout=config.DEFAULT_CONNECT_TIMEOUT)).site
     if not isinstance(site, SshSite):
         raise SetupError(f"{host} is no SSH server: a tunnel leads to the login node of a cluster")
     return site

@@ -1,14 +1,14 @@
-"""Names of remotes on the command line: what a URL means, and how a namespace is shown.
+"""Names of remotes on the command line: parses URLs, and shows a namespace as a URL.
 
-    [user@]host:path            scp's form; a relative path, or none, starts at the remote home
+    [user@]host:path            as scp; a relative or empty path starts at the remote home
     sftp://[user@]host[:port]/path   as curl and rclone: /path is absolute, /~/path below the home
     s3://bucket/prefix?endpoint_url=...&region=...&profile=...
     tunnel:NAME/path            the laptop at the other end of that tunnel
     REMOTE:path                 a remote of rclone.conf
 
-sftp://, s3:// and tunnel: take ?symlinks=MODE too (values.symlink_mode).
+sftp://, s3:// and tunnel: also take ?symlinks=MODE (values.symlink_mode).
 
-A URL with a password is refused, and never repeated in the refusal: it would end up in the shell's
+A URL with a password is refused, and not repeated in the refusal: it would end up in the shell's
 history, in `ps` and in logs.
 """
 
@@ -44,7 +44,7 @@ _BUCKET = re.compile(r"(?!arn:)([^/:\s]*:)?[^/:\s]+")
 _ACCESS_POINT = re.compile(
     r"(arn:[^:/\s]+:s3:[^:/\s]+:[0-9]*:accesspoint)[:/]([^:/\s]+)(|/.*)\Z", re.DOTALL
 )
-"""docs.aws.amazon.com/AmazonS3/latest/userguide/access-points-naming.html"""
+"""See docs.aws.amazon.com/AmazonS3/latest/userguide/access-points-naming.html"""
 _S3_OPTIONS = ("endpoint_url", "region", "profile", "anonymous", "read_only", "symlinks")
 _SFTP_OPTIONS = ("symlinks",)
 _SECRET_WORD = re.compile(r"passw|secret|access_?key|token|credential", re.IGNORECASE)
@@ -52,19 +52,19 @@ _SECRET_WORD = re.compile(r"passw|secret|access_?key|token|credential", re.IGNOR
 
 @dataclass(frozen=True, slots=True)
 class ParsedUrl:
-    """What a URL names. `notes` are for the user."""
+    """The remote that a URL names. `notes` are sentences for the user."""
 
     site: AnySite
     root: AnyRoot
     notes: list[str] = field(default_factory=list)
     symlinks: str | None = None
-    """As it is written: the value is read where the configuration's is."""
+    """The option's text; it is read where the configuration's value is."""
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What else gives a meaning to the name before the colon. `remotes` is asked only if needed,
-    since rclone.conf may be one that can't be read."""
+class UrlContext:
+    """The context that gives a meaning to the name before the colon. `remotes` is called only if
+    needed, since rclone.conf may be unreadable."""
 
     ssh_aliases: Collection[str] = ()
     remotes: Callable[[], Mapping[str, RcloneRemote]] = dict
@@ -72,32 +72,34 @@ class Surroundings:
 
 
 def looks_like_url(text: str) -> bool:
-    """scp's rule: a colon before any slash makes it remote."""
+    """Return whether the text names a remote. As for scp, a colon before any slash makes it one."""
     return ":" in text.partition("/")[0]
 
 
 def is_valid_name(name: str) -> bool:
-    """Whether a namespace may have it: a directory's name that needs no quoting anywhere."""
+    """Return whether a namespace may have this name: a directory name that needs no quoting
+    anywhere."""
     return bool(NAME.fullmatch(name)) and name not in (".", "..")
 
 
-def parse(text: str, around: Surroundings, *, read_only: bool = False) -> ParsedUrl:
-    """Raises SetupError when it is no URL that can be mounted."""
+def parse(text: str, context: UrlContext, *, read_only: bool = False) -> ParsedUrl:
+    """Parse the name of a remote. Raises SetupError where it can't be mounted."""
     _refuse_password(text)
     if match := _SCHEME.fullmatch(text):
         scheme, rest = match[1].lower(), match[2]
         if scheme == "sftp":
-            return _parse_sftp(rest, around, read_only=read_only)
+            return _parse_sftp(rest, context, read_only=read_only)
         if scheme == "s3":
-            return _parse_s3(rest, around, read_only=read_only)
+            return _parse_s3(rest, context, read_only=read_only)
         raise SetupError(f"hpcfs can't mount {scheme}:// URLs: use {FORMS}")
     if text.startswith("tunnel:"):
-        return _parse_tunnel(text.removeprefix("tunnel:"), around, read_only=read_only)
-    return _parse_scp(text, around, read_only=read_only)
+        return _parse_tunnel(text.removeprefix("tunnel:"), context, read_only=read_only)
+    return _parse_scp(text, context, read_only=read_only)
 
 
 def home_path(path: str) -> str:
-    """An SFTP path in the form that `SftpRoot` wants: "~", relative to the home, or absolute."""
+    """Convert an SFTP path to the form that `SftpRoot` wants: "~", a path relative to the home, or
+    an absolute one. Raises SetupError for another user's home."""
     if path in ("", ".", "~", "~/"):
         return "~"
     if path.startswith("~/"):
@@ -110,7 +112,7 @@ def home_path(path: str) -> str:
 
 
 def show(site: AnySite, root: AnyRoot) -> str:
-    """The namespace as a URL without secrets, which `parse` reads back."""
+    """Return the namespace as a URL without secrets, which `parse` can read back."""
     if isinstance(site, SshSite):
         assert isinstance(root, SftpRoot)
         host = f"[{site.host}]" if ":" in site.host else site.host
@@ -136,25 +138,25 @@ def _show_path(path: str) -> str:
     return f"/%7E{escaped[2:]}" if escaped.startswith("/~") else escaped
 
 
-def _parse_scp(text: str, around: Surroundings, *, read_only: bool) -> ParsedUrl:
+def _parse_scp(text: str, context: UrlContext, *, read_only: bool) -> ParsedUrl:
     name, colon, path = text.partition(":")
-    if colon and "/" not in name and name not in around.ssh_aliases:
-        remote = around.remotes().get(name)
+    if colon and "/" not in name and name not in context.ssh_aliases:
+        remote = context.remotes().get(name)
         if remote is not None:
-            site = remote.site(around.connect_timeout)
+            site = remote.site(context.connect_timeout)
             shown_path = home_path(path) if remote.kind == "sftp" else path
             return ParsedUrl(site, remote.root(shown_path, read_only=read_only), remote.notes())
     match = _SCP.fullmatch(text)
     if match is None:
         raise SetupError(f"{_without_secrets(text)!r} is no URL that hpcfs knows: use {FORMS}")
     site = SshSite(
-        host=match["host"].strip("[]"), user=match["user"], connect_timeout=around.connect_timeout
+        host=match["host"].strip("[]"), user=match["user"], connect_timeout=context.connect_timeout
     )
     _check_login(site)
     return ParsedUrl(site, SftpRoot(home_path(match["path"]), read_only))
 
 
-def _parse_sftp(rest: str, around: Surroundings, *, read_only: bool) -> ParsedUrl:
+def _parse_sftp(rest: str, context: UrlContext, *, read_only: bool) -> ParsedUrl:
     rest, options = _options(rest, "an sftp://", _SFTP_OPTIONS)
     authority, slash, path = rest.partition("/")
     match = _AUTHORITY.fullmatch(authority)
@@ -170,7 +172,7 @@ def _parse_sftp(rest: str, around: Surroundings, *, read_only: bool) -> ParsedUr
         host=match["host"].strip("[]"),
         user=unquote(match["user"]) if match["user"] else None,
         port=port,
-        connect_timeout=around.connect_timeout,
+        connect_timeout=context.connect_timeout,
     )
     _check_login(site)
     in_home = path == "~" or path.startswith("~/") or not slash  # before %7E becomes a ~
@@ -179,10 +181,10 @@ def _parse_sftp(rest: str, around: Surroundings, *, read_only: bool) -> ParsedUr
 
 
 def split_bucket(place: str) -> tuple[str, str]:
-    """Bucket and prefix. A bucket may be another tenant's (Ceph's TENANT:BUCKET), or an access
-    point's ARN, whose last part may follow a slash or a colon: here it is a colon.
+    """Split the text into bucket and prefix. Raises SetupError.
 
-    Raises SetupError.
+    A bucket may be another tenant's (Ceph's TENANT:BUCKET), or an access point's ARN, whose last
+    part may follow a slash or a colon; the result has a colon.
     """
     if found := _ACCESS_POINT.match(place):
         return f"{found[1]}:{found[2]}", found[3].strip("/")
@@ -196,7 +198,7 @@ def _is_true(text: str) -> bool:
     return text.lower() in ("1", "true", "yes")
 
 
-def _parse_s3(rest: str, around: Surroundings, *, read_only: bool) -> ParsedUrl:
+def _parse_s3(rest: str, context: UrlContext, *, read_only: bool) -> ParsedUrl:
     place, options = _options(rest, "an s3://", _S3_OPTIONS)
     bucket, prefix = split_bucket(place)
     endpoint = options.get("endpoint_url") or None
@@ -206,7 +208,7 @@ def _parse_s3(rest: str, around: Surroundings, *, read_only: bool) -> ParsedUrl:
         endpoint_url=endpoint,
         region=options.get("region") or None,
         profile=options.get("profile") or None,
-        connect_timeout=around.connect_timeout,
+        connect_timeout=context.connect_timeout,
         anonymous=_is_true(options.get("anonymous", "")),
     )
     if site.anonymous and site.profile:
@@ -217,7 +219,8 @@ def _parse_s3(rest: str, around: Surroundings, *, read_only: bool) -> ParsedUrl:
 
 
 def _options(rest: str, kind: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """A URL without its query, and what that says. Raises SetupError for what is not `known`."""
+    """Split a URL into the part before the query, and the query's options. Raises SetupError for an
+    option that is not `known`."""
     place, _, query = rest.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     for key in options:
@@ -228,7 +231,7 @@ def _options(rest: str, kind: str, known: Sequence[str]) -> tuple[str, dict[str,
     return place, options
 
 
-def _parse_tunnel(rest: str, around: Surroundings, *, read_only: bool) -> ParsedUrl:
+def _parse_tunnel(rest: str, context: UrlContext, *, read_only: bool) -> ParsedUrl:
     rest, options = _options(rest, "a tunnel:", _SFTP_OPTIONS)
     name, _, path = rest.partition("/")
     if not rendezvous.is_valid_name(name):
@@ -236,31 +239,32 @@ def _parse_tunnel(rest: str, around: Surroundings, *, read_only: bool) -> Parsed
             f"tunnel:{_without_secrets(rest)} names no tunnel: the form is tunnel:NAME/SHARE, "
             "with the name that 'hpcfs tunnel' was given"
         )
-    site = tunnel_site(name, around.connect_timeout)
+    site = tunnel_site(name, context.connect_timeout)
     root = SftpRoot("/" + path.strip("/"), read_only)
     return ParsedUrl(site, root, symlinks=options.get("symlinks"))
 
 
 def tunnel_site(name: str, connect_timeout: float, directory: Path | None = None) -> TunnelSite:
-    """Without `directory` the file is in the home directory, which most clusters' nodes share,
-    whatever XDG says."""
+    """Return the site of a tunnel. Without `directory` its file is in the home directory, which
+    most clusters' nodes share, whatever XDG variables say."""
     return TunnelSite(name, str(directory or tunnel_directory()), connect_timeout)
 
 
 def tunnel_directory() -> Path:
-    """Where tunnels leave their files."""
+    """Return the directory where tunnels leave their files."""
     return paths.home() / rendezvous.DIRECTORY
 
 
 def check_endpoint(url: str) -> None:
-    """Raises SetupError unless it is an http or https URL without a password."""
+    """Raise SetupError unless it is an http or https URL without a password."""
     _refuse_password(url)
     if not re.fullmatch(r"https?://[^/\s?#]+/?[^\s?#]*", url):
         raise SetupError(f"endpoint_url must be like https://storage.example.org, not {url!r}")
 
 
 def _check_login(site: SshSite) -> None:
-    """Nothing that a ProxyCommand's shell would read as more than a name."""
+    """Refuse names that a ProxyCommand's shell would read as more than a name. Raises
+    SetupError."""
     if not ssh_syntax.is_valid_host(site.host):
         raise SetupError(f"{site.host!r} is no host name: ssh takes no such characters either")
     if site.user is not None and not ssh_syntax.is_valid_user(site.user):
@@ -268,7 +272,7 @@ def _check_login(site: SshSite) -> None:
 
 
 def _refuse_password(text: str) -> None:
-    """Raises SetupError without repeating any of the URL."""
+    """Raise SetupError for a URL with a password, without repeating any of it."""
     scheme = _SCHEME.fullmatch(text)
     if scheme:
         place, _, query = scheme[2].partition("?")
@@ -286,5 +290,6 @@ def _refuse_password(text: str) -> None:
 
 
 def _without_secrets(text: str) -> str:
-    """What may be repeated of a text that is no URL: anything before an @ may be a password."""
+    """Return the part of an invalid URL that may be repeated: anything before an @ may be a
+    password."""
     return re.sub(r"^.*@", "…@", text, flags=re.DOTALL)

@@ -1,7 +1,7 @@
 """The values that configuration keys may have: one reader for each kind.
 
 A reader returns the value as the program uses it, or raises BadValue with the end of a sentence
-that begins with the key's name. Local paths lose their ~ and $VARIABLES here; remote ones don't.
+that begins with the key's name. In local paths ~ and $VARIABLES are replaced; in remote ones not.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from hpcfs.system.disk import MinFree
 from hpcfs.tunnel import file as rendezvous
 
 MIN_DISK_SIZE = 16 * 1024**2
-"""Of the cache: below this a few files read at once would evict each other; of the journal: below
-this a few files written at once would wait for each other."""
+"""The smallest cache: below this a few files that are read at once would evict each other. The
+smallest journal: below this a few files that are written at once would wait for each other."""
 TRANSPORTS = ("asyncssh", "openssh")
 WRITE_MODES = ("through", "back")
 SYMLINK_MODES = ("contain", "follow", "hide")
@@ -34,18 +34,19 @@ _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
 WriteMode = Literal["through", "back"]
-"""What close(2) waits for: the remote, or the local journal."""
+"""close(2) waits for the remote (through) or the local journal (back)."""
 SymlinkMode = Literal["contain", "follow", "hide"]
-"""Where symbolic links of a remote may lead: into its namespace only, anywhere; or they are not
-shown."""
+"""Symbolic links of a remote may lead into their namespace only, or anywhere; or they are
+hidden."""
 
 
 class BadValue(ValueError):
-    """The end of a sentence: "must be ..., not ..."."""
+    """The value is invalid. The message is the end of a sentence: "must be ..., not ..."."""
 
 
 def size(value: object) -> int:
-    """Bytes of "20 GiB" (powers of 1024), "500MB" (powers of 1000), "64k" (of 1024) or a number."""
+    """Read a size in bytes: "20 GiB" (powers of 1024), "500MB" (powers of 1000), "64k" (of 1024) or
+    a number."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
@@ -59,7 +60,8 @@ def size(value: object) -> int:
 
 
 def disk_size(value: object) -> int:
-    """How much of the local disk the cache, or the journal, may take."""
+    """Read how many bytes of the local disk the cache, or the journal, may take: at least 16
+    MiB."""
     found = size(value)
     if found < MIN_DISK_SIZE:
         raise BadValue(f"must be at least 16 MiB, not {_shown(value)}")
@@ -67,7 +69,8 @@ def disk_size(value: object) -> int:
 
 
 def min_free(value: object) -> MinFree:
-    """Of the disk with the cache: a size, or a part of the disk such as "5%"."""
+    """Read the room that must stay free on the cache's disk: a size, or a part of the disk such as
+    "5%"."""
     match = _PERCENT.fullmatch(value.strip()) if isinstance(value, str) else None
     if match and float(match[1]) <= 90:
         return MinFree(percent=float(match[1]))
@@ -80,7 +83,7 @@ def min_free(value: object) -> MinFree:
 
 
 def local_path(value: object) -> Path:
-    """An absolute path of this machine, with ~ and $VARIABLES replaced."""
+    """Read an absolute path of this machine; ~ and $VARIABLES are replaced."""
     path = os.path.expanduser(os.path.expandvars(text(value)))
     if unset := re.search(r"\$\{?(\w+)", path):
         raise BadValue(f"names ${unset[1]}, which is not set")
@@ -90,28 +93,33 @@ def local_path(value: object) -> Path:
 
 
 def text(value: object) -> str:
+    """Read a text that is not empty."""
     if not isinstance(value, str) or not value or "\0" in value:
         raise BadValue(f"must be a text in quotes that is not empty, not {_shown(value)}")
     return value
 
 
 def maybe_empty_text(value: object) -> str:
+    """Read a text."""
     return value if value == "" and isinstance(value, str) else text(value)
 
 
 def boolean(value: object) -> bool:
+    """Read true or false."""
     if not isinstance(value, bool):
         raise BadValue(f"must be true or false, not {_shown(value)}")
     return value
 
 
 def port(value: object) -> int:
+    """Read a TCP port."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 65536:
         raise BadValue(f"must be a port from 1 to 65535, not {_shown(value)}")
     return value
 
 
 def seconds(value: object) -> float:
+    """Read a positive number of seconds."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise BadValue(f"must be a number of seconds above 0, not {_shown(value)}")
@@ -119,37 +127,43 @@ def seconds(value: object) -> float:
 
 
 def log_level(value: object) -> str:
+    """Read a log level, in upper case."""
     if not isinstance(value, str) or value.upper() not in LOG_LEVELS:
         raise BadValue(f"must be one of {', '.join(LOG_LEVELS)}, not {_shown(value)}")
     return value.upper()
 
 
 def tunnel(value: object) -> str:
+    """Read the name of a tunnel."""
     if not isinstance(value, str) or not rendezvous.is_valid_name(value):
         raise BadValue(f"must be the name that 'hpcfs tunnel' was given, not {_shown(value)}")
     return value
 
 
 def share_path(value: object) -> str:
-    """Where in what a tunnel shares: a share, or a folder in one."""
+    """Read a path in a tunnel's shares: a share, or a folder in one."""
     return "/" + text(value).strip("/")
 
 
 def kind(value: object) -> str:
+    """Read the type of a namespace."""
     if value not in ("sftp", "s3", "tunnel"):
         raise BadValue(f'must be "sftp", "s3" or "tunnel", not {_shown(value)}')
     return str(value)
 
 
 def transport(value: object) -> str:
+    """Read the SSH client to use: asyncssh or openssh."""
     return _one_of(TRANSPORTS, value)
 
 
 def write_mode(value: object) -> WriteMode:
+    """Read a write mode."""
     return "back" if _one_of(WRITE_MODES, value) == "back" else "through"
 
 
 def symlink_mode(value: object) -> SymlinkMode:
+    """Read a symlink mode."""
     chosen = _one_of(SYMLINK_MODES, value)
     return "follow" if chosen == "follow" else "hide" if chosen == "hide" else "contain"
 
@@ -165,12 +179,14 @@ def _one_of(allowed: Sequence[str], value: object) -> str:
 
 
 def table(value: object) -> dict[str, object]:
+    """Read a table."""
     if not isinstance(value, dict):
         raise BadValue(f"must be a table, as in [namespaces.home], not {_shown(value)}")
     return value
 
 
 def host(value: object) -> str:
+    """Read an SSH host: alias, host or user@host."""
     name = text(value)
     if re.search(r"[\s/]|^-|^[^@]*:[^@]*@|^[^:]*:[^:]*$", name):
         raise BadValue("must be an alias, host or user@host, without port, path or password")
@@ -182,6 +198,7 @@ def host(value: object) -> str:
 
 
 def user(value: object) -> str:
+    """Read an SSH user name."""
     name = text(value)
     if not ssh_syntax.is_valid_user(name):
         raise BadValue(f"has characters that ssh takes in no user name: {_shown(value)}")
@@ -189,6 +206,7 @@ def user(value: object) -> str:
 
 
 def sftp_path(value: object) -> str:
+    """Read a path on an SFTP server, in the form of `urls.home_path`."""
     try:
         return urls.home_path(maybe_empty_text(value))
     except SetupError as error:
@@ -196,6 +214,7 @@ def sftp_path(value: object) -> str:
 
 
 def bucket(value: object) -> str:
+    """Read the name of a bucket."""
     try:
         name, rest = urls.split_bucket(text(value))
     except SetupError:
@@ -209,10 +228,12 @@ def bucket(value: object) -> str:
 
 
 def prefix(value: object) -> str:
+    """Read a key prefix, without slashes at its ends."""
     return maybe_empty_text(value).strip("/")
 
 
 def endpoint(value: object) -> str:
+    """Read the URL of an S3 endpoint."""
     try:
         urls.check_endpoint(text(value))
     except SetupError as error:
@@ -221,11 +242,12 @@ def endpoint(value: object) -> str:
 
 
 def file_text(value: object) -> str:
+    """Read a local path, as text."""
     return str(local_path(value))
 
 
 def _shown(value: object) -> str:
-    """A value as TOML has it, short enough for one line."""
+    """Return the value as TOML writes it, short enough for one line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):

@@ -655,7 +655,7 @@ class Content(RemoteContent):
     def _end_upload(self) -> None:
         self._under_way = None
         self.uploaded_bytes = 0
-        self._store.check_bound()
+        self._store.note_cleaned()
 
     def _arrived(self, snapshot: Snapshot, entry: Entry) -> None:
         """What was appended may stand elsewhere on the remote, after what others appended. Then

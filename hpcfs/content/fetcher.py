@@ -42,17 +42,20 @@ class Budget:
     def __init__(self, total: int = PREFETCH_BYTES) -> None:
         self._total = total
         self._busy = 0
-
-    def share(self) -> int:
-        """Of one reader, who may be new."""
-        return max(_SMALLEST_SHARE, self._total // max(1, self._busy))
+        self.share = total
+        """Bytes of one reader, who may be new."""
 
     def begin(self) -> None:
         """A fetcher has something under way."""
-        self._busy += 1
+        self._set_busy(self._busy + 1)
 
     def end(self) -> None:
-        self._busy -= 1
+        """A fetcher has nothing under way any more."""
+        self._set_busy(self._busy - 1)
+
+    def _set_busy(self, count: int) -> None:
+        self._busy = count
+        self.share = max(_SMALLEST_SHARE, self._total // max(1, count))
 
 
 @dataclass(eq=False)

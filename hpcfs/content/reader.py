@@ -415,9 +415,7 @@ class RemoteContent(ABC):
     @property
     def window(self) -> int:
         """Bytes that one reader may be ahead: what the link and the memory for it allow."""
-        return min(
-            self.namespace.bandwidth.window, self._budget.share(), self._store.max_bytes // 4
-        )
+        return min(self.namespace.bandwidth.window, self._budget.share, self._store.max_bytes // 4)
 
     def prefetch(self, start: int, end: int) -> None:
         """Begin to fetch what is missing of [start, end), and to read the rest from the disk."""

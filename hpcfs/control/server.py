@@ -50,7 +50,8 @@ class ReportProgress(Protocol):
 
     def __call__(
         self, done: int, total: int, files_done: int = 0, files_total: int = 0, reason: str = "", /
-    ) -> Awaitable[None]: ...
+    ) -> Awaitable[None]:
+        """Report bytes and files done and in total, and the reason of a standstill."""
 
 
 Work = Callable[[ControlRequest, ReportProgress], Awaitable[ControlReply]]

@@ -221,7 +221,7 @@ async def unmounted(directory: Path, command: str) -> AsyncIterator[Store]:
         journal = Journal.open(directory)
         for row in journal.rows:
             if not row.is_kept:
-                await store.take_up(
+                await store.resume(
                     row.name, row.origin, row.path, row.version, row.size, row.ranges
                 )
         await journal.close()

@@ -1,4 +1,4 @@
-"""The mount daemon: builds everything, mounts, serves, unmounts. The only place that assembles.
+"""The mount daemon's life: it mounts, serves and unmounts.
 
 Order matters at both ends. At the start: the cache's lock, then the mount, then the first logins
 (with the terminal to ask questions), then `on_ready`. At the end: no more kernel requests, then
@@ -11,45 +11,26 @@ import logging
 import os
 import signal
 import sqlite3
-import threading
-import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from functools import partial
 from pathlib import Path
 
-import msgspec
 import trio
 
-from hpcfs import __version__
 from hpcfs.cache.store import CacheUnusable, Store
 from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint, server as control_server
+from hpcfs.daemon.assembly import Mount, assemble
 from hpcfs.daemon.cache_commands import CacheCommands
+from hpcfs.daemon.questions import Questions
+from hpcfs.daemon.status import StatusReporter
 from hpcfs.daemon.write_commands import WriteCommands
-from hpcfs.filesystem.filesystem import Filesystem, MountOptions
 from hpcfs.kernel import operations as kernel
 from hpcfs.model.errors import RemoteError, SetupError
-from hpcfs.model.sites import (
-    AnyRoot,
-    AnySite,
-    S3Root,
-    S3Site,
-    SftpRoot,
-    SiteSpec,
-    SshSite,
-    TunnelSite,
-)
-from hpcfs.model.usage import Traffic
-from hpcfs.protocol.messages import Start
-from hpcfs.site.bandwidth import Bandwidth
-from hpcfs.site.client import Ask, SiteClient
+from hpcfs.site.client import Ask
 from hpcfs.site.namespace import Namespace
 from hpcfs.system import dumps, logs, mountinfo, signals
 from hpcfs.writeback.journal import Journal
-from hpcfs.writeback.pending import Pending
-from hpcfs.writeback.recovery import Recovery
-from hpcfs.writeback.uploader import Uploader
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +40,6 @@ SAVE_SECONDS = 2.0
 """How far the cache's index may lag behind; a killed daemon's last blocks are fetched again."""
 MAX_KERNEL_REQUESTS = 512
 """A dead namespace can't use these up before its requests fail."""
-_KINDS = {SshSite: "sftp", S3Site: "s3", TunnelSite: "tunnel"}
-DECISION = "(yes/no"
-"""In the questions about host keys, ours and those of `ssh`; they name host and fingerprint."""
 UNMOUNT_CHECK_SECONDS = 1.0
 UNMOUNT_PATIENCE = 3.0
 """What the kernel's last requests may take after an unmount, before they are cancelled."""
@@ -108,94 +86,77 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
-class Questions:
-    """All sites' questions, one after the other. What the user decides about a host key holds for
-    each site that shows the same key of the same host, such as a jump host of several."""
-
-    def __init__(self, ask: Ask) -> None:
-        self._ask = ask
-        self._lock = threading.Lock()
-        self._decided: dict[str, str] = {}
-
-    def ask(self, text: str, echo: bool) -> str | None:
-        with self._lock:
-            if text in self._decided:
-                return self._decided[text]
-            answer = self._ask(text, echo)
-            if answer and echo and _is_decision(text):  # nothing else that is typed is kept
-                self._decided[text] = answer
-            return answer
-
-
-def _is_decision(text: str) -> bool:
-    """What a server asks begins with "(user@host)"."""
-    return DECISION in text and not text.startswith("(")
+async def _close_store(store: Store) -> None:
+    with trio.CancelScope(shield=True):
+        try:
+            await store.close()
+        except (OSError, sqlite3.Error) as error:
+            log.error("the cache's index could not be saved: %s", error)  # noqa: TRY400
 
 
 class _Daemon:
+    """One mount from its start to its end; its parts exist from `run` on."""
+
     def __init__(self, settings: Settings, ask: Ask, on_ready: OnReady, owner: int | None) -> None:
         self._settings = settings
         self._owner = owner
-        self._ask = ask
+        self._questions = Questions(ask)
         self._on_ready = on_ready
-        self._started = time.time()
-        self._sites: dict[AnySite, SiteClient] = {}
-        self._namespaces: list[Namespace] = []
-        self._store: Store
-        self._journal: Journal
-        self._fs: Filesystem
+        self._mount: Mount
         self._cache: CacheCommands
         self._writes: WriteCommands
-        self._resumed_files = 0
-        self._recovery: Recovery
-        self._pending: Pending
+        self._status: StatusReporter
 
     # --- from start to end ----------------------------------------------------------------------
 
     async def run(self) -> None:
+        """Mount, serve until unmounted, and finish what is open. Raises MountFailed."""
+        settings = self._settings
         async with AsyncExitStack() as stack:
-            await self._open_cache(stack)
+            store, journal = self._open_cache(stack)
             services = await stack.enter_async_context(trio.open_nursery())
             stack.callback(services.cancel_scope.cancel)
-            self._build(services)
-            self._cache = CacheCommands(
-                self._settings, self._store, self._fs, {n.name: n.origin for n in self._namespaces}
-            )
-            self._writes = WriteCommands(self._settings, self._pending)
+            mount = assemble(settings, store, journal, self._questions.ask, services)
+            self._mount, closer = mount, mount.fs.closer
+            self._cache = CacheCommands(settings, store, mount.fs, mount.origins)
+            self._writes = WriteCommands(settings, mount.pending)
+            self._status = StatusReporter(settings, mount, self._writes.summary)
             await services.start(
-                control_server.serve, self._settings.socket, self._live_status, self._answer
+                control_server.serve, settings.socket, self._status.live_status, self._answer
             )
-            await self._take_up()
-            services.start_soon(self._store.evict_forever)
-            services.start_soon(self._fs.closer.queue.run)
+            await self._resume()
+            services.start_soon(store.evict_forever)
+            services.start_soon(closer.queue.run)
             services.start_soon(self._save_forever)
             services.start_soon(self._remove_strays)
             await self._serve_kernel()
             log.info("unmounted; finishing what is open")
-            await self._fs.files.close_all()
-            await self._fs.closer.queue.drain()
+            await mount.fs.files.close_all()
+            await closer.queue.drain()
 
-    async def _open_cache(self, stack: AsyncExitStack) -> None:
+    def _open_cache(self, stack: AsyncExitStack) -> tuple[Store, Journal]:
         settings = self._settings
         holder = f"the mount at {settings.mountpoint} (pid {os.getpid()})"
         try:
-            self._store = Store.open(
+            store = Store.open(
                 settings.cache_dir, settings.cache_size, holder, settings.cache_min_free
             )
-            stack.push_async_callback(self._close_store)
-            self._journal = Journal.open(settings.cache_dir)
-            stack.push_async_callback(self._journal.close)
+            stack.push_async_callback(_close_store, store)
+            journal = Journal.open(settings.cache_dir)
+            stack.push_async_callback(journal.close)
         except CacheUnusable as error:
             raise MountFailed(str(error)) from None
         except (OSError, sqlite3.Error) as error:
             raise MountFailed(
                 f"the cache directory {settings.cache_dir} can't be used: {error}"
             ) from None
+        return store, journal
 
-    async def _take_up(self) -> None:
-        """What an earlier mount had not uploaded."""
+    async def _resume(self) -> None:
+        """Go on with what an earlier mount had not uploaded."""
+        mount = self._mount
         try:
-            count = self._resumed_files = await self._recovery.restore(self._journal.rows)
+            count = self._status.resumed_files = await mount.recovery.restore(mount.journal.rows)
         except (OSError, sqlite3.Error) as error:
             raise MountFailed(
                 f"what an earlier mount left in {self._settings.cache_dir} can't be read: {error}"
@@ -203,62 +164,11 @@ class _Daemon:
         if count:
             log.info("%d files that an earlier mount had not uploaded are uploaded now", count)
 
-    async def _close_store(self) -> None:
-        with trio.CancelScope(shield=True):
-            try:
-                await self._store.close()
-            except (OSError, sqlite3.Error) as error:
-                log.error("the cache's index could not be saved: %s", error)  # noqa: TRY400
-
-    def _build(self, services: trio.Nursery) -> None:
-        settings = self._settings
-        links: dict[AnySite, Bandwidth] = {}
-        for spec in _site_specs(settings):
-            self._sites[spec.site] = SiteClient(
-                Start(spec, settings.log_level),
-                settings.log_file,
-                services,
-                self._store.in_memory,
-            )
-            links[spec.site] = Bandwidth()
-        for chosen in settings.namespaces.values():
-            origin = _origin(chosen.site, chosen.root)
-            site = self._sites[chosen.site]
-            self._namespaces.append(
-                Namespace(
-                    chosen.name,
-                    origin,
-                    site,
-                    links[chosen.site],
-                    read_only=chosen.read_only,
-                    write=chosen.write,
-                    keeps_xattrs=chosen.keeps_xattrs,
-                    sleeps=isinstance(chosen.site, TunnelSite),
-                    symlinks=chosen.symlinks,
-                )
-            )
-        self._fs = Filesystem(
-            self._namespaces,
-            self._store,
-            Uploader(self._journal),
-            services,
-            MountOptions(
-                single=settings.root_namespace is not None,
-                mountpoint=os.fsencode(settings.mountpoint),
-                journal_size=settings.journal_size,
-            ),
-        )
-        tree, closer = self._fs.tree, self._fs.closer
-        self._recovery = Recovery(
-            tree, self._fs.contents, closer.queue, self._journal, self._namespaces
-        )
-        self._pending = Pending(tree, self._store, closer, self._journal, self._recovery)
-
     async def _serve_kernel(self) -> None:
         """Mounted from the first line to the last."""
         place = self._settings.mountpoint.resolve()
         try:
-            kernel.mount(self._fs, str(self._settings.mountpoint))
+            kernel.mount(self._mount.fs, str(self._settings.mountpoint))
         except RuntimeError as error:
             raise MountFailed(
                 f"{self._settings.mountpoint} could not be mounted ({error}); "
@@ -283,7 +193,7 @@ class _Daemon:
         while mountinfo.at(place, mountpoint.mounts()):  # noqa: ASYNC110 - nobody tells of it
             await trio.sleep(UNMOUNT_CHECK_SECONDS)
         await trio.sleep(UNMOUNT_PATIENCE)
-        log.info("unmounted; %d files were still open", self._fs.files.open_count)
+        log.info("unmounted; %d files were still open", self._mount.fs.files.open_count)
         serving.cancel()
 
     async def _stop_on_signal(self) -> None:
@@ -298,23 +208,19 @@ class _Daemon:
         await self._stop()
 
     async def _stop(self) -> None:
-        await self._fs.closer.flush_all()
+        await self._mount.fs.closer.flush_all()
         kernel.stop()
 
     async def _get_ready(self) -> None:
         """The first logins, all sites at once; a site out of reach stops nobody."""
-        questions = Questions(self._ask)
-        for site in self._sites.values():
-            site.ask = questions.ask
         async with trio.open_nursery() as nursery:
-            for namespace in self._namespaces:
+            for namespace in self._mount.namespaces:
                 nursery.start_soon(self._connect, namespace)
-        for site in self._sites.values():
-            site.ask = None
+        self._questions.end()
         if self._owner is not None:
             signals.outlive_job()
         log.info("mounted at %s", self._settings.mountpoint)
-        self._on_ready(self.status())
+        self._on_ready(self._status.status())
 
     async def _connect(self, namespace: Namespace) -> None:
         try:
@@ -329,9 +235,9 @@ class _Daemon:
         while True:
             await trio.sleep(SAVE_SECONDS)
             try:
-                await self._fs.closer.note_dirty()
-                await self._journal.sync()
-                await self._store.save()
+                await self._mount.fs.closer.note_dirty()
+                await self._mount.journal.sync()
+                await self._mount.store.save()
             except (OSError, sqlite3.Error) as error:
                 if not failing:
                     log.error("the cache's index can't be saved: %s", error)  # noqa: TRY400
@@ -341,7 +247,7 @@ class _Daemon:
 
     async def _remove_strays(self) -> None:
         try:
-            await self._store.remove_strays()
+            await self._mount.store.remove_strays()
         except OSError as error:
             log.warning("old cache files could not be removed: %s", error)
 
@@ -351,106 +257,3 @@ class _Daemon:
         if request.command in control.WRITE_COMMANDS:
             return await self._writes.answer(request, tell)
         return await self._cache.answer(request, tell)
-
-    # --- status -----------------------------------------------------------------------------------
-
-    def status(self) -> control.MountStatus:
-        settings = self._settings
-        pending = self._writes.summary()
-        return control.MountStatus(
-            mountpoint=str(settings.mountpoint),
-            pid=os.getpid(),
-            version=__version__,
-            started=self._started,
-            log_file=str(settings.log_file),
-            cache_dir=str(settings.cache_dir),
-            cache_used=self._store.used_bytes,
-            cache_size=settings.cache_size,
-            open_files=self._fs.files.open_count,
-            dirty_files=len(self._fs.closer.dirty()),
-            namespaces=[self._namespace_status(name) for name in settings.namespaces],
-            pending=pending.files,
-            pending_files=pending.count,
-            pending_bytes=pending.left,
-            pending_states=pending.states,
-            uploaded_bytes=sum(namespace.uploaded.total for namespace in self._namespaces),
-            upload_rate=sum(namespace.uploaded.rate() for namespace in self._namespaces),
-            memory=self._memory(),
-            notices=list(self._fs.closer.notices),
-            resumed_files=self._resumed_files,
-            root_namespace=settings.root_namespace,
-        )
-
-    async def _live_status(self) -> control.MountStatus:
-        """With what only the transfer processes know."""
-        found: dict[AnySite, Traffic] = {}
-
-        async def ask(key: AnySite, site: SiteClient) -> None:
-            traffic = await site.traffic()
-            if traffic is not None:
-                found[key] = traffic
-
-        async with trio.open_nursery() as nursery:
-            for key, site in self._sites.items():
-                nursery.start_soon(ask, key, site)
-        sites = [self._site_status(key, found[key]) for key in self._sites if key in found]
-        return msgspec.structs.replace(self.status(), sites=sites)
-
-    def _site_status(self, key: AnySite, now: Traffic) -> control.SiteStatus:
-        names = [name for name, chosen in self._settings.namespaces.items() if chosen.site == key]
-        return control.SiteStatus(
-            names, _KINDS[type(key)], now.connections, now.channels, now.requests
-        )
-
-    def _namespace_status(self, name: str) -> control.NamespaceStatus:
-        chosen = self._settings.namespaces[name]
-        site = self._sites[chosen.site]
-        state, reason = site.namespace_state(name)
-        return control.NamespaceStatus(
-            name,
-            _KINDS[type(chosen.site)],
-            chosen.url,
-            state,
-            reason,
-            chosen.read_only,
-            chosen.write,
-        )
-
-    def _memory(self) -> int:
-        """Resident bytes of the daemon and its transfer processes."""
-        pids = [os.getpid(), *(site.pid for site in self._sites.values() if site.pid)]
-        return sum(_resident_bytes(pid) for pid in pids)
-
-
-def _resident_bytes(pid: int) -> int:
-    """proc_pid_statm(5): the second number, in pages."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except OSError:
-        return 0  # it just ended
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _site_specs(settings: Settings) -> list[SiteSpec]:
-    """One for each login; namespaces of one site share its connection."""
-    roots: dict[AnySite, dict[str, AnyRoot]] = {}
-    for namespace in settings.namespaces.values():
-        roots.setdefault(namespace.site, {})[namespace.name] = namespace.root
-    make = partial(
-        SiteSpec,
-        state_dir=str(settings.cache_dir),
-        uid=os.getuid(),
-        gid=os.getgid(),
-    )
-    return [make(site=site, roots=its_roots) for site, its_roots in roots.items()]
-
-
-def _origin(site: AnySite, root: AnyRoot) -> str:
-    """Names a remote folder across mounts, whatever the namespace is called."""
-    if isinstance(site, SshSite) and isinstance(root, SftpRoot):
-        return f"ssh:{site.user or ''}@{site.host}:{site.port or ''}:{root.path}"
-    if isinstance(site, TunnelSite) and isinstance(root, SftpRoot):
-        return f"tunnel:{site.name}:{root.path}"
-    assert isinstance(site, S3Site)
-    assert isinstance(root, S3Root)
-    return f"s3:{site.endpoint_url or 'aws'}:{root.bucket}/{root.prefix}"

@@ -49,7 +49,7 @@ async def _walk(fs: Filesystem, path: bytes, nodes: list[Node]) -> Node:
     for name in path.split(b"/"):
         if not node.is_directory:
             raise NotADirectory("a part of the path is no directory")
-        node = await fs.lookup(node.ino, name)
+        node = await fs.lookup.find(node.ino, name)
         fs.tree.count_lookup(node)
         nodes.append(node)
     return node

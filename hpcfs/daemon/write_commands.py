@@ -271,7 +271,7 @@ def make_target(to: Path, namespace: str, path: bytes, ending: str = "") -> Path
     ownership.make_directories(directory)
     for part in [namespace, *parts[:-1]]:
         directory = _first_free(directory, part, "", _as_directory)
-    if reason := ownership.why_not(directory):  # they could put a link in the copy's place
+    if reason := ownership.unsafe_reason(directory):  # they could put a link in the copy's place
         raise SetupError(
             f"{directory} is not safe from others ({reason}): name a directory that only you can "
             "change"

@@ -16,14 +16,7 @@ from hpcfs.laptop.shares import Share
 from hpcfs.laptop.tunnel import Tunnel, TunnelPlan
 from hpcfs.model.errors import RemoteError, SetupError
 from hpcfs.model.sites import SshSite
-
-
-class _NoPrompter:
-    """A Prompter (remotes/base.py) that answers nothing: the demo's keys need no passphrase."""
-
-    async def ask(self, text: str, *, echo: bool = False) -> str | None:
-        """Return None: there is nobody to ask."""
-        return None
+from hpcfs.remotes.base import NO_PROMPTER
 
 
 async def serve(directory: Path) -> None:
@@ -38,7 +31,7 @@ async def serve(directory: Path) -> None:
         shares=(Share("data", home / "data"), Share("code", home / "src", read_only=True)),
     )
     stands = asyncio.Event()
-    tunnel = Tunnel(plan, _NoPrompter(), stands.set)
+    tunnel = Tunnel(plan, NO_PROMPTER, stands.set)  # the keys need no passphrase
     running = asyncio.create_task(tunnel.run())
     ending = asyncio.create_task(stop.read())
     standing = asyncio.create_task(stands.wait())

@@ -1,7 +1,7 @@
 """What is known of names from listings. No I/O, no clock.
 
 A complete listing that is at most a second old says which names there are, with their attributes.
-Which there are not it tells only to programs that are about to make them (filesystem/makers.py):
+Which there are not it tells only to programs that are about to create them (create_predictor.py):
 others may have made one since.
 """
 

@@ -42,7 +42,7 @@ class AttributeChanges:
 
     async def _change(self, namespace: Namespace, node: Node, attributes: Attributes) -> None:
         await self._closer.settled(node)
-        if self._is_ahead(node):
+        if node.is_ahead:
             if await self._must_ask(namespace, node, attributes):
                 await self._ask(namespace, node, attributes)
             else:
@@ -55,10 +55,6 @@ class AttributeChanges:
             if node.is_directory and attributes.mode is not None:
                 await self._bring_before(node, attributes.mode)
             await self._set_now(namespace, node, attributes)
-
-    def _is_ahead(self, node: Node) -> bool:
-        """Of what the remote has: it must not be overwritten by the remote's answer."""
-        return node.content is not None and node.content.is_ahead
 
     async def _must_ask(self, namespace: Namespace, node: Node, attributes: Attributes) -> bool:
         """Whether the remote may refuse it: the program must hear that now, not with the upload.

@@ -16,9 +16,10 @@ import msgspec
 from hpcfs.content.content import Content
 from hpcfs.content.factory import ContentFactory
 from hpcfs.content.snapshot import mode_without_ids
-from hpcfs.filesystem.openfile import Opened, OpenFile
+from hpcfs.filesystem.lookup import Lookup
+from hpcfs.filesystem.openfile import OpenFile, OpenReply
 from hpcfs.inodes.permissions import Permissions
-from hpcfs.inodes.tree import Node, Tree, join
+from hpcfs.inodes.tree import Node, Tree
 from hpcfs.model import paths
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import NO_HANDLE, Entry
@@ -27,7 +28,6 @@ from hpcfs.model.errors import (
     BadHandle,
     IsADirectory,
     NotConnected,
-    NotFound,
     NotSupported,
     Stale,
     Unreachable,
@@ -36,15 +36,10 @@ from hpcfs.prefetch.file_prefetcher import FilePrefetcher
 from hpcfs.protocol import messages as m
 from hpcfs.site.namespace import Namespace
 from hpcfs.writeback.close import Closer
-from hpcfs.writeback.uploader import Uploader
 
 log = logging.getLogger(__name__)
 
-OPEN_FRESH_SECONDS = 0.1
-"""open(2) asks the remote for the file's version, unless the path walk just before it did. So
-long the kernel remembers, too, that a name is missing: cp asks for it and makes it."""
-
-
+_SET_ID_BITS = stat.S_ISUID | stat.S_ISGID
 _CURRENT_ATTEMPTS = 8
 """A file may be replaced again and again."""
 
@@ -57,7 +52,7 @@ class Files:
         tree: Tree,
         contents: ContentFactory,
         closer: Closer,
-        uploader: Uploader,
+        lookup: Lookup,
         file_prefetcher: FilePrefetcher,
         permissions: Permissions,
     ) -> None:
@@ -65,7 +60,9 @@ class Files:
         self._contents = contents
         self._store = contents.store
         self._closer = closer
-        self._uploader = uploader
+        self._uploader = closer.uploader
+        self._queue = closer.queue
+        self._lookup = lookup
         self._file_prefetcher = file_prefetcher
         self._permissions = permissions
         self._open: dict[int, OpenFile] = {}
@@ -80,7 +77,7 @@ class Files:
 
     # --- open and create ---------------------------------------------------------------------
 
-    async def open(self, node: Node, flags: int) -> Opened:
+    async def open(self, node: Node, flags: int) -> OpenReply:
         namespace = self._regular(node)
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         if writing or flags & os.O_TRUNC:
@@ -101,7 +98,7 @@ class Files:
         if keep:
             content.note_served()
         node.pages_version = content.version
-        return Opened(handle, keep, not node.kernel_is_behind)
+        return OpenReply(handle, keep, not node.kernel_is_behind)
 
     async def _current(self, node: Node, namespace: Namespace, flags: int) -> Content:
         """The content that the remote has now, with one user more. What a program will read is
@@ -109,9 +106,9 @@ class Files:
         mode = flags & os.O_ACCMODE
         reads = mode != os.O_WRONLY and not flags & os.O_TRUNC
         for _ in range(_CURRENT_ATTEMPTS):
-            self._check_name(node)
+            self._lookup.check_name(node)
             if not reads or not node.entry.version or await self._file_prefetcher.is_current(node):
-                await self._revalidate(node, namespace)
+                await self._lookup.revalidate(node)
                 reads = False
             content = await self._content(node, namespace)
             is_new = not content.users and not content.served
@@ -122,7 +119,7 @@ class Files:
                 if content.can_hold(read_only=mode == os.O_RDONLY):
                     is_current = await self._hold(content, node, namespace)
                 else:
-                    await self._revalidate(node, namespace, content if is_new else None)
+                    await self._lookup.revalidate(node, content if is_new else None)
                     is_current = not is_new or content.version == node.entry.version
                 if is_current:
                     return content
@@ -130,14 +127,14 @@ class Files:
                 await self._closer.leave(content)
                 raise
             await self._closer.leave(content)
-            await self._compare(node, namespace)
+            await self._lookup.compare(node)
         raise Stale("the file is replaced on the remote again and again")
 
     async def _hold(self, content: Content, node: Node, namespace: Namespace) -> bool:
-        """Whether it is held. A file with several names is looked up by each (_check_names)."""
+        """Whether it is held. A file with several names is looked up by each (lookup.py)."""
         asked = self._tree.now()
         if node.others:
-            await self._revalidate(node, namespace)
+            await self._lookup.revalidate(node)
         try:
             entry = await content.hold()
         except NotConnected:
@@ -158,73 +155,12 @@ class Files:
             raise NotSupported("only regular files can be opened")
         return node.namespace
 
-    def _check_name(self, node: Node) -> None:
-        if node.content.state.is_superseded if node.content else not node.is_attached:
-            raise Stale("another file has this name now")
-
-    async def _revalidate(
-        self, node: Node, namespace: Namespace, own: Content | None = None
-    ) -> None:
-        """The node's entry is as the remote has it now. Raises Stale if that is another file: the
-        kernel then looks the name up again, and opens that one. `own` was made by the caller, whom
-        the entry tells whether it is current."""
-        self._check_name(node)
-        if self._tree.is_named(node, OPEN_FRESH_SECONDS) or (
-            node.content and node.content.is_dirty()
-        ):
-            return
-        if await self._file_prefetcher.is_current(node):
-            return
-        try:
-            await self._compare(node, namespace, own)
-        except NotConnected:
-            if not namespace.sleeps:
-                raise
-            log.debug("%r is opened as it was when the laptop was there", node.path)
-
-    async def _compare(self, node: Node, namespace: Namespace, own: Content | None = None) -> None:
-        await self._check_names(node, namespace)
-        asked = self._tree.now()
-        entry = await namespace.stat(node.path)
-        content = node.content
-        if content is None or content is own:
-            if stat.S_IFMT(entry.mode) != stat.S_IFMT(node.entry.mode):
-                self._closer.lose(node)
-                raise Stale("the file was replaced on the remote")
-            self._tree.update(node, entry, asked)
-        elif await self.is_same(content, entry):
-            self._tree.update(node, entry, asked)
-        elif not content.is_dirty():
-            self._closer.lose(node)  # the kernel looks the name up again and opens the new file
-            raise Stale("the file was replaced on the remote")
-
-    async def _check_names(self, node: Node, namespace: Namespace) -> None:
-        """open(2) does not say which of the file's names was meant: all must lead to it still. A
-        name that does not is looked up again by the kernel, upon Stale."""
-        for parent, name in list(node.others):
-            try:
-                entry = await namespace.stat(join(parent, name))
-            except NotFound:
-                self._tree.note_gone(parent, name)
-            else:
-                if entry.version != node.entry.version and (parent, name) in node.others:
-                    self._tree.note_gone(parent, name)
-                    raise Stale("the file was replaced on the remote")
-
-    async def is_same(self, content: Content, entry: Entry) -> bool:
-        """Whether the remote's `entry` is the file that is open here, perhaps grown."""
-        if entry.version == content.version:
-            return True
-        if entry.size > content.size and content.capabilities.handles:
-            await content.revalidate()
-        return entry.version == content.version
-
     async def _content(self, node: Node, namespace: Namespace) -> Content:
         """The node's content, made if this is its first handle."""
         while True:
             if node.content and node.content.closing is not None:
                 await self._closer.settled(node)
-                await self._revalidate(node, namespace)
+                await self._lookup.revalidate(node)
                 continue
             if node.content:
                 return node.content
@@ -252,7 +188,7 @@ class Files:
         handle = NO_HANDLE
         if namespace.writes_back:
             await namespace.check_takes_writes()
-            await self._closer.queue.make_room(None, 0)
+            await self._queue.make_room(None, 0)
             await self._look_once(parent, namespace)
             entry = self._entry_made_here(parent, name, mode, capabilities)
         else:
@@ -313,9 +249,10 @@ class Files:
 
     async def write(self, handle: int, offset: int, data: bytes) -> int:
         opened = self.get(handle)
-        opened.check_writable()
+        if not opened.is_writable:
+            raise BadHandle("the file was opened for reading only")
         if opened.content.namespace.writes_back and not opened.content.state.is_unlinked:
-            await self._closer.queue.make_room(opened.content, len(data))
+            await self._queue.make_room(opened.content, len(data))
         async with self._uploader.writing(opened.content):
             if opened.appends:
                 await opened.content.append(data)
@@ -325,12 +262,13 @@ class Files:
         return len(data)
 
     def _stamp(self, node: Node, content: Content) -> None:
-        """The file was written to now: its size and mtime as the mount shows them, and its mode:
+        """Show that the file was written to now, with what that makes of its size, mtime and mode:
         for all but root, writing clears the set-ID bits (of others' files where it is written)."""
         now = time.time_ns()
         now -= now % content.capabilities.mtime_resolution_ns
-        is_own = self._permissions.uid and node.entry.uid == self._permissions.uid
-        mode = mode_without_ids(node.entry) if is_own else None
+        mode, uid = None, self._permissions.uid
+        if node.entry.mode & _SET_ID_BITS and uid and node.entry.uid == uid:
+            mode = mode_without_ids(node.entry)
         content.note_stamped(mode)
         full = node.entry.mode if mode is None else stat.S_IFREG | mode
         self._tree.set_local(
@@ -349,7 +287,7 @@ class Files:
         content = node.content
         if content is None:
             entry = await namespace.entry(m.Truncate(node.path, size))
-            await self._store.outdate(namespace.origin, node.path)
+            await self._store.invalidate(namespace.origin, node.path)
             self._tree.set_local(node, entry)
             node.pages_version = None
             return False

@@ -14,8 +14,9 @@ shows the very same target: programs that copy links look at what they made.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 
+from hpcfs.filesystem.lookup import Lookup
 from hpcfs.inodes.tree import Node, Tree
 from hpcfs.model import paths
 from hpcfs.model.errors import LeadsOut, NotADirectory, NotFound
@@ -26,9 +27,6 @@ MAX_LINKS = 40
 """That one target leads through, as Linux allows (MAXSYMLINKS in linux/namei.h)."""
 REMEMBERED = 10_000
 """Symlinks made here."""
-
-Lookup = Callable[[int, bytes], Awaitable[Node]]
-"""(inode of a directory, name). Raises NotFound and RemoteError."""
 
 
 class Symlinks:
@@ -143,7 +141,7 @@ class Symlinks:
 
     async def _child(self, directory: Node, name: bytes, seen: list[Node]) -> Node | None:
         try:
-            child = await self._lookup(directory.ino, name)
+            child = await self._lookup.find(directory.ino, name)
         except (NotFound, NotADirectory):
             return None
         seen.append(child)

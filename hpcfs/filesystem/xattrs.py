@@ -8,9 +8,9 @@ remote yet.
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
 
 from hpcfs.filesystem.attributes import AttributeChanges
+from hpcfs.filesystem.lookup import Lookup
 from hpcfs.inodes.permissions import Permissions
 from hpcfs.inodes.tree import Node
 from hpcfs.model.entries import Attributes
@@ -26,25 +26,28 @@ from hpcfs.site.namespace import Namespace
 
 
 class ExtendedAttributes:
-    """`get_node` is getattr(2): the node with its attributes as they are now. `any_keeps` tells
-    whether any namespace of the mount keeps them. Raises FilesystemError and RemoteError."""
+    """Reads and changes the extended attributes of files and directories.
+
+    `any_keeps` tells whether any namespace of the mount keeps them. Every method raises
+    FilesystemError and RemoteError.
+    """
 
     def __init__(
         self,
-        get_node: Callable[[int], Awaitable[Node]],
+        lookup: Lookup,
         changes: AttributeChanges,
         permissions: Permissions,
         *,
         any_keeps: bool,
     ) -> None:
-        self._get_node = get_node
+        self._lookup = lookup
         self._changes = changes
         self._permissions = permissions
         self.any_keeps = any_keeps
 
     async def get(self, ino: int, name: bytes) -> bytes:
         _check_name(name)
-        node = await self._get_node(ino)
+        node = await self._lookup.getattr(ino)
         _keeper(node)
         await self._permissions.check_access(node, os.R_OK)
         value = dict(node.entry.xattrs).get(name)
@@ -54,7 +57,7 @@ class ExtendedAttributes:
 
     async def list(self, ino: int) -> list[bytes]:
         """Of a symbolic link, none: the kernel gives nobody its values."""
-        node = await self._get_node(ino)
+        node = await self._lookup.getattr(ino)
         _keeper(node)
         if not (node.is_regular or node.is_directory):
             return []
@@ -62,7 +65,7 @@ class ExtendedAttributes:
 
     async def set(self, ino: int, name: bytes, value: bytes) -> None:
         _check_name(name)
-        node = await self._get_node(ino)
+        node = await self._lookup.getattr(ino)
         after = changed_xattrs(node.entry.xattrs, {name: value})
         if len(xattrs_text(after)) > XATTRS_TEXT_BYTES:
             raise AttributesFull("the extended attributes of a file on S3 have some 1 KiB in all")
@@ -70,7 +73,7 @@ class ExtendedAttributes:
 
     async def remove(self, ino: int, name: bytes) -> None:
         await self.get(ino, name)
-        await self._change(await self._get_node(ino), {name: None})
+        await self._change(await self._lookup.getattr(ino), {name: None})
 
     async def _change(self, node: Node, changes: dict[bytes, bytes | None]) -> None:
         if node.namespace is None or node.namespace.read_only:

@@ -24,7 +24,7 @@ from msgspec import structs
 from hpcfs.content.content import Content
 from hpcfs.model import paths
 from hpcfs.model.entries import Entry
-from hpcfs.model.errors import Stale
+from hpcfs.model.errors import NotADirectory, Stale
 from hpcfs.site.namespace import Namespace
 
 ROOT_INO = 1
@@ -32,8 +32,9 @@ ATTRIBUTE_SECONDS = 1.0
 """How long attributes and names are believed without asking the remote, here and in the kernel."""
 
 
-OnChange = Callable[["Node", bytes, bool], None]
-"""(directory, name, whether what is below that name may be another too): the mount changed it."""
+NameWatcher = Callable[["Node", bytes, bool], None]
+"""(directory, name, whether what is below that name may be another too): the mount changed it, so
+that older answers of the remote don't speak for it."""
 
 
 class Node:
@@ -45,6 +46,7 @@ class Node:
     """
 
     __slots__ = (
+        "changed_here",
         "changed_ns",
         "children",
         "content",
@@ -75,6 +77,8 @@ class Node:
         self.lookups = 0
         self.kernel_is_behind = False
         """The remote's answer is newer than the attributes that the kernel was given."""
+        self.changed_here = False
+        """Its attributes were changed through the mount: listings may not know that yet."""
         self.changed_ns = 0
         """When attributes or names were last changed here (ctime), 0 if they were not."""
         self.others: list[tuple[Node, bytes]] = []
@@ -101,6 +105,12 @@ class Node:
     @property
     def is_namespace_root(self) -> bool:
         return self.namespace is not None and (self.parent is None or self.parent.namespace is None)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the mount knows better than the remote: the file is being written, or was removed
+        here while it is open."""
+        return self.content is not None and self.content.is_ahead
 
     @property
     def is_attached(self) -> bool:
@@ -149,6 +159,11 @@ def join(parent: Node, name: bytes) -> bytes:
     return paths.join(parent.path, name)
 
 
+def directory_entry(name: bytes, mode: int, uid: int, gid: int, mtime_ns: int) -> Entry:
+    """Return the entry of a directory that no remote described."""
+    return Entry(name, stat.S_IFDIR | mode, 0, mtime_ns, mtime_ns, uid, gid)
+
+
 class Tree:
     def __init__(self, root: Node, now: Callable[[], float] = time.monotonic) -> None:
         self.root = root
@@ -157,7 +172,7 @@ class Tree:
         """Counts removals; see Node.removals."""
         self.moves = 0
         """Counts renames of directories: paths may mean others since."""
-        self.on_change: OnChange = lambda parent, name, below: None
+        self._watchers: list[NameWatcher] = []
         self._nodes: dict[int, Node] = {root.ino: root}
         self._prefix: tuple[Node | None, bytes] = (None, b"")
         """What the names in that directory are hashed with."""
@@ -165,10 +180,26 @@ class Tree:
     def __len__(self) -> int:
         return len(self._nodes)
 
+    def watch_names(self, watcher: NameWatcher) -> None:
+        """Call `watcher` for each name that the mount changes, or stops to know better than the
+        remote. A node that it changed and still has needs none: it knows when that was."""
+        self._watchers.append(watcher)
+
+    def _tell(self, parent: Node, name: bytes, *, below: bool) -> None:
+        for watcher in self._watchers:
+            watcher(parent, name, below)
+
     def get(self, ino: int) -> Node:
         node = self._nodes.get(ino)
         if node is None:
             raise Stale(f"the kernel asked for inode {ino}, which was forgotten")
+        return node
+
+    def directory(self, ino: int) -> Node:
+        """Return the node of a directory. Raises NotADirectory, and Stale like `get`."""
+        node = self.get(ino)
+        if not node.is_directory:
+            raise NotADirectory("a directory was needed")
         return node
 
     def child(self, parent: Node, name: bytes) -> Node | None:
@@ -240,7 +271,7 @@ class Tree:
         """The entry as it is now through what was done here."""
         node.entry = entry
         node.validated_at = node.named = self.now()
-        self.note_attributes(node)
+        node.changed_here = True
 
     def touch(self, directory: Node) -> None:
         """An entry of it came, went or was renamed here; the remote has not heard of it yet."""
@@ -256,7 +287,7 @@ class Tree:
     def note_attributes(self, node: Node) -> None:
         """Older listings of its directory don't tell its attributes any more."""
         for parent, name in node.names:
-            self.on_change(parent, name, False)
+            self._tell(parent, name, below=False)
 
     def note_changed(self, node: Node) -> None:
         """The attributes or the names of what the node stands for changed now (ctime)."""
@@ -294,11 +325,11 @@ class Tree:
         self.clock += 1
         if parent.removals is not None:
             parent.removals[name] = self.clock
-        self.on_change(parent, name, True)
+        self._tell(parent, name, below=True)
 
     def note_made(self, parent: Node, name: bytes) -> None:
         """What has this name may be another from now on."""
-        self.on_change(parent, name, False)
+        self._tell(parent, name, below=False)
 
     def note_gone(self, parent: Node, name: bytes) -> None:
         """The name was removed here; it may have had no node. A node's other names stay."""
@@ -351,4 +382,6 @@ class Tree:
             for parent, name in node.names:
                 if parent.children is not None and parent.children.get(name) is node:
                     del parent.children[name]
+                    if node.changed_here:
+                        self._tell(parent, name, below=False)
                     todo.append(parent)

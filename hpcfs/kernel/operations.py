@@ -16,8 +16,8 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import pyfuse3
 
-from hpcfs.filesystem.files import OPEN_FRESH_SECONDS
 from hpcfs.filesystem.filesystem import Filesystem
+from hpcfs.filesystem.lookup import OPEN_FRESH_SECONDS
 from hpcfs.inodes.tree import ATTRIBUTE_SECONDS, Node
 from hpcfs.kernel.errno import errno_of
 from hpcfs.model.entries import Attributes
@@ -131,7 +131,7 @@ class KernelOperations(pyfuse3.Operations):
     @_answering
     async def lookup(self, parent: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
         try:
-            return self._counted(await self._fs.lookup(parent, name, ctx.pid))
+            return self._counted(await self._fs.lookup.find(parent, name, ctx.pid))
         except NotFound:
             missing = pyfuse3.EntryAttributes()
             missing.st_ino = 0  # lets the kernel remember for a while that there is no such name
@@ -148,7 +148,7 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def getattr(self, inode: int, ctx: Any) -> pyfuse3.EntryAttributes:
-        return _told(await self._fs.getattr(inode))
+        return _told(await self._fs.lookup.getattr(inode))
 
     @_answering
     async def setattr(
@@ -234,12 +234,12 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def unlink(self, parent: int, name: bytes, ctx: Any) -> None:
-        self._fs.makers.does_else(ctx.pid)
+        self._fs.create_predictor.does_else(ctx.pid)
         await self._fs.unlink(parent, name)
 
     @_answering
     async def rmdir(self, parent: int, name: bytes, ctx: Any) -> None:
-        self._fs.makers.does_else(ctx.pid)
+        self._fs.create_predictor.does_else(ctx.pid)
         await self._fs.rmdir(parent, name)
 
     @_answering
@@ -264,7 +264,7 @@ class KernelOperations(pyfuse3.Operations):
     @_answering
     async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
         node = self._fs.tree.get(inode)
-        self._fs.makers.does_else(ctx.pid)
+        self._fs.create_predictor.does_else(ctx.pid)
         opened = await self._fs.files.open(node, flags)
         if not opened.keep_attributes:
             _drop_attributes(node)
@@ -305,7 +305,7 @@ class KernelOperations(pyfuse3.Operations):
     @_answering
     async def opendir(self, inode: int, ctx: Any) -> int:
         node = self._fs.tree.get(inode)
-        self._fs.makers.does_else(ctx.pid)
+        self._fs.create_predictor.does_else(ctx.pid)
         await self._fs.permissions.check_directory(node, os.R_OK)
         return self._fs.directories.open(node)
 

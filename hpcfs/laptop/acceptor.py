@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hpcfs.laptop.strangers import Admission, Strangers, Tally
-from hpcfs.tunnel.knock import KNOCK_BYTES, NONCE_BYTES, Door
-from hpcfs.tunnel.stream import ID_BYTES, NEW_STREAM, Garbled, Pipe, TunnelStream
+from hpcfs.tunnel.knock import KNOCK_BYTES, NONCE_BYTES, TunnelHandshake
+from hpcfs.tunnel.stream import ID_BYTES, NEW_STREAM, Pipe, ProtocolViolation, TunnelStream
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["unix", "tcp"]
+EndpointKind = Literal["unix", "tcp"]
 """The kind of endpoint that a pipe came through, which decides what its client must prove."""
 
 WAIT_SECONDS = 120.0
@@ -46,7 +46,7 @@ MAX_PROVING_BYTES = 64 * 1024
 class Incoming:
     """A pipe at our end: call `received` with the bytes that arrive and `lost` when it broke."""
 
-    def __init__(self, acceptor: Acceptor, pipe: Pipe, kind: Kind) -> None:
+    def __init__(self, acceptor: Acceptor, pipe: Pipe, kind: EndpointKind) -> None:
         self._acceptor = acceptor
         self.pipe = pipe
         self._nonce = secrets.token_bytes(NONCE_BYTES)
@@ -55,7 +55,7 @@ class Incoming:
         self._over = False
         self.kind = kind
         self.stream: TunnelStream | None = None
-        pipe.write(acceptor.door.greeting(self._nonce))
+        pipe.write(acceptor.handshake.greeting(self._nonce))
 
     def received(self, data: bytes | memoryview) -> None:
         """Process bytes: first the handshake, then frames for the stream."""
@@ -68,26 +68,26 @@ class Incoming:
                 self._check_amount(len(data))
                 self._acceptor.heard(self.stream)
                 self.stream.feed(data)
-        except Garbled as error:
+        except ProtocolViolation as error:
             self._acceptor.refused(self, error)
             self.close()
 
     def _check_amount(self, more: int) -> None:
         self._count += more
         if self._count > MAX_PROVING_BYTES and self._acceptor.is_proving(self):
-            raise Garbled("it says much and proves nothing")
+            raise ProtocolViolation("it says much and proves nothing")
 
     def _knocked(self, data: memoryview) -> memoryview:
-        """Process the handshake, and return the bytes that follow it. Raises Garbled."""
+        """Process the handshake, and return the bytes that follow it. Raises ProtocolViolation."""
         missing = KNOCK_BYTES - len(self._came)
         self._came += data[:missing]
         if len(self._came) == KNOCK_BYTES:
             nonces = self._nonce + bytes(self._came[:NONCE_BYTES])
-            door = self._acceptor.door
-            wanted, seen = door.unseal(b"client", nonces, bytes(self._came[NONCE_BYTES:]))
+            handshake = self._acceptor.handshake
+            wanted, seen = handshake.unseal(b"client", nonces, bytes(self._came[NONCE_BYTES:]))
             stream = self._acceptor.find(wanted, self.kind)
             found = (NEW_STREAM, 0) if stream is None else (stream.id, stream.received)
-            self.pipe.write(door.seal(b"server", nonces, *found))
+            self.pipe.write(handshake.seal(b"server", nonces, *found))
             if stream is None:
                 self.close()
             else:
@@ -110,12 +110,12 @@ class Incoming:
 
 
 @dataclass(eq=False)
-class _Kept:
+class _ProvedStream:
     """A stream whose client has proved its keys, and which therefore outlives its pipes. `heard_at`
     is in the event loop's time."""
 
     stream: TunnelStream
-    kind: Kind
+    kind: EndpointKind
     heard_at: float
     timer: asyncio.TimerHandle
 
@@ -124,10 +124,12 @@ class Acceptor:
     """Holds all pipes and streams. `on_stream` gets each new stream, and calls `keep` once the
     client has proved its keys."""
 
-    def __init__(self, door: Door, on_stream: Callable[[TunnelStream, Kind], None]) -> None:
-        self.door = door
+    def __init__(
+        self, handshake: TunnelHandshake, on_stream: Callable[[TunnelStream, EndpointKind], None]
+    ) -> None:
+        self.handshake = handshake
         self._on_stream = on_stream
-        self._kept: dict[bytes, _Kept] = {}
+        self._kept: dict[bytes, _ProvedStream] = {}
         self._strangers = Strangers(MAX_STRANGERS, self._drive_out)
         self._proving = Strangers(MAX_PROVING, self._drive_out)
         """Pipes that passed the handshake, and on whose streams the keys are still to be proved."""
@@ -141,7 +143,7 @@ class Acceptor:
         self._tally.note()
         return False
 
-    def pipe(self, pipe: Pipe, kind: Kind) -> Incoming:
+    def pipe(self, pipe: Pipe, kind: EndpointKind) -> Incoming:
         """Register a new pipe, and send it the greeting."""
         incoming = Incoming(self, pipe, kind)
         self._strangers.add(incoming)
@@ -158,7 +160,7 @@ class Acceptor:
                 self._proving.remove(incoming)
                 loop = asyncio.get_running_loop()
                 timer = loop.call_later(WAIT_SECONDS / 2, self._look, stream.id)
-                self._kept[stream.id] = _Kept(stream, incoming.kind, loop.time(), timer)
+                self._kept[stream.id] = _ProvedStream(stream, incoming.kind, loop.time(), timer)
                 return
 
     def close(self) -> None:
@@ -172,7 +174,7 @@ class Acceptor:
 
     # --- for Incoming -----------------------------------------------------------------------------
 
-    def find(self, stream_id: bytes, kind: Kind) -> TunnelStream | None:
+    def find(self, stream_id: bytes, kind: EndpointKind) -> TunnelStream | None:
         """Return the stream with that id, or a new one; None where there is none or no room."""
         if stream_id == NEW_STREAM:
             full = len(self._kept) >= MAX_STREAMS
@@ -196,7 +198,7 @@ class Acceptor:
         if stream.id in self._kept:
             self._kept[stream.id].heard_at = asyncio.get_running_loop().time()
 
-    def refused(self, incoming: Incoming, error: Garbled) -> None:
+    def refused(self, incoming: Incoming, error: ProtocolViolation) -> None:
         """Log, or count, a connection that broke the protocol."""
         if incoming in self._strangers:
             self._tally.note()
@@ -230,7 +232,7 @@ class Acceptor:
             wait = WAIT_SECONDS
         kept.timer = loop.call_later(wait - silence, self._look, stream_id)
 
-    def _forget(self, kept: _Kept, reason: str) -> None:
+    def _forget(self, kept: _ProvedStream, reason: str) -> None:
         kept.timer.cancel()
         del self._kept[kept.stream.id]
         kept.stream.end(reason)

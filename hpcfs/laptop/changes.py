@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Literal
 
-Change = Literal["slept", "network"]
+MachineChange = Literal["slept", "network"]
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def slept() -> float:
 
 @asynccontextmanager
 async def watched(
-    on_change: Callable[[Change], None], how_long: Callable[[], float] = slept
+    on_change: Callable[[MachineChange], None], how_long: Callable[[], float] = slept
 ) -> AsyncIterator[None]:
     """Call `on_change` for each change until the block ends. `how_long` returns the seconds spent
     suspended so far."""
@@ -50,7 +50,9 @@ async def watched(
         await asyncio.wait([sleeping])
 
 
-async def _watch_sleep(on_change: Callable[[Change], None], how_long: Callable[[], float]) -> None:
+async def _watch_sleep(
+    on_change: Callable[[MachineChange], None], how_long: Callable[[], float]
+) -> None:
     before = how_long()
     while True:
         await asyncio.sleep(LOOK_SECONDS)
@@ -72,7 +74,7 @@ def _open_netlink() -> socket.socket | None:
     return found
 
 
-def _heard(netlink: socket.socket, on_change: Callable[[Change], None]) -> None:
+def _heard(netlink: socket.socket, on_change: Callable[[MachineChange], None]) -> None:
     """Drain the socket. The messages' content does not matter: one is as good as many."""
     try:
         while netlink.recv(65536):

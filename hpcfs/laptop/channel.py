@@ -31,7 +31,7 @@ from asyncssh.logging import SSHLogger, logger as asyncssh_logger
 from asyncssh.packet import SSHPacket
 from asyncssh.sftp import SFTPServerHandler
 
-from hpcfs.laptop.memory import Held
+from hpcfs.laptop.memory import ChannelMemory
 from hpcfs.laptop.sftp_server import ShareFile, Shares, ShareServer
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class ServerChannel:
     ) -> None:
         self._write = write
         self._untaken = untaken
-        self._held = Held(shares.memory, most)
+        self._held = ChannelMemory(shares.memory, most)
         self._reader = _RequestReader(self._held)
         self._handler = _Handler(
             ShareServer(shares), self._reader, _AnswerWriter(self._answer), files
@@ -137,7 +137,7 @@ class ServerChannel:
 class _RequestReader:
     """The part of asyncio's StreamReader that asyncssh's handler uses, with flow control."""
 
-    def __init__(self, held: Held) -> None:
+    def __init__(self, held: ChannelMemory) -> None:
         self._stream = asyncio.StreamReader()
         self._held = held
         self._waiting = 0

@@ -11,10 +11,10 @@ from typing import Literal
 import asyncssh
 import uvloop
 
-from hpcfs.config.tunnel import Wishes
+from hpcfs.config.tunnel import TunnelSettings
 from hpcfs.laptop import forwards, listening, publishing
 from hpcfs.laptop.acceptor import Acceptor
-from hpcfs.laptop.forwards import Ends
+from hpcfs.laptop.forwards import ForwardEnds
 from hpcfs.laptop.identity import Identity
 from hpcfs.laptop.publishing import Directory
 from hpcfs.laptop.running import Asker, AskUser
@@ -30,47 +30,47 @@ ReportFinding = Callable[[Level, str, str], None]
 SECONDS = 30.0
 
 
-def check(wishes: Wishes, ask: AskUser, tell: ReportFinding) -> None:
+def check(settings: TunnelSettings, ask: AskUser, tell: ReportFinding) -> None:
     """Run all checks; `tell` gets each finding."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_check(wishes, ask, tell))
+        runner.run(_check(settings, ask, tell))
 
 
-async def _check(wishes: Wishes, ask: AskUser, tell: ReportFinding) -> None:
-    if wishes.site.transport != "asyncssh":
-        tell("fail", wishes.shown, 'transport = "openssh" can\'t forward: leave that key out')
+async def _check(settings: TunnelSettings, ask: AskUser, tell: ReportFinding) -> None:
+    if settings.site.transport != "asyncssh":
+        tell("fail", settings.shown, 'transport = "openssh" can\'t forward: leave that key out')
         return
     try:
-        login = await log_in(wishes.site, Asker(ask))
+        login = await log_in(settings.site, Asker(ask))
     except RemoteError as error:
-        tell("fail", wishes.shown, error.message)
+        tell("fail", settings.shown, error.message)
         return
-    tell("ok", wishes.shown, f"lets {login.user} in")
+    tell("ok", settings.shown, f"lets {login.user} in")
     try:
         async with asyncio.timeout(SECONDS):
             with translated(b"", login.shown):
-                await _look_around(wishes, login, tell)
+                await _look_around(settings, login, tell)
     except RemoteError as error:
-        tell("fail", wishes.shown, error.message)
+        tell("fail", settings.shown, error.message)
     except TimeoutError:
-        tell("fail", wishes.shown, f"does not answer within {SECONDS:g} s")
+        tell("fail", settings.shown, f"does not answer within {SECONDS:g} s")
     finally:
         await login.close()
 
 
-async def _look_around(wishes: Wishes, login: SshLogin, tell: ReportFinding) -> None:
+async def _look_around(settings: TunnelSettings, login: SshLogin, tell: ReportFinding) -> None:
     sftp = await publishing.start_sftp(login)
     missing = await _missing_directories(sftp)
     try:
         directory = await publishing.open_directory(sftp, login.shown)
-        await directory.try_file(wishes.name)
+        await directory.try_file(settings.name)
         tell("ok", "rendezvous", f"{directory.path} is yours alone{await _kind(directory)}")
-        await _look_for_others(wishes, directory, login, tell)
-        path = directory.new_socket(wishes.name)
-        door = Identity().door
-        acceptor = Acceptor(door, lambda stream, _: stream.end("this is a check"))
+        await _look_for_others(settings, directory, login, tell)
+        path = directory.new_socket(settings.name)
+        handshake = Identity().handshake
+        acceptor = Acceptor(handshake, lambda stream, _: stream.end("this is a check"))
         try:
-            await _try_forwards(wishes, Ends(login, sftp, acceptor), path, tell)
+            await _try_forwards(settings, ForwardEnds(login, sftp, acceptor), path, tell)
         finally:
             await directory.remove_socket(path)
     finally:
@@ -98,17 +98,19 @@ async def _kind(directory: Directory) -> str:
 
 
 async def _look_for_others(
-    wishes: Wishes, directory: Directory, login: SshLogin, tell: ReportFinding
+    settings: TunnelSettings, directory: Directory, login: SshLogin, tell: ReportFinding
 ) -> None:
     try:
-        await directory.check_free(login.connection, wishes.name, "")
+        await directory.check_free(login.connection, settings.name, "")
     except publishing.NameTaken as error:
         tell("warn", "name", error.message)
     else:
-        tell("ok", "name", f"no other tunnel named {wishes.name} is up")
+        tell("ok", "name", f"no other tunnel named {settings.name} is up")
 
 
-async def _try_forwards(wishes: Wishes, ends: Ends, path: str | None, tell: ReportFinding) -> None:
+async def _try_forwards(
+    settings: TunnelSettings, ends: ForwardEnds, path: str | None, tell: ReportFinding
+) -> None:
     unix, no_unix = await forwards.try_unix(ends, path)
     tcp, no_tcp = await forwards.try_tcp(ends, forwards.LOOPBACK)
     if unix is not None:
@@ -117,10 +119,10 @@ async def _try_forwards(wishes: Wishes, ends: Ends, path: str | None, tell: Repo
         tell("warn", "forward", f"{no_unix}: a loopback port is used, with a layer of SSH on it")
     else:
         tell("fail", "forward", f"{no_unix}; {no_tcp}: {forwards.NO_WAY}")
-    if wishes.bind is None:
+    if settings.bind is None:
         tell("ok", "compute nodes", "not tried: --bind ADDR names the address that they reach")
         return
-    bound, obstacle = await forwards.try_bind(ends, wishes.bind)
+    bound, obstacle = await forwards.try_bind(ends, settings.bind)
     if bound is None:
         tell("warn", "compute nodes", obstacle)
     else:

@@ -16,8 +16,8 @@ import asyncssh
 from asyncssh.constants import OPEN_RESOURCE_SHORTAGE
 
 from hpcfs.laptop import listening, probing
-from hpcfs.laptop.acceptor import Acceptor, Incoming, Kind
-from hpcfs.laptop.guests import takes_packets
+from hpcfs.laptop.acceptor import Acceptor, EndpointKind, Incoming
+from hpcfs.laptop.connected_mounts import takes_packets
 from hpcfs.model.errors import WrongSettings
 from hpcfs.remotes.ssh.login import SshLogin
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES
@@ -55,7 +55,7 @@ class Forwards:
 
 
 @dataclass(frozen=True)
-class Ends:
+class ForwardEnds:
     """The parties that a forward connects. `sftp` is the session on the login node."""
 
     login: SshLogin
@@ -63,7 +63,7 @@ class Ends:
     acceptor: Acceptor
 
 
-async def open_forwards(ends: Ends, socket_path: str | None, bind: str | None) -> Forwards:
+async def open_forwards(ends: ForwardEnds, socket_path: str | None, bind: str | None) -> Forwards:
     """Open at least one forward. Raises WrongSettings if none is granted, and asyncssh.Error or
     OSError where the connection is lost meanwhile."""
     found = Forwards()
@@ -90,7 +90,7 @@ async def open_forwards(ends: Ends, socket_path: str | None, bind: str | None) -
     return found
 
 
-async def try_unix(ends: Ends, path: str | None) -> tuple[UnixEndpoint | None, str]:
+async def try_unix(ends: ForwardEnds, path: str | None) -> tuple[UnixEndpoint | None, str]:
     """Forward a Unix socket at that path; return it, or None and the reason why there is none."""
     if path is None:
         return None, "no Unix socket: the home directory's name is too long for one"
@@ -105,7 +105,7 @@ async def try_unix(ends: Ends, path: str | None) -> tuple[UnixEndpoint | None, s
     return UnixEndpoint(path), ""
 
 
-async def try_tcp(ends: Ends, host: str) -> tuple[TcpEndpoint | None, str]:
+async def try_tcp(ends: ForwardEnds, host: str) -> tuple[TcpEndpoint | None, str]:
     """Forward a port that the server chooses; return it, or None and the reason."""
     said = len(ends.login.said)
     try:
@@ -140,7 +140,7 @@ def _forbidding(login: SshLogin, said_before: int) -> str:
     return ""
 
 
-async def try_bind(ends: Ends, bind: str) -> tuple[TcpEndpoint | None, str]:
+async def try_bind(ends: ForwardEnds, bind: str) -> tuple[TcpEndpoint | None, str]:
     """Forward a port that other machines can reach; return it, or None and the reason."""
     place, obstacle = await try_tcp(ends, bind)
     if place is not None:
@@ -151,7 +151,7 @@ async def try_bind(ends: Ends, bind: str) -> tuple[TcpEndpoint | None, str]:
     return None, f"compute nodes can't reach this tunnel, since {obstacle}: {OTHER_WAYS}"
 
 
-async def _obstacle(ends: Ends, place: TcpEndpoint) -> str:
+async def _obstacle(ends: ForwardEnds, place: TcpEndpoint) -> str:
     """Return why other machines can't reach this port, as far as can be seen from here; else an
     empty string."""
     heard = await listening.addresses(ends.sftp, place.port)
@@ -161,7 +161,7 @@ async def _obstacle(ends: Ends, place: TcpEndpoint) -> str:
             f"{ends.login.shown} listens on {shown} only, though it was asked for {place.host} "
             f"(GatewayPorts no, or a name that means loopback there)"
         )
-    answer = await probing.look(ends.login.connection, place, ends.acceptor.door)
+    answer = await probing.look(ends.login.connection, place, ends.acceptor.handshake)
     if answer in ("refused", "other"):
         return (
             f"nothing of ours answers at {place.host} port {place.port}, seen from "
@@ -196,7 +196,7 @@ class _ChannelPipe:
 class _Arrival(asyncssh.SSHTCPSession[bytes], asyncssh.SSHUNIXSession[bytes]):
     """A connection that somebody made to one of our endpoints."""
 
-    def __init__(self, ends: Ends, kind: Kind) -> None:
+    def __init__(self, ends: ForwardEnds, kind: EndpointKind) -> None:
         self._ends = ends
         self._kind = kind
         self._incoming: Incoming | None = None

@@ -13,7 +13,7 @@ from functools import cached_property
 import asyncssh
 
 from hpcfs.tunnel.file import SECRET_BYTES
-from hpcfs.tunnel.knock import Door
+from hpcfs.tunnel.knock import TunnelHandshake
 
 
 def _new_key() -> asyncssh.SSHKey:
@@ -30,9 +30,9 @@ class Identity:
     secret: str = field(default_factory=lambda: secrets.token_hex(SECRET_BYTES), repr=False)
 
     @property
-    def door(self) -> Door:
+    def handshake(self) -> TunnelHandshake:
         """The handshake's parameters (tunnel/knock.py)."""
-        return Door(self.id, self.secret)
+        return TunnelHandshake(self.id, self.secret)
 
     @property
     def client_public(self) -> asyncssh.SSHKey:

@@ -17,18 +17,18 @@ MAX_CHANNEL_REQUEST_BYTES = 64 * 1024 * 1024
 
 
 @dataclass
-class Memory:
+class ServerMemory:
     """Bytes that all channels hold."""
 
     requests: int = 0
     answers: int = 0
 
 
-class Held:
+class ChannelMemory:
     """Bytes that one channel holds. The channel reports them, and learns whether they are too
     many."""
 
-    def __init__(self, memory: Memory, most_answers: int) -> None:
+    def __init__(self, memory: ServerMemory, most_answers: int) -> None:
         self._memory = memory
         self._most_answers = most_answers
         self._requests = 0

@@ -15,8 +15,8 @@ import asyncssh
 from asyncssh.constants import OPEN_ADMINISTRATIVELY_PROHIBITED
 
 from hpcfs.tunnel.file import Endpoint, UnixEndpoint
-from hpcfs.tunnel.knock import MAX_GREETING_BYTES, NONCE_BYTES, SEALED_BYTES, Door
-from hpcfs.tunnel.stream import ID_BYTES, Garbled
+from hpcfs.tunnel.knock import MAX_GREETING_BYTES, NONCE_BYTES, SEALED_BYTES, TunnelHandshake
+from hpcfs.tunnel.stream import ID_BYTES, ProtocolViolation
 
 PROBE_SECONDS = 3.0
 
@@ -25,13 +25,15 @@ Answer = Literal["greets", "other", "refused", "forbidden"]
 forbidden: the server allows no connection from here."""
 
 
-async def look(connection: asyncssh.SSHClientConnection, place: Endpoint, door: Door) -> Answer:
+async def look(
+    connection: asyncssh.SSHClientConnection, place: Endpoint, handshake: TunnelHandshake
+) -> Answer:
     """Probe the endpoint. Raises asyncssh.Error and OSError where the login itself is lost."""
     listener = _Listener()
     try:
         async with asyncio.timeout(PROBE_SECONDS):
             await _connect(connection, place, listener)
-            return "greets" if await _is_ours(listener, door) else "other"
+            return "greets" if await _is_ours(listener, handshake) else "other"
     except asyncssh.ChannelOpenError as error:
         return "forbidden" if error.code == OPEN_ADMINISTRATIVELY_PROHIBITED else "refused"
     except TimeoutError:
@@ -40,14 +42,16 @@ async def look(connection: asyncssh.SSHClientConnection, place: Endpoint, door: 
         listener.close()
 
 
-async def _is_ours(listener: _Listener, door: Door) -> bool:
+async def _is_ours(listener: _Listener, handshake: TunnelHandshake) -> bool:
     """Request a stream that can't exist: the answer shows whether the other end knows the
     secret."""
     try:
-        nonce, ours = door.nonce_in(await listener.line()), secrets.token_bytes(NONCE_BYTES)
-        listener.write(ours + door.seal(b"client", nonce + ours, secrets.token_bytes(ID_BYTES), 0))
-        door.unseal(b"server", nonce + ours, await listener.read(SEALED_BYTES))
-    except Garbled:
+        nonce, ours = handshake.nonce_in(await listener.line()), secrets.token_bytes(NONCE_BYTES)
+        listener.write(
+            ours + handshake.seal(b"client", nonce + ours, secrets.token_bytes(ID_BYTES), 0)
+        )
+        handshake.unseal(b"server", nonce + ours, await listener.read(SEALED_BYTES))
+    except ProtocolViolation:
         return False
     return True
 

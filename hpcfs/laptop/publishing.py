@@ -26,7 +26,7 @@ from hpcfs.model.errors import PermissionDenied, RemoteError, WrongSettings
 from hpcfs.remotes.sftp.translate import translated
 from hpcfs.remotes.ssh.login import SshLogin
 from hpcfs.tunnel.file import DIRECTORY, MAX_FILE_BYTES, Rendezvous, decode, encode, file_name
-from hpcfs.tunnel.knock import Door
+from hpcfs.tunnel.knock import TunnelHandshake
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,9 @@ class Directory:
             return
         for place in other.places:
             with translated(b"", self.shown):
-                answer = await probing.look(connection, place, Door(other.id, other.secret))
+                answer = await probing.look(
+                    connection, place, TunnelHandshake(other.id, other.secret)
+                )
             if answer == "greets":
                 raise NameTaken(
                     f"a tunnel named {name} is up already, from {other.laptop} "

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import uvloop
 
-from hpcfs.config.tunnel import Wishes
+from hpcfs.config.tunnel import TunnelSettings
 from hpcfs.laptop import control
 from hpcfs.laptop.shares import Share
 from hpcfs.laptop.status import TunnelStatus
@@ -35,7 +35,12 @@ def log_file(name: str) -> Path:
 
 
 def run(
-    wishes: Wishes, shares: tuple[Share, ...], ask: AskUser, show: Show, *, to_stderr: bool
+    settings: TunnelSettings,
+    shares: tuple[Share, ...],
+    ask: AskUser,
+    show: Show,
+    *,
+    to_stderr: bool,
 ) -> None:
     """Run a tunnel until it is stopped.
 
@@ -43,16 +48,16 @@ def run(
     ended by itself.
     """
     plan = TunnelPlan(
-        name=wishes.name,
-        site=wishes.site,
-        shown=wishes.shown,
+        name=settings.name,
+        site=settings.site,
+        shown=settings.shown,
         shares=shares,
-        bind=wishes.bind,
-        log_file=str(log_file(wishes.name)),
+        bind=settings.bind,
+        log_file=str(log_file(settings.name)),
     )
     dumps.forbid()
     paths.make_private(paths.state_dir())
-    logs.set_up(log_file(plan.name), wishes.log_level, "tunnel", to_stderr=to_stderr)
+    logs.set_up(log_file(plan.name), settings.log_level, "tunnel", to_stderr=to_stderr)
     logging.getLogger("asyncssh").setLevel(logging.WARNING)
     try:
         with (

@@ -24,7 +24,7 @@ from asyncssh import SFTPAttrs, SFTPName, SFTPVFSAttrs
 from asyncssh.constants import FXF_APPEND, FXF_CREAT, FXF_EXCL, FXF_READ, FXF_TRUNC, FXF_WRITE
 
 from hpcfs.laptop.hardlinks import HardLinks
-from hpcfs.laptop.memory import Memory
+from hpcfs.laptop.memory import ServerMemory
 from hpcfs.laptop.safe_paths import Folder, SafeEntry
 from hpcfs.laptop.shares import Share
 
@@ -74,7 +74,7 @@ class Shares:
         self.by_name = {os.fsencode(share.name): share for share in shares}
         self.folders = {share.name: Folder(share.directory) for share in shares}
         self.traffic = ShareTraffic()
-        self.memory = Memory()
+        self.memory = ServerMemory()
         self.links = HardLinks(guarded=any(share.read_only for share in shares))
         self.open_files = 0
         self._since = time.time()

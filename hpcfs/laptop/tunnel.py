@@ -21,9 +21,9 @@ import asyncssh
 
 from hpcfs import __version__
 from hpcfs.laptop import changes, forwards, publishing
-from hpcfs.laptop.changes import Change
-from hpcfs.laptop.forwards import Ends, Forwards
-from hpcfs.laptop.guests import Guests
+from hpcfs.laptop.changes import MachineChange
+from hpcfs.laptop.connected_mounts import ConnectedMounts
+from hpcfs.laptop.forwards import ForwardEnds, Forwards
 from hpcfs.laptop.identity import Identity
 from hpcfs.laptop.pauses import Pauses, is_unreached
 from hpcfs.laptop.publishing import Directory
@@ -88,7 +88,7 @@ class Tunnel:
         self.plan = plan
         self.identity = Identity()
         self._shares = Shares(plan.shares)
-        self._guests = Guests(self._shares, self.identity, on_change)
+        self._mounts = ConnectedMounts(self._shares, self.identity, on_change)
         self._prompter = prompter
         self._on_change = on_change
         self._started = self._since = time.time()
@@ -99,7 +99,7 @@ class Tunnel:
         self._up, self._down = Rate(), Rate()
         self._news = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._change: Change | None = None
+        self._change: MachineChange | None = None
         self._hurries = False
         """Whether the connection did not survive a change, so that there is nothing to wait for."""
 
@@ -120,7 +120,7 @@ class Tunnel:
                     if error is not None and not self._stopping.is_set():
                         await self._recover(error, pauses)
         finally:
-            self._guests.acceptor.close()
+            self._mounts.acceptor.close()
             self._shares.close()
             sampling.cancel()
             await asyncio.wait([sampling])
@@ -221,7 +221,7 @@ class Tunnel:
         sftp = await publishing.start_sftp(login)
         directory = await publishing.open_directory(sftp, login.shown)
         await directory.check_free(login.connection, name, identity.id)
-        ends = Ends(login, sftp, self._guests.acceptor)
+        ends = ForwardEnds(login, sftp, self._mounts.acceptor)
         path = directory.new_socket(name)
         try:
             self._forwards = await forwards.open_forwards(ends, path, self.plan.bind)
@@ -281,7 +281,7 @@ class Tunnel:
             async with asyncio.timeout(FAREWELL_SECONDS):
                 await directory.withdraw(self.plan.name, self.identity.id)
                 if self._stopping.is_set():  # mounts need not wait for its return
-                    await self._guests.close()
+                    await self._mounts.close()
         except (RemoteError, TimeoutError) as error:
             log.warning("the tunnel's file on %s could not be removed: %s", directory.shown, error)
 
@@ -291,12 +291,12 @@ class Tunnel:
         await ended.wait()
         self._news.set()
 
-    def _changed(self, change: Change) -> None:
+    def _changed(self, change: MachineChange) -> None:
         if self._change != "slept":
             self._change = change
         self._news.set()
 
-    def _take_change(self) -> Change | None:
+    def _take_change(self) -> MachineChange | None:
         change, self._change = self._change, None
         return change
 
@@ -339,7 +339,7 @@ class Tunnel:
             places=[_shown(place) for place in self._forwards.places],
             notes=self._forwards.notes,
             shares=[str(share) for share in self.plan.shares],
-            mounts=[MountSeen(guest.host, guest.since) for guest in self._guests.all],
+            mounts=[MountSeen(mount.host, mount.since) for mount in self._mounts.all],
             up=self._shares.traffic.sent,
             down=self._shares.traffic.received,
             up_rate=self._up.now(),

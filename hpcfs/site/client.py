@@ -31,6 +31,12 @@ State = Literal["idle", "connecting", "connected", "failed"]
 Ask = Callable[[str, bool], str | None]
 """(text, echo) -> what the user typed, None if nobody can be asked. Called in a thread."""
 
+
+def ask_nobody(text: str, echo: bool) -> str | None:
+    """Leave every question without an answer."""
+    return None
+
+
 CALL_TIMEOUT = 30.0
 """Seconds without an answer or progress. A login that waits for the user does not count."""
 _SILENT_TIMEOUT = 5.0
@@ -61,8 +67,11 @@ class _Pending:
 
 
 class SiteClient:
-    """Calls run concurrently. `log_file` receives what the process logs; `lend` tells the
-    descriptor of a file in memory that a Fetch names."""
+    """Calls the transfer process of one site; calls run concurrently.
+
+    `log_file` receives what the process logs; `lend` tells the descriptor of a file in memory that
+    a Fetch names; `ask` answers the site's questions.
+    """
 
     def __init__(
         self,
@@ -70,9 +79,9 @@ class SiteClient:
         log_file: Path,
         nursery: trio.Nursery,
         lend: Lend = lend_nothing,
+        ask: Ask = ask_nobody,
     ) -> None:
-        self.ask: Ask | None = None
-        """Who answers the site's questions; None when the terminal is gone."""
+        self._ask = ask
         self._state: State = "idle"
         self._reason = ""
         self._away = ""
@@ -279,18 +288,16 @@ class SiteClient:
 
     async def _put_question(self, child: WorkerProcess, question: m.Question) -> None:
         """While the user thinks, no deadline runs."""
-        text: str | None = None
-        if self.ask:
-            self._questions += 1
+        self._questions += 1
+        for pending in self._pending.values():
+            pending.scope.deadline = math.inf
+        try:
+            text = await trio.to_thread.run_sync(
+                self._ask, question.text, question.echo, abandon_on_cancel=True
+            )
+        finally:
+            self._questions -= 1
             for pending in self._pending.values():
-                pending.scope.deadline = math.inf
-            try:
-                text = await trio.to_thread.run_sync(
-                    self.ask, question.text, question.echo, abandon_on_cancel=True
-                )
-            finally:
-                self._questions -= 1
-                for pending in self._pending.values():
-                    pending.renew()
+                pending.renew()
         if not child.ended:
             child.send(m.Answer(question.id, Secret(text) if text is not None else None))

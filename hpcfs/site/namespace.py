@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import stat
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
 import msgspec
@@ -20,7 +21,6 @@ from hpcfs.model.errors import NotFound, ReadOnly
 from hpcfs.model.uploads import UploadRequest
 from hpcfs.protocol import messages as m
 from hpcfs.site.bandwidth import Bandwidth
-from hpcfs.site.upload_rate import UploadRate
 
 T = TypeVar("T")
 WriteMode = Literal["through", "back"]
@@ -32,6 +32,8 @@ not shown."""
 DEFAULT_TIMEOUT = 30.0
 """Seconds without an answer or progress, for every call."""
 LOGIN_TIMEOUT = 90.0
+RATE_SECONDS = 5.0
+"""Over which the rate of uploads is taken."""
 
 
 _entries = msgspec.msgpack.Decoder(list[Entry])
@@ -79,33 +81,73 @@ class Versioned(Protocol):
     def size(self) -> int: ...
 
 
+class UploadRate:
+    """Counts uploaded bytes, and how fast that goes; `now` is any clock in seconds."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self.total = 0
+        self._recent: deque[tuple[float, int]] = deque()
+
+    def add(self, count: int) -> None:
+        """Count bytes that were uploaded now."""
+        now = self._now()
+        self.total += count
+        if self._recent and now - self._recent[-1][0] < RATE_SECONDS / 20:
+            at, before = self._recent.pop()
+            self._recent.append((at, before + count))
+        else:
+            self._recent.append((now, count))
+        self._forget(now)
+
+    def rate(self) -> float:
+        """Return bytes per second, over the last RATE_SECONDS."""
+        self._forget(self._now())
+        return sum(count for _, count in self._recent) / RATE_SECONDS
+
+    def _forget(self, now: float) -> None:
+        while self._recent and now - self._recent[0][0] > RATE_SECONDS:
+            self._recent.popleft()
+
+
+@dataclass(frozen=True)
+class NamespacePolicy:
+    """How the mount treats a remote.
+
+    `sleeps` says that it is a laptop, away at times: what was seen of it is believed meanwhile.
+    `keeps_xattrs` is known without asking the remote: the kernel asks with the first write.
+    """
+
+    read_only: bool = False
+    write: WriteMode = "through"
+    symlinks: SymlinkMode = "contain"
+    keeps_xattrs: bool = False
+    sleeps: bool = False
+
+
 class Namespace:
-    """`origin` names the remote folder across mounts: the cache is kept under it."""
+    """One top-level directory of the mount: typed calls to the remote folder behind it.
+
+    `origin` names that folder across mounts: the cache is kept under it. All namespaces of a site
+    share its `bandwidth`.
+    """
 
     def __init__(
         self,
         name: str,
         origin: str,
         site: SiteCalls,
+        policy: NamespacePolicy,
         bandwidth: Bandwidth | None = None,
-        *,
-        read_only: bool,
-        write: WriteMode = "through",
-        keeps_xattrs: bool = False,
-        sleeps: bool = False,
-        symlinks: SymlinkMode = "contain",
     ) -> None:
         self.name = name
         self.origin = origin
-        self.read_only = read_only
-        self.writes_back = write == "back"
-        self.symlinks = symlinks
-        self.sleeps = sleeps
-        """The remote is a laptop: away at times. What was seen of it is believed meanwhile."""
-        self.keeps_xattrs = keeps_xattrs
-        """Known without asking the remote: the kernel wants to know with the first write."""
+        self.read_only = policy.read_only
+        self.writes_back = policy.write == "back"
+        self.symlinks = policy.symlinks
+        self.sleeps = policy.sleeps
+        self.keeps_xattrs = policy.keeps_xattrs
         self.bandwidth = bandwidth or Bandwidth()
-        """Shared by all namespaces of the site."""
         self._site = site
         self.uploaded = UploadRate(time.monotonic)
         self._capabilities: Capabilities | None = None

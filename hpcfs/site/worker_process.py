@@ -172,7 +172,7 @@ class WorkerProcess:
 def _log(file: Path) -> BinaryIO:
     """A process whose words can't be kept is started all the same."""
     try:
-        return os.fdopen(logs.open_ours(file), "ab")
+        return os.fdopen(logs.open_private(file), "ab")
     except OSError as error:
         log.warning("what the transfer process says is not logged: %s", error)
         return Path(os.devnull).open("wb")

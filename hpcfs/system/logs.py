@@ -47,7 +47,7 @@ class Formatter(logging.Formatter):
         return "\n".join(map(escaped, super().formatException(ei).split("\n")))
 
 
-def open_ours(file: Path) -> int:
+def open_private(file: Path) -> int:
     """Open a log file for appending, make it if it is missing, and return its descriptor.
 
     Raises OSError. Symbolic links are not followed, and a file with another name (hard link) is
@@ -64,10 +64,10 @@ def open_ours(file: Path) -> int:
 
 
 class _OwnFile(logging.FileHandler):
-    """A handler that opens its file with `open_ours`."""
+    """A handler that opens its file with `open_private`."""
 
     def _open(self) -> TextIOWrapper:
-        descriptor = open_ours(Path(self.baseFilename))
+        descriptor = open_private(Path(self.baseFilename))
         return os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace")
 
 

@@ -85,7 +85,7 @@ def peer_uid(connection: _HasOptions) -> int:
     return int(_CREDENTIALS.unpack(found)[1])
 
 
-def why_not(directory: Path) -> str | None:
+def unsafe_reason(directory: Path) -> str | None:
     """Return why other users may change what is in this directory, None where they can't.
 
     The directory may be missing yet. It is unsafe where somebody else may write to a directory on
@@ -128,7 +128,7 @@ def why_not(directory: Path) -> str | None:
     return None
 
 
-def why_not_believe(found: os.stat_result, *, chosen: bool = False) -> str | None:
+def untrusted_reason(found: os.stat_result, *, chosen: bool = False) -> str | None:
     """Return why another user may have written this file, None if only the user or the
     administrator can.
 
@@ -147,13 +147,13 @@ def why_not_believe(found: os.stat_result, *, chosen: bool = False) -> str | Non
     return None
 
 
-def read_ours(file: Path, *, chosen: bool = False) -> bytes:
-    """Read a configuration file that can be trusted (see `why_not_believe`). Raises OSError, and
+def read_trusted(file: Path, *, chosen: bool = False) -> bytes:
+    """Read a configuration file that can be trusted (see `untrusted_reason`). Raises OSError, and
     SetupError where it can't be trusted."""
     with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
         found = os.fstat(opened.fileno())
         os.set_blocking(opened.fileno(), True)
-        if reason := why_not_believe(found, chosen=chosen):
+        if reason := untrusted_reason(found, chosen=chosen):
             raise SetupError(
                 f"{file} may be somebody else's word ({reason}): make it yours alone with "
                 f"'chmod go-w {file}', or a copy of your own"

@@ -32,10 +32,10 @@ def directory(prefix: str) -> Iterator[Path]:
 
 def _place() -> Path:
     given = Path(tempfile.gettempdir())
-    reason = ownership.why_not(given)
+    reason = ownership.unsafe_reason(given)
     if not reason:
         return given
-    if not ownership.why_not(paths.SHARED_TMP):
+    if not ownership.unsafe_reason(paths.SHARED_TMP):
         return paths.SHARED_TMP
     raise SetupError(
         f"{given} is not safe from others ({reason}): set TMPDIR to a directory of your own"

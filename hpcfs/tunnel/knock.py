@@ -17,7 +17,7 @@ import re
 import struct
 from dataclasses import dataclass, field
 
-from hpcfs.tunnel.stream import ID_BYTES, Garbled
+from hpcfs.tunnel.stream import ID_BYTES, ProtocolViolation
 
 GREETING = b"HPCFS-TUNNEL/2 "
 NONCE_BYTES = 16
@@ -32,7 +32,7 @@ MAX_GREETING_BYTES = 100
 
 
 @dataclass(frozen=True)
-class Door:
+class TunnelHandshake:
     """Encodes and decodes the handshake of one tunnel; `secret` is in hex."""
 
     tunnel_id: str
@@ -49,11 +49,11 @@ class Door:
     def nonce_in(self, line: bytes) -> bytes:
         """Return the nonce in a greeting (without its newline).
 
-        Raises Garbled if the greeting is not this tunnel's.
+        Raises ProtocolViolation if the greeting is not this tunnel's.
         """
         digits = line.removeprefix(self._greeting)
         if digits == line or not _NONCE.fullmatch(digits):
-            raise Garbled("it is not this tunnel")
+            raise ProtocolViolation("it is not this tunnel")
         return bytes.fromhex(digits.decode())
 
     def seal(self, who: bytes, nonces: bytes, stream_id: bytes, seen: int) -> bytes:
@@ -68,11 +68,11 @@ class Door:
     def unseal(self, who: bytes, nonces: bytes, sealed: bytes) -> tuple[bytes, int]:
         """Return the stream id and the number of bytes in a sealed opening.
 
-        Raises Garbled if `who` did not seal it for these nonces.
+        Raises ProtocolViolation if `who` did not seal it for these nonces.
         """
         said, proof = sealed[: OPENING.size], sealed[OPENING.size :]
         if not hmac.compare_digest(proof, self._mac(b"proof of the " + who, nonces + said)):
-            raise Garbled("it does not know the tunnel's secret")
+            raise ProtocolViolation("it does not know the tunnel's secret")
         stream_id, seen = OPENING.unpack(self._padded(who, nonces, said))
         return stream_id, seen
 

@@ -57,7 +57,7 @@ class ServerProof(msgspec.Struct, frozen=True):
     signature: bytes
 
 
-class Letters:
+class HandshakeMessages:
     """Sends and receives the short messages at the beginning of a stream."""
 
     def __init__(self, stream: TunnelStream) -> None:
@@ -69,11 +69,11 @@ class Letters:
 
     def finish(self) -> None:
         """Stop listening; bytes that arrived after the last message go to the next listener."""
-        self._stream.listen_no_more(bytes(self._came))
+        self._stream.stop_listening(bytes(self._came))
 
-    def send(self, letter: msgspec.Struct) -> None:
+    def send(self, message: msgspec.Struct) -> None:
         """Write one message to the stream."""
-        body = msgspec.msgpack.encode(letter)
+        body = msgspec.msgpack.encode(message)
         self._stream.write(_LENGTH.pack(len(body)) + body)
 
     async def receive(self, kind: type[T]) -> T:
@@ -119,15 +119,15 @@ async def prove_as_client(
 
     Raises NotProved.
     """
-    letters = Letters(stream)
-    challenge = await letters.receive(Challenge)
+    messages = HandshakeMessages(stream)
+    challenge = await messages.receive(Challenge)
     nonce = secrets.token_bytes(NONCE_BYTES)
     said = _said(tunnel, challenge.nonce, nonce, session)
-    letters.send(ClientProof(nonce, session, host, key.sign(b"client" + said, _ALGORITHM)))
-    proof = await letters.receive(ServerProof)
+    messages.send(ClientProof(nonce, session, host, key.sign(b"client" + said, _ALGORITHM)))
+    proof = await messages.receive(ServerProof)
     if not server.verify(b"server" + said, proof.signature):
         raise NotProved("it has not the key of the tunnel's server")
-    letters.finish()
+    messages.finish()
 
 
 async def prove_as_server(
@@ -137,15 +137,15 @@ async def prove_as_server(
 
     `key` is the server's private key, `client` the client's public one. Raises NotProved.
     """
-    letters = Letters(stream)
+    messages = HandshakeMessages(stream)
     nonce = secrets.token_bytes(NONCE_BYTES)
-    letters.send(Challenge(nonce))
-    proof = await letters.receive(ClientProof)
+    messages.send(Challenge(nonce))
+    proof = await messages.receive(ClientProof)
     said = _said(tunnel, nonce, proof.nonce, proof.session)
     if not client.verify(b"client" + said, proof.signature):
         raise NotProved("it has not the key that was made for this tunnel")
-    letters.send(ServerProof(key.sign(b"server" + said, _ALGORITHM)))
-    letters.finish()
+    messages.send(ServerProof(key.sign(b"server" + said, _ALGORITHM)))
+    messages.finish()
     return proof
 
 

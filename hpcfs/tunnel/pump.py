@@ -22,7 +22,7 @@ class Pump(asyncio.Protocol):
     def __init__(self, stream: TunnelStream) -> None:
         self._stream = stream
         self._paused = False
-        stream.on_seen.append(self._seen)
+        stream.on_acknowledged.append(self._seen)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start copying from the stream to the socket."""
@@ -32,7 +32,7 @@ class Pump(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Write to the stream; pause the socket when too much is unacknowledged."""
         self._stream.write(data)
-        if self._stream.unseen > WAITING_BYTES and not self._paused:
+        if self._stream.unacknowledged > WAITING_BYTES and not self._paused:
             self._paused = True
             self._transport.pause_reading()
 
@@ -41,7 +41,7 @@ class Pump(asyncio.Protocol):
         self._stream.close()
 
     def _seen(self) -> None:
-        if self._paused and self._stream.unseen < WAITING_BYTES // 2:
+        if self._paused and self._stream.unacknowledged < WAITING_BYTES // 2:
             self._paused = False
             if not self._transport.is_closing():
                 self._transport.resume_reading()

@@ -36,7 +36,7 @@ _COUNT = struct.Struct(">Q")
 FRAME_BYTES = 1024 * 1024
 SEEN_EVERY_BYTES = 256 * 1024
 """Received bytes after which a SEEN is sent: the sender buffers that much longer than it must."""
-MOST_UNSEEN_BYTES = 128 * 1024 * 1024
+MAX_UNACKNOWLEDGED_BYTES = 128 * 1024 * 1024
 """More than a mount's requests and their answers can add up to (sftp/flow.py): an end with more
 unacknowledged bytes ends the stream."""
 
@@ -47,7 +47,7 @@ seconds."""
 MOST_EARLY_BYTES = 1024 * 1024
 
 
-class Garbled(Exception):
+class ProtocolViolation(Exception):
     """The other end broke the protocol."""
 
 
@@ -70,18 +70,18 @@ class TunnelStream:
         self._on_data: Callable[[memoryview], None] = self._keep
         self._on_end: Callable[[str], None] = _ignore
         self._reason = ""
-        self.on_seen: list[Callable[[], None]] = []
-        """Called when the other end acknowledged bytes, so that `unseen` became smaller."""
+        self.on_acknowledged: list[Callable[[], None]] = []
+        """Called when the other end acknowledged bytes, so that `unacknowledged` became smaller."""
         self.received = 0
         self.ended = False
         self._pipe: Pipe | None = None
-        self._unseen: deque[bytes] = deque()
+        self._unacknowledged: deque[bytes] = deque()
         self._seen = 0
         """Bytes written here that the other end acknowledged."""
         self._skip = 0
-        """Acknowledged bytes at the beginning of the first item of `_unseen`."""
-        self.unseen = 0
-        self._told = 0
+        """Acknowledged bytes at the beginning of the first item of `_unacknowledged`."""
+        self.unacknowledged = 0
+        self._reported = 0
         self._answered_at = 0.0
         self._head = bytearray()
         self._wanted = HEAD.size
@@ -102,7 +102,7 @@ class TunnelStream:
         if self.ended:
             on_end(self._reason)
 
-    def listen_no_more(self, rest: bytes) -> None:
+    def stop_listening(self, rest: bytes) -> None:
         """Remove the listener; the next one gets `rest` first."""
         self._on_data, self._on_end = self._keep, _ignore
         self._keep(rest)
@@ -110,7 +110,7 @@ class TunnelStream:
     def _keep(self, data: bytes | memoryview) -> None:
         self._early += data
         if len(self._early) > MOST_EARLY_BYTES:
-            raise Garbled("too much came before anybody listened")
+            raise ProtocolViolation("too much came before anybody listened")
 
     # --- writing --------------------------------------------------------------------------------
 
@@ -118,11 +118,11 @@ class TunnelStream:
         """Send data, and buffer it until the other end acknowledges it."""
         if self.ended or not data:
             return
-        self._unseen.append(data)
-        self.unseen += len(data)
+        self._unacknowledged.append(data)
+        self.unacknowledged += len(data)
         if self._pipe is not None:
             _send(self._pipe, data)
-        if self.unseen > MOST_UNSEEN_BYTES:
+        if self.unacknowledged > MAX_UNACKNOWLEDGED_BYTES:
             self.end("the other end takes nothing any more")
 
     def ask(self) -> None:
@@ -141,8 +141,8 @@ class TunnelStream:
         if self.ended:
             return
         self.ended = True
-        self._unseen.clear()
-        self.unseen = 0
+        self._unacknowledged.clear()
+        self.unacknowledged = 0
         if self._pipe is not None:
             self._pipe.close()
             self._pipe = None
@@ -163,21 +163,21 @@ class TunnelStream:
     def attach(self, pipe: Pipe, seen: int) -> None:
         """Continue on this pipe, whose other end has received `seen` of our bytes.
 
-        Raises Garbled for an impossible number.
+        Raises ProtocolViolation for an impossible number.
         """
-        if not self._seen <= seen <= self._seen + self.unseen:
-            raise Garbled("the other end can't have what it says it has")
+        if not self._seen <= seen <= self._seen + self.unacknowledged:
+            raise ProtocolViolation("the other end can't have what it says it has")
         self._forget(seen)
         if self._pipe is not None and self._pipe is not pipe:
             self._pipe.close()
         self._pipe = pipe
         self._head.clear()
         self._wanted, self._data_left = HEAD.size, 0
-        self._told = self.received
+        self._reported = self.received
         self._answered_at = 0.0
-        for number, data in enumerate(tuple(self._unseen)):
+        for number, data in enumerate(tuple(self._unacknowledged)):
             _send(pipe, data[self._skip :] if number == 0 else data)
-        self._say_seen()
+        self._notify()
 
     def detach(self, pipe: Pipe) -> None:
         """Stop using that pipe, which broke or is about to be closed."""
@@ -185,7 +185,7 @@ class TunnelStream:
             self._pipe = None
 
     def feed(self, data: bytes | memoryview) -> None:
-        """Process bytes that arrived on the pipe. Raises Garbled."""
+        """Process bytes that arrived on the pipe. Raises ProtocolViolation."""
         view = memoryview(data)
         while view and not self.ended:
             if self._data_left:
@@ -200,8 +200,8 @@ class TunnelStream:
                 view = view[taken:]
                 if len(self._head) == self._wanted:
                     self._headed()
-        if self.received - self._told >= SEEN_EVERY_BYTES:
-            self._tell()
+        if self.received - self._reported >= SEEN_EVERY_BYTES:
+            self._send_seen()
 
     def _headed(self) -> None:
         kind, number = HEAD.unpack_from(self._head)
@@ -214,39 +214,39 @@ class TunnelStream:
         if kind == DATA and 0 < number <= FRAME_BYTES:
             self._data_left = number
         elif kind == SEEN:
-            self._other_has(_COUNT.unpack_from(head, HEAD.size)[0])
+            self._other_received(_COUNT.unpack_from(head, HEAD.size)[0])
         elif kind == ASK:
             now = time.monotonic()
             if now - self._answered_at >= ANSWERS_EVERY_SECONDS:
                 self._answered_at = now
-                self._tell()
+                self._send_seen()
         elif kind == END:
             self.end("")
         else:
-            raise Garbled(f"a frame of kind {kind} with {number} bytes")
+            raise ProtocolViolation(f"a frame of kind {kind} with {number} bytes")
 
-    def _tell(self) -> None:
-        self._told = self.received
+    def _send_seen(self) -> None:
+        self._reported = self.received
         if self._pipe is not None:
             self._pipe.write(HEAD.pack(SEEN, 0) + _COUNT.pack(self.received))
 
-    def _other_has(self, seen: int) -> None:
-        if not self._seen <= seen <= self._seen + self.unseen:
-            raise Garbled("the other end can't have what it says it has")
+    def _other_received(self, seen: int) -> None:
+        if not self._seen <= seen <= self._seen + self.unacknowledged:
+            raise ProtocolViolation("the other end can't have what it says it has")
         self._forget(seen)
-        self._say_seen()
+        self._notify()
 
-    def _say_seen(self) -> None:
-        for hear in self.on_seen:
+    def _notify(self) -> None:
+        for hear in self.on_acknowledged:
             hear()
 
     def _forget(self, seen: int) -> None:
         gone = seen - self._seen
         self._seen = seen
-        self.unseen -= gone
+        self.unacknowledged -= gone
         gone += self._skip
-        while self._unseen and gone >= len(self._unseen[0]):
-            gone -= len(self._unseen.popleft())
+        while self._unacknowledged and gone >= len(self._unacknowledged[0]):
+            gone -= len(self._unacknowledged.popleft())
         self._skip = gone
 
 

@@ -47,7 +47,7 @@ class Closer:
     ) -> None:
         self._tree = tree
         self._store = store
-        self._uploader = uploader
+        self.uploader = uploader
         self._nursery = nursery
         self._in_use: dict[Content, None] = {}
         self.queue = UploadQueue(uploader, self.flush, self._retire_if_done, nursery, limit)
@@ -68,8 +68,9 @@ class Closer:
 
     async def flush(self, content: Content, *, sync: bool = False) -> None:
         """Return once the remote has what was written. Raises RemoteError."""
+        confirmed = partial(self._confirmed, content, content.may_be_missing)
         try:
-            await self._uploader.upload(content, partial(self._confirmed, content), sync=sync)
+            await self.uploader.upload(content, confirmed, sync=sync)
         except (Conflict, Changed) as error:
             raise Conflict(await self._set_aside(content, error.message)) from None
 
@@ -80,7 +81,7 @@ class Closer:
         async with content.upload_lock:
             if content.state.is_unlinked:
                 return reason
-            told = await conflict.set_aside(content, self._uploader, reason)
+            told = await conflict.set_aside(content, self.uploader, reason)
             content.discard()
             self._store.forget(content.file)
         self.queue.gone(content)
@@ -102,7 +103,9 @@ class Closer:
         assert isinstance(content.place, Node)
         return content.place
 
-    def _confirmed(self, content: Content, entry: Entry) -> None:
+    def _confirmed(self, content: Content, has_come: bool, entry: Entry) -> None:
+        """Show what the remote has now. A file that has come into being there changes what older
+        listings say of its name, and the times of its directory."""
         node = self._node(content)
         if content.is_dirty():  # written to meanwhile: the local view stays ahead
             entry = msgspec.structs.replace(node.entry, version=content.version)
@@ -111,8 +114,10 @@ class Closer:
         elif node.pages_version is not None:
             node.pages_version = content.version
         self._tree.set_local(node, entry)
-        if node.parent:  # has another time now; the one that is known is believed for its second
-            self._tree.note_attributes(node.parent)
+        if has_come:
+            self._tree.note_attributes(node)
+            if node.parent:
+                self._tree.note_attributes(node.parent)
 
     async def closed(self, content: Content) -> None:
         """What close(2) promises in the namespace's mode. Raises RemoteError."""
@@ -132,7 +137,7 @@ class Closer:
         for content in self.dirty():
             is_stale = content.state.durability is Durability.JOURNALED
             if is_stale and not content.upload_lock.locked():
-                await self._uploader.note_writing(content)
+                await self.uploader.note_writing(content)
 
     async def flush_all(self) -> None:
         """Everything that is open, one after the other; errors are the close's to report."""
@@ -197,14 +202,14 @@ class Closer:
             except Conflict:
                 continue  # both versions are safe
             except RemoteError as error:
-                await self._uploader.keep(content, error.message)
+                await self.uploader.keep(content, error.message)
                 self._store.forget(content.file)
                 node = self._node(content)
                 node.entry = msgspec.structs.replace(node.entry, version=b"")  # it was this mount's
                 self._tree.expire(node)
                 node.pages_version = None
                 return False
-        await self._uploader.forget(content)
+        await self.uploader.forget(content)
         return True
 
     async def _retire_when_idle(self, content: Content) -> None:
@@ -246,5 +251,5 @@ class Closer:
         content = node.content
         if content:
             self.queue.gone(content)
-            await self._uploader.forget(content)
+            await self.uploader.forget(content)
             self._retire_if_done(content)

@@ -19,8 +19,7 @@ from hpcfs.cache.file import CacheFile
 from hpcfs.cache.ranges import RangeSet
 from hpcfs.content.factory import ContentFactory
 from hpcfs.content.record import Unconfirmed
-from hpcfs.directories.directories import directory_entry
-from hpcfs.inodes.tree import Node, Tree
+from hpcfs.inodes.tree import Node, Tree, directory_entry
 from hpcfs.model import paths
 from hpcfs.site.namespace import Namespace
 from hpcfs.writeback.journal import Journal
@@ -91,7 +90,7 @@ class Recovery:
             row = _as_far_as_written(row)
         elif os.stat(row.data).st_size > row.size:  # what is beyond must not come back
             os.truncate(row.data, row.size)
-        file = await self._store.take_up(
+        file = await self._store.resume(
             row.name, row.origin, row.path, row.version, row.size, row.ranges
         )
         # A row that was noted in the middle of a write has the size before it in its entry.

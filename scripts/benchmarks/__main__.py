@@ -1,4 +1,4 @@
-"""`python -m scripts.benchmarks`: measures all combinations of what was asked for."""
+"""`python -m scripts.benchmarks`: measures all requested combinations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 class Run:
-    """All measurements of one run; each is told on stderr when it is done."""
+    """All measurements of one run; each is printed on stderr when it is done."""
 
     def __init__(
         self, arguments: argparse.Namespace, directory: Path, files: Files, servers: Servers
@@ -83,7 +83,8 @@ class Run:
     def _measure(
         self, contender: Contender, workload: workloads.Workload, place: Place, rtt: float
     ) -> None:
-        """A step that fails ends the workload: those after it build on it."""
+        """Run a workload's steps on a fresh mount. A failed step ends the workload, since later
+        steps build on it."""
         steps = list(workload.steps.items())
         while not self._arguments.workloads(steps[-1][0]):
             steps.pop()
@@ -130,7 +131,7 @@ class Run:
         )
 
     def _references(self, remote: str, rtt: float) -> None:
-        """One plain TCP stream of the same size over a link of the same kind, each way."""
+        """Measure one plain TCP stream of the same size over a link of the same kind, each way."""
         for workload, kind in (("sequential", READ), ("write", WRITE)):
             if self._arguments.workloads(workload):
                 with self._servers.at("tcp", rtt, self._arguments.rate) as place:
@@ -154,7 +155,7 @@ class Run:
 
 
 def _new_name(top: Path) -> str:
-    """Of what is written on the mount that has its directories there."""
+    """Return the name of what is written on the mount that has its directories there."""
     return f"new-{top.name}"
 
 
@@ -172,7 +173,8 @@ def _machine() -> str:
 def _one_of(
     allowed: Iterable[str], groups: Mapping[str, list[str]] | None = None
 ) -> Callable[[str], Callable[[str], bool]]:
-    """A list of names with commas, some of which stand for several, as a test of membership."""
+    """Return a parser for a list of names with commas, some of which stand for several. It returns
+    a test of membership."""
     known = {name: [name] for name in sorted(allowed)} | dict(groups or {})
 
     def read(text: str) -> Callable[[str], bool]:
@@ -252,7 +254,7 @@ def _temporary(parent: Path | None) -> Iterator[Path]:
 
 
 def _measure(arguments: argparse.Namespace) -> Results:
-    """Interrupted, it ends with what was measured so far."""
+    """Measure everything. An interrupted run ends with the results so far."""
     with _temporary(arguments.directory) as directory:
         files = Files(directory / "buckets" / BUCKET, arguments.size, directory / "repository")
         _progress(f"making files in {directory}")

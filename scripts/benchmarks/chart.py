@@ -1,8 +1,7 @@
-"""The run as two pictures, one of reads and one of writes: bars in an SVG that looks well on a
-light and on a dark page.
+"""Draws the run as two pictures, of reads and of writes: bars in an SVG for light and dark pages.
 
-One panel for each workload and remote, with hpcfs and each peer at its best options. The lengths
-compare within a panel only, since milliseconds and minutes have no common scale.
+There is one panel for each workload and remote, with hpcfs and each peer at its best options. The
+lengths compare within a panel only, since milliseconds and minutes have no common scale.
 """
 
 from __future__ import annotations

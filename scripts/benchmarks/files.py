@@ -1,15 +1,15 @@
-"""The files that are served: made once for a run, the same for every contender.
+"""The served files: made once for a run, the same for every contender.
 
     big/0.bin ... 4.bin    one incompressible file under five names (hard links)
     eight/0.bin ... 7.bin  a sixteenth of its size each
     small/                 500 files in 25 directories, with sizes as in a source repository
     many/                  100 directories of 50 files, 5,000 in all
 
-Beside them, and not served, is what is brought onto the mounts with git: a repository of 1,000
-files, in one pack as repositories usually come.
+A repository of 1,000 files, in one pack as is usual, lies beside them and is not served. It is
+cloned onto the mounts with git.
 
-Sizes and names are always the same; contents are random, and what readers saw is compared with
-what is here.
+Sizes and names are always the same; contents are random. The data that readers saw is compared with
+these files.
 """
 
 from __future__ import annotations
@@ -28,24 +28,27 @@ BIG_NAMES = 5
 EIGHT = 8
 SMALL_FILES, SMALL_DIRECTORIES = 500, 25
 SMALL_MEDIAN, SMALL_SPREAD, SMALL_MAX = 5000, 1.3, 256 * 1024
-"""Bytes, sigma of the logarithm, bytes: 6 MiB in all, much as in repositories of that size."""
+"""Median in bytes, sigma of the logarithm, maximum in bytes: 6 MiB in all, about as in repositories
+of that size."""
 MANY_DIRECTORIES, MANY_IN_EACH = 100, 50
 REPOSITORY_FILES, REPOSITORY_DIRECTORIES = 1000, 60
 LONG_AGO = 10**9
-"""Seconds since 1970: the mtime of the first small file. The others follow, a minute apart."""
+"""The mtime of the first small file, in seconds since 1970. The others follow, a minute apart."""
 GIT = (
     *("env", "GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_NOSYSTEM=1"),
     *("git", "-c", "user.name=Benchmark", "-c", "user.email=benchmark@localhost"),
 )
-"""Nobody's settings have a part in it."""
+"""git without any user's settings."""
 EXTENSIONS = (".py", ".c", ".h", ".md", ".json", ".txt", ".yaml", "")
 
 
 @dataclass(frozen=True)
 class Files:
+    """The files below `root`; `size` is the big file's, in bytes."""
+
     root: Path
     size: int
-    """Of the big file."""
+    """The size of the big file in bytes."""
     repository: Path
 
     @property
@@ -84,15 +87,16 @@ class Files:
         for command in ("init -q -b main", "add .", "commit -q -m all", "repack -adq"):
             subprocess.run([*GIT, "-C", str(top), *command.split()], check=True)
 
-    # --- what is there ----------------------------------------------------------------------------
+    # --- expected content -------------------------------------------------------------------------
 
     def sizes_of_many(self) -> dict[str, int]:
-        """Relative to the directory `many`."""
+        """Return sizes by path relative to the directory `many`."""
         top = self.root / self.many
         return {str(file.relative_to(top)): file.stat().st_size for file in top.glob("*/*")}
 
     def digest(self, name: str) -> str:
-        """As readers report it; it also brings the file into the server's page cache."""
+        """Return the file's hash as readers report it; this also loads the file into the server's
+        page cache."""
         state = xxhash.xxh3_64()
         with (self.root / name).open("rb") as file:
             while piece := file.read(MIB):
@@ -107,7 +111,7 @@ class Files:
         return state.hexdigest()
 
     def warm(self) -> None:
-        """Brings everything into the server's page cache."""
+        """Load everything into the server's page cache."""
         for file in self._all():
             with file.open("rb", buffering=0) as opened:
                 while opened.read(MIB):
@@ -120,7 +124,7 @@ class Files:
 
 
 def _make_tree(top: Path, files: int, count: int) -> None:
-    """Files with sizes as in a source repository, in `count` directories."""
+    """Make files with sizes as in a source repository, in `count` directories."""
     dice = random.Random(1)
     directories = [top]
     while len(directories) < count:

@@ -1,6 +1,6 @@
-"""What hpcfs means to reach, as ratios within one run, and whether a run did.
+"""The goals of hpcfs as ratios within one run, and whether a run reached them.
 
-A peer that took too long counts with the time limit: it needed at least that.
+A peer that timed out counts with the time limit: it needed at least that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ BEST, SSHFS, S3FS, TRIPS = "the best peer", "sshfs", "s3fs", "one round trip eac
 
 @dataclass(frozen=True)
 class Goal:
-    """`times` as fast as `against`; below one it says how much slower is still good."""
+    """A goal: to be `times` as fast as `against`. Below one it says how much slower is still
+    good."""
 
     workload: str
     rtt_ms: float
@@ -85,7 +86,7 @@ class Outcome:
 
 
 def outcomes(results: Results) -> Iterator[Outcome]:
-    """Of the goals for which the run has the measurements."""
+    """Yield the outcomes of the goals for which the run has the measurements."""
     for goal in GOALS:
         place = f"{goal.remote} {goal.rtt_ms:g} ms"
         name = goal.workload if goal.ours == HPCFS else f"{goal.workload}, {goal.ours}"
@@ -93,7 +94,9 @@ def outcomes(results: Results) -> Iterator[Outcome]:
         theirs = _seconds_of(results, goal)
         if ours is not None and theirs is not None:
             ratio = theirs / ours
-            reached = ratio >= goal.times * 0.9995  # what is shown as the goal has reached it
+            reached = (
+                ratio >= goal.times * 0.9995
+            )  # a ratio that is printed like the goal counts as reached
             yield Outcome(goal.wish, place, name, goal.shown(ratio), reached)
         elif cells := results.of(goal.remote, goal.rtt_ms, goal.ours, goal.workload):
             late = f"> {results.timeout:g} s" if cells[0].timed_out else "failed"
@@ -122,7 +125,7 @@ def _seconds_of(results: Results, goal: Goal) -> float | None:
 def best_peer(
     results: Results, remote: str, rtt_ms: float, workload: str, program: str = ""
 ) -> float | None:
-    """The shortest time of all peers, or of one program with any options."""
+    """Return the shortest time of all peers, or of one program with any options."""
     times = []
     for contender in dict.fromkeys(cell.contender for cell in results.cells):
         if contender == TCP or is_ours(contender) or not contender.startswith(program):

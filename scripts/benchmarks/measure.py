@@ -1,10 +1,9 @@
-"""What a contender's processes use, programs with a deadline, and dropping the kernel's cache.
+"""Resource usage of a contender's processes, programs with a deadline, and dropping page caches.
 
-Memory is the sum over all processes of a mount of what each has alone plus its share of what is
-shared (Pss), sampled; CPU seconds include processes that have ended, as last seen. Caches are
-dropped file by file with posix_fadvise: that needs no root, disturbs nobody else on the machine,
-and leaves the servers' files cached. Pages that can't be dropped so (dirty, mapped) are an error,
-since the measurement would be a lie.
+Memory is the sum over all processes of a mount of their proportional set sizes (Pss), sampled. CPU
+seconds include ended processes, as last seen. Caches are dropped file by file with posix_fadvise:
+that needs no root, disturbs nobody else on the machine, and leaves the servers' files cached. Pages
+that can't be dropped so (dirty, mapped) are an error, since the measurement would be wrong.
 """
 
 from __future__ import annotations
@@ -23,26 +22,26 @@ from pathlib import Path
 
 SAMPLE_SECONDS = 0.2
 MARK = "HPCFS_BENCH_MOUNT"
-"""In the environment of a mount's processes."""
+"""The variable in the environment of a mount's processes."""
 TICKS = os.sysconf("SC_CLK_TCK")
 PROBES = 64
 CACHED_PROBES = 3
-"""So many of the probed pages may be cached: the kernel's readahead may race with us."""
+"""Probed pages that may be cached: the kernel's readahead may race with us."""
 
 
 class TimedOut(Exception):
-    """A measurement took longer than it may."""
+    """A measurement exceeded its time limit."""
 
 
 class WrongResult(Exception):
-    """What was read is not what the server has, or the program failed."""
+    """The data read differs from the server's, or the program failed."""
 
 
 # --- processes ------------------------------------------------------------------------------------
 
 
 def _stat(pid: int) -> list[str]:
-    """From the state on; empty where the process has ended."""
+    """Return the fields of /proc/PID/stat from the state on; empty where the process has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -65,19 +64,19 @@ def _is_child_of_this(pid: int) -> bool:
 
 
 class Usage:
-    """Of all processes that have a mark in their environment, also those that end meanwhile.
+    """The usage of all processes with a mark in their environment, ended ones included.
 
-    Not by parentage: sshfs, for one, disowns its ssh.
+    Parentage is no criterion: sshfs, for one, disowns its ssh.
     """
 
     def __init__(self, value: str) -> None:
         self._mark = f"{MARK}={value}".encode()
         self._ticks: dict[int, int] = {}
-        """By process, as last seen."""
+        """CPU ticks by process, as last seen."""
         self._others: set[int] = set(map(int, filter(str.isdigit, os.listdir("/proc"))))
 
     def look(self) -> list[int]:
-        """Processes that live."""
+        """Update the usage, and return the processes that are alive."""
         alive = []
         for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
             if pid in self._others or not (fields := _stat(pid)) or fields[0] == "Z":
@@ -88,8 +87,8 @@ class Usage:
         return alive
 
     def _is_ours(self, pid: int) -> bool:
-        """A process that is still between fork and exec is asked again the next time: it has our
-        environment, or none."""
+        """Return whether the process has the mark. One that is still between fork and exec is
+        checked again the next time: it has our environment, or none."""
         try:
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         except (FileNotFoundError, PermissionError, ProcessLookupError):
@@ -108,7 +107,7 @@ class Usage:
 
 
 class Sampler:
-    """Notes the peak of the memory while a block runs."""
+    """Records the peak of the memory while a block runs."""
 
     def __init__(self, usage: Usage) -> None:
         self._usage = usage
@@ -141,7 +140,7 @@ class Sampler:
 
 @dataclass
 class Programs:
-    """The programs that work on one mount: ended when they take too long.
+    """The programs that work on one mount; they are killed at the deadline.
 
     A program that waits for a dead mount can't be killed, so `abandon` is called first: it kills
     the mount.
@@ -151,7 +150,7 @@ class Programs:
     abandon: Callable[[], None]
 
     def run(self, *command: str | Path, ok: tuple[int, ...] = (0,)) -> tuple[float, str]:
-        """Seconds, and what it printed."""
+        """Run a program; return its seconds and its output."""
         started = time.monotonic()
         process = subprocess.Popen(
             command,
@@ -170,7 +169,8 @@ class Programs:
         return took, out
 
     def together(self, commands: list[list[str]]) -> list[str]:
-        """Programs that say when they are ready, and start together; what each printed then."""
+        """Start programs that report when they are ready, let them begin together, and return what
+        each printed then."""
         running = []
         try:
             for command in commands:
@@ -220,7 +220,7 @@ def _kill(running: list[subprocess.Popen[str]]) -> None:
     for process in running:
         if process.poll() is None:
             process.kill()
-            with suppress(subprocess.TimeoutExpired):  # it hangs in the kernel: nothing to be done
+            with suppress(subprocess.TimeoutExpired):  # it hangs in the kernel: nothing helps
                 process.communicate(timeout=10)
 
 
@@ -228,7 +228,8 @@ def _kill(running: list[subprocess.Popen[str]]) -> None:
 
 
 def drop_cached(mounted: Path, cache: Path, pids: list[int]) -> None:
-    """The file's pages, of the mount and of every file in which its contender may have them."""
+    """Drop the file's pages: those of the mount, and those of every file in which its contender may
+    have them."""
     for place in (mounted, *_files_below(cache), *_open_files(pids)):
         with suppress(FileNotFoundError, PermissionError, ProcessLookupError):
             _drop(place)
@@ -239,7 +240,7 @@ def _files_below(directory: Path) -> Iterator[Path]:
 
 
 def _open_files(pids: list[int]) -> Iterator[Path]:
-    """Also those that have no name any more: s3fs keeps its copies in such."""
+    """Yield open files, also those without a name: s3fs keeps its copies in such."""
     for pid in pids:
         with suppress(FileNotFoundError, PermissionError):
             for descriptor in Path(f"/proc/{pid}/fd").iterdir():
@@ -267,7 +268,7 @@ def _probes(size: int) -> Iterator[int]:
 
 
 def _is_cached(fd: int, offset: int) -> bool:
-    """Whether a read there would be answered without waiting."""
+    """Return whether a read there would be answered without waiting."""
     try:
         return bool(os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT))
     except OSError as error:

@@ -2,7 +2,7 @@
 
 Each mount is fresh: a home directory, a cache and a mount point of its own, credentials of this
 run only, nothing of the user's. Programs stay in the foreground, so that their processes are known.
-Why which option:
+Reasons for the options:
 
 - sshfs(1), mount.fuse3(8): several connections (`max_conns`), the kernel's cache kept over opens
   (`auto_cache`), attributes and names remembered for longer, no compression, the cipher that
@@ -14,12 +14,12 @@ Why which option:
   4 MiB in parallel. Over SFTP that was measured four times as slow, with 5 GB of memory.
 - rclone's page of `mount` on writing: `--vfs-cache-mode` at least `writes`, without which most
   programs can't write; it uploads after close, five seconds later unless `--vfs-write-back` says
-  otherwise. Which is better depends: a file that is renamed at once goes up once where it waits.
+  otherwise. Either may be better: a file that is renamed at once is uploaded once if it waits.
   `--transfers` for many files at a time; over S3 larger parts, more of them at a time, and no
-  questions whether the bucket and the object are there.
+  checks whether the bucket and the object exist.
 - s3fs(1): more parallel requests, a larger cache of attributes, remembered absence, a disk
-  cache. It has no part in writing trees: for a directory it makes an object with a slash at its
-  end, of which `rclone serve s3` makes a file, and then nothing can be created in there.
+  cache. It does not take part in writing trees: for a directory it makes an object with a slash at
+  its end, of which `rclone serve s3` makes a file, and then nothing can be created in there.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from tests.support.sshd import ALIAS, LOOPBACK
 MOUNT_SECONDS = 60.0
 END_SECONDS = 20.0
 REMEMBER = "3600"
-"""Seconds, where options ask how long attributes hold."""
+"""Seconds for options that set how long attributes are valid."""
 
 
 @dataclass(frozen=True)
 class Private:
-    """Directories of one mount."""
+    """The directories of one mount."""
 
     top: Path
 
@@ -73,10 +73,8 @@ Command = Callable[[Place, Private], list[str]]
 
 @dataclass(frozen=True)
 class Contender:
-    """`command` mounts, and stays; the files appear in `inside` of the mount point.
-
-    `kinds`: of workloads, for which it is meant.
-    """
+    """A program with its options. `command` mounts and stays in the foreground; the files appear in
+    `inside` of the mount point. `kinds` are the workloads for which it is meant."""
 
     name: str
     program: str
@@ -85,12 +83,12 @@ class Contender:
     inside: str = "."
     kinds: tuple[str, ...] = (READ, WRITE)
     needs: str = ""
-    """An option that `hpcfs mount` may not have."""
+    """An option that this `hpcfs mount` may lack."""
     makes_directories: bool = True
-    """On the servers here."""
+    """Whether it can make directories on the servers used here."""
 
     def why_not(self) -> str:
-        """It can't take part, or nothing."""
+        """Return why it can't take part, or an empty string."""
         if self.needs and self.needs not in _help_of_hpcfs_mount():
             return f"not available: this hpcfs mount has no {self.needs}"
         if self.program not in ("hpcfs", "rclone") and shutil.which(self.program) is None:
@@ -109,7 +107,7 @@ class Contender:
 
 
 THIS_HPCFS = (sys.executable, "-P", "-c", "from hpcfs.cli.main import main; main()")
-"""This checkout's, whatever is installed: PYTHONPATH leads to it."""
+"""This checkout's hpcfs, whatever is installed: PYTHONPATH leads to it."""
 
 # --- hpcfs ----------------------------------------------------------------------------------------
 
@@ -227,7 +225,7 @@ RCLONE_S3_WRITES = (
 
 
 def _rclone_writing(seconds: int) -> Command:
-    """At its best options for writing, with uploads so long after close."""
+    """Return rclone's best options for writing, with uploads `seconds` after close."""
     more = ("--transfers", "32", "--vfs-write-back", f"{seconds}s")
     s3 = (*RCLONE_TUNED_FLAGS["s3"], *more, *RCLONE_S3_WRITES)
     return _rclone(RCLONE_TUNED, {"sftp": (*RCLONE_FLAGS, *more), "s3": s3})
@@ -239,7 +237,10 @@ def _rclone_writing(seconds: int) -> Command:
 def _s3fs(*options: str, disk_cache: bool = False) -> Command:
     def command(place: Place, private: Private) -> list[str]:
         needed = [f"url={place.endpoint_url}", "use_path_request_style", f"endpoint={REGION}"]
-        needed += ["umask=0022", *options]  # else directories that are no objects are closed
+        needed += [
+            "umask=0022",
+            *options,
+        ]  # otherwise directories that are no objects are inaccessible
         if disk_cache:
             needed.append(f"use_cache={private.cache}")
         joined = [word for option in needed for word in ("-o", option)]
@@ -301,7 +302,7 @@ CONTENDERS = (
 
 
 class MountFailed(Exception):
-    """With the last lines that the program told."""
+    """A mount failed; the message is the last lines that the program printed."""
 
 
 class Mount:
@@ -329,8 +330,9 @@ class Mount:
         return self.usage.look()
 
     def wait(self) -> None:
-        """Until it is mounted, and has listed the top: who mounts first and logs in then has logged
-        in. `stat` of the top is no proof, hpcfs answers that without the server."""
+        """Wait until it is mounted, and has listed the top: a program that mounts first and logs in
+        later has logged in then. A `stat` of the top is no proof, since hpcfs answers it without
+        the server."""
         deadline = time.monotonic() + MOUNT_SECONDS
         while not self._is_mounted():
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -349,7 +351,7 @@ class Mount:
         return mountinfo.at(self.private.mountpoint, mountinfo.read()) is not None
 
     def stop(self) -> None:
-        """In good order, within a time; then by force."""
+        """Unmount in good order within a time limit, then by force."""
         if self._process.poll() is None and self._is_mounted():
             _unmount(self.private.mountpoint)
             with suppress(subprocess.TimeoutExpired):
@@ -358,19 +360,20 @@ class Mount:
         shutil.rmtree(self.private.top)
 
     def kill(self) -> None:
-        """The kernel then answers every program that waits for the mount."""
+        """Kill the mount's processes; the kernel then answers every program that waits for the
+        mount."""
         measure.end(self.pids)
         self._process.wait()
         if self._is_mounted():
             _unmount(self.private.mountpoint, lazy=True)
-        if self._is_mounted():  # what follows would remove the files on the server
+        if self._is_mounted():  # the removal below would delete the files on the server
             raise RuntimeError(
                 f"{self.private.mountpoint} can't be unmounted: please do it by hand"
             )
 
 
 def _environment(private: Private) -> dict[str, str]:
-    """The user's agent, credentials and proxies have no part in it."""
+    """Return an environment without the user's agent, credentials and proxies."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
     return kept | {
         measure.MARK: str(private.top),
@@ -390,7 +393,7 @@ def _unmount(mountpoint: Path, *, lazy: bool = False) -> None:
 
 @contextmanager
 def mounted(contender: Contender, place: Place, top: Path) -> Iterator[Mount]:
-    """A fresh mount with empty caches, and nothing of it afterwards."""
+    """Run a fresh mount with empty caches, and remove everything of it afterwards."""
     mount = Mount(contender, place, top)
     try:
         mount.wait()

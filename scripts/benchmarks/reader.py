@@ -4,10 +4,10 @@
     reader whole FILE                all of it, 1 MiB at a time
     reader pieces FILE OFFSET ...    4 KiB at each offset, one after another
 
-Says that it is ready, starts when a line comes, and prints what it took as JSON: times of the
-system's monotonic clock, so that several readers have one beginning and one end. What it reads is
+It prints that it is ready, starts when a line arrives, and prints its times as JSON. They are of
+the system's monotonic clock, so that several readers have one beginning and one end. The data is
 hashed at once (xxh3, 0.06 s per GiB) while the buffer is still in the processor's cache; that is
-inside the clock and the same for everybody. Whether the hash is right is seen afterwards.
+part of the measured time and the same for everybody. The hash is checked afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ BUFFER_BYTES = 1024 * 1024
 
 @dataclass
 class Reading:
-    """`digests` and `took` have an item for each file of `first`, else one and none."""
+    """The result. `digests` and `took` have an item for each file of `first`, otherwise one and
+    none."""
 
     digests: list[str] = field(default_factory=list)
     took: list[float] = field(default_factory=list)

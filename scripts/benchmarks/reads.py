@@ -1,4 +1,4 @@
-"""The steps that read: the clock runs only while the programs do, checking is outside."""
+"""The steps that read: only the programs' time is measured, checking is outside."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ WALK_FORMAT = r"%P\t%s\t%m\t%T@\n"
 
 
 def first_bytes(bench: Bench) -> Took:
-    """The median over files of other names: each is opened for the first time."""
+    """Return the median over files with different names, each of which is opened for the first
+    time."""
     _, (reading,) = bench.read(["first", *map(bench.at, bench.files.big)])
     for name, digest in zip(bench.files.big, reading.digests, strict=True):
         _check(digest, bench.files.digest_of_pieces(name, [0], FIRST_BYTES), name)

@@ -1,7 +1,5 @@
-"""The tables that a run prints: seconds and ratios for each remote and delay, and the goals.
-
-Reads and writes have tables of their own: who takes part differs.
-"""
+"""The tables that a run prints: seconds and ratios for each remote and delay, and the goals. Reads
+and writes have tables of their own, since other contenders take part."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ UNITS = {
     WRITE: "writes, in seconds until the remote had all (until the program had ended)",
 }
 APART = 1.1
-"""So much later than the end of the program is worth a mention."""
+"""The ratio to the end of the program above which the later end is shown."""
 
 
 def text(results: Results) -> str:

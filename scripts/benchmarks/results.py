@@ -1,4 +1,4 @@
-"""The outcome of a run: plain values, to and from JSON."""
+"""The results of a run: plain values, to and from JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 TCP = "plain TCP"
 HPCFS = "hpcfs"
 HPCFS_BACK = "hpcfs-back"
-"""The same with write = "back"."""
+"""hpcfs with write = "back" in its configuration."""
 READ, WRITE = "read", "write"
 
 
@@ -29,9 +29,9 @@ class Cell:
     cpu_seconds: float = 0.0
     timed_out: bool = False
     kind: str = READ
-    """Of the workload: READ or WRITE."""
+    """The workload's kind, READ or WRITE."""
     ended: float | None = None
-    """Of writes: seconds until the program had ended; `seconds` is until the remote had all."""
+    """For writes the seconds until the program had ended; `seconds` is until the remote had all."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Results:
     machine: str = ""
     date: str = ""
     versions: dict[str, str] = field(default_factory=dict)
-    """Of the contenders that took part."""
+    """The versions of the contenders that took part."""
     missing: list[str] = field(default_factory=list)
     """Contenders that could not take part, each with the reason."""
     cells: list[Cell] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Results:
         ]
 
     def seconds(self, remote: str, rtt_ms: float, contender: str, workload: str) -> float | None:
-        """The median of the repeats that succeeded."""
+        """Return the median of the repeats that succeeded."""
         return _median(cell.seconds for cell in self.of(remote, rtt_ms, contender, workload))
 
     def ended(self, remote: str, rtt_ms: float, contender: str, workload: str) -> float | None:
@@ -71,7 +71,7 @@ class Results:
         return sorted({cell.rtt_ms for cell in self.cells})
 
     def contenders(self, remote: str, kind: str) -> list[str]:
-        """Without the reference."""
+        """Return the contenders, without the reference."""
         cells = (cell for cell in self.cells if (cell.remote, cell.kind) == (remote, kind))
         found = (cell.contender for cell in cells)
         return [name for name in _in_order(found) if name != TCP]

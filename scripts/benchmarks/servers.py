@@ -1,7 +1,7 @@
-"""What is measured against: an SSH server, an S3 server, a plain TCP peer, and the link to them.
+"""The servers of the measurements: SSH, S3, a plain TCP peer, and the link to them.
 
-The SSH server and the way to start it are the tests'. All servers serve the same files. Without a
-delay clients connect to them directly, else over a link (wan.py) in a process of its own.
+The SSH server and the code to start it are the tests'. All servers serve the same files. Without a
+delay clients connect to them directly, otherwise over a link (wan.py) in a process of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CHUNK = bytes(1024 * 1024)
 
 @dataclass(frozen=True)
 class Place:
-    """How a client reaches a remote: over which port, and with whose keys."""
+    """How a client reaches a remote: its port and keys."""
 
     remote: str
     port: int
@@ -42,7 +42,7 @@ class Place:
     key: Path
     user: str
     rendezvous: Path | None = None
-    """Where `hpcfs tunnel` left word, for a laptop."""
+    """The directory of the tunnel's file, for a laptop."""
 
     @property
     def endpoint_url(self) -> str:
@@ -50,7 +50,7 @@ class Place:
 
 
 class Servers:
-    """Running, until the block of `serving` ends."""
+    """The servers, which run until the block of `serving` ends."""
 
     def __init__(self, directory: Path, files: Path, stack: ExitStack, remotes: list[str]) -> None:
         self._directory = directory
@@ -65,9 +65,9 @@ class Servers:
             self._ports["s3"] = stack.enter_context(_s3_server(files.parent))
 
     def remove(self, remote: str, name: str) -> None:
-        """What was written, or a part of it, and uploads that nobody ended."""
+        """Remove what was written, or a part of it, and unfinished uploads."""
         if remote == "s3":
-            # Not on its disk behind its back: it remembers what is in directories.
+            # Not directly on its disk: it caches the content of directories.
             with S3Server(f"http://{LOOPBACK}:{self._ports[remote]}").client() as client:
                 _remove_objects(client, name)
         written = self._files / name
@@ -77,7 +77,7 @@ class Servers:
 
     @contextmanager
     def at(self, remote: str, rtt_ms: float, rate_mbits: float) -> Iterator[Place]:
-        """The way there, over a link of that delay; directly where there is none."""
+        """Yield the way to a remote: over a link of that delay, or directly where there is none."""
         port = self._ports[remote]
         with ExitStack() as stack:
             if rtt_ms:
@@ -89,7 +89,7 @@ class Servers:
 
     @contextmanager
     def _laptop(self, login: Place) -> Iterator[Place]:
-        """Behind the login node at that place, as it is reached from there."""
+        """Yield a laptop behind the login node at that place, as it is reached from there."""
         rendezvous = self._directory / ".hpcfs" / "tunnels"
         home = Path(mkdtemp(prefix="laptop-", dir=self._directory))
         with (
@@ -113,14 +113,15 @@ class Servers:
 
 @contextmanager
 def serving(directory: Path, files: Path, remotes: list[str]) -> Iterator[Servers]:
-    """`files` is named as the bucket; what is in it now must not change any more."""
+    """Run the servers. `files` is named as the bucket; its present content must not change any
+    more."""
     with ExitStack() as stack:
         yield Servers(directory, files, stack, remotes)
 
 
 @contextmanager
 def link(port: int, rtt_ms: float, rate_mbits: float) -> Iterator[int]:
-    """Its own port; it leads to `port` of this machine."""
+    """Run a link, and yield its own port; it leads to `port` of this machine."""
     options = ["--to", f"{LOOPBACK}:{port}", "--rtt", str(rtt_ms), "--rate", str(rate_mbits)]
     process = _start("scripts.benchmarks.wan", *options, "--until-stdin-ends")
     try:
@@ -131,7 +132,7 @@ def link(port: int, rtt_ms: float, rate_mbits: float) -> Iterator[int]:
 
 
 def _start(name: str, *options: str) -> subprocess.Popen[bytes]:
-    """A module of ours as a process that prints its port and ends with its standard input."""
+    """Start a module as a process that prints its port and ends with its standard input."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", name, *options],
         stdin=subprocess.PIPE,
@@ -147,7 +148,7 @@ def _port_of(process: subprocess.Popen[bytes]) -> int:
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
-    """-> its exit code"""
+    """End the process; return its exit code."""
     assert process.stdout is not None
     assert process.stdin is not None
     process.stdin.close()
@@ -160,7 +161,7 @@ def _end(process: subprocess.Popen[bytes]) -> int:
 
 @contextmanager
 def _s3_server(directory: Path) -> Iterator[int]:
-    """Its buckets are the folders of `directory`."""
+    """Run an S3 server, whose buckets are the folders of `directory`."""
     port = free_port()
     process = subprocess.Popen(
         [
@@ -194,7 +195,8 @@ def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
 
 
 def _ask_for_everything(port: int) -> None:
-    """The server computes each object's checksum once, which must not fall into a measurement."""
+    """Have the server compute each object's checksum, which it does once and must not do in a
+    measurement."""
     with S3Server(f"http://{LOOPBACK}:{port}").client() as client:
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
             for found in page["Contents"]:
@@ -214,8 +216,8 @@ def _remove_objects(client: Any, name: str) -> None:
 
 @contextmanager
 def _tcp_peer() -> Iterator[int]:
-    """On each connection a line asks for so many bytes, or, with a minus, announces them: in a
-    process of its own."""
+    """Run the plain TCP peer in a process of its own. On each connection a line requests that many
+    bytes, or, with a minus, announces them."""
     process = _start("scripts.benchmarks.servers")
     try:
         yield _port_of(process)
@@ -224,8 +226,8 @@ def _tcp_peer() -> Iterator[int]:
 
 
 def plain_tcp_seconds(port: int, size: int, timeout: float, *, upload: bool = False) -> float:
-    """Down from the request to the last byte, up from the first byte to the peer's word that it
-    has the last one; on a connection that is there already."""
+    """Return the seconds of one transfer on an open connection: down from the request to the last
+    byte, up from the first byte to the peer's answer that it has the last one."""
     with socket.create_connection((LOOPBACK, port), timeout) as connection:
         connection.sendall(b"0\n")
         connection.recv(1)
@@ -265,7 +267,7 @@ def _do_what_is_asked_for(connection: socket.socket) -> None:
 
 
 def main() -> None:
-    """The plain TCP peer, until stdin ends."""
+    """Serve as the plain TCP peer until stdin ends."""
     listener = socket.create_server((LOOPBACK, 0))
 
     def serve() -> None:

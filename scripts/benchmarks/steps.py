@@ -1,4 +1,4 @@
-"""What the steps of all workloads work with, and what they say of the time they took."""
+"""The context that all steps get, and the times that they return."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from scripts.benchmarks.writer import Writing
 
 @dataclass(frozen=True)
 class Took:
-    """Seconds."""
+    """The time of a step, in seconds."""
 
     seconds: float
     ended: float | None = None
-    """Of writes: when the program was told that all is well. The remote may have it later."""
+    """For writes the seconds until the program was told that all is well. The remote may have the
+    data later."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What a step works with."""
+    """The context of a step."""
 
     files: Files
     mount: Mount
     programs: Programs
     scratch: Path
-    """On a disk in memory, if there is one."""
+    """A directory in memory, if there is one."""
     remote: str
     new: str
     """A name in the mount's top directory that nobody had before, for steps that write."""
@@ -42,11 +43,12 @@ class Bench:
 
     @property
     def served(self) -> Path:
-        """What is written, where the server has it."""
+        """The written files, where the server has them."""
         return self.files.root / self.new
 
     def read(self, *commands: list[str]) -> tuple[float, list[Reading]]:
-        """Several readers at once: seconds from the first one's start to the last one's end."""
+        """Run several readers at once; return the seconds from the first one's start to the last
+        one's end."""
         reader = [sys.executable, "-P", "-m", "scripts.benchmarks.reader"]
         told = self.programs.together([[*reader, *command] for command in commands])
         readings = [Reading(**json.loads(line)) for line in told]

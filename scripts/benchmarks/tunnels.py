@@ -1,8 +1,8 @@
-"""A laptop behind a login node, reached from there in two ways: by `hpcfs tunnel`, and by what
-people do without it, an SSH server on the laptop and `ssh -R`.
+"""A laptop behind a login node, reached from there in two ways.
 
-Login node and laptop are this machine: the SSH server is both, and the link lies between. Mounts
-are on the login node, so that what they read crosses the link once.
+One is `hpcfs tunnel`; the other is the usual way without it, an SSH server on the laptop and `ssh
+-R`. Login node and laptop are this machine: the SSH server is both, and the link lies between.
+Mounts are on the login node, so that the data that they read crosses the link once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ALLOCATED = re.compile(r"Allocated port (\d+) for remote forward")
 def hpcfs_tunnel(
     ssh_config: Path, files: Path, home: Path, rendezvous: Path, repository: Path
 ) -> Iterator[None]:
-    """Shares `files` until the block ends; `rendezvous` is where it leaves word."""
+    """Share `files` until the block ends; `rendezvous` is the directory of the tunnel's file."""
     (home / ".ssh").mkdir(mode=0o700, parents=True)
     (home / ".ssh" / "config").write_text(ssh_config.read_text())
     program = "from hpcfs.cli.main import main; main()"
@@ -62,10 +62,10 @@ def hpcfs_tunnel(
 
 @contextmanager
 def ssh_tunnel(ssh_config: Path, laptop_port: int) -> Iterator[int]:
-    """The port on the login node that leads to the laptop's SSH server.
+    """Yield the port on the login node that leads to the laptop's SSH server.
 
-    With a command, which waits for its input to end, and not -N: OpenSSH sets TCP_NODELAY only once
-    there is a session, and without that sshfs was seen to take ten times as long.
+    It runs a command, which waits for its input to end, and not -N: OpenSSH sets TCP_NODELAY only
+    once there is a session, and without that sshfs was seen to take ten times as long.
     """
     line = ["ssh", "-T", "-F", str(ssh_config), "-R", f"0:{LOOPBACK}:{laptop_port}"]
     process = subprocess.Popen(

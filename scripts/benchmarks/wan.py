@@ -5,14 +5,14 @@
 Each direction delays by half the round trip (ms) and carries the rate (Mbit/s, 0: no cap), which
 all connections share; a new connection costs the round trip that the local accept hides. Not
 emulated: loss, jitter, TCP's slow start and window limits. So one plain stream fills the link at
-any distance, and what a program leaves unused is its own doing.
+any distance, and capacity that a program leaves unused is its own doing.
 
-How: what is read from a sender gets the time at which its last byte would leave a wire of that
-rate, plus the delay, and is sent on at that time. Times in one direction only grow, so one queue
-per direction holds all that is in flight. Nobody is read while the wire is booked for the next
-milliseconds: unread bytes stay with the kernel, whose window then stops the sender. That also
-paces the wake-ups, since the machine's few cores are shared with the server and the program
-under test. A packet on an idle link waits for no tick.
+Data read from a sender gets the time at which its last byte would leave a wire of that rate, plus
+the delay, and is sent on at that time. Times in one direction only grow, so one queue per direction
+holds all data in flight. No sender is read while the wire is booked for the next milliseconds:
+unread bytes stay with the kernel, whose window then stops the sender. That also limits the
+wake-ups, since the machine's few cores are shared with the server and the program under test. A
+packet on an idle link is not delayed by a tick.
 
 The wait is select() on a few epoll descriptors: select has microseconds where epoll has
 milliseconds, and leaving one out pauses a whole direction without a system call.
@@ -37,28 +37,31 @@ from dataclasses import dataclass, field
 
 BUFFER_BYTES = 256 * 1024
 SMALL_BYTES = 16 * 1024
-"""Up to this a copy costs less than a buffer that is held for the time of flight."""
+"""Bytes up to which a copy costs less than a buffer that is held for the time of flight."""
 BOOKED_SECONDS = 0.004
-"""How far ahead the wire may be booked; bulk is read when half of that is free. Longer saves
-wake-ups and makes bulk coarser."""
+"""Seconds that the wire may be booked ahead; bulk data is read when half of that is free. A longer
+time saves wake-ups and makes bulk data coarser."""
 LATE_SECONDS = 0.05
-"""So late a wake-up may be without taking from the rate: the processor was busy, not the wire."""
+"""Seconds that a wake-up may be late without reducing the rate: the processor was busy, not the
+wire."""
 SLACK_BYTES = 4 * 1024 * 1024
-"""What a connection may have waiting for a slow receiver, beyond what is in flight."""
+"""Bytes that a connection may have waiting for a slow receiver, beyond those in flight."""
 FAST_WIRE = 1.25e9
 """Bytes per second, for the size of queues where no rate is set."""
 EARLY_SECONDS = 0.0004
-"""At most so much earlier than asked for may a wait end, to make up for late wake-ups."""
+"""Seconds by which a wait may at most end early, to make up for late wake-ups."""
 INFINITE = float("inf")
 NICENESS = -10
-"""Where it is permitted: a link does not slow down because the machines at its ends are busy."""
+"""The process's nice value, where permitted: a link does not slow down because the machines at its
+ends are busy."""
 LINGER_RESET = struct.pack("ii", 1, 0)
 """Closing sends a reset instead of a FIN."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """`rtt` in seconds; `rate` in bytes per second and direction, 0 for none."""
+    """The link's properties: `rtt` in seconds; `rate` in bytes per second and direction, 0 for no
+    limit."""
 
     rtt: float = 0.0
     rate: float = 125e6
@@ -70,7 +73,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Mark:
-    """In the queue among the data: how a stream ends."""
+    """An item in the queue among the data, which ends a stream."""
 
     name: str
 
@@ -87,20 +90,20 @@ class Pipe:
     source: socket.socket | None = None
     sink: socket.socket | None = None
     backlog: deque[Item] = field(default_factory=deque)
-    """Has arrived, and was not yet taken by the sink."""
+    """Data that has arrived, and was not yet taken by the sink."""
     unsent: int = 0
     """Bytes in flight and in the backlog."""
     blocked: bool = False
     watched: bool = False
     ended: bool = False
-    """Nothing more is read."""
+    """True when nothing more is read."""
     done: bool = False
-    """Nothing more is sent."""
+    """True when nothing more is sent."""
     back: Pipe = field(init=False)
 
 
 class Wire:
-    """One direction of the link: what is in flight, and until when it is booked."""
+    """One direction of the link: the data in flight, and until when the wire is booked."""
 
     def __init__(self, profile: Profile) -> None:
         self._delay = profile.rtt / 2
@@ -109,28 +112,29 @@ class Wire:
         self.flight: deque[tuple[float, Pipe, Item]] = deque()
         self.readable = select.epoll()
         self.pipes: dict[int, Pipe] = {}
-        """Those that are read, by the source's descriptor."""
+        """The pipes that are read, by the source's descriptor."""
         self.paused = False
         self.resumes_at = 0.0
 
     def room(self, now: float) -> int:
-        """How many bytes may be read now, at least one."""
+        """Return how many bytes may be read now, at least one."""
         if not self._rate:
             return 16 * BUFFER_BYTES
         return max(1, int((BOOKED_SECONDS + now - self._free_at) * self._rate))
 
     def pause(self, now: float) -> bool:
-        """Whether to wait before the next read; notes until when."""
+        """Return whether to wait before the next read; `resumes_at` is set to the end of the
+        wait."""
         self.resumes_at = self._free_at - BOOKED_SECONDS / 2
         self.paused = self.resumes_at > now and bool(self.pipes) and self._rate > 0
         return self.paused
 
     def may_resume(self, now: float) -> bool:
-        """A little early, where that saves a wake-up."""
+        """Return whether reading may resume: a little early, where that saves a wake-up."""
         return self.resumes_at - BOOKED_SECONDS / 4 <= now
 
     def put(self, now: float, pipe: Pipe, item: Item) -> None:
-        """Sends what was read at `now`, or, on a paused wire, was waiting to be read."""
+        """Send data that was read at `now` or, on a paused wire, was waiting to be read."""
         if self._rate:
             length = 0 if isinstance(item, Mark) else len(item)
             since = now - LATE_SECONDS if self.paused else now
@@ -152,7 +156,7 @@ class Wire:
 
 
 class Proxy:
-    """Relays what connects to `listener` until told to stop."""
+    """Relays connections to `listener` until told to stop."""
 
     def __init__(self, listener: socket.socket, to: tuple[str, int], profile: Profile) -> None:
         listener.setblocking(False)
@@ -162,15 +166,15 @@ class Proxy:
         self._up, self._down = self._wires = (Wire(profile), Wire(profile))
         self._writable = select.epoll()
         self._blocked: dict[int, Pipe] = {}
-        """By the descriptor of a sink that takes nothing now."""
+        """Blocked pipes by the descriptor of their sink."""
         self._connections: set[Pipe] = set()
-        """The upward pipe of each."""
+        """The upward pipe of each connection."""
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timers_set = 0
         self._buffers: list[bytearray] = []
 
     def run(self, stop: int) -> None:
-        """Until the descriptor `stop` can be read; all connections are reset then."""
+        """Relay until the descriptor `stop` can be read; then all connections are reset."""
         try:
             self._relay(stop)
         finally:
@@ -183,7 +187,8 @@ class Proxy:
         clock, wires = time.monotonic, self._wires
         writable, listener = self._writable.fileno(), self._listener.fileno()
         early = 0.0
-        """How late a wait ends on this machine: it is asked to end so much earlier."""
+        """Seconds by which waits end late on this machine: they are asked to end that much
+        earlier."""
         while True:
             now = clock()
             watched = [stop, listener, writable]
@@ -223,7 +228,7 @@ class Proxy:
     # --- reading and delivering -------------------------------------------------------------------
 
     def _read(self, wire: Wire, now: float) -> None:
-        """All that may be read now, shared among those who have something to send."""
+        """Read all that may be read now, shared among the senders that have data."""
         ready = wire.readable.poll(0)
         for left, (fd, _) in zip(range(len(ready), 0, -1), ready, strict=True):
             pipe = wire.pipes[fd]
@@ -308,8 +313,8 @@ class Proxy:
     # --- connections ------------------------------------------------------------------------------
 
     def _accept(self, now: float) -> None:
-        """The bytes of the one who connects come a round trip later; the server hears of the
-        connection after one and a half."""
+        """Accept a connection. Its bytes arrive a round trip later; the server sees the connection
+        after one and a half."""
         with suppress(BlockingIOError, ConnectionAbortedError):
             near, _ = self._listener.accept()
             _prepare(near)
@@ -337,7 +342,7 @@ class Proxy:
             self._close(up, reset=True)
 
     def _finish(self, pipe: Pipe) -> None:
-        """The sink has all that was sent: half of the connection is closed."""
+        """Close half of the connection, since the sink has all data that was sent."""
         assert pipe.sink is not None
         pipe.done = True
         with suppress(OSError):  # the receiver is gone already
@@ -346,7 +351,7 @@ class Proxy:
             self._close(pipe, reset=False)
 
     def _lose(self, pipe: Pipe) -> None:
-        """The receiver is gone: the sender hears of it half a round trip later."""
+        """Handle a receiver that is gone: the sender learns of it half a round trip later."""
         self._discard(pipe)
         back = pipe.back
         if not back.ended:
@@ -406,7 +411,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _stop_descriptor(until_stdin_ends: bool) -> int:
-    """Readable once the process should end."""
+    """Return a descriptor that becomes readable once the process should end."""
     if until_stdin_ends:
         return sys.stdin.fileno()
     reader, writer = os.pipe()

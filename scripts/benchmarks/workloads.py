@@ -1,7 +1,7 @@
-"""What is measured: each workload does its work on a fresh mount, then checks what came of it.
+"""The workloads: each works on a fresh mount, then checks the result.
 
 Steps that belong together share a mount: reading again needs what was read before. Mounting,
-starting Python and checking are outside of the clock.
+starting Python and checking are not part of the measured time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCRATCH_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Workload:
-    """Its steps share one mount; each is a row of the results."""
+    """Steps that share one mount; each is a row of the results."""
 
     steps: dict[str, Step]
     kind: str = READ
@@ -54,7 +54,7 @@ KINDS = {
 
 
 def titles(size: int) -> dict[str, str]:
-    """For tables: by the step's name, in their order."""
+    """Return titles for tables by the step's name, in their order."""
     amount = f"{size / 2**30:g} GiB" if size >= 2**30 else f"{size / 2**20:g} MiB"
     small = f"{size / 2**24:g} MiB"
     return {
@@ -76,7 +76,8 @@ def titles(size: int) -> dict[str, str]:
 
 
 def scratch_directory(otherwise: Path) -> Path:
-    """In memory where there is room: a local disk has no part in what is measured."""
+    """Return a directory in memory where there is room: the local disk must not influence the
+    results."""
     shared = Path("/dev/shm")
     roomy = os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > SCRATCH_BYTES
     return shared if roomy else otherwise

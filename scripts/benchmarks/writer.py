@@ -4,8 +4,8 @@
     writer whole FILE BYTES      a new file, 1 MiB at a time
     writer append FILE BYTES     a new file, 4 KiB at a time, each at the end (O_APPEND)
 
-Says that it is ready, starts when a line comes, and prints when it started and ended as JSON, in
-seconds of the system's monotonic clock. The end is after close(2), which may fail too.
+It prints that it is ready, starts when a line arrives, and prints when it started and ended as
+JSON, in seconds of the system's monotonic clock. The end is after close(2), which may fail too.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Writing:
 
 
 def pieces(size: int, length: int) -> Iterator[memoryview]:
-    """`size` bytes that are the same each time, in pieces of which no two are the same.
+    """Yield `size` bytes that are the same each time, in pieces of which no two are equal.
 
-    A piece is overwritten by the next one: making them costs next to nothing.
+    A piece is overwritten by the next one, so making them costs next to nothing.
     """
     buffer = memoryview(bytearray(random.Random(length).randbytes(length)))
     for start in range(0, size, length):

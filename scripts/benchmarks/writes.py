@@ -1,9 +1,10 @@
-"""The steps that write: each ends when the remote has all, whatever the program was told before.
+"""The steps that write: each ends when the remote has all data, whatever the program was told
+before.
 
-When that was is not asked of the contender, nor found by looking often: the server's disk notes
-the time of the last change of each file and directory (st_ctime, to 4 ms), of contents, names and
-attributes alike. So the step looks now and then whether everything is there, compares it, and
-then reads off when it was. Looking costs the machine next to nothing meanwhile.
+The time of that is neither asked of the contender nor found by frequent polling: the server's disk
+notes the time of the last change of each file and directory (st_ctime, to 4 ms), for contents,
+names and attributes alike. So the step checks now and then whether everything is there, compares
+it, and then reads off when it was complete. The checks cost the machine next to nothing.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from scripts.benchmarks.writer import APPEND_BYTES, PIECE_BYTES, Writing, pieces
 APPENDS = 10_000
 LOOK_SECONDS = 0.2
 PATIENCE_SECONDS = 30.0
-"""So long may what has all names and sizes, and does not change, have other contents."""
+"""Seconds for which a tree with all names and sizes that does not change may have other
+contents."""
 OWN_TO_A_CLONE = (".git/config", ".git/index")
-"""What git writes there depends on the filesystem and on its inodes, and so does the size."""
+"""Files whose content depends on the filesystem and on its inodes, and so does their size."""
 
 Tree = dict[str, int | None]
-"""Sizes by path, "." for the top itself; None: a directory."""
+"""Sizes by path, "." for the top itself; None for a directory."""
 Differs = Callable[[Path], str]
-"""Says what is wrong with what the server has, or nothing."""
+"""Returns what is wrong with the server's files, or an empty string."""
 
 
 def write(bench: Bench) -> Took:
@@ -67,7 +69,7 @@ def copy_in(bench: Bench) -> Took:
 
 
 def rsync_in(bench: Bench) -> Took:
-    """Times are part of what rsync brings; an S3 server's disk does not have them."""
+    """Copy with rsync. It copies times too; an S3 server's disk does not have them."""
     with _small_tree(bench) as source:
         writing = _run(bench, "rsync", "-a", f"{source}/", bench.at(bench.new))
 
@@ -114,11 +116,12 @@ def _run(bench: Bench, *command: str | Path) -> Writing:
     return Writing(started, started + took)
 
 
-# --- what the server has --------------------------------------------------------------------------
+# --- the server's files ---------------------------------------------------------------------------
 
 
 def _until_it_is_there(bench: Bench, writing: Writing, expected: Tree, differs: Differs) -> Took:
-    """Raises TimedOut, or WrongResult where what is there stays different."""
+    """Wait until the server has everything. Raises TimedOut, or WrongResult where the content stays
+    different."""
     last: tuple[int, str] | None = None
     since = time.monotonic()
     while True:
@@ -128,7 +131,7 @@ def _until_it_is_there(bench: Bench, writing: Writing, expected: Tree, differs: 
                 expected, found = _objects(expected), _objects(found)
             if found == expected | _of_any_size(bench.served, expected):
                 changed = _last_change(bench.served)
-                if last is None or last[0] != changed:  # else all is as it was
+                if last is None or last[0] != changed:  # otherwise nothing changed
                     last, since = (changed, differs(bench.served)), time.monotonic()
                 if not last[1] and _last_change(bench.served) == changed:
                     return _took(writing, changed)
@@ -152,7 +155,8 @@ def _paths(top: Path) -> Iterator[Path]:
 
 
 def _tree(top: Path) -> Tree:
-    """Raises FileNotFoundError where it changes meanwhile, or is not there."""
+    """Return sizes by path. Raises FileNotFoundError where the tree changes meanwhile, or is not
+    there."""
     found = {str(path.relative_to(top)): path.lstat() for path in _paths(top)}
     return {
         path: None if stat.S_ISDIR(status.st_mode) else status.st_size
@@ -161,7 +165,7 @@ def _tree(top: Path) -> Tree:
 
 
 def _objects(tree: Tree) -> Tree:
-    """S3 has no directories, and what stands for one is each program's own affair."""
+    """Drop directories: S3 has none, and each program has its own stand-in for them."""
     return {
         path: size
         for path, size in tree.items()
@@ -170,17 +174,18 @@ def _objects(tree: Tree) -> Tree:
 
 
 def _of_any_size(top: Path, expected: Tree) -> Tree:
-    """What must be a file, with the size that it has."""
+    """Return the files that must exist, with the sizes that they have."""
     return {path: (top / path).lstat().st_size for path in OWN_TO_A_CLONE if path in expected}
 
 
 def _last_change(top: Path) -> int:
-    """Nanoseconds since 1970."""
+    """Return the time of the last change in nanoseconds since 1970."""
     return max(path.lstat().st_ctime_ns for path in _paths(top))
 
 
 def _difference(expected: Path, served: Path, but: Callable[[str], bool] = lambda _: False) -> str:
-    """The first file that has other bytes: in the order of the directory."""
+    """Name the first file with other bytes, in the order of the directory; empty where all are
+    equal."""
     for path in _paths(expected):
         name = str(path.relative_to(expected))
         if not path.is_file() or but(name) or filecmp.cmp(path, served / name, shallow=False):
@@ -190,7 +195,7 @@ def _difference(expected: Path, served: Path, but: Callable[[str], bool] = lambd
 
 
 def _difference_of_times(expected: Path, served: Path) -> str:
-    """To the second, which is all that SFTP has."""
+    """Compare times to the second, which is all that SFTP has."""
     for path in _paths(expected):
         name = path.relative_to(expected)
         if path.is_file() and int(path.stat().st_mtime) != int((served / name).stat().st_mtime):

@@ -14,7 +14,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from hpcfs.cache.file import CacheFile
-from hpcfs.filesystem.makers import RUN
+from hpcfs.filesystem.create_predictor import RUN
 from hpcfs.model.entries import BLOCK_BYTES, Attributes, Entry
 from hpcfs.model.errors import (
     AlreadyExists,

@@ -16,7 +16,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from hpcfs.directories import listing as listing_module
-from hpcfs.directories.directories import LISTING_SECONDS
+from hpcfs.directories.lister import LISTING_SECONDS
 from hpcfs.directories.listing import Listing
 from hpcfs.kernel.errno import errno_of
 from hpcfs.model.entries import BLOCK_BYTES, Attributes, Entry

@@ -345,7 +345,7 @@ async def test_the_journal_holds_a_row_until_the_last_write_is_through(w: World)
     await w.kernel.pwrite(handle, BLOCK_BYTES, b"first")
     content = w.kernel.node_of(handle).content
     assert content
-    async with w.fs.files._uploader.writing(content):
+    async with w.closer.uploader.writing(content):
         await w.kernel.fsync(handle)
         assert content.state.has_row
     await w.kernel.close(handle)

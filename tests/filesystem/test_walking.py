@@ -13,7 +13,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from hpcfs.directories import listing, listing_prefetcher
-from hpcfs.filesystem.makers import RUN
+from hpcfs.filesystem.create_predictor import RUN
 from hpcfs.model.entries import Attributes
 from hpcfs.model.errors import NotFound, PermissionDenied, RemoteError, RemoteFailure
 from hpcfs.protocol import messages as m
@@ -264,7 +264,7 @@ async def test_a_walk_that_takes_long_looks_no_name_up_at_the_remote(w: World) -
     w.cues.calls.clear()
     for number in range(100):
         w.clock.seconds += 0.05
-        node = await w.fs.lookup(root.ino, b"%03d" % number)
+        node = await w.fs.lookup.find(root.ino, b"%03d" % number)
         w.fs.tree.count_lookup(node)
         handle = w.fs.directories.open(node)
         assert len(list(await w.fs.directories.read(handle, 0))) == 5
@@ -404,7 +404,7 @@ def test_when_the_walk_stops_all_is_cancelled_and_dropped(tmp_path: Path) -> Non
             held = w.cues.hold(m.List)
             await w.kernel.listdir("ns/02")
             await held.reached.wait()
-            flights = w.fs.directories._ahead
+            flights = w.fs.lister._ahead
             assert len(flights) > 0
             w.clock.expire_attributes()
             clock.jump(listing_prefetcher.SWEEP_SECONDS * 1.1)
@@ -424,7 +424,7 @@ async def test_what_is_listed_ahead_is_bounded(w: World) -> None:
     """A directory too large to be kept is listed when it is read; the others are not given up."""
     fill(w, FOLDERS[:10], files=100)
     fill(w, ["05"], files=1000)
-    flights = w.fs.directories._ahead
+    flights = w.fs.lister._ahead
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(listing, "MEMORY_BYTES", 10_000)
         patch.setattr(listing_prefetcher, "MAX_BYTES", 20_000)
@@ -500,11 +500,11 @@ def test_pages_that_come_after_it_was_given_up_do_no_harm(tmp_path: Path) -> Non
         async with world(tmp_path, "sftp") as w:
             fill(w)
             await begin_walk(w)
-            flight = next(iter(w.fs.directories._ahead._flights.values()))
+            flight = next(iter(w.fs.lister._ahead._flights.values()))
             page = msgspec.msgpack.encode([await w.remote.stat(b"00")])
             before = flight.listing.count
             flight.give_up()
-            w.fs.directories._ahead._add_page(flight, page)
+            w.fs.lister._ahead._add_page(flight, page)
             assert flight.listing.count == before
 
     trio.run(run)

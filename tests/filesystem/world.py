@@ -23,7 +23,7 @@ from hpcfs.filesystem.filesystem import Filesystem, MountOptions
 from hpcfs.inodes.tree import ATTRIBUTE_SECONDS, ROOT_INO, Node
 from hpcfs.model.entries import BLOCK_BYTES, Attributes, Entry
 from hpcfs.model.errors import AlreadyExists, NotFound, Stale
-from hpcfs.site.namespace import Namespace, SymlinkMode, WriteMode
+from hpcfs.site.namespace import Namespace, NamespacePolicy, SymlinkMode, WriteMode
 from hpcfs.writeback.close import Closer
 from hpcfs.writeback.journal import Journal
 from hpcfs.writeback.pending import Pending
@@ -135,10 +135,12 @@ async def world(
                 name,
                 f"memory:{name}",
                 sites[name],
-                read_only=read_only,
-                write=write,
-                keeps_xattrs=not remotes[name].is_sftp,
-                symlinks=symlinks,
+                NamespacePolicy(
+                    read_only=read_only,
+                    write=write,
+                    keeps_xattrs=not remotes[name].is_sftp,
+                    symlinks=symlinks,
+                ),
             )
             for name in remotes
         ]
@@ -214,7 +216,7 @@ class Kernel:
         """`path` starts with the namespace; "" is the mount's top."""
         node = self._fs.tree.get(ROOT_INO)
         for name in os.fsencode(path).split(b"/") if path else []:
-            node = self._count(await self._fs.lookup(node.ino, name, self.process))
+            node = self._count(await self._fs.lookup.find(node.ino, name, self.process))
         return node
 
     async def parent(self, path: str) -> tuple[int, bytes]:
@@ -238,7 +240,7 @@ class Kernel:
     async def stat(self, path: str) -> Entry:
         async def act() -> Entry:
             node = await self.walk(path)
-            return (await self._fs.getattr(node.ino)).entry
+            return (await self._fs.lookup.getattr(node.ino)).entry
 
         return await self.twice_if_stale(act)
 
@@ -260,7 +262,7 @@ class Kernel:
         return self._fs.files.get(handle).node
 
     async def fstat(self, handle: int) -> Entry:
-        return (await self._fs.getattr(self.node_of(handle).ino)).entry
+        return (await self._fs.lookup.getattr(self.node_of(handle).ino)).entry
 
     async def pread(self, handle: int, offset: int, length: int) -> bytes:
         return await self._fs.files.read(handle, offset, length)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs.daemon.main import Questions
+from hpcfs.daemon.questions import Questions
 from tests.support.command import Terminal
 from tests.support.mounts import Mount, RealHome, Served, served_by_ssh
 from tests.support.sshd import ALIAS, SshServer, ssh_server

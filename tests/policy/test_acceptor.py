@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 from hpcfs.laptop import acceptor as acceptors, strangers
-from hpcfs.laptop.acceptor import Acceptor, Incoming, Kind
+from hpcfs.laptop.acceptor import Acceptor, EndpointKind, Incoming
 from hpcfs.tunnel import stream as streams
-from hpcfs.tunnel.knock import KNOCK_BYTES, NONCE_BYTES, SEALED_BYTES, Door
+from hpcfs.tunnel.knock import KNOCK_BYTES, NONCE_BYTES, SEALED_BYTES, TunnelHandshake
 from hpcfs.tunnel.stream import ID_BYTES, NEW_STREAM, TunnelStream
 
-DOOR = Door("f" * 32, "5" * 64)
+DOOR = TunnelHandshake("f" * 32, "5" * 64)
 NONCE = b"n" * NONCE_BYTES
 ASK = streams.HEAD.pack(streams.ASK, 0)
 
@@ -38,15 +38,15 @@ class Tunnel:
         self.acceptor = Acceptor(DOOR, self._arrived)
         self.streams: list[TunnelStream] = []
 
-    def _arrived(self, stream: TunnelStream, _: Kind) -> None:
+    def _arrived(self, stream: TunnelStream, _: EndpointKind) -> None:
         self.streams.append(stream)
 
-    def connect(self, kind: Kind = "tcp") -> tuple[Pipe, Incoming]:
+    def connect(self, kind: EndpointKind = "tcp") -> tuple[Pipe, Incoming]:
         pipe = Pipe()
         return pipe, self.acceptor.pipe(pipe, kind)
 
     def open(
-        self, stream_id: bytes = NEW_STREAM, seen: int = 0, kind: Kind = "tcp"
+        self, stream_id: bytes = NEW_STREAM, seen: int = 0, kind: EndpointKind = "tcp"
     ) -> tuple[Pipe, Incoming]:
         pipe, incoming = self.connect(kind)
         incoming.received(knock(pipe, stream_id, seen))
@@ -62,9 +62,11 @@ def nonces(pipe: Pipe) -> bytes:
     return DOOR.nonce_in(bytes(pipe.written).partition(b"\n")[0]) + NONCE
 
 
-def knock(pipe: Pipe, stream_id: bytes = NEW_STREAM, seen: int = 0, door: Door = DOOR) -> bytes:
+def knock(
+    pipe: Pipe, stream_id: bytes = NEW_STREAM, seen: int = 0, handshake: TunnelHandshake = DOOR
+) -> bytes:
     """What a mount says that has read the greeting on this pipe."""
-    return NONCE + door.seal(b"client", nonces(pipe), stream_id, seen)
+    return NONCE + handshake.seal(b"client", nonces(pipe), stream_id, seen)
 
 
 def answered(pipe: Pipe) -> tuple[bytes, int]:
@@ -157,11 +159,11 @@ def test_a_flood_takes_few_lines_of_the_log(caplog: pytest.LogCaptureFixture) ->
 
 
 @pytest.mark.parametrize(
-    "door",
-    [Door("f" * 32, "6" * 64), Door("e" * 32, "5" * 64)],
+    "handshake",
+    [TunnelHandshake("f" * 32, "6" * 64), TunnelHandshake("e" * 32, "5" * 64)],
     ids=["another secret", "another tunnel"],
 )
-def test_who_does_not_know_the_secret_begins_nothing(door: Door) -> None:
+def test_who_does_not_know_the_secret_begins_nothing(handshake: TunnelHandshake) -> None:
     """No stream, and so no SSH connection, is made for who guesses, or says again what a mount
     said."""
 
@@ -177,7 +179,7 @@ def test_who_does_not_know_the_secret_begins_nothing(door: Door) -> None:
         incoming.received(knock(guessing)[:NONCE_BYTES] + bytes(SEALED_BYTES))
         wrong, incoming = tunnel.connect()
         incoming.received(
-            NONCE + door.seal(b"client", nonces(wrong), NEW_STREAM, 0),
+            NONCE + handshake.seal(b"client", nonces(wrong), NEW_STREAM, 0),
         )
         assert (again.closed, guessing.closed, wrong.closed) == (True, True, True)
         assert bytes(again.written) == greeting

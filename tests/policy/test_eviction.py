@@ -333,19 +333,19 @@ def test_the_disk_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             nursery.start_soon(store.evict_forever)
             await idle(store, b"idle", 50)
             file = await fill(store, b"k", 25)
-            store.check_bound()
+            store.eviction.check()
             await until(lambda: space(tmp_path).free >= total // 10)
             assert file.blocks.count == 25, "idle ones go first"
             assert store.may_prefetch()
             taken[0] = total  # somebody else filled it
-            store.check_bound()
+            store.eviction.check()
             await until(lambda: store.used_bytes == 0)
             await until(lambda: not store.may_prefetch())
             file.write(0, BLOCK)  # what a reader waits for is fetched nonetheless
             file.blocks.put(0, checksum(BLOCK))
             assert file.read_now(0, BLOCK_BYTES) == BLOCK
             taken[0] = 0
-            store.check_bound()
+            store.eviction.check()
             assert store.may_prefetch()
             nursery.cancel_scope.cancel()
         store.release(file)

@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernel": {"model", "inodes", "filesystem"},
     "daemon": {"model", "system", "protocol", "control", "config", "cache", "site", "content"}
     | {"inodes", "writeback", "filesystem", "kernel"},
-    "demo": {"model", "system", "laptop"},
+    "demo": {"model", "system", "remotes", "laptop"},
     "cli": {"model", "system", "tunnel", "remotes", "control", "config", "laptop", "cache"}
     | {"daemon", "demo"},
 }

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from hpcfs.tunnel.knock import GREETING, NONCE_BYTES, OPENING, SEALED_BYTES, Door
-from hpcfs.tunnel.stream import Garbled
+from hpcfs.tunnel.knock import GREETING, NONCE_BYTES, OPENING, SEALED_BYTES, TunnelHandshake
+from hpcfs.tunnel.stream import ProtocolViolation
 
-DOOR = Door("a" * 32, "5" * 64)
+DOOR = TunnelHandshake("a" * 32, "5" * 64)
 ID = bytes(range(16))
 NONCES = b"s" * NONCE_BYTES + b"c" * NONCE_BYTES
 
@@ -39,38 +39,40 @@ def test_both_ends_understand_each_other() -> None:
     ],
 )
 def test_another_greeting_is_not_taken_for_ours(line: bytes) -> None:
-    with pytest.raises(Garbled):
+    with pytest.raises(ProtocolViolation):
         DOOR.nonce_in(line)
 
 
 @pytest.mark.parametrize(
-    ("who", "nonces", "door"),
+    ("who", "nonces", "handshake"),
     [
         (b"server", NONCES, DOOR),
         (b"client", NONCES[:-1] + b"d", DOOR),
         (b"client", b"t" + NONCES[1:], DOOR),
-        (b"client", NONCES, Door("b" * 32, "5" * 64)),
-        (b"client", NONCES, Door("a" * 32, "6" * 64)),
+        (b"client", NONCES, TunnelHandshake("b" * 32, "5" * 64)),
+        (b"client", NONCES, TunnelHandshake("a" * 32, "6" * 64)),
     ],
     ids=["sent back", "to another mount", "said again", "another tunnel", "another secret"],
 )
-def test_words_are_good_for_one_conversation(who: bytes, nonces: bytes, door: Door) -> None:
+def test_words_are_good_for_one_conversation(
+    who: bytes, nonces: bytes, handshake: TunnelHandshake
+) -> None:
     said = DOOR.seal(b"client", NONCES, ID, 7)
-    with pytest.raises(Garbled, match="secret"):
-        door.unseal(who, nonces, said)
+    with pytest.raises(ProtocolViolation, match="secret"):
+        handshake.unseal(who, nonces, said)
 
 
 @given(st.integers(0, SEALED_BYTES * 8 - 1))
 def test_no_bit_of_it_can_be_changed(bit: int) -> None:
     said = bytearray(DOOR.seal(b"client", NONCES, ID, 7))
     said[bit // 8] ^= 1 << bit % 8
-    with pytest.raises(Garbled):
+    with pytest.raises(ProtocolViolation):
         DOOR.unseal(b"client", NONCES, bytes(said))
 
 
 @given(st.binary(max_size=2 * SEALED_BYTES))
 def test_noise_proves_nothing(noise: bytes) -> None:
-    with pytest.raises(Garbled):
+    with pytest.raises(ProtocolViolation):
         DOOR.unseal(b"client", NONCES, noise)
 
 

@@ -12,7 +12,7 @@ from hpcfs.cache import maintenance
 from hpcfs.cache.file import CacheFile, checksum
 from hpcfs.cache.index import Index, Record
 from hpcfs.cache.maintenance import CachedPath
-from hpcfs.cache.record_cache import KnownRecords, RecordCache
+from hpcfs.cache.record_cache import CachedAnswer, RecordCache
 from hpcfs.cache.store import Store
 from hpcfs.control.control import ControlRequest
 from hpcfs.daemon import cache_commands
@@ -167,33 +167,33 @@ def test_the_second_file_of_a_directory_brings_the_others() -> None:
     assert seen.wants("o", b"d/2")
     files = {b"d/1": record(b"d/1"), b"d/big": record(b"d/big", is_complete=False)}
     seen.learn("o", b"d/2", files, seen.stamp)
-    assert seen.ask("o", b"d/1") == KnownRecords(files[b"d/1"])
-    assert seen.ask("o", b"d/2") == KnownRecords(None)
-    assert seen.ask("o", b"d/big") is None
-    assert seen.ask("o", b"d/e/1") is None
-    assert seen.ask("another", b"d/1") is None
+    assert seen.find("o", b"d/1") == CachedAnswer(files[b"d/1"])
+    assert seen.find("o", b"d/2") == CachedAnswer(None)
+    assert seen.find("o", b"d/big") is None
+    assert seen.find("o", b"d/e/1") is None
+    assert seen.find("another", b"d/1") is None
     assert not seen.wants("o", b"d/3")
 
 
 def test_what_changes_is_not_answered_from_memory() -> None:
     seen = RecordCache()
     stamp = seen.stamp
-    seen.spoil("o", b"d/1")
+    seen.invalidate("o", b"d/1")
     seen.learn("o", b"d/1", {}, stamp)
-    assert seen.ask("o", b"d/1") is None, "it was asked for before the change"
+    assert seen.find("o", b"d/1") is None, "it was asked for before the change"
     seen.learn("o", b"d/1", {}, seen.stamp)
-    assert seen.ask("o", b"d/1") == KnownRecords(None)
-    seen.spoil("o", b"d/1")
-    assert seen.ask("o", b"d/1") is None
-    assert seen.ask("o", b"d/2") == KnownRecords(None)
-    seen.spoil_all()
-    assert seen.ask("o", b"d/2") is None
+    assert seen.find("o", b"d/1") == CachedAnswer(None)
+    seen.invalidate("o", b"d/1")
+    assert seen.find("o", b"d/1") is None
+    assert seen.find("o", b"d/2") == CachedAnswer(None)
+    seen.invalidate_all()
+    assert seen.find("o", b"d/2") is None
 
 
 def test_a_directory_with_too_many_files_is_left_alone() -> None:
     seen = RecordCache()
     seen.learn("o", b"d/1", None, seen.stamp)
-    assert seen.ask("o", b"d/1") is None
+    assert seen.find("o", b"d/1") is None
     assert not any(seen.wants("o", b"d/%d" % number) for number in range(3))
 
 

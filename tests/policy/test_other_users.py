@@ -245,7 +245,7 @@ def test_our_own_directories_and_links_are_fine(shared_tmp: Path) -> None:
     ours.mkdir(mode=0o755)
     (shared_tmp / "link").symlink_to("ours")
     for place in (ours, ours / "new" / "cache", shared_tmp / "link" / "cache"):
-        assert ownership.why_not(place) is None
+        assert ownership.unsafe_reason(place) is None
         assert location.locate(place, {}).directory.is_relative_to(ours)
     made = location.prepare(Location(ours / "new" / "cache"), PLACE)
     assert stat.S_IMODE(made.stat().st_mode) == 0o700
@@ -256,13 +256,13 @@ def test_a_group_of_others_may_not_write_on_the_way(shared_tmp: Path) -> None:
     ours.mkdir()
     os.chown(ours, -1, OTHER)
     ours.chmod(0o770)
-    assert "others may write" in (ownership.why_not(ours / "cache") or "")
+    assert "others may write" in (ownership.unsafe_reason(ours / "cache") or "")
 
 
 def test_links_in_a_circle_end(shared_tmp: Path) -> None:
     (shared_tmp / "one").symlink_to("two")
     (shared_tmp / "two").symlink_to("one")
-    assert "without an end" in (ownership.why_not(shared_tmp / "one" / "cache") or "")
+    assert "without an end" in (ownership.unsafe_reason(shared_tmp / "one" / "cache") or "")
 
 
 # --- the mount point ------------------------------------------------------------------------------

@@ -158,5 +158,5 @@ def test_copies_go_where_nobody_puts_a_link_in_their_place(base: Path) -> None:
 
 
 def test_a_sticky_directory_is_as_safe_as_its_owner(base: Path) -> None:
-    assert ownership.why_not(_open(base / "root-s", 0o1777) / "mine") is None
-    assert ownership.why_not(_open(base / "their-s", 0o1777, OTHER) / "mine")
+    assert ownership.unsafe_reason(_open(base / "root-s", 0o1777) / "mine") is None
+    assert ownership.unsafe_reason(_open(base / "their-s", 0o1777, OTHER) / "mine")

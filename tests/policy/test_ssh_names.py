@@ -55,7 +55,7 @@ def test_control_characters_are_in_no_user_name() -> None:
     assert not ssh_syntax.is_valid_host("")
 
 
-AROUND = urls.Surroundings(ssh_aliases=[], remotes=dict)
+AROUND = urls.UrlContext(ssh_aliases=[], remotes=dict)
 
 
 @pytest.mark.parametrize("host", HOSTILE_HOSTS)

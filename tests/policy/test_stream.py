@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from hpcfs.tunnel import stream as streams
-from hpcfs.tunnel.stream import Garbled, TunnelStream
+from hpcfs.tunnel.stream import ProtocolViolation, TunnelStream
 
 ID = b"0123456789abcdef"
 SIZES = st.one_of(st.integers(1, 300), st.integers(1, 2 * streams.FRAME_BYTES + 1))
@@ -94,7 +94,7 @@ def test_what_is_written_comes_once_and_in_order(steps: list[tuple[str, bool, in
     settle(*ends)
     for one, other in (ends, ends[::-1]):
         assert one.came == other.written
-        assert one.stream.unseen == 0
+        assert one.stream.unacknowledged == 0
 
 
 def test_what_is_written_without_a_pipe_goes_with_the_next() -> None:
@@ -114,7 +114,7 @@ def test_who_waits_for_room_hears_of_it_when_the_next_pipe_tells() -> None:
     ends = End(), End()
     join(*ends)
     rooms: list[int] = []
-    ends[0].stream.on_seen.append(lambda: rooms.append(ends[0].stream.unseen))
+    ends[0].stream.on_acknowledged.append(lambda: rooms.append(ends[0].stream.unacknowledged))
     ends[0].write(1000)
     deliver(*ends, 10_000)
     assert not rooms
@@ -125,7 +125,7 @@ def test_who_waits_for_room_hears_of_it_when_the_next_pipe_tells() -> None:
 def test_what_comes_early_waits_for_a_listener() -> None:
     ends = End(), End()
     join(*ends)
-    ends[1].stream.listen_no_more(b"put back,")
+    ends[1].stream.stop_listening(b"put back,")
     ends[0].stream.write(b" early,")
     ends[0].stream.close()
     deliver(ends[0], ends[1], 100)
@@ -159,7 +159,7 @@ def test_the_end_is_told_once() -> None:
 
 
 def test_an_end_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "MOST_UNSEEN_BYTES", 1000)
+    monkeypatch.setattr(streams, "MAX_UNACKNOWLEDGED_BYTES", 1000)
     ends = End(), End()
     join(*ends)
     ends[0].stream.write(bytes(1000))
@@ -172,7 +172,7 @@ def test_an_end_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) 
 def test_nobody_can_have_what_was_not_sent(seen: int) -> None:
     end = End()
     end.stream.write(bytes(10))
-    with pytest.raises(Garbled):
+    with pytest.raises(ProtocolViolation):
         end.stream.attach(end.wire, seen)
 
 
@@ -183,7 +183,7 @@ def test_nonsense_is_refused_or_ignored(data: bytes) -> None:
     end.stream.attach(end.wire, 0)
     try:
         end.stream.feed(data)
-    except Garbled:
+    except ProtocolViolation:
         return
     assert len(end.came) <= len(data)
 

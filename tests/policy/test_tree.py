@@ -132,3 +132,15 @@ def test_removals_are_noted_while_a_directory_is_read(tree: Tree) -> None:
     assert min(tree.root.removals.values()) > before
     add(tree, b"f")
     assert b"f" not in tree.root.removals
+
+
+def test_a_name_is_told_to_watchers_once_the_tree_no_longer_knows_better(tree: Tree) -> None:
+    """Each write sets an entry: that tells nobody. A node that is forgotten afterwards does."""
+    told: list[tuple[bytes, bool]] = []
+    written, looked_at = add(tree, b"written"), add(tree, b"looked at")
+    tree.watch_names(lambda parent, name, below: told.append((name, below)))
+    tree.set_local(written, FILE)
+    assert not told
+    for node in (written, looked_at):
+        tree.forget(node.ino, 1)
+    assert told == [(b"written", False)]

@@ -15,10 +15,10 @@ OTHERS = ("Package fuse3 was not found", "fuse.h: No such file", "Python.h: No s
 
 
 def quoted_messages() -> list[str]:
-    """The first column of every table, cut where it has "...", without the values around it."""
+    """The first part of every entry, cut where it has "...", without the values around it."""
     text = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
-    cells = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
-    messages = [found for cell in cells for found in re.findall(r"`([^`]+)`", cell)]
+    heads = re.findall(r"^- (.*?)\n  - Meaning: ", text, re.DOTALL | re.MULTILINE)
+    messages = [found for head in heads for found in re.findall(r"`([^`]+)`", head)]
     parts = [part.strip(" ():?") for message in messages for part in message.split("...")]
     return [part for part in parts if len(part) > 3 and part not in OTHERS]
 

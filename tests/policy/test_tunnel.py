@@ -11,7 +11,7 @@ import asyncssh
 import pytest
 
 from hpcfs.config import tunnel as tunnel_config
-from hpcfs.config.tunnel import Wishes
+from hpcfs.config.tunnel import TunnelSettings
 from hpcfs.laptop import changes, listening
 from hpcfs.laptop.pauses import Pauses
 from hpcfs.laptop.rates import Rate
@@ -25,7 +25,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "config.toml"
 
 
-def load(file: Path, text: str, host: str | None = None, **more: str) -> Wishes:
+def load(file: Path, text: str, host: str | None = None, **more: str) -> TunnelSettings:
     file.write_text(text)
     return tunnel_config.load(file, host, **more)  # type: ignore[arg-type]
 
@@ -39,7 +39,7 @@ def test_the_table_says_all(file: Path) -> None:
         '[tunnel]\nhost = "me@login3"\nname = "lap"\nshares = ["~/data", "code=~/src:ro"]\n'
         'bind = "login01"\n',
     )
-    assert found == Wishes(
+    assert found == TunnelSettings(
         SshSite("login3", user="me"),
         "me@login3",
         "lap",
@@ -224,7 +224,7 @@ def test_waking_up_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         woke = asyncio.Event()
 
-        def note(change: changes.Change) -> None:
+        def note(change: changes.MachineChange) -> None:
             if change == "slept":
                 seen.append(change)
                 woke.set()

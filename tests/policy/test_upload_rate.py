@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
-from hpcfs.site.upload_rate import SECONDS, UploadRate
+from hpcfs.site.namespace import RATE_SECONDS, UploadRate
 
 
 @given(st.lists(st.tuples(st.floats(0, 3), st.integers(0, 10**6)), max_size=50))
@@ -15,8 +15,8 @@ def test_what_came_in_the_last_seconds_counts(steps: list[tuple[float, int]]) ->
         clock += pause
         meter.add(count)
     assert meter.total == sum(count for _, count in steps)
-    assert 0 <= meter.rate() * SECONDS <= meter.total + 1e-6
-    clock += SECONDS + 1
+    assert 0 <= meter.rate() * RATE_SECONDS <= meter.total + 1e-6
+    clock += RATE_SECONDS + 1
     assert meter.rate() == 0
 
 

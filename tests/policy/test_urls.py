@@ -40,7 +40,7 @@ token = {"access_token":"tok"}
 """
 POINT = "arn:aws:s3:us-west-2:123456789012:accesspoint"
 REMOTES = rclone_conf.parse(RCLONE, Path("/c/rclone.conf"))
-AROUND = urls.Surroundings(ssh_aliases=["login3"], remotes=lambda: REMOTES)
+AROUND = urls.UrlContext(ssh_aliases=["login3"], remotes=lambda: REMOTES)
 
 
 def parse(text: str) -> urls.ParsedUrl:
@@ -143,7 +143,7 @@ def test_an_rclone_remote_of_type_s3() -> None:
 
 
 def test_an_ssh_alias_wins_over_an_rclone_remote_of_its_name() -> None:
-    around = urls.Surroundings(ssh_aliases=["cluster"], remotes=lambda: REMOTES)
+    around = urls.UrlContext(ssh_aliases=["cluster"], remotes=lambda: REMOTES)
     assert urls.parse("cluster:x", around).site == SshSite("cluster")
 
 
@@ -151,7 +151,7 @@ def test_a_broken_rclone_conf_does_not_matter_to_an_alias_or_a_scheme() -> None:
     def broken() -> dict[str, rclone_conf.RcloneRemote]:
         raise SetupError("encrypted")
 
-    around = urls.Surroundings(ssh_aliases=["login3"], remotes=broken)
+    around = urls.UrlContext(ssh_aliases=["login3"], remotes=broken)
     assert urls.parse("login3:x", around).site == SshSite("login3")
     assert urls.parse("s3://b", around).site == S3Site()
     with pytest.raises(SetupError, match="encrypted"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs.laptop.acceptor import Kind
+from hpcfs.laptop.acceptor import EndpointKind
 from hpcfs.laptop.shares import Share
 from hpcfs.model.sites import S3Root, S3Site, Secret, SiteSpec
 from hpcfs.remotes.s3.site import S3SiteConnection
@@ -113,7 +113,7 @@ def _sftp(kind: str, server: SshServer, transport: str) -> Subject:
     return Subject(kind, lambda: SshSiteConnection(spec, ScriptedPrompter()), root)
 
 
-def _tunnel(kind: str, request: pytest.FixtureRequest, way: Kind) -> Subject:
+def _tunnel(kind: str, request: pytest.FixtureRequest, way: EndpointKind) -> Subject:
     running: Laptop = request.getfixturevalue(f"laptop_{way}")
     (share,) = running.shares
     root = share.directory / f"root-{next(_numbers)}"

@@ -13,7 +13,7 @@ import pytest
 
 from hpcfs.cli import check_laptop
 from hpcfs.cli.findings import Finding
-from hpcfs.laptop.acceptor import Kind
+from hpcfs.laptop.acceptor import EndpointKind
 from hpcfs.laptop.identity import Identity
 from hpcfs.laptop.shares import Share
 from hpcfs.model.sites import SftpRoot, TunnelSite
@@ -30,7 +30,7 @@ def home(tmp_path: Path) -> Home:
 
 @pytest.fixture(params=["unix", "tcp"])
 def running(request: pytest.FixtureRequest, home: Home) -> Iterator[Laptop]:
-    kind: Kind = request.param
+    kind: EndpointKind = request.param
     (home.path / "data" / "run7").mkdir(parents=True)
     with laptop(home.path, Share("data", home.path / "data"), kind=kind) as found:
         yield found
@@ -55,9 +55,9 @@ def test_who_the_laptop_is_and_what_it_shares(running: Laptop) -> None:
     assert way[running.kind] in who.text
     assert shares.text == "it shares data"
     deadline = time.monotonic() + 5
-    while running.call(lambda: running.guests.all) and time.monotonic() < deadline:
+    while running.call(lambda: running.mounts.all) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not running.call(lambda: running.guests.all), "the check has taken leave"
+    assert not running.call(lambda: running.mounts.all), "the check has taken leave"
 
 
 def test_a_folder_that_is_not_shared(running: Laptop) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import asyncssh
 import pytest
 
-from hpcfs.laptop.acceptor import Kind
+from hpcfs.laptop.acceptor import EndpointKind
 from hpcfs.laptop.shares import Share
 from hpcfs.model.errors import NotSupported, PiecesLost, RemoteFailure
 from hpcfs.model.sites import SiteSpec
@@ -157,7 +157,7 @@ def test_more_files_sent_ahead_than_handles(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
 def test_a_laptop_that_grants_few(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: EndpointKind
 ) -> None:
     """Its own bound, or its system's: macOS gives a process 256."""
     monkeypatch.setattr("hpcfs.laptop.sftp_server.MAX_OPEN_FILES", FEW)

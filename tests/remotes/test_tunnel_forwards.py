@@ -189,7 +189,7 @@ def test_what_nobody_takes_is_dropped_with_its_connection(tmp_path: Path) -> Non
             with socket.socket(socket.AF_UNIX) as mount:
                 mount.connect(place.path)
                 await greeting(mount)
-                (incoming,) = found.tunnel._guests.acceptor._strangers.all()
+                (incoming,) = found.tunnel._mounts.acceptor._strangers.all()
                 channel = incoming.pipe._channel  # type: ignore[attr-defined]
                 incoming.pipe.write(bytes(32 * 1024 * 1024))
                 assert channel.get_write_buffer_size() > 16 * 1024 * 1024

@@ -19,8 +19,8 @@ import asyncssh
 import msgspec
 import pytest
 
-from hpcfs.laptop import guests
-from hpcfs.laptop.acceptor import Kind
+from hpcfs.laptop import connected_mounts
+from hpcfs.laptop.acceptor import EndpointKind
 from hpcfs.laptop.shares import Share
 from hpcfs.remotes.tunnel.line import Line, Pulse, RendezvousFile
 from hpcfs.tunnel.file import UnixEndpoint, read
@@ -29,7 +29,7 @@ from hpcfs.tunnel.proof import (
     SESSION_BYTES,
     Challenge,
     ClientProof,
-    Letters,
+    HandshakeMessages,
     NotProved,
     ServerProof,
     prove_as_client,
@@ -84,7 +84,7 @@ def settled(condition: Callable[[], bool]) -> bool:
 
 
 def nobody_is_in(running: Laptop) -> bool:
-    return not running.call(lambda: running.guests.all)
+    return not running.call(lambda: running.mounts.all)
 
 
 # --- the proof ------------------------------------------------------------------------------------
@@ -113,9 +113,9 @@ def test_who_has_the_keys_is_let_in(unix: Laptop) -> None:
                 session=SESSION,
                 host="a\nnode\x1b[2J" + "x" * 1000,
             )
-            (guest,) = unix.call(lambda: unix.guests.all)
-            assert guest.host.startswith("anode[2Jxxx")
-            assert len(guest.host) <= 100
+            (mount,) = unix.call(lambda: unix.mounts.all)
+            assert mount.host.startswith("anode[2Jxxx")
+            assert len(mount.host) <= 100
 
     run(story())
 
@@ -184,7 +184,7 @@ FORGED: dict[str, Forge] = {
 def test_who_has_not_is_not(unix: Laptop, forged: str, caplog: pytest.LogCaptureFixture) -> None:
     async def story() -> None:
         async with line_to(unix) as line:
-            letters = Letters(line.stream)
+            letters = HandshakeMessages(line.stream)
             challenge = await letters.receive(Challenge)
             body = FORGED[forged](unix, challenge)
             line.stream.write(struct.pack(">H", len(body)) + body)
@@ -232,7 +232,7 @@ def test_a_server_without_the_tunnels_key_is_left() -> None:
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
 def test_noise_on_the_port_harms_nobody(
-    kind: Kind, tmp_path: Path, share: Share, caplog: pytest.LogCaptureFixture
+    kind: EndpointKind, tmp_path: Path, share: Share, caplog: pytest.LogCaptureFixture
 ) -> None:
     beginnings = [b"", bytes(24), bytes(24) + b"D\0\0\x13\x88", b"GET / HTTP/1.1\r\n"]
     beginnings.append(bytes(24) + b"D\0\0\x13\x88SSH-2.0-x\r\n\0\0\x0f\0")
@@ -364,10 +364,10 @@ def test_a_connection_asks_nobody_for_this_machines_name(
 PROXY = """
 import asyncio, os, sys
 from pathlib import Path
-from hpcfs.remotes.tunnel.line import Line, Meeting, Pulse
+from hpcfs.remotes.tunnel.line import Line, Pulse, RendezvousFile
 
 async def main():
-    line = await Line.open(Meeting(Path(sys.argv[1]), sys.argv[2]), Pulse())
+    line = await Line.open(RendezvousFile(Path(sys.argv[1]), sys.argv[2]), Pulse())
     over = asyncio.Event()
     def out(data):
         while data:
@@ -441,13 +441,13 @@ def test_openssh_understands_the_server(tcp: Laptop, tmp_path: Path, share: Shar
 def test_variables_are_not_kept(tcp: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing bounds how many a client sends."""
     seen: list[Any] = []
-    opened = guests.Guests.open_channel
+    opened = connected_mounts.ConnectedMounts.open_channel
 
     def open_channel(*arguments: Any) -> Any:
         seen.append(arguments[-1])
         return opened(*arguments)
 
-    monkeypatch.setattr(guests.Guests, "open_channel", open_channel)
+    monkeypatch.setattr(connected_mounts.ConnectedMounts, "open_channel", open_channel)
 
     async def story() -> None:
         async with ssh_to(tcp) as connection:
@@ -493,9 +493,9 @@ def test_tiny_packets_are_not_made(tcp: Laptop) -> None:
 
     async def story() -> None:
         async with ssh_to(tcp) as connection:
-            for size in (1, guests.LEAST_PACKET_BYTES - 1):
+            for size in (1, connected_mounts.LEAST_PACKET_BYTES - 1):
                 with pytest.raises(asyncssh.ChannelOpenError):
                     await sftp_channel(connection, size)
-            (await sftp_channel(connection, guests.LEAST_PACKET_BYTES)).close()
+            (await sftp_channel(connection, connected_mounts.LEAST_PACKET_BYTES)).close()
 
     run(story())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcfs.laptop.acceptor import Kind
+from hpcfs.laptop.acceptor import EndpointKind
 from hpcfs.laptop.identity import Identity
 from hpcfs.laptop.shares import Share
 from hpcfs.model.errors import AccessRefused, RemoteError, Unreachable, WrongSettings
@@ -35,7 +35,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["unix", "tcp"])
 def running(request: pytest.FixtureRequest, tmp_path: Path, data: Path) -> Iterator[Laptop]:
-    kind: Kind = request.param
+    kind: EndpointKind = request.param
     with laptop(tmp_path, Share("data", data), kind=kind) as found:
         yield found
 
@@ -294,7 +294,7 @@ def test_two_mounts_do_not_share_their_files(running: Laptop, tmp_path: Path, da
             await put(remote, b"one", b"1")
             await put(other.remote("ns"), b"two", b"22")
             assert await get(remote, b"two") == b"22"
-            assert len(running.call(lambda: running.guests.all)) == 2
+            assert len(running.call(lambda: running.mounts.all)) == 2
         finally:
             await other.close()
         assert await get(remote, b"one") == b"1"
@@ -317,4 +317,4 @@ def test_what_a_mount_had_open_is_closed_when_it_leaves(
     while running.served.open_files and time.monotonic() < deadline:
         time.sleep(0.01)
     assert running.served.open_files == 0
-    assert not running.call(lambda: running.guests.all)
+    assert not running.call(lambda: running.mounts.all)

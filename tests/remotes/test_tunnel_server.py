@@ -29,8 +29,8 @@ from asyncssh.constants import (
 )
 from asyncssh.sftp import SFTPClientHandler
 
-from hpcfs.laptop import channel as served_channel, guests, memory, sftp_server
-from hpcfs.laptop.acceptor import Kind
+from hpcfs.laptop import channel as served_channel, connected_mounts, memory, sftp_server
+from hpcfs.laptop.acceptor import EndpointKind
 from hpcfs.laptop.channel import HandleTable, ServerChannel
 from hpcfs.laptop.sftp_server import Shares, ShareServer
 from hpcfs.laptop.shares import Share
@@ -67,7 +67,7 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["unix", "tcp"])
 def running(request: pytest.FixtureRequest, directory: Path) -> Iterator[Laptop]:
-    kind: Kind = request.param
+    kind: EndpointKind = request.param
     shares = (Share("rw", directory / "rw"), Share("ro", directory / "ro", read_only=True))
     with laptop(directory / "home", *shares, kind=kind) as found:
         yield found
@@ -559,8 +559,8 @@ def test_answers_that_nobody_takes_are_not_gathered(
     running: Laptop, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mount asks for 400 MiB and stops listening: the laptop has read a tenth when it waits."""
-    monkeypatch.setattr(guests, "MOST_UNTAKEN_BYTES", 4 * 1024 * 1024)
-    monkeypatch.setattr(guests, "WAITING_BYTES", 4 * 1024 * 1024)
+    monkeypatch.setattr(connected_mounts, "MOST_UNTAKEN_BYTES", 4 * 1024 * 1024)
+    monkeypatch.setattr(connected_mounts, "WAITING_BYTES", 4 * 1024 * 1024)
     (directory / "rw" / "large").write_bytes(bytes(4 * 1024 * 1024))
 
     async def main() -> None:
@@ -598,7 +598,7 @@ def test_mounts_together_are_given_little_memory(
             assert held <= 4 * MIB + mounts * (memory.LITTLE_BYTES + 2 * MIB)
             for piece in await asyncio.gather(*asked):
                 assert sum(map(len, piece)) == MIB
-        assert settled(lambda: running.served.memory == memory.Memory())
+        assert settled(lambda: running.served.memory == memory.ServerMemory())
 
     asyncio.run(main())
 
@@ -642,7 +642,10 @@ def test_a_mount_opens_few_channels(tmp_path: Path) -> None:
             assert isinstance(found.login, TunnelLogin)
             assert found.login.ssh is not None
             connection = found.login.ssh.connection
-            opened = [await connection.start_sftp_client() for _ in range(guests.MAX_CHANNELS - 2)]
+            opened = [
+                await connection.start_sftp_client()
+                for _ in range(connected_mounts.MAX_CHANNELS - 2)
+            ]
             with pytest.raises(asyncssh.ChannelOpenError):
                 await connection.start_sftp_client()
             opened[0].exit()
@@ -714,7 +717,7 @@ def test_garbage_on_a_channel_ends_it(running: Laptop) -> None:
             assert (await found.meta.stat(b"/rw", 0)).permissions is not None
 
     asyncio.run(main())
-    assert settled(lambda: not running.call(lambda: running.guests.all))
+    assert settled(lambda: not running.call(lambda: running.mounts.all))
 
 
 # --- between file systems -------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from hpcfs.laptop.acceptor import Incoming, Kind
-from hpcfs.laptop.guests import Guests
+from hpcfs.laptop.acceptor import EndpointKind, Incoming
+from hpcfs.laptop.connected_mounts import ConnectedMounts
 from hpcfs.laptop.identity import Identity
 from hpcfs.laptop.sftp_server import Shares
 from hpcfs.laptop.shares import Share
@@ -65,7 +65,7 @@ class Forwarded(asyncio.Protocol):
 class Laptop:
     """Runs in a thread, on a loop of its own. `home` is the cluster's home directory."""
 
-    def __init__(self, home: Path, shares: Sequence[Share], kind: Kind = "unix") -> None:
+    def __init__(self, home: Path, shares: Sequence[Share], kind: EndpointKind = "unix") -> None:
         self.kind = kind
         self.directory = home / file.DIRECTORY
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ class Laptop:
 
     def stop(self) -> None:
         self.deafen()
-        closing = asyncio.run_coroutine_threadsafe(self.guests.close(), self.loop)
+        closing = asyncio.run_coroutine_threadsafe(self.mounts.close(), self.loop)
         closing.result(WAIT_SECONDS)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(WAIT_SECONDS)
@@ -98,8 +98,8 @@ class Laptop:
 
     def _begin(self) -> None:
         self.served = Shares(self.shares)
-        self.guests = Guests(self.served, self.identity, lambda: None)
-        self.acceptor = self.guests.acceptor
+        self.mounts = ConnectedMounts(self.served, self.identity, lambda: None)
+        self.acceptor = self.mounts.acceptor
 
     def call(self, function: Callable[[], T]) -> T:
         """In the laptop's thread."""
@@ -183,7 +183,7 @@ class Laptop:
 
 
 @contextlib.contextmanager
-def laptop(home: Path, *shares: Share, kind: Kind = "unix") -> Iterator[Laptop]:
+def laptop(home: Path, *shares: Share, kind: EndpointKind = "unix") -> Iterator[Laptop]:
     running = Laptop(home, shares, kind)
     running.start()
     try:

@@ -161,7 +161,7 @@ def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
 def check_owner(path: Path, found: os.stat_result) -> None:
     """As ssh looks at ~/.ssh/config; that an ssh of one's own could be named with -F, and is not
     looked at then, makes a ProxyCommand of somebody else's no safer. Raises WrongSettings."""
-    if reason := ownership.why_not_believe(found):
+    if reason := ownership.untrusted_reason(found):
         raise WrongSettings(
             f"{path} may be somebody else's word ({reason}), and an SSH configuration runs "
             "commands: make a copy of your own that only you can write to"

@@ -21,8 +21,8 @@ from hpcfs.model.errors import RemoteError, Unreachable
 from hpcfs.remotes.tunnel.pipe import NoAnswer, OpenedPipe, PipeEnd, Silent, TurnedAway, connect
 from hpcfs.tunnel import file
 from hpcfs.tunnel.file import Endpoint, Rendezvous, UnixEndpoint
-from hpcfs.tunnel.knock import Door
-from hpcfs.tunnel.stream import NEW_STREAM, Garbled, TunnelStream
+from hpcfs.tunnel.knock import TunnelHandshake
+from hpcfs.tunnel.stream import NEW_STREAM, ProtocolViolation, TunnelStream
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ CHECK_SECONDS = 1.0
 CROWD_SECONDS = 2.0
 CROWD_PAUSE_SECONDS = 0.02
 """How long, and how often, one tries again where the connection was closed at once: strangers may
-crowd at the door."""
+crowd at the handshake."""
 
 T = TypeVar("T")
 
@@ -196,7 +196,7 @@ class Line:
             raise _StreamGone(f"{self.shown} has given the connection up")
         try:
             opened.pipe.carry(self.stream, opened.seen)
-        except Garbled as error:
+        except ProtocolViolation as error:
             opened.pipe.close()
             raise _StreamGone(f"{self.shown} can't go on: {error}") from None
         return opened.pipe
@@ -207,13 +207,13 @@ async def _meet(
 ) -> tuple[Endpoint, OpenedPipe]:
     """The first place where the tunnel answers. Raises Unreachable."""
     loop = asyncio.get_running_loop()
-    door = Door(rendezvous.id, rendezvous.secret)
+    handshake = TunnelHandshake(rendezvous.id, rendezvous.secret)
     end = loop.time() + CROWD_SECONDS
     while True:
         reasons: list[NoAnswer] = []
         for place in places:
             try:
-                return place, await connect(place, door, stream_id, received)
+                return place, await connect(place, handshake, stream_id, received)
             except NoAnswer as error:
                 reasons.append(error)
         crowded = any(isinstance(reason, TurnedAway) for reason in reasons)

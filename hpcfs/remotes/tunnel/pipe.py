@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from hpcfs.tunnel.file import Endpoint, TcpEndpoint, UnixEndpoint
-from hpcfs.tunnel.knock import MAX_GREETING_BYTES, NONCE_BYTES, SEALED_BYTES, Door
-from hpcfs.tunnel.stream import Garbled, TunnelStream
+from hpcfs.tunnel.knock import MAX_GREETING_BYTES, NONCE_BYTES, SEALED_BYTES, TunnelHandshake
+from hpcfs.tunnel.stream import ProtocolViolation, TunnelStream
 
 PLACE_SECONDS = 3.0
 """For one place to answer: a forward on the same machine and a round trip or two to the laptop."""
@@ -112,7 +112,7 @@ class PipeEnd(asyncio.Protocol):
         assert self._stream is not None
         try:
             self._stream.feed(data)
-        except Garbled:
+        except ProtocolViolation:
             self.close()
 
 
@@ -126,7 +126,9 @@ class OpenedPipe:
     seen: int
 
 
-async def connect(place: Endpoint, door: Door, stream_id: bytes, received: int) -> OpenedPipe:
+async def connect(
+    place: Endpoint, handshake: TunnelHandshake, stream_id: bytes, received: int
+) -> OpenedPipe:
     """A pipe to that tunnel, on which the stream of that id goes on, of which so many bytes have
     come. Raises NoAnswer."""
     try:
@@ -137,12 +139,12 @@ async def connect(place: Endpoint, door: Door, stream_id: bytes, received: int) 
     except OSError as error:
         raise NoAnswer(error.strerror or str(error)) from None
     try:
-        nonce = door.nonce_in(await _answer(pipe.read_until(b"\n", MAX_GREETING_BYTES)))
+        nonce = handshake.nonce_in(await _answer(pipe.read_until(b"\n", MAX_GREETING_BYTES)))
         nonces = nonce + secrets.token_bytes(NONCE_BYTES)
-        pipe.write(nonces[NONCE_BYTES:] + door.seal(b"client", nonces, stream_id, received))
+        pipe.write(nonces[NONCE_BYTES:] + handshake.seal(b"client", nonces, stream_id, received))
         sealed = await _answer(pipe.read(SEALED_BYTES))
-        found, seen = door.unseal(b"server", nonces, sealed)
-    except Garbled:
+        found, seen = handshake.unseal(b"server", nonces, sealed)
+    except ProtocolViolation:
         pipe.close()
         raise NoAnswer("something else than this tunnel answers") from None
     except BaseException:

@@ -15,7 +15,7 @@ from typing import Any
 
 import asyncssh
 
-from hpcfs.laptop.acceptor import Acceptor, Kind
+from hpcfs.laptop.acceptor import Acceptor, EndpointKind
 from hpcfs.laptop.channel import HandleTable, ServerChannel
 from hpcfs.laptop.identity import Identity
 from hpcfs.laptop.sftp_server import Shares, ShareServer
@@ -42,7 +42,7 @@ expects."""
 
 
 @dataclass(eq=False)
-class Guest:
+class ConnectedMount:
     """A connected mount: `host` is its own name for its machine, `since` in seconds since the
     epoch."""
 
@@ -52,24 +52,24 @@ class Guest:
     channels: int = 0
 
 
-class Guests:
+class ConnectedMounts:
     """All connected mounts. Give `acceptor` the pipes. `on_change` is called when a mount came or
     went."""
 
     def __init__(self, shares: Shares, identity: Identity, on_change: Callable[[], None]) -> None:
-        self.acceptor = Acceptor(identity.door, self._arrived)
+        self.acceptor = Acceptor(identity.handshake, self._arrived)
         self._shares = shares
         self._identity = identity
         self._on_change = on_change
-        self._by_session: dict[bytes, Guest] = {}
+        self._by_session: dict[bytes, ConnectedMount] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
-    def all(self) -> list[Guest]:
+    def all(self) -> list[ConnectedMount]:
         """The mounts that are connected now."""
         return list(self._by_session.values())
 
-    def _arrived(self, stream: TunnelStream, kind: Kind) -> None:
+    def _arrived(self, stream: TunnelStream, kind: EndpointKind) -> None:
         self._run(self._serve_private(stream) if kind == "unix" else self._serve_ssh(stream))
 
     async def close(self) -> None:
@@ -87,23 +87,23 @@ class Guests:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def enter(self, session: bytes, host: str) -> Guest:
+    def enter(self, session: bytes, host: str) -> ConnectedMount:
         """Count one more channel of that session; the first one makes it a connected mount."""
         shown = "".join(letter for letter in host[:MAX_NAME_LETTERS] if letter.isprintable())
-        guest = self._by_session.setdefault(session, Guest(shown))
-        guest.channels += 1
-        if guest.channels == 1:
-            log.info("a mount on %s is connected", guest.host)
+        mount = self._by_session.setdefault(session, ConnectedMount(shown))
+        mount.channels += 1
+        if mount.channels == 1:
+            log.info("a mount on %s is connected", mount.host)
             self._on_change()
-        return guest
+        return mount
 
-    def leave(self, session: bytes, guest: Guest) -> None:
+    def leave(self, session: bytes, mount: ConnectedMount) -> None:
         """Count one channel less; with the last one the mount's files are closed."""
-        guest.channels -= 1
-        if not guest.channels:
-            guest.files.close(ShareServer(self._shares))
+        mount.channels -= 1
+        if not mount.channels:
+            mount.files.close(ShareServer(self._shares))
             del self._by_session[session]
-            log.info("a mount on %s has left", guest.host)
+            log.info("a mount on %s has left", mount.host)
             self._on_change()
 
     # --- over a Unix socket -----------------------------------------------------------------------
@@ -117,17 +117,21 @@ class Guests:
             stream.close()
             return
         self.acceptor.keep(stream)
-        guest = self.enter(proof.session, proof.host)
+        mount = self.enter(proof.session, proof.host)
         try:
             channel = ServerChannel(
-                self._shares, guest.files, stream.write, lambda: stream.unseen, MOST_UNTAKEN_BYTES
+                self._shares,
+                mount.files,
+                stream.write,
+                lambda: stream.unacknowledged,
+                MOST_UNTAKEN_BYTES,
             )
-            stream.on_seen.append(channel.taken)
+            stream.on_acknowledged.append(channel.taken)
             stream.listen(channel.received, lambda reason: channel.ended())
             await channel.run()
         finally:
             stream.close()
-            self.leave(proof.session, guest)
+            self.leave(proof.session, mount)
 
     # --- over TCP ---------------------------------------------------------------------------------
 
@@ -164,23 +168,23 @@ class Guests:
         self.acceptor.keep(stream)
 
     def open_channel(
-        self, stream: TunnelStream, guest: Guest, chan: asyncssh.SSHServerChannel[bytes]
+        self, stream: TunnelStream, mount: ConnectedMount, chan: asyncssh.SSHServerChannel[bytes]
     ) -> ServerChannel:
         """Start to serve SFTP on a channel of the stream's SSH connection."""
         channel = ServerChannel(
             self._shares,
-            guest.files,
+            mount.files,
             chan.write,
-            lambda: stream.unseen + chan.get_write_buffer_size(),
+            lambda: stream.unacknowledged + chan.get_write_buffer_size(),
             WAITING_BYTES,
         )
 
         async def serve() -> None:
-            stream.on_seen.append(channel.taken)
+            stream.on_acknowledged.append(channel.taken)
             try:
                 await channel.run()
             finally:
-                stream.on_seen.remove(channel.taken)
+                stream.on_acknowledged.remove(channel.taken)
                 chan.close()
 
         self._run(serve())
@@ -198,11 +202,11 @@ def takes_packets(channel: object) -> bool:
 class _SshServer(asyncssh.SSHServer):
     """An SSH connection on a stream, of one mount."""
 
-    def __init__(self, guests: Guests, stream: TunnelStream) -> None:
-        self._guests = guests
+    def __init__(self, mounts: ConnectedMounts, stream: TunnelStream) -> None:
+        self._mounts = mounts
         self._stream = stream
         self._host = ""
-        self._guest: Guest | None = None
+        self._mount: ConnectedMount | None = None
         self._channels = 0
 
     def begin_auth(self, username: str) -> bool:
@@ -217,39 +221,43 @@ class _SshServer(asyncssh.SSHServer):
 
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
         """Accept the tunnel's client key."""
-        return self._guests.is_known(key)
+        return self._mounts.is_known(key)
 
     def auth_completed(self) -> None:
         """Register the mount."""
-        self._guests.proved(self._stream)
-        self._guest = self._guests.enter(self._stream.id, self._host)
+        self._mounts.proved(self._stream)
+        self._mount = self._mounts.enter(self._stream.id, self._host)
 
     def session_requested(self) -> Any:
         """Open a channel; return False where there are too many."""
-        assert self._guest is not None
+        assert self._mount is not None
         if self._channels >= MAX_CHANNELS:
             return False
         self._channels += 1
-        return _SshChannel(self._guests, self._stream, self._guest, self._closed)
+        return _SshChannel(self._mounts, self._stream, self._mount, self._closed)
 
     def _closed(self) -> None:
         self._channels -= 1
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Deregister the mount."""
-        if self._guest is not None:
-            self._guests.leave(self._stream.id, self._guest)
+        if self._mount is not None:
+            self._mounts.leave(self._stream.id, self._mount)
 
 
 class _SshChannel(asyncssh.SSHServerSession[bytes]):
     """A channel that serves SFTP only: no shell, no command."""
 
     def __init__(
-        self, guests: Guests, stream: TunnelStream, guest: Guest, on_closed: Callable[[], None]
+        self,
+        mounts: ConnectedMounts,
+        stream: TunnelStream,
+        mount: ConnectedMount,
+        on_closed: Callable[[], None],
     ) -> None:
-        self._guests = guests
+        self._mounts = mounts
         self._stream = stream
-        self._guest = guest
+        self._mount = mount
         self._on_closed = on_closed
         self._channel: ServerChannel | None = None
 
@@ -265,7 +273,7 @@ class _SshChannel(asyncssh.SSHServerSession[bytes]):
 
     def session_started(self) -> None:
         """Start to serve."""
-        self._channel = self._guests.open_channel(self._stream, self._guest, self._chan)
+        self._channel = self._mounts.open_channel(self._stream, self._mount, self._chan)
 
     def data_received(self, data: bytes, datatype: int | None) -> None:
         """Pass on the bytes of requests."""
