@@ -19,6 +19,7 @@ from hpcfs.cache.eviction import clean_blocks
 from hpcfs.cache.file import CacheFile, checksum
 from hpcfs.cache.index import OriginTotals, Record
 from hpcfs.cache.store import Store
+from hpcfs.model import paths
 from hpcfs.model.entries import BLOCK_BYTES
 
 log = logging.getLogger(__name__)
@@ -120,9 +121,7 @@ async def _clear_page(store: Store, page: list[Record], *, pinned: bool) -> list
 
 def _is_in(file: CacheFile, places: list[CachedPath] | None) -> bool:
     return places is None or any(
-        file.origin == place.origin
-        and (not place.key or file.key == place.key or file.key.startswith(place.key + b"/"))
-        for place in places
+        file.origin == place.origin and paths.is_below(file.key, place.key) for place in places
     )
 
 

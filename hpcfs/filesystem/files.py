@@ -20,6 +20,7 @@ from hpcfs.filesystem.lookup import Lookup
 from hpcfs.filesystem.openfile import OpenFile, OpenReply
 from hpcfs.inodes.permissions import Permissions
 from hpcfs.inodes.tree import Node, Tree
+from hpcfs.model import paths
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import NO_HANDLE, Entry
 from hpcfs.model.errors import (
@@ -192,7 +193,7 @@ class Files:
         namespace = parent.namespace
         assert namespace
         capabilities = await namespace.capabilities()
-        path = parent.path + b"/" + name if parent.path else name
+        path = paths.join(parent.path, name)
         asked = self._tree.now()
         handle = NO_HANDLE
         if namespace.writes_back:

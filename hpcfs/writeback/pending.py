@@ -20,6 +20,7 @@ from hpcfs.cache.store import Store
 from hpcfs.content.content import Content
 from hpcfs.content.record import Unconfirmed
 from hpcfs.inodes.tree import Node, Tree
+from hpcfs.model import paths
 from hpcfs.model.errors import CacheFull, InvalidRequest, NotFound
 from hpcfs.writeback.close import Closer
 from hpcfs.writeback.journal import Journal, recover
@@ -107,7 +108,7 @@ class Pending:
             content
             for content in self._closer.dirty()
             if namespace is None
-            or (content.namespace.name == namespace and is_below(content.place.path, path))
+            or (content.namespace.name == namespace and paths.is_below(content.place.path, path))
         ]
         await self._queue.wait_for(wanted, on_progress, patience)
 
@@ -200,11 +201,6 @@ def _kept(row: Unconfirmed) -> PendingRow:
         row.since,
         row.data,
     )
-
-
-def is_below(path: bytes, top: bytes) -> bool:
-    """Whether it is `top`, or in it; everything is in b""."""
-    return not top or path == top or path.startswith(top + b"/")
 
 
 def _text(path: bytes) -> str:

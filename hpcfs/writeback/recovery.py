@@ -21,6 +21,7 @@ from hpcfs.content.content import Content
 from hpcfs.content.record import Unconfirmed
 from hpcfs.content.shared import RemoteFile, Shared
 from hpcfs.inodes.tree import Node, Tree, directory_entry
+from hpcfs.model import paths
 from hpcfs.site.namespace import Namespace
 from hpcfs.writeback.journal import Journal
 from hpcfs.writeback.queue import UploadQueue
@@ -71,7 +72,7 @@ class Recovery:
     def find(self, namespace: Namespace, path: bytes) -> Node | None:
         """Return the node of this path, if the mount has one."""
         node = self._root_of(namespace)
-        for name in path.split(b"/"):
+        for name in paths.names(path):
             child = self._tree.child(node, name)
             if child is None:
                 return None
@@ -87,7 +88,7 @@ class Recovery:
     async def _restore(self, row: Unconfirmed, namespace: Namespace) -> bool:
         namespace.knows_capabilities(row.capabilities)
         parent = self._directory(namespace, row)
-        name = row.path.rpartition(b"/")[2]
+        name = paths.name(row.path)
         if parent is None or self._tree.child(parent, name) is not None:
             await self._keep(row, "another file that was not uploaded has its name")
             return False
@@ -114,7 +115,7 @@ class Recovery:
     def _directory(self, namespace: Namespace, row: Unconfirmed) -> Node | None:
         """Return the node of the file's directory, None if one on the way is something else."""
         node = self._root_of(namespace)
-        for name in row.path.split(b"/")[:-1]:
+        for name in paths.names(row.path)[:-1]:
             child = self._tree.child(node, name)
             if child is None:
                 entry = directory_entry(name, 0o755, row.entry.uid, row.entry.gid, 0)
