@@ -53,7 +53,7 @@ class ConnectedMount:
 
 
 class ConnectedMounts:
-    """All connected mounts. Give `acceptor` the pipes. `on_change` is called when a mount came or
+    """Serves all connected mounts. Give `acceptor` the pipes. `on_change` is called when a mount came or
     went."""
 
     def __init__(
