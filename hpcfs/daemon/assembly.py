@@ -96,7 +96,7 @@ def _namespaces(settings: Settings, sites: Mapping[AnySite, SiteClient]) -> list
 
 
 def _site_specs(settings: Settings) -> list[SiteSpec]:
-    """One for each login; namespaces of one site share its connection."""
+    """Return one for each login; namespaces of one site share its connection."""
     roots: dict[AnySite, dict[str, AnyRoot]] = {}
     for namespace in settings.namespaces.values():
         roots.setdefault(namespace.site, {})[namespace.name] = namespace.root

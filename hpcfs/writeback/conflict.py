@@ -12,6 +12,7 @@ import time
 
 from hpcfs.content.content import Content
 from hpcfs.content.upload import UPLOAD_TIMEOUT
+from hpcfs.model import paths
 from hpcfs.model.entries import Attributes, Entry
 from hpcfs.model.errors import FilesystemError, RemoteError, Unreachable
 from hpcfs.model.uploads import UploadRequest
@@ -22,14 +23,13 @@ MARK = b".hpcfs-conflict-"
 
 
 def path_beside(path: bytes, now: float) -> bytes:
-    """PATH.hpcfs-conflict-DATE-TIME, in UTC, the name cut to what a directory can hold."""
-    folder, slash, name = path.rpartition(b"/")
+    """Return PATH.hpcfs-conflict-DATE-TIME, in UTC; the name is cut to 255 bytes."""
     suffix = MARK + time.strftime("%Y%m%d-%H%M%S", time.gmtime(now)).encode()
-    return folder + slash + name[: MAX_NAME_BYTES - len(suffix)] + suffix
+    return paths.beside(path, paths.name(path)[: MAX_NAME_BYTES - len(suffix)] + suffix)
 
 
 async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
-    """Save the local version; returns what to tell the user.
+    """Save the local version beside the remote's, or strand it; return the sentence for the user.
 
     Raises Unreachable where the remote can't be asked now, and OSError or sqlite3.Error when the
     cache's disk fails; the version is then where it was.
@@ -46,12 +46,12 @@ async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
         await uploader.keep(content, f"{reason}; it can't be saved beside it: {error.message}")
         return f"{shown} was changed by others: what was written here is kept, see 'hpcfs status'"
     await uploader.forget(content)
-    name = beside.rpartition(b"/")[2].decode(errors="replace")
+    name = paths.name(beside).decode(errors="replace")
     return f"{shown} was changed by others: what was written here is beside it as {name}"
 
 
 async def _send(content: Content, path: bytes) -> Entry:
-    """The whole file as it is here, as a new one of this name."""
+    """Upload the whole file as it is here, as a new one of this name."""
     entry = content.place.entry
     attributes = Attributes(
         mode=content.state.attributes.mode,

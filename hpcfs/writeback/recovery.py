@@ -1,7 +1,7 @@
-"""Taking up what an earlier mount had not uploaded: the tree shows it again, the backlog brings it.
+"""Resumes what an earlier mount had not uploaded: the tree shows it again, the queue uploads it.
 
 Directories on the way to a file are placeholders until somebody asks for them: nothing here needs
-the remote. What belongs to no namespace of this mount is kept where the user finds it.
+the remote. What belongs to no namespace of this mount is stranded: left where the user finds it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from hpcfs.content.content import Content
 from hpcfs.content.record import Unconfirmed
 from hpcfs.content.shared import RemoteFile, Shared
 from hpcfs.inodes.tree import Node, Tree, directory_entry
+from hpcfs.model import paths
 from hpcfs.site.namespace import Namespace
 from hpcfs.writeback.journal import Journal
 from hpcfs.writeback.queue import UploadQueue
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 
 class Recovery:
+    """Shows what an earlier mount had not uploaded, and queues it."""
+
     def __init__(
         self,
         tree: Tree,
@@ -45,7 +48,10 @@ class Recovery:
         self._namespaces = namespaces
 
     async def restore(self, rows: Iterable[Unconfirmed]) -> int:
-        """Returns how many files will be uploaded. Raises OSError or sqlite3.Error."""
+        """Show these files again; return how many will be uploaded.
+
+        Raises OSError or sqlite3.Error.
+        """
         count = 0
         for row in rows:
             if row.is_kept:
@@ -59,14 +65,14 @@ class Recovery:
         return count
 
     def namespace_of(self, row: Unconfirmed) -> Namespace | None:
-        """Where it can be uploaded to."""
+        """Return the namespace that a row can be uploaded to, if there is one."""
         fitting = (n for n in self._namespaces if n.origin == row.origin and not n.read_only)
         return next(fitting, None)
 
     def find(self, namespace: Namespace, path: bytes) -> Node | None:
-        """The node of this path, if the mount has one."""
+        """Return the node of this path, if the mount has one."""
         node = self._root_of(namespace)
-        for name in path.split(b"/"):
+        for name in paths.names(path):
             child = self._tree.child(node, name)
             if child is None:
                 return None
@@ -82,7 +88,7 @@ class Recovery:
     async def _restore(self, row: Unconfirmed, namespace: Namespace) -> bool:
         namespace.knows_capabilities(row.capabilities)
         parent = self._directory(namespace, row)
-        name = row.path.rpartition(b"/")[2]
+        name = paths.name(row.path)
         if parent is None or self._tree.child(parent, name) is not None:
             await self._keep(row, "another file that was not uploaded has its name")
             return False
@@ -107,9 +113,9 @@ class Recovery:
         self._queue.resume(content, row.reason)
 
     def _directory(self, namespace: Namespace, row: Unconfirmed) -> Node | None:
-        """The node of the file's directory; None where something else has the name of one."""
+        """Return the node of the file's directory, None if one on the way is something else."""
         node = self._root_of(namespace)
-        for name in row.path.split(b"/")[:-1]:
+        for name in paths.names(row.path)[:-1]:
             child = self._tree.child(node, name)
             if child is None:
                 entry = directory_entry(name, 0o755, row.entry.uid, row.entry.gid, 0)
@@ -121,8 +127,8 @@ class Recovery:
 
 
 def _as_far_as_written(row: Unconfirmed) -> Unconfirmed:
-    """Of a file that was still being written and of whose old content nothing counts: all that is
-    in its cache file was written by a program. lseek(2) tells data from holes."""
+    """Return the row with all that is in the cache file, for a file that was still being written
+    and of whose old content nothing counts: a program wrote it. lseek(2) tells data from holes."""
     fd = os.open(row.data, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = max(row.size, os.fstat(fd).st_size)
