@@ -28,7 +28,7 @@ NOT_COUNTED = ("kernel/", "worker/")
 CONTEXT = SimpleNamespace(pid=os.getpid(), uid=0, gid=0, umask=0o22)
 KIB, MIB = 1024, 1024 * 1024
 
-READ, WRITE, CLOSE, RENAME = 6, 13, 16, 18
+READ, WRITE, CLOSE, RENAME = 6, 10, 14, 18
 
 
 @contextmanager
