@@ -54,4 +54,7 @@ class Attributes(msgspec.Struct, frozen=True):
     xattrs: dict[bytes, bytes | None] | None = None
 
     def __bool__(self) -> bool:
-        return any(getattr(self, field) is not None for field in self.__struct_fields__)
+        return self != NO_ATTRIBUTES
+
+
+NO_ATTRIBUTES = Attributes()
