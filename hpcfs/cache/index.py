@@ -20,6 +20,8 @@ from typing import Any
 
 import msgspec
 
+from hpcfs.model import paths
+
 log = logging.getLogger(__name__)
 
 _SCHEMA_VERSION = 3
@@ -413,7 +415,7 @@ class Index:
         while (origin, key) not in self._pins:
             if not key:
                 return None
-            key = key.rpartition(b"/")[0]
+            key = paths.parent(key)
         return key
 
     def pin(self, origin: str, key: bytes) -> None:

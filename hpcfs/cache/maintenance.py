@@ -19,6 +19,7 @@ from hpcfs.cache.eviction import clean_blocks
 from hpcfs.cache.file import CacheFile, checksum
 from hpcfs.cache.index import OriginTotals, Record
 from hpcfs.cache.store import Store
+from hpcfs.model import paths
 from hpcfs.model.entries import BLOCK_BYTES
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class CachedPath:
 
 
 @dataclass
-class Verified:
+class Verification:
     """The result of `verify`."""
 
     files: int = 0
@@ -79,7 +80,7 @@ async def _pages(
 
 
 async def clear(
-    store: Store, places: list[CachedPath] | None, tell: ReportBytes, *, pinned: bool = False
+    store: Store, places: list[CachedPath] | None, report: ReportBytes, *, pinned: bool = False
 ) -> tuple[int, int]:
     """Drop all clean data, and pinned files only if `pinned`; return (files, bytes) dropped."""
     await store.save()
@@ -90,7 +91,7 @@ async def clear(
             gone = await _clear_page(store, page, pinned=pinned)
             files += len(gone)
             freed += sum(record.cached_bytes for record in gone)
-            await tell(freed, total)
+            await report(freed, total)
     for file in list(store.registry.files.values()):
         if file.indexed and not file.pins and (pinned or not file.pinned) and _is_in(file, places):
             before = file.cached_bytes
@@ -120,30 +121,28 @@ async def _clear_page(store: Store, page: list[Record], *, pinned: bool) -> list
 
 def _is_in(file: CacheFile, places: list[CachedPath] | None) -> bool:
     return places is None or any(
-        file.origin == place.origin
-        and (not place.key or file.key == place.key or file.key.startswith(place.key + b"/"))
-        for place in places
+        file.origin == place.origin and paths.is_below(file.key, place.key) for place in places
     )
 
 
 # --- verify -------------------------------------------------------------------------------------
 
 
-async def verify(store: Store, tell: ReportBytes) -> Verified:
+async def verify(store: Store, report: ReportBytes) -> Verification:
     """Compare every block with its checksum. Damaged blocks are dropped, and fetched again when
     they are read."""
     await store.save()
-    found = Verified()
+    found = Verification()
     total = store.used_bytes
     async with aclosing(_pages(store, None)) as pages:
         async for page in pages:
             for record in page:
-                await _verify_file(store, record, found, lambda: tell(found.bytes, total))
+                await _verify_file(store, record, found, lambda: report(found.bytes, total))
     return found
 
 
 async def _verify_file(
-    store: Store, record: Record, found: Verified, step: Callable[[], Awaitable[None]]
+    store: Store, record: Record, found: Verification, step: Callable[[], Awaitable[None]]
 ) -> None:
     damaged = 0
     after = -1

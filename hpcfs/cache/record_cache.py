@@ -11,6 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from hpcfs.cache.index import Record
+from hpcfs.model import paths
 
 MAX_DIRECTORIES = 8
 MAX_FILES = 1000
@@ -39,7 +40,7 @@ class RecordCache:
 
     def find(self, origin: str, key: bytes) -> CachedAnswer | None:
         """Return the index's answer; None where only the index can tell."""
-        files = self._directories.get((origin, _parent(key)))
+        files = self._directories.get((origin, paths.parent(key)))
         if files is None:
             return None
         record = files.get(key, _ABSENT)
@@ -50,7 +51,7 @@ class RecordCache:
     def wants(self, origin: str, key: bytes) -> bool:
         """Return whether to load the directory of this file, because it is the second file that is
         looked up."""
-        directory = (origin, _parent(key))
+        directory = (origin, paths.parent(key))
         again = self._seen == directory and directory not in self._directories
         self._seen = directory
         return again
@@ -60,11 +61,11 @@ class RecordCache:
         are too many."""
         if stamp != self.stamp:
             return
-        parent = _parent(key)
+        parent = paths.parent(key)
         self._directories[origin, parent] = (
             None
             if files is None
-            else {at: record for at, record in files.items() if _parent(at) == parent}
+            else {at: record for at, record in files.items() if paths.parent(at) == parent}
         )
         if len(self._directories) > MAX_DIRECTORIES:
             self._directories.popitem(last=False)
@@ -72,7 +73,7 @@ class RecordCache:
     def invalidate(self, origin: str, key: bytes) -> None:
         """Forget the file's record, which is about to change in the index."""
         self.stamp += 1
-        files = self._directories.get((origin, _parent(key)))
+        files = self._directories.get((origin, paths.parent(key)))
         if files is not None:
             files[key] = None
 
@@ -83,7 +84,3 @@ class RecordCache:
 
 
 _ABSENT = Record("", "", b"", b"", 0, 0, 0.0)
-
-
-def _parent(key: bytes) -> bytes:
-    return key.rpartition(b"/")[0]

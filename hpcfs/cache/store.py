@@ -32,6 +32,7 @@ from hpcfs.cache.index import Index, Record
 from hpcfs.cache.memory_files import MemoryFiles
 from hpcfs.cache.record_cache import MAX_FILES
 from hpcfs.cache.registry import Registry, Row
+from hpcfs.model import paths
 from hpcfs.model.entries import BLOCK_BYTES
 from hpcfs.system.disk import MinFree
 
@@ -146,7 +147,7 @@ class Store:
     async def _look_up(self, origin: str, key: bytes) -> Record | None:
         record_cache = self.registry.record_cache
         if record_cache.wants(origin, key):
-            stamp, directory = record_cache.stamp, key.rpartition(b"/")[0]
+            stamp, directory = record_cache.stamp, paths.parent(key)
             files = await self.in_thread(self._index.directory, origin, directory, MAX_FILES)
             record_cache.learn(origin, key, files, stamp)
             if files is not None and (key not in files or files[key].is_complete):

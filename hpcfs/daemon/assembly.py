@@ -69,7 +69,7 @@ def assemble(
         journal_size=settings.journal_size,
     )
     fs = Filesystem(namespaces, store, Uploader(journal), nursery, options)
-    recovery = Recovery(fs.tree, fs.contents, fs.closer.queue, journal, namespaces)
+    recovery = Recovery(fs.tree, fs.shared, fs.closer.queue, journal, namespaces)
     pending = Pending(fs.tree, store, fs.closer, journal, recovery)
     return Mount(store, journal, sites, namespaces, fs, recovery, pending)
 

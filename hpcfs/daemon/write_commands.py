@@ -33,10 +33,11 @@ from hpcfs.control.control import (
 )
 from hpcfs.control.server import ReportProgress
 from hpcfs.daemon import cache_commands
+from hpcfs.model import paths
 from hpcfs.model.errors import RemoteError, SetupError
 from hpcfs.system import ownership
 from hpcfs.writeback.journal import Journal
-from hpcfs.writeback.pending import PendingRow, is_below
+from hpcfs.writeback.pending import PendingRow
 from hpcfs.writeback.queue import SyncProgress
 
 PARTIAL = ".hpcfs-partial"
@@ -212,7 +213,7 @@ class WriteCommands:
 
     def _below(self, path: bytes) -> list[PendingRow]:
         """Return the rows of the file, or of all below the directory, at this path of the mount."""
-        return [row for row in self._pending.pending() if is_below(self._shown(row), path)]
+        return [row for row in self._pending.pending() if paths.is_below(self._shown(row), path)]
 
     def _shown(self, row: PendingRow) -> bytes:
         """Return the row's path in the mount.
@@ -222,7 +223,7 @@ class WriteCommands:
         """
         if row.namespace == self._settings.root_namespace:
             return row.path
-        return os.fsencode(row.namespace) + b"/" + row.path
+        return paths.join(os.fsencode(row.namespace), row.path)
 
     def _place(self, path: bytes) -> tuple[str | None, bytes]:
         if not path:
@@ -359,7 +360,9 @@ async def _journal_rows(directory: Path) -> list[Unconfirmed]:
 
 def _may_be_below(row: Unconfirmed, path: bytes) -> bool:
     """The journal does not say whether its namespace was the root of the mount itself."""
-    return is_below(row.path, path) or is_below(os.fsencode(row.namespace) + b"/" + row.path, path)
+    return paths.is_below(row.path, path) or paths.is_below(
+        paths.join(os.fsencode(row.namespace), row.path), path
+    )
 
 
 def _is_whole(row: Unconfirmed) -> bool:

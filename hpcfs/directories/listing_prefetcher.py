@@ -17,6 +17,7 @@ import trio
 from hpcfs.directories.listing import Listing
 from hpcfs.directories.walk_predictor import MOST_HELD, Found, WalkPredictor, WalkPredictors
 from hpcfs.inodes.tree import ATTRIBUTE_SECONDS
+from hpcfs.model import paths
 from hpcfs.model.entries import Entry
 from hpcfs.model.errors import FilesystemError, RemoteError
 from hpcfs.site.namespace import Namespace
@@ -141,8 +142,8 @@ class ListingPrefetcher:
         key = key_of(namespace, path)
         self._drop(key)
         if below:
-            inside = key + b"/" + name
-            for other in [k for k in self.flights if k == inside or k.startswith(inside + b"/")]:
+            inside = paths.join(key, name)
+            for other in [k for k in self.flights if paths.is_below(k, inside)]:
                 self._drop(other)
 
     # --- listings -------------------------------------------------------------------------------
@@ -229,5 +230,4 @@ class ListingPrefetcher:
 
 def key_of(namespace: Namespace, path: bytes) -> bytes:
     """Return the path with its namespace before it."""
-    top = namespace.name.encode()
-    return top + b"/" + path if path else top
+    return paths.join(namespace.name.encode(), path)

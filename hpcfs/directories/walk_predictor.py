@@ -19,6 +19,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 
+from hpcfs.model import paths
+
 FEWEST, MOST = 2, 24
 """How many are listed ahead at once. At 20 ms a listing takes three round trips, and 24 at once
 make some 400 directories per second: more than a server and the two processes here can list."""
@@ -72,7 +74,7 @@ class _Folder:
                 self._orders[order] = sorted(listed)
             else:
                 self._orders[order] = sorted(
-                    listed, key=lambda n: self._number(_join(self._path, n))
+                    listed, key=lambda n: self._number(paths.join(self._path, n))
                 )
         return self._orders[order]
 
@@ -120,8 +122,8 @@ class WalkPredictor:
 
     def knows(self, path: bytes) -> bool:
         """Whether the walk began here, or has met this directory in its parent."""
-        folder = self._folders.get(_parent(path))
-        return path == self.root or (folder is not None and _name(path) in folder)
+        folder = self._folders.get(paths.parent(path))
+        return path == self.root or (folder is not None and paths.name(path) in folder)
 
     def opened(self, path: bytes, found: Found, held: Collection[bytes], now: float) -> None:
         """Note that a program reads this directory. `held` are those that are listed ahead."""
@@ -152,7 +154,7 @@ class WalkPredictor:
     def _step(self, path: bytes) -> int:
         """Return how many to list ahead because this directory was to be expected, perhaps in
         another order than the last steps were in."""
-        folder, name = self._folders[_parent(path)], _name(path)
+        folder, name = self._folders[paths.parent(path)], paths.name(path)
         orders = [self.order, *Order]
         agreeing = next((order for order in orders if folder.foresees(name, order)), None)
         is_first = folder.last is None
@@ -167,7 +169,7 @@ class WalkPredictor:
         self._folders = {
             known: folder
             for known, folder in self._folders.items()
-            if path == known or path.startswith(known + b"/") or known in held
+            if paths.is_below(path, known) or known in held
         }
 
     def listed(self, path: bytes, subdirectories: Sequence[bytes], took: float) -> None:
@@ -194,7 +196,7 @@ class WalkPredictor:
         path = self._last
         yield from self._below(path)
         while path != self.root:
-            path = _parent(path)
+            path = paths.parent(path)
             yield from self._below(path)
 
     def _below(self, path: bytes) -> Iterator[bytes]:
@@ -208,7 +210,7 @@ class WalkPredictor:
             if name is None:
                 stack.pop()
                 continue
-            inside = _join(above, name)
+            inside = paths.join(above, name)
             yield inside
             if (folder := self._folders.get(inside)) is not None:
                 stack.append((inside, folder.following(self.order)))
@@ -239,15 +241,3 @@ class WalkPredictors:
 
 def _smoothed(before: float | None, now: float) -> float:
     return now if before is None else before + (now - before) / 4
-
-
-def _parent(path: bytes) -> bytes:
-    return path.rpartition(b"/")[0]
-
-
-def _name(path: bytes) -> bytes:
-    return path.rpartition(b"/")[2]
-
-
-def _join(path: bytes, name: bytes) -> bytes:
-    return path + b"/" + name

@@ -14,12 +14,13 @@ import time
 import msgspec
 
 from hpcfs.content.content import Content
-from hpcfs.content.factory import ContentFactory
+from hpcfs.content.shared import RemoteFile, Shared
 from hpcfs.content.snapshot import mode_without_ids
 from hpcfs.filesystem.lookup import Lookup
 from hpcfs.filesystem.openfile import OpenFile, OpenReply
 from hpcfs.inodes.permissions import Permissions
 from hpcfs.inodes.tree import Node, Tree
+from hpcfs.model import paths
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import NO_HANDLE, Entry
 from hpcfs.model.errors import (
@@ -49,15 +50,15 @@ class Files:
     def __init__(
         self,
         tree: Tree,
-        contents: ContentFactory,
+        shared: Shared,
         closer: Closer,
         lookup: Lookup,
         file_prefetcher: FilePrefetcher,
         permissions: Permissions,
     ) -> None:
         self._tree = tree
-        self._contents = contents
-        self._store = contents.store
+        self._shared = shared
+        self._store = shared.store
         self._closer = closer
         self._uploader = closer.uploader
         self._queue = closer.queue
@@ -117,12 +118,12 @@ class Files:
                 await self._lookup.revalidate(node)
                 reads = False
             content = await self._content(node, namespace)
-            is_new = not content.users and not content.served
+            is_new = not content.users and not content.reader.base.served
             self._closer.use(content)
             try:
                 if not reads:
                     return content
-                if content.can_hold(read_only=mode == os.O_RDONLY):
+                if content.reader.can_hold(read_only=mode == os.O_RDONLY):
                     is_current = await self._hold(content, node, namespace)
                 else:
                     await self._lookup.revalidate(node, content if is_new else None)
@@ -142,7 +143,7 @@ class Files:
         if node.extra_links:
             await self._lookup.revalidate(node)
         try:
-            entry = await content.hold()
+            entry = await content.reader.hold()
         except NotConnected:
             if not namespace.sleeps:
                 raise
@@ -180,7 +181,7 @@ class Files:
             if node.content or node.entry.version != entry.version:
                 self._store.release(file)
                 continue
-            node.content = self._contents.make(node, namespace, capabilities, file)
+            node.content = Content(RemoteFile(node, namespace, capabilities), file, self._shared)
             return node.content
 
     async def create(self, parent: Node, name: bytes, mode: int, flags: int) -> tuple[int, Node]:
@@ -192,7 +193,7 @@ class Files:
         namespace = parent.namespace
         assert namespace
         capabilities = await namespace.capabilities()
-        path = parent.path + b"/" + name if parent.path else name
+        path = paths.join(parent.path, name)
         asked = self._tree.now()
         handle = NO_HANDLE
         if namespace.writes_back:
@@ -211,7 +212,7 @@ class Files:
         file = self._store.create(namespace.origin, path, entry.version, 0)
         file.users = 1
         self._store.adopt(file)
-        content = self._contents.make(node, namespace, capabilities, file)
+        content = Content(RemoteFile(node, namespace, capabilities), file, self._shared)
         self._closer.use(content)
         if capabilities.creates_on_upload or namespace.writes_back:
             content.note_absent()
@@ -271,11 +272,11 @@ class Files:
             raise BadHandle("the file was opened for reading only")
         if opened.content.namespace.writes_back and not opened.content.state.is_unlinked:
             await self._queue.make_room(opened.content, len(data))
-        async with self._uploader.writing(opened.content):
-            if opened.appends:
-                await opened.content.append(data)
-            else:
-                await opened.content.write(offset, data)
+        if opened.content.is_noted:
+            await opened.write(offset, data)
+        else:
+            async with self._uploader.writing(opened.content):
+                await opened.write(offset, data)
         self._stamp(opened.node, opened.content)
         return len(data)
 

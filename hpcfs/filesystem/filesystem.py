@@ -19,7 +19,7 @@ import msgspec
 import trio
 
 from hpcfs.cache.store import Store
-from hpcfs.content.factory import ContentFactory
+from hpcfs.content.shared import Shared
 from hpcfs.directories.directories import Directories
 from hpcfs.directories.lister import DirectoryLister
 from hpcfs.filesystem.attributes import AttributeChanges
@@ -102,9 +102,9 @@ class Filesystem:
         self._namespaces = list(namespaces)
         self.tree = _make_tree(self._namespaces, options)
         self.permissions = Permissions(options.uid, options.gid)
-        self.contents = ContentFactory(store, nursery, options.now)
+        self.shared = Shared(store, nursery, options.now)
         self.closer = Closer(self.tree, store, uploader, nursery, options.journal_size)
-        self.file_prefetcher = FilePrefetcher(self.tree, self.contents)
+        self.file_prefetcher = FilePrefetcher(self.tree, self.shared)
         self.lister = DirectoryLister(
             self.tree, self.file_prefetcher, str(store.directory), store.spool, nursery
         )
@@ -122,7 +122,7 @@ class Filesystem:
         )
         self.files = Files(
             self.tree,
-            self.contents,
+            self.shared,
             self.closer,
             self.lookup,
             self.file_prefetcher,

@@ -246,7 +246,7 @@ class Lookup:
         assert node.namespace
         asked = self._tree.now()
         if node.content:
-            entry = await node.content.revalidate()
+            entry = await node.content.reader.base.revalidate()
             if entry is not None:
                 self._tree.update_open(node, entry, asked)
                 return
@@ -330,5 +330,5 @@ class Lookup:
         if entry.version == content.version:
             return True
         if entry.size > content.size and content.capabilities.handles:
-            await content.revalidate()
+            await content.reader.base.revalidate()
         return entry.version == content.version

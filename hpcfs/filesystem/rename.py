@@ -48,7 +48,7 @@ class Renamer:
         while content := node.content:
             if not self._is_only_here(content):
                 break
-            async with content.upload_lock:
+            async with content.upload.lock:
                 if self._is_only_here(content):
                     if target is not None and not replace:
                         raise AlreadyExists("the name is taken")
@@ -57,7 +57,7 @@ class Renamer:
         await self._rename_there(namespace, node, old, parent, name, target, replace=replace)
 
     def _is_only_here(self, content: Content) -> bool:
-        only_here = content.is_only_here and not content.is_being_sent
+        only_here = content.is_only_here and not content.upload.is_being_sent
         return only_here and content.namespace.writes_back
 
     # --- what only this mount has -----------------------------------------------------------------
@@ -72,7 +72,7 @@ class Renamer:
         async with AsyncExitStack() as locks:
             if lost is not None:
                 if lost.content:
-                    await locks.enter_async_context(lost.content.upload_lock)
+                    await locks.enter_async_context(lost.content.upload.lock)
                 await self._closer.keep_readable(lost)
             elif target is not None:  # it goes on under its other names
                 await self.flush_below(target)
@@ -123,7 +123,7 @@ class Renamer:
         await self.flush_below(node)
         async with AsyncExitStack() as locks:
             for content in _open_below(node, target):
-                await locks.enter_async_context(content.upload_lock)
+                await locks.enter_async_context(content.upload.lock)
             with ExitStack() as motion:
                 linked = target if target and target.extra_links else None
                 for content in _open_below(node, linked):
@@ -160,7 +160,7 @@ class Renamer:
             await self._closer.keep_readable(node)
         async with AsyncExitStack() as locks:
             if node and node.content:
-                await locks.enter_async_context(node.content.upload_lock)
+                await locks.enter_async_context(node.content.upload.lock)
             await self._remove_there(namespace, join(parent, name), node)
             if node:
                 self._closer.unlink(node)
@@ -189,7 +189,7 @@ class Renamer:
         await self.flush_below(node)
         async with AsyncExitStack() as stack:
             for content in _open_below(node):
-                await stack.enter_async_context(content.upload_lock)
+                await stack.enter_async_context(content.upload.lock)
                 stack.enter_context(content.in_motion())
             await namespace.do(m.Remove(path))
             # No await from here: a lookup must not come in between.

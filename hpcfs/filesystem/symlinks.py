@@ -18,6 +18,7 @@ from collections.abc import Iterable
 
 from hpcfs.filesystem.lookup import Lookup
 from hpcfs.inodes.tree import Node, Tree
+from hpcfs.model import paths
 from hpcfs.model.errors import LeadsOut, NotADirectory, NotFound
 from hpcfs.protocol import messages as m
 from hpcfs.site.namespace import Namespace
@@ -51,7 +52,7 @@ class Symlinks:
     def moved(self, namespace: Namespace, old: bytes, new: bytes) -> None:
         """Note that a name was renamed here, and all below it."""
         for name, path in list(self._made):
-            if name == namespace.name and (path == old or path.startswith(old + b"/")):
+            if name == namespace.name and paths.is_below(path, old):
                 self._note((name, new + path[len(old) :]), self._made.pop((name, path)))
 
     async def target(self, node: Node) -> bytes:

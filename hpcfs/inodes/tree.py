@@ -22,6 +22,7 @@ from hashlib import blake2b
 from msgspec import structs
 
 from hpcfs.content.content import Content
+from hpcfs.model import paths
 from hpcfs.model.entries import Entry
 from hpcfs.model.errors import NotADirectory, Stale
 from hpcfs.site.namespace import Namespace
@@ -160,8 +161,7 @@ def number_of(path: bytes) -> int:
 
 def join(parent: Node, name: bytes) -> bytes:
     """Return the path of a name in this directory."""
-    path = parent.path
-    return path + b"/" + name if path else name
+    return paths.join(parent.path, name)
 
 
 def directory_entry(name: bytes, mode: int, uid: int, gid: int, mtime_ns: int) -> Entry:
@@ -257,8 +257,7 @@ class Tree:
         """A listing makes many nodes in one directory: its path is joined once."""
         if self._prefix[0] is not directory:
             top = directory.namespace.name.encode() if directory.namespace else b""
-            path = directory.path
-            self._prefix = directory, top + b"/" + path + b"/" if path else top + b"/"
+            self._prefix = directory, paths.join(top, directory.path) + b"/"
         return self._prefix[1]
 
     def update(self, node: Node, entry: Entry, asked: float) -> None:

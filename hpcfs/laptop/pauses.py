@@ -7,11 +7,11 @@ retried (`RemoteError.lasting`).
 
 from __future__ import annotations
 
+from hpcfs.model.backoff import pause_after
 from hpcfs.model.errors import RemoteError
 
 SOON_SECONDS = (1.0, 1.0, 2.0)
 """Seconds before the first attempts; the last one repeats."""
-LONGEST_SECONDS = 30.0
 
 
 class Pauses:
@@ -29,7 +29,7 @@ class Pauses:
             self._refused = 0
             return pause
         self._refused += 1
-        return min(2.0 ** (self._refused - 1), LONGEST_SECONDS)
+        return pause_after(self._refused)
 
     def reset(self) -> None:
         """Start over: the tunnel is up, or the network has changed."""

@@ -1,72 +1,116 @@
-"""What a remote, or the way to it, can refuse: the errors that cross from a transfer process to the
-daemon. protocol/messages.py has them on the wire, and shows them to both sides.
+"""All errors of hpcfs, in one tree:
+
+    HpcfsError
+        SetupError
+        FilesystemError
+            LeadsOut
+            NoSuchKind
+            Stale
+            JournalFull
+            NoAttribute
+            AttributesFull
+            BadHandle
+        RemoteError
+            NotFound
+            AlreadyExists
+            PermissionDenied
+                NotOwner
+                ReadOnly
+            NotADirectory
+            IsADirectory
+            DirectoryNotEmpty
+            CrossDevice
+            InvalidName
+            NameTooLong
+            InvalidRequest
+            NotSupported
+            NoSpace
+            TooLarge
+            Changed
+            Conflict
+            PiecesLost
+            Unreachable
+                NotConnected
+                TimedOut
+                Throttled
+            AccessRefused
+            HostKeyRefused
+            WrongSettings
+                NoService
+            ProtocolError
+            CacheFull
+            CacheFileGone
+            RemoteFailure
+
+Subclasses of SetupError are defined beside the commands that raise them. A remote raises
+RemoteErrors and nothing else. kernel/errno.py gives each class its errno, and
+protocol/messages.py carries RemoteErrors from process to process.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-import msgspec
-
 MAX_MESSAGE = 1000
 """Letters. A server's own words may be a part of a message, and there is no end to those."""
 
 
 class HpcfsError(Exception):
-    """Base of all. The argument is one sentence for the user, without a trailing period."""
+    """Base of all errors whose message is for the user: one sentence without a trailing period."""
 
     @property
     def message(self) -> str:
+        """The sentence for the user, cut to MAX_MESSAGE letters."""
         text = str(self.args[0]) if self.args else type(self).__name__
         return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}… (cut)"
 
 
 class SetupError(HpcfsError):
-    """What the user asked for can't be set up; the sentence says what to do next. The command line
-    prints it and exits with 1."""
+    """Raised where the user asked for something that can't be set up; the message says what to do
+    next. The command line prints it and exits with 1."""
 
 
 # --- what only a mount refuses --------------------------------------------------------------------
 
 
 class FilesystemError(HpcfsError):
-    """An operation that the mount refuses, whatever the remote would say."""
+    """Raised for an operation that the mount refuses, whatever the remote would say."""
 
 
 class LeadsOut(FilesystemError):
-    """A symbolic link of the remote leads out of its namespace, and is not to be followed."""
+    """Raised for a symbolic link of the remote that leads out of its namespace."""
 
 
 class NoSuchKind(FilesystemError):
-    """The remote has no devices, sockets and FIFOs; or no hard links."""
+    """Raised for devices, sockets, FIFOs and hard links that the remote does not have."""
 
 
 class Stale(FilesystemError):
-    """The file changed on the remote since it was opened; open it again."""
+    """Raised for an open file that was replaced on the remote; the program has to open it again."""
 
 
 class JournalFull(FilesystemError):
-    """So much waits to be uploaded that no more may be written."""
+    """Raised for a write when so much waits to be uploaded that no more may be written."""
 
 
 class NoAttribute(FilesystemError):
-    """There is no extended attribute of this name."""
+    """Raised when there is no extended attribute of this name."""
 
 
 class AttributesFull(FilesystemError):
-    """There is no room for another extended attribute, or for so large a one."""
+    """Raised when there is no room for another extended attribute, or for so large a one."""
 
 
 class BadHandle(FilesystemError):
-    """The file was not opened for this."""
+    """Raised for a read or write on a file that was not opened for it."""
 
 
 # --- what a remote, or the way to it, refuses -----------------------------------------------------
 
 
 class RemoteError(HpcfsError):
-    """A request that the remote, or the way to it, did not carry out. The mount raises the same
-    errors where it knows the answer without asking.
+    """Raised for a request that the remote, or the way to it, did not carry out. The mount raises
+    the same errors where it knows the answer without asking.
 
     `lasting` errors are not cured by trying again: a refused credential must not be retried on its
     own.
@@ -76,151 +120,134 @@ class RemoteError(HpcfsError):
 
 
 class NotFound(RemoteError):
-    """No entry has this name."""
+    """Raised when no entry has this name."""
 
 
 class AlreadyExists(RemoteError):
-    """The name is taken, and the request asked for a new one."""
+    """Raised when the name is taken and the request asked for a new one."""
 
 
 class PermissionDenied(RemoteError):
-    """The remote user may not do this to this entry."""
+    """Raised when the remote user may not do this to this entry."""
 
 
 class NotOwner(PermissionDenied):
-    """Only the owner may do this: change a mode, an owner or times, or, where the directory is
-    sticky, rename or remove."""
+    """Raised when only the owner may do this: change a mode, an owner or times, or, in a sticky
+    directory, rename or remove."""
 
 
 class ReadOnly(PermissionDenied):
-    """Nobody may change anything there now: a file system that is mounted read-only, or a server
-    that only reads."""
+    """Raised when nobody may change anything there now: the file system is mounted read-only, or
+    the server only reads."""
 
 
 class NotADirectory(RemoteError):
-    """A directory was needed and something else is there."""
+    """Raised when a directory is needed and something else is there."""
 
 
 class IsADirectory(RemoteError):
-    """Something else than a directory was needed."""
+    """Raised when something else than a directory is needed."""
 
 
 class DirectoryNotEmpty(RemoteError):
-    """Only an empty directory can be removed or replaced."""
+    """Raised when a directory with entries is to be removed or replaced."""
 
 
 class CrossDevice(RemoteError):
-    """Two names are in different file systems of the remote: what one has can't be renamed or
-    linked to the other, only copied."""
+    """Raised when two names are in different file systems of the remote: what one has can't be
+    renamed or linked to the other, only copied."""
 
 
 class InvalidName(RemoteError):
-    """The remote can't hold this name (S3 keys are UTF-8; SFTP names have no NUL)."""
+    """Raised when the remote can't hold this name (S3 keys are UTF-8; SFTP names have no NUL)."""
 
 
 class NameTooLong(RemoteError):
-    """The name or the path is longer than the remote accepts."""
+    """Raised when the name or the path is longer than the remote accepts."""
 
 
 class InvalidRequest(RemoteError):
-    """The request makes no sense (a directory moved into itself, a negative size)."""
+    """Raised when the request makes no sense (a directory moved into itself, a negative size)."""
 
 
 class NotSupported(RemoteError):
-    """This kind of remote, or this server, has no such operation."""
+    """Raised when this kind of remote, or this server, has no such operation."""
 
 
 class NoSpace(RemoteError):
-    """The remote is full or the user's quota there is used up."""
+    """Raised when the remote is full or the user's quota there is used up."""
 
 
 class TooLarge(RemoteError):
-    """The file would be larger than the remote accepts (5 TiB on S3)."""
+    """Raised when the file would be larger than the remote accepts (5 TiB on S3)."""
 
 
 class Changed(RemoteError):
-    """The file's content on the remote is no longer the version that was asked for."""
+    """Raised when the file's content on the remote is no longer the version that was asked for."""
 
 
 class Conflict(RemoteError):
-    """The remote has another version than the one that was to be changed: nothing was written."""
+    """Raised when the remote has another version than the one that was to be changed; nothing was
+    written."""
 
 
 class PiecesLost(RemoteError):
-    """What was sent ahead of an upload is not there any more: all of it must be sent again."""
+    """Raised when pieces that were sent of a file are not there any more: all of it must be sent
+    again."""
 
 
 class Unreachable(RemoteError):
-    """No connection to the site now; a later attempt may succeed."""
+    """Raised when there is no connection to the site now; a later attempt may succeed."""
 
 
 class NotConnected(Unreachable):
-    """No connection could be made: nothing was sent."""
+    """Raised when no connection could be made, so that nothing was sent."""
 
 
 class TimedOut(Unreachable):
-    """The deadline passed without an answer."""
+    """Raised when the deadline passed without an answer."""
 
 
 class Throttled(Unreachable):
-    """The server is there, and wants to be asked less often."""
+    """Raised when the server is there, and wants to be asked less often."""
 
 
 class AccessRefused(RemoteError):
-    """The site refused the login or the credentials; only the user can mend that."""
+    """Raised when the site refuses the login or the credentials; only the user can mend that."""
 
     lasting = True
 
 
 class HostKeyRefused(RemoteError):
-    """The server's host key is unknown or changed; only the user can decide to trust it."""
+    """Raised when the server's host key is unknown or changed; only the user can decide to trust
+    it."""
 
     lasting = True
 
 
 class WrongSettings(RemoteError):
-    """What the configuration names is not there: no such bucket, host name or key file."""
+    """Raised when the configuration names something that is not there: a bucket, a host, a key
+    file."""
 
     lasting = True
 
 
 class NoService(WrongSettings):
-    """The login is accepted and there is nothing behind it: the next one would end in the same way,
-    unless an earlier one did not."""
+    """Raised when the login is accepted and no SFTP is behind it: the next login would end in the
+    same way, unless an earlier one did not."""
 
 
 class ProtocolError(RemoteError):
-    """The remote answered something that makes no sense."""
+    """Raised when the remote answers something that makes no sense."""
 
 
 class CacheFull(RemoteError):
-    """The local disk took no more bytes while something was fetched into the cache."""
+    """Raised when the local disk takes no more of the bytes that were fetched."""
 
 
 class CacheFileGone(RemoteError):
-    """The cache file is not there, as the daemon went on without it, or can't be opened."""
+    """Raised when the local file for fetched bytes is not there any more, or can't be opened."""
 
 
 class RemoteFailure(RemoteError):
-    """The remote reported a failure that has no better class."""
-
-
-def _all_errors(base: type[RemoteError]) -> list[type[RemoteError]]:
-    return [base] + [found for child in base.__subclasses__() for found in _all_errors(child)]
-
-
-ERRORS: dict[str, type[RemoteError]] = {cls.__name__: cls for cls in _all_errors(RemoteError)}
-
-
-class Failure(msgspec.Struct, frozen=True):
-    """A `RemoteError` on the wire."""
-
-    kind: str
-    message: str
-
-    @classmethod
-    def of(cls, error: RemoteError) -> Failure:
-        return cls(type(error).__name__, error.message)
-
-    def error(self) -> RemoteError:
-        return ERRORS.get(self.kind, RemoteFailure)(self.message)
+    """Raised when the remote reports a failure that has no better class."""

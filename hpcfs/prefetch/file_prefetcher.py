@@ -20,7 +20,9 @@ from functools import partial
 import trio
 
 from hpcfs.cache.file import CacheFile
-from hpcfs.content.factory import ContentFactory
+from hpcfs.content.reader import Reader
+from hpcfs.content.shared import RemoteFile, Shared
+from hpcfs.content.state import State
 from hpcfs.inodes.tree import ATTRIBUTE_SECONDS, Node, Tree, number_of
 from hpcfs.model.entries import Entry
 from hpcfs.model.errors import FilesystemError, RemoteError
@@ -45,7 +47,7 @@ _MOST_DIRECTORIES = 8
 
 @dataclass(eq=False)
 class Foreseen:
-    """A file that may be read next, as it was listed."""
+    """A file that may be read next, as it was listed: a shared.Place."""
 
     ino: int
     path: bytes
@@ -81,11 +83,11 @@ _Key = tuple[Namespace, bytes]
 class FilePrefetcher:
     """Fetches the files that programs read next, and holds them until the program comes to them."""
 
-    def __init__(self, tree: Tree, contents: ContentFactory) -> None:
+    def __init__(self, tree: Tree, shared: Shared) -> None:
         self._tree = tree
-        self._contents = contents
-        self._store = contents.store
-        self._nursery = contents.nursery
+        self._shared = shared
+        self._store = shared.store
+        self._nursery = shared.nursery
         self._predictors: OrderedDict[_Key, FilePredictor[Foreseen]] = OrderedDict()
         """By directory, most recently read last."""
         self._holds: dict[_Key, _Hold] = {}
@@ -237,12 +239,13 @@ class FilePrefetcher:
         hold.file = await self._store.acquire(
             namespace.origin, place.path, entry.version, entry.size
         )
-        content = self._contents.make(place, namespace, capabilities, hold.file)
+        remote = RemoteFile(place, namespace, capabilities)
+        reader = Reader(remote, hold.file, State(), self._shared)
         try:
-            hold.current = await content.fetch_ahead(FETCH_BYTES)
+            hold.current = await reader.fetch_first(FETCH_BYTES)
         finally:
-            with trio.CancelScope(shield=True):
-                await content.settle()  # only then nothing is written to the file any more
+            with trio.CancelScope(shield=True):  # only then nothing is written to it any more
+                await reader.fetcher.settle()
         self._tell(hold)
 
     def _tell(self, hold: _Hold) -> None:

@@ -15,7 +15,7 @@ import struct
 import msgspec
 
 from hpcfs.model.entries import NO_HANDLE, Attributes
-from hpcfs.model.errors import Failure, ProtocolError
+from hpcfs.model.errors import ProtocolError, RemoteError, RemoteFailure
 from hpcfs.model.sites import Secret, SiteSpec
 from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
 
@@ -208,6 +208,30 @@ Request = (
 
 
 # --- frames ------------------------------------------------------------------------------------
+
+
+def _all_errors(base: type[RemoteError]) -> list[type[RemoteError]]:
+    return [base] + [found for child in base.__subclasses__() for found in _all_errors(child)]
+
+
+ERRORS: dict[str, type[RemoteError]] = {cls.__name__: cls for cls in _all_errors(RemoteError)}
+"""The classes that can cross, by name."""
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """A `RemoteError` on its way to the daemon."""
+
+    kind: str
+    message: str
+
+    @classmethod
+    def of(cls, error: RemoteError) -> Failure:
+        """Pack an error."""
+        return cls(type(error).__name__, error.message)
+
+    def error(self) -> RemoteError:
+        """Unpack it; a class that is not known becomes RemoteFailure."""
+        return ERRORS.get(self.kind, RemoteFailure)(self.message)
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):

@@ -175,7 +175,3 @@ def checked_size(size: int | None, path: bytes) -> int:
         shown = path.decode(errors="backslashreplace")
         raise ProtocolError(f"the server gave {shown!r} an impossible size ({size})")
     return size
-
-
-def last_name(path: bytes) -> bytes:
-    return path.rpartition(b"/")[2]

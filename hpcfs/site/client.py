@@ -18,7 +18,7 @@ import msgspec
 import trio
 
 from hpcfs.model.capabilities import Capabilities
-from hpcfs.model.errors import Failure, NotConnected, RemoteError, TimedOut, Unreachable
+from hpcfs.model.errors import NotConnected, RemoteError, TimedOut, Unreachable
 from hpcfs.model.sites import Secret
 from hpcfs.model.usage import Traffic
 from hpcfs.protocol import messages as m
@@ -261,7 +261,7 @@ class SiteClient:
             error = gone()
             self._state, self._reason = "failed", error.message
             for call_id, pending in self._pending.items():
-                pending.reply = m.Reply(call_id, failure=Failure.of(error))
+                pending.reply = m.Reply(call_id, failure=m.Failure.of(error))
                 pending.done.set()
 
     def _dispatch(self, child: WorkerProcess, message: m.FromTransfer) -> None:

@@ -67,32 +67,6 @@ class SiteCalls(Protocol):
 _EMPTY_NOTED = 10_000
 
 
-class _Named(Protocol):
-    @property
-    def path(self) -> bytes:
-        """Relative to the namespace, in bytes."""
-        ...
-
-
-class Versioned(Protocol):
-    """A version of a file, such as a content stands on."""
-
-    @property
-    def place(self) -> _Named:
-        """Where the file is."""
-        ...
-
-    @property
-    def version(self) -> bytes:
-        """The remote version that it shows."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        ...
-
-
 class UploadRate:
     """Counts uploaded bytes, and how fast that goes; `now` is any clock in seconds."""
 
@@ -167,15 +141,13 @@ class Namespace:
         self._empty: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
         """(path, version) of files without bytes that were read, and had none."""
 
-    def is_empty(self, content: Versioned) -> bool:
-        """Whether the file was found to have no bytes; its size says nothing of one in /proc."""
-        return not content.size and (content.place.path, content.version) in self._empty
+    def is_empty(self, path: bytes, version: bytes) -> bool:
+        """Whether this file was found to have no bytes; its size says nothing of one in /proc."""
+        return (path, version) in self._empty
 
-    def note_empty(self, content: Versioned) -> None:
-        """Remember that the file was read and had no bytes."""
-        if content.size:
-            return
-        self._empty[content.place.path, content.version] = None
+    def note_empty(self, path: bytes, version: bytes) -> None:
+        """This file tells no size, and had no bytes when it was read."""
+        self._empty[path, version] = None
         if len(self._empty) > _EMPTY_NOTED:
             self._empty.popitem(last=False)
 

@@ -27,7 +27,6 @@ import uvloop
 
 from hpcfs.model.entries import LIST_PAGE_ENTRIES, Entry
 from hpcfs.model.errors import (
-    Failure,
     InvalidRequest,
     ProtocolError,
     RemoteError,
@@ -129,13 +128,13 @@ class Worker:
         try:
             reply = await self._reply(call)
         except RemoteError as error:
-            reply = m.Reply(call.id, failure=Failure.of(error))
+            reply = m.Reply(call.id, failure=m.Failure.of(error))
         except asyncio.CancelledError:  # the daemon waits to hear that nothing is written any more
             reply = _given_up(call.id)
         except Exception:  # a bug of ours must not take the other calls with it
             log.exception("%s failed in an unexpected way", type(call.request).__name__)
             failure = RemoteFailure("an unexpected failure in hpcfs; the log has details")
-            reply = m.Reply(call.id, failure=Failure.of(failure))
+            reply = m.Reply(call.id, failure=m.Failure.of(failure))
         with contextlib.suppress(ConnectionError):
             await self._connection.send(reply)
 
@@ -187,7 +186,7 @@ async def upload_piece(remote: Remote, request: m.UploadPiece) -> None:
 
 
 def _given_up(call_id: int) -> m.Reply:
-    return m.Reply(call_id, failure=Failure.of(TimedOut("the request was given up")))
+    return m.Reply(call_id, failure=m.Failure.of(TimedOut("the request was given up")))
 
 
 async def fetch(remote: Remote, request: m.Fetch, disk: CacheDisk) -> m.Fetched:

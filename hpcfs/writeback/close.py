@@ -80,7 +80,7 @@ class Closer:
         Raises Unreachable when that can't be done now.
         """
         node = self._node(content)
-        async with content.upload_lock:
+        async with content.upload.lock:
             if content.state.is_unlinked:
                 return reason
             told = await conflict.set_aside(content, self.uploader, reason)
@@ -140,7 +140,7 @@ class Closer:
         """
         for content in self.dirty():
             is_stale = content.state.durability is Durability.JOURNALED
-            if is_stale and not content.upload_lock.locked():
+            if is_stale and not content.upload.lock.locked():
                 await self.uploader.note_writing(content)
 
     async def flush_all(self) -> None:
@@ -169,7 +169,7 @@ class Closer:
         if not content.leave():
             return
         self._in_use.pop(content, None)
-        content.stop_prefetch()
+        content.reader.fetcher.cancel_all()
         if content.namespace.writes_back and content.is_dirty():
             await self._leave_to_queue(content)
             return
@@ -196,7 +196,7 @@ class Closer:
         """Retire the content if that was its last use."""
         if content.users or content.closing is not None or content.is_dirty():
             return
-        if content.is_idle():
+        if not content.reader.fetcher.is_busy:
             self._retire(content)
         else:
             self._nursery.start_soon(self._retire_when_idle, content)
@@ -224,7 +224,7 @@ class Closer:
         return True
 
     async def _retire_when_idle(self, content: Content) -> None:
-        await content.settle()
+        await content.reader.fetcher.settle()
         if not content.users and content.closing is None and not content.is_dirty():
             self._retire(content)
 
@@ -237,8 +237,8 @@ class Closer:
             node.content = None
         self._store.release(content.file)
         self._tree.drop_if_unused(node)
-        if content.held:
-            self._nursery.start_soon(content.let_go)
+        if content.reader.base.held:
+            self._nursery.start_soon(content.reader.base.let_go)
 
     # --- names change -----------------------------------------------------------------------------
 
@@ -247,8 +247,8 @@ class Closer:
         if node.content is None:
             return
         try:
-            node.content.use_disk()  # in memory it would not stay
-            await node.content.fetch_all(KEEP_REMOVED_BYTES)
+            node.content.reader.use_disk()  # in memory it would not stay
+            await node.content.reader.fetch_all(KEEP_REMOVED_BYTES)
         except (RemoteError, CacheFull, Stale) as error:
             log.debug("%r is removed without its missing blocks: %s", node.path, error)
 

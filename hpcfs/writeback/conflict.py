@@ -10,7 +10,9 @@ from __future__ import annotations
 import stat
 import time
 
-from hpcfs.content.content import UPLOAD_TIMEOUT, Content
+from hpcfs.content.content import Content
+from hpcfs.content.upload import UPLOAD_TIMEOUT
+from hpcfs.model import paths
 from hpcfs.model.entries import Attributes, Entry
 from hpcfs.model.errors import FilesystemError, RemoteError, Unreachable
 from hpcfs.model.uploads import UploadRequest
@@ -22,9 +24,8 @@ MARK = b".hpcfs-conflict-"
 
 def path_beside(path: bytes, now: float) -> bytes:
     """Return PATH.hpcfs-conflict-DATE-TIME, in UTC; the name is cut to 255 bytes."""
-    folder, slash, name = path.rpartition(b"/")
     suffix = MARK + time.strftime("%Y%m%d-%H%M%S", time.gmtime(now)).encode()
-    return folder + slash + name[: MAX_NAME_BYTES - len(suffix)] + suffix
+    return paths.beside(path, paths.name(path)[: MAX_NAME_BYTES - len(suffix)] + suffix)
 
 
 async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
@@ -37,7 +38,7 @@ async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
     shown = path.decode(errors="replace")
     beside = path_beside(path, time.time())
     try:
-        await content.complete(whole=True)
+        await content.upload.fetch_whole()
         await _send(content, beside)
     except Unreachable:
         raise
@@ -45,7 +46,7 @@ async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
         await uploader.keep(content, f"{reason}; it can't be saved beside it: {error.message}")
         return f"{shown} was changed by others: what was written here is kept, see 'hpcfs status'"
     await uploader.forget(content)
-    name = beside.rpartition(b"/")[2].decode(errors="replace")
+    name = paths.name(beside).decode(errors="replace")
     return f"{shown} was changed by others: what was written here is beside it as {name}"
 
 
@@ -67,7 +68,7 @@ async def _send(content: Content, path: bytes) -> Entry:
         stat.S_IMODE(entry.mode),
         base_version=b"",
     )
-    with content.pinned():
+    with content.upload.pinned():
         return await content.namespace.upload(
             request, content.file.path, UPLOAD_TIMEOUT, lambda done: None
         )

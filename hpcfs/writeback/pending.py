@@ -20,6 +20,7 @@ from hpcfs.cache.store import Store
 from hpcfs.content.content import Content
 from hpcfs.content.record import Unconfirmed
 from hpcfs.inodes.tree import Node, Tree
+from hpcfs.model import paths
 from hpcfs.model.errors import CacheFull, InvalidRequest, NotFound
 from hpcfs.writeback.close import Closer
 from hpcfs.writeback.journal import Journal, recover
@@ -86,7 +87,7 @@ class Pending:
             content.namespace.name,
             content.place.path,
             content.size,
-            content.bytes_left,
+            content.upload.bytes_left,
             _state(item),
             item.reason if item else "",
             noted.since if noted else 0.0,
@@ -107,7 +108,7 @@ class Pending:
             content
             for content in self._closer.dirty()
             if namespace is None
-            or (content.namespace.name == namespace and is_below(content.place.path, path))
+            or (content.namespace.name == namespace and paths.is_below(content.place.path, path))
         ]
         await self._queue.wait_for(wanted, on_progress, patience)
 
@@ -148,7 +149,7 @@ class Pending:
                 await self._journal.discard(name)
 
     async def _give_up(self, content: Content) -> None:
-        async with content.upload_lock:
+        async with content.upload.lock:
             content.discard()
             self._store.forget(content.file)
             node = content.place
@@ -167,11 +168,11 @@ class Pending:
         content = self._contents([name]).get(name)
         row = self._journal.find(name)
         if content is not None:
-            await content.complete(whole=True)
+            await content.upload.fetch_whole()
             row = content.unconfirmed()
         if row is None:
             raise NotFound("it is not pending any more")
-        with content.pinned() if content else trio.CancelScope():
+        with content.upload.pinned() if content else trio.CancelScope():
             return await trio.to_thread.run_sync(recover, row, target)
 
     def _contents(self, ids: Iterable[str]) -> dict[str, Content]:
@@ -200,11 +201,6 @@ def _kept(row: Unconfirmed) -> PendingRow:
         row.since,
         row.data,
     )
-
-
-def is_below(path: bytes, top: bytes) -> bool:
-    """Whether it is `top`, or in it; everything is in b""."""
-    return not top or path == top or path.startswith(top + b"/")
 
 
 def _text(path: bytes) -> str:

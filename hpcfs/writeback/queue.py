@@ -130,7 +130,7 @@ class UploadQueue:
 
         Raises CacheFull, and once the error of an earlier attempt to upload it.
         """
-        failure = content.take_failure()
+        failure = content.upload.take_failure()
         await self.persist(content)
         if failure is not None:
             raise type(failure)(failure.message)
@@ -166,7 +166,7 @@ class UploadQueue:
 
     def retry(self, content: Content) -> None:
         """Try the file again now, as the user wants."""
-        content.note_failure(None)
+        content.upload.note_failure(None)
         self._hasten(content)
         self._ask_site(content.namespace)
 
@@ -223,8 +223,8 @@ class UploadQueue:
 
     def _count(self, content: Content) -> None:
         self._uncount(content)
-        self._counted[content] = content.dirty_bytes
-        self._bytes += content.dirty_bytes
+        self._counted[content] = content.upload.dirty_bytes
+        self._bytes += content.upload.dirty_bytes
 
     def _uncount(self, content: Content) -> None:
         self._bytes -= self._counted.pop(content, 0)
@@ -269,7 +269,7 @@ class UploadQueue:
                 self._ask_site(content.namespace)
             return
         log.error("%r was not uploaded: %s", content.place.path, error.message)
-        content.note_failure(error if isinstance(error, RemoteError) else None)
+        content.upload.note_failure(error if isinstance(error, RemoteError) else None)
         if content.is_dirty():
             self._nursery.start_soon(self._note_failure, content, error.message)
 
@@ -384,7 +384,7 @@ class UploadQueue:
         began: float,
     ) -> None:
         """An outage counts from when it was noticed, but not from before `began`."""
-        waiting = {content: content.dirty_bytes for content in contents}
+        waiting = {content: content.upload.dirty_bytes for content in contents}
         total_files, total_bytes = len(waiting), sum(waiting.values())
         attempts: dict[Content, int] = {}
         for content in waiting:
@@ -401,7 +401,7 @@ class UploadQueue:
                     if reason is not None:
                         failures[content] = _failure_of(content, reason)
                 if on_progress is not None:
-                    bytes_left = sum(content.bytes_left for content in left)
+                    bytes_left = sum(content.upload.bytes_left for content in left)
                     done = max(0, total_bytes - bytes_left)
                     away = next((o.reason for n in namespaces if (o := self._outages.get(n))), "")
                     files = total_files - len(left)

@@ -17,9 +17,11 @@ import msgspec
 
 from hpcfs.cache.file import CacheFile
 from hpcfs.cache.ranges import RangeSet
-from hpcfs.content.factory import ContentFactory
+from hpcfs.content.content import Content
 from hpcfs.content.record import Unconfirmed
+from hpcfs.content.shared import RemoteFile, Shared
 from hpcfs.inodes.tree import Node, Tree, directory_entry
+from hpcfs.model import paths
 from hpcfs.site.namespace import Namespace
 from hpcfs.writeback.journal import Journal
 from hpcfs.writeback.queue import UploadQueue
@@ -33,14 +35,14 @@ class Recovery:
     def __init__(
         self,
         tree: Tree,
-        contents: ContentFactory,
+        shared: Shared,
         queue: UploadQueue,
         journal: Journal,
         namespaces: Sequence[Namespace],
     ) -> None:
         self._tree = tree
-        self._contents = contents
-        self._store = contents.store
+        self._shared = shared
+        self._store = shared.store
         self._queue = queue
         self._journal = journal
         self._namespaces = namespaces
@@ -70,7 +72,7 @@ class Recovery:
     def find(self, namespace: Namespace, path: bytes) -> Node | None:
         """Return the node of this path, if the mount has one."""
         node = self._root_of(namespace)
-        for name in path.split(b"/"):
+        for name in paths.names(path):
             child = self._tree.child(node, name)
             if child is None:
                 return None
@@ -86,7 +88,7 @@ class Recovery:
     async def _restore(self, row: Unconfirmed, namespace: Namespace) -> bool:
         namespace.knows_capabilities(row.capabilities)
         parent = self._directory(namespace, row)
-        name = row.path.rpartition(b"/")[2]
+        name = paths.name(row.path)
         if parent is None or self._tree.child(parent, name) is not None:
             await self._keep(row, "another file that was not uploaded has its name")
             return False
@@ -105,7 +107,7 @@ class Recovery:
 
     def _resume(self, node: Node, namespace: Namespace, row: Unconfirmed, file: CacheFile) -> None:
         """Give the node a content that is written as far as the row says, and queue it."""
-        content = self._contents.make(node, namespace, row.capabilities, file)
+        content = Content(RemoteFile(node, namespace, row.capabilities), file, self._shared)
         content.resume(row)
         node.content = content
         self._queue.resume(content, row.reason)
@@ -113,7 +115,7 @@ class Recovery:
     def _directory(self, namespace: Namespace, row: Unconfirmed) -> Node | None:
         """Return the node of the file's directory, None if one on the way is something else."""
         node = self._root_of(namespace)
-        for name in row.path.split(b"/")[:-1]:
+        for name in paths.names(row.path)[:-1]:
             child = self._tree.child(node, name)
             if child is None:
                 entry = directory_entry(name, 0o755, row.entry.uid, row.entry.gid, 0)

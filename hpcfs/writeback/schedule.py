@@ -13,10 +13,10 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+from hpcfs.model.backoff import pause_after
+
 QUIET_SECONDS = 0.25
 """rsync, tar, git and editors are through with a file within some milliseconds."""
-FIRST_PAUSE = 1.0
-LONGEST_PAUSE = 30.0
 MOST_AT_ONCE = 48
 """Small files take two round trips each: at 20 ms and more the link is idle with fewer, and the
 transfer process bounds the bytes under way."""
@@ -144,7 +144,6 @@ class Schedule(Generic[K]):
         item.attempts += 1
         item.reason = reason
         if again or item.changed:
-            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (item.attempts - 1))
-            item.state, item.due = "waiting", now + pause
+            item.state, item.due = "waiting", now + pause_after(item.attempts)
         else:
             item.state, item.due = "failed", math.inf

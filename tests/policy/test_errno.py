@@ -7,16 +7,16 @@ import errno
 import pytest
 
 from hpcfs.kernel.errno import ERRNO, errno_of
+from hpcfs.model import errors
 from hpcfs.model.errors import (
-    ERRORS,
     Changed,
-    Failure,
     FilesystemError,
     RemoteError,
     RemoteFailure,
     Stale,
     TimedOut,
 )
+from hpcfs.protocol.messages import ERRORS, Failure
 
 
 def _all(base: type[Exception]) -> set[type[Exception]]:
@@ -67,3 +67,31 @@ def test_every_remote_error_crosses_the_socket() -> None:
             assert (type(again), again.message) == (kind, "why")
             assert ERRORS[kind.__name__] is kind
     assert type(Failure("FromTheFuture", "why").error()) is RemoteFailure
+
+
+def _drawn(tree: str) -> list[tuple[str, str]]:
+    """(class, base) of each line of an indented tree; the root's base is Exception."""
+    above = ["Exception"]
+    found = []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 4
+        del above[depth:]
+        found.append((line.strip(), above[-1]))
+        above.append(line.strip())
+    return found
+
+
+def test_the_tree_at_the_top_of_the_module_shows_all_classes_in_their_order() -> None:
+    assert errors.__doc__
+    tree = "\n".join(line for line in errors.__doc__.splitlines() if line.startswith("    "))
+    classes = [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, Exception)
+    ]
+    assert _drawn(tree) == [(kind.__name__, kind.__base__.__name__) for kind in classes]
+
+
+def test_every_error_says_when_it_is_raised() -> None:
+    for kind in OURS:
+        assert (kind.__doc__ or "").startswith("Raised "), kind

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from hpcfs.model.entries import BLOCK_BYTES, LIST_PAGE_ENTRIES, Attributes, Entry
-from hpcfs.model.errors import Failure, ProtocolError
+from hpcfs.model.errors import ProtocolError
 from hpcfs.model.sites import S3Root, S3Site, Secret, SiteSpec
 from hpcfs.model.uploads import PIECE_BYTES, UploadPieceRequest, UploadRequest
 from hpcfs.protocol import messages as m
@@ -63,7 +63,7 @@ def test_every_request_was_tried() -> None:
     "message",
     [
         m.Reply(1, m.pack([1, 2]), more=True),
-        m.Reply(1, failure=Failure("Changed", "why")),
+        m.Reply(1, failure=m.Failure("Changed", "why")),
         m.Advance(1, 2**40),
         m.Question(1, "Password: ", echo=False),
     ],

@@ -11,6 +11,7 @@ import pytest
 from botocore import exceptions as boto
 from hypothesis import given, strategies as st
 
+from hpcfs.model.backoff import LONGEST_SECONDS
 from hpcfs.model.entries import Attributes
 from hpcfs.model.errors import (
     AccessRefused,
@@ -26,10 +27,11 @@ from hpcfs.model.errors import (
     WrongSettings,
 )
 from hpcfs.remotes.s3.caches import ExpiringCache, MetadataCache
+from hpcfs.remotes.s3.health import Health
 from hpcfs.remotes.s3.metadata import MAX_TIME_NS, Metadata, decode, encode, format_time, parse_time
 from hpcfs.remotes.s3.objects import Info, Summary
 from hpcfs.remotes.s3.parts import Limits
-from hpcfs.remotes.s3.translate import LONGEST_DELAY, Health, translate
+from hpcfs.remotes.s3.translate import translate
 
 SECOND = 1_000_000_000
 times = st.integers(-MAX_TIME_NS, MAX_TIME_NS)
@@ -291,7 +293,7 @@ def test_a_dead_endpoint_is_asked_less_and_less_often() -> None:
             except Unreachable:
                 now += 0.5
         delays.append(now - start)
-    assert delays == [1, 2, 4, 8, 16, 30, 30, LONGEST_DELAY]
+    assert delays == [1, 2, 4, 8, 16, 30, 30, LONGEST_SECONDS]
     health.answered()
     with pytest.raises(Unreachable), health.watching("x"):
         raise ConnectionResetError

@@ -38,8 +38,10 @@ from hpcfs.remotes.s3.http import (
 )
 from hpcfs.remotes.s3.login import S3Login
 from hpcfs.remotes.s3.metadata import Metadata
-from hpcfs.remotes.s3.pool import MIB, Bounds, Gate, HostAddress, Pool
+from hpcfs.remotes.s3.parts import MIB
+from hpcfs.remotes.s3.pool import HostAddress, Pool
 from hpcfs.remotes.s3.remote import S3Remote
+from hpcfs.remotes.s3.request_gate import Bounds, RequestGate
 from hpcfs.remotes.s3.signing import UNSIGNED, Keys, Signer
 from hpcfs.remotes.s3.site import S3SiteConnection
 from tests.support.s3 import S3Server, rclone_s3
@@ -533,7 +535,7 @@ async def relay_to(server: S3Server) -> AsyncIterator[tuple[S3Server, list[bytes
 class Turns:
     """Requests that wait at a gate; each ends when told to."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: RequestGate) -> None:
         self.gate = gate
         self.under_way: dict[str, asyncio.Event] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
@@ -565,7 +567,7 @@ class Turns:
 
 def test_what_is_waited_for_overtakes() -> None:
     async def test() -> None:
-        turns = Turns(Gate(Bounds(fewest_slots=2, slots=2, urgent_slots=1)))
+        turns = Turns(RequestGate(Bounds(fewest_slots=2, slots=2, urgent_slots=1)))
         for name in ("a", "b", "c", "d"):
             await turns.ask(name)
         assert set(turns.under_way) == {"a", "b"}
@@ -585,7 +587,7 @@ def test_what_is_waited_for_overtakes() -> None:
 
 def test_bulk_is_bounded_by_its_bytes_and_leaves_room() -> None:
     async def test() -> None:
-        turns = Turns(Gate(Bounds(fewest_slots=4, slots=4, bulk_bytes=16 * MIB)))
+        turns = Turns(RequestGate(Bounds(fewest_slots=4, slots=4, bulk_bytes=16 * MIB)))
         await turns.ask("huge", 40 * MIB)
         await turns.ask("large", 8 * MIB)
         await turns.ask("small")
@@ -604,7 +606,7 @@ def test_bulk_is_bounded_by_its_bytes_and_leaves_room() -> None:
 
 def test_whoever_stops_waiting_holds_up_nobody() -> None:
     async def test() -> None:
-        turns = Turns(Gate(Bounds(fewest_slots=2, slots=2, bulk_bytes=8 * MIB)))
+        turns = Turns(RequestGate(Bounds(fewest_slots=2, slots=2, bulk_bytes=8 * MIB)))
         await turns.ask("bulk", 8 * MIB)
         await turns.ask("first", 8 * MIB)
         await turns.ask("second", 8 * MIB)
@@ -623,7 +625,7 @@ def test_whoever_stops_waiting_holds_up_nobody() -> None:
 
 
 def test_distance_gives_more_slots_up_to_the_bound() -> None:
-    gate = Gate(Bounds(fewest_slots=32, slots=96, per_second=5000))
+    gate = RequestGate(Bounds(fewest_slots=32, slots=96, per_second=5000))
     gate.answered_in(0.001)
     assert gate.slots == 32
     for _ in range(500):

@@ -150,7 +150,7 @@ def test_a_small_file_overtakes_large_ones(sshd: SshServer) -> None:
             large = asyncio.ensure_future(
                 write_ranges(target, ranges, source, lambda done: None, wide=False)
             )
-            await until(lambda: bool(session.writing._waiting))
+            await until(lambda: session.writing.is_awaited)
             small = asyncio.ensure_future(put(remote, b"small", b"x", handle=1))
             await until((folder / "small").read_bytes)
         for answer in unheard:
@@ -176,7 +176,7 @@ def test_large_files_take_turns(sshd: SshServer) -> None:
         session = (await remote._place(b"")).session
         session.open_channel = None  # over one channel it takes long enough
         first = asyncio.ensure_future(put(remote, b"first", body))
-        await until(lambda: bool(session.writing._waiting))
+        await until(lambda: session.writing.is_awaited)
         progress: list[int] = []
         second = asyncio.ensure_future(put(remote, b"second", body, progress=progress))
         await until(lambda: bool(progress))

@@ -13,6 +13,7 @@ import asyncssh
 import msgspec
 import pytest
 
+from hpcfs.model.backoff import LONGEST_SECONDS
 from hpcfs.model.errors import (
     AccessRefused,
     HostKeyRefused,
@@ -26,7 +27,7 @@ from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
 from hpcfs.remotes.ssh.hostkeys import HostKeys, Rules
 from hpcfs.remotes.ssh.login_clock import MOST_LETTERS, MOST_QUESTIONS
 from hpcfs.remotes.ssh.settings import FAST_CIPHER, jump_site, read_hop
-from hpcfs.remotes.ssh.shared_session import LONGEST_PAUSE_SECONDS, SharedSession
+from hpcfs.remotes.ssh.shared_session import SharedSession
 from tests.remotes.contract import get, listed, put
 from tests.support.evil_sftp import USER, EvilSite, Login, Plain, evil_site
 from tests.support.sshd import (
@@ -542,7 +543,7 @@ def test_a_lost_connection_is_made_anew_and_handles_with_it(tmp_path: Path) -> N
             with pytest.raises(Unreachable, match="connection refused"):
                 await remote.stat(b"file")
             server.start()
-            remote._shared._retry_at = 0  # the pause is over
+            remote._shared.try_now()  # the pause is over
             assert await remote.stat_open(1) is None, "handles ended with their connection"
             assert b"".join(await remote.fetch(b"file", version, 0, 7, 1)) == b"content"
             assert set(await listed(remote, b"")) == {b"file"}
@@ -628,9 +629,9 @@ def test_pauses_double_up_to_a_limit_and_start_anew() -> None:
                 with pytest.raises(Unreachable, match="down"):
                     await kept.get()
             assert opener.attempts == attempt, "during the pause nothing is tried"
-            pauses.append(kept._retry_at - now)
-            now = kept._retry_at
-        assert pauses == [1, 2, 4, 8, 16, LONGEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS]
+            pauses.append(kept._backoff.retry_at - now)
+            now = kept._backoff.retry_at
+        assert pauses == [1, 2, 4, 8, 16, LONGEST_SECONDS, LONGEST_SECONDS]
         session = await kept.get()
         assert await kept.get() is session
         session.lost = True

@@ -30,6 +30,7 @@ from hpcfs.model.errors import (
 from hpcfs.remotes.base import checked_size
 from hpcfs.remotes.s3.checksums import CRC32, PartSent, UploadChecks, proof_of
 from hpcfs.remotes.s3.direct import Direct
+from hpcfs.remotes.s3.health import Health
 from hpcfs.remotes.s3.login import S3Login
 from hpcfs.remotes.s3.metadata import Metadata, encode
 from hpcfs.remotes.s3.names import checked_key
@@ -48,9 +49,9 @@ from hpcfs.remotes.s3.objects import (
     summary_of,
 )
 from hpcfs.remotes.s3.pacing import Pacing
-from hpcfs.remotes.s3.pool import Gate
+from hpcfs.remotes.s3.request_gate import RequestGate
 from hpcfs.remotes.s3.server_capabilities import ServerCapabilities
-from hpcfs.remotes.s3.translate import Health, is_throttling, s3_code, translate, translating
+from hpcfs.remotes.s3.translate import is_throttling, s3_code, translate, translating
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -64,8 +65,8 @@ class Access:
 
     login: S3Login
     direct: Direct
-    gate: Gate
-    sending: Gate
+    gate: RequestGate
+    sending: RequestGate
     """For bodies that are sent: `gate` is for what is asked and received."""
     health: Health
     pacing: Pacing = field(default_factory=Pacing)

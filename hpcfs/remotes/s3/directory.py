@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from itertools import chain
 from weakref import WeakValueDictionary
 
+from hpcfs.model import paths
 from hpcfs.model.entries import LIST_MAX_ENTRIES, LIST_PAGE_ENTRIES, Entry
 from hpcfs.model.errors import NotADirectory, NotFound, PermissionDenied, TooLarge
 from hpcfs.remotes.s3.bucket import Bucket
@@ -150,7 +151,7 @@ class Parents:
             return
         page = await self._bucket.first(parent, 1)
         if not page.objects:
-            shown_parent = text(place.path.rpartition(b"/")[0])
+            shown_parent = text(paths.parent(place.path))
             found = await self._bucket.head(parent[:-1])
             if found is None:
                 raise NotFound(f"{shown_parent}: there is no such directory")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from hpcfs.model import paths
 from hpcfs.model.errors import (
     AlreadyExists,
     DirectoryNotEmpty,
@@ -99,7 +100,7 @@ class PathResolver:
         """Raises NotFound where a shown name stands for nothing."""
         parent, key, beside, escaped = self._base, "", False, False
         directory = self._base
-        for name in path.split(b"/") if path else ():
+        for name in paths.names(path):
             if beside:
                 raise NotFound(f"{text(path)}: there is no such directory")
             parent = directory
@@ -114,7 +115,7 @@ class PathResolver:
 
         Raises InvalidName.
         """
-        name = path.rpartition(b"/")[2]
+        name = paths.name(path)
         decoded(name)
         try:
             place = await self.place(path)

@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
+from hpcfs.model import paths
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import NO_HANDLE, Attributes, Entry
 from hpcfs.model.errors import (
@@ -41,7 +42,7 @@ from hpcfs.model.errors import (
 from hpcfs.model.sites import S3Root, SiteSpec
 from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
 from hpcfs.model.usage import DiskUsage
-from hpcfs.remotes.base import ReportProgress, Source, last_name, no_report
+from hpcfs.remotes.base import ReportProgress, Source, no_report
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.directory import Lister, Parents
 from hpcfs.remotes.s3.entries import Entries
@@ -121,7 +122,7 @@ class S3Remote:
 
     async def stat(self, path: bytes) -> Entry:
         look = await self._paths.look(await self._paths.place(path))
-        name = last_name(path)
+        name = paths.name(path)
         if look.is_directory:
             metadata = await self._directory_metadata(look.place, look.markers)
             return self._entries.directory(name, metadata)
@@ -203,7 +204,7 @@ class S3Remote:
         self._paths.changed(look.place)
         stored, info = await self._uploads.upload(request, look, source, report)
         self._paths.saw_file(look.place, info)
-        return self._entries.file(last_name(request.path), stored, info.metadata)
+        return self._entries.file(paths.name(request.path), stored, info.metadata)
 
     async def upload_piece(self, request: UploadPieceRequest, source: Source) -> None:
         async def look() -> S3Lookup:
@@ -221,7 +222,7 @@ class S3Remote:
         if handle != NO_HANDLE:
             self._uploads.streams.expect(handle, path)
         metadata = self._entries.fresh(stat.S_IFREG | (mode & PERMISSIONS))
-        entry = self._entries.file(last_name(path), Summary(look.place.key, 0, "", 0), metadata)
+        entry = self._entries.file(paths.name(path), Summary(look.place.key, 0, "", 0), metadata)
         return msgspec.structs.replace(entry, version=b"")
 
     async def make_directory(self, path: bytes, mode: int) -> Entry:
@@ -231,7 +232,7 @@ class S3Remote:
         self._paths.changed(look.place)
         await self._markers.write(look.place.directory, metadata)
         self._parents.made(look.place.directory)
-        return self._entries.directory(last_name(path), metadata)
+        return self._entries.directory(paths.name(path), metadata)
 
     async def make_symlink(self, path: bytes, target: bytes) -> Entry:
         """As s3fs does: the target is the content, and the mode says that it is one."""
@@ -243,7 +244,7 @@ class S3Remote:
         self._paths.changed(look.place)
         etag = await self._bucket.put(look.place.key, target, metadata, {})
         summary = Summary(look.place.key, len(target), etag, 0)
-        return self._entries.file(last_name(path), summary, metadata)
+        return self._entries.file(paths.name(path), summary, metadata)
 
     async def make_link(self, existing: bytes, path: bytes) -> Entry:
         raise NotSupported("S3 has no hard links: use a symbolic link or a copy")
@@ -260,7 +261,7 @@ class S3Remote:
                 return await self._set_directory_attributes(look.place, attributes)
             found = file_of(look)
             if not _is_worth_a_copy(attributes):
-                return self._entries.file(last_name(path), found)
+                return self._entries.file(paths.name(path), found)
             return await self._rewrite(look.place, found, attributes)
 
     async def truncate(self, path: bytes, size: int) -> Entry:
@@ -362,7 +363,7 @@ class S3Remote:
         target = NewObject(place.key, metadata, headers)
         stored = await self._transfer.upload(target, source, no_report)
         self._paths.saw_file(place, info_of_stored(stored, metadata, headers))
-        return self._entries.file(last_name(place.path), stored, metadata)
+        return self._entries.file(paths.name(place.path), stored, metadata)
 
     async def _rewrite(self, place: S3Path, found: Info, attributes: Attributes) -> Entry:
         """New attributes: the object is copied onto itself. Its time must not become now."""
@@ -380,7 +381,7 @@ class S3Remote:
                 info_of_stored(stored, metadata, found.headers), tag_count=found.tag_count
             ),
         )
-        return self._entries.file(last_name(place.path), stored, metadata)
+        return self._entries.file(paths.name(place.path), stored, metadata)
 
     async def _directory_metadata(
         self, place: S3Path, listed: Sequence[str] | None = None
@@ -404,7 +405,7 @@ class S3Remote:
             kept = await self._transfer.tags_and_acls.of(marker) if marker is not None else HEADERS
             await self._markers.write(place.directory, metadata, kept)
             self._parents.made(place.directory)
-        return self._entries.directory(last_name(place.path), metadata)
+        return self._entries.directory(paths.name(place.path), metadata)
 
     async def _renew_marker(self, look: S3Lookup) -> None:
         """One that s3fs wrote once becomes one of the form that all understand."""

@@ -10,11 +10,11 @@ from hpcfs.model.sites import S3Root, S3Site, SiteSpec
 from hpcfs.model.usage import Traffic
 from hpcfs.remotes.s3.bucket import Access, Bucket
 from hpcfs.remotes.s3.direct import Direct
+from hpcfs.remotes.s3.health import Health
 from hpcfs.remotes.s3.login import READ_TIMEOUT, S3Login
-from hpcfs.remotes.s3.parts import Limits
-from hpcfs.remotes.s3.pool import MIB, Bounds, Gate
+from hpcfs.remotes.s3.parts import MIB, Limits
 from hpcfs.remotes.s3.remote import S3Remote
-from hpcfs.remotes.s3.translate import Health
+from hpcfs.remotes.s3.request_gate import Bounds, RequestGate
 
 SENT_BYTES = 64 * MIB
 """Bodies that are in memory at once: four parts, more than any link needs under way."""
@@ -32,7 +32,7 @@ class S3SiteConnection:
         assert isinstance(spec.site, S3Site)
         bounds = bounds or Bounds()
         self._login = S3Login(spec.site)
-        gate, sending = Gate(bounds), Gate(replace(bounds, bulk_bytes=SENT_BYTES))
+        gate, sending = RequestGate(bounds), RequestGate(replace(bounds, bulk_bytes=SENT_BYTES))
 
         def answered_in(seconds: float) -> None:
             gate.answered_in(seconds)

@@ -1,16 +1,9 @@
-"""What botocore and aiohttp raise, translated once; and what the site remembers of failures.
-
-`Health` is shared by all remotes of a site. A refused credential is remembered and answered at once
-from then on: asking again could lock the account. While the endpoint does not answer, requests fail
-at once too, for a second at first and for half a minute at most, so that no reader waits in line
-for a dead server.
-"""
+"""Translates the exceptions of botocore and aiohttp to RemoteErrors: the only such table."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -44,9 +37,6 @@ from hpcfs.model.errors import (
     WrongSettings,
 )
 from hpcfs.remotes.s3.botocore_guard import UnfitResponse
-
-FIRST_DELAY = 1.0
-LONGEST_DELAY = 30.0
 
 CAUGHT = (
     *(boto.BotoCoreError, boto.ClientError, aiohttp.ClientError, OSError, ValueError),
@@ -305,62 +295,6 @@ def s3_code(error: RemoteError) -> str:
     return _SAME.get(code, code)
 
 
-class Health:
-    """What a site remembers of its failures. `clock` is in seconds and only ever grows."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._lasting: RemoteError | None = None
-        self._down: RemoteError | None = None
-        self._until = 0.0
-        self._delay = FIRST_DELAY
-        self.under_way = 0
-        """Requests."""
-
-    def check(self) -> None:
-        """Raises what is known to be still true, without asking the server."""
-        if self._lasting is not None:
-            raise _again(self._lasting)
-        if self._down is not None and self._clock() < self._until:
-            kind = NotConnected if type(self._down) is Unreachable else type(self._down)
-            raise kind(*self._down.args)
-
-    def try_now(self) -> None:
-        """The pause is over: the next request asks the server."""
-        self._until = 0.0
-
-    def failed(self, error: RemoteError) -> RemoteError:
-        """Remember what concerns the whole site; returns the error."""
-        if isinstance(error, AccessRefused):
-            self._lasting = error
-        elif isinstance(error, Unreachable) and not isinstance(error, Throttled):
-            now = self._clock()
-            if self._down is None or now >= self._until:  # one step for requests that fail together
-                self._delay = (
-                    FIRST_DELAY if self._down is None else min(self._delay * 2, LONGEST_DELAY)
-                )
-                self._until = now + self._delay
-            self._down = error
-        else:
-            self.answered()
-        return error
-
-    def answered(self) -> None:
-        self._down = None
-
-    @contextmanager
-    def watching(self, subject: str) -> Iterator[None]:
-        """Around every request: refuse at once, translate, remember."""
-        self.check()
-        self.under_way += 1
-        try:
-            with translating(subject, self.failed):
-                yield
-        finally:
-            self.under_way -= 1
-        self.answered()
-
-
 @contextmanager
 def translating(
     subject: str, note: Callable[[RemoteError], RemoteError] = lambda error: error
@@ -370,8 +304,3 @@ def translating(
         yield
     except CAUGHT as error:
         raise note(translate(error, subject)) from error
-
-
-def _again(error: RemoteError) -> RemoteError:
-    """A fresh exception: raising one object in several tasks would mix their tracebacks."""
-    return type(error)(*error.args)

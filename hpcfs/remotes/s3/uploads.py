@@ -10,10 +10,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace as with_changes
 from typing import Any
 
+from hpcfs.model import paths
 from hpcfs.model.entries import NO_HANDLE, Attributes
 from hpcfs.model.errors import Conflict, NotSupported
 from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
-from hpcfs.remotes.base import ReportProgress, Source, last_name
+from hpcfs.remotes.base import ReportProgress, Source
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.entries import Entries
 from hpcfs.remotes.s3.metadata import PERMISSIONS, Metadata, encode
@@ -152,5 +153,5 @@ def info_of_stored(stored: Summary, metadata: Metadata, headers: Mapping[str, An
 
 def _guessed_headers(path: bytes) -> dict[str, str]:
     """As the AWS CLI does, so that browsers show what they can."""
-    guess, _ = mimetypes.guess_type(last_name(path).decode(errors="replace"))
+    guess, _ = mimetypes.guess_type(paths.name(path).decode(errors="replace"))
     return {"ContentType": guess} if guess else {}

@@ -14,11 +14,9 @@ answer took longer than the quickest did, the difference was spent waiting, and 
 
 from __future__ import annotations
 
-import asyncio
-import heapq
-import itertools
 import math
-from dataclasses import dataclass, field
+
+from hpcfs.remotes.admission import AdmissionQueue
 
 FIRST_BYTES = 4 * 1024 * 1024
 LEAST_BYTES = 2 * 1024 * 1024
@@ -31,16 +29,10 @@ SLOWLY = 8
 """The limit changes by this part of what arrives once it was too high: it takes a round trip to
 see what a change did. Until then it doubles with each round trip."""
 URGENT_BYTES = 4 * 1024 * 1024
-"""So much more where a program waits."""
-
-
-@dataclass(order=True)
-class _Waiting:
-    late: bool
-    turn: int
-    number: int
-    size: int = field(compare=False)
-    admitted: asyncio.Future[None] = field(compare=False)
+"""So much more where a program waits. More than any piece: so no other one fits while an urgent one
+waits."""
+_URGENT, _OTHERS = range(2)
+"""Lanes."""
 
 
 class Depth:
@@ -69,68 +61,59 @@ class Depth:
 
 
 class Flow:
-    """With a `fixed` limit, or one that follows the link."""
+    """Admits reads or writes of a site by their bytes. Sizes are in bytes.
+
+    The limit is `fixed`, or follows the link; requests for which a program waits (urgent ones) may
+    exceed it by `urgent`.
+    """
 
     def __init__(self, fixed: int | None = None, urgent: int = URGENT_BYTES) -> None:
         self._fixed = fixed
         self._urgent = urgent
         self._depth = Depth()
-        self._waiting: list[_Waiting] = []
-        self._numbers = itertools.count()
+        self._admission = AdmissionQueue(self, lanes=2)
         self.under_way = 0
 
     def turn(self) -> int:
-        """To be asked for once by whoever has several pieces."""
-        return next(self._numbers)
+        """Return a turn, which whoever has several pieces takes once for all of them."""
+        return self._admission.turn()
 
     async def enter(self, size: int, turn: int, *, urgent: bool = False) -> None:
-        """Returns when `size` more bytes may be asked for; `leave` has to follow."""
-        if self._fits(size, urgent) and not self._is_preceded(urgent):
-            self.under_way += size
-            return
-        admitted = asyncio.get_running_loop().create_future()
-        waiting = _Waiting(not urgent, turn, next(self._numbers), size, admitted)
-        heapq.heappush(self._waiting, waiting)
-        try:
-            await admitted
-        except asyncio.CancelledError:
-            if not admitted.cancelled():  # both happened in one turn of the loop
-                self.leave(size)
-            else:
-                self._admit()
-            raise
+        """Wait until `size` more bytes may be asked for; `leave` has to follow."""
+        await self._admission.enter(_URGENT if urgent else _OTHERS, size, turn)
+
+    def leave(self, size: int) -> None:
+        """Give the room of a piece back: it is here, or nobody wants it any more."""
+        self._admission.leave(size)
 
     @property
     def limit(self) -> int:
+        """How many bytes may be under way, urgent ones apart."""
         return self._depth.limit if self._fixed is None else self._fixed
 
-    def leave(self, size: int) -> None:
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a piece waits to be asked for."""
+        return self._admission.is_awaited
+
+    def arrived(self, size: int, seconds: float, beside: int) -> None:
+        """Note, before leaving, how long an answer took that was asked for when `beside` bytes
+        were under way."""
+        self._depth.arrived(size, seconds, beside, full=self.is_awaited)
+
+    # --- Capacity -------------------------------------------------------------------------------
+
+    def fits(self, lane: int, size: int) -> bool:
+        """Whether `size` more bytes may be under way; a single piece always may."""
+        limit = self.limit + self._urgent if lane == _URGENT else self.limit
+        return self.under_way + size <= limit or not self.under_way
+
+    def took(self, size: int) -> None:
+        """Count bytes that are asked for."""
+        self.under_way += size
+
+    def gave_back(self, size: int) -> None:
+        """Count bytes that are here, or not wanted any more."""
         self.under_way -= size
         if not self.under_way:
             self._depth.restart()
-        self._admit()
-
-    def arrived(self, size: int, seconds: float, beside: int) -> None:
-        """Before leaving: how long the answer took, `beside` what was under way when it was asked
-        for."""
-        self._depth.arrived(size, seconds, beside, full=bool(self._waiting))
-
-    def _fits(self, size: int, urgent: bool) -> bool:
-        limit = self.limit + self._urgent if urgent else self.limit
-        return self.under_way + size <= limit or not self.under_way
-
-    def _is_preceded(self, urgent: bool) -> bool:
-        self._forget_cancelled()
-        return bool(self._waiting) and not (urgent and self._waiting[0].late)
-
-    def _admit(self) -> None:
-        self._forget_cancelled()
-        while self._waiting and self._fits(self._waiting[0].size, not self._waiting[0].late):
-            next_one = heapq.heappop(self._waiting)
-            self.under_way += next_one.size
-            next_one.admitted.set_result(None)
-            self._forget_cancelled()
-
-    def _forget_cancelled(self) -> None:
-        while self._waiting and self._waiting[0].admitted.cancelled():
-            heapq.heappop(self._waiting)

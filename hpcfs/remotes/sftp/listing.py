@@ -20,12 +20,13 @@ from typing import Any
 
 import asyncssh
 
+from hpcfs.model import paths
 from hpcfs.model.entries import LIST_MAX_ENTRIES, LIST_PAGE_ENTRIES, Entry
 from hpcfs.model.errors import NotFound, RemoteError, TooLarge
 from hpcfs.remotes.base import is_valid_name
 from hpcfs.remotes.sftp.attrs import AnyAttrs, listed_entry, tells_type
 from hpcfs.remotes.sftp.name_reply import Listed
-from hpcfs.remotes.sftp.path import SftpPath
+from hpcfs.remotes.sftp.path import SftpPath, below
 from hpcfs.remotes.sftp.session import all_of, give_up
 from hpcfs.remotes.sftp.translate import translated
 
@@ -119,8 +120,7 @@ def _is_enough(attrs: AnyAttrs) -> bool:
 
 
 async def _look(place: SftpPath, name: bytes, listed: AnyAttrs) -> AnyAttrs:
-    full = place.full.rstrip(b"/") + b"/" + name
-    path = place.path + b"/" + name if place.path else name
+    full, path = below(place.full, name), paths.join(place.path, name)
     try:
         return await SftpPath(place.session, path, full).attrs()
     except NotFound:

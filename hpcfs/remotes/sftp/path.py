@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import asyncssh
 from asyncssh import SFTPAttrs
 
+from hpcfs.model import paths
 from hpcfs.model.entries import Entry
 from hpcfs.model.errors import (
     NotFound,
 )
-from hpcfs.remotes.base import last_name
 from hpcfs.remotes.sftp import attrs as sftp_attrs
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.session import SftpSession
@@ -36,11 +36,11 @@ class SftpPath:
         return translated(self.full, self.session.shown)
 
     def parent(self) -> SftpPath:
-        return SftpPath(self.session, self.path.rpartition(b"/")[0], self.full.rpartition(b"/")[0])
+        return SftpPath(self.session, paths.parent(self.path), paths.parent(self.full))
 
     def beside(self, name: bytes) -> SftpPath:
         """Another name in the same directory."""
-        return SftpPath(self.session, *(_sibling(path, name) for path in (self.path, self.full)))
+        return SftpPath(self.session, paths.beside(self.path, name), paths.beside(self.full, name))
 
     async def attrs(self, channel: Requests | None = None) -> SFTPAttrs:
         """Of the entry itself; the namespace's root may be a link to a directory. They tell its
@@ -88,7 +88,7 @@ class SftpPath:
             return None
 
     def entry_of(self, attrs: SFTPAttrs) -> Entry:
-        return sftp_attrs.entry(self.path, last_name(self.path), attrs, self.session.owners)
+        return sftp_attrs.entry(self.path, paths.name(self.path), attrs, self.session.owners)
 
     async def is_empty_directory(self) -> bool:
         with self.asking():
@@ -106,9 +106,9 @@ class SftpPath:
                 self.session.meta.close_soon(handle)
 
 
-def _sibling(path: bytes, name: bytes) -> bytes:
-    parent, slash, _ = path.rpartition(b"/")
-    return parent + slash + name
+def below(directory: bytes, path: bytes) -> bytes:
+    """Return the absolute path of `path` below an absolute `directory`, which may be "/"."""
+    return directory.rstrip(b"/") + b"/" + path
 
 
 async def learn_user(place: SftpPath, made: SFTPAttrs) -> None:

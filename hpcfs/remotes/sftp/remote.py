@@ -62,7 +62,7 @@ from hpcfs.remotes.sftp.explain import (
     is_read_only,
 )
 from hpcfs.remotes.sftp.long_paths import LongPaths
-from hpcfs.remotes.sftp.path import SftpPath, learn_user
+from hpcfs.remotes.sftp.path import SftpPath, below, learn_user
 from hpcfs.remotes.sftp.session import SftpSession, open_session, together, traffic_of
 from hpcfs.remotes.sftp.translate import MAX_PATH_BYTES, shown
 from hpcfs.remotes.sftp.uploads import SftpUploads
@@ -142,7 +142,7 @@ class SftpRemote:
         if self._rooted is None or self._rooted[0] is not session:
             self._rooted = (session, await self._find_root(session))
         root = self._rooted[1]
-        full = root.rstrip(b"/") + b"/" + path if path else root
+        full = below(root, path) if path else root
         if len(full) + room > MAX_PATH_BYTES:
             try:
                 return await self._long_paths.place(session, path, full)
@@ -462,4 +462,4 @@ def _root_path(path: str, home: bytes) -> bytes:
         given = given[2:]
     if given.startswith(b"/"):
         return given
-    return home.rstrip(b"/") + b"/" + given.rstrip(b"/") if given else home
+    return below(home, given.rstrip(b"/")) if given else home

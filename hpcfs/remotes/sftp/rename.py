@@ -13,6 +13,7 @@ import logging
 import secrets
 import stat
 
+from hpcfs.model import paths
 from hpcfs.model.errors import (
     AlreadyExists,
     DirectoryNotEmpty,
@@ -23,7 +24,7 @@ from hpcfs.model.errors import (
     NotSupported,
     RemoteError,
 )
-from hpcfs.remotes.base import MAX_NAME_BYTES, last_name
+from hpcfs.remotes.base import MAX_NAME_BYTES
 from hpcfs.remotes.sftp.explain import explain_device, explain_sticky
 from hpcfs.remotes.sftp.path import SftpPath
 
@@ -96,7 +97,7 @@ async def _rename_without_extension(source: SftpPath, target: SftpPath) -> None:
     if target_kind is None:
         await _plain_rename(source, target)
         return
-    aside = target.beside(name_beside(last_name(target.full)))
+    aside = target.beside(name_beside(paths.name(target.full)))
     await _plain_rename(target, aside)
     try:
         await _plain_rename(source, target)

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 import msgspec
 from asyncssh import SFTPAttrs
 
+from hpcfs.model import paths
 from hpcfs.model.entries import NO_HANDLE, Attributes, Entry
 from hpcfs.model.errors import (
     AlreadyExists,
@@ -36,7 +37,7 @@ from hpcfs.model.errors import (
     Unreachable,
 )
 from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
-from hpcfs.remotes.base import ReportProgress, Source, last_name
+from hpcfs.remotes.base import ReportProgress, Source
 from hpcfs.remotes.sftp import rename as renaming
 from hpcfs.remotes.sftp.appending import append
 from hpcfs.remotes.sftp.attrs import NANOSECONDS, full_mode, version_of
@@ -271,10 +272,10 @@ class SftpUploads:
     def _temporary_for(self, place: SftpPath, source: Source) -> Iterator[SftpPath]:
         """A name that no other upload takes: it is made of the source's (`Source.name`).
         Only one that is still being given up here makes another name necessary."""
-        name = renaming.name_beside(last_name(place.path), source.name)
+        name = renaming.name_beside(paths.name(place.path), source.name)
         temporary = place.beside(name)
         if temporary.path in self._temporaries:
-            temporary = place.beside(renaming.name_beside(last_name(place.path)))
+            temporary = place.beside(renaming.name_beside(paths.name(place.path)))
         self._temporaries.add(temporary.path)
         try:
             yield temporary

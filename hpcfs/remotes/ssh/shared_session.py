@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
+from hpcfs.model.backoff import Backoff
 from hpcfs.model.errors import NoService, NotConnected, RemoteError, RemoteFailure, Unreachable
 
 log = logging.getLogger(__name__)
-
-FIRST_PAUSE_SECONDS = 1.0
-LONGEST_PAUSE_SECONDS = 30.0
 
 
 class AnySession(Protocol):
@@ -44,15 +43,13 @@ class SharedSession(Generic[S]):
     """The site's one session, whoever asks for it."""
 
     def __init__(
-        self, open_session: Callable[[], Awaitable[S]], now: Callable[[], float] | None = None
+        self, open_session: Callable[[], Awaitable[S]], clock: Callable[[], float] = time.monotonic
     ):
         self._open_session = open_session
-        self._now = now or (lambda: asyncio.get_running_loop().time())
         self._session: S | None = None
         self._attempt: asyncio.Task[S] | None = None
         self._failure: RemoteError | None = None
-        self._pause = FIRST_PAUSE_SECONDS
-        self._retry_at = 0.0
+        self._backoff = Backoff(clock)
         self._closed = False
         self._tended = False
         self._has_worked = False
@@ -96,7 +93,7 @@ class SharedSession(Generic[S]):
 
     def try_now(self) -> None:
         """The pause after a failed attempt is over; what only the user can mend stays as it is."""
-        self._retry_at = 0.0
+        self._backoff.try_now()
 
     def _attempting(self) -> asyncio.Task[S]:
         if self._attempt is None:
@@ -117,7 +114,7 @@ class SharedSession(Generic[S]):
             raise Unreachable("the connection to this site is being closed")
         if self._failure is None:
             return
-        if self._failure.lasting or self._tended or self._now() < self._retry_at:
+        if self._failure.lasting or self._tended or self._backoff.is_waiting:
             raise _again(self._failure)
 
     async def _connect(self) -> S:
@@ -140,15 +137,15 @@ class SharedSession(Generic[S]):
             raise unforeseen from error
         finally:
             self._attempt = None
-        self._failure, self._pause, self._has_worked = None, FIRST_PAUSE_SECONDS, True
+        self._failure, self._has_worked = None, True
+        self._backoff.succeeded()
         return self._session
 
     def _remember(self, error: RemoteError) -> None:
         is_news = self._failure is None or self._failure.message != error.message
         log.log(logging.WARNING if is_news else logging.DEBUG, "%s", error.message)
         self._failure = error
-        self._retry_at = self._now() + self._pause
-        self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
+        self._backoff.failed()
 
 
 def _again(error: RemoteError) -> RemoteError:

@@ -1,0 +1,73 @@
+"""Remembers the failures of a site, shared by all its remotes, so that they are not repeated.
+
+A refused credential is answered at once from then on: asking again could lock the account. While
+the endpoint does not answer, requests fail at once too, for the pauses of `Backoff`, so that no
+reader waits in line for a dead server.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from hpcfs.model.backoff import Backoff
+from hpcfs.model.errors import AccessRefused, NotConnected, RemoteError, Throttled, Unreachable
+from hpcfs.remotes.s3.translate import translating
+
+
+class Health:
+    """The failures of one site. `clock` is in seconds and never goes back."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._backoff = Backoff(clock)
+        self._lasting: RemoteError | None = None
+        self._down: RemoteError | None = None
+        self.under_way = 0
+        """Requests that were sent and are not answered."""
+
+    def check(self) -> None:
+        """Raise the failure that still counts, without asking the server."""
+        if self._lasting is not None:
+            raise _again(self._lasting)
+        if self._down is not None and self._backoff.is_waiting:
+            kind = NotConnected if type(self._down) is Unreachable else type(self._down)
+            raise kind(*self._down.args)
+
+    def try_now(self) -> None:
+        """End the pause: the next request asks the server."""
+        self._backoff.try_now()
+
+    def failed(self, error: RemoteError) -> RemoteError:
+        """Remember an error that concerns the whole site. Returns the error."""
+        if isinstance(error, AccessRefused):
+            self._lasting = error
+        elif isinstance(error, Unreachable) and not isinstance(error, Throttled):
+            if not self._backoff.is_waiting:  # requests that fail together count once
+                self._backoff.failed()
+            self._down = error
+        else:
+            self.answered()
+        return error
+
+    def answered(self) -> None:
+        """Note that the server answered: it can be reached."""
+        self._down = None
+        self._backoff.succeeded()
+
+    @contextmanager
+    def watching(self, subject: str) -> Iterator[None]:
+        """Wrap a request: raise what still counts, else translate and remember what it raises."""
+        self.check()
+        self.under_way += 1
+        try:
+            with translating(subject, self.failed):
+                yield
+        finally:
+            self.under_way -= 1
+        self.answered()
+
+
+def _again(error: RemoteError) -> RemoteError:
+    """A fresh exception: raising one object in several tasks would mix their tracebacks."""
+    return type(error)(*error.args)
