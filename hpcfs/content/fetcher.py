@@ -95,6 +95,8 @@ class Fetcher:
         self._nursery = nursery
         self._budget = budget
         self._flights: dict[int, _Flight] = {}
+        self.is_busy = False
+        """Whether any fetch is under way."""
         self._queue: deque[_Flight] = deque()
         """Those that did not leave yet."""
 
@@ -164,11 +166,6 @@ class Fetcher:
             for flight in flights:
                 await flight.landed.wait()
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether any fetch is under way."""
-        return bool(self._flights)
-
     def is_idle(self, blocks: range) -> bool:
         """Whether no fetch of these blocks is under way."""
         return not self._under_way(blocks)
@@ -185,7 +182,8 @@ class Fetcher:
     def _launch(self, flights: list[_Flight]) -> None:
         if not flights:
             return
-        if not self._flights:
+        if not self.is_busy:
+            self.is_busy = True
             self._budget.begin()
         for flight in flights:
             self._flights.update(dict.fromkeys(flight.blocks, flight))
@@ -208,7 +206,8 @@ class Fetcher:
     def _end(self, flight: _Flight) -> None:
         for block in flight.blocks:
             self._flights.pop(block, None)
-        if not self._flights:
+        if self.is_busy and not self._flights:
+            self.is_busy = False
             self._budget.end()
         flight.landed.set()
 
