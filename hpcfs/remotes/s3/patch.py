@@ -1,6 +1,6 @@
 """Changes to a large object: the server copies what stays, and only the rest is sent.
 
-What a part needs besides the bytes that were written is read from the server, where the cache file
+What a part needs besides the bytes that were written is read from the server, where the source
 does not have it. The old version must be there from the first to the last request: each of them
 says which one it means, and where a server does not mind, the last look before the end tells.
 """

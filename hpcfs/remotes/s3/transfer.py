@@ -48,6 +48,7 @@ class FileSource:
         self.name = secrets.token_hex(8)
 
     def read(self, offset: int, length: int) -> bytes:
+        """Read from the file. Raises RemoteFailure where it is shorter."""
         data = os.pread(self._descriptor, length, offset)
         if len(data) != length:
             raise RemoteFailure(f"a temporary file ended after {offset + len(data)} bytes")
@@ -62,6 +63,7 @@ class Transfer:
         self.tags_and_acls = TagsAndAcls(bucket)
 
     def check_size(self, key: str, size: int) -> None:
+        """Raise TooLarge for a size that no object can have."""
         if size > self._limits.largest_object:
             raise TooLarge(f"{key} has {size} bytes, and S3 holds at most 5 TiB in one object")
 

@@ -1,5 +1,5 @@
-"""An upload in the cheapest of the ways that there are: completing what was sent ahead, changing a
-large object on the server, or sending the whole file."""
+"""Uploads in the cheapest way that there is: complete a streaming upload, change a large object on
+the server, or send the whole file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from hpcfs.remotes.s3.transfer import Transfer
 
 
 class S3Uploads:
-    """Of one namespace. `streams` are the files that are sent ahead."""
+    """The uploads of one namespace. `streams` are the files that are sent while they are
+    written."""
 
     def __init__(
         self, bucket: Bucket, transfer: Transfer, entries: Entries, limits: Limits
@@ -59,9 +60,12 @@ class S3Uploads:
         self._transfer.tags_and_acls.has(target.key, access_of(headers))
         return stored, info_of_stored(stored, metadata, headers)
 
-    async def ahead(
+    async def upload_piece(
         self, request: UploadPieceRequest, look: Callable[[], Awaitable[S3Lookup]], source: Source
     ) -> None:
+        """Send a piece of a file that is still being written. Raises PiecesLost and
+        NotSupported."""
+
         async def target() -> NewObject:
             """Without times, which are known at the end."""
             found = await look()

@@ -71,6 +71,7 @@ class Appended:
 
     @property
     def is_alone(self) -> bool:
+        """Whether nobody else appended meanwhile."""
         return self.attrs.size == self.request.size
 
 

@@ -3,7 +3,7 @@
 One object per namespace, which knows the files that are held open
 (remotes/sftp/streaming_upload.py) and the attempts that were not seen to end
 (remotes/sftp/upload_resume.py). All of that may be lost with this process: an upload then opens its
-file again, and what was sent ahead is sent again (PiecesLost).
+file again, and the pieces are sent again (PiecesLost).
 
 Round trips of a small file: create 1 and upload 1 where its file is held; otherwise upload 2 (the
 open, then everything else). With `replace` 3: the temporary file, its content, the rename.
@@ -67,6 +67,8 @@ NOTED = 1024
 
 
 class SftpUploads:
+    """Makes files and uploads of one namespace. With `verify` the server hashes what arrived."""
+
     def __init__(self, verify: bool = False) -> None:
         self._verify = verify
         self._streams = SftpStreamingUploads()
@@ -79,9 +81,11 @@ class SftpUploads:
         """Those that are there now."""
 
     def release(self, handle: int) -> None:
+        """Give up what was sent with this handle."""
         self._streams.release(handle)
 
     async def settled(self, path: bytes) -> None:
+        """Wait until the making of a file at this path is through."""
         await self._streams.settled(path)
 
     # --- making ---------------------------------------------------------------------------------
@@ -103,11 +107,12 @@ class SftpUploads:
         made = place.entry_of(target.now)
         return msgspec.structs.replace(made, size=0, mtime_ns=now, atime_ns=now, version=b"")
 
-    # --- ahead ----------------------------------------------------------------------------------
+    # --- pieces ----------------------------------------------------------------------------------
 
     async def upload_piece(
         self, place: SftpPath, request: UploadPieceRequest, source: Source
     ) -> None:
+        """Send a piece of a file that is still being written. Raises PiecesLost, NotSupported."""
         self._streams.note_piece(request.handle)
         file = self._streams.get(request.handle)
         if file is not None and not file.is_usable:
@@ -416,7 +421,7 @@ def _is_base(target: WritableFile, request: UploadPieceRequest) -> bool:
 
 
 def _is_whole(request: UploadRequest) -> bool:
-    """Whether nothing of the file can have been sent ahead."""
+    """Whether no piece of the file can have been sent."""
     return request.handle == NO_HANDLE or _covered(request.base_size, request.size, request.ranges)
 
 

@@ -57,6 +57,7 @@ class WritableFile:
 
     @property
     def session(self) -> SftpSession:
+        """The session that the handle belongs to."""
         return self.place.session
 
 
@@ -256,6 +257,7 @@ async def touch(place: SftpPath, failure: RemoteError) -> None:
 
 
 def is_small(ranges: Ranges) -> bool:
+    """Return whether the ranges go in one flight."""
     return _length(ranges) <= SMALL_BYTES
 
 
@@ -271,8 +273,8 @@ def _read_all(session: SftpSession, ranges: Ranges, source: Source) -> list[tupl
 async def write_ranges(
     target: WritableFile, ranges: Ranges, source: Source, report: ReportProgress, *, wide: bool
 ) -> None:
-    """All pieces pipelined. They are read inline: the cache file was written a moment ago, so its
-    bytes are in the page cache, and a thread per piece would cost more than the copy."""
+    """All pieces pipelined. They are read inline: a source that was written a moment ago is in the
+    page cache, and a thread per piece would cost more than the copy."""
     session = target.session
     channels = await target.channels.for_writing(_length(ranges) if wide else 0)
     turn = session.writing.turn()

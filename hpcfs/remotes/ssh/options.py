@@ -42,9 +42,11 @@ class SshOptions:
         return None if value.lower() == "none" else value
 
     def all(self, option: str) -> list[str]:
+        """Return all values of an option, in order."""
         return list(self.options.get(option, ()))
 
     def is_on(self, option: str) -> bool:
+        """Return whether an option is "yes"."""
         return (self.one(option) or "").lower() in ("yes", "true")
 
     def is_chosen(self, option: str) -> bool:
@@ -112,6 +114,7 @@ async def ask_ssh(line: list[str], site: SshSite, given: int = DEVNULL) -> str:
 
 
 def no_ssh(error: OSError) -> WrongSettings:
+    """Return the error for an ssh that can't be started."""
     return WrongSettings(
         f'transport = "openssh" needs the program ssh, which can\'t be started '
         f"({error.strerror}): install it (openssh-client), or leave the key out"

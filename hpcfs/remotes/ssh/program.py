@@ -137,6 +137,7 @@ class Program:
         return code, list(self._lines)
 
     async def close(self) -> None:
+        """End the program and wait for it."""
         end(self._process, signal.SIGTERM)
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
