@@ -1,8 +1,8 @@
-# What scripts/demo and scripts/test share: finding out what is missing, installing it with the
-# system's package manager after asking, and a virtual environment. Sourced, never run.
+# Functions for scripts/demo, scripts/test and scripts/bench, which source this file. They find missing
+# system packages, install them with the package manager after asking, and make a virtual environment.
 #
-# Abilities are tested, not package names: a Python or a compiler of one's own is as good as the
-# distribution's, and a second run finds nothing to do without asking the package manager.
+# They test for capabilities, not for package names: the user's own Python or compiler is as good as
+# the distribution's, and a second run finds nothing to do without asking the package manager.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${HPCFS_VENV:-$PWD/.venv}"
@@ -22,7 +22,7 @@ has() {
     command -v "$1" >/dev/null 2>&1 || [ -x "/usr/sbin/$1" ] || [ -x "/sbin/$1" ]
 }
 
-# need ABILITY APT_PACKAGE DNF_PACKAGE: unless the command ABILITY succeeds, the package is missing.
+# need TEST APT_PACKAGE DNF_PACKAGE: unless the command TEST succeeds, the package is missing.
 need() {
     if $1 >/dev/null 2>&1; then return; fi
     case "$manager" in
@@ -148,12 +148,12 @@ package_lists_newer_than() {
     [ -n "$(find /var/lib/apt/lists -name '*_Packages*' -mmin "-$1" 2>/dev/null)" ]
 }
 
-# apt's, when they are a day old: dnf cares for its own.
+# Updates apt's package lists when they are a day old; dnf does so by itself.
 refresh_package_lists() {
     if [ "$manager" = apt ] && ! package_lists_newer_than 1440; then as_root apt-get -qq update >&2; fi
 }
 
-# Asks once for all packages, and says what it will run.
+# Installs the missing packages: names all of them with the command, and asks once.
 install_missing() {
     if [ ${#missing[@]} = 0 ]; then return; fi
     local names="${missing[*]}" command=()
@@ -197,9 +197,9 @@ digest() {
     find "$@" -type f -not -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-16
 }
 
-# install STAMP NAME ARGUMENT...: installs hpcfs, unless the same was installed before. What it needs
-# is in scripts/locked/NAME.txt, with versions and hashes (scripts/lock), and so is what builds it.
-# The arguments are pip's for hpcfs itself.
+# install STAMP NAME ARGUMENT...: installs hpcfs, unless the same was installed before. Its dependencies
+# are in scripts/locked/NAME.txt, with versions and hashes (scripts/lock), and those that build it in
+# scripts/locked/build.txt. The arguments are those of pip for hpcfs itself.
 install() {
     local stamp="$1" name="$2"
     shift 2
@@ -212,7 +212,7 @@ install() {
     echo "$stamp" >"$venv/hpcfs-installed"
 }
 
-# install_newest ARGUMENT...: with the newest version of all that it needs, whatever is locked.
+# install_newest ARGUMENT...: installs hpcfs with the newest version of each dependency, not the locked one.
 install_newest() {
     say "pip install --upgrade $*"
     rm -f "$venv/hpcfs-installed"

@@ -208,7 +208,7 @@ class CacheFile:
             self.fd, mode, ctypes.c_longlong(offset), ctypes.c_longlong(length)
         )
         code = ctypes.get_errno() if failed else 0
-        if code and code != errno.EOPNOTSUPP:  # no holes here: the bytes just stay
+        if code and code != errno.EOPNOTSUPP:  # this file system has no holes: the bytes stay
             raise OSError(code, os.strerror(code), self.path)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hpcfs.model.errors import SetupError
 from hpcfs.system import mountinfo, ownership, paths
-from hpcfs.system.mountinfo import Mounted
+from hpcfs.system.mountinfo import MountEntry
 
 NETWORK_KINDS = frozenset(
     (
@@ -37,7 +37,7 @@ class Location:
     note: str | None = None
 
 
-def network_kind(directory: Path, mounts: Sequence[Mounted]) -> str | None:
+def network_kind(directory: Path, mounts: Sequence[MountEntry]) -> str | None:
     """Return the type of the network filesystem that holds this resolved path; None if it is
     local."""
     found = mountinfo.containing(directory, mounts)
@@ -48,7 +48,10 @@ def network_kind(directory: Path, mounts: Sequence[Mounted]) -> str | None:
 
 
 def choose(
-    configured: Path | None, default: Path, local_places: Sequence[Path], mounts: Sequence[Mounted]
+    configured: Path | None,
+    default: Path,
+    local_places: Sequence[Path],
+    mounts: Sequence[MountEntry],
 ) -> Location:
     """Choose among resolved paths; pure policy. `local_places` are tried in order.
 
@@ -104,7 +107,7 @@ def _refuse_unsafe(directory: Path) -> None:
 
 
 def _instead(
-    default: Path, reason: str, places: Sequence[Path], mounts: Sequence[Mounted]
+    default: Path, reason: str, places: Sequence[Path], mounts: Sequence[MountEntry]
 ) -> Location:
     better = next((place for place in places if not network_kind(place, mounts)), None)
     if better is None:

@@ -41,7 +41,7 @@ class CachedPath:
 
 
 @dataclass
-class Verified:
+class Verification:
     """The result of `verify`."""
 
     files: int = 0
@@ -80,7 +80,7 @@ async def _pages(
 
 
 async def clear(
-    store: Store, places: list[CachedPath] | None, tell: ReportBytes, *, pinned: bool = False
+    store: Store, places: list[CachedPath] | None, report: ReportBytes, *, pinned: bool = False
 ) -> tuple[int, int]:
     """Drop all clean data, and pinned files only if `pinned`; return (files, bytes) dropped."""
     await store.save()
@@ -91,7 +91,7 @@ async def clear(
             gone = await _clear_page(store, page, pinned=pinned)
             files += len(gone)
             freed += sum(record.cached_bytes for record in gone)
-            await tell(freed, total)
+            await report(freed, total)
     for file in list(store.registry.files.values()):
         if file.indexed and not file.pins and (pinned or not file.pinned) and _is_in(file, places):
             before = file.cached_bytes
@@ -128,21 +128,21 @@ def _is_in(file: CacheFile, places: list[CachedPath] | None) -> bool:
 # --- verify -------------------------------------------------------------------------------------
 
 
-async def verify(store: Store, tell: ReportBytes) -> Verified:
+async def verify(store: Store, report: ReportBytes) -> Verification:
     """Compare every block with its checksum. Damaged blocks are dropped, and fetched again when
     they are read."""
     await store.save()
-    found = Verified()
+    found = Verification()
     total = store.used_bytes
     async with aclosing(_pages(store, None)) as pages:
         async for page in pages:
             for record in page:
-                await _verify_file(store, record, found, lambda: tell(found.bytes, total))
+                await _verify_file(store, record, found, lambda: report(found.bytes, total))
     return found
 
 
 async def _verify_file(
-    store: Store, record: Record, found: Verified, step: Callable[[], Awaitable[None]]
+    store: Store, record: Record, found: Verification, step: Callable[[], Awaitable[None]]
 ) -> None:
     damaged = 0
     after = -1

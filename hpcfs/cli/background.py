@@ -92,7 +92,7 @@ def _run_in_child(serve: Callable[[int], int], writer: int) -> None:
     try:
         code = serve(writer)
     finally:
-        with suppress(OSError, ValueError):  # nobody reads any more
+        with suppress(OSError, ValueError):  # the reader is gone
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)

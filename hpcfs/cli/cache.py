@@ -17,7 +17,7 @@ from hpcfs.cli import cache_places, warming
 from hpcfs.cli.cache_places import CacheTarget
 from hpcfs.cli.mount import cache_dir_option
 from hpcfs.cli.output import complain, count, json_line, printable, size
-from hpcfs.cli.progress import Bar
+from hpcfs.cli.progress import ProgressBar
 from hpcfs.control import control
 from hpcfs.control.control import CacheFolder, CacheStatus, ControlRequest, Outcome
 from hpcfs.model.errors import SetupError
@@ -53,7 +53,7 @@ def clear(place: str | None, cache_dir: Path | None, pinned: bool) -> int:
 
     What is not uploaded yet, what could not be uploaded, and what is pinned stays.
     """
-    return _on_each(place, cache_dir, ControlRequest("clear", pinned=pinned), _tell_cleared)
+    return _on_each(place, cache_dir, ControlRequest("clear", pinned=pinned), _report_cleared)
 
 
 @cache.command(short_help="Look for damage in caches.")
@@ -62,7 +62,7 @@ def clear(place: str | None, cache_dir: Path | None, pinned: bool) -> int:
 def verify(place: str | None, cache_dir: Path | None) -> int:
     """Compare all that is cached with its checksums. What is damaged is dropped, to be fetched anew
     when it is read; the exit code is then 1."""
-    return _on_each(place, cache_dir, ControlRequest("verify"), _tell_verified)
+    return _on_each(place, cache_dir, ControlRequest("verify"), _report_verified)
 
 
 @cache.command(short_help="Fetch files and directories into the cache.")
@@ -78,7 +78,7 @@ def warm(where: tuple[str, ...], wants_pin: bool) -> int:
     found = warming.warm(places)
     print(printable(f"{size(found.bytes)} of {count(found.files, 'file')} are in the cache"))
     if wants_pin:
-        _tell_pins(places)
+        _warn_of_pins(places)
     return 1 if found.problems else 0
 
 
@@ -90,7 +90,7 @@ def pin(where: tuple[str, ...]) -> None:
     places = [cache_places.find_mounted(text) for text in where]
     for place in places:
         _ask(place, ControlRequest("pin", place.path))
-    _tell_pins(places)
+    _warn_of_pins(places)
 
 
 @cache.command(short_help="Let the cache evict them again.")
@@ -117,19 +117,19 @@ def _on_each(
     text: str | None,
     cache_dir: Path | None,
     request: ControlRequest,
-    tell: Callable[[CacheTarget, Outcome], int],
+    report: Callable[[CacheTarget, Outcome], int],
 ) -> int:
     """Run the request on one cache or all; one that fails does not stop the others. Returns the
     highest exit code."""
     if text is not None:
-        return tell(*_do(cache_places.find(text, cache_dir), request))
+        return report(*_do(cache_places.find(text, cache_dir), request))
     places = cache_places.find_all(cache_dir)
     if not places:
         complain("there is no cache")
     codes = [0]
     for place in places:
         try:
-            codes.append(tell(*_do(place, request)))
+            codes.append(report(*_do(place, request)))
         except SetupError as error:
             complain(f"{place.name}: {error}")
             codes.append(1)
@@ -138,7 +138,7 @@ def _on_each(
 
 def _do(place: CacheTarget, request: ControlRequest) -> tuple[CacheTarget, Outcome]:
     request = msgspec.structs.replace(request, path=place.path)
-    with Bar(printable(place.name)) as bar:
+    with ProgressBar(printable(place.name)) as bar:
         if place.socket is not None:
             return place, control.work(place.socket, request, bar.show)
         outcome = cache_places.answer(place, request, bar.show).outcome
@@ -146,12 +146,12 @@ def _do(place: CacheTarget, request: ControlRequest) -> tuple[CacheTarget, Outco
     return place, outcome
 
 
-def _tell_cleared(place: CacheTarget, outcome: Outcome) -> int:
+def _report_cleared(place: CacheTarget, outcome: Outcome) -> int:
     print(printable(f"{place.name}: cleared {size(outcome.bytes)}"))
     return 0
 
 
-def _tell_verified(place: CacheTarget, outcome: Outcome) -> int:
+def _report_verified(place: CacheTarget, outcome: Outcome) -> int:
     looked = f"{place.name}: {size(outcome.bytes)} in {count(outcome.files, 'file')}"
     if not outcome.damaged_files:
         print(printable(f"{looked}: all as it was stored"))
@@ -161,7 +161,7 @@ def _tell_verified(place: CacheTarget, outcome: Outcome) -> int:
     return 1
 
 
-def _tell_pins(places: list[CacheTarget]) -> None:
+def _warn_of_pins(places: list[CacheTarget]) -> None:
     """Warn of pins that leave so little room that the cache is useless for all else."""
     for socket in {place.socket for place in places if place.socket}:
         found = control.query_cache(socket)

@@ -23,9 +23,9 @@ def check(
     settings = tunnel_config.load(config_file, host, name, (), bind)
     levels: list[str] = []
 
-    def tell(level: Level, subject: str, text: str) -> None:
+    def report(level: Level, subject: str, text: str) -> None:
         levels.append(show(Finding(level, subject, text)))
 
     with terminal.restored():
-        checking.check(settings, terminal.ask, tell)
+        checking.check(settings, terminal.ask, report)
     return 1 if "fail" in levels else 0

@@ -55,14 +55,14 @@ def demo(invocation: Invocation, place: str, wants_tour: bool, keep: bool) -> in
         except KeyboardInterrupt:
             print("\nhpcfs demo: ending")
         finally:
-            for number in SIGNALS:  # a second Ctrl-C must not cut the tidying short
+            for number in SIGNALS:  # a second Ctrl-C must not interrupt the cleanup
                 signal.signal(number, signal.SIG_IGN)
     return 0
 
 
 def _interrupt_on_signals() -> None:
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it on purpose
             signal.signal(number, signal.default_int_handler)
 
 
@@ -97,7 +97,7 @@ def _directory(target: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # not empty any more: then it is not ours to remove
+        with suppress(OSError):  # no longer empty: then it is not ours to remove
             target.rmdir()
 
 

@@ -105,7 +105,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 130
     except click.UsageError as error:
         return _explain_usage(error)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except BrokenPipeError:  # the reader of the pipe has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

@@ -111,7 +111,7 @@ def mount(
     if foreground:
         _serve_here(settings)
     else:
-        _tell(background.start(settings, debug=invocation.debug), settings)
+        _report(background.start(settings, debug=invocation.debug), settings)
 
 
 def prepare(chosen: Config, mountpoint_text: str | None) -> Settings:
@@ -133,17 +133,17 @@ def prepare(chosen: Config, mountpoint_text: str | None) -> Settings:
     return config.settings(chosen, place, cache)
 
 
-def _tell(status: MountStatus, settings: Settings) -> None:
+def _report(status: MountStatus, settings: Settings) -> None:
     failed = [found for found in status.namespaces if found.state == "failed"]
     for found in failed:
         complain(f"{found.name}: {found.reason}")
-    _tell_pending(status)
+    _report_pending(status)
     if sys.stdout.isatty():
         number = count(len(status.namespaces) - len(failed), "namespace")
         print(printable(f"mounted {number} at {status.mountpoint} (log: {settings.log_file})"))
 
 
-def _tell_pending(status: MountStatus) -> None:
+def _report_pending(status: MountStatus) -> None:
     """Report files that an earlier mount left."""
     stuck = pending.stuck(status)
     if resumed := status.resumed_files:

@@ -14,7 +14,7 @@ from hpcfs.cli import cache_places, pending
 from hpcfs.cli.cache_places import CacheTarget
 from hpcfs.cli.mount import cache_dir_option
 from hpcfs.cli.output import complain, printable
-from hpcfs.cli.progress import Bar
+from hpcfs.cli.progress import ProgressBar
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import ControlRequest, Outcome
 from hpcfs.model.errors import SetupError
@@ -64,7 +64,7 @@ def _target(text: str) -> Path:
 
 
 def _recover(place: CacheTarget, target: Path) -> tuple[Outcome, list[Path]]:
-    with Bar("copying") as bar:
+    with ProgressBar("copying") as bar:
         if place.socket is not None:
             pending.query(place)
             request = ControlRequest("recover", place.path, to=os.fsencode(target))

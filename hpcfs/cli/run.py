@@ -22,7 +22,7 @@ from hpcfs.cli import arguments, background, mount, umount
 from hpcfs.cli.main import Invocation
 from hpcfs.cli.mount import Options
 from hpcfs.cli.output import complain
-from hpcfs.cli.progress import Bar
+from hpcfs.cli.progress import ProgressBar
 from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import ControlRequest
@@ -47,7 +47,7 @@ class _WithCommand(click.Command):
         if "--" in args:
             at = args.index("--")
             ours, separator, command = args[:at], args[at], args[at + 1 :]
-        rest = super().parse_args(ctx, ours)  # here --help ends it
+        rest = super().parse_args(ctx, ours)  # --help ends the process here
         if not separator or not command:
             raise click.UsageError("say what to run: hpcfs run [NAME=URL ...] -- COMMAND", ctx)
         ctx.params["command"] = tuple(command)
@@ -175,12 +175,12 @@ class _Run:
         don't have."""
         problem = ""
         try:
-            with Bar("uploading") as bar:
+            with ProgressBar("uploading") as bar:
                 control.work(at, ControlRequest("sync"), bar.show)
         except SetupError as error:
             problem = str(error)
         status = control.query_status(at)
-        if not umount.tell_failures(status, problem):
+        if not umount.report_failures(status, problem):
             return True
         complain(
             f"'hpcfs recover {self._place} --to DIR' copies it; "
@@ -189,7 +189,7 @@ class _Run:
         return False
 
     def _unmount_dead(self) -> None:
-        with suppress(SetupError):  # in a namespace of our own it goes with us
+        with suppress(SetupError):  # in our own namespace the mount ends with this process
             if mountpoint.is_dead(self._place):
                 mountpoint.unmount(self._place, lazy=True)
 
@@ -208,7 +208,7 @@ def _run(command: Sequence[str], environ: dict[str, str]) -> int:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     ours = os.environ.get("PATH", os.defpath)
     try:
-        os.environ["PATH"] = environ.get("PATH", os.defpath)  # by which the command is found
+        os.environ["PATH"] = environ.get("PATH", os.defpath)  # posix_spawnp finds the command by it
         pid = os.posix_spawnp(
             command[0],
             list(command),
@@ -237,7 +237,7 @@ def _wait(pid: int, watched: set[signal.Signals]) -> int:
             if told.si_code != SI_KERNEL:
                 os.kill(pid, told.si_signo)
             continue
-        ended, status = os.waitpid(pid, os.WNOHANG)  # it may be the daemon that ended
+        ended, status = os.waitpid(pid, os.WNOHANG)  # the ended child may be the daemon
         if ended:
             code = os.waitstatus_to_exitcode(status)
             return code if code >= 0 else 128 - code

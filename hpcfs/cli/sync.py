@@ -13,7 +13,7 @@ import click
 from hpcfs.cli import cache_places, pending, waiting
 from hpcfs.cli.cache_places import CacheTarget
 from hpcfs.cli.output import complain, printable
-from hpcfs.cli.progress import Bar
+from hpcfs.cli.progress import ProgressBar
 from hpcfs.cli.waiting import timeout_option
 from hpcfs.control import control
 from hpcfs.control.control import WorkProgress
@@ -37,7 +37,7 @@ def _sync(place: CacheTarget, end: float | None) -> int:
     notice = waiting.OutageNotice()
     try:
         pending.query(place)
-        with Bar("uploading") as bar:
+        with ProgressBar("uploading") as bar:
 
             def show(step: WorkProgress) -> None:
                 bar.show(step)
@@ -46,10 +46,10 @@ def _sync(place: CacheTarget, end: float | None) -> int:
             request = waiting.sync_request(end, place.path)
             outcome = control.work(place.socket, request, show, waiting.left(end))
     except KeyboardInterrupt:
-        _tell_rest(place)
+        _report_rest(place)
         raise
     except control.OutOfTime:
-        _tell_rest(place)
+        _report_rest(place)
         return waiting.OUT_OF_TIME
     except SetupError as error:
         complain(f"{place.name}: {error}")
@@ -61,7 +61,7 @@ def _sync(place: CacheTarget, end: float | None) -> int:
     return 0
 
 
-def _tell_rest(place: CacheTarget) -> None:
+def _report_rest(place: CacheTarget) -> None:
     with suppress(SetupError):  # the user wants to stop, and needs no reason
         found = pending.query(place, control.ANSWER_SECONDS)
         left = pending.amount(found.count, found.left)

@@ -76,7 +76,7 @@ def tunnel(
         if shares or bind or daemon:
             raise click.UsageError("--share, --bind and --daemon are for starting a tunnel")
         named = host or name
-        return _tell(named, as_json=as_json) if tells else _stop(named)
+        return _report(named, as_json=as_json) if tells else _stop(named)
     if as_json:
         raise click.UsageError("--json goes with --status")
     settings = tunnel_config.load(config_file, host, name, shares, bind)
@@ -127,7 +127,7 @@ def _stop(named: str | None) -> int:
     return 0
 
 
-def _tell(named: str | None, *, as_json: bool) -> int:
+def _report(named: str | None, *, as_json: bool) -> int:
     """Print the tunnels; return the exit code: 0 if there is one, and all that are shown answer."""
     found, failures = _query(named)
     for failure in failures:

@@ -20,7 +20,7 @@ import click
 
 from hpcfs.cli import pending, waiting
 from hpcfs.cli.output import complain, count, printable
-from hpcfs.cli.progress import Bar
+from hpcfs.cli.progress import ProgressBar
 from hpcfs.cli.waiting import timeout_option
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import MountStatus, WorkProgress
@@ -79,7 +79,7 @@ def _upload(at: Path, target: Path, end: float | None) -> int:
     remote."""
     problem = ""
     try:
-        with Bar("uploading") as bar:
+        with ProgressBar("uploading") as bar:
             control.work(
                 at, waiting.sync_request(end), _Watcher(bar, target).show, waiting.left(end)
             )
@@ -91,7 +91,7 @@ def _upload(at: Path, target: Path, end: float | None) -> int:
     except SetupError as error:
         problem = str(error)
     try:
-        return tell_failures(control.query_status(at), problem)
+        return report_failures(control.query_status(at), problem)
     except SetupError as error:  # unmounting helps with this, too
         complain(f"whether all is uploaded is not known: {error}")
         return 1
@@ -100,20 +100,20 @@ def _upload(at: Path, target: Path, end: float | None) -> int:
 class _Watcher:
     """Shows the progress, and reports once what a user who waits long should know."""
 
-    def __init__(self, bar: Bar, target: Path) -> None:
+    def __init__(self, bar: ProgressBar, target: Path) -> None:
         self._bar = bar
         self._target = target
-        self._tell_at = time.monotonic() + PATIENCE_SECONDS
-        self._told = False
+        self._report_at = time.monotonic() + PATIENCE_SECONDS
+        self._reported = False
         self._outage = waiting.OutageNotice()
 
     def show(self, step: WorkProgress) -> None:
         """Show the progress."""
         self._bar.show(step)
         self._outage.show(step)
-        if self._told or time.monotonic() < self._tell_at:
+        if self._reported or time.monotonic() < self._report_at:
             return
-        self._told = True
+        self._reported = True
         if users := _named_users(self._target):
             complain(f"{self._target} is in use by {users}: end them or leave the directory")
         if not sys.stderr.isatty():
@@ -123,7 +123,7 @@ class _Watcher:
             complain(f"waiting until all is uploaded: {left} to go (Ctrl-C stops only waiting)")
 
 
-def tell_failures(status: MountStatus, problem: str) -> int:
+def report_failures(status: MountStatus, problem: str) -> int:
     """Report failed uploads; return the exit code. Failures of an earlier mount are not reported
     again: `hpcfs status` lists them."""
     news = [one for one in status.pending if one.is_stuck and one.since >= status.started]
@@ -155,7 +155,7 @@ def _wait(daemon: socket.socket, at: Path, target: Path, end: float | None) -> i
             f"{target} is unmounted; waiting for its daemon to finish (Ctrl-C stops only waiting)"
         )
     try:
-        with Bar("uploading") as bar, suppress(SetupError):
+        with ProgressBar("uploading") as bar, suppress(SetupError):
             control.work(at, waiting.sync_request(end), bar.show, waiting.left(end))
         if control.wait_until_gone(daemon, waiting.left(end)):
             return 0

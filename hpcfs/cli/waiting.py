@@ -44,10 +44,10 @@ class OutageNotice:
     """Reports once why nothing progresses."""
 
     def __init__(self) -> None:
-        self._told = False
+        self._reported = False
 
     def show(self, step: WorkProgress) -> None:
         """Report the reason, if there is one."""
-        if step.reason and not self._told:
-            self._told = True
+        if step.reason and not self._reported:
+            self._reported = True
             complain(f"waiting for a connection ({step.reason}); Ctrl-C stops only waiting")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hpcfs.cli.cache_places import CacheTarget
 from hpcfs.cli.output import complain
-from hpcfs.cli.progress import Bar
+from hpcfs.cli.progress import ProgressBar
 from hpcfs.control import control
 from hpcfs.control.control import ControlRequest, WorkProgress
 from hpcfs.model.errors import SetupError
@@ -49,7 +49,7 @@ class _File:
 class _Work:
     """State that the walk and the workers share."""
 
-    bar: Bar
+    bar: ProgressBar
     waiting: queue.Queue[_File | None] = field(
         default_factory=lambda: queue.Queue[_File | None](MAX_WAITING)
     )
@@ -81,7 +81,7 @@ def warm(places: list[CacheTarget]) -> Warmed:
     """Fetch the files, and return when all that can be fetched is. Ctrl-C ends the process, and
     with it the requests: the daemon cancels those whose client is gone."""
     limits = {place.socket: _limit(place) for place in places}
-    with Bar("fetching") as bar:
+    with ProgressBar("fetching") as bar:
         work = _Work(bar)
         workers = [threading.Thread(target=_run, args=[work], daemon=True) for _ in range(WORKERS)]
         for worker in workers:

@@ -56,7 +56,7 @@ def _lines(file: Path) -> Iterator[tuple[str, list[str]]]:
     for line in text.splitlines():
         try:
             words = ssh_syntax.split(line)
-        except ssh_syntax.BadQuotes:  # ssh will complain, we only list names
+        except ssh_syntax.BadQuotes:  # ssh will report it; this only lists names
             continue
         if words:
             yield words[0], words[1:]

@@ -133,7 +133,7 @@ class _Scanner:
 
     def _skip_blank(self) -> None:
         found = _BLANK.match(self.text, self.position)
-        assert found is not None  # it matches nothing, too
+        assert found is not None  # it matches the empty string, too
         self.position = found.end()
 
     def _take(self, mark: str) -> bool:

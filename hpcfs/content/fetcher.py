@@ -1,16 +1,15 @@
 """Brings missing blocks into one cache file: each block once, however many readers wait for it.
 
-The fetcher knows of the remote only the callable that fetches a range. Its fetches run in the
-nursery it was given, so that a reader who gives up does not take the bytes from the others. What a
-reader waits for is asked for as urgent; what only runs ahead can be cancelled again, and is, before
-anything waits for it to end.
+Fetches run in the nursery that the fetcher was given, so that a reader who gives up does not take
+the bytes from the others. What a reader waits for is asked for as urgent; what only runs ahead can
+be cancelled again, and is, before anything waits for it to end.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
@@ -25,37 +24,48 @@ from hpcfs.protocol.messages import Fetched
 log = logging.getLogger(__name__)
 
 PREFETCH_BYTES = 48 * 1024 * 1024
-"""Of one mount: what runs ahead of all readers together. It passes through the memory of the
+"""What may run ahead of all readers of a mount together. It passes through the memory of the
 transfer processes."""
 _SMALLEST_SHARE = 1024 * 1024
 
 
-class FetchRange(Protocol):
-    async def __call__(self, offset: int, length: int, *, urgent: bool) -> Fetched:
-        """-> what is now in the cache file; raises RemoteError."""
+class Source(Protocol):
+    """Where a fetcher's bytes come from (reader.Reader)."""
+
+    @property
+    def limit(self) -> int:
+        """Where they end, in bytes."""
+        ...
+
+    async def fetch(self, offset: int, length: int, *, urgent: bool) -> Fetched:
+        """Store a range of bytes in the cache file. Raises RemoteError."""
+        ...
+
+    def note_fetched(self, fetched: Fetched, offset: int) -> None:
+        """What was stored counts as present now."""
         ...
 
 
 class Budget:
-    """What all fetchers of a mount may have under way ahead of their readers, in bytes."""
+    """How many bytes all fetchers of a mount may have under way ahead of their readers."""
 
     def __init__(self, total: int = PREFETCH_BYTES) -> None:
         self._total = total
         self._busy = 0
         self.share = total
-        """Bytes of one reader, who may be new."""
+        """Bytes for one reader, who may be new."""
 
     def begin(self) -> None:
         """A fetcher has something under way."""
-        self._set_busy(self._busy + 1)
+        self._count(1)
 
     def end(self) -> None:
-        """A fetcher has nothing under way any more."""
-        self._set_busy(self._busy - 1)
+        """That fetcher has nothing under way any more."""
+        self._count(-1)
 
-    def _set_busy(self, count: int) -> None:
-        self._busy = count
-        self.share = max(_SMALLEST_SHARE, self._total // max(1, count))
+    def _count(self, change: int) -> None:
+        self._busy += change
+        self.share = max(_SMALLEST_SHARE, self._total // max(1, self._busy))
 
 
 @dataclass(eq=False)
@@ -75,29 +85,22 @@ class _Flight:
 
 
 class Fetcher:
-    """`is_needed` tells whether a block must come from the remote; `limit` is where the remote's
-    bytes end; `on_fetched` hears how many bytes came."""
+    """Brings blocks from `source` into `file`, each in a task of `nursery`."""
 
     def __init__(
-        self,
-        file: CacheFile,
-        fetch: FetchRange,
-        is_needed: Callable[[int], bool],
-        limit: Callable[[], int],
-        on_fetched: Callable[[int], None],
-        nursery: trio.Nursery,
-        budget: Budget,
+        self, file: CacheFile, source: Source, nursery: trio.Nursery, budget: Budget
     ) -> None:
         self._file = file
-        self._fetch = fetch
-        self._is_needed = is_needed
-        self._limit = limit
-        self._on_fetched = on_fetched
+        self._source = source
         self._nursery = nursery
         self._budget = budget
         self._flights: dict[int, _Flight] = {}
         self._queue: deque[_Flight] = deque()
         """Those that did not leave yet."""
+
+    def is_needed(self, block: int) -> bool:
+        """Whether the block must come from the source."""
+        return block * BLOCK_BYTES < self._source.limit and not self._file.blocks.is_present(block)
 
     async def ensure(self, blocks: range, most_bytes: int) -> None:
         """Return once all these blocks are in the cache file; raises RemoteError if one can't be.
@@ -122,12 +125,12 @@ class Fetcher:
     def start(self, blocks: Iterable[int], most_bytes: int, *, urgent: bool) -> list[_Flight]:
         """The flights that bring the missing ones of `blocks`, newly started ones included.
 
-        Errors of those that nobody waits for are for who needs the blocks.
+        A failed prefetch is silent; the next reader of its blocks retries.
         """
         flights: dict[int, _Flight] = {}
         missing: list[int] = []
         for block in blocks:
-            if not self._is_needed(block):
+            if not self.is_needed(block):
                 continue
             if flight := self._flights.get(block):
                 flights[id(flight)] = flight
@@ -146,6 +149,7 @@ class Fetcher:
                 flight.scope.cancel()
 
     def cancel_all(self) -> None:
+        """End all that only runs ahead."""
         for flight in self._under_way(None):
             if flight.can_go:
                 flight.scope.cancel()
@@ -160,8 +164,13 @@ class Fetcher:
             for flight in flights:
                 await flight.landed.wait()
 
-    def is_idle(self, blocks: range | None) -> bool:
-        """Whether no fetch of these blocks (of any, if None) is under way."""
+    @property
+    def is_busy(self) -> bool:
+        """Whether any fetch is under way."""
+        return bool(self._flights)
+
+    def is_idle(self, blocks: range) -> bool:
+        """Whether no fetch of these blocks is under way."""
         return not self._under_way(blocks)
 
     def _under_way(self, blocks: range | None) -> set[_Flight]:
@@ -208,12 +217,12 @@ class Fetcher:
     ) -> None:
         task_status.started()
         offset = flight.blocks.start * BLOCK_BYTES
-        length = min(flight.blocks.stop * BLOCK_BYTES, self._limit()) - offset
+        length = min(flight.blocks.stop * BLOCK_BYTES, self._source.limit) - offset
         try:
             with flight.scope:
-                fetched = await self._fetch(offset, length, urgent=flight.urgent)
+                fetched = await self._source.fetch(offset, length, urgent=flight.urgent)
                 self._landed(flight, offset + fetched.length, fetched.checksums)
-                self._on_fetched(fetched.length)
+                self._source.note_fetched(fetched, offset)
         except RemoteError as error:
             flight.error = error
             log.debug("fetch of %d bytes at %d: %s", length, offset, error.message)
@@ -230,7 +239,7 @@ class Fetcher:
         """
         for block, checksum in zip(flight.blocks, checksums, strict=False):
             stop = (block + 1) * BLOCK_BYTES
-            if end >= min(stop, self._limit()):
+            if end >= min(stop, self._source.limit):
                 whole = end >= min(stop, self._file.size)
                 self._file.blocks.put(block, checksum if whole else 0)
 

@@ -152,15 +152,6 @@ class State:
         self.motion: trio.Event | None = None
         """Set once the upload, or the rename, that is under way on the remote has ended."""
 
-    @classmethod
-    def resumed(cls, remote: RemoteSide, unsent: Unsent) -> State:
-        """What an earlier mount left in its journal."""
-        state = cls()
-        state.remote = remote
-        state.durability = Durability.PERSISTED
-        state.changes, state.attributes = unsent.changes, unsent.attributes
-        return state
-
     # --- what it is -------------------------------------------------------------------------------
 
     @property
@@ -170,6 +161,11 @@ class State:
             return False
         waits = self.changes or self.remote is not RemoteSide.PRESENT or self.attributes
         return bool(waits) or self.motion is not None
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the remote's answers must not overwrite what is here: dirty, or removed here."""
+        return self.is_dirty or self.is_unlinked
 
     @property
     def is_untouched(self) -> bool:
@@ -236,6 +232,12 @@ class State:
     def note_absent(self) -> None:
         """The file was made here, and the remote has not heard of it."""
         self._begin_as(RemoteSide.ABSENT)
+
+    def resume(self, remote: RemoteSide, unsent: Unsent) -> None:
+        """An earlier mount left this in its journal."""
+        self._begin_as(remote)
+        self.durability = Durability.PERSISTED
+        self.changes, self.attributes = unsent.changes, unsent.attributes
 
     def _begin_as(self, remote: RemoteSide) -> None:
         self._check(self.remote is RemoteSide.PRESENT and not self.is_dirty, f"become {remote}")
@@ -322,8 +324,10 @@ class State:
 
     # --- towards the journal ----------------------------------------------------------------------
 
-    def note_row(self) -> None:
-        """The journal has a row."""
+    def note_row(self, *, writing: bool = False) -> None:
+        """The journal has a row. `writing`: one that says that more will be written."""
+        if writing:
+            self._outdate_row()
         if self.durability is Durability.UNJOURNALED:
             self.durability = Durability.JOURNALED
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from hpcfs.control import control
 from hpcfs.model.errors import SetupError
 from hpcfs.system import mountinfo, paths, user_namespace
-from hpcfs.system.mountinfo import Mounted
+from hpcfs.system.mountinfo import MountEntry
 
 PROBE_SECONDS = 2.0
 UNMOUNT_SECONDS = 20.0
@@ -32,7 +32,7 @@ class Busy(SetupError):
     """Programs still use the mount."""
 
 
-def mounts() -> list[Mounted]:
+def mounts() -> list[MountEntry]:
     """Return all hpcfs mounts of this machine that we can see, those of other users too."""
     return [found for found in mountinfo.read() if found.kind == mountinfo.HPCFS_TYPE]
 

@@ -142,51 +142,51 @@ async def _send(stream: trio.SocketStream, reply: ControlReply) -> None:
         await stream.send_all(msgspec.json.encode(reply) + b"\n")
 
 
-class _Teller:
+class _ProgressSender:
     """Sends progress lines: not too many, and the last one again where nothing new happens."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self._lock = trio.Lock()
         self._last = WorkProgress(0, 0)
-        self._told = trio.current_time() - STEP_INTERVAL
+        self._sent_at = trio.current_time() - STEP_INTERVAL
 
-    async def tell(
+    async def report(
         self, done: int, total: int, files_done: int = 0, files_total: int = 0, reason: str = "", /
     ) -> None:
         """Report progress, unless the last line was sent just now."""
         self._last = WorkProgress(done, total, files_done, files_total, reason)
-        if trio.current_time() - self._told >= STEP_INTERVAL:
+        if trio.current_time() - self._sent_at >= STEP_INTERVAL:
             await self.send(ControlReply(step=self._last))
 
     async def repeat_forever(self) -> None:
         """Repeat the last line when nothing was sent for HEARTBEAT_SECONDS."""
         while True:
-            await trio.sleep_until(self._told + HEARTBEAT_SECONDS)
-            if trio.current_time() - self._told >= HEARTBEAT_SECONDS:
+            await trio.sleep_until(self._sent_at + HEARTBEAT_SECONDS)
+            if trio.current_time() - self._sent_at >= HEARTBEAT_SECONDS:
                 await self.send(ControlReply(step=self._last))
 
     async def send(self, reply: ControlReply) -> None:
         """Send one line."""
         async with self._lock:
-            self._told = trio.current_time()
+            self._sent_at = trio.current_time()
             await _send(self._stream, reply)
 
 
 async def _work(stream: trio.SocketStream, request: ControlRequest, work: Work) -> None:
     """Do the work until it is done, or the client has left."""
-    teller = _Teller(stream)
+    sender = _ProgressSender(stream)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_cancel_when_gone, stream, nursery.cancel_scope)
-        nursery.start_soon(teller.repeat_forever)
+        nursery.start_soon(sender.repeat_forever)
         try:
-            reply = await work(request, teller.tell)
+            reply = await work(request, sender.report)
         except SetupError as refused:
             reply = ControlReply(error=str(refused))
         except Exception:  # a user's request must not end the mount
             logger.exception("%s failed in an unexpected way", request.command)
             reply = ControlReply(error="it failed in an unexpected way; the mount's log says more")
-        await teller.send(reply)
+        await sender.send(reply)
         nursery.cancel_scope.cancel()
 
 
@@ -213,7 +213,7 @@ async def _reply(
         return ControlReply()
     try:
         return ControlReply(status=await status())
-    except Exception:  # a status that can't be told must not end the mount
+    except Exception:  # a status that can't be computed must not end the mount
         logger.exception("could not put the status together")
         return ControlReply(error="it could not put its status together; its log says why")
 

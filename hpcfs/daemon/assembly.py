@@ -69,7 +69,7 @@ def assemble(
         journal_size=settings.journal_size,
     )
     fs = Filesystem(namespaces, store, Uploader(journal), nursery, options)
-    recovery = Recovery(fs.tree, fs.contents, fs.closer.queue, journal, namespaces)
+    recovery = Recovery(fs.tree, fs.shared, fs.closer.queue, journal, namespaces)
     pending = Pending(fs.tree, store, fs.closer, journal, recovery)
     return Mount(store, journal, sites, namespaces, fs, recovery, pending)
 
@@ -96,7 +96,7 @@ def _namespaces(settings: Settings, sites: Mapping[AnySite, SiteClient]) -> list
 
 
 def _site_specs(settings: Settings) -> list[SiteSpec]:
-    """One for each login; namespaces of one site share its connection."""
+    """Return one for each login; namespaces of one site share its connection."""
     roots: dict[AnySite, dict[str, AnyRoot]] = {}
     for namespace in settings.namespaces.values():
         roots.setdefault(namespace.site, {})[namespace.name] = namespace.root

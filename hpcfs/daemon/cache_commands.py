@@ -1,4 +1,4 @@
-"""What `hpcfs cache` asks for, done: in the mount daemon, or on a cache that is not mounted.
+"""Handlers for `hpcfs cache`, in the mount daemon or on a cache that is not mounted.
 
 Owns how a path of the mount becomes a remote folder and a key in the cache; what is done there is
 cache/maintenance.py's. In the daemon the requests come over the control socket; a cache that nobody
@@ -38,7 +38,7 @@ _UNLIMITED = 1 << 62
 
 
 class CacheCommands:
-    """Of one mount. `origins` are the remote folders by namespace."""
+    """Answers `hpcfs cache` for one mount. `origins` are the remote folders by namespace."""
 
     def __init__(
         self, settings: Settings, store: Store, fs: Filesystem, origins: Mapping[str, str]
@@ -49,7 +49,7 @@ class CacheCommands:
         self._origins = origins
 
     async def answer(self, request: ControlRequest, tell: ReportBytes) -> ControlReply:
-        """Raises SetupError."""
+        """Do what the request says and return the answer. Raises SetupError."""
         try:
             if request.command == "cache":
                 return ControlReply(cache=await self._status())
@@ -118,7 +118,7 @@ class CacheCommands:
         return "/".join([str(self._settings.mountpoint), *own, *filter(None, [_text(key)])])
 
     def _places(self, path: bytes) -> list[CachedPath]:
-        """What this path of the mount stands for; the mount point for all namespaces."""
+        """Return what this path of the mount stands for; the mount point for all namespaces."""
         if self._settings.root_namespace is not None:
             return [CachedPath(self._origins[self._settings.root_namespace], path)]
         if not path:
@@ -135,7 +135,7 @@ def _text(path: bytes) -> str:
 
 
 async def status(store: Store, mountpoint: str, names: Mapping[str, str]) -> CacheStatus:
-    """Of any cache; `names` are namespaces by origin."""
+    """Return the status of any cache; `names` are namespaces by origin."""
     folders = [
         CacheFolder(
             names.get(one.origin, ""),
@@ -158,6 +158,7 @@ async def status(store: Store, mountpoint: str, names: Mapping[str, str]) -> Cac
 
 
 async def verify(store: Store, tell: ReportBytes) -> Outcome:
+    """Compare every cached block with its checksum; return what was found and dropped."""
     found = await maintenance.verify(store, tell)
     return Outcome(found.files, found.bytes, found.damaged_files, found.damaged_bytes)
 
@@ -168,7 +169,7 @@ _MOUNT = re.compile(r"the mount at (.*) \(pid \d+\)", re.DOTALL)
 
 
 def last_mountpoint(directory: Path) -> str:
-    """Where the cache in this directory was mounted last; "" if nobody knows."""
+    """Return where the cache in this directory was mounted last; "" if nobody knows."""
     try:
         match = _MOUNT.fullmatch((directory / "lock").read_text(errors="replace"))
     except OSError:
@@ -179,7 +180,7 @@ def last_mountpoint(directory: Path) -> str:
 def answer_unmounted(
     directory: Path, request: ControlRequest, on_step: Callable[[WorkProgress], None]
 ) -> ControlReply:
-    """What the daemon would answer, for the cache in this directory.
+    """Return what the daemon would answer, for the cache in this directory.
 
     Raises SetupError, also where the cache is in use.
     """
@@ -206,10 +207,10 @@ async def _answer_unmounted(
 
 @asynccontextmanager
 async def unmounted(directory: Path, command: str) -> AsyncIterator[Store]:
-    """The cache, locked by this command. What the last mount had not uploaded is in use, and so is
-    not touched. The lock's file tells afterwards what it told before.
+    """Open the cache, locked by this command.
 
-    Raises SetupError, also where the cache is in use.
+    What the last mount had not uploaded is in use, and so is not touched. The lock's file tells
+    afterwards what it told before. Raises SetupError, also where the cache is in use.
     """
     lock = directory / "lock"
     told = lock.read_text(errors="replace") if last_mountpoint(directory) else ""

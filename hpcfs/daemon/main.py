@@ -42,7 +42,7 @@ MAX_KERNEL_REQUESTS = 512
 """A dead namespace can't use these up before its requests fail."""
 UNMOUNT_CHECK_SECONDS = 1.0
 UNMOUNT_PATIENCE = 3.0
-"""What the kernel's last requests may take after an unmount, before they are cancelled."""
+"""Seconds that the kernel's last requests may take after an unmount, before they are cancelled."""
 
 
 class MountFailed(SetupError):
@@ -188,8 +188,11 @@ class _Daemon:
             kernel.unmount()
 
     async def _end_when_unmounted(self, place: Path, serving: trio.CancelScope) -> None:
-        """Once unmounted nobody waits for answers, but a request may still wait for a dead link;
-        and another mount namespace (a container) may hold what the user took away."""
+        """End the serving once the mount is gone.
+
+        Nobody waits for answers then, but a request may still wait for a dead link, and another
+        mount namespace (a container) may hold what the user took away.
+        """
         while mountinfo.at(place, mountpoint.mounts()):  # noqa: ASYNC110 - nobody tells of it
             await trio.sleep(UNMOUNT_CHECK_SECONDS)
         await trio.sleep(UNMOUNT_PATIENCE)

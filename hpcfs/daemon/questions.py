@@ -41,5 +41,5 @@ class Questions:
 
 
 def _is_decision(text: str) -> bool:
-    """What a server asks begins with "(user@host)"."""
+    """Whether it is about a host key; a server's own questions begin with "(user@host)"."""
     return DECISION in text and not text.startswith("(")

@@ -57,7 +57,7 @@ async def _walk(fs: Filesystem, path: bytes, nodes: list[Node]) -> Node:
 
 async def _read(fs: Filesystem, store: Store, handle: int, tell: ReportBytes) -> int:
     content = fs.files.get(handle).content
-    content.use_disk()
+    content.reader.use_disk()
     done = 0
     if content.size > store.max_bytes:
         raise CacheFull("the file is larger than the cache: raise cache_size")

@@ -1,9 +1,8 @@
-"""What is not uploaded yet, for the user: told, waited for, tried again, copied out, given up.
+"""Handlers for `hpcfs pending`, `sync`, `retry`, `recover` and `discard`.
 
-Owns which files a path of the mount stands for, and where copies of them go. The work itself is the
-backlog's, which knows the journal and the uploads. In the daemon the requests come over the control
-socket; the journal of a mount that is not mounted is read by the command line itself, under the
-cache's lock.
+Owns which files a path of the mount stands for, and where copies of them go. The work itself is
+done by writeback/pending.py. In the daemon the requests come over the control socket; the journal
+of a mount that is not mounted is read by the command line itself, under the cache's lock.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from hpcfs.model.errors import RemoteError, SetupError
 from hpcfs.system import ownership
 from hpcfs.writeback.journal import Journal
 from hpcfs.writeback.pending import PendingRow
-from hpcfs.writeback.queue import Progress
+from hpcfs.writeback.queue import SyncProgress
 
 PARTIAL = ".hpcfs-partial"
 """Ends the name of a copy that has only what was changed here: the rest is on the remote."""
@@ -56,16 +55,18 @@ _ORDER: dict[PendingState, int] = {
 }
 
 
-class Backlog(Protocol):
-    """All that the remotes have not confirmed. Ids that are pending no longer are ignored."""
+class PendingFiles(Protocol):
+    """The files that the remotes have not confirmed; ids that are not pending are ignored."""
 
-    def pending(self) -> Iterable[PendingRow]: ...
+    def pending(self) -> Iterable[PendingRow]:
+        """Return a row for each file."""
+        ...
 
     async def sync(
         self,
         namespace: str | None,
         path: bytes,
-        tell: Callable[[Progress], Awaitable[None]],
+        tell: Callable[[SyncProgress], Awaitable[None]],
         patience: float = ...,
     ) -> None:
         """Return when nothing of it is on its way any more. `path` is a file or a directory; None
@@ -91,7 +92,7 @@ class Backlog(Protocol):
 
 
 def summary(rows: Iterable[PendingRow]) -> PendingList:
-    """What of them is told: all are counted, the first are named."""
+    """Count all rows, and name the first ones, those that need the user most."""
     found = list(rows)
     first = heapq.nsmallest(MAX_PENDING, found, lambda row: (_ORDER[row.state], row.since))
     return PendingList(
@@ -114,7 +115,7 @@ def _told_within(rows: Sequence[PendingRow], length: int) -> Iterator[PendingFil
 
 
 def _told(row: PendingRow) -> PendingFile:
-    """JSON is UTF-8: what a name has beside that is only shown as missing."""
+    """Return the row as it is sent. JSON is UTF-8: bytes that are not are shown as missing."""
     return PendingFile(
         namespace=row.namespace,
         path=_text(row.path),
@@ -133,18 +134,18 @@ def _text(path: bytes) -> str:
 
 
 class WriteCommands:
-    """Of one mount."""
+    """Answers `hpcfs pending`, `sync`, `retry`, `recover` and `discard` for one mount."""
 
-    def __init__(self, settings: Settings, backlog: Backlog) -> None:
+    def __init__(self, settings: Settings, pending: PendingFiles) -> None:
         self._settings = settings
-        self._backlog = backlog
+        self._pending = pending
 
     def summary(self) -> PendingList:
-        """Of all, for the status."""
-        return summary(self._backlog.pending())
+        """Return all that is pending, for the status."""
+        return summary(self._pending.pending())
 
     async def answer(self, request: ControlRequest, tell: ReportProgress) -> ControlReply:
-        """For WRITE_COMMANDS. Raises SetupError."""
+        """Do what one of WRITE_COMMANDS says and return the answer. Raises SetupError."""
         try:
             if request.command == "pending":
                 return ControlReply(pending=summary(self._below(request.path)))
@@ -159,25 +160,25 @@ class WriteCommands:
             return await self._sync(request.path, tell, request.patience)
         if request.command == "retry":
             stuck = [row for row in self._below(request.path) if row.is_stuck]
-            await self._backlog.retry([row.id for row in stuck])
+            await self._pending.retry([row.id for row in stuck])
             return _outcome(stuck)
         if request.command == "discard":
             return await self._discard(request)
         assert request.command == "recover"
-        return await _recover(self._below(request.path), request.to, self._backlog.recover, tell)
+        return await _recover(self._below(request.path), request.to, self._pending.recover, tell)
 
     async def _sync(self, path: bytes, tell: ReportProgress, patience: float) -> Outcome:
         namespace, key = self._place(path)
-        last = Progress(0, 0, 0, 0)
+        last = SyncProgress(0, 0, 0, 0)
 
-        async def pass_on(found: Progress) -> None:
+        async def pass_on(found: SyncProgress) -> None:
             nonlocal last
             last = found
             files = found.files_done, found.files_total
             await tell(found.bytes_done, found.bytes_total, *files, found.reason)
 
         try:
-            await self._backlog.sync(namespace, key, pass_on, patience)
+            await self._pending.sync(namespace, key, pass_on, patience)
         except RemoteError as error:
             raise SetupError(self._what_failed(path) or error.message) from None
         if failure := self._what_failed(path):
@@ -185,7 +186,10 @@ class WriteCommands:
         return Outcome(last.files_done, last.bytes_done)
 
     def _what_failed(self, path: bytes) -> str:
-        """Empty if nothing did; also what failed before counts, as the remote does not have it."""
+        """Return a sentence on what failed, empty if nothing did.
+
+        What failed before counts too, as the remote does not have it.
+        """
         stuck = sorted(
             (row for row in self._below(path) if row.is_stuck), key=lambda row: row.since
         )
@@ -196,24 +200,27 @@ class WriteCommands:
         return f"{_text(self._shown(first))} is not uploaded: {first.reason}{more}"
 
     async def _discard(self, request: ControlRequest) -> Outcome:
-        """Only what the user was shown: what was written since then stays."""
+        """Discard only what the user was shown: what was written since then stays."""
         rows = [row for row in self._below(request.path) if row.since <= request.before]
         if any(row.state == "writing" for row in rows):
             raise SetupError("a program still has it open for writing: end that first")
         if not rows:
             raise SetupError("nothing of it is pending any more: 'hpcfs status' lists what is")
-        await self._backlog.discard([row.id for row in rows])
+        await self._pending.discard([row.id for row in rows])
         return _outcome(rows)
 
     # --- paths ------------------------------------------------------------------------------------
 
     def _below(self, path: bytes) -> list[PendingRow]:
-        """The file or all below the directory at this path of the mount."""
-        return [row for row in self._backlog.pending() if paths.is_below(self._shown(row), path)]
+        """Return the rows of the file, or of all below the directory, at this path of the mount."""
+        return [row for row in self._pending.pending() if paths.is_below(self._shown(row), path)]
 
     def _shown(self, row: PendingRow) -> bytes:
-        """Its path in the mount. What an earlier mount left may be of a namespace that this one
-        does not have; it is shown as if it had."""
+        """Return the row's path in the mount.
+
+        What an earlier mount left may be of a namespace that this one does not have; it is shown as
+        if it had.
+        """
         if row.namespace == self._settings.root_namespace:
             return row.path
         return paths.join(os.fsencode(row.namespace), row.path)
@@ -243,7 +250,7 @@ async def _recover(
     copy: Callable[[str, Path], Awaitable[int]],
     tell: ReportProgress,
 ) -> Outcome:
-    """Copies to `to`/NAMESPACE/PATH. Raises SetupError or OSError; what is copied by then stays."""
+    """Copy to `to`/NAMESPACE/PATH. Raises SetupError or OSError; what is copied by then stays."""
     total, done = sum(row.size for row in rows), 0
     for number, row in enumerate(rows):
         await tell(done, total, number, len(rows))
@@ -259,7 +266,8 @@ async def _recover(
 
 
 def make_target(to: Path, namespace: str, path: bytes, ending: str = "") -> Path:
-    """A new empty file at `to`/`namespace`/`path`, with a number in its name where there is one.
+    """Create an empty file at `to`/`namespace`/`path`, with a number in its name where there is
+    one.
 
     Raises SetupError for a path that would lead out of `to`, or to where others may write; or
     OSError.
@@ -318,11 +326,11 @@ def _as_new_file(path: Path) -> bool:
 def recover_unmounted(
     directory: Path, path: bytes, to: bytes, on_step: Callable[[WorkProgress], None]
 ) -> tuple[Outcome, list[Path]]:
-    """Copies what the journal in this cache's directory has of `path`, which is as in the mount, or
-    below its root namespace. Also returns the copies that are partial: without the remote there is
-    only what was changed here.
+    """Copy what the journal in this cache's directory has at or below `path`.
 
-    Raises SetupError, also where the cache is in use.
+    `path` is as in the mount, or below its root namespace. Also returns the copies that are
+    partial: without the remote there is only what was changed here. Raises SetupError, also where
+    the cache is in use.
     """
     return trio.run(_recover_unmounted, directory, path, to, on_step)
 
@@ -343,7 +351,7 @@ async def _recover_unmounted(
 
 
 async def _journal_rows(directory: Path) -> list[Unconfirmed]:
-    """What the journal has. The cache's lock is held."""
+    """Return the journal's rows. The cache's lock is held."""
     journal = Journal.open(directory)
     rows = journal.rows
     await journal.close()
@@ -358,8 +366,10 @@ def _may_be_below(row: Unconfirmed, path: bytes) -> bool:
 
 
 def _is_whole(row: Unconfirmed) -> bool:
-    """Whether no byte of it is the remote's. Above `base_size` nothing is: what is not dirty there
-    is a hole."""
+    """Whether no byte of it is the remote's.
+
+    Above `base_size` nothing is: what is not dirty there is a hole.
+    """
     at = 0
     for start, end in sorted(row.ranges):
         if start > at:

@@ -42,6 +42,7 @@ class Directories:
     # --- handles ----------------------------------------------------------------------------------
 
     def open(self, node: Node) -> int:
+        """Return a handle for opendir(3); nothing is listed yet. Raises NotADirectory."""
         if not node.is_directory:
             raise NotADirectory("only a directory can be listed")
         self._next += 1
@@ -51,6 +52,7 @@ class Directories:
         return self._next
 
     def close(self, handle: int) -> None:
+        """Give the handle up, and the listing that it reads."""
         opened = self._open.pop(handle)
         opened.release_listing()
         if not any(other.node is opened.node for other in self._open.values()):
@@ -62,8 +64,11 @@ class Directories:
         return self._open[handle]
 
     async def read(self, handle: int, start: int) -> Iterator[tuple[int, bytes, Node, bool]]:
-        """(number of the next entry, name, node, whether the kernel counts a lookup), from number
-        `start` on. 0 lists anew, as rewinddir(3) demands."""
+        """Return an iterator over the entries from number `start` on; 0 lists anew, as rewinddir(3)
+        demands: (number of the next entry, name, node, whether the kernel counts a lookup).
+
+        Raises BadHandle, FilesystemError and RemoteError.
+        """
         opened = self._get(handle)
         if opened.listing is None or start == 0:
             await self._list(opened)
@@ -89,7 +94,7 @@ class Directories:
             opened.local = self._unlisted(opened)
 
     def _unlisted(self, opened: OpenDirectory) -> list[Node]:
-        """What the listing may lack; see OpenDirectory.local."""
+        """Return what the listing may lack; see OpenDirectory.local."""
         assert opened.listing
         changed = opened.listing.changed
         return [
@@ -99,7 +104,7 @@ class Directories:
         ]
 
     def _unlisted_at_the_end(self, opened: OpenDirectory) -> list[Node]:
-        """The same of a listing that was read as it came: without what it showed already."""
+        """Return the same for a listing that was read as it came: without what it showed."""
         assert opened.listing
         found = {child.name: child for child in self._unlisted(opened)}
         if found:
@@ -116,7 +121,7 @@ class Directories:
         return any(name not in children and not self._was_removed(opened, name) for name in changed)
 
     def _top(self, node: Node) -> Listing:
-        """The mount's top: the namespaces."""
+        """Return a listing of the mount's top: the namespaces."""
         listing = self._lister.new_listing()
         entries = [
             msgspec.structs.replace(child.entry, name=name)
@@ -157,7 +162,8 @@ class Directories:
         return bool(removals) and removals is not None and removals.get(name, 0) > opened.clock
 
     def _local(self, opened: OpenDirectory, start: int) -> Iterator[tuple[int, bytes, Node, bool]]:
-        """What the remote did not have yet when it was asked, numbered after what it listed."""
+        """Yield what the remote did not have yet when it was asked, numbered after what it
+        listed."""
         assert opened.listing
         for number, child in enumerate(opened.local or [], opened.listing.count + _DOTS):
             is_there = child.is_attached and child.parent is opened.node

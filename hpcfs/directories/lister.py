@@ -102,7 +102,8 @@ class DirectoryLister:
         walk: WalkPredictor,
         flight: Flight | None,
     ) -> None:
-        """Until it is complete, or the program that reads it has closed the directory."""
+        """Fill a listing until it is complete, or the program that reads it has closed the
+        directory."""
         path, moves = node.path, self._tree.moves
         assert listing.scope
         try:
@@ -151,12 +152,12 @@ class DirectoryLister:
                 self._under_way.pop(node, None)
 
     def _changed(self, parent: Node, name: bytes, below: bool) -> None:
-        """The mount changed this name, or the attributes of what has it; with `below`, also what is
-        below it may be another."""
+        """Note a change of this name, or of the attributes of what has it; with `below`, of what is
+        below it, too."""
         self._cache.changed(parent, name)
         for listing in self._under_way.get(parent, ()):
             listing.changed.add(name)
-        if self._ahead and parent.namespace:
+        if self._ahead.flights and parent.namespace:
             self._ahead.changed(parent.namespace, parent.path, name, below=below)
 
     # --- what listings tell of names --------------------------------------------------------------
@@ -176,13 +177,15 @@ class DirectoryLister:
         return found
 
     def was_missing(self, parent: Node, name: bytes) -> bool:
-        """Whether the last listing of this directory, however old, did not have the name; kept for
-        remotes that sleep only."""
+        """Whether the last listing of this directory, however old, did not have the name.
+
+        Old listings are kept of remotes that sleep only.
+        """
         return self._cache.was_missing(parent, name)
 
     def _take_ahead(self, node: Node) -> bool:
-        """A program that asks for names in one directory after the other walks too: whether this
-        one was listed ahead of it."""
+        """Take the listing that was made ahead of a program that asks for names in one directory
+        after the other; return whether there was one."""
         namespace, path = node.namespace, node.path
         if namespace is None or not self._ahead.is_ready(namespace, path):
             return False
@@ -204,8 +207,10 @@ class DirectoryLister:
             self._nursery.start_soon(self._renew, directory, namespace, is_step)
 
     async def _renew(self, node: Node, namespace: Namespace, is_step: bool) -> None:
-        """List a directory because names in it are asked for. A first time, this is a step of a
-        walk."""
+        """List a directory because names in it are asked for.
+
+        A first time, this is a step of a walk.
+        """
         path, moves = node.path, self._tree.moves
         walk, flight = self._ahead.opened(namespace, path) if is_step else (None, None)
         listing = flight.listing if flight else self.new_listing()

@@ -30,11 +30,11 @@ _entries = msgspec.msgpack.Decoder(list[Entry])
 
 
 class Listing:
-    """Pages as they came, asked for at `asked` (Tree.now).
+    """The entries of a directory, numbered from 0, asked for at `asked` (Tree.now).
 
     Pages stay encoded, beyond MEMORY_BYTES in a temporary file in the cache directory: memory does
-    not grow with the directory (invariant 5). Entries are numbered from 0. `spool` is told how many
-    bytes go to that file, or leave it, and says whether there is room (cache/store.py).
+    not grow with the directory (invariant 5). `spool` is told how many bytes go to that file, or
+    leave it, and says whether there is room (cache/store.py).
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Listing:
     ) -> None:
         self.asked = asked
         self.scope: trio.CancelScope | None = None
-        """Of what fills it, if it was begun for who reads it."""
+        """Cancels what fills it, if that was begun for a reader of the directory."""
         self.is_complete = False
         self.error: RemoteError | FilesystemError | None = None
         """Why it ended before it was complete."""
@@ -73,8 +73,11 @@ class Listing:
     # --- filling ----------------------------------------------------------------------------------
 
     def add_page(self, page: bytes) -> None:
-        """A MessagePack list[Entry]. Called by the task that receives for all: raises nothing, and
-        what the disk did not take is for `check_complete` to tell."""
+        """Add a MessagePack list[Entry].
+
+        The task that receives for all calls it: it raises nothing, and `check_complete` tells what
+        the disk did not take.
+        """
         if self._failure is not None or self.is_over:
             return
         try:
@@ -90,7 +93,7 @@ class Listing:
         self._note_progress()
 
     def check_complete(self) -> None:
-        """Call after the last page. Raises CacheFull, TooLarge."""
+        """Raise CacheFull or TooLarge if a page is missing. Call it after the last page."""
         if self._failure is not None:
             raise self._failure
 
@@ -113,8 +116,10 @@ class Listing:
             self._subdirectories += [e.name for e in entries if stat.S_ISDIR(e.mode)]
 
     def _spill(self, pages: list[bytes]) -> None:
-        """Those in memory and one more. Where that fails nothing has changed but a file's end that
-        no page is in."""
+        """Write the pages in memory and one more to the file.
+
+        Where that fails nothing has changed but a file's end that no page is in.
+        """
         length = sum(map(len, pages))
         if not self._spool_bytes(length):
             raise CacheFull("the cache has no room for so long a listing: raise cache_size")
@@ -134,10 +139,11 @@ class Listing:
 
     @property
     def is_over(self) -> bool:
-        """Nothing more comes."""
+        """Whether nothing more comes."""
         return self.is_complete or self.error is not None
 
     def end(self, error: RemoteError | FilesystemError | None = None) -> None:
+        """Nothing more comes: it is complete, or `error` ended it before."""
         self.is_complete, self.error = error is None, error
         self._note_progress()
 
@@ -146,7 +152,7 @@ class Listing:
         self._progress = trio.Event()
 
     async def over_or_long(self, seconds: float) -> None:
-        """Return once it is over, or so long (in bytes or in time) that it is to be read as it
+        """Return once it is over, or so long (in bytes or seconds) that it is to be read as it
         comes."""
         with trio.move_on_after(seconds):
             while not self.is_over and self.is_small:
@@ -161,13 +167,13 @@ class Listing:
 
     @property
     def walkable(self) -> list[bytes]:
-        """Its subdirectories in the order listed; none if they are too many."""
+        """Subdirectories in the order listed; none if they are too many."""
         names = self._subdirectories
         return names if len(names) <= MAX_SUBDIRECTORIES else []
 
     @property
     def size(self) -> int:
-        """In bytes, as it came."""
+        """Bytes of the pages, as they came."""
         return self._size
 
     @property
@@ -178,6 +184,7 @@ class Listing:
     # --- reading ----------------------------------------------------------------------------------
 
     def entries_from(self, number: int) -> Iterator[tuple[int, Entry]]:
+        """Yield (number, entry) from this number on, as far as they have come."""
         for index, (first, _, _) in enumerate(self._pages):
             following = self._pages[index + 1][0] if index + 1 < len(self._pages) else self.count
             if number >= following:
@@ -200,7 +207,7 @@ class Listing:
         return self._file.read(length)
 
     def find(self, name: bytes) -> Entry | None:
-        """Decodes all of a small listing the first time; `drop_index` takes that back."""
+        """Return the entry of a name. The first call decodes all of a small listing."""
         if self._index is None:
             self._index = {entry.name: entry for _, entry in self.entries_from(0)}
             self.release()
@@ -208,13 +215,15 @@ class Listing:
 
     @property
     def has_index(self) -> bool:
+        """Whether `find` has decoded it."""
         return self._index is not None
 
     def drop_index(self) -> None:
+        """Give up the memory that `find` took; it decodes again."""
         self._index = None
 
     def release(self) -> None:
-        """Nobody reads its entries one after the other now; a small one can be read again."""
+        """Free the file and the decoded page; a small listing can be read again."""
         self._decoded, self._entries = -1, []
         if self._file:
             self._file.close()
@@ -223,7 +232,7 @@ class Listing:
             self._spooled = 0
 
     def give_up(self) -> None:
-        """Nobody wants it any more, complete or not."""
+        """Cancel what fills it, and release it."""
         if not self.is_over:
             self.end(CacheFull("the listing was given up"))
             if self.scope is not None:
@@ -248,6 +257,7 @@ class OpenDirectory:
     """Those of them that were listed."""
 
     def release_listing(self) -> None:
+        """Give the listing up, if there is one."""
         self.local = None
         self.shown.clear()
         if self.listing:

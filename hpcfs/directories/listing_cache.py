@@ -1,4 +1,4 @@
-"""What is known of names from listings. No I/O, no clock.
+"""Names and attributes as recent listings tell them. No I/O, no clock.
 
 A complete listing that is at most a second old says which names there are, with their attributes.
 Which there are not it tells only to programs that are about to create them (create_predictor.py):
@@ -14,11 +14,11 @@ from hpcfs.inodes.tree import ATTRIBUTE_SECONDS, Node
 from hpcfs.model.entries import Entry
 
 MAX_BYTES = 16 * 1024 * 1024
-"""Of listings as they came: some 200,000 entries."""
+"""Encoded listings that are kept: some 200,000 entries."""
 MAX_INDEXED = 40_000
 """Entries of listings that were decoded to find names in them, some 500 bytes each."""
 MAX_OLD_BYTES = 4 * 1024 * 1024
-"""The same of those that are not believed any more, but of a laptop that is away."""
+"""Encoded listings of laptops, kept for when the laptop is away."""
 GUESS_SECONDS = 5.0
 """For which a directory that was made here counts as empty while a program fills it: rsync makes
 directories some time before. Who makes a file there that others just made hears of it: the remote
@@ -28,7 +28,7 @@ UNLISTED_NAMES = frozenset({b".snapshot", b".snapshots", b".zfs", b".ckpt"})
 
 
 class ListingCache:
-    """The last listings of directories, for as long as they are believed."""
+    """Keeps the last listings of directories for as long as they are believed."""
 
     def __init__(self) -> None:
         self._listings: OrderedDict[Node, Listing] = OrderedDict()
@@ -41,7 +41,7 @@ class ListingCache:
         return len(self._listings)
 
     def put(self, node: Node, listing: Listing, now: float) -> None:
-        """A listing that is complete."""
+        """Keep a listing that is complete."""
         known = self._listings.get(node)
         if known is not None and known.asked > listing.asked:
             return
@@ -55,6 +55,7 @@ class ListingCache:
             self._remove(next(iter(self._listings)))
 
     def expire(self, now: float) -> None:
+        """Drop what is not believed any more at `now`, or keep it as an old listing of a laptop."""
         while self._listings:
             node, listing = next(iter(self._listings.items()))
             if now - listing.asked <= _lifetime(listing):
@@ -78,7 +79,7 @@ class ListingCache:
             listing.drop_index()
 
     def was_missing(self, node: Node, name: bytes) -> bool:
-        """Whether the last listing, however old, says so."""
+        """Whether the last listing, however old, did not have the name."""
         listing = self._listings.get(node) or self._old.get(node)
         if listing is None or name in listing.changed or name in UNLISTED_NAMES:
             return False
@@ -89,14 +90,16 @@ class ListingCache:
         return listing.find(name) is None
 
     def changed(self, node: Node, name: bytes) -> None:
-        """The listing of this directory does not speak for that name any more."""
+        """Note that the directory's listing does not speak for that name any more."""
         for listing in (self._listings.get(node), self._old.get(node)):
             if listing is not None:
                 listing.changed.add(name)
 
     def find(self, node: Node, name: bytes, now: float) -> tuple[float, Entry | None] | None:
-        """-> (when it was asked, the entry or None if there is no such name); None if no listing
-        can tell."""
+        """Return (when it was asked, the entry or None for no such name).
+
+        Returns None if no listing can tell.
+        """
         listing = self._listings.get(node)
         if listing is None or name in listing.changed or name in UNLISTED_NAMES:
             return None
@@ -108,7 +111,7 @@ class ListingCache:
         return listing.asked, listing.find(name)
 
     def unshown(self, node: Node, now: float) -> Listing | None:
-        """A listing that no program has read yet, if it still says how the directory is."""
+        """Return a listing that no program has read yet, if it still says how the directory is."""
         listing = self._listings.get(node)
         if listing is None or listing.shown or listing.changed or listing.is_guess:
             return None

@@ -25,8 +25,8 @@ from hpcfs.site.namespace import Namespace
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 4 * 1024 * 1024
-"""Of all that is listed ahead and not used yet."""
-SWEEP_SECONDS = 0.25
+"""Encoded listings that are held and not used yet."""
+EXPIRE_SECONDS = 0.25
 NEXT = 2
 """Directories whose entries are told before the program reads them."""
 
@@ -35,7 +35,7 @@ OnNext = Callable[[Namespace, bytes, Iterable[Entry], float], None]
 
 
 class Flight:
-    """One directory's listing, under way or complete. `walk` is whom it was made for."""
+    """A directory's listing, under way or complete, made for a `walk`."""
 
     def __init__(self, namespace: Namespace, walk: WalkPredictor, listing: Listing) -> None:
         self.namespace = namespace
@@ -52,6 +52,7 @@ class Flight:
         """Failed, or too large to be kept. Not tried again while the walk would come by here."""
 
     def found(self, now: float) -> Found:
+        """Return what a program would find of it at `now`."""
         if self.useless:
             return Found.NOTHING
         if not self.ended.is_set():
@@ -59,22 +60,30 @@ class Flight:
         return Found.READY if now - self.listing.asked <= ATTRIBUTE_SECONDS else Found.NOTHING
 
     async def result(self) -> None:
-        """Return once it is complete."""
+        """Return once it is complete. Raises RemoteError and FilesystemError."""
         await self.ended.wait()
         if self.error is not None:
             raise self.error
 
     @property
     def size(self) -> int:
+        """Bytes that it holds."""
         return 0 if self.useless else self.listing.size
 
     def give_up(self) -> None:
+        """Cancel it and drop what has come."""
         self.useless = True
         self.scope.cancel()
         self.listing.release()
 
 
 class ListingPrefetcher:
+    """Lists directories before programs come to them, and holds the listings until then.
+
+    `number` is the inode number of a path; `on_next` is called for directories that a program will
+    come to next, once they are listed.
+    """
+
     def __init__(
         self,
         new_listing: Callable[[], Listing],
@@ -88,22 +97,19 @@ class ListingPrefetcher:
         self._now = now
         self._nursery = nursery
         self._walks = WalkPredictors(number)
-        self._flights: dict[bytes, Flight] = {}
-        self._sweeping = False
-
-    def __len__(self) -> int:
-        """Listings under way or not used yet."""
-        return len(self._flights)
+        self.flights: dict[bytes, Flight] = {}
+        """Listings under way or not used yet, by namespace and path."""
+        self._is_expiring = False
 
     # --- what programs do -------------------------------------------------------------------------
 
     def opened(self, namespace: Namespace, path: bytes) -> tuple[WalkPredictor, Flight | None]:
-        """A program reads this directory: what is there of its listing is taken, and what it will
-        read next is asked for."""
+        """Take what is there of the listing of a directory that a program reads, and ask for what
+        it will read next."""
         key, now = key_of(namespace, path), self._now()
-        flight = self._flights.pop(key, None)
+        flight = self.flights.pop(key, None)
         found = flight.found(now) if flight is not None else Found.NOTHING
-        walk = self._walks.opened(key, found, self._flights, now)
+        walk = self._walks.opened(key, found, self.flights, now)
         if found is Found.NOTHING:
             flight = None
             self._drop_unwanted(walk)
@@ -113,31 +119,31 @@ class ListingPrefetcher:
         return walk, flight
 
     def is_ready(self, namespace: Namespace, path: bytes) -> bool:
-        if not self._flights:
+        """Whether the listing of this directory is complete and still believed."""
+        if not self.flights:
             return False
-        flight = self._flights.get(key_of(namespace, path))
+        flight = self.flights.get(key_of(namespace, path))
         return flight is not None and flight.found(self._now()) is Found.READY
 
     def closed(self, walk: WalkPredictor) -> None:
-        """What `opened` began is over: the program has its listing, or an error."""
+        """End what `opened` began: the program has its listing, or an error."""
         walk.answered(self._now())
 
     def listed(
         self, namespace: Namespace, path: bytes, walk: WalkPredictor, listing: Listing
     ) -> None:
-        """So the directory was listed; its subdirectories may come next."""
+        """Take note of a listing; its subdirectories may come next."""
         walk.listed(key_of(namespace, path), listing.walkable, self._now() - listing.asked)
         self._ask(namespace, walk)
 
     def changed(self, namespace: Namespace, path: bytes, name: bytes, *, below: bool) -> None:
-        """An entry of a directory was changed here; with `below`, what is below that name too."""
-        if not self._flights:
-            return
+        """Drop the listing of a directory that was changed here; with `below`, those below `name`
+        too."""
         key = key_of(namespace, path)
         self._drop(key)
         if below:
             inside = paths.join(key, name)
-            for other in [k for k in self._flights if paths.is_below(k, inside)]:
+            for other in [k for k in self.flights if paths.is_below(k, inside)]:
                 self._drop(other)
 
     # --- listings -------------------------------------------------------------------------------
@@ -146,18 +152,18 @@ class ListingPrefetcher:
         has_room = self._size < MAX_BYTES
         wanted = walk.wanted()
         for key in wanted:
-            if has_room and len(self._flights) < MOST_HELD and key not in self._flights:
-                flight = self._flights[key] = Flight(namespace, walk, self._new_listing())
+            if has_room and len(self.flights) < MOST_HELD and key not in self.flights:
+                flight = self.flights[key] = Flight(namespace, walk, self._new_listing())
                 self._nursery.start_soon(self._fly, key, flight)
         self._tell_of_next(namespace, wanted[:NEXT])
-        if self._flights and not self._sweeping:
-            self._sweeping = True
-            self._nursery.start_soon(self._sweep)
+        if self.flights and not self._is_expiring:
+            self._is_expiring = True
+            self._nursery.start_soon(self._expire_regularly)
 
     def _tell_of_next(self, namespace: Namespace, keys: Sequence[bytes]) -> None:
-        """What the program reads next, and what is in it, as far as that is known."""
+        """Tell which directories the program reads next, and what is in them if that is known."""
         for key in keys:
-            flight = self._flights.get(key)
+            flight = self.flights.get(key)
             if flight is not None and flight.is_news and flight.found(self._now()) is Found.READY:
                 flight.is_news = False
                 entries = [entry for _, entry in flight.listing.entries_from(0)]
@@ -174,7 +180,7 @@ class ListingPrefetcher:
             except (RemoteError, FilesystemError) as error:
                 flight.error = error
         flight.ended.set()
-        if flight.taken or self._flights.get(key) is not flight:
+        if flight.taken or self.flights.get(key) is not flight:
             return
         if is_complete:
             self.listed(flight.namespace, path, flight.walk, flight.listing)
@@ -191,29 +197,29 @@ class ListingPrefetcher:
 
     @property
     def _size(self) -> int:
-        return sum(flight.size for flight in self._flights.values())
+        return sum(flight.size for flight in self.flights.values())
 
     def _drop(self, key: bytes) -> None:
-        flight = self._flights.pop(key, None)
+        flight = self.flights.pop(key, None)
         if flight is not None:
             flight.give_up()
 
     def _drop_unwanted(self, walk: WalkPredictor) -> None:
         wanted = set(walk.wanted())
-        for key, flight in list(self._flights.items()):
+        for key, flight in list(self.flights.items()):
             if flight.walk is walk and key not in wanted:
                 self._drop(key)
 
-    async def _sweep(self) -> None:
-        while self._flights:
-            await trio.sleep(SWEEP_SECONDS)
+    async def _expire_regularly(self) -> None:
+        while self.flights:
+            await trio.sleep(EXPIRE_SECONDS)
             self._expire()
-        self._sweeping = False
+        self._is_expiring = False
 
     def _expire(self) -> None:
         now = self._now()
         wasteful: set[WalkPredictor] = set()
-        for key, flight in list(self._flights.items()):
+        for key, flight in list(self.flights.items()):
             old = flight.ended.is_set() and now - flight.listing.asked > ATTRIBUTE_SECONDS
             if old or flight.walk.is_quiet(now):
                 self._drop(key)
@@ -223,4 +229,5 @@ class ListingPrefetcher:
 
 
 def key_of(namespace: Namespace, path: bytes) -> bytes:
+    """Return the path with its namespace before it."""
     return paths.join(namespace.name.encode(), path)

@@ -41,13 +41,13 @@ class _Use:
 
 
 class LookupRate:
-    """Which directories have many names asked for that their nodes could not answer."""
+    """Counts the names that programs ask for in each directory and that nodes could not answer."""
 
     def __init__(self) -> None:
         self._uses: OrderedDict[Node, _Use] = OrderedDict()
 
     def note(self, node: Node, now: float) -> bool:
-        """A name in this directory was asked for. Whether to list it now."""
+        """Count a name that was asked for in this directory; return whether to list it now."""
         use = self._of(node)
         use.count(now)
         age = now - use.asked
@@ -57,13 +57,13 @@ class LookupRate:
         return use.score > max(needed, use.entries / ENTRIES_PER_USE)
 
     def begin(self, node: Node, now: float) -> bool:
-        """Whether nobody listed it for a while."""
+        """Note that it is being listed; return whether nobody had listed it for a while."""
         use = self._of(node)
         use.under_way = True
         return now - use.asked > RECENT_SECONDS
 
     def listed(self, node: Node, listing: Listing, now: float) -> None:
-        """By anybody: for a program, or in the background."""
+        """Note a listing of the directory, for a program or in the background."""
         use = self._of(node)
         use.under_way = False
         use.asked, use.duration, use.entries = listing.asked, now - listing.asked, listing.count
@@ -71,7 +71,7 @@ class LookupRate:
             use.not_before = now + PAUSE_SECONDS
 
     def failed(self, node: Node, now: float) -> None:
-        """It could not be listed, or not in time."""
+        """Note that it could not be listed, or not in time."""
         use = self._of(node)
         use.under_way = False
         use.not_before = now + PAUSE_SECONDS

@@ -30,14 +30,14 @@ QUIET_SECONDS = 1.0
 """A program that read nothing for so long does not walk."""
 _WALKS = 4
 _MAX_NAMES = 20_000
-"""Of subdirectories that one walk remembers."""
+"""Subdirectories that one walk remembers."""
 
 Number = Callable[[bytes], int]
 """The inode number of a path."""
 
 
 class Found(enum.Enum):
-    """What was there of the listing when a program asked for it."""
+    """How much was there of a listing when a program asked for it."""
 
     NOTHING = enum.auto()
     UNDER_WAY = enum.auto()
@@ -45,6 +45,8 @@ class Found(enum.Enum):
 
 
 class Order(enum.IntEnum):  # hashed without Python
+    """In which order a program reads the subdirectories of one directory."""
+
     LISTED = enum.auto()
     NAME = enum.auto()
     NUMBER = enum.auto()
@@ -92,13 +94,13 @@ class _Folder:
         self._read.add(name)
 
     def following(self, order: Order) -> Iterator[bytes]:
-        """Without those that were read while the order seemed to be another one."""
+        """Yield the names that come next in this order and were not read yet."""
         names = islice(self._names(order), self._next(order), None)
         return (name for name in names if name not in self._read)
 
 
 class WalkPredictor:
-    """What one program walks, from `root` down. `window` is how many to list ahead."""
+    """Predicts one walk, from `root` down. `window` is how many directories to list ahead."""
 
     def __init__(self, root: bytes, number: Number, now: float) -> None:
         self.root = root
@@ -115,15 +117,16 @@ class WalkPredictor:
         self._folders: dict[bytes, _Folder] = {}
 
     def is_quiet(self, now: float) -> bool:
+        """Whether the program has read nothing for QUIET_SECONDS."""
         return not self.waiting and now - self._active > QUIET_SECONDS
 
     def knows(self, path: bytes) -> bool:
+        """Whether the walk began here, or has met this directory in its parent."""
         folder = self._folders.get(paths.parent(path))
         return path == self.root or (folder is not None and paths.name(path) in folder)
 
     def opened(self, path: bytes, found: Found, held: Collection[bytes], now: float) -> None:
-        """A program reads this directory, which the walk knows. `held` are those that are listed
-        ahead."""
+        """Note that a program reads this directory. `held` are those that are listed ahead."""
         pauses = self.is_quiet(now)
         if not self.waiting:
             self._thinks = _smoothed(self._thinks, now - self._active)
@@ -145,12 +148,12 @@ class WalkPredictor:
         self._forget_all_but(path, held)
 
     def _is_too_small(self) -> bool:
-        """For a program that does not wait only because this one happened to be there."""
+        """Whether the program will have to wait for the next ones at this rate."""
         return self.window * (self._thinks or 0.0) < (self._took or 0.0)
 
     def _step(self, path: bytes) -> int:
-        """How many to list ahead because this was to be expected, perhaps in another order than the
-        last steps were in."""
+        """Return how many to list ahead because this directory was to be expected, perhaps in
+        another order than the last steps were in."""
         folder, name = self._folders[paths.parent(path)], paths.name(path)
         orders = [self.order, *Order]
         agreeing = next((order for order in orders if folder.foresees(name, order)), None)
@@ -162,7 +165,7 @@ class WalkPredictor:
         return 1 if is_first else FEWEST
 
     def _forget_all_but(self, path: bytes, held: Collection[bytes]) -> None:
-        """What the program has left behind does not come again."""
+        """Forget what the program has left behind: it does not come again."""
         self._folders = {
             known: folder
             for known, folder in self._folders.items()
@@ -170,23 +173,23 @@ class WalkPredictor:
         }
 
     def listed(self, path: bytes, subdirectories: Sequence[bytes], took: float) -> None:
-        """For the program or ahead of it, in `took` seconds."""
+        """Note the subdirectories of a directory, which took `took` seconds to list."""
         self._took = _smoothed(self._took, took)
         names = sum(folder.count for folder in self._folders.values())
         if names + len(subdirectories) <= _MAX_NAMES:
             self._folders[path] = _Folder(path, subdirectories, self._number)
 
     def answered(self, now: float) -> None:
-        """The program waits no more."""
+        """Note that the program waits no more."""
         self.waiting -= 1
         self._active = now
 
     def wasted(self) -> None:
-        """What was listed ahead was not used in time."""
+        """Look less far ahead: what was listed ahead was not used in time."""
         self.window //= 2
 
     def wanted(self) -> list[bytes]:
-        """Which to list ahead, or to keep if they are; the next one first."""
+        """Return what to list ahead, or to keep if it is; the next one first."""
         return list(islice(self._upcoming(), self.window))
 
     def _upcoming(self) -> Iterator[bytes]:
@@ -214,7 +217,7 @@ class WalkPredictor:
 
 
 class WalkPredictors:
-    """All that go on, each known by where it began; the longest unused one is forgotten."""
+    """Keeps the walks that go on, by where they began; the longest unused one is forgotten."""
 
     def __init__(self, number: Number) -> None:
         self._number = number
@@ -223,7 +226,7 @@ class WalkPredictors:
     def opened(
         self, path: bytes, found: Found, held: Collection[bytes], now: float
     ) -> WalkPredictor:
-        """The walk that this directory belongs to, perhaps a new one."""
+        """Return the walk that this directory belongs to, perhaps a new one."""
         walk = next((walk for walk in reversed(self._walks.values()) if walk.knows(path)), None)
         if walk is None:
             walk = self._walks[path] = WalkPredictor(path, self._number, now)

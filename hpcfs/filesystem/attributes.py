@@ -18,7 +18,8 @@ from hpcfs.writeback.close import Closer
 
 
 class AttributeChanges:
-    """`uid` is the user whose mount it is."""
+    """Changes attributes for `uid`, the user whose mount it is: at once, or with the next
+    upload."""
 
     def __init__(self, tree: Tree, store: Store, closer: Closer, uid: int) -> None:
         self._tree = tree
@@ -29,7 +30,10 @@ class AttributeChanges:
         """That the remote was seen to let the user give files to."""
 
     async def change(self, namespace: Namespace, node: Node, attributes: Attributes) -> None:
-        """Raises FilesystemError, RemoteError."""
+        """Set the attributes that are not None.
+
+        Raises NotOwner, Stale, other FilesystemErrors, and RemoteError.
+        """
         if not attributes:
             return
         changes_ids = (attributes.uid, attributes.gid) != (None, None)
@@ -41,7 +45,7 @@ class AttributeChanges:
         self._tree.note_changed(node)
 
     async def _change(self, namespace: Namespace, node: Node, attributes: Attributes) -> None:
-        await self._closer.settled(node)
+        await self._closer.wait_closed(node)
         if node.is_ahead:
             if await self._must_ask(namespace, node, attributes):
                 await self._ask(namespace, node, attributes)
@@ -74,7 +78,8 @@ class AttributeChanges:
         return attributes.gid is not None and attributes.gid not in self._groups.get(namespace, ())
 
     async def _ask(self, namespace: Namespace, node: Node, attributes: Attributes) -> None:
-        """Set it on the remote while the file is dirty; one that is only here goes up before."""
+        """Set them on the remote while the file is dirty; one that is only here is uploaded
+        first."""
         content = node.content
         assert content
         if content.may_be_missing:
@@ -88,8 +93,8 @@ class AttributeChanges:
             self._tree.set_local(node, entry)
 
     async def _bring_before(self, directory: Node, mode: int) -> None:
-        """What waits in it could not be made there later: cp -a and tar make directories read-only
-        once they are filled."""
+        """Upload what waits in a directory that becomes read-only, as it could not be created there
+        later: cp -a and tar change the mode once a directory is filled."""
         if mode & stat.S_IWUSR and mode & stat.S_IXUSR:
             return
         for below in list(directory.below()):
@@ -114,7 +119,7 @@ class AttributeChanges:
         self._show(node, attributes, content.capabilities.mtime_resolution_ns)
 
     def _show(self, node: Node, attributes: Attributes, resolution: int) -> None:
-        """With times of this resolution in nanoseconds."""
+        """Show these, with times of this resolution in nanoseconds."""
         entry = node.entry
         changed = {
             field: value

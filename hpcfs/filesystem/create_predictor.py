@@ -46,7 +46,7 @@ class CreatePredictor:
         return found is not None and found.run >= RUN
 
     def missed(self, process: int, name: Name) -> None:
-        """The process was told that there is no such name."""
+        """Note that the process was told that there is no such name."""
         if process == UNKNOWN_PROCESS:
             return
         found = self._of(process)
@@ -58,14 +58,15 @@ class CreatePredictor:
             found.run = 0
 
     def created(self, process: int, name: Name) -> None:
-        """The process created this name."""
+        """Note that the process created this name."""
         found = self._processes.get(process)
         if found is not None and name in found.wanted:
             found.wanted.remove(name)
             found.run += 1
 
     def does_else(self, process: int) -> None:
-        """The process opened, removed or found what it had not created, or read a directory."""
+        """Note that the process opened, removed or found what it had not created, or read a
+        directory."""
         self._processes.pop(process, None)
 
     def _of(self, process: int) -> _Process:

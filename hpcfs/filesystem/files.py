@@ -14,7 +14,7 @@ import time
 import msgspec
 
 from hpcfs.content.content import Content
-from hpcfs.content.factory import ContentFactory
+from hpcfs.content.shared import RemoteFile, Shared
 from hpcfs.content.snapshot import mode_without_ids
 from hpcfs.filesystem.lookup import Lookup
 from hpcfs.filesystem.openfile import OpenFile, OpenReply
@@ -50,15 +50,15 @@ class Files:
     def __init__(
         self,
         tree: Tree,
-        contents: ContentFactory,
+        shared: Shared,
         closer: Closer,
         lookup: Lookup,
         file_prefetcher: FilePrefetcher,
         permissions: Permissions,
     ) -> None:
         self._tree = tree
-        self._contents = contents
-        self._store = contents.store
+        self._shared = shared
+        self._store = shared.store
         self._closer = closer
         self._uploader = closer.uploader
         self._queue = closer.queue
@@ -78,12 +78,16 @@ class Files:
     # --- open and create ---------------------------------------------------------------------
 
     async def open(self, node: Node, flags: int) -> OpenReply:
+        """Open the node's file as open(2) does with these flags.
+
+        Raises Stale if another file has its name by now, other FilesystemErrors, and RemoteError.
+        """
         namespace = self._regular(node)
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         if writing or flags & os.O_TRUNC:
             namespace.check_writable()
         await self._permissions.check_open(node, flags)
-        await self._closer.settled(node)
+        await self._closer.wait_closed(node)
         if not writing:
             self._file_prefetcher.opened(node)
         content = await self._current(node, namespace, flags)
@@ -101,8 +105,11 @@ class Files:
         return OpenReply(handle, keep, not node.kernel_is_behind)
 
     async def _current(self, node: Node, namespace: Namespace, flags: int) -> Content:
-        """The content that the remote has now, with one user more. What a program will read is
-        held from here on, so that replacing the file does not cut it short."""
+        """Return the content that the remote has now, with one user more.
+
+        What a program will read is held from here on, so that replacing the file does not cut it
+        short.
+        """
         mode = flags & os.O_ACCMODE
         reads = mode != os.O_WRONLY and not flags & os.O_TRUNC
         for _ in range(_CURRENT_ATTEMPTS):
@@ -111,12 +118,12 @@ class Files:
                 await self._lookup.revalidate(node)
                 reads = False
             content = await self._content(node, namespace)
-            is_new = not content.users and not content.served
+            is_new = not content.users and not content.reader.base.served
             self._closer.use(content)
             try:
                 if not reads:
                     return content
-                if content.can_hold(read_only=mode == os.O_RDONLY):
+                if content.reader.can_hold(read_only=mode == os.O_RDONLY):
                     is_current = await self._hold(content, node, namespace)
                 else:
                     await self._lookup.revalidate(node, content if is_new else None)
@@ -133,10 +140,10 @@ class Files:
     async def _hold(self, content: Content, node: Node, namespace: Namespace) -> bool:
         """Whether it is held. A file with several names is looked up by each (lookup.py)."""
         asked = self._tree.now()
-        if node.others:
+        if node.extra_links:
             await self._lookup.revalidate(node)
         try:
-            entry = await content.hold()
+            entry = await content.reader.hold()
         except NotConnected:
             if not namespace.sleeps:
                 raise
@@ -159,7 +166,7 @@ class Files:
         """The node's content, made if this is its first handle."""
         while True:
             if node.content and node.content.closing is not None:
-                await self._closer.settled(node)
+                await self._closer.wait_closed(node)
                 await self._lookup.revalidate(node)
                 continue
             if node.content:
@@ -174,12 +181,15 @@ class Files:
             if node.content or node.entry.version != entry.version:
                 self._store.release(file)
                 continue
-            node.content = self._contents.make(node, namespace, capabilities, file)
+            node.content = Content(RemoteFile(node, namespace, capabilities), file, self._shared)
             return node.content
 
     async def create(self, parent: Node, name: bytes, mode: int, flags: int) -> tuple[int, Node]:
-        """-> (handle, node) of a new empty file. In `back` mode the remote does not hear of it yet:
-        the kernel has just been told that there is no such name."""
+        """Create an empty file and return (handle, node).
+
+        In `back` mode the remote does not hear of it yet: the kernel was just told that there is no
+        such name. Raises AlreadyExists, PermissionDenied, JournalFull and RemoteError.
+        """
         namespace = parent.namespace
         assert namespace
         capabilities = await namespace.capabilities()
@@ -202,7 +212,7 @@ class Files:
         file = self._store.create(namespace.origin, path, entry.version, 0)
         file.users = 1
         self._store.adopt(file)
-        content = self._contents.make(node, namespace, capabilities, file)
+        content = Content(RemoteFile(node, namespace, capabilities), file, self._shared)
         self._closer.use(content)
         if capabilities.creates_on_upload or namespace.writes_back:
             content.note_absent()
@@ -238,6 +248,7 @@ class Files:
         return self._next
 
     def get(self, handle: int) -> OpenFile:
+        """Return the open file of a handle. Raises BadHandle."""
         if handle not in self._open:
             raise BadHandle("no such open file")
         return self._open[handle]
@@ -245,19 +256,27 @@ class Files:
     # --- read and write -------------------------------------------------------------------------
 
     async def read(self, handle: int, offset: int, length: int) -> bytes | bytearray:
+        """Return up to `length` bytes from `offset` on, fewer only at the end of the file.
+
+        Raises BadHandle, Stale and RemoteError.
+        """
         return await self.get(handle).read(offset, length)
 
     async def write(self, handle: int, offset: int, data: bytes) -> int:
+        """Write at `offset`, or at the end if the handle appends; return the number of bytes.
+
+        Raises BadHandle, Stale, CacheFull, JournalFull and RemoteError.
+        """
         opened = self.get(handle)
         if not opened.is_writable:
             raise BadHandle("the file was opened for reading only")
         if opened.content.namespace.writes_back and not opened.content.state.is_unlinked:
             await self._queue.make_room(opened.content, len(data))
-        async with self._uploader.writing(opened.content):
-            if opened.appends:
-                await opened.content.append(data)
-            else:
-                await opened.content.write(offset, data)
+        if opened.content.is_noted:
+            await opened.write(offset, data)
+        else:
+            async with self._uploader.writing(opened.content):
+                await opened.write(offset, data)
         self._stamp(opened.node, opened.content)
         return len(data)
 
@@ -276,14 +295,17 @@ class Files:
         )
 
     async def truncate(self, node: Node, size: int, handle: int | None) -> bool:
-        """Without a handle nobody will close the file: the remote is told before this returns.
-        Whether the size stayed as it was: the time is to be set nevertheless."""
+        """Set the file's size in bytes; return whether it had that size already, so that its time
+        is still to be set.
+
+        Without a handle nobody will close the file: the remote is told before this returns.
+        """
         namespace = self._regular(node)
         namespace.check_writable()
         if handle is not None:
             return not await self._cut(node, self.get(handle).content, size)
         await self._permissions.check_open(node, os.O_WRONLY)
-        await self._closer.settled(node)
+        await self._closer.wait_closed(node)
         content = node.content
         if content is None:
             entry = await namespace.entry(m.Truncate(node.path, size))
@@ -316,7 +338,10 @@ class Files:
     # --- flush and close ------------------------------------------------------------------------
 
     async def flush_handle(self, handle: int, *, sync: bool = False) -> None:
-        """fsync(2), or close(2), which is nothing to who only read: whoever wrote hears of it."""
+        """Flush on fsync(2) (`sync`), or on close(2) if the handle can write.
+
+        Raises BadHandle, and the errors of the upload.
+        """
         opened = self.get(handle)
         if sync:
             await self._closer.flush(opened.content, sync=True)
@@ -324,9 +349,10 @@ class Files:
             await self._closer.closed(opened.content)
 
     async def close_all(self) -> None:
-        """The kernel is gone: close what it left open."""
+        """Close what the kernel left open when it unmounted."""
         for handle in list(self._open):
             await self.release(handle)
 
     async def release(self, handle: int) -> None:
+        """Close the handle; upload errors nobody heard of are logged, and the bytes kept."""
         await self._closer.leave(self._open.pop(handle).content)

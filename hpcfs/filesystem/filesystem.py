@@ -1,5 +1,5 @@
-"""What each operation means. Runs with no mount (kernel/ calls it) and no network (a namespace's
-remote is behind site/namespace.py).
+"""The meaning of each operation, without a mount (kernel/ calls it) and without a network (a
+namespace's remote is behind site/namespace.py).
 
 Operations take inode numbers and handles, and return nodes, bytes or numbers. They raise
 FilesystemError (model/errors.py) or RemoteError (protocol/messages.py) and nothing else that
@@ -19,7 +19,7 @@ import msgspec
 import trio
 
 from hpcfs.cache.store import Store
-from hpcfs.content.factory import ContentFactory
+from hpcfs.content.shared import Shared
 from hpcfs.directories.directories import Directories
 from hpcfs.directories.lister import DirectoryLister
 from hpcfs.filesystem.attributes import AttributeChanges
@@ -55,12 +55,12 @@ log = logging.getLogger(__name__)
 
 USAGE_PATIENCE = 2.0
 UNLIMITED = DiskUsage(1 << 50, 1 << 50, 1 << 50, 1 << 32, 1 << 32)
-"""What df shows of a remote that knows no limit: 1 PiB free."""
+"""Shown by df for a remote that knows no limit: 1 PiB free."""
 
 
 @dataclass(frozen=True)
 class MountOptions:
-    """What a mount is asked to be.
+    """How a mount is made.
 
     `single` makes the only namespace the root of the mount itself, as with sshfs. `mountpoint` is
     its absolute path, where there is one; `uid` and `gid` are the user's; `journal_size` is how
@@ -102,9 +102,9 @@ class Filesystem:
         self._namespaces = list(namespaces)
         self.tree = _make_tree(self._namespaces, options)
         self.permissions = Permissions(options.uid, options.gid)
-        self.contents = ContentFactory(store, nursery, options.now)
+        self.shared = Shared(store, nursery, options.now)
         self.closer = Closer(self.tree, store, uploader, nursery, options.journal_size)
-        self.file_prefetcher = FilePrefetcher(self.tree, self.contents)
+        self.file_prefetcher = FilePrefetcher(self.tree, self.shared)
         self.lister = DirectoryLister(
             self.tree, self.file_prefetcher, str(store.directory), store.spool, nursery
         )
@@ -122,7 +122,7 @@ class Filesystem:
         )
         self.files = Files(
             self.tree,
-            self.contents,
+            self.shared,
             self.closer,
             self.lookup,
             self.file_prefetcher,
@@ -139,20 +139,21 @@ class Filesystem:
     # --- what leads elsewhere, and what there is room for ----------------------------------------
 
     async def readlink(self, ino: int) -> bytes:
+        """Return the target of a symbolic link. Raises InvalidRequest, LeadsOut and RemoteError."""
         node = self.tree.get(ino)
         if node.namespace is None or not node.is_link:
             raise InvalidRequest("only a symbolic link has a target")
         return await self._symlinks.target(node)
 
     async def access(self, ino: int, mask: int) -> None:
-        """Raises ReadOnly or NotPermitted where the mount can tell; else the remote decides."""
+        """Raise ReadOnly or PermissionDenied where the mount can tell; else the remote decides."""
         node = self.tree.get(ino)
         if mask & os.W_OK:
             self._writable(node)
         await self.permissions.check_access(node, mask)
 
     async def disk_usage(self) -> DiskUsage:
-        """FUSE's statfs names no file: the roomiest namespace answers for all."""
+        """Return the roomiest namespace's usage: the statfs of FUSE names no file."""
         found: list[DiskUsage] = []
 
         async def ask(namespace: Namespace) -> None:
@@ -189,7 +190,7 @@ class Filesystem:
         return parent, namespace
 
     async def _about_to_change(self, ino: int, name: bytes) -> tuple[Node, Namespace]:
-        """The same; whatever comes of it, older listings don't tell of this name any more."""
+        """Do the same; from now on older listings do not tell of this name."""
         parent, namespace = await self._parent(ino, name)
         self.tree.note_made(parent, name)
         return parent, namespace
@@ -203,7 +204,7 @@ class Filesystem:
         return self.tree.add(parent, name, entry, asked)
 
     def _refuse_pending(self, parent: Node, name: bytes) -> None:
-        """The remote does not know of a file that is to be made there."""
+        """Raise AlreadyExists for a name that the remote does not know of yet."""
         known = self.tree.child(parent, name)
         if known and known.content and known.content.may_be_missing:
             raise AlreadyExists("the name is taken")
@@ -211,6 +212,7 @@ class Filesystem:
     async def mkdir(
         self, parent_ino: int, name: bytes, mode: int, process: int = UNKNOWN_PROCESS
     ) -> Node:
+        """Make a directory on the remote and return its node. Raises AlreadyExists and others."""
         parent, namespace = await self._about_to_change(parent_ino, name)
         asked = self.tree.now()
         self._refuse_pending(parent, name)
@@ -222,6 +224,7 @@ class Filesystem:
     async def symlink(
         self, parent_ino: int, name: bytes, target: bytes, process: int = UNKNOWN_PROCESS
     ) -> Node:
+        """Make a symbolic link on the remote and return its node."""
         parent, namespace = await self._about_to_change(parent_ino, name)
         if namespace.symlinks == "hide":
             raise NoSuchKind(f"{namespace.name} does not show symbolic links, so none are made")
@@ -233,6 +236,7 @@ class Filesystem:
         return node
 
     async def link(self, ino: int, parent_ino: int, name: bytes) -> Node:
+        """Give the file a further name on the remote; return the node of that name."""
         parent, namespace = await self._about_to_change(parent_ino, name)
         node = self.tree.get(ino)
         if node.namespace is not namespace:
@@ -256,7 +260,11 @@ class Filesystem:
     async def create(
         self, parent_ino: int, name: bytes, mode: int, flags: int, process: int = UNKNOWN_PROCESS
     ) -> tuple[int, Node]:
-        """-> (handle, node). Without O_EXCL, a file that has just come into being is opened."""
+        """Create a file, or without O_EXCL open one that has just come into being; return (handle,
+        node).
+
+        Raises AlreadyExists with O_EXCL, and others.
+        """
         parent, _ = await self._about_to_change(parent_ino, name)
         if known := self.tree.child(parent, name):
             if flags & os.O_EXCL:
@@ -280,6 +288,7 @@ class Filesystem:
         return handle, node
 
     async def mknod(self, parent_ino: int, name: bytes, mode: int) -> Node:
+        """Make an empty file. Raises NoSuchKind for any other kind."""
         if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
             raise NoSuchKind("only files, directories and symbolic links can be made")
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
@@ -293,11 +302,13 @@ class Filesystem:
         return node
 
     async def unlink(self, parent_ino: int, name: bytes) -> None:
+        """Remove a name that is no directory; the file stays readable where it is open."""
         parent, namespace = await self._about_to_change(parent_ino, name)
         node = self.tree.child(parent, name)
         await self._renamer.unlink(namespace, node, parent, name)
 
     async def rmdir(self, parent_ino: int, name: bytes) -> None:
+        """Remove an empty directory. Raises DirectoryNotEmpty."""
         parent, namespace = await self._about_to_change(parent_ino, name)
         node = self.tree.child(parent, name)
         if node:
@@ -318,6 +329,10 @@ class Filesystem:
         replace: bool,
         process: int = UNKNOWN_PROCESS,
     ) -> None:
+        """Give what is named `name` another name; with `replace` it may take another file's place.
+
+        Raises CrossDevice for another namespace, AlreadyExists without `replace`, and others.
+        """
         parent, namespace = await self._parent(parent_ino, name)
         new_parent, new_namespace = await self._parent(new_parent_ino, new_name)
         if namespace is not new_namespace:
@@ -337,7 +352,10 @@ class Filesystem:
         self.create_predictor.created(process, (new_parent, new_name))
 
     async def _target_of(self, parent: Node, name: bytes, node: Node, process: int) -> Node | None:
-        """What will be replaced. Only where the remote is not asked to rename must it be known."""
+        """Return what will be replaced.
+
+        Only where the remote is not asked to rename must it be known.
+        """
         child = self.tree.child(parent, name)
         if child is None and node.content is not None and node.content.is_only_here:
             try:
@@ -351,6 +369,10 @@ class Filesystem:
     async def setattr(
         self, ino: int, attributes: Attributes, size: int | None, handle: int | None
     ) -> Node:
+        """Change attributes, and the file's size in bytes if `size` is not None; return the node.
+
+        With `handle` the size is that of an open file, and reaches the remote with its close.
+        """
         node = self.tree.get(ino)
         namespace = self._writable(node)
         if (

@@ -113,8 +113,10 @@ class Lookup:
         return node
 
     def _listed(self, parent: Node, name: bytes, child: Node | None, process: int) -> Node | None:
-        """What a listing of a moment ago tells; None if the remote must be asked. No await. Raises
-        NotFound if it has no such name, and the process would create it."""
+        """Return the node that a recent listing has; None if the remote must be asked. No await.
+
+        Raises NotFound if it has no such name, and the process would create it.
+        """
         found = self._lister.find(parent, name)
         if found is None:
             return None
@@ -148,19 +150,19 @@ class Lookup:
             elif child:
                 return child
             raise
-        if child and child.content and not child.others and not child.is_ahead:
+        if child and child.content and not child.extra_links and not child.is_ahead:
             if await self._is_same(child.content, entry):
                 self._tree.update(child, entry, asked)
             elif not child.is_ahead and child.named <= asked:
-                self._closer.lose(child)
+                self._closer.supersede(child)
         return self.adopt(parent, name, entry, asked)
 
     def _lose(self, parent: Node, name: bytes, child: Node) -> None:
         """Others removed this name; its file may have more."""
-        if child.others:
+        if child.extra_links:
             self._tree.note_gone(parent, name)
         else:
-            self._closer.lose(child)
+            self._closer.supersede(child)
 
     def adopt(self, parent: Node, name: bytes, entry: Entry, asked: float) -> Node:
         """Return the node for what the remote listed or answered under this name. No await."""
@@ -170,9 +172,9 @@ class Lookup:
         if asked < child.named or child.is_ahead or child.is_namespace_root:
             return child
         if stat.S_IFMT(entry.mode) != stat.S_IFMT(child.entry.mode):
-            self._closer.lose(child)
+            self._closer.supersede(child)
             return self._tree.add(parent, name, entry, asked)
-        if child.others and entry.version != child.entry.version:
+        if child.extra_links and entry.version != child.entry.version:
             self._tree.note_gone(parent, name)  # its names may be those of several files now
             return self._tree.add(parent, name, entry, asked)
         content = child.content
@@ -181,7 +183,7 @@ class Lookup:
             return child
         if content.capabilities.handles and entry.size > content.size:
             return child  # perhaps it grew: a lookup or getattr of its own will ask
-        self._closer.lose(child)
+        self._closer.supersede(child)
         return self._tree.add(parent, name, entry, asked)
 
     # --- attributes -----------------------------------------------------------------------------
@@ -244,7 +246,7 @@ class Lookup:
         assert node.namespace
         asked = self._tree.now()
         if node.content:
-            entry = await node.content.revalidate()
+            entry = await node.content.reader.base.revalidate()
             if entry is not None:
                 self._tree.update_open(node, entry, asked)
                 return
@@ -255,7 +257,7 @@ class Lookup:
         except NotFound:
             if node.content:
                 return  # it is open: it still is what it was
-            if node.others and node.parent:
+            if node.extra_links and node.parent:
                 self._tree.note_gone(node.parent, node.name)
                 await self._refresh(node)
                 return
@@ -301,25 +303,25 @@ class Lookup:
         content = node.content
         if content is None or content is own:
             if stat.S_IFMT(entry.mode) != stat.S_IFMT(node.entry.mode):
-                self._closer.lose(node)
+                self._closer.supersede(node)
                 raise Stale("the file was replaced on the remote")
             self._tree.update(node, entry, asked)
         elif await self._is_same(content, entry):
             self._tree.update(node, entry, asked)
         elif not content.is_dirty():
-            self._closer.lose(node)  # the kernel looks the name up again and opens the new file
+            self._closer.supersede(node)
             raise Stale("the file was replaced on the remote")
 
     async def _check_names(self, node: Node, namespace: Namespace) -> None:
         """open(2) does not say which of the file's names was meant: all must lead to it still. A
         name that does not is looked up again by the kernel, upon Stale."""
-        for parent, name in list(node.others):
+        for parent, name in list(node.extra_links):
             try:
                 entry = await namespace.stat(join(parent, name))
             except NotFound:
                 self._tree.note_gone(parent, name)
             else:
-                if entry.version != node.entry.version and (parent, name) in node.others:
+                if entry.version != node.entry.version and (parent, name) in node.extra_links:
                     self._tree.note_gone(parent, name)
                     raise Stale("the file was replaced on the remote")
 
@@ -328,5 +330,5 @@ class Lookup:
         if entry.version == content.version:
             return True
         if entry.size > content.size and content.capabilities.handles:
-            await content.revalidate()
+            await content.reader.base.revalidate()
         return entry.version == content.version

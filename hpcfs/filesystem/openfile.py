@@ -48,8 +48,17 @@ class OpenFile:
         content = self.content
         reads = not (self.is_writable or content.size or content.is_dirty())
         self.is_unsized = (
-            reads and content.capabilities.handles and not content.namespace.is_empty(content)
+            reads
+            and content.capabilities.handles
+            and not content.namespace.is_empty(content.place.path, content.version)
         )
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Write into the cache file: at `offset`, or at the end if the file was opened for that."""
+        if self.appends:
+            await self.content.append(data)
+        else:
+            await self.content.write(offset, data)
 
     async def read(self, offset: int, length: int) -> bytes | bytearray:
         """Return up to `length` bytes, fewer only at the end of the file; start what readahead
@@ -59,17 +68,17 @@ class OpenFile:
         """
         content = self.content
         if self.is_unsized and not content.size:
-            return await content.read_unsized(offset, length)
-        plan = self.readahead.observe(offset, length, content.window)
+            return await content.reader.read_unsized(offset, length)
+        plan = self.readahead.observe(offset, length, content.reader.window)
         if plan.wanted or plan.dropped:
-            content.demand(offset, length)  # before what only runs ahead
+            content.reader.demand(offset, length)  # before what only runs ahead
             for start, end in plan.dropped:
-                content.cancel_prefetch(start, end)
+                content.reader.cancel_prefetch(start, end)
             for start, end in plan.wanted:
-                content.prefetch(start, end)
+                content.reader.prefetch(start, end)
         try:
-            return await content.read(offset, length)
+            return await content.reader.read(offset, length)
         except Stale:
-            if not content.is_unsized:
+            if not content.reader.is_unsized:
                 raise
-            return await content.read_unsized(offset, length)
+            return await content.reader.read_unsized(offset, length)

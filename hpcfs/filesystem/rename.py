@@ -21,6 +21,8 @@ from hpcfs.writeback.close import Closer
 
 
 class Renamer:
+    """Renames and removes names, for the files that are open or not uploaded as well."""
+
     def __init__(self, tree: Tree, store: Store, closer: Closer) -> None:
         self._tree = tree
         self._store = store
@@ -37,14 +39,16 @@ class Renamer:
         *,
         replace: bool,
     ) -> None:
-        """Give `node`, which is `old` (directory, name), this name, which is `target`'s now. Raises
-        FilesystemError, RemoteError."""
+        """Give `node`, named `old` (directory, name), the name of `target`, if that is not None.
+
+        Raises AlreadyExists without `replace`, other FilesystemErrors, and RemoteError.
+        """
         if target and target.content and target.content.may_be_missing and not replace:
             raise AlreadyExists("the name is taken")
         while content := node.content:
             if not self._is_only_here(content):
                 break
-            async with content.upload_lock:
+            async with content.upload.lock:
                 if self._is_only_here(content):
                     if target is not None and not replace:
                         raise AlreadyExists("the name is taken")
@@ -53,7 +57,7 @@ class Renamer:
         await self._rename_there(namespace, node, old, parent, name, target, replace=replace)
 
     def _is_only_here(self, content: Content) -> bool:
-        only_here = content.is_only_here and not content.is_being_sent
+        only_here = content.is_only_here and not content.upload.is_being_sent
         return only_here and content.namespace.writes_back
 
     # --- what only this mount has -----------------------------------------------------------------
@@ -64,11 +68,11 @@ class Renamer:
         """Under the content's upload lock; whether it still was only here."""
         if target is not None and target.is_directory:
             raise IsADirectory("a file can't replace a directory")
-        lost = None if target is None or target.others else target
+        lost = None if target is None or target.extra_links else target
         async with AsyncExitStack() as locks:
             if lost is not None:
                 if lost.content:
-                    await locks.enter_async_context(lost.content.upload_lock)
+                    await locks.enter_async_context(lost.content.upload.lock)
                 await self._closer.keep_readable(lost)
             elif target is not None:  # it goes on under its other names
                 await self.flush_below(target)
@@ -79,20 +83,20 @@ class Renamer:
             content.note_renamed_here(over_another=_is_there(target))  # the row has the old name
             doomed = lost.content if lost else None
             if lost is not None:
-                self._closer.orphan(lost)
+                self._closer.unlink(lost)
             old_parent = node.parent
             assert old_parent
             self._tree.move(node, (old_parent, node.name), parent, name)
             for directory in {old_parent, parent}:
                 self._tree.touch(directory)
             row = doomed.file.name if doomed and doomed.state.has_row else None
-            await self._closer.queue.secure(content, instead_of=row)
+            await self._closer.queue.persist(content, instead_of=row)
             if doomed:
                 doomed.note_no_row()
         if target is not None:
             self._tree.note_changed(target)
         if lost is not None:
-            await self._closer.forget_orphan(lost)
+            await self._closer.forget_unlinked(lost)
         await self._store.move(content.namespace.origin, old_path, node.path)
         return True
 
@@ -112,24 +116,24 @@ class Renamer:
         path, new_path = join(*old), join(parent, name)
         if target:
             check_empty(target)
-        if target and target.others:
+        if target and target.extra_links:
             await self.flush_below(target)
         elif target:
             await self._closer.keep_readable(target)
         await self.flush_below(node)
         async with AsyncExitStack() as locks:
             for content in _open_below(node, target):
-                await locks.enter_async_context(content.upload_lock)
+                await locks.enter_async_context(content.upload.lock)
             with ExitStack() as motion:
-                linked = target if target and target.others else None
+                linked = target if target and target.extra_links else None
                 for content in _open_below(node, linked):
                     motion.enter_context(content.in_motion())
                 if target and target.content and target.content.state.remote is RemoteSide.REPLACES:
                     await _make_way(namespace, new_path)
                 await namespace.do(m.Rename(path, new_path, replace))
                 # No await from here to the end of the move: a lookup must not come in between.
-                if target and not target.others:
-                    self._closer.orphan(target)
+                if target and not target.extra_links:
+                    self._closer.unlink(target)
                 self._tree.move(node, old, parent, name)
         self._tree.expire(old[0])
         self._tree.expire(parent)
@@ -137,7 +141,7 @@ class Renamer:
             if changed:
                 self._tree.note_changed(changed)
         if target and not target.is_attached:
-            await self._closer.forget_orphan(target)
+            await self._closer.forget_unlinked(target)
         await self._store.move(namespace.origin, path, new_path)
 
     # --- removal ----------------------------------------------------------------------------------
@@ -145,26 +149,29 @@ class Renamer:
     async def unlink(
         self, namespace: Namespace, node: Node | None, parent: Node, name: bytes
     ) -> None:
-        """`node` has the name, if the mount knows it. Raises FilesystemError, RemoteError."""
-        if node and node.others:
+        """Remove a name, which `node` has if the mount knows it.
+
+        Raises FilesystemError and RemoteError.
+        """
+        if node and node.extra_links:
             await self._unlink_one(namespace, node, parent, name)
             return
         if node:
             await self._closer.keep_readable(node)
         async with AsyncExitStack() as locks:
             if node and node.content:
-                await locks.enter_async_context(node.content.upload_lock)
+                await locks.enter_async_context(node.content.upload.lock)
             await self._remove_there(namespace, join(parent, name), node)
             if node:
-                self._closer.orphan(node)
+                self._closer.unlink(node)
             self._tree.note_gone(parent, name)
             self._tree.expire(parent)
         if node:
-            await self._closer.forget_orphan(node)
+            await self._closer.forget_unlinked(node)
         await self._store.remove(namespace.origin, join(parent, name))
 
     async def _remove_there(self, namespace: Namespace, path: bytes, node: Node | None) -> None:
-        """After an upload that broke off, the remote may have the file or not."""
+        """Remove it on the remote, which after an interrupted upload may have the file or not."""
         content = node.content if node else None
         if content and content.is_only_here:
             return
@@ -177,44 +184,47 @@ class Renamer:
     async def _unlink_one(
         self, namespace: Namespace, node: Node, parent: Node, name: bytes
     ) -> None:
-        """One of several names of a file goes; what is open or cached of it stays."""
+        """Remove one of several names of a file; what is open or cached of the file stays."""
         path = join(parent, name)
         await self.flush_below(node)
         async with AsyncExitStack() as stack:
             for content in _open_below(node):
-                await stack.enter_async_context(content.upload_lock)
+                await stack.enter_async_context(content.upload.lock)
                 stack.enter_context(content.in_motion())
             await namespace.do(m.Remove(path))
             # No await from here: a lookup must not come in between.
             went_by = node.path == path
             self._tree.note_gone(parent, name)
             if not node.is_attached:  # the others went meanwhile
-                self._closer.orphan(node)
+                self._closer.unlink(node)
         self._tree.expire(parent)
         self._tree.note_changed(node)
         if node.is_attached and went_by:
             await self._store.move(namespace.origin, path, node.path)
             return
         if not node.is_attached:
-            await self._closer.forget_orphan(node)
+            await self._closer.forget_unlinked(node)
         await self._store.remove(namespace.origin, path)
 
     async def flush_below(self, node: Node) -> None:
-        """What is renamed or linked on the remote must be there first."""
+        """Upload what is dirty in the node, before the remote renames or links it."""
         for below in list(node.below()):
             if below.content and below.content.is_dirty():
                 await self._closer.flush(below.content)
 
 
 async def _make_way(namespace: Namespace, path: bytes) -> None:
-    """What the remote still has of this name, and what waits was to replace, may be a link to the
-    file that is renamed over it: rename(2) would leave both. What waits is in the journal."""
+    """Remove what the remote has of this name before a rename.
+
+    What waits to replace it may be a link to the file that is renamed over it: rename(2) would
+    leave both. What waits is in the journal.
+    """
     with suppress(NotFound):
         await namespace.do(m.Remove(path))
 
 
 def check_empty(directory: Node) -> None:
-    """Before it is removed or replaced: the remote may not know of files that wait."""
+    """Raise DirectoryNotEmpty for a directory with files that the remote does not know of yet."""
     if directory.is_directory and any(
         below.content and below.content.may_be_missing for below in directory.below()
     ):
@@ -229,7 +239,7 @@ def _is_there(target: Node | None) -> bool:
 
 
 def _open_below(*nodes: Node | None) -> list[Content]:
-    """All that is open in these, always in the same order."""
+    """Return all contents that are open in these, always in the same order."""
     contents = {
         id(below.content): below.content
         for node in nodes

@@ -30,7 +30,7 @@ REMEMBERED = 10_000
 
 
 class Symlinks:
-    """`mountpoint` is the mount's own absolute path; `lookup` finds names in it."""
+    """Decides where symbolic links lead; `mountpoint` is the mount's own absolute path."""
 
     def __init__(self, tree: Tree, lookup: Lookup, mountpoint: bytes | None) -> None:
         self._tree = tree
@@ -40,7 +40,7 @@ class Symlinks:
         """Targets by (namespace, path)."""
 
     def made(self, node: Node, target: bytes) -> None:
-        """The link was made here."""
+        """Note that a link was made here with this target."""
         self._note(_key(node), target)
 
     def _note(self, key: tuple[str, bytes], target: bytes) -> None:
@@ -50,13 +50,13 @@ class Symlinks:
             self._made.popitem(last=False)
 
     def moved(self, namespace: Namespace, old: bytes, new: bytes) -> None:
-        """A name was renamed here, and all below it."""
+        """Note that a name was renamed here, and all below it."""
         for name, path in list(self._made):
             if name == namespace.name and paths.is_below(path, old):
                 self._note((name, new + path[len(old) :]), self._made.pop((name, path)))
 
     async def target(self, node: Node) -> bytes:
-        """What readlink(2) answers. Raises LeadsOut, RemoteError."""
+        """Return the target that readlink(2) answers. Raises LeadsOut, RemoteError."""
         assert node.namespace
         target = await self._read(node)
         if node.namespace.symlinks == "follow" or self._made.get(_key(node)) == target:
@@ -64,12 +64,12 @@ class Symlinks:
         return await self._contained(node, target)
 
     async def _read(self, node: Node) -> bytes:
-        """As the remote has it."""
+        """Return the target as the remote has it."""
         assert node.namespace
         return await node.namespace.call(m.ReadLink(node.path), bytes)
 
     async def _contained(self, node: Node, target: bytes) -> bytes:
-        """The same place, in the form that leads nowhere else."""
+        """Return a target that means the same place, in the form that leads nowhere else."""
         assert node.parent
         parts = _parts(target)
         if target.startswith(b"/"):
@@ -87,7 +87,7 @@ class Symlinks:
         return place + b"/" if target.endswith(b"/") and found else place
 
     async def _below_root(self, node: Node, parts: list[bytes]) -> list[bytes]:
-        """What is left of an absolute path beyond the namespace's root."""
+        """Return the part of an absolute path below the namespace's root."""
         namespace = node.namespace
         assert namespace
         roots = [*(await namespace.capabilities()).roots]
@@ -154,10 +154,12 @@ def _key(node: Node) -> tuple[str, bytes]:
 
 
 def _depth(node: Node) -> int:
-    """The directories between it and its namespace's root. Of a link with names in several none
-    counts: from each of them ".." leads elsewhere."""
+    """Return the number of directories between a link and its namespace's root.
+
+    A link with names in several directories has none: from each of them ".." leads elsewhere.
+    """
     parent = node.parent
-    if parent is None or any(other is not parent for other, _ in node.others):
+    if parent is None or any(other is not parent for other, _ in node.extra_links):
         raise _leads_out(node)
     return len(_parts(parent.path))
 
@@ -167,7 +169,7 @@ def _leads_out(node: Node) -> LeadsOut:
 
 
 def _root_of(node: Node) -> Node:
-    """Of its namespace."""
+    """Return the root of its namespace."""
     while not node.is_namespace_root and node.parent is not None:
         node = node.parent
     return node

@@ -46,6 +46,7 @@ class ExtendedAttributes:
         self.any_keeps = any_keeps
 
     async def get(self, ino: int, name: bytes) -> bytes:
+        """Return the value of an attribute. Raises NoAttribute."""
         _check_name(name)
         node = await self._lookup.getattr(ino)
         _keeper(node)
@@ -56,7 +57,8 @@ class ExtendedAttributes:
         return value
 
     async def list(self, ino: int) -> list[bytes]:
-        """Of a symbolic link, none: the kernel gives nobody its values."""
+        """Return the names of all attributes; none of a symbolic link, whose values the kernel
+        hides."""
         node = await self._lookup.getattr(ino)
         _keeper(node)
         if not (node.is_regular or node.is_directory):
@@ -64,6 +66,7 @@ class ExtendedAttributes:
         return [name for name, _ in node.entry.xattrs]
 
     async def set(self, ino: int, name: bytes, value: bytes) -> None:
+        """Set an attribute. Raises AttributesFull where all together are too long."""
         _check_name(name)
         node = await self._lookup.getattr(ino)
         after = changed_xattrs(node.entry.xattrs, {name: value})
@@ -72,6 +75,7 @@ class ExtendedAttributes:
         await self._change(node, {name: value})
 
     async def remove(self, ino: int, name: bytes) -> None:
+        """Remove an attribute. Raises NoAttribute."""
         await self.get(ino, name)
         await self._change(await self._lookup.getattr(ino), {name: None})
 

@@ -1,4 +1,4 @@
-"""What the mode bits of the user's own files and directories forbid.
+"""Checks of the mode bits of the user's own files and directories.
 
 The remote decides: groups and access lists of a cluster are unknown here, so other people's entries
 are never judged. But an open file is read from the cache, and S3 checks nothing at all.
@@ -19,8 +19,10 @@ _BITS = {os.R_OK: stat.S_IRUSR, os.W_OK: stat.S_IWUSR, os.X_OK: stat.S_IXUSR}
 
 
 class Permissions:
-    """Judges by the mode bits of what belongs to `uid`, the user whose mount it is and whose group
-    is `gid`; root may do anything. Raises PermissionDenied."""
+    """Judges by the mode bits of what belongs to `uid`, the user whose mount it is.
+
+    `gid` is the user's group; root may do anything. Raises PermissionDenied.
+    """
 
     def __init__(self, uid: int, gid: int) -> None:
         self.uid = uid
@@ -34,7 +36,7 @@ class Permissions:
         return any(mask & one and not node.entry.mode & bit for one, bit in _BITS.items())
 
     async def check_access(self, node: Node, mask: int) -> None:
-        """access(2)."""
+        """Check for access(2). Raises PermissionDenied, ReadOnly and RemoteError."""
         if mask & os.X_OK and node.is_regular and not node.entry.mode & 0o111:
             raise PermissionDenied("it is not executable")
         await self._check_own(node, mask)
@@ -42,7 +44,10 @@ class Permissions:
             await self._check_writable(node, node.namespace)
 
     async def check_open(self, node: Node, flags: int) -> None:
-        """open(2), and with O_WRONLY truncate(2), of a regular file."""
+        """Check for open(2) of a regular file, and with O_WRONLY for truncate(2).
+
+        Raises PermissionDenied, ReadOnly and RemoteError.
+        """
         mask = os.W_OK if flags & os.O_TRUNC else 0
         if flags & os.O_ACCMODE != os.O_RDONLY:
             mask |= os.W_OK
@@ -53,7 +58,7 @@ class Permissions:
             await self._check_writable(node, node.namespace)
 
     async def _check_writable(self, node: Node, namespace: Namespace) -> None:
-        """Asks the remote about files of others: close(2) would be late to say it."""
+        """Ask the remote about others' files: close(2) would be late to say it."""
         await namespace.check_takes_writes()
         capabilities = await namespace.capabilities()
         if (
@@ -72,12 +77,13 @@ class Permissions:
             raise PermissionDenied("the mode of this file of yours does not allow it")
 
     def check_made_here(self, directory: Node) -> None:
-        """A file is made in it of which the remote does not hear yet."""
+        """Check that a file may be created of which the remote does not hear yet."""
         if self._lacks(directory, os.W_OK):
             raise PermissionDenied("the directory's mode does not let you make files in it")
 
     async def check_directory(self, node: Node, mask: int) -> None:
-        """Where the remote does not do it: X_OK to look a name up in it, and W_OK to change it."""
+        """Check a directory of a remote that does not check: X_OK to find a name in it, W_OK to
+        change it."""
         if not self._lacks(node, mask) or node.namespace is None:
             return
         if not (await node.namespace.capabilities()).checks_permissions:

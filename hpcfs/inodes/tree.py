@@ -38,8 +38,9 @@ that older answers of the remote don't speak for it."""
 
 
 class Node:
-    """`entry` is what the mount shows; for a file being written it is ahead of the remote.
+    """One inode: its names, its attributes, and the content while it is open.
 
+    `entry` is what the mount shows; for a file being written it is ahead of the remote.
     `validated_at` is when the remote was asked for it (or when it changed here), in the clock's
     seconds: an answer to an older question must not overwrite it. `named` is when it was asked for
     the name: an open file may be asked for by itself, and another one have its name.
@@ -51,13 +52,13 @@ class Node:
         "children",
         "content",
         "entry",
+        "extra_links",
         "ino",
         "kernel_is_behind",
         "lookups",
         "name",
         "named",
         "namespace",
-        "others",
         "pages_version",
         "parent",
         "removals",
@@ -81,7 +82,7 @@ class Node:
         """Its attributes were changed through the mount: listings may not know that yet."""
         self.changed_ns = 0
         """When attributes or names were last changed here (ctime), 0 if they were not."""
-        self.others: list[tuple[Node, bytes]] = []
+        self.extra_links: list[tuple[Node, bytes]] = []
         """Further names (directory, name), made by link(2) here."""
         self.children: dict[bytes, Node] | None = None
         self.content: Content | None = None
@@ -92,18 +93,22 @@ class Node:
 
     @property
     def is_directory(self) -> bool:
+        """Whether it is a directory."""
         return stat.S_ISDIR(self.entry.mode)
 
     @property
     def is_regular(self) -> bool:
+        """Whether it is a regular file."""
         return stat.S_ISREG(self.entry.mode)
 
     @property
     def is_link(self) -> bool:
+        """Whether it is a symbolic link."""
         return stat.S_ISLNK(self.entry.mode)
 
     @property
     def is_namespace_root(self) -> bool:
+        """Whether it is the top directory of a namespace."""
         return self.namespace is not None and (self.parent is None or self.parent.namespace is None)
 
     @property
@@ -121,20 +126,20 @@ class Node:
 
     @property
     def links(self) -> int:
-        """The names that are known here; SFTP tells nothing of others."""
+        """Number of names that are known here; SFTP tells nothing of others."""
         if self.parent is None:
             return 1
-        return 1 + len(self.others) if self.is_attached else 0
+        return 1 + len(self.extra_links) if self.is_attached else 0
 
     @property
     def names(self) -> list[tuple[Node, bytes]]:
         """(directory, name) of all links that are known; of a nameless node, the last one."""
-        return [*([(self.parent, self.name)] if self.parent else []), *self.others]
+        return [*([(self.parent, self.name)] if self.parent else []), *self.extra_links]
 
     @property
     def path(self) -> bytes:
-        """Relative to the namespace's root; of a nameless node, the last one it had. One of them,
-        where it has several."""
+        """Path below the namespace's root, of one name if there are several; of a nameless node,
+        the last one that it had."""
         parts = []
         node = self
         while not node.is_namespace_root and node.parent is not None:
@@ -143,19 +148,19 @@ class Node:
         return b"/".join(reversed(parts))
 
     def below(self) -> Iterator[Node]:
-        """The node and all known nodes under it."""
+        """Yield the node and all known nodes under it."""
         yield self
         for child in list((self.children or {}).values()):
             yield from child.below()
 
 
 def number_of(path: bytes) -> int:
-    """The inode number of a path with its namespace before it, unless that is taken."""
+    """Return the inode number of a path with its namespace before it, unless that is taken."""
     return int.from_bytes(blake2b(path, digest_size=8).digest(), "big") >> 1
 
 
 def join(parent: Node, name: bytes) -> bytes:
-    """The path of a name in this directory."""
+    """Return the path of a name in this directory."""
     return paths.join(parent.path, name)
 
 
@@ -165,6 +170,11 @@ def directory_entry(name: bytes, mode: int, uid: int, gid: int, mtime_ns: int) -
 
 
 class Tree:
+    """The nodes by inode number, and below each other by name.
+
+    `now` is a monotonic clock in seconds.
+    """
+
     def __init__(self, root: Node, now: Callable[[], float] = time.monotonic) -> None:
         self.root = root
         self.now = now
@@ -175,14 +185,17 @@ class Tree:
         self._watchers: list[NameWatcher] = []
         self._nodes: dict[int, Node] = {root.ino: root}
         self._prefix: tuple[Node | None, bytes] = (None, b"")
-        """What the names in that directory are hashed with."""
+        """(directory, prefix with which the names in it are hashed)"""
 
     def __len__(self) -> int:
         return len(self._nodes)
 
     def watch_names(self, watcher: NameWatcher) -> None:
         """Call `watcher` for each name that the mount changes, or stops to know better than the
-        remote. A node that it changed and still has needs none: it knows when that was."""
+        remote.
+
+        A node that was changed here and still exists needs none: it knows when that was.
+        """
         self._watchers.append(watcher)
 
     def _tell(self, parent: Node, name: bytes, *, below: bool) -> None:
@@ -190,6 +203,7 @@ class Tree:
             watcher(parent, name, below)
 
     def get(self, ino: int) -> Node:
+        """Return the node of an inode number. Raises Stale if it was forgotten."""
         node = self._nodes.get(ino)
         if node is None:
             raise Stale(f"the kernel asked for inode {ino}, which was forgotten")
@@ -203,13 +217,15 @@ class Tree:
         return node
 
     def child(self, parent: Node, name: bytes) -> Node | None:
+        """Return the node of this name in a directory, if there is one."""
         return None if parent.children is None else parent.children.get(name)
 
     def is_fresh(self, node: Node, seconds: float = ATTRIBUTE_SECONDS) -> bool:
+        """Whether the attributes were asked for, or changed here, in the last `seconds`."""
         return self.now() - node.validated_at < seconds
 
     def is_named(self, node: Node, seconds: float = ATTRIBUTE_SECONDS) -> bool:
-        """Whether its name was that file's so many seconds ago."""
+        """Whether its name was known to be that file's in the last `seconds`."""
         return self.now() - node.named < seconds
 
     def add(
@@ -220,7 +236,7 @@ class Tree:
         asked: float,
         namespace: Namespace | None = None,
     ) -> Node:
-        """A node for a name that has none. `asked` is `now()` before the remote was asked."""
+        """Add a node for a name that has none. `asked` is `now()` before the remote was asked."""
         ino = self._new_ino(parent, name, namespace)
         node = Node(ino, parent, name, namespace or parent.namespace, entry)
         node.validated_at = node.named = asked
@@ -245,36 +261,39 @@ class Tree:
         return self._prefix[1]
 
     def update(self, node: Node, entry: Entry, asked: float) -> None:
-        """What the remote said when asked at `asked` for the name that the node goes by, unless
-        something newer is known. Another version may be another file than the other names'."""
+        """Take over what the remote said of the node's name when asked at `asked`, unless something
+        newer is known. Another version may be another file than that of the node's other names."""
         node.named = max(node.named, asked)
         self.update_open(node, entry, asked)
 
     def update_open(self, node: Node, entry: Entry, asked: float) -> None:
-        """The same of the file that is open on the remote, whatever has its name now."""
+        """Take over what the remote said of the open file, whatever has its name now."""
         if asked >= node.validated_at:
-            if node.others and entry.version != node.entry.version:
-                for other in list(node.others):
+            if node.extra_links and entry.version != node.entry.version:
+                for other in list(node.extra_links):
                     self.note_gone(*other)
             self.note_news(node, entry)
             node.entry = entry
             node.validated_at = asked
 
     def note_news(self, node: Node, entry: Entry) -> None:
-        """The remote has this of the node. What the kernel does by itself it knows: its own writes
-        and truncations."""
+        """Note that the kernel is behind if the remote has other attributes.
+
+        What the kernel does by itself it knows: its own writes and truncations.
+        """
         known = node.entry
         if (entry.size, entry.mtime_ns) != (known.size, known.mtime_ns):
             node.kernel_is_behind = True
 
     def set_local(self, node: Node, entry: Entry) -> None:
-        """The entry as it is now through what was done here."""
+        """Set the entry to what it is now through what was done here."""
         node.entry = entry
         node.validated_at = node.named = self.now()
         node.changed_here = True
 
     def touch(self, directory: Node) -> None:
-        """An entry of it came, went or was renamed here; the remote has not heard of it yet."""
+        """Set a directory's time: an entry came, went or was renamed here, unknown to the
+        remote."""
         if directory.namespace and not directory.namespace.dates_directories:
             return
         self.set_local(directory, structs.replace(directory.entry, mtime_ns=time.time_ns()))
@@ -285,33 +304,33 @@ class Tree:
         self.note_attributes(node)
 
     def note_attributes(self, node: Node) -> None:
-        """Older listings of its directory don't tell its attributes any more."""
+        """Tell the watchers that older listings don't know the node's attributes any more."""
         for parent, name in node.names:
             self._tell(parent, name, below=False)
 
     def note_changed(self, node: Node) -> None:
-        """The attributes or the names of what the node stands for changed now (ctime)."""
+        """Note that attributes or names of the file changed now (ctime)."""
         node.changed_ns = time.time_ns()
 
     def detach(self, node: Node) -> None:
-        """The node loses its names; what was below it too."""
+        """Take all its names from the node, and what was below it with them."""
         for parent, name in node.names:
             self._take_name(node, parent, name)
             self._note_removal(parent, name)
         self.drop_if_unused(node)
 
     def _take_name(self, node: Node, parent: Node, name: bytes) -> None:
-        """Of several names another becomes the one that the node goes by."""
+        """Take one name from the node, which goes by another one from now on if it has several."""
         if parent.children is not None and parent.children.get(name) is node:
             del parent.children[name]
-        if (parent, name) in node.others:
-            node.others.remove((parent, name))
-        elif node.others:
-            node.parent, node.name = node.others.pop(0)
+        if (parent, name) in node.extra_links:
+            node.extra_links.remove((parent, name))
+        elif node.extra_links:
+            node.parent, node.name = node.extra_links.pop(0)
 
     def add_name(self, node: Node, parent: Node, name: bytes) -> None:
-        """A hard link was made here; nothing has that name."""
-        node.others.append((parent, name))
+        """Add a hard link that was made here; nothing has that name."""
+        node.extra_links.append((parent, name))
         self._give_name(node, parent, name)
 
     def _give_name(self, node: Node, parent: Node, name: bytes) -> None:
@@ -328,11 +347,11 @@ class Tree:
         self._tell(parent, name, below=True)
 
     def note_made(self, parent: Node, name: bytes) -> None:
-        """What has this name may be another from now on."""
+        """Tell the watchers that something else may have this name from now on."""
         self._tell(parent, name, below=False)
 
     def note_gone(self, parent: Node, name: bytes) -> None:
-        """The name was removed here; it may have had no node. A node's other names stay."""
+        """Remove a name that is gone; it may have had no node. A node's other names stay."""
         node = self.child(parent, name)
         if node:
             self._take_name(node, parent, name)
@@ -347,8 +366,8 @@ class Tree:
             self._prefix = (None, b"")
         self.note_gone(parent, name)
         self._note_removal(*old)
-        if old in node.others:
-            node.others[node.others.index(old)] = (parent, name)
+        if old in node.extra_links:
+            node.extra_links[node.extra_links.index(old)] = (parent, name)
         else:
             node.parent, node.name = parent, name
         if old[0].children is not None and old[0].children.get(old[1]) is node:
@@ -356,17 +375,18 @@ class Tree:
         self._give_name(node, parent, name)
 
     def count_lookup(self, node: Node) -> None:
-        """The kernel was given this node."""
+        """Count one lookup: the kernel was given this node."""
         node.lookups += 1
 
     def forget(self, ino: int, lookups: int) -> None:
+        """Take back so many of the lookups that the kernel was given."""
         node = self._nodes.get(ino)
         if node is not None:
             node.lookups -= lookups
             self.drop_if_unused(node)
 
     def drop_if_unused(self, node: Node) -> None:
-        """After something that may have been the last use of the node."""
+        """Drop the node, and what only led to it, if nothing uses it any more."""
         todo = [node]
         while todo:
             node = todo.pop()

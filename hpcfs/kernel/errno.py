@@ -54,7 +54,7 @@ ERRNO: dict[type[Exception], int] = {
 
 
 def errno_of(error: Exception) -> int | None:
-    """None for an error that is not ours."""
+    """Return the errno for an error of ours, None for any other."""
     for kind in type(error).__mro__:
         if kind in ERRNO:
             return ERRNO[kind]

@@ -117,7 +117,7 @@ def _drop_attributes(node: Node) -> None:
 
 
 class KernelOperations(pyfuse3.Operations):
-    """pyfuse3 calls these. Names and targets are bytes."""
+    """Implements the requests of pyfuse3. Names and targets are bytes."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False  # it hides the remote's size changes: tail -f would break
@@ -130,6 +130,7 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def lookup(self, parent: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
+        """Find a name in a directory; the kernel counts the answer as a lookup."""
         try:
             return self._counted(await self._fs.lookup.find(parent, name, ctx.pid))
         except NotFound:
@@ -143,17 +144,20 @@ class KernelOperations(pyfuse3.Operations):
         return _told(node)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Take back lookups: pairs of (inode, count)."""
         for ino, lookups in inode_list:
             self._fs.tree.forget(ino, lookups)
 
     @_answering
     async def getattr(self, inode: int, ctx: Any) -> pyfuse3.EntryAttributes:
+        """stat(2): the attributes of an inode."""
         return _told(await self._fs.lookup.getattr(inode))
 
     @_answering
     async def setattr(
         self, inode: int, attr: Any, fields: Any, fh: int | None, ctx: Any
     ) -> pyfuse3.EntryAttributes:
+        """chmod(2), chown(2), utimensat(2), truncate(2): the fields that were asked for."""
         wanted = Attributes(
             mode=attr.st_mode & 0o7777 if fields.update_mode else None,
             uid=attr.st_uid if fields.update_uid else None,
@@ -166,15 +170,18 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def readlink(self, inode: int, ctx: Any) -> bytes:
+        """readlink(2): the target of a symbolic link."""
         return await self._fs.readlink(inode)
 
     @_answering
     async def access(self, inode: int, mode: int, ctx: Any) -> bool:
+        """access(2); True, or an error."""
         await self._fs.access(inode, mode)
         return True
 
     @_answering
     async def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
+        """statfs(2): what df shows, in blocks of 4 KiB."""
         usage = await self._fs.disk_usage()
         shown = pyfuse3.StatvfsData()
         shown.f_bsize = shown.f_frsize = 4096
@@ -196,21 +203,25 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
+        """getxattr(2)."""
         self._check_xattrs()
         return await self._fs.xattrs.get(inode, name)
 
     @_answering
     async def listxattr(self, inode: int, ctx: Any) -> Sequence[bytes]:
+        """listxattr(2)."""
         self._check_xattrs()
         return await self._fs.xattrs.list(inode)
 
     @_answering
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Any) -> None:
+        """setxattr(2)."""
         self._check_xattrs()
         await self._fs.xattrs.set(inode, name, value)
 
     @_answering
     async def removexattr(self, inode: int, name: bytes, ctx: Any) -> None:
+        """removexattr(2)."""
         self._check_xattrs()
         await self._fs.xattrs.remove(inode, name)
 
@@ -218,27 +229,33 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def mkdir(self, parent: int, name: bytes, mode: int, ctx: Any) -> Any:
+        """mkdir(2)."""
         return self._counted(await self._fs.mkdir(parent, name, mode & ~ctx.umask, ctx.pid))
 
     @_answering
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Any) -> Any:
+        """mknod(2), for regular files only."""
         return self._counted(await self._fs.mknod(parent, name, mode & ~ctx.umask))
 
     @_answering
     async def symlink(self, parent: int, name: bytes, target: bytes, ctx: Any) -> Any:
+        """symlink(2)."""
         return self._counted(await self._fs.symlink(parent, name, target, ctx.pid))
 
     @_answering
     async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: Any) -> Any:
+        """link(2)."""
         return self._counted(await self._fs.link(inode, new_parent, new_name))
 
     @_answering
     async def unlink(self, parent: int, name: bytes, ctx: Any) -> None:
+        """unlink(2)."""
         self._fs.create_predictor.does_else(ctx.pid)
         await self._fs.unlink(parent, name)
 
     @_answering
     async def rmdir(self, parent: int, name: bytes, ctx: Any) -> None:
+        """rmdir(2)."""
         self._fs.create_predictor.does_else(ctx.pid)
         await self._fs.rmdir(parent, name)
 
@@ -252,6 +269,7 @@ class KernelOperations(pyfuse3.Operations):
         flags: int,
         ctx: Any,
     ) -> None:
+        """renameat2(2), with RENAME_NOREPLACE at most."""
         if flags & ~_RENAME_NOREPLACE:
             raise InvalidRequest("two names can't be exchanged")
         replace = not flags & _RENAME_NOREPLACE
@@ -263,6 +281,7 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
+        """open(2) of a file that exists."""
         node = self._fs.tree.get(inode)
         self._fs.create_predictor.does_else(ctx.pid)
         opened = await self._fs.files.open(node, flags)
@@ -276,34 +295,41 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
+        """open(2) with O_CREAT: a handle and the attributes."""
         handle, node = await self._fs.create(parent, name, mode & ~ctx.umask, flags, ctx.pid)
         return pyfuse3.FileInfo(fh=handle), self._counted(node)
 
     @_answering
     async def read(self, fh: int, off: int, size: int) -> bytes:
+        """read(2), in bytes."""
         data = await self._fs.files.read(fh, off, size)
         return cast(bytes, data)  # any buffer will do, whatever pyfuse3's types say
 
     @_answering
     async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """write(2): the number of bytes written."""
         return await self._fs.files.write(fh, off, buf)
 
     @_answering
     async def flush(self, fh: int) -> None:
+        """close(2) of one descriptor: what was written is uploaded, or journaled."""
         await self._fs.files.flush_handle(fh)
 
     @_answering
     async def fsync(self, fh: int, datasync: bool) -> None:
+        """fsync(2): what was written is on the remote."""
         await self._fs.files.flush_handle(fh, sync=True)
 
     @_answering
     async def release(self, fh: int) -> None:
+        """The last descriptor of the handle was closed; nobody hears of errors."""
         await self._fs.files.release(fh)
 
     # --- directories ----------------------------------------------------------------------------
 
     @_answering
     async def opendir(self, inode: int, ctx: Any) -> int:
+        """opendir(3)."""
         node = self._fs.tree.get(inode)
         self._fs.create_predictor.does_else(ctx.pid)
         await self._fs.permissions.check_directory(node, os.R_OK)
@@ -311,6 +337,7 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
+        """readdir(3) from this entry on: names with attributes, as many as fit."""
         for following, name, node, counts in await self._fs.directories.read(fh, start_id):
             sent = pyfuse3.readdir_reply(token, name, _attributes(node), following)
             if sent and counts:
@@ -322,15 +349,16 @@ class KernelOperations(pyfuse3.Operations):
 
     @_answering
     async def releasedir(self, fh: int) -> None:
+        """closedir(3)."""
         self._fs.directories.close(fh)
 
     @_answering
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        """Names are on the remote when the call that made them returns."""
+        """Do nothing: names are on the remote when the call that made them returns."""
 
 
 def mount(filesystem: Filesystem, mountpoint: str) -> None:
-    """Raises RuntimeError when the kernel or fusermount3 refuses."""
+    """Mount the filesystem. Raises RuntimeError when the kernel or fusermount3 refuses."""
     options = set(pyfuse3.default_options)
     options.discard("default_permissions")  # cluster groups are unknown here: the remote decides
     options.add("fsname=hpcfs")
@@ -344,6 +372,7 @@ async def serve(max_requests: int) -> None:
 
 
 def unmount() -> None:
+    """Unmount, and close the connection to the kernel."""
     pyfuse3.close(unmount=True)
 
 

@@ -130,8 +130,8 @@ class Acceptor:
         self.handshake = handshake
         self._on_stream = on_stream
         self._kept: dict[bytes, _ProvedStream] = {}
-        self._strangers = Strangers(MAX_STRANGERS, self._drive_out)
-        self._proving = Strangers(MAX_PROVING, self._drive_out)
+        self._strangers = Strangers(MAX_STRANGERS, self._expel)
+        self._proving = Strangers(MAX_PROVING, self._expel)
         """Pipes that passed the handshake, and on whose streams the keys are still to be proved."""
         self._admission = Admission(ADMITTED_PER_SECOND)
         self._tally = Tally()
@@ -159,7 +159,7 @@ class Acceptor:
             if incoming.stream is stream:
                 self._proving.remove(incoming)
                 loop = asyncio.get_running_loop()
-                timer = loop.call_later(WAIT_SECONDS / 2, self._look, stream.id)
+                timer = loop.call_later(WAIT_SECONDS / 2, self._check_silence, stream.id)
                 self._kept[stream.id] = _ProvedStream(stream, incoming.kind, loop.time(), timer)
                 return
 
@@ -213,13 +213,13 @@ class Acceptor:
 
     # --- ends -------------------------------------------------------------------------------------
 
-    def _drive_out(self, incoming: Incoming, reason: str) -> None:
+    def _expel(self, incoming: Incoming, reason: str) -> None:
         self._tally.note()
         incoming.close()
         if incoming.stream is not None:
             incoming.stream.end(reason)
 
-    def _look(self, stream_id: bytes) -> None:
+    def _check_silence(self, stream_id: bytes) -> None:
         kept = self._kept[stream_id]
         loop = asyncio.get_running_loop()
         silence = loop.time() - kept.heard_at
@@ -230,7 +230,7 @@ class Acceptor:
         if silence >= wait:
             kept.stream.ask()
             wait = WAIT_SECONDS
-        kept.timer = loop.call_later(wait - silence, self._look, stream_id)
+        kept.timer = loop.call_later(wait - silence, self._check_silence, stream_id)
 
     def _forget(self, kept: _ProvedStream, reason: str) -> None:
         kept.timer.cancel()

@@ -81,6 +81,6 @@ def _heard(netlink: socket.socket, on_change: Callable[[MachineChange], None]) -
             pass
     except BlockingIOError:
         pass
-    except OSError as error:  # ENOBUFS: there was more than it could keep
+    except OSError as error:  # ENOBUFS: the kernel's queue overflowed
         log.debug("the network changes faster than it is read: %s", error)
     on_change("network")

@@ -15,9 +15,9 @@ from hpcfs.config.tunnel import TunnelSettings
 from hpcfs.laptop import forwards, listening, publishing
 from hpcfs.laptop.acceptor import Acceptor
 from hpcfs.laptop.forwards import ForwardEnds
-from hpcfs.laptop.identity import Identity
-from hpcfs.laptop.publishing import Directory
-from hpcfs.laptop.running import Asker, AskUser
+from hpcfs.laptop.identity import TunnelIdentity
+from hpcfs.laptop.publishing import TunnelDirectory
+from hpcfs.laptop.running import AskUser, ThreadedPrompter
 from hpcfs.model.errors import RemoteError
 from hpcfs.remotes.sftp.translate import translated
 from hpcfs.remotes.ssh.login import SshLogin, log_in
@@ -30,47 +30,47 @@ ReportFinding = Callable[[Level, str, str], None]
 SECONDS = 30.0
 
 
-def check(settings: TunnelSettings, ask: AskUser, tell: ReportFinding) -> None:
-    """Run all checks; `tell` gets each finding."""
+def check(settings: TunnelSettings, ask: AskUser, report: ReportFinding) -> None:
+    """Run all checks; `report` gets each finding."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_check(settings, ask, tell))
+        runner.run(_check(settings, ask, report))
 
 
-async def _check(settings: TunnelSettings, ask: AskUser, tell: ReportFinding) -> None:
+async def _check(settings: TunnelSettings, ask: AskUser, report: ReportFinding) -> None:
     if settings.site.transport != "asyncssh":
-        tell("fail", settings.shown, 'transport = "openssh" can\'t forward: leave that key out')
+        report("fail", settings.shown, 'transport = "openssh" can\'t forward: leave that key out')
         return
     try:
-        login = await log_in(settings.site, Asker(ask))
+        login = await log_in(settings.site, ThreadedPrompter(ask))
     except RemoteError as error:
-        tell("fail", settings.shown, error.message)
+        report("fail", settings.shown, error.message)
         return
-    tell("ok", settings.shown, f"lets {login.user} in")
+    report("ok", settings.shown, f"lets {login.user} in")
     try:
         async with asyncio.timeout(SECONDS):
             with translated(b"", login.shown):
-                await _look_around(settings, login, tell)
+                await _look_around(settings, login, report)
     except RemoteError as error:
-        tell("fail", settings.shown, error.message)
+        report("fail", settings.shown, error.message)
     except TimeoutError:
-        tell("fail", settings.shown, f"does not answer within {SECONDS:g} s")
+        report("fail", settings.shown, f"does not answer within {SECONDS:g} s")
     finally:
         await login.close()
 
 
-async def _look_around(settings: TunnelSettings, login: SshLogin, tell: ReportFinding) -> None:
+async def _look_around(settings: TunnelSettings, login: SshLogin, report: ReportFinding) -> None:
     sftp = await publishing.start_sftp(login)
     missing = await _missing_directories(sftp)
     try:
         directory = await publishing.open_directory(sftp, login.shown)
         await directory.try_file(settings.name)
-        tell("ok", "rendezvous", f"{directory.path} is yours alone{await _kind(directory)}")
-        await _look_for_others(settings, directory, login, tell)
+        report("ok", "rendezvous", f"{directory.path} is yours alone{await _kind(directory)}")
+        await _look_for_others(settings, directory, login, report)
         path = directory.new_socket(settings.name)
-        handshake = Identity().handshake
+        handshake = TunnelIdentity().handshake
         acceptor = Acceptor(handshake, lambda stream, _: stream.end("this is a check"))
         try:
-            await _try_forwards(settings, ForwardEnds(login, sftp, acceptor), path, tell)
+            await _try_forwards(settings, ForwardEnds(login, sftp, acceptor), path, report)
         finally:
             await directory.remove_socket(path)
     finally:
@@ -90,7 +90,7 @@ async def _missing_directories(sftp: asyncssh.SFTPClient) -> list[str]:
     return found
 
 
-async def _kind(directory: Directory) -> str:
+async def _kind(directory: TunnelDirectory) -> str:
     """Return the file system's type in brackets. On a shared file system the socket is visible on
     all login nodes, but works on one."""
     kind = await listening.filesystem(directory.sftp, directory.path)
@@ -98,32 +98,32 @@ async def _kind(directory: Directory) -> str:
 
 
 async def _look_for_others(
-    settings: TunnelSettings, directory: Directory, login: SshLogin, tell: ReportFinding
+    settings: TunnelSettings, directory: TunnelDirectory, login: SshLogin, report: ReportFinding
 ) -> None:
     try:
         await directory.check_free(login.connection, settings.name, "")
     except publishing.NameTaken as error:
-        tell("warn", "name", error.message)
+        report("warn", "name", error.message)
     else:
-        tell("ok", "name", f"no other tunnel named {settings.name} is up")
+        report("ok", "name", f"no other tunnel named {settings.name} is up")
 
 
 async def _try_forwards(
-    settings: TunnelSettings, ends: ForwardEnds, path: str | None, tell: ReportFinding
+    settings: TunnelSettings, ends: ForwardEnds, path: str | None, report: ReportFinding
 ) -> None:
     unix, no_unix = await forwards.try_unix(ends, path)
     tcp, no_tcp = await forwards.try_tcp(ends, forwards.LOOPBACK)
     if unix is not None:
-        tell("ok", "forward", "a Unix socket, which only you can reach")
+        report("ok", "forward", "a Unix socket, which only you can reach")
     elif tcp is not None:
-        tell("warn", "forward", f"{no_unix}: a loopback port is used, with a layer of SSH on it")
+        report("warn", "forward", f"{no_unix}: a loopback port is used, with a layer of SSH on it")
     else:
-        tell("fail", "forward", f"{no_unix}; {no_tcp}: {forwards.NO_WAY}")
+        report("fail", "forward", f"{no_unix}; {no_tcp}: {forwards.NO_WAY}")
     if settings.bind is None:
-        tell("ok", "compute nodes", "not tried: --bind ADDR names the address that they reach")
+        report("ok", "compute nodes", "not tried: --bind ADDR names the address that they reach")
         return
     bound, obstacle = await forwards.try_bind(ends, settings.bind)
     if bound is None:
-        tell("warn", "compute nodes", obstacle)
+        report("warn", "compute nodes", obstacle)
     else:
-        tell("ok", "compute nodes", f"a port of {ends.login.shown} on {bound.host}")
+        report("ok", "compute nodes", f"a port of {ends.login.shown} on {bound.host}")

@@ -17,7 +17,7 @@ import asyncssh
 
 from hpcfs.laptop.acceptor import Acceptor, EndpointKind
 from hpcfs.laptop.channel import HandleTable, ServerChannel
-from hpcfs.laptop.identity import Identity
+from hpcfs.laptop.identity import TunnelIdentity
 from hpcfs.laptop.sftp_server import Shares, ShareServer
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES, FAST_CIPHER, KEY_EXCHANGE
 from hpcfs.tunnel.proof import NotProved, prove_as_server
@@ -56,7 +56,9 @@ class ConnectedMounts:
     """All connected mounts. Give `acceptor` the pipes. `on_change` is called when a mount came or
     went."""
 
-    def __init__(self, shares: Shares, identity: Identity, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, shares: Shares, identity: TunnelIdentity, on_change: Callable[[], None]
+    ) -> None:
         self.acceptor = Acceptor(identity.handshake, self._arrived)
         self._shares = shares
         self._identity = identity

@@ -58,13 +58,13 @@ def _holder(name: str) -> str:
 
 @asynccontextmanager
 async def answering(
-    name: str, tell: Callable[[], TunnelStatus], stop: Callable[[], None]
+    name: str, get_status: Callable[[], TunnelStatus], stop: Callable[[], None]
 ) -> AsyncIterator[None]:
     """Answer on the control socket until the block ends; `only_one` must be held. A client that
     asked to stop stays connected until the process ends."""
     path = status.socket_path(name)
     path.unlink(missing_ok=True)  # left by a killed process: nobody else holds the lock
-    server = await asyncio.start_unix_server(_Answerer(tell, stop).answer, sock=_bind(path))
+    server = await asyncio.start_unix_server(_Answerer(get_status, stop).answer, sock=_bind(path))
     try:
         yield
     finally:
@@ -86,8 +86,8 @@ def _bind(path: Path) -> socket.socket:
 class _Answerer:
     """Answers requests, one per connection."""
 
-    def __init__(self, tell: Callable[[], TunnelStatus], stop: Callable[[], None]) -> None:
-        self._tell = tell
+    def __init__(self, get_status: Callable[[], TunnelStatus], stop: Callable[[], None]) -> None:
+        self._get_status = get_status
         self._stop = stop
         self._held: list[asyncio.StreamWriter] = []
         """Connections of clients that wait for our end: the kernel closes them then."""
@@ -120,7 +120,7 @@ class _Answerer:
             command = ""
         if command not in ("status", "stop"):
             return TunnelReply(error='a request is one line of JSON: {"command": "status"}'), False
-        return TunnelReply(status=self._tell()), command == "stop"
+        return TunnelReply(status=self._get_status()), command == "stop"
 
 
 def _peer(writer: asyncio.StreamWriter) -> int:

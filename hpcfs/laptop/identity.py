@@ -21,7 +21,7 @@ def _new_key() -> asyncssh.SSHKey:
 
 
 @dataclass(frozen=True)
-class Identity:
+class TunnelIdentity:
     """The tunnel's id (32 hex digits), its server's key, its clients' key and its secret (hex)."""
 
     id: str = field(default_factory=lambda: secrets.token_hex(16))

@@ -42,7 +42,7 @@ class NameTaken(WrongSettings):
 
 
 @dataclass(frozen=True)
-class Directory:
+class TunnelDirectory:
     """The directory of tunnels on the cluster. `owner` is the numeric user there, where it is told.
     `host` is the login node's own name, empty where unknown, `shown` the laptop's name for it."""
 
@@ -214,7 +214,7 @@ async def start_sftp(login: SshLogin) -> asyncssh.SFTPClient:
         raise
 
 
-async def open_directory(sftp: asyncssh.SFTPClient, shown: str) -> Directory:
+async def open_directory(sftp: asyncssh.SFTPClient, shown: str) -> TunnelDirectory:
     """Open the directory, and make it where it is missing. Raises WrongSettings where it is not
     safe for secrets."""
     with translated(DIRECTORY.encode(), shown):
@@ -234,7 +234,7 @@ async def open_directory(sftp: asyncssh.SFTPClient, shown: str) -> Directory:
             )
         if (found.permissions or 0) & 0o777 != PRIVATE_DIRECTORY:
             await _close_to_others(sftp, path, shown)
-    return Directory(sftp, path, owners[-1], shown, await listening.host_name(sftp))
+    return TunnelDirectory(sftp, path, owners[-1], shown, await listening.host_name(sftp))
 
 
 async def _make(sftp: asyncssh.SFTPClient, path: str) -> None:

@@ -73,7 +73,7 @@ def run(
 
 
 async def _run(plan: TunnelPlan, ask: AskUser, show: Show) -> None:
-    tunnel = Tunnel(plan, Asker(ask), lambda: show(tunnel.status()))
+    tunnel = Tunnel(plan, ThreadedPrompter(ask), lambda: show(tunnel.status()))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, tunnel.stop)
@@ -92,7 +92,7 @@ async def _show_forever(tunnel: Tunnel, show: Show) -> None:
         show(tunnel.status())
 
 
-class Asker:
+class ThreadedPrompter:
     """Implements Prompter (remotes/base.py). Each question has a thread of its own, which nobody
     waits for when the tunnel ends: it may hang on the terminal."""
 

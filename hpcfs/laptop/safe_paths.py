@@ -84,7 +84,7 @@ def _check_regular(found: os.stat_result) -> None:
         raise OSError(code, os.strerror(code))
 
 
-class Folder:
+class SharedFolder:
     """A shared folder, open for as long as it is shared."""
 
     def __init__(self, directory: Path) -> None:

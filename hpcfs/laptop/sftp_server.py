@@ -25,7 +25,7 @@ from asyncssh.constants import FXF_APPEND, FXF_CREAT, FXF_EXCL, FXF_READ, FXF_TR
 
 from hpcfs.laptop.hardlinks import HardLinks
 from hpcfs.laptop.memory import ServerMemory
-from hpcfs.laptop.safe_paths import Folder, SafeEntry
+from hpcfs.laptop.safe_paths import SafeEntry, SharedFolder
 from hpcfs.laptop.shares import Share
 
 MAX_READ_BYTES = 1024 * 1024
@@ -72,7 +72,7 @@ class Shares:
 
     def __init__(self, shares: Sequence[Share]) -> None:
         self.by_name = {os.fsencode(share.name): share for share in shares}
-        self.folders = {share.name: Folder(share.directory) for share in shares}
+        self.folders = {share.name: SharedFolder(share.directory) for share in shares}
         self.traffic = ShareTraffic()
         self.memory = ServerMemory()
         self.links = HardLinks(guarded=any(share.read_only for share in shares))

@@ -41,10 +41,10 @@ class Strangers(Generic[T]):
     def add(self, one: T) -> None:
         """Add an item, which may expel the oldest one."""
         if len(self._waiting) >= self._most:
-            self._drive_out(next(iter(self._waiting)), "too many connections prove nothing")
+            self._remove_and_expel(next(iter(self._waiting)), "too many connections prove nothing")
         loop = asyncio.get_running_loop()
         reason = "it has not proved who it is"
-        self._waiting[one] = loop.call_later(SECONDS, self._drive_out, one, reason)
+        self._waiting[one] = loop.call_later(SECONDS, self._remove_and_expel, one, reason)
 
     def remove(self, one: T) -> bool:
         """Remove an item; return whether it was there."""
@@ -54,7 +54,7 @@ class Strangers(Generic[T]):
         timer.cancel()
         return True
 
-    def _drive_out(self, one: T, reason: str) -> None:
+    def _remove_and_expel(self, one: T, reason: str) -> None:
         if self.remove(one):
             self._expel(one, reason)
 
@@ -93,7 +93,7 @@ class Tally:
         end."""
         self._count += 1
         if self._timer is None:
-            self._tell()
+            self._log_count()
             self._timer = asyncio.get_running_loop().call_later(TOLD_EVERY_SECONDS, self._again)
 
     def close(self) -> None:
@@ -101,13 +101,13 @@ class Tally:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._tell()
+        self._log_count()
 
     def _again(self) -> None:
         self._timer = None
-        self._tell()
+        self._log_count()
 
-    def _tell(self) -> None:
+    def _log_count(self) -> None:
         if self._count:
             log.warning("strangers at the tunnel's port, sent away: %d", self._count)
         self._count = 0

@@ -24,9 +24,9 @@ from hpcfs.laptop import changes, forwards, publishing
 from hpcfs.laptop.changes import MachineChange
 from hpcfs.laptop.connected_mounts import ConnectedMounts
 from hpcfs.laptop.forwards import ForwardEnds, Forwards
-from hpcfs.laptop.identity import Identity
+from hpcfs.laptop.identity import TunnelIdentity
 from hpcfs.laptop.pauses import Pauses, is_unreached
-from hpcfs.laptop.publishing import Directory
+from hpcfs.laptop.publishing import TunnelDirectory
 from hpcfs.laptop.rates import Rate
 from hpcfs.laptop.sftp_server import Shares
 from hpcfs.laptop.shares import Share
@@ -86,7 +86,7 @@ class Tunnel:
                 f'"{plan.site.transport}" can\'t make: name a host or namespace without that key'
             )
         self.plan = plan
-        self.identity = Identity()
+        self.identity = TunnelIdentity()
         self._shares = Shares(plan.shares)
         self._mounts = ConnectedMounts(self._shares, self.identity, on_change)
         self._prompter = prompter
@@ -100,7 +100,7 @@ class Tunnel:
         self._news = asyncio.Event()
         self._stopping = asyncio.Event()
         self._change: MachineChange | None = None
-        self._hurries = False
+        self._retries_at_once = False
         """Whether the connection did not survive a change, so that there is nothing to wait for."""
 
     def stop(self) -> None:
@@ -116,7 +116,7 @@ class Tunnel:
         try:
             async with changes.watched(self._changed):
                 while not self._stopping.is_set():
-                    error = await self._fails(pauses)
+                    error = await self._try_once(pauses)
                     if error is not None and not self._stopping.is_set():
                         await self._recover(error, pauses)
         finally:
@@ -125,7 +125,7 @@ class Tunnel:
             sampling.cancel()
             await asyncio.wait([sampling])
 
-    async def _fails(self, pauses: Pauses) -> RemoteError | None:
+    async def _try_once(self, pauses: Pauses) -> RemoteError | None:
         """Run one connection; return why it failed or was lost, None where the tunnel was to
         stop."""
         try:
@@ -142,10 +142,10 @@ class Tunnel:
         worked before is retried."""
         if self._state == "connecting" or (error.lasting and not isinstance(error, NoService)):
             raise error
-        pause = 0.0 if self._hurries else pauses.after(error)
-        self._hurries = False
+        pause = 0.0 if self._retries_at_once else pauses.after(error)
+        self._retries_at_once = False
         self._next_try = time.time() + pause
-        self._tell("lost", error.message)
+        self._set_state("lost", error.message)
         await self._pause(pause, cut_by_network=is_unreached(error))
         self._next_try = None
 
@@ -158,7 +158,7 @@ class Tunnel:
             change = self._take_change()
             if change == "slept" or (change and cut_by_network):
                 return
-            await self._hear(left)
+            await self._wait_for_news(left)
 
     # --- one connection ---------------------------------------------------------------------------
 
@@ -167,8 +167,8 @@ class Tunnel:
         self._change = None
         reach = None if self._state == "connecting" else REACH_SECONDS
         login = await self._log_in(reach)
-        losing = asyncio.create_task(self._tell_of(login.ended))
-        directory: Directory | None = None
+        losing = asyncio.create_task(self._wake_when(login.ended))
+        directory: TunnelDirectory | None = None
         answers = True
         try:
             login.connection.set_keepalive(KEEPALIVE_SECONDS, KEEPALIVES_MISSED)
@@ -177,14 +177,14 @@ class Tunnel:
                 shorten_sending(connection)
             directory = await self._set_up(login)
             pauses.reset()
-            await self._hold(directory, login.ended)
+            await self._watch(directory, login.ended)
         except Unreachable:
             answers = False
             raise
         finally:
             losing.cancel()
             if directory is not None and answers:
-                await self._take_leave(directory)
+                await self._withdraw(directory)
             await login.close()
 
     async def _log_in(self, reach: float | None) -> SshLogin:
@@ -202,7 +202,7 @@ class Tunnel:
             raise Unreachable("the tunnel is being stopped")
         return logging_in.result()
 
-    async def _set_up(self, login: SshLogin) -> Directory:
+    async def _set_up(self, login: SshLogin) -> TunnelDirectory:
         """Open the forwards, then write the file that names them."""
         try:
             async with asyncio.timeout(SETUP_SECONDS):
@@ -213,7 +213,7 @@ class Tunnel:
                 f"{login.shown} let us in, but did not answer within {SETUP_SECONDS:g} s"
             ) from None
 
-    async def _publish(self, login: SshLogin) -> Directory:
+    async def _publish(self, login: SshLogin) -> TunnelDirectory:
         name, identity = self.plan.name, self.identity
         if self._state == "connecting":  # asyncssh's client would wait forever
             with suppress(asyncssh.ChannelOpenError):  # reported below
@@ -235,7 +235,7 @@ class Tunnel:
         await directory.remove_remains(name, path)
         for note in self._forwards.notes:
             log.warning("%s", note)
-        self._tell("up", "")
+        self._set_state("up", "")
         return directory
 
     def _rendezvous(self, login_host: str) -> Rendezvous:
@@ -253,19 +253,21 @@ class Tunnel:
             shares=[share.name for share in self.plan.shares],
         )
 
-    async def _hold(self, directory: Directory, ended: asyncio.Event) -> None:
+    async def _watch(self, directory: TunnelDirectory, ended: asyncio.Event) -> None:
         """Watch the connection until it is lost, or the tunnel is to stop."""
         shown = directory.shown
         while not self._stopping.is_set():
-            await self._hear(WATCH_SECONDS)
+            await self._wait_for_news(WATCH_SECONDS)
             if ended.is_set():
                 raise Unreachable(f"the connection to {shown} was lost")
             if not self._stopping.is_set():
-                self._hurries = self._take_change() is not None
-                await self._look(directory, TEST_SECONDS if self._hurries else ANSWER_SECONDS)
-                self._hurries = False
+                self._retries_at_once = self._take_change() is not None
+                await self._check_file(
+                    directory, TEST_SECONDS if self._retries_at_once else ANSWER_SECONDS
+                )
+                self._retries_at_once = False
 
-    async def _look(self, directory: Directory, limit: float) -> None:
+    async def _check_file(self, directory: TunnelDirectory, limit: float) -> None:
         """Check that the file is there, which also tests whether the login node still answers."""
         try:
             async with asyncio.timeout(limit):
@@ -275,7 +277,7 @@ class Tunnel:
         except TimeoutError:
             raise TimedOut(f"{directory.shown} did not answer within {limit:g} s") from None
 
-    async def _take_leave(self, directory: Directory) -> None:
+    async def _withdraw(self, directory: TunnelDirectory) -> None:
         """Remove the file. If that fails, the next tunnel or a mount will find it to be stale."""
         try:
             async with asyncio.timeout(FAREWELL_SECONDS):
@@ -287,7 +289,7 @@ class Tunnel:
 
     # --- news -------------------------------------------------------------------------------------
 
-    async def _tell_of(self, ended: asyncio.Event) -> None:
+    async def _wake_when(self, ended: asyncio.Event) -> None:
         await ended.wait()
         self._news.set()
 
@@ -300,7 +302,7 @@ class Tunnel:
         change, self._change = self._change, None
         return change
 
-    async def _hear(self, seconds: float) -> None:
+    async def _wait_for_news(self, seconds: float) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._news.wait()
@@ -308,7 +310,7 @@ class Tunnel:
 
     # --- status -----------------------------------------------------------------------------------
 
-    def _tell(self, state: TunnelState, reason: str) -> None:
+    def _set_state(self, state: TunnelState, reason: str) -> None:
         if state != self._state:
             self._since = time.time()
         self._state, self._reason = state, reason

@@ -32,37 +32,46 @@ _RECENT = 8
 
 
 class File(Protocol):
-    @property
-    def ino(self) -> int: ...
+    """A file of the directory, by its inode number and name."""
 
     @property
-    def name(self) -> bytes: ...
+    def ino(self) -> int:
+        """Its inode number."""
+        ...
+
+    @property
+    def name(self) -> bytes:
+        """Its name, in bytes."""
+        ...
 
 
 F = TypeVar("F", bound=File)
 
 
-class Order(Generic[F]):
-    """One order of a directory's files; `positions` by inode number."""
+class SortedFiles(Generic[F]):
+    """A directory's files in one order; `positions` are by inode number."""
 
     def __init__(self, files: Sequence[F]) -> None:
         self.files = files
         self.positions = {file.ino: at for at, file in enumerate(files)}
 
 
-def orders_of(files: Sequence[F]) -> list[Order[F]]:
-    """Those that programs go by; `files` as they were listed."""
+def orders_of(files: Sequence[F]) -> list[SortedFiles[F]]:
+    """Return the orders that programs go by; `files` are as they were listed."""
     return [
-        Order(files),
-        Order(sorted(files, key=lambda file: file.name)),
-        Order(sorted(files, key=lambda file: file.ino)),
+        SortedFiles(files),
+        SortedFiles(sorted(files, key=lambda file: file.name)),
+        SortedFiles(sorted(files, key=lambda file: file.ino)),
     ]
 
 
 class FilePredictor(Generic[F]):
-    """One directory. `list_files` gives its files; most are opened without a pattern, and it is not
-    asked before there may be one. `trusted` is the number of the order by which the program read
-    another directory just before: then nothing needs to be learned."""
+    """Predicts which files of one directory a program reads next.
+
+    `list_files` returns its files, and is not called before there may be a pattern: most are opened
+    without one. `trusted` is the number of the order by which the program read another directory
+    just before: then nothing needs to be learned.
+    """
 
     def __init__(
         self,
@@ -71,7 +80,7 @@ class FilePredictor(Generic[F]):
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._list_files = list_files
-        self._sorted: list[Order[F]] | None = None
+        self._sorted: list[SortedFiles[F]] | None = None
         self._trusted = trusted
         self._now = now
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT)
@@ -79,7 +88,7 @@ class FilePredictor(Generic[F]):
         self._foreseen: set[int] = set()
 
     @property
-    def _orders(self) -> list[Order[F]]:
+    def _orders(self) -> list[SortedFiles[F]]:
         if self._sorted is None:
             self._sorted = orders_of(self._list_files())
         return self._sorted
@@ -90,7 +99,7 @@ class FilePredictor(Generic[F]):
         return self._trusted
 
     def opened(self, ino: int) -> list[F]:
-        """The program opened this file to read it: what to fetch ahead now."""
+        """Note that the program opened this file to read it; return what to fetch ahead now."""
         now = self._now()
         if self._recent and now - self._recent[-1][0] > PAUSE_SECONDS:
             self._recent.clear()
@@ -113,13 +122,13 @@ class FilePredictor(Generic[F]):
         return self._sorted is None or ino in self._sorted[0].positions
 
     def first(self, count: int = GOING_ON_AHEAD) -> list[F]:
-        """What to fetch before the first file of the directory is read."""
+        """Return what to fetch before the first file of the directory is read."""
         if self._trusted is None:
             return []
         return self._take(self._orders[self._trusted].files[:count])
 
     def _followed(self) -> int | None:
-        """The order in which the last files follow each other most closely."""
+        """Return the order in which the last files follow each other most closely, if one does."""
         numbers = [ino for _, ino in self._recent][-_FILES_TO_TRUST:]
         best: tuple[int, int] | None = None
         for which, order in enumerate(self._orders):
@@ -132,7 +141,7 @@ class FilePredictor(Generic[F]):
         return None if best is None else best[1]
 
     def _limit(self, now: float) -> int:
-        """Files that the program reads in GOOD_SECONDS, at its present rate."""
+        """Return how many files the program reads in GOOD_SECONDS, at its present rate."""
         began, count = self._recent[0][0], len(self._recent) - 1
         if not count or now <= began:
             return self._ahead
@@ -147,7 +156,7 @@ class FilePredictor(Generic[F]):
         return self._take(order.files[position + 1 : position + 1 + count])
 
     def _take(self, files: Sequence[F]) -> list[F]:
-        """Those not named before."""
+        """Return those that were not named before."""
         new = [file for file in files if file.ino not in self._foreseen]
         self._foreseen.update(file.ino for file in new)
         return new

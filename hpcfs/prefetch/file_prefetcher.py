@@ -20,7 +20,9 @@ from functools import partial
 import trio
 
 from hpcfs.cache.file import CacheFile
-from hpcfs.content.factory import ContentFactory
+from hpcfs.content.reader import Reader
+from hpcfs.content.shared import RemoteFile, Shared
+from hpcfs.content.state import State
 from hpcfs.inodes.tree import ATTRIBUTE_SECONDS, Node, Tree, number_of
 from hpcfs.model.entries import Entry
 from hpcfs.model.errors import FilesystemError, RemoteError
@@ -30,22 +32,22 @@ from hpcfs.site.namespace import Namespace
 log = logging.getLogger(__name__)
 
 FETCH_BYTES = 1024 * 1024
-"""Of each file; the rest of a larger one is readahead's to fetch."""
+"""Bytes of each file; the rest of a larger one is readahead's to fetch."""
 MOST_BYTES = 16 * 1024 * 1024
 """Under way at once."""
 HOLD_SECONDS = 2.0
 NEXT_FILES = 32
-"""Of a directory that the program did not come to yet."""
+"""Files fetched of a directory that the program did not come to yet."""
 _FEWEST_FILES = 3
 _MOST_FILES = 10_000
 """In directories with more, sorting them would delay the program."""
-_MOST_SWEEPS = 8
+_MOST_DIRECTORIES = 8
 """Directories that programs read at the same time or read next."""
 
 
 @dataclass(eq=False)
 class Foreseen:
-    """A file that may be read next, as it was listed: a reading.Place."""
+    """A file that may be read next, as it was listed: a shared.Place."""
 
     ino: int
     path: bytes
@@ -55,6 +57,7 @@ class Foreseen:
 
     @property
     def name(self) -> bytes:
+        """Its name in the directory."""
         return self.entry.name
 
 
@@ -78,12 +81,14 @@ _Key = tuple[Namespace, bytes]
 
 
 class FilePrefetcher:
-    def __init__(self, tree: Tree, contents: ContentFactory) -> None:
+    """Fetches the files that programs read next, and holds them until the program comes to them."""
+
+    def __init__(self, tree: Tree, shared: Shared) -> None:
         self._tree = tree
-        self._contents = contents
-        self._store = contents.store
-        self._nursery = contents.nursery
-        self._sweeps: OrderedDict[_Key, FilePredictor[Foreseen]] = OrderedDict()
+        self._shared = shared
+        self._store = shared.store
+        self._nursery = shared.nursery
+        self._predictors: OrderedDict[_Key, FilePredictor[Foreseen]] = OrderedDict()
         """By directory, most recently read last."""
         self._holds: dict[_Key, _Hold] = {}
         self._bytes = 0
@@ -92,45 +97,47 @@ class FilePrefetcher:
 
     @property
     def holds(self) -> list[_Hold]:
-        """What is fetched or held at this moment."""
+        """The files that are fetched or held at this moment."""
         return list(self._holds.values())
 
     # --- what programs do -------------------------------------------------------------------------
 
     def opened(self, node: Node) -> None:
-        """A program opens the file to read it."""
+        """Note that a program opens the file to read it, and fetch those that follow."""
         directory, namespace = node.parent, node.namespace
         if directory is None or namespace is None or not node.is_attached:
             return
-        sweep = self._sweeps.get((namespace, directory.path))
-        if sweep is None or not sweep.knows(node.ino):
-            sweep = self._add(namespace, directory.path, partial(_files_of, directory))
-        for place in sweep.opened(node.ino):
+        predictor = self._predictors.get((namespace, directory.path))
+        if predictor is None or not predictor.knows(node.ino):
+            predictor = self._add(namespace, directory.path, partial(_files_of, directory))
+        for place in predictor.opened(node.ino):
             self._begin(namespace, place)
-        self._sweeps.move_to_end((namespace, directory.path))
-        if sweep.order is not None:
-            self._order, self._order_seen = sweep.order, self._tree.now()
+        self._predictors.move_to_end((namespace, directory.path))
+        if predictor.order is not None:
+            self._order, self._order_seen = predictor.order, self._tree.now()
 
     def listed(self, directory: Node) -> None:
-        """A program has read all names of the directory. If it was reading the files of another
-        one just before, it goes on with these."""
+        """Note that a program has read all names of the directory.
+
+        If it was reading the files of another one just before, it goes on with these.
+        """
         namespace = directory.namespace
         if namespace is None or not self._goes_on:
             return
-        sweep = self._sweeps.get((namespace, directory.path))
-        if sweep is None:
+        predictor = self._predictors.get((namespace, directory.path))
+        if predictor is None:
             files = _files_of(directory)
             if not files:
                 return
-            sweep = self._add(namespace, directory.path, lambda: files)
-        for place in sweep.first():
+            predictor = self._add(namespace, directory.path, lambda: files)
+        for place in predictor.first():
             self._begin(namespace, place)
 
     def listed_ahead(
         self, namespace: Namespace, path: bytes, entries: Iterable[Entry], asked: float
     ) -> None:
-        """The program will come to this directory next."""
-        if not self._goes_on or (namespace, path) in self._sweeps:
+        """Note the files of a directory that the program will come to next; `asked` is its age."""
+        if not self._goes_on or (namespace, path) in self._predictors:
             return
         above = path + b"/" if path else b""
         top = namespace.name.encode() + b"/"
@@ -152,11 +159,13 @@ class FilePrefetcher:
     def _add(
         self, namespace: Namespace, path: bytes, list_files: Callable[[], list[Foreseen]]
     ) -> FilePredictor[Foreseen]:
-        sweep = FilePredictor(list_files, self._order if self._goes_on else None, self._tree.now)
-        self._sweeps[namespace, path] = sweep
-        while len(self._sweeps) > _MOST_SWEEPS:
-            self._sweeps.popitem(last=False)
-        return sweep
+        predictor = FilePredictor(
+            list_files, self._order if self._goes_on else None, self._tree.now
+        )
+        self._predictors[namespace, path] = predictor
+        while len(self._predictors) > _MOST_DIRECTORIES:
+            self._predictors.popitem(last=False)
+        return predictor
 
     # --- what was fetched -------------------------------------------------------------------------
 
@@ -173,7 +182,7 @@ class FilePrefetcher:
         return hold.current and same and self._tree.now() - hold.asked < ATTRIBUTE_SECONDS
 
     async def take(self, node: Node) -> CacheFile | None:
-        """The cache file with what was fetched ahead; the caller is its user from now on."""
+        """Return the cache file with what was fetched ahead, in use by the caller from now on."""
         hold = self._find(node)
         if hold is None:
             return None
@@ -230,16 +239,17 @@ class FilePrefetcher:
         hold.file = await self._store.acquire(
             namespace.origin, place.path, entry.version, entry.size
         )
-        content = self._contents.make(place, namespace, capabilities, hold.file)
+        remote = RemoteFile(place, namespace, capabilities)
+        reader = Reader(remote, hold.file, State(), self._shared)
         try:
-            hold.current = await content.fetch_ahead(FETCH_BYTES)
+            hold.current = await reader.fetch_first(FETCH_BYTES)
         finally:
-            with trio.CancelScope(shield=True):
-                await content.settle()  # only then nothing is written to the file any more
+            with trio.CancelScope(shield=True):  # only then nothing is written to it any more
+                await reader.fetcher.settle()
         self._tell(hold)
 
     def _tell(self, hold: _Hold) -> None:
-        """The node, if the file has one, is as the fetch saw it; or has changed."""
+        """Tell the node, if the file has one, that it is as the fetch saw it, or has changed."""
         node = hold.place.node
         if node is None or node.entry.version != hold.place.entry.version or node.content:
             return
@@ -251,7 +261,7 @@ class FilePrefetcher:
 
 
 def _files_of(directory: Node) -> list[Foreseen]:
-    """As they were listed."""
+    """Return the regular files in the order listed."""
     children = directory.children or {}
     if len(children) > _MOST_FILES:
         return []
@@ -264,6 +274,6 @@ def _files_of(directory: Node) -> list[Foreseen]:
 
 
 def _worth_sorting(files: Iterable[Foreseen]) -> list[Foreseen]:
-    """None of them where there are too few for a pattern, or too many to be sorted."""
+    """Return the files, or none where they are too few for a pattern or too many to be sorted."""
     found = list(files)
     return found if _FEWEST_FILES <= len(found) <= _MOST_FILES else []

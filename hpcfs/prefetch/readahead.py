@@ -1,4 +1,4 @@
-"""What to fetch ahead of a reader: pure policy, no I/O, never awaits.
+"""Readahead within one open file: pure policy, no I/O, never awaits.
 
 Every read either goes on with one of a handle's streams or begins a new one. A stream moves by
 steps: a *sequential* one goes on near where it ended, a *strided* one repeats its last step, which
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 FIRST_WINDOW_BYTES = 256 * 1024
 MAX_STREAMS = 8
-"""Of one handle: threads and libraries (HDF5, zip) read a few places in turn."""
+"""Streams of one handle: threads and libraries (HDF5, zip) read a few places in turn."""
 _IDLE_READS = 24
 """A stream that so many reads of the handle passed by has ended."""
 _OUT_OF_ORDER = 4
@@ -34,7 +34,7 @@ Range = tuple[int, int]
 
 @dataclass
 class Plan:
-    """`wanted` may be fetched ahead, most urgent first; `dropped` is wanted no more."""
+    """Ranges to fetch ahead (`wanted`, most urgent first), and those to cancel (`dropped`)."""
 
     wanted: list[Range] = field(default_factory=list)
     dropped: list[Range] = field(default_factory=list)
@@ -76,7 +76,7 @@ class _Stream:
 
 
 class Readahead:
-    """The readers of one open file. Offsets and lengths in bytes."""
+    """Recognises the readers of one open file. Offsets and lengths are in bytes."""
 
     __slots__ = ("_reads", "_streams")
 
@@ -86,9 +86,10 @@ class Readahead:
         self._reads = 0
 
     def observe(self, offset: int, length: int, limit: int) -> Plan:
-        """A read of [offset, offset + length) came; no stream may run more than `limit` ahead.
+        """Take note of a read of [offset, offset + length); return what to fetch ahead.
 
-        Ranges begin beyond what was read and may reach beyond the end of the file.
+        No stream may run more than `limit` bytes ahead. Ranges begin beyond what was read and may
+        reach beyond the end of the file.
         """
         self._reads += 1
         plan = Plan()
@@ -109,8 +110,8 @@ class Readahead:
         return min(near, key=lambda stream: abs(stream.end - offset), default=None)
 
     def _step(self, offset: int, length: int, plan: Plan) -> _Stream:
-        """The stream that repeats its step, or a new one: its step from the read before is a guess
-        that the next reads confirm or not."""
+        """Return the stream that repeats its step, or a new one: its step from the read before is a
+        guess that the next reads confirm or not."""
         before = next((stream for stream in self._streams if stream.repeats(offset)), None)
         if before is not None and before.is_strided:
             before.offset = offset

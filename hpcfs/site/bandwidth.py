@@ -1,4 +1,4 @@
-"""What the way to a site carries, estimated from the transfers themselves: pure, no I/O.
+"""Bandwidth and delay of the link to a site, estimated from the transfers: pure, no I/O.
 
 The method is BBR's (Cardwell et al., draft-cardwell-iccrg-bbr-congestion-control): the rate is the
 largest delivery rate of the last seconds, measured over each fetch as what arrived of all fetches
@@ -52,30 +52,30 @@ class _Extreme:
 
 @dataclass(frozen=True)
 class Mark:
-    """When a fetch began, and what had been delivered by then."""
+    """When a fetch began, in seconds, and how many bytes had been delivered by then."""
 
     seconds: float
     delivered: int
 
 
 class Bandwidth:
-    """One site's. `now` is a monotonic clock in seconds."""
+    """Estimates what a site's link carries. `now` is a monotonic clock in seconds."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.now = now
         self._delivered = 0
         self._rates = _Extreme(_RATE_SECONDS)
         self._quickness = _Extreme(_DELAY_SECONDS)
-        """Of 1 / delay, so that both keep the largest."""
+        """Max filter over 1 / RTT, i.e. the minimum RTT."""
         self.window = FIRST_WINDOW_BYTES
         """Bytes to have under way so that the link is never idle."""
 
     def begin(self) -> Mark:
-        """A fetch is sent."""
+        """Note that a fetch is sent; return the mark to give to `delivered`."""
         return Mark(self.now(), self._delivered)
 
     def delivered(self, mark: Mark, length: int) -> None:
-        """The fetch that began at `mark` brought `length` bytes."""
+        """Note that the fetch that began at `mark` brought `length` bytes."""
         self._delivered += length
         now = self.now()
         if length >= _FEWEST_BYTES and now > mark.seconds:
@@ -83,7 +83,7 @@ class Bandwidth:
             self._set_window()
 
     def answered(self, seconds: float) -> None:
-        """A small request took so long."""
+        """Note that a small request took so many seconds."""
         if seconds > 0:
             self._quickness.add(1 / seconds, self.now())
             self._set_window()

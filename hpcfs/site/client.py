@@ -26,7 +26,7 @@ from hpcfs.site.worker_process import Lend, WorkerProcess, gone, lend_nothing
 
 T = TypeVar("T")
 
-State = Literal["idle", "connecting", "connected", "failed"]
+SiteState = Literal["idle", "connecting", "connected", "failed"]
 
 Ask = Callable[[str, bool], str | None]
 """(text, echo) -> what the user typed, None if nobody can be asked. Called in a thread."""
@@ -82,7 +82,7 @@ class SiteClient:
         ask: Ask = ask_nobody,
     ) -> None:
         self._ask = ask
-        self._state: State = "idle"
+        self._state: SiteState = "idle"
         self._reason = ""
         self._away = ""
         self._namespace_reasons: dict[str, str] = {}
@@ -109,8 +109,11 @@ class SiteClient:
         timeout: float = CALL_TIMEOUT,
         on_progress: Callable[[int], None] | None = None,
     ) -> T:
-        """The answer to `request`, decoded as `kind`. `on_progress` hears how many bytes of a long
-        one are done. Raises RemoteError."""
+        """Return the answer to `request`, decoded as `kind`.
+
+        `on_progress` is called with the bytes of a long one that are done. Without an answer or
+        progress for `timeout` seconds it fails. Raises RemoteError.
+        """
         reply = await self._exchange(namespace, request, timeout, None, on_progress)
         answer = msgspec.msgpack.decode(reply.result, type=kind)
         if isinstance(answer, Capabilities):
@@ -124,7 +127,10 @@ class SiteClient:
         on_page: Callable[[bytes], None],
         timeout: float = CALL_TIMEOUT,
     ) -> None:
-        """`on_page` gets each page, still encoded (list[Entry] in MessagePack)."""
+        """Give each page, still encoded (list[Entry] in MessagePack), to `on_page`.
+
+        Raises RemoteError.
+        """
         await self._exchange(namespace, request, timeout, on_page)
 
     async def _exchange(
@@ -197,16 +203,18 @@ class SiteClient:
             self._namespace_reasons[namespace] = failure.message
         raise failure
 
-    def namespace_state(self, namespace: str) -> tuple[State, str]:
-        """For the status: the state, and why where it failed."""
+    def namespace_state(self, namespace: str) -> tuple[SiteState, str]:
+        """Return the state for the status, and why where it failed."""
         if reason := self._namespace_reasons.get(namespace):
             return "failed", reason
         remark = self._remarks.get(namespace, "") if self._state == "connected" else ""
         return self._state, self._reason or remark
 
     async def traffic(self) -> Traffic | None:
-        """For the status: nothing is connected or started for it. None where the process is too
-        busy to tell."""
+        """Return what is under way, for the status; nothing is connected or started for it.
+
+        None where the process is too busy to tell.
+        """
         if self._child is None:
             return Traffic()
         with trio.move_on_after(_TRAFFIC_SECONDS):
@@ -219,7 +227,8 @@ class SiteClient:
         return None
 
     def _note_away(self, away: str) -> None:
-        """A connection that is kept up is lost, or back, without a request that would tell."""
+        """Note that a connection that is kept up is lost, or back, without a request that would
+        tell."""
         if away != self._away:
             self._away = self._reason = away
             self._state = "failed" if away else "connected"
@@ -240,7 +249,7 @@ class SiteClient:
 
     @property
     def pid(self) -> int | None:
-        """Of the transfer process, if it runs."""
+        """The process id of the transfer process, None if it does not run."""
         return self._child.pid if self._child else None
 
     async def _supervise(self, child: WorkerProcess) -> None:
@@ -271,7 +280,7 @@ class SiteClient:
                     self._replied(pending, message)
 
     def _heard(self, answered: _Pending) -> None:
-        """The site is there, unless the process answered by itself."""
+        """Note that the site is there, unless the process answered by itself."""
         if answered.asks_site and not answered.given_up:
             self._is_silent = False
             for waiting in self._pending.values():

@@ -24,7 +24,7 @@ from hpcfs.site.bandwidth import Bandwidth
 
 T = TypeVar("T")
 WriteMode = Literal["through", "back"]
-"""What close(2) waits for: the remote, or the local journal."""
+"""Whether close(2) waits for the remote (through) or the local journal (back)."""
 SymlinkMode = Literal["contain", "follow", "hide"]
 """Where symbolic links of the remote may lead: to what is in the namespace, anywhere; or they are
 not shown."""
@@ -40,7 +40,7 @@ _entries = msgspec.msgpack.Decoder(list[Entry])
 
 
 class SiteCalls(Protocol):
-    """One site's transfer process."""
+    """Calls to one site's transfer process."""
 
     async def call(
         self,
@@ -49,7 +49,9 @@ class SiteCalls(Protocol):
         kind: type[T],
         timeout: float = ...,
         on_progress: Callable[[int], None] | None = ...,
-    ) -> T: ...
+    ) -> T:
+        """Return the answer to a request, decoded as `kind`. Raises RemoteError."""
+        ...
 
     async def call_pages(
         self,
@@ -57,28 +59,12 @@ class SiteCalls(Protocol):
         request: m.List,
         on_page: Callable[[bytes], None],
         timeout: float = ...,
-    ) -> None: ...
+    ) -> None:
+        """Give each page of a listing, still encoded, to `on_page`. Raises RemoteError."""
+        ...
 
 
 _EMPTY_NOTED = 10_000
-
-
-class _Named(Protocol):
-    @property
-    def path(self) -> bytes: ...
-
-
-class Versioned(Protocol):
-    """An open file's content."""
-
-    @property
-    def place(self) -> _Named: ...
-
-    @property
-    def version(self) -> bytes: ...
-
-    @property
-    def size(self) -> int: ...
 
 
 class UploadRate:
@@ -155,36 +141,36 @@ class Namespace:
         self._empty: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
         """(path, version) of files without bytes that were read, and had none."""
 
-    def is_empty(self, content: Versioned) -> bool:
-        """Whether it was found to have no bytes; its size says nothing of a file in /proc."""
-        return not content.size and (content.place.path, content.version) in self._empty
+    def is_empty(self, path: bytes, version: bytes) -> bool:
+        """Whether this file was found to have no bytes; its size says nothing of one in /proc."""
+        return (path, version) in self._empty
 
-    def note_empty(self, content: Versioned) -> None:
-        if content.size:
-            return
-        self._empty[content.place.path, content.version] = None
+    def note_empty(self, path: bytes, version: bytes) -> None:
+        """This file tells no size, and had no bytes when it was read."""
+        self._empty[path, version] = None
         if len(self._empty) > _EMPTY_NOTED:
             self._empty.popitem(last=False)
 
     def new_handle(self) -> int:
-        """Identifies an open file to the transfer process."""
+        """Return a number that identifies an open file to the transfer process."""
         self._next_handle += 1
         return self._next_handle
 
     def check_writable(self) -> None:
+        """Raise ReadOnly if the configuration says so."""
         if self.read_only:
             raise ReadOnly(f"{self.name} is mounted read-only")
 
     async def call(self, request: m.Request, kind: type[T], timeout: float = DEFAULT_TIMEOUT) -> T:
-        """Raises RemoteError."""
+        """Return the answer to a request, decoded as `kind`. Raises RemoteError."""
         return await self._site.call(self.name, request, kind, timeout)
 
     def knows_capabilities(self, capabilities: Capabilities) -> None:
-        """As an earlier mount found them, for as long as the remote was not asked."""
+        """Assume the capabilities that an earlier mount found, until the remote is asked."""
         self._capabilities = self._capabilities or capabilities
 
     def knows_better(self, capabilities: Capabilities) -> None:
-        """One of them turned out to be missing."""
+        """Replace the capabilities, of which one turned out to be missing."""
         self._capabilities = capabilities
 
     async def upload(
@@ -194,8 +180,7 @@ class Namespace:
         timeout: float,
         on_progress: Callable[[int], None],
     ) -> Entry:
-        """Bring the bytes of `cache_file` to the remote -> the entry as it is then. Raises
-        RemoteError."""
+        """Upload a file and return its entry; `on_progress` hears how many bytes are done."""
         counted = 0
 
         def progressed(done: int) -> None:
@@ -208,13 +193,13 @@ class Namespace:
         return await self._site.call(self.name, upload, Entry, timeout, progressed)
 
     async def capabilities(self) -> Capabilities:
-        """Connects on first use. Raises RemoteError."""
+        """Return what the remote can do; connects on first use. Raises RemoteError."""
         if self._capabilities is None:
             self._capabilities = await self.call(m.Connect(), Capabilities, timeout=LOGIN_TIMEOUT)
         return self._capabilities
 
     async def check_takes_writes(self) -> None:
-        """Before something is changed that the remote will hear of later. Raises ReadOnly."""
+        """Raise ReadOnly where the remote would refuse a change that it hears of later."""
         if not (await self.capabilities()).read_only:
             return
         self._capabilities = await self.call(m.Connect(), Capabilities)  # perhaps it no longer is
@@ -223,15 +208,18 @@ class Namespace:
 
     @property
     def dates_directories(self) -> bool:
-        """Taken to be so as long as the remote was not asked."""
+        """Whether the remote keeps directories' times; assumed until it is asked."""
         return self._capabilities is None or self._capabilities.dates_directories
 
     async def try_now(self) -> None:
-        """Somebody waits for the site: a connection is tried now, whenever the last attempt was.
-        Raises RemoteError."""
+        """Try to connect now, whenever the last attempt was, since somebody waits for the site.
+
+        Raises RemoteError.
+        """
         await self.call(m.Connect(now=True), Capabilities, timeout=LOGIN_TIMEOUT)
 
     async def stat(self, path: bytes) -> Entry:
+        """Return the entry of a path. Raises RemoteError."""
         asked = self.bandwidth.now()
         entry = await self.call(m.Stat(path), Entry)
         self.bandwidth.answered(self.bandwidth.now() - asked)
@@ -240,20 +228,28 @@ class Namespace:
         return entry
 
     async def fetch(self, request: m.Fetch, timeout: float) -> m.Fetched:
+        """Have a range fetched into a cache file, within `timeout` seconds without progress."""
         mark = self.bandwidth.begin()
         fetched = await self.call(request, m.Fetched, timeout)
         self.bandwidth.delivered(mark, fetched.length)
         return fetched
 
     async def entry(self, request: m.Request) -> Entry:
-        """Requests whose answer is the entry as it is afterwards."""
+        """Return the answer to a request that is the entry as it is afterwards.
+
+        Raises RemoteError.
+        """
         return await self.call(request, Entry)
 
     async def do(self, request: m.Request) -> None:
-        """Requests without an answer."""
+        """Call without an answer. Raises RemoteError."""
         await self.call(request, type(None))
 
     async def list_pages(self, path: bytes, on_page: Callable[[bytes], None]) -> None:
+        """Give each page of a listing, a MessagePack list[Entry], to `on_page`.
+
+        Raises RemoteError.
+        """
         if self.symlinks == "hide":
             shown = on_page
             on_page = lambda page: shown(_without_links(page))  # noqa: E731
@@ -261,7 +257,7 @@ class Namespace:
 
 
 def _without_links(page: bytes) -> bytes:
-    """Of a MessagePack list[Entry]; what can't be read is for the listing to tell."""
+    """Return a MessagePack list[Entry] without symbolic links; any other page as it is."""
     try:
         entries = _entries.decode(page)
     except msgspec.DecodeError:

@@ -40,11 +40,12 @@ Lend = Callable[[str], int | None]
 
 
 def lend_nothing(name: str) -> int | None:
+    """Lend no file in memory."""
     return None
 
 
 class WorkerProcess:
-    """Made by `Child.start`; lives as long as `run`."""
+    """A running transfer process and the sockets to it; it lives as long as `run`."""
 
     def __init__(
         self,
@@ -68,7 +69,10 @@ class WorkerProcess:
     async def start(
         cls, start: m.Start, log_file: Path, lend: Lend = lend_nothing
     ) -> WorkerProcess:
-        """Its output goes to the log file. `lend` tells the descriptor of a file in memory."""
+        """Start a process whose output goes to the log file.
+
+        `lend` returns the descriptor of a file in memory. Raises OSError.
+        """
         ours, theirs = socket.socketpair()
         files, their_files = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, their_files, _log(log_file) as log_stream:
@@ -87,7 +91,7 @@ class WorkerProcess:
         return child
 
     def send(self, message: msgspec.Struct) -> None:
-        """Raises NotConnected when the process has ended."""
+        """Queue a message; never waits. Raises NotConnected when the process has ended."""
         if self.ended:
             raise NotConnected(_GONE)
         rest = self._send_now(m.frame(message))
@@ -96,7 +100,7 @@ class WorkerProcess:
             self._outbox.send_nowait(rest)
 
     def _send_now(self, frame: bytes) -> bytes:
-        """What of the frame is to wait: a task of its own would cost a small request a tenth."""
+        """Send what fits, and return the rest: a task for it would cost a small request a tenth."""
         if self._waiting:
             return frame
         try:
@@ -105,7 +109,7 @@ class WorkerProcess:
             return frame
 
     def kill(self) -> None:
-        """It no longer does what it is told."""
+        """Kill the process, which no longer does what it is told."""
         if not self.ended:
             log.warning("the transfer process %d does not answer: it is killed", self.pid)
             self._process.kill()
@@ -179,6 +183,7 @@ def _log(file: Path) -> BinaryIO:
 
 
 def gone() -> Unreachable:
+    """Return the error for calls to a process that has ended."""
     return Unreachable(_GONE)
 
 

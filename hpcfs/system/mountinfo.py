@@ -16,7 +16,7 @@ HPCFS_TYPE = "fuse.hpcfs"
 
 
 @dataclass(frozen=True, slots=True)
-class Mounted:
+class MountEntry:
     """One line of the table. `user_id` is the user who mounted it, for FUSE only."""
 
     mountpoint: Path
@@ -25,22 +25,22 @@ class Mounted:
     user_id: int | None = None
 
 
-def read() -> list[Mounted]:
+def read() -> list[MountEntry]:
     """Return the mounts of this process's namespace, in the order in which they were made."""
     return parse(Path("/proc/self/mountinfo").read_bytes())
 
 
-def parse(table: bytes) -> list[Mounted]:
+def parse(table: bytes) -> list[MountEntry]:
     """Parse the content of mountinfo; malformed lines are skipped."""
     return [_parse_line(line) for line in table.splitlines() if b" - " in line]
 
 
-def at(mountpoint: Path, mounts: Sequence[Mounted]) -> Mounted | None:
+def at(mountpoint: Path, mounts: Sequence[MountEntry]) -> MountEntry | None:
     """Return what is mounted exactly there: the last mount made, which hides those below it."""
     return next((found for found in reversed(mounts) if found.mountpoint == mountpoint), None)
 
 
-def containing(path: Path, mounts: Sequence[Mounted]) -> Mounted | None:
+def containing(path: Path, mounts: Sequence[MountEntry]) -> MountEntry | None:
     """Return the mount that holds an absolute path without symbolic links."""
     around = [path, *path.parents]
     inside = [found for found in mounts if found.mountpoint in around]
@@ -48,11 +48,11 @@ def containing(path: Path, mounts: Sequence[Mounted]) -> Mounted | None:
     return next((m for m in reversed(inside) if len(m.mountpoint.parts) == deepest), None)
 
 
-def _parse_line(line: bytes) -> Mounted:
+def _parse_line(line: bytes) -> MountEntry:
     left, _, right = line.partition(b" - ")
     kind, source, options = [*right.split(b" "), b"", b"", b""][:3]
     user = re.search(rb"(?:^|,)user_id=(\d+)", options)
-    return Mounted(
+    return MountEntry(
         mountpoint=Path(_unescape(left.split(b" ")[4])),
         kind=_unescape(kind),
         source=_unescape(source),

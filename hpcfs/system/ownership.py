@@ -105,7 +105,7 @@ def unsafe_reason(directory: Path) -> str | None:
         try:
             found = place.lstat()
         except FileNotFoundError:
-            return None  # to be made, in what was looked at
+            return None  # it will be made in a directory that was checked
         except OSError as error:
             return f"{place} can't be looked at ({error.strerror})"
         if _is_open(parent) and found.st_uid not in (0, os.getuid(), NOBODY):

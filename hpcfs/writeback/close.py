@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 MOST_NOTICES = 100
 KEEP_REMOVED_BYTES = 64 * 1024 * 1024
-"""Of a file that is removed while it is open, so much that is missing is fetched first."""
+"""Bytes fetched, at most, of a file that is removed while it is open."""
 
 
 class Closer:
@@ -52,7 +52,7 @@ class Closer:
         self._in_use: dict[Content, None] = {}
         self.queue = UploadQueue(uploader, self.flush, self._retire_if_done, nursery, limit)
         self.notices: deque[str] = deque(maxlen=MOST_NOTICES)
-        """What the user should know, the last ones: conflicts."""
+        """The last conflicts, as sentences for the user."""
 
     def use(self, content: Content) -> None:
         """Count one user more; `leave` is to follow."""
@@ -67,7 +67,7 @@ class Closer:
     # --- upload -----------------------------------------------------------------------------------
 
     async def flush(self, content: Content, *, sync: bool = False) -> None:
-        """Return once the remote has what was written. Raises RemoteError."""
+        """Return once the remote has what was written. Raises RemoteError, also Conflict."""
         confirmed = partial(self._confirmed, content, content.may_be_missing)
         try:
             await self.uploader.upload(content, confirmed, sync=sync)
@@ -75,10 +75,12 @@ class Closer:
             raise Conflict(await self._set_aside(content, error.message)) from None
 
     async def _set_aside(self, content: Content, reason: str) -> str:
-        """Others changed the file since it was opened: both versions stay. Returns the user's
-        sentence. Raises Unreachable when that can't be done now."""
+        """Keep both versions of a file that others changed too; return the sentence for the user.
+
+        Raises Unreachable when that can't be done now.
+        """
         node = self._node(content)
-        async with content.upload_lock:
+        async with content.upload.lock:
             if content.state.is_unlinked:
                 return reason
             told = await conflict.set_aside(content, self.uploader, reason)
@@ -87,19 +89,19 @@ class Closer:
         self.queue.gone(content)
         self.notices.append(f"{content.namespace.name}/{told}")
         log.warning("%s", told)
-        self.lose(node)
+        self.supersede(node)
         if node.parent:
             self._tree.expire(node.parent)
         return told
 
-    def lose(self, node: Node) -> None:
-        """Others removed or replaced the node's file: the name is another file's from now on."""
+    def supersede(self, node: Node) -> None:
+        """Give the name to another file: others removed or replaced the node's."""
         if node.content:
             node.content.supersede()
         self._tree.detach(node)
 
     def _node(self, content: Content) -> Node:
-        """The node that it was made for, whether or not the tree still has it."""
+        """Return the node that it was made for, whether or not the tree still has it."""
         assert isinstance(content.place, Node)
         return content.place
 
@@ -120,27 +122,30 @@ class Closer:
                 self._tree.note_attributes(node.parent)
 
     async def closed(self, content: Content) -> None:
-        """What close(2) promises in the namespace's mode. Raises RemoteError."""
+        """Do what close(2) promises in the namespace's mode. Raises RemoteError."""
         if content.namespace.writes_back:
             await self.queue.closed(content)
         else:
             await self.flush(content)
 
     async def changed(self, content: Content) -> None:
-        """Its attributes were set while it is dirty. Nobody may close it any more."""
+        """Queue a dirty file whose attributes were set: perhaps nobody will close it any more."""
         if content in self.queue.schedule and not content.state.is_unlinked:
             await self.queue.closed(content)
 
     async def note_dirty(self) -> None:
-        """So that a kill costs no more of what is still open than was written since the last call;
-        nobody was told that it is safe."""
+        """Bring the journal up to date with what is still open.
+
+        A kill then costs only what was written since; no program was told that it is safe.
+        """
         for content in self.dirty():
             is_stale = content.state.durability is Durability.JOURNALED
-            if is_stale and not content.upload_lock.locked():
+            if is_stale and not content.upload.lock.locked():
                 await self.uploader.note_writing(content)
 
     async def flush_all(self) -> None:
-        """Everything that is open, one after the other; errors are the close's to report."""
+        """Upload everything open, one file after the other; errors are left for the closes to
+        report."""
         for content in self.dirty():
             if not content.namespace.writes_back:
                 try:
@@ -150,7 +155,7 @@ class Closer:
 
     # --- the last user is gone --------------------------------------------------------------------
 
-    async def settled(self, node: Node) -> None:
+    async def wait_closed(self, node: Node) -> None:
         """Return once no last close of the node's file is under way."""
         while node.content and node.content.closing is not None:
             await node.content.closing.wait()
@@ -164,7 +169,7 @@ class Closer:
         if not content.leave():
             return
         self._in_use.pop(content, None)
-        content.stop_prefetch()
+        content.reader.fetcher.cancel_all()
         if content.namespace.writes_back and content.is_dirty():
             await self._leave_to_queue(content)
             return
@@ -176,26 +181,32 @@ class Closer:
             self._retire_if_done(content)
 
     async def _leave_to_queue(self, content: Content) -> None:
-        """Nobody hears of an error any more: what the journal did not take stays dirty here."""
+        """Leave the upload to the queue.
+
+        An error of the journal is nobody's: the file stays dirty.
+        """
         try:
             if not content.state.is_persisted:
-                await self.queue.secure(content)
+                await self.queue.persist(content)
         except RemoteError as error:
             log.warning("%r: %s", content.place.path, error.message)
         self._retire_if_done(content)
 
     def _retire_if_done(self, content: Content) -> None:
-        """After something that may have been the content's last use."""
+        """Retire the content if that was its last use."""
         if content.users or content.closing is not None or content.is_dirty():
             return
-        if content.is_idle():
+        if not content.reader.fetcher.is_busy:
             self._retire(content)
         else:
             self._nursery.start_soon(self._retire_when_idle, content)
 
     async def _last_close(self, content: Content) -> bool:
-        """Whether nothing had to be kept. What can be neither uploaded nor kept raises, and stays
-        the node's."""
+        """Upload until nothing is dirty, or strand it; return whether it was uploaded.
+
+        What can be neither uploaded nor stranded raises OSError or sqlite3.Error, and stays the
+        node's.
+        """
         while content.is_dirty():
             try:
                 await self.flush(content)
@@ -213,7 +224,7 @@ class Closer:
         return True
 
     async def _retire_when_idle(self, content: Content) -> None:
-        await content.settle()
+        await content.reader.fetcher.settle()
         if not content.users and content.closing is None and not content.is_dirty():
             self._retire(content)
 
@@ -226,28 +237,28 @@ class Closer:
             node.content = None
         self._store.release(content.file)
         self._tree.drop_if_unused(node)
-        if content.held:
-            self._nursery.start_soon(content.let_go)
+        if content.reader.base.held:
+            self._nursery.start_soon(content.reader.base.let_go)
 
     # --- names change -----------------------------------------------------------------------------
 
     async def keep_readable(self, node: Node) -> None:
-        """The node is about to lose its file: fetch what its readers may still want."""
+        """Fetch what readers of the node may still want before it loses its file."""
         if node.content is None:
             return
         try:
-            node.content.use_disk()  # in memory it would not stay
-            await node.content.fetch_all(KEEP_REMOVED_BYTES)
+            node.content.reader.use_disk()  # in memory it would not stay
+            await node.content.reader.fetch_all(KEEP_REMOVED_BYTES)
         except (RemoteError, CacheFull, Stale) as error:
             log.debug("%r is removed without its missing blocks: %s", node.path, error)
 
-    def orphan(self, node: Node) -> None:
-        """The node's file was removed: what is written to it from now on goes nowhere."""
+    def unlink(self, node: Node) -> None:
+        """Note that the file was removed here: what is written from now on goes nowhere."""
         if node.content:
             node.content.unlink()
 
-    async def forget_orphan(self, node: Node) -> None:
-        """Call it after `orphan`, once that is certain."""
+    async def forget_unlinked(self, node: Node) -> None:
+        """Forget what was to be uploaded, once `unlink` is certain."""
         content = node.content
         if content:
             self.queue.gone(content)

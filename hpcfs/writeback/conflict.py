@@ -10,7 +10,8 @@ from __future__ import annotations
 import stat
 import time
 
-from hpcfs.content.content import UPLOAD_TIMEOUT, Content
+from hpcfs.content.content import Content
+from hpcfs.content.upload import UPLOAD_TIMEOUT
 from hpcfs.model import paths
 from hpcfs.model.entries import Attributes, Entry
 from hpcfs.model.errors import FilesystemError, RemoteError, Unreachable
@@ -22,13 +23,13 @@ MARK = b".hpcfs-conflict-"
 
 
 def path_beside(path: bytes, now: float) -> bytes:
-    """PATH.hpcfs-conflict-DATE-TIME, in UTC, the name cut to what a directory can hold."""
+    """Return PATH.hpcfs-conflict-DATE-TIME, in UTC; the name is cut to 255 bytes."""
     suffix = MARK + time.strftime("%Y%m%d-%H%M%S", time.gmtime(now)).encode()
     return paths.beside(path, paths.name(path)[: MAX_NAME_BYTES - len(suffix)] + suffix)
 
 
 async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
-    """Save the local version; returns what to tell the user.
+    """Save the local version beside the remote's, or strand it; return the sentence for the user.
 
     Raises Unreachable where the remote can't be asked now, and OSError or sqlite3.Error when the
     cache's disk fails; the version is then where it was.
@@ -37,7 +38,7 @@ async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
     shown = path.decode(errors="replace")
     beside = path_beside(path, time.time())
     try:
-        await content.complete(whole=True)
+        await content.upload.fetch_whole()
         await _send(content, beside)
     except Unreachable:
         raise
@@ -50,7 +51,7 @@ async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
 
 
 async def _send(content: Content, path: bytes) -> Entry:
-    """The whole file as it is here, as a new one of this name."""
+    """Upload the whole file as it is here, as a new one of this name."""
     entry = content.place.entry
     attributes = Attributes(
         mode=content.state.attributes.mode,
@@ -67,7 +68,7 @@ async def _send(content: Content, path: bytes) -> Entry:
         stat.S_IMODE(entry.mode),
         base_version=b"",
     )
-    with content.pinned():
+    with content.upload.pinned():
         return await content.namespace.upload(
             request, content.file.path, UPLOAD_TIMEOUT, lambda done: None
         )

@@ -23,7 +23,10 @@ MOST = 10_000
 
 
 class DirectoryTimes:
-    """`has_pending` says whether something in this directory still waits to be uploaded."""
+    """Remembers the times that programs set on directories, and sets them once more.
+
+    `has_pending` says whether something in this directory still waits to be uploaded.
+    """
 
     def __init__(self, has_pending: Callable[[Node], bool], nursery: trio.Nursery) -> None:
         self._has_pending = has_pending
@@ -38,8 +41,10 @@ class DirectoryTimes:
             await self._idle.wait()
 
     def put(self, directory: Node, attributes: Attributes) -> None:
-        """They are about to be set. An upload that ends meanwhile may have come to the remote
-        before that or after."""
+        """Remember times that are about to be set, if uploads will change them.
+
+        An upload that ends meanwhile may have come to the remote before that or after.
+        """
         if self._has_pending(directory) and len(self._wanted) < MOST:
             times = Attributes(atime_ns=attributes.atime_ns, mtime_ns=attributes.mtime_ns)
             self._wanted[directory] = times
@@ -47,11 +52,11 @@ class DirectoryTimes:
             self._wanted.pop(directory, None)
 
     def forget(self, directory: Node) -> None:
-        """Something was made or removed in it here: it has the time of that."""
+        """Forget the times: something was created or removed in the directory here."""
         self._wanted.pop(directory, None)
 
     def uploaded(self, directory: Node | None) -> None:
-        """A file in it is on the remote now."""
+        """Set the times once more if that was the last upload in the directory."""
         if directory in self._wanted and directory and not self._has_pending(directory):
             self._under_way += 1
             self._nursery.start_soon(self._set, directory, self._wanted.pop(directory))

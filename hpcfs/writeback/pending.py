@@ -1,6 +1,7 @@
-"""What the remotes do not have yet, as the user sees it: listed, waited for, tried again, copied
-out, given up. In `through` mode that is what is being written, and what was kept; in `back` mode
-also what waits in the backlog.
+"""Pending files for the user: listed, waited for, retried, copied out, discarded.
+
+In `through` mode these are files that are being written or were stranded; in `back` mode also those
+that wait in the queue.
 """
 
 from __future__ import annotations
@@ -23,39 +24,45 @@ from hpcfs.model import paths
 from hpcfs.model.errors import CacheFull, InvalidRequest, NotFound
 from hpcfs.writeback.close import Closer
 from hpcfs.writeback.journal import Journal, recover
-from hpcfs.writeback.queue import Tell
+from hpcfs.writeback.queue import OnProgress
 from hpcfs.writeback.recovery import Recovery
 from hpcfs.writeback.schedule import Item
 
 log = logging.getLogger(__name__)
 
-State = Literal["writing", "waiting", "uploading", "failed", "kept"]
+RowState = Literal["writing", "waiting", "uploading", "failed", "kept"]
 
 
 @dataclass(frozen=True, slots=True)
 class PendingRow:
-    """A file that the remote has not confirmed. `size` and `left`, what is still to be sent, are
-    bytes; `since` is in seconds since the epoch. "failed" says that the remote refused it or is out
-    of reach, "kept" that the mount does not show it: then `data` is the local file with its bytes.
-    `id` is the journal's name for it."""
+    """A file that the remote has not confirmed.
+
+    `size`, and `left`, what is still to be sent, are in bytes; `since` is in seconds since the
+    epoch. "failed" says that the remote refused it or is out of reach, "kept" that the mount does
+    not show it: then `data` is the local file with its bytes. `id` is the journal's name for it.
+    """
 
     id: str
     namespace: str
     path: bytes
     size: int
     left: int
-    state: State
+    state: RowState
     reason: str
     since: float
     data: str
 
     @property
     def is_stuck(self) -> bool:
+        """Whether nothing more happens to it by itself."""
         return self.state in ("failed", "kept")
 
 
 class Pending:
-    """Of one mount. Ids that are pending no longer are ignored."""
+    """Lists, retries, discards and copies out the pending files of one mount.
+
+    Ids that are not pending any more are ignored.
+    """
 
     def __init__(
         self, tree: Tree, store: Store, closer: Closer, journal: Journal, recovery: Recovery
@@ -68,6 +75,7 @@ class Pending:
         self._recovery = recovery
 
     def pending(self) -> list[PendingRow]:
+        """Return a row for each file that the remote has not confirmed."""
         rows = [self._row(content) for content in self._closer.dirty()]
         return rows + [_kept(row) for row in self._journal.kept]
 
@@ -79,7 +87,7 @@ class Pending:
             content.namespace.name,
             content.place.path,
             content.size,
-            content.bytes_left,
+            content.upload.bytes_left,
             _state(item),
             item.reason if item else "",
             noted.since if noted else 0.0,
@@ -87,21 +95,25 @@ class Pending:
         )
 
     async def sync(
-        self, namespace: str | None, path: bytes, tell: Tell, patience: float = 0.0
+        self, namespace: str | None, path: bytes, on_progress: OnProgress, patience: float = 0.0
     ) -> None:
-        """Return when the remote has all of it. `path` is a file or a directory; None and b"" are
-        all. Raises RemoteError, the first, where it was refused or out of reach for `patience`
-        seconds; the others go on."""
+        """Return when the remote has all of it.
+
+        `path` is a file or a directory; None and b"" are all.
+
+        Raises RemoteError, the first, where it was refused or out of reach for `patience` seconds;
+        the others go on.
+        """
         wanted = [
             content
             for content in self._closer.dirty()
             if namespace is None
             or (content.namespace.name == namespace and paths.is_below(content.place.path, path))
         ]
-        await self._queue.wait_for(wanted, tell, patience)
+        await self._queue.wait_for(wanted, on_progress, patience)
 
     async def retry(self, ids: Sequence[str]) -> None:
-        """They are tried again now. Raises RemoteError for what is kept and can't be shown."""
+        """Try these again now. Raises RemoteError for a stranded one that can't be shown."""
         found = self._contents(ids)
         for name in ids:
             kept = self._journal.find(name)
@@ -111,7 +123,7 @@ class Pending:
             self._queue.retry(content)
 
     async def _take_back(self, row: Unconfirmed) -> Content:
-        """A kept file is shown again, as it was written."""
+        """Show a stranded file again, as it was written."""
         namespace = self._recovery.namespace_of(row)
         if namespace is None:
             raise InvalidRequest(f"this mount has no namespace {row.namespace} to write to")
@@ -123,12 +135,12 @@ class Pending:
         except (OSError, sqlite3.Error) as error:
             raise CacheFull(f"the cache's disk failed: {error}") from None
         if node is not None:
-            self._closer.lose(node)
+            self._closer.supersede(node)
         await self._recovery.restore([msgspec.structs.replace(row, reason="")])
         return self._contents([row.name])[row.name]
 
     async def discard(self, ids: Sequence[str]) -> None:
-        """Forget them. The mount shows what the remote has."""
+        """Forget these. The mount shows what the remote has."""
         found = self._contents(ids)
         for name in ids:
             if content := found.get(name):
@@ -137,30 +149,30 @@ class Pending:
                 await self._journal.discard(name)
 
     async def _give_up(self, content: Content) -> None:
-        async with content.upload_lock:
+        async with content.upload.lock:
             content.discard()
             self._store.forget(content.file)
             node = content.place
             assert isinstance(node, Node)
-            self._closer.lose(node)
+            self._closer.supersede(node)
             if node.parent:
                 self._tree.expire(node.parent)
-        await self._closer.forget_orphan(node)
+        await self._closer.forget_unlinked(node)
         log.warning("%r was discarded", node.path)
 
     async def recover(self, name: str, target: Path, /) -> int:
-        """Write the local version into `target`; returns its bytes. It stays pending.
+        """Write the local version into `target`; return its bytes. It stays pending.
 
         Raises RemoteError where the remote's part of it can't be had, or OSError.
         """
         content = self._contents([name]).get(name)
         row = self._journal.find(name)
         if content is not None:
-            await content.complete(whole=True)
+            await content.upload.fetch_whole()
             row = content.unconfirmed()
         if row is None:
             raise NotFound("it is not pending any more")
-        with content.pinned() if content else trio.CancelScope():
+        with content.upload.pinned() if content else trio.CancelScope():
             return await trio.to_thread.run_sync(recover, row, target)
 
     def _contents(self, ids: Iterable[str]) -> dict[str, Content]:
@@ -169,7 +181,7 @@ class Pending:
         return {name: dirty[name] for name in wanted & dirty.keys()}
 
 
-def _state(item: Item | None) -> State:
+def _state(item: Item | None) -> RowState:
     if item is None:
         return "writing"
     if item.state == "waiting" and item.attempts:

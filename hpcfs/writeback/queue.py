@@ -38,14 +38,14 @@ log = logging.getLogger(__name__)
 
 DEFAULT_LIMIT = 10 * 1024**3
 NEARLY = 0.8
-"""Of the limit: from here on each write waits a little, up to SLOWEST_SECONDS per MiB."""
+"""Part of the limit from which on each write waits a little, up to SLOWEST_SECONDS per MiB."""
 SLOWEST_SECONDS = 0.1
 FULL_PATIENCE = 60.0
 """Seconds without any upload ending, for which a writer waits for room."""
 MOST_FILES = 8192
 """Each has a descriptor open."""
 TELL_SECONDS = 0.25
-"""Who waits hears of progress so often."""
+"""Between two reports of progress."""
 ASK_SECONDS = 1.0
 LONGEST_ASK_SECONDS = 5.0
 """Where somebody waits, a site that is out of reach is asked again after this, doubling up to that;
@@ -56,8 +56,11 @@ MIB = 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Of those files that somebody waits for; the reason is why a site is out of reach now."""
+class SyncProgress:
+    """How far the files are that somebody waits for, in files and in bytes.
+
+    `reason` says why a site is out of reach now; it is empty where none is.
+    """
 
     files_done: int
     files_total: int
@@ -66,13 +69,17 @@ class Progress:
     reason: str = ""
 
 
-Tell = Callable[[Progress], Awaitable[None]]
+OnProgress = Callable[[SyncProgress], Awaitable[None]]
 
 
 @dataclass
 class Outage:
-    """A site out of reach: `since` is when the first upload failed for want of it, by trio's
-    clock."""
+    """A site out of reach.
+
+    `since` is when the first upload failed for want of it, by trio's clock. `is_asked` says that
+    it is asked now and then, since somebody waits; `is_silent` that it did not answer the last
+    time: then no upload is tried.
+    """
 
     since: float
     reason: str
@@ -83,7 +90,11 @@ class Outage:
 
 
 class UploadQueue:
-    """`flush` uploads a file, raising RemoteError; `done` hears that nothing of it waits now."""
+    """Brings what was closed in `back` mode to the remote, many files at once.
+
+    `flush` uploads a file, raising RemoteError; `done` is called when nothing of it waits any more;
+    at most `limit` bytes may wait.
+    """
 
     def __init__(
         self,
@@ -115,16 +126,20 @@ class UploadQueue:
     # --- what programs do -----------------------------------------------------------------------
 
     async def closed(self, content: Content) -> None:
-        """A program that wrote to the file closed it, or changed it without opening it: the journal
-        has it when this returns. Raises what became of an earlier attempt to upload it, once."""
-        failure = content.take_failure()
-        await self.secure(content)
+        """Return once the journal has a file that a program closed, or changed without opening it.
+
+        Raises CacheFull, and once the error of an earlier attempt to upload it.
+        """
+        failure = content.upload.take_failure()
+        await self.persist(content)
         if failure is not None:
             raise type(failure)(failure.message)
 
-    async def secure(self, content: Content, *, instead_of: str | None = None) -> None:
-        """The journal has it, and it will be uploaded; `instead_of` is the row of a file that it
-        replaces in the same step. Raises CacheDiskFull."""
+    async def persist(self, content: Content, *, instead_of: str | None = None) -> None:
+        """Return once the journal has the file, and queue it.
+
+        `instead_of` is the row of a file that it replaces in the same step. Raises CacheFull.
+        """
         if not content.is_dirty():
             return
         if not content.state.is_persisted:
@@ -138,7 +153,10 @@ class UploadQueue:
             self._wake.set()
 
     def resume(self, content: Content, reason: str) -> None:
-        """An earlier mount left it. What was refused then waits for the user."""
+        """Queue a file that an earlier mount left.
+
+        What was refused then (`reason`) waits for the user.
+        """
         self._count(content)
         if reason:
             self.schedule.refused(content, reason)
@@ -147,8 +165,8 @@ class UploadQueue:
         self._wake.set()
 
     def retry(self, content: Content) -> None:
-        """The user wants another attempt now."""
-        content.note_failure(None)
+        """Try the file again now, as the user wants."""
+        content.upload.note_failure(None)
         self._hasten(content)
         self._ask_site(content.namespace)
 
@@ -159,14 +177,16 @@ class UploadQueue:
         self._wake.set()
 
     def gone(self, content: Content) -> None:
-        """It need not be uploaded any more."""
+        """Take a file off the queue that need not be uploaded any more."""
         self.schedule.gone(content)
         self._uncount(content)
         self._note_end()
 
     async def make_room(self, content: Content | None, length: int) -> None:
-        """Before `length` bytes more are written; without content, before one file more is made.
-        Raises JournalFull."""
+        """Wait until `length` bytes more may be written; without content, one file more be created.
+
+        Raises JournalFull.
+        """
         while self._is_full(content):
             ended = self._ended
             with trio.move_on_after(FULL_PATIENCE) as scope:
@@ -184,7 +204,7 @@ class UploadQueue:
             await trio.sleep(SLOWEST_SECONDS * min(1.0, excess / (1 - NEARLY)) * length / MIB)
 
     def _is_full(self, content: Content | None) -> bool:
-        """While something else can make room: one file larger than all is no reason to wait."""
+        """Whether to wait for others to be uploaded: one file larger than all is no reason to."""
         if content is None:
             return len(self.schedule) >= self._most_files and self._others_move(None)
         return self._bytes > self.limit and self._others_move(content)
@@ -203,8 +223,8 @@ class UploadQueue:
 
     def _count(self, content: Content) -> None:
         self._uncount(content)
-        self._counted[content] = content.dirty_bytes
-        self._bytes += content.dirty_bytes
+        self._counted[content] = content.upload.dirty_bytes
+        self._bytes += content.upload.dirty_bytes
 
     def _uncount(self, content: Content) -> None:
         self._bytes -= self._counted.pop(content, 0)
@@ -212,7 +232,7 @@ class UploadQueue:
     # --- uploads --------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Until cancelled; what is under way then is in the journal."""
+        """Upload until cancelled; what is under way then is in the journal."""
         while True:
             self._wake = trio.Event()
             for content in self.schedule.take(trio.current_time()):
@@ -236,7 +256,7 @@ class UploadQueue:
         else:
             self.schedule.ended(content, trio.current_time())
             self._answers(content.namespace)
-        self._settled(content)
+        self._upload_ended(content)
 
     def _failed(self, content: Content, error: RemoteError | FilesystemError) -> None:
         now = trio.current_time()
@@ -249,17 +269,17 @@ class UploadQueue:
                 self._ask_site(content.namespace)
             return
         log.error("%r was not uploaded: %s", content.place.path, error.message)
-        content.note_failure(error if isinstance(error, RemoteError) else None)
+        content.upload.note_failure(error if isinstance(error, RemoteError) else None)
         if content.is_dirty():
             self._nursery.start_soon(self._note_failure, content, error.message)
 
     async def _note_failure(self, content: Content, reason: str) -> None:
-        """The next mount does not try by itself what was refused."""
+        """Note it in the journal: the next mount does not try by itself what was refused."""
         item = self.schedule.item(content)
         if item is not None and item.state == "failed" and content.state.has_row:
             await self._uploader.note_progress(content, reason)
 
-    def _settled(self, content: Content) -> None:
+    def _upload_ended(self, content: Content) -> None:
         if content in self.schedule:
             self._count(content)
         else:
@@ -284,15 +304,17 @@ class UploadQueue:
     # --- sites out of reach -----------------------------------------------------------------------
 
     def _ask_site(self, namespace: Namespace) -> None:
-        """Somebody wants to know whether it is back. One task asks for all of them."""
+        """Have one task ask a site that is out of reach whether it is back."""
         outage = self._outages.get(namespace)
         if outage is not None and not outage.is_asked:
             outage.is_asked = True
             self._nursery.start_soon(self._ask, namespace, outage)
 
     async def _ask(self, namespace: Namespace, outage: Outage) -> None:
-        """Once, and then for as long as somebody waits. What waits is not tried before the site
-        answers: each attempt of each file would cost a note in the journal."""
+        """Ask once, and then for as long as somebody waits.
+
+        What waits is not tried before the site answers: each attempt of each file would cost a row.
+        """
         pause = ASK_SECONDS
         while self._outages.get(namespace) is outage:
             outage.is_silent = await self._is_silent(namespace, outage)
@@ -315,12 +337,12 @@ class UploadQueue:
         return False
 
     def _answers(self, namespace: Namespace) -> None:
-        """It took an upload."""
+        """Note that the site took an upload."""
         if self._outages.pop(namespace, None) is not None:
             self._hurry_after(namespace)
 
     def _hurry_after(self, namespace: Namespace) -> None:
-        """What failed for want of the site need not wait for its next attempt."""
+        """Try again now what failed for want of the site."""
         for content in self.schedule:
             item = self.schedule.item(content)
             assert item
@@ -331,15 +353,23 @@ class UploadQueue:
     # --- who waits ------------------------------------------------------------------------------
 
     async def wait_for(
-        self, contents: Iterable[Content], tell: Tell | None = None, patience: float = 0.0
+        self,
+        contents: Iterable[Content],
+        on_progress: OnProgress | None = None,
+        patience: float = 0.0,
     ) -> None:
-        """Return once the remote has these. Raises the first failure when all was tried: a refusal,
-        or that its site was out of reach for `patience` seconds; then it goes on waiting."""
-        await self._wait_for(contents, tell, patience, trio.current_time())
+        """Return once the remote has these files.
+
+        When all was tried, raises the first failure: a refusal, or that a site was out of reach for
+        `patience` seconds.
+        """
+        await self._wait_for(contents, on_progress, patience, trio.current_time())
 
     async def drain(self) -> None:
-        """At the end of the mount: return when all is uploaded, but for what is refused, and what
-        has no connection: a lost one is made anew."""
+        """Return when all is uploaded but what is refused or out of reach: the end of the mount.
+
+        A lost connection is made anew.
+        """
         moving = [c for c in self.schedule if (i := self.schedule.item(c)) and i.state != "failed"]
         try:
             await self._wait_for(moving, None, LAST_PATIENCE, -math.inf)
@@ -347,10 +377,14 @@ class UploadQueue:
             log.warning("not all is uploaded, and stays in the journal: %s", error.message)
 
     async def _wait_for(
-        self, contents: Iterable[Content], tell: Tell | None, patience: float, began: float
+        self,
+        contents: Iterable[Content],
+        on_progress: OnProgress | None,
+        patience: float,
+        began: float,
     ) -> None:
         """An outage counts from when it was noticed, but not from before `began`."""
-        waiting = {content: content.dirty_bytes for content in contents}
+        waiting = {content: content.upload.dirty_bytes for content in contents}
         total_files, total_bytes = len(waiting), sum(waiting.values())
         attempts: dict[Content, int] = {}
         for content in waiting:
@@ -366,12 +400,12 @@ class UploadQueue:
                     reason = self._given_up(content, attempts[content], patience, began)
                     if reason is not None:
                         failures[content] = _failure_of(content, reason)
-                if tell is not None:
-                    bytes_left = sum(content.bytes_left for content in left)
+                if on_progress is not None:
+                    bytes_left = sum(content.upload.bytes_left for content in left)
                     done = max(0, total_bytes - bytes_left)
                     away = next((o.reason for n in namespaces if (o := self._outages.get(n))), "")
                     files = total_files - len(left)
-                    await tell(Progress(files, total_files, done, total_bytes, away))
+                    await on_progress(SyncProgress(files, total_files, done, total_bytes, away))
                 ended = self._ended
                 with trio.move_on_after(TELL_SECONDS):
                     await ended.wait()
@@ -384,7 +418,7 @@ class UploadQueue:
     def _given_up(
         self, content: Content, attempts: int, patience: float, began: float
     ) -> str | None:
-        """Why it is not waited for any more, after so many attempts before."""
+        """Return why a file is not waited for any more, after so many attempts before; or None."""
         item = self.schedule.item(content)
         assert item
         if item.state == "failed":

@@ -1,7 +1,7 @@
-"""Taking up what an earlier mount had not uploaded: the tree shows it again, the backlog brings it.
+"""Resumes what an earlier mount had not uploaded: the tree shows it again, the queue uploads it.
 
 Directories on the way to a file are placeholders until somebody asks for them: nothing here needs
-the remote. What belongs to no namespace of this mount is kept where the user finds it.
+the remote. What belongs to no namespace of this mount is stranded: left where the user finds it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import msgspec
 
 from hpcfs.cache.file import CacheFile
 from hpcfs.cache.ranges import RangeSet
-from hpcfs.content.factory import ContentFactory
+from hpcfs.content.content import Content
 from hpcfs.content.record import Unconfirmed
+from hpcfs.content.shared import RemoteFile, Shared
 from hpcfs.inodes.tree import Node, Tree, directory_entry
 from hpcfs.model import paths
 from hpcfs.site.namespace import Namespace
@@ -29,23 +30,28 @@ log = logging.getLogger(__name__)
 
 
 class Recovery:
+    """Shows what an earlier mount had not uploaded, and queues it."""
+
     def __init__(
         self,
         tree: Tree,
-        contents: ContentFactory,
+        shared: Shared,
         queue: UploadQueue,
         journal: Journal,
         namespaces: Sequence[Namespace],
     ) -> None:
         self._tree = tree
-        self._contents = contents
-        self._store = contents.store
+        self._shared = shared
+        self._store = shared.store
         self._queue = queue
         self._journal = journal
         self._namespaces = namespaces
 
     async def restore(self, rows: Iterable[Unconfirmed]) -> int:
-        """Returns how many files will be uploaded. Raises OSError or sqlite3.Error."""
+        """Show these files again; return how many will be uploaded.
+
+        Raises OSError or sqlite3.Error.
+        """
         count = 0
         for row in rows:
             if row.is_kept:
@@ -59,12 +65,12 @@ class Recovery:
         return count
 
     def namespace_of(self, row: Unconfirmed) -> Namespace | None:
-        """Where it can be uploaded to."""
+        """Return the namespace that a row can be uploaded to, if there is one."""
         fitting = (n for n in self._namespaces if n.origin == row.origin and not n.read_only)
         return next(fitting, None)
 
     def find(self, namespace: Namespace, path: bytes) -> Node | None:
-        """The node of this path, if the mount has one."""
+        """Return the node of this path, if the mount has one."""
         node = self._root_of(namespace)
         for name in paths.names(path):
             child = self._tree.child(node, name)
@@ -101,13 +107,13 @@ class Recovery:
 
     def _resume(self, node: Node, namespace: Namespace, row: Unconfirmed, file: CacheFile) -> None:
         """Give the node a content that is written as far as the row says, and queue it."""
-        content = self._contents.make(node, namespace, row.capabilities, file)
+        content = Content(RemoteFile(node, namespace, row.capabilities), file, self._shared)
         content.resume(row)
         node.content = content
         self._queue.resume(content, row.reason)
 
     def _directory(self, namespace: Namespace, row: Unconfirmed) -> Node | None:
-        """The node of the file's directory; None where something else has the name of one."""
+        """Return the node of the file's directory, None if one on the way is something else."""
         node = self._root_of(namespace)
         for name in paths.names(row.path)[:-1]:
             child = self._tree.child(node, name)
@@ -121,8 +127,8 @@ class Recovery:
 
 
 def _as_far_as_written(row: Unconfirmed) -> Unconfirmed:
-    """Of a file that was still being written and of whose old content nothing counts: all that is
-    in its cache file was written by a program. lseek(2) tells data from holes."""
+    """Return the row with all that is in the cache file, for a file that was still being written
+    and of whose old content nothing counts: a program wrote it. lseek(2) tells data from holes."""
     fd = os.open(row.data, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = max(row.size, os.fstat(fd).st_size)

@@ -15,20 +15,26 @@ from typing import Generic, Literal, TypeVar
 
 from hpcfs.model.backoff import pause_after
 
-SETTLE_SECONDS = 0.25
+QUIET_SECONDS = 0.25
 """rsync, tar, git and editors are through with a file within some milliseconds."""
 MOST_AT_ONCE = 48
 """Small files take two round trips each: at 20 ms and more the link is idle with fewer, and the
 transfer process bounds the bytes under way."""
 
-State = Literal["waiting", "uploading", "failed"]
+ItemState = Literal["waiting", "uploading", "failed"]
 K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(eq=False, slots=True)
 class Item:
+    """A file that waits for its upload, is being uploaded, or was refused.
+
+    `due` is when its upload may begin, in the caller's seconds; `attempts` counts those that
+    failed since it was changed; `reason` is the last one's.
+    """
+
     due: float
-    state: State = "waiting"
+    state: ItemState = "waiting"
     attempts: int = 0
     reason: str = ""
     changed: bool = False
@@ -36,7 +42,10 @@ class Item:
 
 
 class Schedule(Generic[K]):
-    """Keys stand for files; times are any clock's seconds."""
+    """Decides which files are uploaded when.
+
+    Keys stand for files; times are any clock's seconds.
+    """
 
     def __init__(self, most_at_once: int = MOST_AT_ONCE) -> None:
         self._most = most_at_once
@@ -54,33 +63,34 @@ class Schedule(Generic[K]):
         return key in self._items
 
     def item(self, key: K) -> Item | None:
+        """Return what is known of a file, None if it need not be uploaded."""
         return self._items.get(key)
 
     # --- what happens to files ------------------------------------------------------------------
 
     def changed(self, key: K, now: float) -> None:
-        """The file was closed, renamed, or given other attributes, and is to be uploaded."""
+        """Schedule a file that was closed, renamed, or given other attributes."""
         item = self._items.get(key)
         if item is None:
-            self._items[key] = Item(now + SETTLE_SECONDS)
+            self._items[key] = Item(now + QUIET_SECONDS)
         elif item.state == "uploading":
             item.changed = True
         else:
             item.state, item.attempts, item.reason = "waiting", 0, ""
-            item.due = now + SETTLE_SECONDS
+            item.due = now + QUIET_SECONDS
 
     def refused(self, key: K, reason: str) -> None:
-        """An earlier mount was told so: it waits for the user."""
+        """Take up a file that the remote refused in an earlier mount: it waits for the user."""
         self._items[key] = Item(math.inf, "failed", reason=reason)
 
     def hurry(self, key: K, now: float) -> None:
-        """Somebody waits for it, or asks for another attempt."""
+        """Make a file due now: somebody waits for it, or asks for another attempt."""
         item = self._items.get(key)
         if item is not None and item.state != "uploading":
             item.state, item.due = "waiting", min(item.due, now)
 
     def gone(self, key: K) -> None:
-        """It need not be uploaded any more. An upload under way ends by itself."""
+        """Drop a file. An upload under way ends by itself."""
         item = self._items.pop(key, None)
         if item is not None and item.state == "uploading":
             self._uploading -= 1
@@ -88,7 +98,7 @@ class Schedule(Generic[K]):
     # --- uploads --------------------------------------------------------------------------------
 
     def take(self, now: float) -> list[K]:
-        """Those whose upload begins now; `ended` or `failed` follows for each."""
+        """Return the files whose upload begins now; `ended` or `failed` follows for each."""
         room = self._most - self._uploading
         if room <= 0:
             return []
@@ -106,24 +116,27 @@ class Schedule(Generic[K]):
         return taken
 
     def next_due(self) -> float:
-        """When `take` may have something again if nothing happens; infinity for never."""
+        """Return when `take` may have something again if nothing happens; infinity for never."""
         if self._uploading >= self._most:
             return math.inf
         return min((i.due for i in self._items.values() if i.state == "waiting"), default=math.inf)
 
     def ended(self, key: K, now: float) -> None:
-        """The remote has what was there when the upload began."""
+        """Note that the remote has what was there when the upload began."""
         item = self._items.get(key)
         if item is None or item.state != "uploading":
             return
         self._uploading -= 1
         if item.changed:
-            item.state, item.attempts, item.due = "waiting", 0, now + SETTLE_SECONDS
+            item.state, item.attempts, item.due = "waiting", 0, now + QUIET_SECONDS
         else:
             del self._items[key]
 
     def failed(self, key: K, now: float, reason: str, *, again: bool) -> None:
-        """`again`: there was no connection, so another attempt follows by itself."""
+        """Note a failed upload.
+
+        `again`: there was no connection, so another attempt follows by itself.
+        """
         item = self._items.get(key)
         if item is None or item.state != "uploading":
             return

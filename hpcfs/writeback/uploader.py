@@ -33,12 +33,12 @@ class Uploader:
         """
         file.check_not_superseded()
         with file.write_under_way():
-            file.use_disk()
+            file.reader.use_disk()
             is_first = file.state.wants_row
             if is_first:
                 await self.note_writing(file)
             yield
-            if is_first and file.base_size:
+            if is_first and file.reader.base.size:
                 await self.note_writing(file)
 
     async def secure(self, file: Content, *, instead_of: str | None = None) -> None:
@@ -46,7 +46,7 @@ class Uploader:
 
         Raises CacheFull when the journal can't be written.
         """
-        file.use_disk()
+        file.reader.use_disk()
         with file.persisting():
             await self._note(file, durable=True, instead_of=instead_of)
 
@@ -76,13 +76,13 @@ class Uploader:
 
         Raises RemoteError; the file is then as dirty as before.
         """
-        async with file.upload_lock:
+        async with file.upload.lock:
             if not file.is_dirty():
                 if not file.writers:
                     await self.forget(file)
                 return
-            file.use_disk()
-            with file.pinned():
+            file.reader.use_disk()
+            with file.upload.pinned():
                 confirmed(await self._send_somehow(file, sync=sync))
             if file.is_dirty():
                 await self.note_progress(file)  # the row has what just arrived
@@ -91,36 +91,38 @@ class Uploader:
 
     async def _send_somehow(self, file: Content, *, sync: bool) -> Entry:
         while True:
-            await file.complete()
+            await file.upload.complete()
             try:
                 return await self._send(file, sync=sync)
             except NotSupported:
-                if not file.falls_back():
+                if not file.upload.falls_back():
                     raise
 
     async def _send(self, file: Content, *, sync: bool) -> Entry:
-        snapshot = await file.begin_upload()
+        snapshot = await file.upload.begin()
         try:
-            await self.note_progress(file, durable=file.holds_base)
+            await self.note_progress(file, durable=file.upload.holds_base)
         except BaseException:
-            file.fail_upload(snapshot, begun=False)
+            file.upload.fail(snapshot, begun=False)
             raise
         try:
-            entry = await file.send(snapshot, sync=sync)
+            entry = await file.upload.send(snapshot, sync=sync)
         except (Conflict, NotConnected, NotSupported):  # nothing was written
-            file.fail_upload(snapshot, begun=False)
+            file.upload.fail(snapshot, begun=False)
             if file.state.remote is not RemoteSide.PARTIAL:
                 await self.note_progress(file)  # nor does the row say so
             raise
         except BaseException:
-            file.fail_upload(snapshot, begun=True)
+            file.upload.fail(snapshot, begun=True)
             raise
-        file.confirm_upload(snapshot, entry)
+        file.upload.confirm(snapshot, entry)
         return entry
 
     async def note_writing(self, file: Content) -> None:
         """It is open and dirty: what is known of it so far. Raises CacheFull."""
         await self._note(file, file.unconfirmed(writing=True))
+        if file.state.has_row:
+            file.note_row(writing=True)
 
     async def note_cut(self, file: Content, size: int) -> None:
         """Before the file is cut: a row that claims bytes which are gone would make zeros of them.

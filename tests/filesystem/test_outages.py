@@ -112,7 +112,7 @@ async def test_who_waits_hears_why(w: World) -> None:
     await write_files(w, 1)
     told = set()
 
-    async def tell(progress: queue.Progress) -> None:
+    async def tell(progress: queue.SyncProgress) -> None:
         told.add(progress.reason)
 
     with pytest.raises(RemoteError):

@@ -6,7 +6,7 @@ import os
 
 import trio
 
-from hpcfs.content.reader import VOUCH_SECONDS
+from hpcfs.content.base import VOUCH_SECONDS
 from hpcfs.inodes.tree import ATTRIBUTE_SECONDS
 from hpcfs.model.entries import BLOCK_BYTES
 from hpcfs.prefetch.readahead import FIRST_WINDOW_BYTES
@@ -74,9 +74,9 @@ async def test_what_runs_ahead_of_a_reader_who_closed_is_cancelled(w: World) -> 
     await held.reached.wait()
     content = w.kernel.node_of(handle).content
     assert content
-    assert not content.is_idle()
+    assert content.reader.fetcher.is_busy
     await w.kernel.close(handle)
-    await until(content.is_idle)
+    await until(lambda: not content.reader.fetcher.is_busy)
     assert not held.go.is_set()
 
 
@@ -87,7 +87,7 @@ async def test_a_writer_does_not_wait_for_what_only_runs_ahead(w: World) -> None
     held = w.cues.hold(m.Fetch)
     content = w.kernel.node_of(handle).content
     assert content
-    content.prefetch(0, 4 * BLOCK_BYTES)
+    content.reader.prefetch(0, 4 * BLOCK_BYTES)
     await held.reached.wait()
     with trio.fail_after(5):
         await w.kernel.pwrite(handle, 0, b"n" * 4 * BLOCK_BYTES)

@@ -125,7 +125,7 @@ async def test_an_answer_overtaken_by_an_upload_changes_nothing(w: World) -> Non
     await w.kernel.fsync(handle)
     held = w.cues.hold(m.StatOpen, stage="after")
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(content.revalidate)
+        nursery.start_soon(content.reader.base.revalidate)
         await held.reached.wait()
         await w.kernel.ftruncate(handle, 1)
         await w.kernel.fsync(handle)

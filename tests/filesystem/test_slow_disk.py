@@ -64,7 +64,7 @@ async def test_an_open_file_leaves_the_disk_when_that_becomes_slow(w: World) -> 
     w.remote.put(b"f", DATA)
     handle = await w.kernel.open("ns/f", os.O_RDONLY)
     await w.kernel.pread(handle, 0, 4 * BLOCK_BYTES)
-    await _content(w, handle).settle()
+    await _content(w, handle).reader.fetcher.settle()
     await w.store.save()
     known = w.store.used_bytes
     held = w.cues.hold(m.Fetch, stage="middle")
@@ -126,7 +126,7 @@ async def test_memory_is_bounded_and_what_came_first_goes_first(w: World) -> Non
         handles.append(await w.kernel.open(f"ns/{name.decode()}", os.O_RDONLY))
     for at in range(0, len(DATA), BLOCK_BYTES):
         for handle in handles:
-            w.fs.files.get(handle).content.stop_prefetch()
+            w.fs.files.get(handle).content.reader.fetcher.cancel_all()
             assert await w.kernel.pread(handle, at, 100) == DATA[at : at + 100]
             held = sum(os.fstat(_file(w, handle).fd).st_blocks * 512 for handle in handles)
             assert held <= 16 * BLOCK_BYTES

@@ -33,7 +33,7 @@ async def write_pieces(w: World, handle: int, count: int, first: int = 0) -> Non
 async def sent(w: World, handle: int, pieces: int) -> None:
     content = w.kernel.node_of(handle).content
     assert content
-    await until(lambda: content._sending.sent.total == pieces * PIECE_BYTES)
+    await until(lambda: content.upload._sending.sent.total == pieces * PIECE_BYTES)
 
 
 def the_upload(w: World) -> UploadRequest:

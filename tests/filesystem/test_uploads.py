@@ -125,7 +125,7 @@ async def test_a_prefetch_under_way_does_not_overwrite_what_is_written(w: World)
     assert content
     held = w.cues.hold(m.Fetch, stage="middle")
     async with trio.open_nursery() as nursery:
-        content.prefetch(0, 4 * BLOCK_BYTES)
+        content.reader.prefetch(0, 4 * BLOCK_BYTES)
         await held.reached.wait()
         await w.kernel.pwrite(handle, 4 * BLOCK_BYTES, b"elsewhere")  # the journal knows the file
         nursery.start_soon(w.kernel.pwrite, handle, BLOCK_BYTES, NEW)
@@ -143,7 +143,7 @@ async def test_a_prefetch_that_outlives_its_reader_does_not_either(w: World) -> 
     content = w.kernel.node_of(reader).content
     assert content
     held = w.cues.hold(m.Fetch, stage="middle")
-    content.prefetch(0, 4 * BLOCK_BYTES)
+    content.reader.prefetch(0, 4 * BLOCK_BYTES)
     await held.reached.wait()
     await w.kernel.close(reader)
     await w.store.save()

@@ -404,13 +404,13 @@ def test_when_the_walk_stops_all_is_cancelled_and_dropped(tmp_path: Path) -> Non
             held = w.cues.hold(m.List)
             await w.kernel.listdir("ns/02")
             await held.reached.wait()
-            flights = w.fs.lister._ahead
-            assert len(flights) > 0
+            ahead = w.fs.lister._ahead
+            assert ahead.flights
             w.clock.expire_attributes()
-            clock.jump(listing_prefetcher.SWEEP_SECONDS * 1.1)
+            clock.jump(listing_prefetcher.EXPIRE_SECONDS * 1.1)
             await wait_all_tasks_blocked()
-            assert len(flights) == 0
-            assert not flights._sweeping
+            assert not ahead.flights
+            assert not ahead._is_expiring
             calls = len(w.cues.calls)
             clock.jump(10)
             await wait_all_tasks_blocked()
@@ -424,14 +424,14 @@ async def test_what_is_listed_ahead_is_bounded(w: World) -> None:
     """A directory too large to be kept is listed when it is read; the others are not given up."""
     fill(w, FOLDERS[:10], files=100)
     fill(w, ["05"], files=1000)
-    flights = w.fs.lister._ahead
+    ahead = w.fs.lister._ahead
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(listing, "MEMORY_BYTES", 10_000)
         patch.setattr(listing_prefetcher, "MAX_BYTES", 20_000)
         for path in ["ns", *(f"ns/{folder}" for folder in FOLDERS[:10])]:
             await w.kernel.listdir(path)
             await wait_all_tasks_blocked()
-            assert flights._size <= listing_prefetcher.MAX_BYTES
+            assert ahead._size <= listing_prefetcher.MAX_BYTES
     assert lists(w, "05") == 2
     assert w.cues.count(m.List) == 12
 
@@ -500,7 +500,7 @@ def test_pages_that_come_after_it_was_given_up_do_no_harm(tmp_path: Path) -> Non
         async with world(tmp_path, "sftp") as w:
             fill(w)
             await begin_walk(w)
-            flight = next(iter(w.fs.lister._ahead._flights.values()))
+            flight = next(iter(w.fs.lister._ahead.flights.values()))
             page = msgspec.msgpack.encode([await w.remote.stat(b"00")])
             before = flight.listing.count
             flight.give_up()

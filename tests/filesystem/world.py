@@ -151,7 +151,7 @@ async def world(
             nursery,
             MountOptions(mountpoint=mountpoint, uid=UID, gid=GID, now=clock),
         )
-        recovery = Recovery(fs.tree, fs.contents, fs.closer.queue, journal, namespaces)
+        recovery = Recovery(fs.tree, fs.shared, fs.closer.queue, journal, namespaces)
         pending = Pending(fs.tree, store, fs.closer, journal, recovery)
         await recovery.restore(journal.rows)
         nursery.start_soon(store.evict_forever)

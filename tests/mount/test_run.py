@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,14 @@ def test_ctrl_c_is_the_commands_to_handle(job: Job) -> None:
     assert job.inside.read("result") == b"interrupted\n"
 
 
+def _sleeper_of(running: subprocess.Popen[str]) -> int | None:
+    for pid in _processes_of(running):
+        with suppress(FileNotFoundError):  # the shell's mv(1) has ended
+            if Path(f"/proc/{pid}/comm").read_text() == "sleep\n":
+                return pid
+    return None
+
+
 def test_when_we_are_killed_the_daemon_uploads_and_unmounts(job: Job) -> None:
     running = job.start(
         'echo kept > "$HPCFS_MOUNT/data/result"\n'
@@ -193,9 +202,7 @@ def test_when_we_are_killed_the_daemon_uploads_and_unmounts(job: Job) -> None:
         "back",
     )
     place = job.mounted_at
-    command = next(
-        pid for pid in _processes_of(running) if Path(f"/proc/{pid}/comm").read_text() == "sleep\n"
-    )
+    command = until(lambda: _sleeper_of(running), what="the shell has become sleep(1)")
     running.kill()
     running.wait()
     until(lambda: mountinfo.at(place, mountinfo.read()) is None, what="unmounted")

@@ -1,4 +1,4 @@
-"""The rule of tests/policy: a test starts no process and takes less than 2 s, or is marked `slow`.
+"""The rule of tests/policy: a test starts no process and takes less than 4 s, or is marked `slow`.
 
 `scripts/test --fast` runs the tests without the mark. An unmarked test that breaks the rule fails,
 so the fast tests stay fast, and need no mount, no server and no program.
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-BOUND = 2.0
-"""Seconds for one test with its fixtures, without the time in which it waited for a processor."""
+BOUND = 4.0
+"""Seconds for one test with its fixtures, without the time in which it waited for a processor.
+Today's longest takes 1.3 s; a machine may be slower."""
 NEW_PROCESS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
 """Audit events, see https://docs.python.org/3/library/audit_events.html."""
 SCHEDSTAT = Path("/proc/thread-self/schedstat")

@@ -50,6 +50,13 @@ def row_of(state: State, base_size: int = 0) -> Unconfirmed:
     return msgspec.msgpack.decode(msgspec.msgpack.encode(row), type=Unconfirmed)
 
 
+def resumed(remote: RemoteSide, unsent: Unsent) -> State:
+    """As the mount makes it that finds such a row."""
+    state = State()
+    state.resume(remote, unsent)
+    return state
+
+
 class Walk(RuleBasedStateMachine):
     """Calls in any order, those that the states refuse included; beside them, what must be so."""
 
@@ -175,9 +182,11 @@ class Walk(RuleBasedStateMachine):
 
     # --- the journal ----------------------------------------------------------------------------
 
-    @rule()
-    def note_row(self) -> None:
-        self.state.note_row()
+    @rule(writing=st.booleans())
+    def note_row(self, writing: bool) -> None:
+        was_persisted = self.state.is_persisted
+        self.state.note_row(writing=writing)
+        assert self.state.is_persisted == (was_persisted and not writing)
 
     @rule()
     def note_no_row(self) -> None:
@@ -292,7 +301,7 @@ class Walk(RuleBasedStateMachine):
         if not (self.counts and self.state.is_dirty):
             return
         row = row_of(self.state)
-        again = State.resumed(row.remote_side, row.unsent)
+        again = resumed(row.remote_side, row.unsent)
         assert again.is_dirty
         assert again.is_persisted
         assert again.changes >= self.state.unconfirmed.changes
@@ -303,7 +312,7 @@ class Walk(RuleBasedStateMachine):
             assert again.remote is RemoteSide.REPLACES
         elif self.state.remote is not RemoteSide.PRESENT and not is_sure:
             assert again.remote is RemoteSide.PARTIAL
-        assert row_of(again) == row_of(State.resumed(row.remote_side, row.unsent))
+        assert row_of(again) == row_of(resumed(row.remote_side, row.unsent))
 
 
 TestWalk = Walk.TestCase
@@ -315,11 +324,11 @@ TestWalk.settings = settings(
 @pytest.mark.parametrize("remote", RemoteSide)
 @pytest.mark.parametrize("base_size", [0, 100])
 def test_a_row_keeps_each_side(remote: RemoteSide, base_size: int) -> None:
-    state = State.resumed(remote, Unsent(Changes.ANY))
+    state = resumed(remote, Unsent(Changes.ANY))
     row = row_of(state, base_size)
     kept = RemoteSide.PARTIAL if remote is RemoteSide.CREATED else remote
     assert row.remote_side is kept
-    assert row_of(State.resumed(kept, row.unsent), base_size).remote_side is kept
+    assert row_of(resumed(kept, row.unsent), base_size).remote_side is kept
 
 
 def test_a_motion_that_ends_wakes_who_waits() -> None:

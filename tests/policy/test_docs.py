@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import hpcfs
 from hpcfs.config import config, tunnel
+from tests.policy.test_imports import MAY_IMPORT
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -17,7 +20,7 @@ PAGES = [
 NAMED_FILE = re.compile(r"`([a-z_-]+/[a-z0-9_/.-]+\.(?:py|sh|toml|txt))`")
 TRIED_TEST = re.compile(r"\bpytest (tests/[\w/]+\.py)(?:::(\w+))?")
 NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
-LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+LINK = re.compile(r"\]\(([^)#:]*)(?:#([^)]*))?\)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -43,8 +46,16 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_of_a_page_lead_somewhere(page: Path) -> None:
-    for target in LINK.findall(page.read_text()):
-        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target, anchor in LINK.findall(page.read_text()):
+        goal = page.parent / target if target else page
+        assert goal.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in _anchors(goal), f"{page.name} links to {target}#{anchor}"
+
+
+def _anchors(page: Path) -> set[str]:
+    """The ids that GitHub and others give to headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}
 
 
 def _promises(page: Path) -> list[str]:
@@ -75,10 +86,27 @@ def test_configuration_explains_each_key(key: str) -> None:
     assert re.search(rf"^- `{key}` \([^)]*; [^)]*\): \S", text, re.MULTILINE)
 
 
-TOO_LONG = {"architecture.md"}
+def test_the_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == hpcfs.__version__
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in TOO_LONG])
+def test_architecture_lists_the_layers_in_their_order() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    layers = text.split("\n## Layers\n")[1].split("\n## ")[0]
+    assert re.findall(r"^- `(\w+)/`", layers, re.MULTILINE) == list(MAY_IMPORT)
+
+
+def test_the_glossary_defines_each_word_once() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    words = re.findall(
+        r"^\| ([^|]+) \|", text.split("| word | meaning |\n")[1].split("\n\n")[0], re.M
+    )
+    assert len(words) > 20
+    assert len(set(words)) == len(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_lines_of_a_page_are_short(page: Path) -> None:
     """A word that can't be broken, such as a URL or the name of a test, may be longer."""
     lines = enumerate(page.read_text().splitlines(), 1)

@@ -42,7 +42,7 @@ class Program:
     def __init__(self, files: list[File], trusted: int | None = None, pace: float = 0.004) -> None:
         self.seconds = 100.0
         self.pace = pace
-        self.sweep = FilePredictor(lambda: files, trusted, lambda: self.seconds)
+        self.predictor = FilePredictor(lambda: files, trusted, lambda: self.seconds)
         self.ahead: set[int] = set()
         self.late = 0
         self.most_ahead = 0
@@ -52,7 +52,7 @@ class Program:
         self.seconds += self.pace
         self.late += file.ino not in self.ahead
         self._read.add(file.ino)
-        named = {file.ino for file in self.sweep.opened(file.ino)}
+        named = {file.ino for file in self.predictor.opened(file.ino)}
         assert not named & self.ahead, "nothing is named twice"
         self.ahead |= named
         self.most_ahead = max(self.most_ahead, len(self.ahead - self._read))
@@ -64,7 +64,7 @@ def test_each_order_is_recognised_after_a_few_files(which: int) -> None:
     program = Program(files)
     for file in orders_of(files)[which].files:
         program.read(file)
-    assert program.sweep.order == which
+    assert program.predictor.order == which
     assert program.late == 3
     assert program.most_ahead <= MOST_AHEAD
 
@@ -90,7 +90,7 @@ def test_a_program_that_goes_on_from_another_directory_needs_no_lesson() -> None
     files = _directory(100)
     program = Program(files, trusted=1)
     by_name = sorted(files, key=lambda file: file.name)
-    program.ahead |= {file.ino for file in program.sweep.first()}
+    program.ahead |= {file.ino for file in program.predictor.first()}
     assert program.ahead == {file.ino for file in by_name[:GOING_ON_AHEAD]}
     for file in by_name:
         program.read(file)
@@ -125,7 +125,7 @@ def test_a_pattern_that_breaks_ends_it() -> None:
     for file in random.Random(1).sample(files[200:], 50):
         program.read(file)
     assert len(program.ahead) <= ahead + 3 * MOST_AHEAD
-    assert program.sweep.order is None
+    assert program.predictor.order is None
 
 
 def test_the_same_file_again_is_no_pattern() -> None:
@@ -140,8 +140,8 @@ def test_the_same_file_again_is_no_pattern() -> None:
 @given(st.lists(st.integers(0, 59), max_size=200), st.sampled_from([None, 0, 1, 2]))
 def test_one_file_never_brings_more_than_the_bound(reads: list[int], trusted: int | None) -> None:
     files = _directory(60)
-    sweep = FilePredictor(lambda: files, trusted, lambda: 1.0)
+    predictor = FilePredictor(lambda: files, trusted, lambda: 1.0)
     for index in reads:
-        named = sweep.opened(files[index].ino)
+        named = predictor.opened(files[index].ino)
         assert len(named) <= MOST_AHEAD
         assert files[index] not in named

@@ -82,9 +82,13 @@ def _imported(tree: ast.AST) -> Iterator[str]:
                 yield whole if node.module.startswith("hpcfs") and is_module else node.module
 
 
-@cache
 def _parse(file: Path) -> ast.Module:
     return ast.parse(file.read_text(), str(file))
+
+
+@cache
+def _imports(file: Path) -> frozenset[str]:
+    return frozenset(_imported(_parse(file)))
 
 
 def _name(file: Path) -> str:
@@ -98,7 +102,7 @@ each_file = pytest.mark.parametrize("file", CODE, ids=lambda file: str(file.rela
 @each_file
 def test_imports_run_downward(file: Path) -> None:
     layer = _layer(_name(file))
-    ours = {name.partition(".")[2] for name in _imported(_parse(file)) if name[:6] == "hpcfs."}
+    ours = {name.partition(".")[2] for name in _imports(file) if name[:6] == "hpcfs."}
     allowed = MAY_IMPORT[layer] | {layer}
     assert {name for name in ours if _layer(name) not in allowed} == set()
 
@@ -113,7 +117,7 @@ def test_the_packages_have_an_order() -> None:
 @each_file
 def test_each_process_has_its_own_event_loop(file: Path) -> None:
     relative = file.relative_to(ROOT).as_posix()
-    used = {name.partition(".")[0] for name in _imported(_parse(file))}
+    used = {name.partition(".")[0] for name in _imports(file)}
     allowed = MAY_USE.get(_layer(_name(file)), set()) | CLI_LIBRARIES.get(relative, set())
     assert used & (TRIO | ASYNCIO | {"pyfuse3"}) <= allowed
 
@@ -126,13 +130,13 @@ def test_only_the_command_line_prints(file: Path) -> None:
     assert not [
         call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"
     ]
-    assert not {"rich", "click"} & {name.partition(".")[0] for name in _imported(_parse(file))}
+    assert not {"rich", "click"} & {name.partition(".")[0] for name in _imports(file)}
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.name == "__init__.py"], ids=_name)
 def test_packages_import_nothing_by_themselves(file: Path) -> None:
     """Else importing one module of a package would bring others, of another layer, along."""
-    assert set(_imported(_parse(file))) <= {"__future__"}
+    assert _imports(file) <= {"__future__"}
 
 
 def test_no_layer_is_forgotten() -> None:
@@ -142,9 +146,7 @@ def test_no_layer_is_forgotten() -> None:
 def test_modules_do_not_import_each_other_in_circles() -> None:
     """Not for types either."""
     graph = {
-        _name(file): {
-            name.partition(".")[2] for name in _imported(_parse(file)) if name[:6] == "hpcfs."
-        }
+        _name(file): {name.partition(".")[2] for name in _imports(file) if name[:6] == "hpcfs."}
         for file in CODE
     }
     while graph:

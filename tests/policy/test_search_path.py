@@ -4,6 +4,7 @@ where somebody planted modules. tests/mount/test_search_path.py tries it with mo
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,11 @@ from tests.support.mounts import RealHome, make_real_home
 from tests.support.planted import SEARCH_PATHS, Planted, plant
 
 SOURCES = sorted(file for top in ("hpcfs", "scripts") for file in (REPOSITORY / top).rglob("*.py"))
+STARTERS = [
+    file
+    for file in SOURCES
+    if {"sys.executable", "interpreter.command"} & set(re.findall(r"\w+\.\w+", file.read_text()))
+]
 SCRIPTS = ("bench", "demo", "setup.sh", "test")
 
 
@@ -35,7 +41,7 @@ def _unsafe_starts(tree: ast.AST) -> list[int]:
     return [line for line, flag in _python_lines(tree) if flag not in ("-P", "-I", "-IS")]
 
 
-@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(REPOSITORY)))
+@pytest.mark.parametrize("file", STARTERS, ids=lambda file: str(file.relative_to(REPOSITORY)))
 def test_python_is_started_without_the_current_directory(file: Path) -> None:
     tree = ast.parse(file.read_text())
     assert _unsafe_starts(tree) == []
@@ -45,7 +51,7 @@ def test_python_is_started_without_the_current_directory(file: Path) -> None:
     assert named == told + beside, "sys.executable stands first in a list, so that it is seen here"
 
 
-@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(REPOSITORY)))
+@pytest.mark.parametrize("file", STARTERS, ids=lambda file: str(file.relative_to(REPOSITORY)))
 def test_modules_of_ours_are_started_in_a_safe_directory(file: Path) -> None:
     calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
     for call in calls:

@@ -103,15 +103,16 @@ def test_a_run_is_over_when_nobody_holds_its_lock(
             "subprocess.run(['true'], check=True)",
             "it starts a process: subprocess.Popen('true'",
         ),
-        ("", "time.sleep(2.1)", "it takes 2.1 s"),
-        ("", "time.sleep(0.1)", None),
-        ("@pytest.mark.slow", "subprocess.run(['sleep', '2.1'], check=True)", None),
+        ("", "time.sleep(0.6)", "it takes 0.6 s"),
+        ("", "time.sleep(0.01)", None),
+        ("@pytest.mark.slow", "subprocess.run(['sleep', '0.6'], check=True)", None),
     ],
 )
 def test_a_test_without_the_mark_is_quick_and_starts_no_process(
     tmp_path: Path, mark: str, body: str, refused: str | None
 ) -> None:
-    source = f"import pytest, subprocess, time\n{mark}\ndef test_a():\n    {body}\n"
+    bound = "from tests.policy import conftest\nconftest.BOUND = 0.5\n"
+    source = f"import pytest, subprocess, time\n{bound}{mark}\ndef test_a():\n    {body}\n"
     result = run_tests(tmp_path, source)
     assert result.returncode == (1 if refused else 0), result.stdout
     assert refused is None or f"mark this test 'slow': {refused}" in result.stdout

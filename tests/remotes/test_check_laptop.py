@@ -14,7 +14,7 @@ import pytest
 from hpcfs.cli import check_laptop
 from hpcfs.cli.findings import Finding
 from hpcfs.laptop.acceptor import EndpointKind
-from hpcfs.laptop.identity import Identity
+from hpcfs.laptop.identity import TunnelIdentity
 from hpcfs.laptop.shares import Share
 from hpcfs.model.sites import SftpRoot, TunnelSite
 from hpcfs.remotes.tunnel import pipe
@@ -128,8 +128,14 @@ def test_a_socket_that_is_not_ours(running: Laptop, kind: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"client_key": Identity().client_key_text}, "by the keys of its tunnel|refuses the key"),
-        ({"host_key": Identity().host_key_line}, "by the keys of its tunnel|is not the one whose"),
+        (
+            {"client_key": TunnelIdentity().client_key_text},
+            "by the keys of its tunnel|refuses the key",
+        ),
+        (
+            {"host_key": TunnelIdentity().host_key_line},
+            "by the keys of its tunnel|is not the one whose",
+        ),
         ({"id": "f" * 32}, "something else than this tunnel answers"),
         ({"client_key": "nonsense"}, "has a damaged key"),
     ],

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from hpcfs.laptop.safe_paths import MAX_LINKS, Folder
+from hpcfs.laptop.safe_paths import MAX_LINKS, SharedFolder
 
 SECRET = b"what nobody may see"
 GOOD = b"what everybody may see"
@@ -38,13 +38,13 @@ def top(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def folder(top: Path) -> Iterator[Folder]:
-    found = Folder(top)
+def folder(top: Path) -> Iterator[SharedFolder]:
+    found = SharedFolder(top)
     yield found
     found.close()
 
 
-def read(folder: Folder, path: str | bytes) -> bytes:
+def read(folder: SharedFolder, path: str | bytes) -> bytes:
     with folder.entry(os.fsencode(path).split(b"/"), follow=True) as entry:
         descriptor = entry.open(os.O_RDONLY)
         try:
@@ -53,7 +53,7 @@ def read(folder: Folder, path: str | bytes) -> bytes:
             os.close(descriptor)
 
 
-def refusal(folder: Folder, path: str | bytes) -> int | None:
+def refusal(folder: SharedFolder, path: str | bytes) -> int | None:
     with pytest.raises(OSError, match=r".") as refused:
         read(folder, path)
     return refused.value.errno
@@ -67,14 +67,14 @@ def open_descriptors() -> int:
     "path",
     ["file", "./file", "dir/../file", "dir//file", "dir/sub/../../file", "dir/./sub/../file"],
 )
-def test_names_within(folder: Folder, path: str) -> None:
+def test_names_within(folder: SharedFolder, path: str) -> None:
     assert read(folder, path) == GOOD
 
 
 @pytest.mark.parametrize(
     "path", ["../secret", "..", "dir/../../secret", "dir/../../top/file", "dir/sub/../../../secret"]
 )
-def test_dots_do_not_lead_out(folder: Folder, path: str) -> None:
+def test_dots_do_not_lead_out(folder: SharedFolder, path: str) -> None:
     assert refusal(folder, path) == errno.EACCES
 
 
@@ -97,7 +97,7 @@ def test_dots_do_not_lead_out(folder: Folder, path: str) -> None:
         ("link", errno.ELOOP),
     ],
 )
-def test_where_a_link_leads(folder: Folder, top: Path, target: str, expected: object) -> None:
+def test_where_a_link_leads(folder: SharedFolder, top: Path, target: str, expected: object) -> None:
     (top / "link").symlink_to(target)
     (top / "dir" / "link").symlink_to(f"../{target}" if not target.startswith("/") else target)
     for link in ("link", "dir/link", "dir/../link"):
@@ -107,12 +107,12 @@ def test_where_a_link_leads(folder: Folder, top: Path, target: str, expected: ob
             assert refusal(folder, link) == expected
 
 
-def test_the_top_by_an_absolute_link_is_outside_too(folder: Folder, top: Path) -> None:
+def test_the_top_by_an_absolute_link_is_outside_too(folder: SharedFolder, top: Path) -> None:
     (top / "link").symlink_to(top / "file")
     assert refusal(folder, "link") == errno.EACCES
 
 
-def test_links_in_the_middle(folder: Folder, top: Path) -> None:
+def test_links_in_the_middle(folder: SharedFolder, top: Path) -> None:
     (top / "in").symlink_to("dir")
     (top / "dir" / "back").symlink_to("..")
     (top / "out").symlink_to("../outside")
@@ -124,7 +124,7 @@ def test_links_in_the_middle(folder: Folder, top: Path) -> None:
         assert refusal(folder, path) == errno.EACCES
 
 
-def test_as_many_links_as_linux_follows(folder: Folder, top: Path) -> None:
+def test_as_many_links_as_linux_follows(folder: SharedFolder, top: Path) -> None:
     (top / "l0").symlink_to("file")
     for number in range(1, MAX_LINKS + 1):
         (top / f"l{number}").symlink_to(f"l{number - 1}")
@@ -134,14 +134,14 @@ def test_as_many_links_as_linux_follows(folder: Folder, top: Path) -> None:
         (top / f"l{MAX_LINKS}").read_bytes()
 
 
-def test_links_that_grow_end(folder: Folder, top: Path) -> None:
+def test_links_that_grow_end(folder: SharedFolder, top: Path) -> None:
     (top / "grow").symlink_to("grow/grow")
     assert refusal(folder, "grow") == errno.ELOOP
 
 
 def test_names_of_proc_lead_nowhere(tmp_path: Path) -> None:
     """The links there lead where no text says."""
-    folder = Folder(Path("/proc/self"))
+    folder = SharedFolder(Path("/proc/self"))
     try:
         for path in ("root/etc/passwd", "cwd/x", "exe", "fd/0"):
             assert refusal(folder, path) in (errno.EACCES, errno.ENOENT, errno.ENOTDIR)
@@ -150,7 +150,7 @@ def test_names_of_proc_lead_nowhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fifo", "socket", "device"])
-def test_what_is_no_file_is_not_opened(folder: Folder, top: Path, kind: str) -> None:
+def test_what_is_no_file_is_not_opened(folder: SharedFolder, top: Path, kind: str) -> None:
     place = top / "special"
     listening = socket.socket(socket.AF_UNIX)
     if kind == "fifo":
@@ -168,7 +168,7 @@ def test_what_is_no_file_is_not_opened(folder: Folder, top: Path, kind: str) -> 
                 entry.open(flags)
 
 
-def test_who_waits_at_a_fifo_goes_on_waiting(folder: Folder, top: Path) -> None:
+def test_who_waits_at_a_fifo_goes_on_waiting(folder: SharedFolder, top: Path) -> None:
     """Opening it without waiting would let a writer in, and then kill it with SIGPIPE."""
     os.mkfifo(top / "fifo")
     opened: list[int] = []
@@ -183,7 +183,7 @@ def test_who_waits_at_a_fifo_goes_on_waiting(folder: Folder, top: Path) -> None:
     os.close(opened[0])
 
 
-def test_the_folder_stays_itself(folder: Folder, top: Path, tmp_path: Path) -> None:
+def test_the_folder_stays_itself(folder: SharedFolder, top: Path, tmp_path: Path) -> None:
     """Renamed it is still what was shared; what takes its name was not."""
     top.rename(tmp_path / "renamed")
     top.symlink_to("outside")
@@ -193,7 +193,7 @@ def test_the_folder_stays_itself(folder: Folder, top: Path, tmp_path: Path) -> N
     assert refusal(folder, "file") == errno.ENOENT
 
 
-def test_a_hard_link_is_a_file_of_the_folder(folder: Folder, top: Path) -> None:
+def test_a_hard_link_is_a_file_of_the_folder(folder: SharedFolder, top: Path) -> None:
     os.link(top / "dir" / "file", top / "same")
     assert read(folder, "same") == GOOD
 
@@ -205,7 +205,7 @@ NAMES = st.sampled_from(
 
 @settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(parts=st.lists(NAMES, max_size=12))
-def test_whatever_the_path(folder: Folder, top: Path, parts: list[str]) -> None:
+def test_whatever_the_path(folder: SharedFolder, top: Path, parts: list[str]) -> None:
     """What is read is what the kernel reads there, and never from outside; nothing stays open."""
     if not os.path.lexists(top / "in"):
         (top / "in").symlink_to("dir/sub/..")
@@ -259,7 +259,7 @@ def swapping(change: Callable[[], None], back: Callable[[], None]) -> Iterator[t
 
 
 def test_a_directory_that_becomes_a_link_while_it_is_gone_through(
-    folder: Folder, top: Path, tmp_path: Path
+    folder: SharedFolder, top: Path, tmp_path: Path
 ) -> None:
     there, away = top / "dir", top / "away"
 
@@ -286,7 +286,7 @@ def test_a_directory_that_becomes_a_link_while_it_is_gone_through(
 
 
 def test_a_file_that_becomes_a_link_while_it_is_opened(
-    folder: Folder, top: Path, tmp_path: Path
+    folder: SharedFolder, top: Path, tmp_path: Path
 ) -> None:
     (top / "other").symlink_to(tmp_path / "secret")
     names = [top / "file", top / "other", top / "third"]
@@ -303,7 +303,7 @@ def test_a_file_that_becomes_a_link_while_it_is_opened(
                     assert read(folder, name) == GOOD
 
 
-def test_changes_hit_no_target_of_a_link(folder: Folder, top: Path, tmp_path: Path) -> None:
+def test_changes_hit_no_target_of_a_link(folder: SharedFolder, top: Path, tmp_path: Path) -> None:
     """While a name is now a file and now a link to a secret: its mode, length, owner and times."""
     secret = tmp_path / "secret"
     secret.chmod(0o600)
@@ -331,7 +331,7 @@ def test_changes_hit_no_target_of_a_link(folder: Folder, top: Path, tmp_path: Pa
 
 
 def test_a_maze_of_links_is_left_soon(
-    folder: Folder, top: Path, monkeypatch: pytest.MonkeyPatch
+    folder: SharedFolder, top: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """40 links, each of which leads up and down 580 times before it comes to the next: 55,000 steps
     for a request of some bytes."""
@@ -355,7 +355,7 @@ def test_a_maze_of_links_is_left_soon(
         entry.stat()
 
 
-def test_a_deep_path_opens_few_directories_at_once(folder: Folder, top: Path) -> None:
+def test_a_deep_path_opens_few_directories_at_once(folder: SharedFolder, top: Path) -> None:
     names = [b"d"] * 600
     inner = os.open(top, os.O_RDONLY)
     for name in names:

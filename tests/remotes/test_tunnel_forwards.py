@@ -108,7 +108,7 @@ def test_a_path_that_is_taken_leads_to_a_port(
         taken = node.home / "taken.sock"
         taken.touch()
         monkeypatch.setattr(
-            "hpcfs.laptop.publishing.Directory.new_socket", lambda self, name: str(taken)
+            "hpcfs.laptop.publishing.TunnelDirectory.new_socket", lambda self, name: str(taken)
         )
         async with running(node) as found:
             (place,) = node.rendezvous().places

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpcfs.laptop.acceptor import EndpointKind
-from hpcfs.laptop.identity import Identity
+from hpcfs.laptop.identity import TunnelIdentity
 from hpcfs.laptop.shares import Share
 from hpcfs.model.errors import AccessRefused, RemoteError, Unreachable, WrongSettings
 from hpcfs.remotes.sftp.remote import SftpRemote
@@ -225,7 +225,7 @@ def test_a_mount_may_be_there_before_the_tunnel(
 
 
 def test_keys_of_another_tunnel_do_not_open_this_one(running: Laptop, tmp_path: Path) -> None:
-    other = Identity()
+    other = TunnelIdentity()
     running.publish(client_key=other.client_key_text)
 
     async def story(remote: SftpRemote) -> None:
@@ -246,7 +246,7 @@ def test_keys_of_another_tunnel_do_not_open_this_one(running: Laptop, tmp_path: 
 
 
 def test_another_host_key_is_not_believed(running: Laptop, tmp_path: Path) -> None:
-    running.publish(host_key=Identity().host_key_line)
+    running.publish(host_key=TunnelIdentity().host_key_line)
 
     async def story(remote: SftpRemote) -> None:
         with pytest.raises(AccessRefused):

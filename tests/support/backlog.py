@@ -12,7 +12,7 @@ import trio
 
 from hpcfs.content.record import Unconfirmed
 from hpcfs.control.control import PendingState
-from hpcfs.daemon.write_commands import PendingRow, Progress
+from hpcfs.daemon.write_commands import PendingRow, SyncProgress
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import Entry
 from hpcfs.model.errors import RemoteError
@@ -38,9 +38,9 @@ def row(
 
 
 class FakeBacklog:
-    """Implements writeservice.Backlog. `rate` is in bytes a second: with 0 nothing ever goes up,
-    and with `waits` nothing before somebody syncs. What is to fail has its reason in `refuses`, by
-    id."""
+    """Implements write_commands.PendingFiles. `rate` is in bytes a second: with 0 nothing ever goes
+    up, and with `waits` nothing before somebody syncs. What is to fail has its reason in `refuses`,
+    by id."""
 
     def __init__(self, rows: Sequence[PendingRow], rate: float = 0.0) -> None:
         self.rows = {one.id: one for one in rows}
@@ -78,7 +78,7 @@ class FakeBacklog:
         self,
         namespace: str | None,
         path: bytes,
-        tell: Callable[[Progress], Awaitable[None]],
+        tell: Callable[[SyncProgress], Awaitable[None]],
         patience: float = 0.0,
     ) -> None:
         self.synced.append((namespace, path))
@@ -87,7 +87,7 @@ class FakeBacklog:
         while True:
             now = [self.rows[name] for name in mine if name in self.rows]
             left = sum(one.left for one in now if not one.is_stuck)
-            await tell(Progress(files - len(now), files, length - left, length))
+            await tell(SyncProgress(files - len(now), files, length - left, length))
             if all(one.is_stuck for one in now):
                 break
             await trio.sleep(STEP_SECONDS)

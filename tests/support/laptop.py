@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 from hpcfs.laptop.acceptor import EndpointKind, Incoming
 from hpcfs.laptop.connected_mounts import ConnectedMounts
-from hpcfs.laptop.identity import Identity
+from hpcfs.laptop.identity import TunnelIdentity
 from hpcfs.laptop.sftp_server import Shares
 from hpcfs.laptop.shares import Share
 from hpcfs.model.sites import SftpRoot, SiteSpec, TunnelSite
@@ -71,7 +71,7 @@ class Laptop:
         self.directory.mkdir(parents=True, exist_ok=True)
         for place in (self.directory, self.directory.parent):
             place.chmod(0o700)
-        self.identity = Identity()
+        self.identity = TunnelIdentity()
         self.connections: set[Forwarded] = set()
         self.silent = False
         self.shares = shares

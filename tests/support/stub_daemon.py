@@ -30,7 +30,7 @@ import hpcfs
 from hpcfs.config.config import Settings
 from hpcfs.control import server as control_server
 from hpcfs.control.control import MountStatus, NamespaceStatus
-from hpcfs.daemon.write_commands import Progress, WriteCommands, summary
+from hpcfs.daemon.write_commands import SyncProgress, WriteCommands, summary
 from hpcfs.model.errors import RemoteError
 from tests.support.backlog import FakeBacklog, row
 
@@ -200,7 +200,7 @@ async def _stop_on_signal() -> None:
 
 
 async def _serve_until_unmounted(scope: trio.CancelScope, backlog: FakeBacklog) -> None:
-    async def ignore(progress: Progress) -> None:
+    async def ignore(progress: SyncProgress) -> None:
         pass
 
     await pyfuse3.main()
