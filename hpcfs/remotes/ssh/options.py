@@ -21,6 +21,7 @@ from pathlib import Path
 from hpcfs.model.errors import Unreachable, WrongSettings
 from hpcfs.model.sites import SshSite
 from hpcfs.remotes.ssh import plain_config, program
+from hpcfs.system.text import one_line
 
 SYSTEM_FILE = "/etc/ssh/ssh_config"
 _HASH = "/%C"
@@ -123,7 +124,7 @@ def no_ssh(error: OSError) -> WrongSettings:
 
 def _reason(complaint: str) -> str:
     """Its first line says what is wrong, with file and line; the last only that it ends."""
-    lines = [program.one_line(line) for line in complaint.splitlines() if line.strip()]
+    lines = [one_line(line) for line in complaint.splitlines() if line.strip()]
     shown = [line for line in lines if "terminating, " not in line] or lines
     text = "; ".join(shown[:3]) or "ssh says nothing"
     return text.replace("/dev/stdin", "~/.ssh/config")
