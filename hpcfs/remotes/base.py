@@ -47,7 +47,7 @@ NO_PROMPTER: Prompter = _Unattended()
 """For programs that nobody watches."""
 
 
-class Source(Protocol):
+class UploadSource(Protocol):
     """The local bytes of an upload."""
 
     size: int
@@ -142,7 +142,9 @@ class Remote(Protocol):
         """Give up what is open for `handle`, a file that was not uploaded included."""
         ...
 
-    async def upload(self, request: UploadRequest, source: Source, report: ReportProgress) -> Entry:
+    async def upload(
+        self, request: UploadRequest, source: UploadSource, report: ReportProgress
+    ) -> Entry:
         """Change or make a file as `request` says, and return its entry as it is then.
 
         `report` hears how many bytes are done. Raises Conflict where the remote has another version
@@ -151,7 +153,7 @@ class Remote(Protocol):
         """
         ...
 
-    async def upload_piece(self, request: UploadPieceRequest, source: Source) -> None:
+    async def upload_piece(self, request: UploadPieceRequest, source: UploadSource) -> None:
         """Send a piece of a file that is still being written; return once the remote has it.
 
         `source` holds the file as far as it is written. Raises PiecesLost when what was sent

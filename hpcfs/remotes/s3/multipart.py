@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar, cast
 
 from hpcfs.model.errors import Changed, Conflict, NotSupported, RemoteError, RemoteFailure
-from hpcfs.remotes.base import ReportProgress, Source
+from hpcfs.remotes.base import ReportProgress, UploadSource
 from hpcfs.remotes.s3.bucket import Bucket, MultipartSession
 from hpcfs.remotes.s3.checksums import PartSent
 from hpcfs.remotes.s3.metadata import Metadata
@@ -86,9 +86,9 @@ async def renewed(progress: TransferProgress) -> AsyncIterator[None]:
 
 
 class SourceWindow(io.RawIOBase):
-    """A part of a `Source` as a file: what botocore can send without holding it in memory."""
+    """A part of a `UploadSource` as a file: what botocore can send without holding it in memory."""
 
-    def __init__(self, source: Source, offset: int, length: int) -> None:
+    def __init__(self, source: UploadSource, offset: int, length: int) -> None:
         self._source, self._offset, self._length, self._position = source, offset, length, 0
 
     def readable(self) -> bool:
@@ -133,7 +133,7 @@ async def each(items: Iterable[T], work: Callable[[T], Awaitable[None]], limit: 
         raise failures.exceptions[0] from None
 
 
-async def read(source: Source, offset: int, length: int) -> bytes:
+async def read(source: UploadSource, offset: int, length: int) -> bytes:
     """Read a range of the source; a large one in a thread."""
     if length <= INLINE_BYTES:
         return source.read(offset, length)
@@ -197,7 +197,7 @@ class Multipart:
         self._parts[number] = part.length, sent
 
     async def send_from(
-        self, part: Part, source: Source, buffered: int, progress: TransferProgress
+        self, part: Part, source: UploadSource, buffered: int, progress: TransferProgress
     ) -> None:
         """`buffered` is how much may be in memory at once: larger parts are streamed."""
         size = min(part.length, buffered)

@@ -42,7 +42,7 @@ from hpcfs.model.errors import (
 from hpcfs.model.sites import S3Root, SiteSpec
 from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
 from hpcfs.model.usage import DiskUsage
-from hpcfs.remotes.base import ReportProgress, Source, no_report
+from hpcfs.remotes.base import ReportProgress, UploadSource, no_report
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.directory import Lister, Parents
 from hpcfs.remotes.s3.entries import Entries
@@ -199,7 +199,9 @@ class S3Remote:
 
     # --- making -----------------------------------------------------------------------------
 
-    async def upload(self, request: UploadRequest, source: Source, report: ReportProgress) -> Entry:
+    async def upload(
+        self, request: UploadRequest, source: UploadSource, report: ReportProgress
+    ) -> Entry:
         """Replace the object, on a condition where the server honours those."""
         look = await self._look_for_new(request.path)
         base = request.base_version
@@ -216,7 +218,7 @@ class S3Remote:
         self._paths.saw_file(look.place, info)
         return self._entries.file(paths.name(request.path), stored, info.metadata)
 
-    async def upload_piece(self, request: UploadPieceRequest, source: Source) -> None:
+    async def upload_piece(self, request: UploadPieceRequest, source: UploadSource) -> None:
         """Send a piece as a part of a multipart upload, or hold it back for a larger part."""
 
         async def look() -> S3Lookup:
@@ -376,7 +378,7 @@ class S3Remote:
         return look
 
     async def _store(
-        self, place: S3Path, source: Source, metadata: Metadata, headers: Mapping[str, Any]
+        self, place: S3Path, source: UploadSource, metadata: Metadata, headers: Mapping[str, Any]
     ) -> Entry:
         self._lister.cache.drop(place.key)
         self._paths.changed(place)

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from hpcfs.model.errors import Changed, InvalidRequest, NotSupported, PiecesLost, RemoteFailure
-from hpcfs.remotes.base import ReportProgress, Source, no_report
+from hpcfs.remotes.base import ReportProgress, UploadSource, no_report
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.multipart import Multipart, NewObject, TransferProgress, each
 from hpcfs.remotes.s3.objects import Info
@@ -59,7 +59,7 @@ class S3StreamingUploads:
         path: bytes,
         offset: int,
         length: int,
-        source: Source,
+        source: UploadSource,
         make_target: MakeObject,
     ) -> None:
         """Take a piece: send its part once all pieces of it are there. Raises PiecesLost where the
@@ -87,7 +87,7 @@ class S3StreamingUploads:
         stream.gathered.pop(part.number, None)
 
     async def _send_part(
-        self, stream: S3StreamingUpload, part: Part, source: Source, make_target: MakeObject
+        self, stream: S3StreamingUpload, part: Part, source: UploadSource, make_target: MakeObject
     ) -> None:
         async with stream.beginning:
             if stream.upload is None:
@@ -102,7 +102,7 @@ class S3StreamingUploads:
         target: NewObject,
         path: bytes,
         ranges: Sequence[tuple[int, int]],
-        source: Source,
+        source: UploadSource,
         report: ReportProgress,
     ) -> Info | None:
         """The object, with the metadata of the time when it was begun. None where nothing of use

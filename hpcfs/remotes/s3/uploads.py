@@ -14,7 +14,7 @@ from hpcfs.model import paths
 from hpcfs.model.entries import NO_HANDLE, Attributes
 from hpcfs.model.errors import Conflict, NotSupported
 from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
-from hpcfs.remotes.base import ReportProgress, Source
+from hpcfs.remotes.base import ReportProgress, UploadSource
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.entries import Entries
 from hpcfs.remotes.s3.metadata import PERMISSIONS, Metadata, encode
@@ -39,7 +39,7 @@ class S3Uploads:
         self.streams = S3StreamingUploads(bucket, limits)
 
     async def upload(
-        self, request: UploadRequest, look: S3Lookup, source: Source, report: ReportProgress
+        self, request: UploadRequest, look: S3Lookup, source: UploadSource, report: ReportProgress
     ) -> tuple[Summary, Info]:
         """What the server says of the object as it is then, and what it carries. Raises Conflict
         only where what is there is not what this upload makes: one whose answer was lost is asked
@@ -61,7 +61,10 @@ class S3Uploads:
         return stored, info_of_stored(stored, metadata, headers)
 
     async def upload_piece(
-        self, request: UploadPieceRequest, look: Callable[[], Awaitable[S3Lookup]], source: Source
+        self,
+        request: UploadPieceRequest,
+        look: Callable[[], Awaitable[S3Lookup]],
+        source: UploadSource,
     ) -> None:
         """Send a piece of a file that is still being written. Raises PiecesLost and
         NotSupported."""
@@ -83,7 +86,7 @@ class S3Uploads:
         request: UploadRequest,
         target: NewObject,
         look: S3Lookup,
-        source: Source,
+        source: UploadSource,
         report: ReportProgress,
     ) -> tuple[Summary, Metadata]:
         """What the object is then, and carries."""

@@ -45,7 +45,7 @@ from hpcfs.remotes.base import (
     MAX_NAME_BYTES,
     Prompter,
     ReportProgress,
-    Source,
+    UploadSource,
     no_report,
 )
 from hpcfs.remotes.sftp import links, listing, read, rename as renaming
@@ -302,12 +302,14 @@ class SftpRemote:
         self._files.release(handle)
         self._uploads.release(handle)
 
-    async def upload(self, request: UploadRequest, source: Source, report: ReportProgress) -> Entry:
+    async def upload(
+        self, request: UploadRequest, source: UploadSource, report: ReportProgress
+    ) -> Entry:
         """Write the ranges in place, or a whole file beside it that then takes its place."""
         async with self._changing(request.path, room=MAX_NAME_BYTES) as place:
             return await self._uploads.upload(place, request, source, report)
 
-    async def upload_piece(self, request: UploadPieceRequest, source: Source) -> None:
+    async def upload_piece(self, request: UploadPieceRequest, source: UploadSource) -> None:
         """Write a piece into the file, which stays open."""
         async with self._changing(request.path) as place:
             await self._uploads.upload_piece(place, request, source)

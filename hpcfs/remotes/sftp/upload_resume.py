@@ -31,7 +31,7 @@ from asyncssh.constants import FXF_READ
 
 from hpcfs.model.errors import NotFound, PermissionDenied
 from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
-from hpcfs.remotes.base import Source
+from hpcfs.remotes.base import UploadSource
 from hpcfs.remotes.sftp.attrs import NANOSECONDS
 from hpcfs.remotes.sftp.path import SftpPath
 from hpcfs.remotes.sftp.session import SftpSession, all_of
@@ -59,7 +59,9 @@ class UploadAttempt:
     """In the order of writing."""
 
     @classmethod
-    def of(cls, request: UploadRequest, source: Source, *, checked: bool = True) -> UploadAttempt:
+    def of(
+        cls, request: UploadRequest, source: UploadSource, *, checked: bool = True
+    ) -> UploadAttempt:
         """Describe an upload; where not `checked`, any version may be replaced."""
         wanted = request.attributes.mtime_ns
         return cls(
@@ -73,7 +75,7 @@ class UploadAttempt:
 
     @classmethod
     def of_piece(
-        cls, request: UploadPieceRequest, source: Source, *, checked: bool = True
+        cls, request: UploadPieceRequest, source: UploadSource, *, checked: bool = True
     ) -> UploadAttempt:
         """Describe the upload that begins with this piece."""
         return cls(
@@ -120,7 +122,7 @@ def _size_of(version: bytes | None) -> int:
     return int(size) if size.isdigit() else 2**63
 
 
-def _samples(ranges: Sequence[tuple[int, int]], source: Source) -> list[Sample]:
+def _samples(ranges: Sequence[tuple[int, int]], source: UploadSource) -> list[Sample]:
     """The first bytes, the last, and some evenly between, in the order of the ranges."""
     total = sum(length for _, length in ranges)
     count = min(SAMPLES, -(-total // SAMPLE_BYTES))
