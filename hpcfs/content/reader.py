@@ -108,7 +108,7 @@ class Reader:
                     await self._ensure(range(block, block + 1))
             elif untrusted := [block for block in ends if self._is_untrusted(block)]:
                 await self._verify(untrusted)
-            elif self.fetcher.is_busy and not self.fetcher.is_idle(covered):
+            elif self.fetcher.flights and not self.fetcher.is_idle(covered):
                 await self.fetcher.settle(covered)
             else:
                 return

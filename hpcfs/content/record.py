@@ -51,6 +51,7 @@ class Unconfirmed(
 
     @property
     def is_stranded(self) -> bool:
+        """Whether its bytes were moved to kept/: the mount does not show the file."""
         return Path(self.data).parent.name == "kept"
 
     @property

@@ -123,8 +123,9 @@ class Unsent:
 
     def then(self, later: Unsent) -> Unsent:
         """Both together."""
-        attributes = merge_attributes(self.attributes, later.attributes)
-        return Unsent(max(self.changes, later.changes), attributes)
+        return Unsent(
+            max(self.changes, later.changes), merge_attributes(self.attributes, later.attributes)
+        )
 
 
 _EXISTS = (RemoteSide.PRESENT, RemoteSide.PARTIAL)

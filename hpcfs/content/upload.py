@@ -219,13 +219,15 @@ class FileUpload:
 
     async def begin(self) -> Snapshot:
         """What is dirty now is on its way; what is written from now on is dirty anew."""
-        sending, fetcher = self._sending, self._reader.fetcher
-        is_busy = sending.handle != NO_HANDLE or fetcher.is_busy
-        if is_busy:
-            await sending.settle()
+        fetcher = self._reader.fetcher
+        while True:
+            if self._sending.handle != NO_HANDLE:
+                await self._sending.settle()
+            if not fetcher.flights:
+                break
             await fetcher.settle()
         # No await from here: atomic.
-        sent, sent_under = sending.sent, sending.handle
+        sent, sent_under = self._sending.sent, self._sending.handle
         in_place = self._remote.capabilities.partial_writes
         append = in_place and self._state.goes_to_the_end and not sent
         unsent = self._state.begin_upload()
@@ -238,10 +240,10 @@ class FileUpload:
             sent_under if sent else self._write_handle,
             append,
         )
-        if sent_under not in (NO_HANDLE, snapshot.handle):
-            self._abandon(sent_under)
-        if is_busy:
-            sending.reset()
+        if sent_under != NO_HANDLE:
+            self._sending.reset()
+            if sent_under != snapshot.handle:
+                self._abandon(sent_under)
         self._write_handle = NO_HANDLE
         self._file.dirty = RangeSet()
         self._done_bytes = sent.total

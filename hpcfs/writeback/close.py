@@ -196,7 +196,7 @@ class Closer:
         """Retire the content if that was its last use."""
         if content.users or content.closing is not None or content.is_dirty():
             return
-        if not content.reader.fetcher.is_busy:
+        if not content.reader.fetcher.flights:
             self._retire(content)
         else:
             self._nursery.start_soon(self._retire_when_idle, content)
