@@ -63,8 +63,10 @@ NO_ATTRIBUTES = Attributes()
 
 
 def mode_without_ids(entry: Entry) -> int | None:
-    """The permissions that chown(2) and write(2) leave to a file with set-ID bits; None where they
-    change nothing. The kernel leaves clearing these bits to the file system."""
+    """Return the permissions that chown(2) and write(2) leave to a file with set-ID bits.
+
+    None where they change nothing. The kernel leaves clearing these bits to the file system.
+    """
     bits = 0
     if stat.S_ISREG(entry.mode):
         bits = stat.S_ISUID | (stat.S_ISGID if entry.mode & stat.S_IXGRP else 0)
@@ -72,7 +74,9 @@ def mode_without_ids(entry: Entry) -> int | None:
 
 
 def merge_attributes(older: Attributes, newer: Attributes) -> Attributes:
-    """The newer values where both have one."""
+    """Return the values of both, the newer ones where both have one."""
+    if newer == NO_ATTRIBUTES:
+        return older
     merged = Attributes(
         **{
             field: getattr(older, field) if value is None else value
