@@ -213,7 +213,7 @@ class Closer:
             except Conflict:
                 continue  # both versions are safe
             except RemoteError as error:
-                await self.uploader.keep(content, error.message)
+                await self.uploader.strand(content, error.message)
                 self._store.forget(content.file)
                 node = self._node(content)
                 node.entry = msgspec.structs.replace(node.entry, version=b"")  # it was this mount's

@@ -92,21 +92,23 @@ class Journal:
                 place.unlink()
 
     def _mended(self, row: Unconfirmed) -> Unconfirmed:
-        """The cache directory may have been moved since."""
+        """The row with its `data` in this directory: the cache may have been moved since."""
         data = Path(row.data)
         inside = data.parts[-2:] if row.is_kept else data.parts[-3:]
         return msgspec.structs.replace(row, data=str(self._directory.joinpath(*inside)))
 
     @property
     def rows(self) -> list[Unconfirmed]:
-        """All, as far as this process knows."""
+        """All rows."""
         return list(self._rows.values())
 
     @property
     def kept(self) -> list[Unconfirmed]:
+        """The rows of files that the mount does not show: their bytes are in kept/."""
         return [row for row in self._rows.values() if row.is_kept]
 
     def find(self, name: str) -> Unconfirmed | None:
+        """The row of the cache file with this name, or None."""
         return self._rows.get(name)
 
     # --- changing ---------------------------------------------------------------------------------
@@ -114,8 +116,9 @@ class Journal:
     async def note(
         self, row: Unconfirmed, *, durable: bool = False, instead_of: str | None = None
     ) -> None:
-        """The file is dirty; called again when more is known. `durable`: it survives a loss of
-        power. `instead_of` is a row that this one replaces in the same step."""
+        """Write a file's row, for the first time or anew. `durable`: its bytes and the row are on
+        the disk when this returns. `instead_of` names a row that this one replaces in the same
+        step. Raises OSError and sqlite3.Error."""
         row = msgspec.structs.replace(row, since=row.since or self._since(row.name))
         if durable:
             await self._run(self._note_durably, row, instead_of)
@@ -127,37 +130,40 @@ class Journal:
         return known.since if known else time.time()
 
     async def confirm(self, name: str) -> None:
-        """The remote has it all, or nobody wants it any more."""
+        """Remove the row: the remote has it all, or nobody wants it any more."""
         await self._run_quick(self._forget, [name])
 
     async def keep(self, row: Unconfirmed) -> Unconfirmed:
-        """It can't be uploaded or shown: move the bytes to where the user finds them."""
+        """Move the bytes of a file that can't be uploaded or shown to kept/; returns the new row.
+        Raises OSError and sqlite3.Error."""
         kept = await self._run(self._keep_now, row)
         log.error("kept %r of %s: %s", row.path, row.namespace, row.reason)
         return kept
 
     async def take_back(self, row: Unconfirmed, data: str) -> Unconfirmed:
-        """What was kept is to be uploaded after all: its bytes move to the cache file `data`."""
+        """Move the bytes of a kept file back, to the cache file `data`, to be uploaded after all.
+        Raises OSError and sqlite3.Error."""
         return await self._run(self._take_back, row, data)
 
     async def discard(self, name: str) -> None:
-        """The user gave it up: the bytes of a kept file go too."""
+        """Remove the row that the user gave up, and the bytes of a kept file with it."""
         await self._run(self._discard, name)
 
     async def sync(self) -> None:
-        """What was confirmed does not come back after a loss of power. Costs nothing if there was
-        nothing."""
+        """Sync the removals of rows, so that a loss of power does not bring them back. Costs
+        nothing if there were none."""
         if self._has_unsynced:
             await self._run(self._sync)
 
     async def close(self) -> None:
+        """Close the database."""
         await self._run(self._db.close)
 
     async def _run(self, work: Callable[..., T], *args: object) -> T:
         return await trio.to_thread.run_sync(work, *args, limiter=self._limiter)
 
     async def _run_quick(self, work: Callable[..., T], *args: object) -> T:
-        """What waits for no disk: SQLite takes 0.015 ms for it, and a thread as much six times."""
+        """Run what waits for no disk: SQLite takes 0.015 ms for it, a thread six times as much."""
         if self._limiter.borrowed_tokens:
             return await self._run(work, *args)
         return work(*args)

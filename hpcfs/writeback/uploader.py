@@ -1,7 +1,7 @@
-"""Brings what is dirty in a file to the remote, and keeps what the remote refuses.
+"""Uploads what is dirty in a file, and keeps the journal in step with that.
 
 fsync(2) ends here in both modes, close(2) in `through` mode: they return once the remote confirmed
-the bytes. In `back` mode close(2) returns once the journal has them (`secure`).
+the bytes. In `back` mode close(2) returns once the journal has them (`persist`).
 """
 
 from __future__ import annotations
@@ -22,143 +22,150 @@ log = logging.getLogger(__name__)
 
 
 class Uploader:
+    """Uploads contents one at a time each, and notes in the journal what is not uploaded yet."""
+
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
 
     @asynccontextmanager
-    async def writing(self, file: Content) -> AsyncIterator[None]:
-        """Around whatever makes bytes dirty: the journal knows of the file before, and until then.
+    async def writing(self, content: Content) -> AsyncIterator[None]:
+        """Surround whatever makes bytes dirty: the journal has a row for the file before.
 
-        Raises CacheFull when the journal can't be written.
+        Raises CacheFull when the journal can't be written, and Stale when the file was replaced.
         """
-        file.check_not_superseded()
-        with file.write_under_way():
-            file.reader.use_disk()
-            is_first = file.state.wants_row
+        content.check_not_superseded()
+        with content.write_under_way():
+            content.reader.use_disk()
+            is_first = content.state.wants_row
             if is_first:
-                await self.note_writing(file)
+                await self.note_writing(content)
             yield
-            if is_first and file.reader.base.size:
-                await self.note_writing(file)
+            if is_first and content.reader.base.size:
+                await self.note_writing(content)
 
-    async def secure(self, file: Content, *, instead_of: str | None = None) -> None:
-        """The journal has all that is dirty, and a loss of power does not take it away.
+    async def persist(self, content: Content, *, instead_of: str | None = None) -> None:
+        """Have all that is dirty, and its row, on the disk when this returns: a loss of power does
+        not take it away. `instead_of` is the row of a file that it replaces in the same step.
 
         Raises CacheFull when the journal can't be written.
         """
-        file.reader.use_disk()
-        with file.persisting():
-            await self._note(file, durable=True, instead_of=instead_of)
+        if not content.state.needs_row:
+            return
+        content.reader.use_disk()
+        with content.persisting():
+            await self._note(content, durable=True, instead_of=instead_of)
 
     async def _note(
         self,
-        file: Content,
+        content: Content,
         row: Unconfirmed | None = None,
         *,
         durable: bool = False,
         instead_of: str | None = None,
     ) -> None:
-        """What nobody will upload needs no row: it would come back with the next mount."""
-        if not file.state.needs_row:
+        """Write the row, but none for what nobody will upload: the next mount would bring it."""
+        if not content.state.needs_row:
             return
         try:
-            row = row or file.unconfirmed()
+            row = row or content.unconfirmed()
             await self.journal.note(row, durable=durable, instead_of=instead_of)
         except (sqlite3.Error, OSError) as error:
             raise CacheFull(f"the journal in the cache can't be written: {error}") from None
-        file.note_row()
+        content.note_row()
 
     async def upload(
-        self, file: Content, confirmed: Callable[[Entry], None], *, sync: bool = False
+        self, content: Content, confirmed: Callable[[Entry], None], *, sync: bool = False
     ) -> None:
-        """Return once the remote has it. `confirmed` hears what the entry there is at the moment
-        in which the file is dirty no more: nobody may see it clean and as it was.
+        """Return once the remote has it. `confirmed` is called with its entry there in the same
+        moment in which the content becomes clean: nobody may see it clean and as it was.
 
-        Raises RemoteError; the file is then as dirty as before.
+        Raises RemoteError; the content is then as dirty as before.
         """
-        async with file.upload.lock:
-            if not file.is_dirty():
-                if not file.writers:
-                    await self.forget(file)
+        async with content.upload.lock:
+            if not content.is_dirty():
+                if not content.writers:
+                    await self.forget(content)
                 return
-            file.reader.use_disk()
-            with file.upload.pinned():
-                confirmed(await self._send_somehow(file, sync=sync))
-            if file.is_dirty():
-                await self.note_progress(file)  # the row has what just arrived
-            elif not file.writers:
-                await self.forget(file)
+            content.reader.use_disk()
+            with content.upload.pinned():
+                confirmed(await self._send_somehow(content, sync=sync))
+            if content.is_dirty():
+                await self.note_progress(content)  # the row has what just arrived
+            elif not content.writers:
+                await self.forget(content)
 
-    async def _send_somehow(self, file: Content, *, sync: bool) -> Entry:
+    async def _send_somehow(self, content: Content, *, sync: bool) -> Entry:
         while True:
-            await file.upload.complete()
+            await content.upload.complete()
             try:
-                return await self._send(file, sync=sync)
+                return await self._send(content, sync=sync)
             except NotSupported:
-                if not file.upload.falls_back():
+                if not content.upload.falls_back():
                     raise
 
-    async def _send(self, file: Content, *, sync: bool) -> Entry:
-        snapshot = await file.upload.begin()
+    async def _send(self, content: Content, *, sync: bool) -> Entry:
+        snapshot = await content.upload.begin()
         try:
-            await self.note_progress(file, durable=file.upload.holds_base)
+            await self.note_progress(content, durable=content.upload.holds_base)
         except BaseException:
-            file.upload.fail(snapshot, begun=False)
+            content.upload.fail(snapshot, begun=False)
             raise
         try:
-            entry = await file.upload.send(snapshot, sync=sync)
+            entry = await content.upload.send(snapshot, sync=sync)
         except (Conflict, NotConnected, NotSupported):  # nothing was written
-            file.upload.fail(snapshot, begun=False)
-            if file.state.remote is not RemoteSide.PARTIAL:
-                await self.note_progress(file)  # nor does the row say so
+            content.upload.fail(snapshot, begun=False)
+            if content.state.remote is not RemoteSide.PARTIAL:
+                await self.note_progress(content)  # nor does the row say so
             raise
         except BaseException:
-            file.upload.fail(snapshot, begun=True)
+            content.upload.fail(snapshot, begun=True)
             raise
-        file.upload.confirm(snapshot, entry)
+        content.upload.confirm(snapshot, entry)
         return entry
 
-    async def note_writing(self, file: Content) -> None:
-        """It is open and dirty: what is known of it so far. Raises CacheFull."""
-        await self._note(file, file.unconfirmed(writing=True))
-        if file.state.has_row:
-            file.note_row(writing=True)
+    async def note_writing(self, content: Content) -> None:
+        """Note what is known so far of a file that is still being written. Raises CacheFull."""
+        await self._note(content, content.unconfirmed(writing=True))
+        if content.state.has_row:
+            content.note_row(writing=True)
 
-    async def note_cut(self, file: Content, size: int) -> None:
-        """Before the file is cut: a row that claims bytes which are gone would make zeros of them.
+    async def note_cut(self, content: Content, size: int) -> None:
+        """Note that the file is about to be cut to `size` bytes: a row that claims bytes which are
+        gone would make zeros of them.
 
         Raises CacheFull when the journal can't be written.
         """
-        row = file.cut_to(size)
+        row = content.cut_to(size)
         if row is not None:
-            await self._note(file, row, durable=True)
+            await self._note(content, row, durable=True)
 
     async def note_progress(
-        self, file: Content, reason: str = "", *, durable: bool = False
+        self, content: Content, reason: str = "", *, durable: bool = False
     ) -> None:
-        """A journal that can't be written is no reason not to bring the bytes to the remote."""
+        """Note what an upload takes or leaves, and why it failed. A journal that can't be written
+        is only logged: that is no reason not to bring the bytes to the remote."""
         try:
-            await self._note(file, file.unconfirmed(reason), durable=durable)
+            await self._note(content, content.unconfirmed(reason), durable=durable)
         except CacheFull as error:
             log.error("%s", error.message)  # noqa: TRY400 - no bug: the message says it all
 
-    async def forget(self, file: Content) -> None:
-        """Nothing of it is unconfirmed: it was uploaded, or removed."""
-        if not file.state.has_row:
+    async def forget(self, content: Content) -> None:
+        """Remove the row: the file was uploaded, or removed. Errors are logged."""
+        if not content.state.has_row:
             return
-        file.note_no_row()
+        content.note_no_row()
         try:
-            await self.journal.confirm(file.unconfirmed().name)
+            await self.journal.confirm(content.unconfirmed().name)
         except sqlite3.Error as error:
-            file.note_row()
+            content.note_row()
             log.error("the journal in the cache can't be written: %s", error)  # noqa: TRY400
 
-    async def keep(self, file: Content, reason: str) -> None:
-        """It can't be uploaded, and the mount does not show it: the bytes go where the user finds
-        them.
+    async def strand(self, content: Content, reason: str) -> None:
+        """Move the bytes of a file that can't be uploaded to where the user finds them (kept/); the
+        mount does not show them any more.
 
         Raises OSError or sqlite3.Error when the disk fails; then they are where they were.
         """
-        row = file.unconfirmed(reason)
-        with file.stranding():
+        row = content.unconfirmed(reason)
+        with content.stranding():
             await self.journal.keep(row)
