@@ -24,10 +24,10 @@ from hpcfs.cache.ranges import RangeSet
 from hpcfs.content.reader import Reader, blocks_of
 from hpcfs.content.record import Unconfirmed, flags_of
 from hpcfs.content.shared import RemoteFile, Shared
-from hpcfs.content.state import NOTHING, Changes, Durability, Name, RemoteSide, State
+from hpcfs.content.state import Changes, Durability, Name, RemoteSide, State
 from hpcfs.content.upload import FIRST_SENT_BYTES, FileUpload
 from hpcfs.model.capabilities import Capabilities
-from hpcfs.model.entries import BLOCK_BYTES, Attributes
+from hpcfs.model.entries import BLOCK_BYTES, NO_ATTRIBUTES, Attributes
 from hpcfs.model.errors import CacheFull, Stale, TooLarge
 
 APPEND_ATTEMPTS = 20
@@ -268,7 +268,7 @@ class Content:
     def note_stamped(self, mode: int | None) -> None:
         """The file was written to now: a time that was set before is not to come back with the
         upload, and the mode is this one if not None."""
-        if mode is not None or self.state.attributes is not NOTHING:
+        if mode is not None or self.state.attributes != NO_ATTRIBUTES:
             self.state.note_stamped(mode)
 
     # --- writing ----------------------------------------------------------------------------------

@@ -42,8 +42,7 @@ from enum import Enum, IntEnum, auto
 import trio
 from msgspec.structs import replace
 
-from hpcfs.content.snapshot import merge_attributes
-from hpcfs.model.entries import Attributes
+from hpcfs.model.entries import NO_ATTRIBUTES, Attributes, merge_attributes
 
 
 class ImpossibleTransition(AssertionError):
@@ -112,29 +111,20 @@ class Changes(IntEnum):
     """The same; and a program set the size, perhaps to what it was."""
 
 
-NOTHING = Attributes()
-"""No attribute: the one object that a state has where none is to be set."""
-
-
 @dataclass(frozen=True)
 class Unsent:
     """What an upload brings beside bytes: the kind of change, and attributes that were set."""
 
     changes: Changes = Changes.NONE
-    attributes: Attributes = NOTHING
+    attributes: Attributes = NO_ATTRIBUTES
 
     def __bool__(self) -> bool:
-        return bool(self.changes or self.attributes)
+        return self.changes is not Changes.NONE or self.attributes != NO_ATTRIBUTES
 
     def then(self, later: Unsent) -> Unsent:
         """Both together."""
-        return Unsent(max(self.changes, later.changes), _merged(self.attributes, later.attributes))
-
-
-def _merged(older: Attributes, newer: Attributes) -> Attributes:
-    if newer is NOTHING:
-        return older
-    return merge_attributes(older, newer) or NOTHING
+        attributes = merge_attributes(self.attributes, later.attributes)
+        return Unsent(max(self.changes, later.changes), attributes)
 
 
 _EXISTS = (RemoteSide.PRESENT, RemoteSide.PARTIAL)
@@ -151,7 +141,7 @@ class State:
         self.durability = Durability.UNJOURNALED
         self.name = Name.LINKED
         self.changes = Changes.NONE
-        self.attributes = NOTHING
+        self.attributes = NO_ATTRIBUTES
         """To be set by the next upload."""
         self.taken: Unsent | None = None
         """By the upload that is under way."""
@@ -165,8 +155,7 @@ class State:
         """Whether the remote lacks something of the file, or is just being changed."""
         if self.name not in _COUNTS:
             return False
-        waits = self.changes or self.remote is not RemoteSide.PRESENT
-        return bool(waits) or self.attributes is not NOTHING or self.motion is not None
+        return self.remote is not RemoteSide.PRESENT or not self.is_untouched
 
     @property
     def is_ahead(self) -> bool:
@@ -176,7 +165,8 @@ class State:
     @property
     def is_untouched(self) -> bool:
         """Whether nothing was changed here since the last upload, and nothing is in motion."""
-        return not self.changes and self.attributes is NOTHING and self.motion is None
+        has_changed = self.changes or self.attributes != NO_ATTRIBUTES
+        return not has_changed and self.motion is None
 
     @property
     def is_unlinked(self) -> bool:
@@ -243,7 +233,7 @@ class State:
         """An earlier mount left this in its journal."""
         self._begin_as(remote)
         self.durability = Durability.PERSISTED
-        self.changes, self.attributes = unsent.changes, _merged(NOTHING, unsent.attributes)
+        self.changes, self.attributes = unsent.changes, unsent.attributes
 
     def _begin_as(self, remote: RemoteSide) -> None:
         self._check(self.remote is RemoteSide.PRESENT and not self.is_dirty, f"become {remote}")
@@ -276,14 +266,14 @@ class State:
 
     def set_with_upload(self, attributes: Attributes) -> None:
         """The next upload sets these."""
-        self.attributes = _merged(self.attributes, attributes)
+        self.attributes = merge_attributes(self.attributes, attributes)
         self._outdate_row()
 
     def note_stamped(self, mode: int | None) -> None:
         """The file was written to now: a time that was set before does not count any more, and the
         mode is this one if not None."""
         attributes = replace(self.attributes, mtime_ns=None)
-        self.attributes = _merged(attributes, Attributes(mode=mode))
+        self.attributes = merge_attributes(attributes, Attributes(mode=mode))
 
     # --- uploads and renames on the remote --------------------------------------------------------
 
@@ -307,7 +297,7 @@ class State:
         if changes and self.remote not in _EXISTS:
             changes = max(changes, Changes.ANY)
         self.taken = Unsent(changes, self.attributes)
-        self.changes, self.attributes = Changes.NONE, NOTHING
+        self.changes, self.attributes = Changes.NONE, NO_ATTRIBUTES
         return self.taken
 
     def confirm_upload(self) -> None:
@@ -388,7 +378,7 @@ class State:
         """Nothing of it is to be uploaded any more, and no more is to be written to it."""
         self._check_in_use("be discarded")
         self.name = Name.DISCARDED
-        self.changes, self.attributes = Changes.NONE, NOTHING
+        self.changes, self.attributes = Changes.NONE, NO_ATTRIBUTES
 
     def retire(self) -> None:
         """It is closed for good."""

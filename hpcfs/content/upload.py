@@ -21,10 +21,10 @@ from hpcfs.cache.file import CacheFile
 from hpcfs.cache.ranges import RangeSet
 from hpcfs.content.reader import Reader
 from hpcfs.content.shared import RemoteFile, Shared
-from hpcfs.content.snapshot import Snapshot, merge_attributes
+from hpcfs.content.snapshot import Snapshot
 from hpcfs.content.state import Changes, RemoteSide, State
 from hpcfs.content.streaming_upload import StreamingUpload
-from hpcfs.model.entries import BLOCK_BYTES, NO_HANDLE, Attributes, Entry
+from hpcfs.model.entries import BLOCK_BYTES, NO_HANDLE, Attributes, Entry, merge_attributes
 from hpcfs.model.errors import PiecesLost, RemoteError
 from hpcfs.model.uploads import PART_COPY_BYTES, PIECE_BYTES, UploadPieceRequest, UploadRequest
 from hpcfs.protocol import messages as m

@@ -1,4 +1,4 @@
-"""Names with their attributes, as every kind of remote tells them.
+"""Entries: names with their attributes, as every kind of remote tells them.
 
 Paths are bytes, relative to the namespace's root, without leading or trailing slash; b"" is the
 root. Sizes and offsets are bytes, times are nanoseconds since the epoch.
@@ -6,19 +6,21 @@ root. Sizes and offsets are bytes, times are nanoseconds since the epoch.
 
 from __future__ import annotations
 
+import stat
+
 import msgspec
 
 from hpcfs.model.xattrs import Xattrs
 
 LIST_PAGE_ENTRIES = 1000
 LIST_MAX_ENTRIES = 1_000_000
-"""Of one directory: a server may go on for ever, and each name costs memory where it is shown."""
+"""The most entries of one directory: a server may go on for ever, and each costs memory."""
 BLOCK_BYTES = 64 * 1024
-"""The unit of presence in the cache and of its checksums. At 1 Gbit/s a block takes half a
-millisecond: a random read of a few bytes at 20 ms pays 3% for the rest of its block."""
+"""The unit in which files are fetched and their checksums are computed. At 1 Gbit/s a block takes
+half a millisecond: a random read of a few bytes at 20 ms pays 3% for the rest of its block."""
 
 IN_MEMORY = "memory:"
-"""Before the name of a cache file that is in the daemon's memory, where others have a path."""
+"""Before the name of a local file that is in another process's memory, where others have a path."""
 NO_HANDLE = 0
 """No file is kept open on the remote."""
 
@@ -54,4 +56,34 @@ class Attributes(msgspec.Struct, frozen=True):
     xattrs: dict[bytes, bytes | None] | None = None
 
     def __bool__(self) -> bool:
-        return any(getattr(self, field) is not None for field in self.__struct_fields__)
+        return self != NO_ATTRIBUTES
+
+
+NO_ATTRIBUTES = Attributes()
+
+
+def mode_without_ids(entry: Entry) -> int | None:
+    """Return the permissions that chown(2) and write(2) leave to a file with set-ID bits.
+
+    None where they change nothing. The kernel leaves clearing these bits to the file system.
+    """
+    bits = 0
+    if stat.S_ISREG(entry.mode):
+        bits = stat.S_ISUID | (stat.S_ISGID if entry.mode & stat.S_IXGRP else 0)
+    return stat.S_IMODE(entry.mode) & ~bits if entry.mode & bits else None
+
+
+def merge_attributes(older: Attributes, newer: Attributes) -> Attributes:
+    """Return the values of both, the newer ones where both have one."""
+    if newer == NO_ATTRIBUTES:
+        return older
+    merged = Attributes(
+        **{
+            field: getattr(older, field) if value is None else value
+            for field in Attributes.__struct_fields__
+            for value in [getattr(newer, field)]
+        }
+    )
+    if older.xattrs and newer.xattrs:
+        merged = msgspec.structs.replace(merged, xattrs={**older.xattrs, **newer.xattrs})
+    return merged

@@ -45,8 +45,10 @@ _COPY_BYTES = 1024 * 1024
 
 
 class Journal:
-    """Opened by `Journal.open`. SQLite runs one call at a time: in a thread where the disk must be
-    waited for."""
+    """The rows of one cache directory; opened by `Journal.open`.
+
+    SQLite runs one call at a time: in a thread where the disk must be waited for.
+    """
 
     def __init__(self, directory: Path, db: sqlite3.Connection) -> None:
         self._directory = directory
@@ -86,29 +88,29 @@ class Journal:
 
     def _remove_second_names(self) -> None:
         """A kill between the steps of keeping left bytes in kept/ that a row names elsewhere."""
-        known = {row.data for row in self.kept}
+        known = {row.data for row in self.stranded}
         for place in (self._directory / "kept").iterdir():
             if str(place) not in known and place.stat().st_nlink > 1:
                 place.unlink()
 
     def _mended(self, row: Unconfirmed) -> Unconfirmed:
-        """The row with its `data` in this directory: the cache may have been moved since."""
+        """The cache directory may have been moved since."""
         data = Path(row.data)
-        inside = data.parts[-2:] if row.is_kept else data.parts[-3:]
+        inside = data.parts[-2:] if row.is_stranded else data.parts[-3:]
         return msgspec.structs.replace(row, data=str(self._directory.joinpath(*inside)))
 
     @property
     def rows(self) -> list[Unconfirmed]:
-        """All rows."""
+        """All rows, as far as this process knows."""
         return list(self._rows.values())
 
     @property
-    def kept(self) -> list[Unconfirmed]:
-        """The rows of files that the mount does not show: their bytes are in kept/."""
-        return [row for row in self._rows.values() if row.is_kept]
+    def stranded(self) -> list[Unconfirmed]:
+        """The rows whose bytes are in kept/: the mount does not show them."""
+        return [row for row in self._rows.values() if row.is_stranded]
 
     def find(self, name: str) -> Unconfirmed | None:
-        """The row of the cache file with this name, or None."""
+        """Return the row of this cache file, None if there is none."""
         return self._rows.get(name)
 
     # --- changing ---------------------------------------------------------------------------------
@@ -116,9 +118,8 @@ class Journal:
     async def note(
         self, row: Unconfirmed, *, durable: bool = False, instead_of: str | None = None
     ) -> None:
-        """Write a file's row, for the first time or anew. `durable`: its bytes and the row are on
-        the disk when this returns. `instead_of` names a row that this one replaces in the same
-        step. Raises OSError and sqlite3.Error."""
+        """The file is dirty; called again when more is known. `durable`: it survives a loss of
+        power. `instead_of` is a row that this one replaces in the same step."""
         row = msgspec.structs.replace(row, since=row.since or self._since(row.name))
         if durable:
             await self._run(self._note_durably, row, instead_of)
@@ -130,28 +131,26 @@ class Journal:
         return known.since if known else time.time()
 
     async def confirm(self, name: str) -> None:
-        """Remove the row: the remote has it all, or nobody wants it any more."""
+        """Delete a row: the remote has it all, or nobody wants it any more."""
         await self._run_quick(self._forget, [name])
 
-    async def keep(self, row: Unconfirmed) -> Unconfirmed:
-        """Move the bytes of a file that can't be uploaded or shown to kept/; returns the new row.
-        Raises OSError and sqlite3.Error."""
-        kept = await self._run(self._keep_now, row)
+    async def strand(self, row: Unconfirmed) -> Unconfirmed:
+        """Move the bytes of what can be neither uploaded nor shown to kept/; return the new row."""
+        stranded = await self._run(self._strand_now, row)
         log.error("kept %r of %s: %s", row.path, row.namespace, row.reason)
-        return kept
+        return stranded
 
     async def take_back(self, row: Unconfirmed, data: str) -> Unconfirmed:
-        """Move the bytes of a kept file back, to the cache file `data`, to be uploaded after all.
-        Raises OSError and sqlite3.Error."""
+        """Move stranded bytes to the cache file `data`, to be uploaded after all; return the
+        row."""
         return await self._run(self._take_back, row, data)
 
     async def discard(self, name: str) -> None:
-        """Remove the row that the user gave up, and the bytes of a kept file with it."""
+        """Delete a row that the user gave up, and its bytes if they are stranded."""
         await self._run(self._discard, name)
 
     async def sync(self) -> None:
-        """Sync the removals of rows, so that a loss of power does not bring them back. Costs
-        nothing if there were none."""
+        """Make what was confirmed stay so after a loss of power; does nothing if nothing was."""
         if self._has_unsynced:
             await self._run(self._sync)
 
@@ -163,7 +162,7 @@ class Journal:
         return await trio.to_thread.run_sync(work, *args, limiter=self._limiter)
 
     async def _run_quick(self, work: Callable[..., T], *args: object) -> T:
-        """Run what waits for no disk: SQLite takes 0.015 ms for it, a thread six times as much."""
+        """Run what waits for no disk here: SQLite takes 0.015 ms, a thread as much six times."""
         if self._limiter.borrowed_tokens:
             return await self._run(work, *args)
         return work(*args)
@@ -209,19 +208,19 @@ class Journal:
         for name in names:
             self._rows.pop(name, None)
 
-    def _keep_now(self, row: Unconfirmed) -> Unconfirmed:
+    def _strand_now(self, row: Unconfirmed) -> Unconfirmed:
         """At every moment the row names a place where the bytes are."""
         place = self._directory / "kept" / row.name
         since = row.since or self._since(row.name)
-        kept = msgspec.structs.replace(row, data=str(place), since=since)
+        stranded = msgspec.structs.replace(row, data=str(place), since=since)
         if Path(row.data) != place:
             with suppress(FileExistsError):
                 place.hardlink_to(row.data)
-            self._write(kept, durable=True)
+            self._write(stranded, durable=True)
             Path(row.data).unlink()
         else:
-            self._write(kept, durable=True)
-        return kept
+            self._write(stranded, durable=True)
+        return stranded
 
     def _take_back(self, row: Unconfirmed, data: str) -> Unconfirmed:
         taken = msgspec.structs.replace(row, data=data, reason="")
@@ -235,7 +234,7 @@ class Journal:
     def _discard(self, name: str) -> None:
         row = self._rows.get(name)
         self._forget([name])
-        if row is not None and row.is_kept:
+        if row is not None and row.is_stranded:
             Path(row.data).unlink(missing_ok=True)
 
 
