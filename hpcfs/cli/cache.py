@@ -16,11 +16,12 @@ import msgspec
 from hpcfs.cli import cache_places, warming
 from hpcfs.cli.cache_places import CacheTarget
 from hpcfs.cli.mount import cache_dir_option
-from hpcfs.cli.output import complain, count, json_line, printable, size
+from hpcfs.cli.output import complain, count, json_line, size
 from hpcfs.cli.progress import ProgressBar
 from hpcfs.control import control
 from hpcfs.control.control import CacheFolder, CacheStatus, ControlRequest, Outcome
 from hpcfs.model.errors import SetupError
+from hpcfs.system.text import printable
 
 FULL_OF_PINS = 0.8
 """The part of the cache that pins may take before the user is warned."""

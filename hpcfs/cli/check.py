@@ -11,12 +11,13 @@ import click
 
 from hpcfs.cli import arguments, check_laptop, check_machine, check_s3, check_ssh, check_tunnel
 from hpcfs.cli.findings import Finding
-from hpcfs.cli.output import count, printable
+from hpcfs.cli.output import count
 from hpcfs.cli.tunnel import bind_option, name_option
 from hpcfs.config import config
 from hpcfs.config.config import Config, NamespaceConfig
 from hpcfs.model.errors import SetupError
 from hpcfs.model.sites import S3Root, S3Site, SftpRoot, SshSite, TunnelSite
+from hpcfs.system.text import printable
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 

@@ -19,7 +19,7 @@ import click
 from hpcfs.cache import location
 from hpcfs.cli import background, tour, umount
 from hpcfs.cli.main import Invocation
-from hpcfs.cli.output import complain, printable
+from hpcfs.cli.output import complain
 from hpcfs.config import config
 from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint
@@ -27,6 +27,7 @@ from hpcfs.control.control import MountStatus
 from hpcfs.demo import running
 from hpcfs.model.errors import SetupError
 from hpcfs.system import paths
+from hpcfs.system.text import printable
 
 DEFAULT_MOUNTPOINT = "~/hpcfs-demo"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

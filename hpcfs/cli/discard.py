@@ -7,10 +7,11 @@ import os
 import click
 
 from hpcfs.cli import cache_places, pending
-from hpcfs.cli.output import printable, size
+from hpcfs.cli.output import size
 from hpcfs.control import control
 from hpcfs.control.control import ControlRequest, PendingList
 from hpcfs.model.errors import SetupError
+from hpcfs.system.text import printable
 
 MAX_NAMED = 10
 

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import click
 
-from hpcfs.cli.output import complain, printable
+from hpcfs.cli.output import complain
 from hpcfs.config import config, rclone_conf, ssh_config, urls
 from hpcfs.config.rclone_conf import RcloneRemote
 from hpcfs.model.errors import SetupError
 from hpcfs.model.sites import S3Site, SshSite
 from hpcfs.system import ownership, paths
+from hpcfs.system.text import printable
 from hpcfs.tunnel import file as rendezvous
 
 _HEAD = """\

@@ -14,13 +14,14 @@ from hpcfs.cache import location
 from hpcfs.cli import arguments, background, pending, terminal
 from hpcfs.cli.arguments import read_by
 from hpcfs.cli.main import Invocation
-from hpcfs.cli.output import complain, count, printable
+from hpcfs.cli.output import complain, count
 from hpcfs.config import config, values as config_values
 from hpcfs.config.config import Config, Settings
 from hpcfs.control import mountpoint
 from hpcfs.control.control import MountStatus
 from hpcfs.model.errors import SetupError
 from hpcfs.system import paths
+from hpcfs.system.text import printable
 
 
 def _absolute_path(value: object) -> Path:

@@ -6,17 +6,13 @@ terminal shows, are replaced before anything is printed.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import traceback
 
+from hpcfs.system.text import as_in_json, printable
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-
-
-def printable(text: str) -> str:
-    """Return one line without control characters or stray surrogates."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def json_line(value: object) -> str:
@@ -24,8 +20,7 @@ def json_line(value: object) -> str:
     escaped."""
     import msgspec  # only here: --help must not wait for it
 
-    text = msgspec.json.encode(value).decode()
-    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
+    return printable(msgspec.json.encode(value).decode(), as_in_json)
 
 
 def show_traceback(error: BaseException) -> None:

@@ -13,11 +13,12 @@ import click
 from hpcfs.cli import cache_places, pending
 from hpcfs.cli.cache_places import CacheTarget
 from hpcfs.cli.mount import cache_dir_option
-from hpcfs.cli.output import complain, printable
+from hpcfs.cli.output import complain
 from hpcfs.cli.progress import ProgressBar
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import ControlRequest, Outcome
 from hpcfs.model.errors import SetupError
+from hpcfs.system.text import printable
 
 
 @click.command(short_help="Copy out what is not uploaded.")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import click
 
 from hpcfs.cli import cache_places, pending
-from hpcfs.cli.output import complain, printable
+from hpcfs.cli.output import complain
 from hpcfs.control import control
 from hpcfs.control.control import ControlRequest
 from hpcfs.model.errors import SetupError
+from hpcfs.system.text import printable
 
 
 @click.command(short_help="Try again what could not be uploaded.")

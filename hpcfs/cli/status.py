@@ -14,12 +14,13 @@ from pathlib import Path
 import click
 
 from hpcfs.cli import pending
-from hpcfs.cli.output import ago, complain, count, json_line, printable, size
+from hpcfs.cli.output import ago, complain, count, json_line, size
 from hpcfs.cli.pending import UnansweredMount
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import MountStatus, NamespaceStatus
 from hpcfs.model.errors import SetupError
 from hpcfs.system import paths
+from hpcfs.system.text import printable
 
 MAX_NOTICES = 10
 """The number of conflicts shown, the last ones; --json has more."""

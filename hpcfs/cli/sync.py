@@ -12,12 +12,13 @@ import click
 
 from hpcfs.cli import cache_places, pending, waiting
 from hpcfs.cli.cache_places import CacheTarget
-from hpcfs.cli.output import complain, printable
+from hpcfs.cli.output import complain
 from hpcfs.cli.progress import ProgressBar
 from hpcfs.cli.waiting import timeout_option
 from hpcfs.control import control
 from hpcfs.control.control import WorkProgress
 from hpcfs.model.errors import SetupError
+from hpcfs.system.text import printable
 
 
 @click.command(short_help="Wait until all is uploaded.")

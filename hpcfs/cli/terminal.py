@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from hpcfs.system.text import printable
+
 _one_question_at_a_time = threading.Lock()
 
 
@@ -69,9 +71,7 @@ def _read_line(terminal: int) -> str | None:
 def _shown(text: str) -> str:
     """Return the prompt with printable characters and newlines only, since prompts come from
     servers."""
-    clean = "".join(
-        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
+    clean = "\n".join(map(printable, text.split("\n")))
     return clean if clean.endswith((" ", "\n")) else f"{clean} "
 
 

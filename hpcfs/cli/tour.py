@@ -12,7 +12,8 @@ from pathlib import Path
 
 import click
 
-from hpcfs.cli.output import complain, printable
+from hpcfs.cli.output import complain
+from hpcfs.system.text import printable
 
 COMMAND_SECONDS = 120.0
 

@@ -12,7 +12,7 @@ import click
 from hpcfs.cli import tunnel_background
 from hpcfs.cli.arguments import read_by
 from hpcfs.cli.main import Invocation
-from hpcfs.cli.output import ago, complain, json_line, printable, size
+from hpcfs.cli.output import ago, complain, json_line, size
 from hpcfs.cli.tunnel_line import TunnelStatusLine, sentence
 from hpcfs.config import tunnel as tunnel_config
 from hpcfs.config.tunnel import TunnelSettings
@@ -21,6 +21,7 @@ from hpcfs.laptop.shares import Share, collect
 from hpcfs.laptop.status import TunnelStatus
 from hpcfs.model.errors import SetupError
 from hpcfs.system import paths
+from hpcfs.system.text import printable
 
 name_option = click.option(
     "--name",

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hpcfs.cli import terminal
-from hpcfs.cli.output import ago, complain, printable, size
+from hpcfs.cli.output import ago, complain, size
 from hpcfs.laptop.status import TunnelStatus
+from hpcfs.system.text import printable
 
 _CLEAR = "\r\x1b[K"
 

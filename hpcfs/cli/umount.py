@@ -19,13 +19,14 @@ from pathlib import Path
 import click
 
 from hpcfs.cli import pending, waiting
-from hpcfs.cli.output import complain, count, printable
+from hpcfs.cli.output import complain, count
 from hpcfs.cli.progress import ProgressBar
 from hpcfs.cli.waiting import timeout_option
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import MountStatus, WorkProgress
 from hpcfs.model.errors import SetupError
 from hpcfs.system import mountinfo, paths
+from hpcfs.system.text import printable
 
 PATIENCE_SECONDS = 2.0
 """Seconds after which the user is told what is waited for. A daemon without uploads ends within

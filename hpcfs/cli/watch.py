@@ -20,9 +20,10 @@ from contextlib import contextmanager
 import click
 
 from hpcfs.cli import pending
-from hpcfs.cli.output import ago, count, printable, size
+from hpcfs.cli.output import ago, count, size
 from hpcfs.cli.pending import UnansweredMount
 from hpcfs.control.control import MountStatus, NamespaceStatus, PendingFile, SiteStatus
+from hpcfs.system.text import printable
 
 SECONDS = 1.0
 _BAR = 10

@@ -123,9 +123,8 @@ class Unsent:
 
     def then(self, later: Unsent) -> Unsent:
         """Both together."""
-        return Unsent(
-            max(self.changes, later.changes), merge_attributes(self.attributes, later.attributes)
-        )
+        attributes = merge_attributes(self.attributes, later.attributes)
+        return Unsent(max(self.changes, later.changes), attributes)
 
 
 _EXISTS = (RemoteSide.PRESENT, RemoteSide.PARTIAL)

@@ -20,6 +20,7 @@ from hpcfs.laptop.channel import HandleTable, ServerChannel
 from hpcfs.laptop.identity import TunnelIdentity
 from hpcfs.laptop.sftp_server import Shares, ShareServer
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES, FAST_CIPHER, KEY_EXCHANGE
+from hpcfs.system.text import printable
 from hpcfs.tunnel.proof import NotProved, prove_as_server
 from hpcfs.tunnel.pump import WAITING_BYTES, socket_of
 from hpcfs.tunnel.stream import TunnelStream
@@ -91,7 +92,7 @@ class ConnectedMounts:
 
     def enter(self, session: bytes, host: str) -> ConnectedMount:
         """Count one more channel of that session; the first one makes it a connected mount."""
-        shown = "".join(letter for letter in host[:MAX_NAME_LETTERS] if letter.isprintable())
+        shown = printable(host[:MAX_NAME_LETTERS], "")
         mount = self._by_session.setdefault(session, ConnectedMount(shown))
         mount.channels += 1
         if mount.channels == 1:

@@ -1,4 +1,4 @@
-"""What a remote can do, found out when it is connected to."""
+"""Capabilities of a remote, found out when it is connected to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import msgspec
 
 
 class Capabilities(msgspec.Struct, frozen=True):
-    """What the daemon must know of a remote to use it well; the answer to `Connect`."""
+    """What a caller must know of a remote to use it well: `Remote.connect` returns it."""
 
     partial_writes: bool
     """Ranges of an existing file can be written; otherwise every upload is the whole file."""
@@ -16,8 +16,9 @@ class Capabilities(msgspec.Struct, frozen=True):
     """An open file keeps its identity through renames, and its growth can be followed (SFTP)."""
     mtime_resolution_ns: int
     part_copies: bool = False
-    """Of an object of at least PART_COPY_BYTES, an `Upload` with its version as `base_version` may
-    be given the dirty ranges only, and says so (`whole` false): the server copies the rest."""
+    """Of an object of at least PART_COPY_BYTES, an `UploadRequest` with its version as
+    `base_version` may be given the dirty ranges only, and says so (`whole` false): the server
+    copies the rest."""
     privileged: bool = False
     """The remote user is root: the modes of its files don't bind it."""
     checks_permissions: bool = True

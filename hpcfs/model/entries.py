@@ -1,4 +1,4 @@
-"""Names with their attributes, as every kind of remote tells them.
+"""Entries: names with their attributes, as every kind of remote tells them.
 
 Paths are bytes, relative to the namespace's root, without leading or trailing slash; b"" is the
 root. Sizes and offsets are bytes, times are nanoseconds since the epoch.
@@ -14,13 +14,13 @@ from hpcfs.model.xattrs import Xattrs
 
 LIST_PAGE_ENTRIES = 1000
 LIST_MAX_ENTRIES = 1_000_000
-"""Of one directory: a server may go on for ever, and each name costs memory where it is shown."""
+"""The most entries of one directory: a server may go on for ever, and each costs memory."""
 BLOCK_BYTES = 64 * 1024
-"""The unit of presence in the cache and of its checksums. At 1 Gbit/s a block takes half a
-millisecond: a random read of a few bytes at 20 ms pays 3% for the rest of its block."""
+"""The unit in which files are fetched and their checksums are computed. At 1 Gbit/s a block takes
+half a millisecond: a random read of a few bytes at 20 ms pays 3% for the rest of its block."""
 
 IN_MEMORY = "memory:"
-"""Before the name of a cache file that is in the daemon's memory, where others have a path."""
+"""Before the name of a local file that is in another process's memory, where others have a path."""
 NO_HANDLE = 0
 """No file is kept open on the remote."""
 

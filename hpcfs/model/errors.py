@@ -44,7 +44,7 @@
 
 Subclasses of SetupError are defined beside the commands that raise them. A remote raises
 RemoteErrors and nothing else. kernel/errno.py gives each class its errno, and
-protocol/messages.py carries RemoteErrors from process to process.
+protocol/messages.py carries RemoteErrors to another process.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The two requests that bring a file's content to a remote, without the bytes themselves.
 
-`Remote.upload` and `Remote.upload_piece` take one of these and a `Source` with the bytes
+`Remote.upload` and `Remote.upload_piece` take one of these and a `UploadSource` with the bytes
 (remotes/base.py). Offsets, lengths and sizes are bytes.
 """
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcfs.model.errors import SetupError
+from hpcfs.system.text import as_in_python, printable
 
 MAX_LOG_BYTES = 10 * 1024 * 1024
 """A larger log is renamed when the next process begins."""
@@ -29,7 +30,7 @@ def escaped(text: str) -> str:
     source."""
     if len(text) > MAX_LINE:
         text = f"{text[:MAX_LINE]}… (cut)"
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return printable(text, as_in_python)
 
 
 class Formatter(logging.Formatter):

@@ -35,6 +35,8 @@ class CacheSource:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, offset: int, length: int) -> bytes:
+        """Read a range of the file; where the file is shorter there are zeros. Raises RemoteFailure
+        beyond `size`."""
         if offset + length > self.size:
             raise RemoteFailure("an upload asked for bytes beyond the file's end")
         data = os.pread(self._fd, length, offset)
@@ -46,6 +48,7 @@ class CacheSource:
         return data
 
     def close(self) -> None:
+        """Close the file."""
         os.close(self._fd)
 
 
@@ -75,11 +78,14 @@ Borrow = Callable[[str], int]
 
 
 def lend_nothing(name: str) -> int:
+    """Raise CacheFileGone: nobody lends files in memory."""
     raise CacheFileGone("there are no cache files in memory")
 
 
 @dataclass(frozen=True)
 class Stored:
+    """The outcome of storing a range."""
+
     checksums: list[int]
     """Of each block."""
     seconds: float

@@ -61,10 +61,12 @@ class DaemonConnection:
         return msgspec.msgpack.decode(await self._reader.readexactly(length), type=kind)
 
     async def send(self, message: msgspec.Struct) -> None:
+        """Send a message, and wait until the socket takes it."""
         self._writer.write(m.frame(message))
         await self._writer.drain()
 
     def send_soon(self, message: msgspec.Struct) -> None:
+        """Send a message without waiting; nothing happens where the daemon is gone."""
         if not self._writer.is_closing():  # the daemon may have been killed
             self._writer.write(m.frame(message))
 
@@ -82,6 +84,7 @@ class DaemonConnection:
             del self._questions[number]
 
     def answered(self, answer: m.Answer) -> None:
+        """Hand an answer to whoever asked."""
         future = self._questions.get(answer.id)
         if future and not future.done():
             future.set_result(answer.text.value if answer.text else None)
@@ -190,6 +193,8 @@ def _given_up(call_id: int) -> m.Reply:
 
 
 async def fetch(remote: Remote, request: m.Fetch, disk: CacheDisk) -> m.Fetched:
+    """Bring a range into the cache file. Raises RemoteError; when cancelled, nothing is written any
+    more."""
     began = time.monotonic()
     pieces = await remote.fetch(
         request.path,
@@ -312,6 +317,7 @@ def keep_freed_memory() -> None:
 
 
 def main() -> None:
+    """Run the transfer process on the two sockets whose numbers are its arguments."""
     dumps.forbid()
     signals.outlive_job()  # a shutdown sends SIGTERM to all, while the daemon has yet to upload
     keep_freed_memory()

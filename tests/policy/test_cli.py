@@ -21,6 +21,7 @@ from hpcfs.cli import arguments, check_s3, check_ssh, output
 from hpcfs.cli.arguments import Arguments
 from hpcfs.config import config
 from hpcfs.model.sites import S3Root, S3Site, Secret, SshSite
+from hpcfs.system.text import printable
 from tests.support import s3
 from tests.support.command import Home, Terminal, make_home
 
@@ -183,8 +184,8 @@ def test_a_reader_that_stops_reading_sees_no_traceback(home: Home) -> None:
 
 
 def test_what_a_remote_says_cannot_control_the_terminal() -> None:
-    assert output.printable("a\x1b[2Jb\r\n\udcff") == "a�[2Jb���"
-    assert output.printable("größe 日本") == "größe 日本"
+    assert printable("a\x1b[2Jb\r\n\udcff") == "a�[2Jb���"
+    assert printable("größe 日本") == "größe 日本"
 
 
 @pytest.mark.parametrize(

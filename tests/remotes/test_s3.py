@@ -51,7 +51,7 @@ SMALL = Limits(
 
 
 class Bytes:
-    """A `Source` over memory."""
+    """A `UploadSource` over memory."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data

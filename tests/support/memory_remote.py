@@ -42,7 +42,7 @@ from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
 from hpcfs.model.usage import DiskUsage
 from hpcfs.model.xattrs import Xattrs, changed_xattrs
 from hpcfs.protocol import messages as m
-from hpcfs.remotes.base import MAX_FILE_BYTES, ReportProgress, Source, no_report
+from hpcfs.remotes.base import MAX_FILE_BYTES, ReportProgress, UploadSource, no_report
 from hpcfs.worker.cache_io import CacheDisk, CacheSource
 from hpcfs.worker.main import perform
 
@@ -289,7 +289,7 @@ class MemoryRemote:
         self.ahead.pop(handle, None)
 
     async def upload(
-        self, request: UploadRequest, source: Source, report: Callable[[int], None]
+        self, request: UploadRequest, source: UploadSource, report: Callable[[int], None]
     ) -> Entry:
         parent, name = self._parent(request.path)
         item = parent.children.get(name)
@@ -317,7 +317,7 @@ class MemoryRemote:
         report(request.size)
         return self._entry(request.path, item)
 
-    def _appended(self, item: Item | None, request: UploadRequest, source: Source) -> Entry:
+    def _appended(self, item: Item | None, request: UploadRequest, source: UploadSource) -> Entry:
         assert self.is_sftp
         assert request.ranges == [(request.base_size, request.size - request.base_size)]
         if item is None:
@@ -334,7 +334,7 @@ class MemoryRemote:
         self,
         item: Item | None,
         request: UploadRequest | UploadPieceRequest,
-        source: Source,
+        source: UploadSource,
         ahead: dict[int, bytes],
     ) -> None:
         version = self._version(item) if item is not None else b""
@@ -344,7 +344,9 @@ class MemoryRemote:
         if request.base_version is not None and request.base_version != version and not begun:
             raise Conflict(f"{request.path!r} was changed by others")
 
-    def _content_of(self, item: Item | None, request: UploadRequest, source: Source) -> bytearray:
+    def _content_of(
+        self, item: Item | None, request: UploadRequest, source: UploadSource
+    ) -> bytearray:
         if request.whole:
             return bytearray(source.read(0, request.size))
         assert item is not None
@@ -355,11 +357,11 @@ class MemoryRemote:
             content[start : start + length] = source.read(start, length)
         return content[: request.size]
 
-    def _is_same(self, item: Item, request: UploadRequest, source: Source) -> bool:
+    def _is_same(self, item: Item, request: UploadRequest, source: UploadSource) -> bool:
         """Whether an earlier attempt of this upload did its work, though its answer was lost."""
         return source.read(0, request.size) == item.content
 
-    async def upload_piece(self, request: UploadPieceRequest, source: Source) -> None:
+    async def upload_piece(self, request: UploadPieceRequest, source: UploadSource) -> None:
         parent, name = self._parent(request.path)
         item = parent.children.get(name)
         ahead = self.ahead.setdefault(request.handle, {})
@@ -376,7 +378,7 @@ class MemoryRemote:
         ahead[request.offset] = piece
 
     def _write_in_place(
-        self, item: Item, request: UploadRequest, source: Source, ahead: dict[int, bytes]
+        self, item: Item, request: UploadRequest, source: UploadSource, ahead: dict[int, bytes]
     ) -> None:
         covered = len(item.content)
         for start, length in sorted(request.ranges):

@@ -144,6 +144,7 @@ class Bucket:
             raise type(self._lasting)(*self._lasting.args)
 
     def remember(self, error: RemoteError) -> RemoteError:
+        """Answer every later request with this error. Returns it."""
         self._lasting = error
         return error
 
@@ -386,6 +387,7 @@ class Bucket:
     async def create_upload(
         self, key: str, metadata: Metadata, headers: Mapping[str, Any]
     ) -> MultipartSession:
+        """Begin a multipart upload of an object."""
         asked = {"Key": checked_key(key), "Metadata": encode(metadata), **settable(headers)}
         with_crc = self._checks.want_crc(headers)
 
@@ -492,6 +494,7 @@ class Bucket:
         return plain_etag(answer.get("ETag"))
 
     async def abort_upload(self, key: str, upload: MultipartSession) -> None:
+        """End a multipart upload, and free its parts. Raises RemoteError."""
         await self.call("abort_multipart_upload", key, Key=key, UploadId=upload.id)
 
 

@@ -39,15 +39,18 @@ class ExpiringCache(Generic[V]):
         return found[1]
 
     def put(self, key: str, value: V) -> None:
+        """Keep a value from now on, and drop the oldest ones beyond the limit."""
         self._values.pop(key, None)
         self._values[key] = (self._clock(), value)
         while len(self._values) > self._size:
             self._values.popitem(last=False)
 
     def drop(self, key: str) -> None:
+        """Forget a key."""
         self._values.pop(key, None)
 
     def clear(self) -> None:
+        """Forget everything."""
         self._values.clear()
 
 
@@ -59,6 +62,7 @@ class MetadataCache:
         self._found: OrderedDict[str, tuple[Summary, Info]] = OrderedDict()
 
     def get(self, listed: Summary) -> Info | None:
+        """Return the headers of an object as the listing shows it now, or None."""
         found = self._found.get(listed.key)
         if found is None or found[0] != listed:
             return None
@@ -66,6 +70,7 @@ class MetadataCache:
         return found[1]
 
     def put(self, listed: Summary, info: Info) -> None:
+        """Keep the headers, if a later change is sure to show in the listing."""
         if not is_settled(listed, info):
             return
         self._found[listed.key] = (listed, info)
@@ -74,9 +79,11 @@ class MetadataCache:
             self._found.popitem(last=False)
 
     def drop(self, key: str) -> None:
+        """Forget a key."""
         self._found.pop(key, None)
 
     def clear(self) -> None:
+        """Forget everything."""
         self._found.clear()
 
 

@@ -35,12 +35,15 @@ class Proof:
     crc: str | None = None
 
     def parameters(self) -> dict[str, str]:
+        """Return the checksums as parameters of a request in botocore's form."""
         found = {"ContentMD5": base64.b64encode(self.md5).decode()}
         return found if self.crc is None else {**found, "ChecksumCRC32": self.crc}
 
 
 @dataclass(frozen=True)
 class PartSent:
+    """A part, or a whole object, as the server stored it."""
+
     etag: str
     md5: bytes | None = None
     """Of what was sent, where it is known."""
@@ -49,6 +52,7 @@ class PartSent:
 
 
 async def proof_of(body: bytes, *, with_crc: bool = False) -> Proof:
+    """Return the checksums of a body; a large one is hashed in a thread."""
     if len(body) <= THREAD_BYTES:
         return _proof_of(body, with_crc)
     return await asyncio.to_thread(_proof_of, body, with_crc)
@@ -60,6 +64,7 @@ def _proof_of(body: bytes, with_crc: bool) -> Proof:
 
 
 def crc_of(body: bytes) -> str:
+    """Return the CRC-32 of a body as S3 writes it: big-endian, in base64."""
     return base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
 
 
@@ -116,4 +121,5 @@ class UploadChecks:
 
 
 def is_kms(found: Mapping[str, Any]) -> bool:
+    """Return whether an object is encrypted with a KMS key, so that its ETag is no MD5."""
     return str(found.get("ServerSideEncryption", "")).startswith("aws:kms")

@@ -83,11 +83,17 @@ would say of the same part that there is no such upload."""
 class DirectLogin(Protocol):
     """What a site logs in with (login.py)."""
 
-    async def prepared(self, bucket: str) -> Any: ...
+    async def prepared(self, bucket: str) -> Any:
+        """Return a request to this bucket as botocore would send it."""
+        ...
 
-    async def keys(self) -> Keys | None: ...
+    async def keys(self) -> Keys | None:
+        """Return the credentials to sign with now; None to ask without a signature."""
+        ...
 
-    def trusted(self) -> str | bool: ...
+    def trusted(self) -> str | bool:
+        """Return the file of certificate authorities to trust; True for the usual ones."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,7 @@ class Direct:
         return sum(map(len, self._pools.values()))
 
     def close(self) -> None:
+        """Close all connections."""
         for pool in self._pools.values():
             pool.close()
 

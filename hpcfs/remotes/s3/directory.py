@@ -141,6 +141,7 @@ class Parents:
         self._marked.put(directory, True)
 
     def forget(self) -> None:
+        """Forget which directories were seen."""
         self._there.clear()
         self._marked.clear()
 

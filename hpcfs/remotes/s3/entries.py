@@ -1,4 +1,4 @@
-"""What a listing or an object's headers say, as the `Entry` that the daemon shows."""
+"""Makes entries of what a listing or an object's headers say."""
 
 from __future__ import annotations
 

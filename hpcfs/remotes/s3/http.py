@@ -85,6 +85,7 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     @property
     def busy(self) -> bool:
+        """Whether a response is awaited."""
         return self._waiter is not None
 
     async def ask(self, request: HttpRequest) -> HttpResponse:
@@ -130,6 +131,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._fail(TimeoutError("no answer in time"))
 
     def abort(self) -> None:
+        """Close the connection at once."""
         self.reusable = False
         if self._transport is not None:
             self._transport.abort()
@@ -137,29 +139,35 @@ class HttpConnection(asyncio.BufferedProtocol):
     # --- what the loop calls ----------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin (asyncio calls this)."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         self._transport.set_write_buffer_limits(PIECE_BYTES)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Fail the request under way (asyncio calls this)."""
         self.reusable = False
         self._fail(ConnectionLost(f"the connection was lost ({exc or 'closed by the server'})"))
         self._transport = None
         self._on_lost(self)
 
     def pause_writing(self) -> None:
+        """Stop sending: the transport holds enough (asyncio calls this)."""
         self._room = self._loop.create_future()
 
     def resume_writing(self) -> None:
+        """Go on sending (asyncio calls this, and so does whatever ends a response)."""
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
         self._room = None
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        """Return where the next bytes go: into the body itself (asyncio calls this)."""
         if self._body is not None:
             return memoryview(self._body)[self._received :]
         return memoryview(self._head)[self._filled :]
 
     def buffer_updated(self, nbytes: int) -> None:
+        """Take `nbytes` that came (asyncio calls this)."""
         if self._waiter is None or self._waiter.done():
             self.abort()  # nobody asked for this
             return

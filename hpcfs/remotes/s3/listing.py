@@ -7,7 +7,7 @@ held back as long as what follows still begins with its name; the held ones form
 each begins with the one below, so it never holds more than one name's length of them.
 
 A server that does not sort is survived: such an object is then shown without BESIDE, beside the
-directory, and the daemon takes the directory.
+directory, and the mount takes the directory.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ class Collator(Generic[T]):
     _last_prefix: str | None = None
 
     def object(self, name: str, item: T) -> Iterator[Listed[T]]:
+        """Take an object; yields the entries that are complete now."""
         yield from self._settled(name)
         self._held.append((name, item))
 
     def prefix(self, name: str) -> Iterator[Listed[T]]:
+        """Take a common prefix; yields the entries that are complete now."""
         if name == self._last_prefix:
             return
         self._last_prefix = name
@@ -52,6 +54,7 @@ class Collator(Generic[T]):
         yield Listed(component, None)
 
     def end(self) -> Iterator[Listed[T]]:
+        """Yield the entries that are left."""
         while self._held:
             yield Listed(*self._held.pop())
 

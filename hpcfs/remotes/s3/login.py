@@ -123,12 +123,14 @@ class S3Login:
         self.remark = ""
 
     async def close(self) -> None:
+        """Close the client and its connections."""
         self._closed = True
         async with self._lock:
             self._made = None
             await self._stack.aclose()
 
     async def client(self) -> Any:
+        """Return the client, which the first call makes. Raises Unreachable once it is closed."""
         if self._made is None:
             async with self._lock:
                 if self._closed:

@@ -68,6 +68,7 @@ class Markers:
     async def write(
         self, directory: str, metadata: Metadata, headers: Mapping[str, Any] = HEADERS
     ) -> None:
+        """Write the marker of a directory, in the form that this bucket already has."""
         self._read.drop(directory)
         if await self._is_inside():
             await self._bucket.put(directory + MARKER, b"", metadata, headers)
@@ -83,6 +84,7 @@ class Markers:
             await self._bucket.delete(key)
 
     def forget(self) -> None:
+        """Forget the markers that were read."""
         self._read.clear()
 
     async def _is_inside(self) -> bool:

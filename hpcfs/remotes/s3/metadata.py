@@ -83,6 +83,7 @@ def decode(user_metadata: Mapping[str, str], *, directory: bool = False) -> Meta
 
 
 def encode(metadata: Metadata) -> dict[str, str]:
+    """Return the user metadata (keys and ASCII values) that stands for these attributes."""
     values = {key: _header_text(value) for key, value in metadata.foreign}
     for key, number in (("mode", metadata.mode), ("uid", metadata.uid), ("gid", metadata.gid)):
         if number is not None:

@@ -51,9 +51,11 @@ class Mover:
         self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     def is_begun(self, source: str, target: str) -> bool:
+        """Return whether a rename of these prefixes was begun and did not end."""
         return self._note(source, target).exists()
 
     def forget(self, source: str, target: str) -> None:
+        """Remove the note of a rename that was begun."""
         _end(self._note(source, target))
 
     async def move(self, source: str, target: str, report: ReportProgress) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar, cast
 
 from hpcfs.model.errors import Changed, Conflict, NotSupported, RemoteError, RemoteFailure
-from hpcfs.remotes.base import ReportProgress, Source
+from hpcfs.remotes.base import ReportProgress, UploadSource
 from hpcfs.remotes.s3.bucket import Bucket, MultipartSession
 from hpcfs.remotes.s3.checksums import PartSent
 from hpcfs.remotes.s3.metadata import Metadata
@@ -54,14 +54,17 @@ class TransferProgress:
         self._told = time.monotonic()
 
     def add(self, count: int) -> None:
+        """Count bytes (renames: objects) that are done, and report them."""
         self._done += count
         self._tell()
 
     def renew(self) -> None:
+        """Report again that the transfer moves, once a second at most."""
         if time.monotonic() - self._told > RENEWED_SECONDS:
             self._tell()
 
     async def beat(self) -> None:
+        """Report every few seconds, until cancelled."""
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             self._tell()
@@ -83,26 +86,31 @@ async def renewed(progress: TransferProgress) -> AsyncIterator[None]:
 
 
 class SourceWindow(io.RawIOBase):
-    """A part of a `Source` as a file: what botocore can send without holding it in memory."""
+    """A part of a `UploadSource` as a file: what botocore can send without holding it in memory."""
 
-    def __init__(self, source: Source, offset: int, length: int) -> None:
+    def __init__(self, source: UploadSource, offset: int, length: int) -> None:
         self._source, self._offset, self._length, self._position = source, offset, length, 0
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
+        """Return True: botocore rewinds what it sends again."""
         return True
 
     def tell(self) -> int:
+        """Return the position in bytes from the window's start."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to a position, as io.IOBase does."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
         self._position = max(0, base + offset)
         return self._position
 
     def readinto(self, buffer: Any) -> int:
+        """Fill the buffer from the source; returns how many bytes that were."""
         length = min(len(buffer), max(0, self._length - self._position))
         buffer[:length] = self._source.read(self._offset + self._position, length)
         self._position += length
@@ -125,7 +133,8 @@ async def each(items: Iterable[T], work: Callable[[T], Awaitable[None]], limit: 
         raise failures.exceptions[0] from None
 
 
-async def read(source: Source, offset: int, length: int) -> bytes:
+async def read(source: UploadSource, offset: int, length: int) -> bytes:
+    """Read a range of the source; a large one in a thread."""
     if length <= INLINE_BYTES:
         return source.read(offset, length)
     return await asyncio.to_thread(source.read, offset, length)
@@ -170,14 +179,17 @@ class Multipart:
 
     @classmethod
     async def begin(cls, bucket: Bucket, target: NewObject) -> Multipart:
+        """Begin an upload on the server."""
         upload = await bucket.create_upload(target.key, target.metadata, target.headers)
         return cls(bucket, target, upload)
 
     def has(self, part: Part) -> bool:
+        """Return whether the part was sent, with this length."""
         found = self._parts.get(part.number)
         return found is not None and found[0] == part.length
 
     async def send(self, part: Part, body: bytes | BinaryIO, progress: TransferProgress) -> None:
+        """Send a part, or send it again. Raises RemoteError."""
         key, number = self.target.key, part.number
         self._parts.pop(number, None)
         async with self._beside_others():
@@ -185,7 +197,7 @@ class Multipart:
         self._parts[number] = part.length, sent
 
     async def send_from(
-        self, part: Part, source: Source, buffered: int, progress: TransferProgress
+        self, part: Part, source: UploadSource, buffered: int, progress: TransferProgress
     ) -> None:
         """`buffered` is how much may be in memory at once: larger parts are streamed."""
         size = min(part.length, buffered)
@@ -299,6 +311,7 @@ class Multipart:
             log.info("this S3 server makes ETags in a way of its own: %s, not %s", etag, expected)
 
     async def abort(self) -> None:
+        """Give the upload up, so that the server frees its parts. Failures are logged only."""
         try:
             await self._bucket.abort_upload(self.target.key, self._upload)
         except RemoteError as error:  # the failure that led here is the one to report

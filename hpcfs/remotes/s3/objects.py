@@ -74,9 +74,11 @@ class Info(Summary):
 
     @property
     def is_tagged(self) -> bool:
+        """Whether the object has tags."""
         return bool(self.tag_count) or "Tagging" in self.headers
 
     def has_version(self, version: bytes) -> bool:
+        """Return whether this is the version: an ETag, or a size and second where there is none."""
         sized = f"{self.size}:{self.modified_ns // NANOSECONDS}".encode()
         return version in (self.version, sized)
 
@@ -97,6 +99,7 @@ def condition(base: bytes | None) -> dict[str, str]:
 
 
 def if_match(source: Summary) -> dict[str, str]:
+    """Return the condition that a copy's source is still this object."""
     return {"CopySourceIfMatch": f'"{source.etag}"'} if source.etag else {}
 
 
@@ -111,14 +114,17 @@ def is_md5(etag: str) -> bool:
 
 
 def access_of(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the headers that say who may read the object."""
     return {name: headers[name] for name in ACCESS if name in headers}
 
 
 def without_access(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the headers without those that say who may read the object."""
     return {name: headers[name] for name in headers if name not in ACCESS}
 
 
 def settable(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the headers that an object can be stored with."""
     names = (*KEPT_HEADERS, *BELONGINGS)
     found = {name: headers[name] for name in names if name in headers}
     if found.get("ACL") == PRIVATE:
@@ -145,6 +151,7 @@ def _storage_class(found: Mapping[str, Any]) -> str:
 
 
 def summary_of(found: Mapping[str, Any]) -> Summary:
+    """Return an object of a listing, checked. Raises ProtocolError."""
     key = str(found.get("Key", ""))
     size = checked_size(found.get("Size"), key.encode())
     modified_ns = _nanoseconds(found.get("LastModified"))
@@ -152,6 +159,7 @@ def summary_of(found: Mapping[str, Any]) -> Summary:
 
 
 def info_of(key: str, answer: Mapping[str, Any]) -> Info:
+    """Return what the headers of an object say, checked. Raises ProtocolError."""
     http_headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     return Info(
         key=key,

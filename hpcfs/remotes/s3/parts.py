@@ -25,6 +25,7 @@ class Part:
 
     @property
     def end(self) -> int:
+        """The offset behind its last byte."""
         return self.offset + self.length
 
 
@@ -65,6 +66,7 @@ class Growing:
     step: int
 
     def part(self, number: int) -> Part:
+        """Return the part of this number, counted from 1."""
         level, index = divmod(number - 1, self.step)
         units = self.step * ((1 << level) - 1) + (index << level)
         return Part(number, units * self.unit, self.unit << level)

@@ -1,6 +1,6 @@
 """Changes to a large object: the server copies what stays, and only the rest is sent.
 
-What a part needs besides the bytes that were written is read from the server, where the cache file
+What a part needs besides the bytes that were written is read from the server, where the source
 does not have it. The old version must be there from the first to the last request: each of them
 says which one it means, and where a server does not mind, the last look before the end tells.
 """
@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from hpcfs.model.errors import Changed, Conflict, NotSupported, RemoteFailure
 from hpcfs.model.uploads import UploadRequest
-from hpcfs.remotes.base import ReportProgress, Source
+from hpcfs.remotes.base import ReportProgress, UploadSource
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.multipart import Multipart, NewObject, TransferProgress, each, read
 from hpcfs.remotes.s3.objects import Info
@@ -51,7 +51,7 @@ class Patcher:
         old: Info,
         request: UploadRequest,
         parts: Sequence[Part],
-        source: Source,
+        source: UploadSource,
         report: ReportProgress,
     ) -> Info:
         """The object as it is then. Raises Conflict, and NotSupported where the server does not
@@ -103,7 +103,9 @@ class Patcher:
 class _Filler:
     """The bytes of parts that are sent."""
 
-    def __init__(self, bucket: Bucket, old: Info, request: UploadRequest, source: Source) -> None:
+    def __init__(
+        self, bucket: Bucket, old: Info, request: UploadRequest, source: UploadSource
+    ) -> None:
         self._bucket, self._old, self._request, self._source = bucket, old, request, source
         self._base_size = min(request.base_size, old.size)
         written = ((start, start + length) for start, length in request.ranges)

@@ -49,6 +49,7 @@ class S3Path:
 
     @property
     def is_root(self) -> bool:
+        """Whether it is the namespace's root."""
         return not self.path
 
 
@@ -69,6 +70,7 @@ class S3Lookup:
 
     @property
     def is_directory(self) -> bool:
+        """Whether a directory is there."""
         if self.place.beside:
             return False
         return self.place.is_root or self.children or bool(self.markers)
@@ -82,6 +84,7 @@ class S3Lookup:
 
     @property
     def exists(self) -> bool:
+        """Whether anything is there."""
         return self.is_directory or self.file is not None
 
 
@@ -169,10 +172,12 @@ class PathResolver:
         self._seen.drop(text(place.path))
 
     def forget(self) -> None:
+        """Forget what was seen: others may have changed anything."""
         self._changes += 1
         self._seen.clear()
 
     async def look(self, place: S3Path) -> S3Lookup:
+        """Ask the server what is there. Raises RemoteError."""
         changes = self._changes
         look = await self._look(place)
         if changes == self._changes:
@@ -220,21 +225,25 @@ class PathResolver:
 
 
 def text(path: bytes) -> str:
+    """Return a path as text for a message."""
     return path.decode(errors="backslashreplace")
 
 
 def file_of(look: S3Lookup) -> Info:
+    """Return the file that a look found. Raises NotFound."""
     if look.file is None:
         raise NotFound(f"{text(look.place.path)}: there is no such file or directory")
     return look.file
 
 
 def refuse_existing(look: S3Lookup) -> None:
+    """Raise AlreadyExists where something is there."""
     if look.exists:
         raise AlreadyExists(f"{text(look.place.path)} is there already")
 
 
 def check_replaceable(source: S3Lookup, goal: S3Lookup) -> None:
+    """Raise NotADirectory, IsADirectory or DirectoryNotEmpty where rename(2) would refuse."""
     target = text(goal.place.path)
     if source.is_directory and goal.file is not None:
         raise NotADirectory(f"{target} is a file, and a directory can't replace it")

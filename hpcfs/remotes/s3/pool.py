@@ -128,6 +128,7 @@ class Pool:
         self._idle.clear()
 
     def close(self) -> None:
+        """Close all connections."""
         self._closed = True
         for connection in list(self._all):
             connection.abort()

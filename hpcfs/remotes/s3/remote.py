@@ -42,7 +42,7 @@ from hpcfs.model.errors import (
 from hpcfs.model.sites import S3Root, SiteSpec
 from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
 from hpcfs.model.usage import DiskUsage
-from hpcfs.remotes.base import ReportProgress, Source, no_report
+from hpcfs.remotes.base import ReportProgress, UploadSource, no_report
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.directory import Lister, Parents
 from hpcfs.remotes.s3.entries import Entries
@@ -105,6 +105,7 @@ class S3Remote:
     # --- looking ----------------------------------------------------------------------------
 
     async def connect(self) -> Capabilities:
+        """List the root once, to find out whether the bucket is there and readable."""
         try:
             self._markers.saw(await self._bucket.first(self._base, 1))
         except (PermissionDenied, RemoteFailure) as error:
@@ -122,6 +123,7 @@ class S3Remote:
         return msgspec.structs.replace(ABILITIES, part_copies=can_copy_parts, remark=remark)
 
     async def stat(self, path: bytes) -> Entry:
+        """Look at the object, its markers and what is below its prefix, at once."""
         look = await self._paths.look(await self._paths.place(path))
         name = paths.name(path)
         if look.is_directory:
@@ -130,9 +132,11 @@ class S3Remote:
         return self._entries.file(name, file_of(look))
 
     async def stat_open(self, handle: int) -> Entry | None:
+        """Return None: S3 keeps no files open."""
         return None
 
     async def list(self, path: bytes) -> AsyncIterator[Sequence[Entry]]:
+        """List with a delimiter; attributes come from the headers of each object."""
         place = await self._paths.place(path)
         if place.beside:
             raise NotADirectory(f"{text(path)} is not a directory")
@@ -140,6 +144,7 @@ class S3Remote:
             yield page
 
     async def read_link(self, path: bytes) -> bytes:
+        """Read the content of a link's object."""
         place = await self._paths.place(path)
         found = await self._bucket.head(place.key) if place.key else None
         if found is None and not place.is_root:
@@ -164,6 +169,7 @@ class S3Remote:
         growing: bool = False,
         urgent: bool = False,
     ) -> Sequence[bytes | bytearray]:
+        """Get a range of the object, on the condition that its ETag is the version's."""
         place = await self._paths.place(path)
         if length > 0:
             data = await self._bucket.get(place.key, version, offset, length, urgent=urgent)
@@ -174,9 +180,11 @@ class S3Remote:
         return []
 
     async def read_unsized(self, path: bytes, offset: int, length: int, handle: int) -> bytes:
+        """Read a range of the object as it is now."""
         raise InvalidRequest("objects have the size that S3 tells")
 
     async def release(self, handle: int) -> None:
+        """Give up the multipart upload of the handle, if there is one."""
         await self._uploads.streams.give_up(handle)
 
     async def close(self) -> None:
@@ -187,11 +195,15 @@ class S3Remote:
         """Nothing forbids it before it is tried."""
 
     async def disk_usage(self) -> DiskUsage | None:
+        """Return None: S3 tells no limits."""
         return None
 
     # --- making -----------------------------------------------------------------------------
 
-    async def upload(self, request: UploadRequest, source: Source, report: ReportProgress) -> Entry:
+    async def upload(
+        self, request: UploadRequest, source: UploadSource, report: ReportProgress
+    ) -> Entry:
+        """Replace the object, on a condition where the server honours those."""
         look = await self._look_for_new(request.path)
         base = request.base_version
         if base is not None and not self._bucket.server.honours(base):
@@ -208,7 +220,9 @@ class S3Remote:
         self._paths.saw_file(look.place, info)
         return self._entries.file(paths.name(request.path), stored, info.metadata)
 
-    async def upload_piece(self, request: UploadPieceRequest, source: Source) -> None:
+    async def upload_piece(self, request: UploadPieceRequest, source: UploadSource) -> None:
+        """Send a piece as a part of a multipart upload, or hold it back for a larger part."""
+
         async def look() -> S3Lookup:
             found = await self._look_for_new(request.path)
             if found.is_directory:
@@ -216,9 +230,10 @@ class S3Remote:
             return found
 
         self._check_writable()
-        await self._uploads.ahead(request, look, source)
+        await self._uploads.upload_piece(request, look, source)
 
     async def create(self, path: bytes, mode: int, handle: int = NO_HANDLE) -> Entry:
+        """Check that the name is free: an object exists only once its content was uploaded."""
         look = await self._look_for_new(path)
         refuse_existing(look)
         if handle != NO_HANDLE:
@@ -228,6 +243,7 @@ class S3Remote:
         return msgspec.structs.replace(entry, version=b"")
 
     async def make_directory(self, path: bytes, mode: int) -> Entry:
+        """Write a marker object."""
         look = await self._look_for_new(path)
         refuse_existing(look)
         metadata = self._entries.fresh(stat.S_IFDIR | (mode & PERMISSIONS))
@@ -249,11 +265,13 @@ class S3Remote:
         return self._entries.file(paths.name(path), summary, metadata)
 
     async def make_link(self, existing: bytes, path: bytes) -> Entry:
+        """Raise NotSupported: S3 has no hard links."""
         raise NotSupported("S3 has no hard links: use a symbolic link or a copy")
 
     # --- changing ---------------------------------------------------------------------------
 
     async def set_attributes(self, path: bytes, attributes: Attributes) -> Entry:
+        """Copy the object onto itself with other metadata."""
         self._check_writable()
         self._check_owner(attributes)
         async with self._changing.setdefault(path, asyncio.Lock()):
@@ -267,6 +285,7 @@ class S3Remote:
             return await self._rewrite(look.place, found, attributes)
 
     async def truncate(self, path: bytes, size: int) -> Entry:
+        """Upload the beginning of the object, with zeros behind it, as a new object."""
         self._check_writable()
         if size < 0:
             raise InvalidRequest(f"{text(path)}: a file can't have {size} bytes")
@@ -288,6 +307,7 @@ class S3Remote:
     async def rename(
         self, path: bytes, target: bytes, *, replace: bool, report: ReportProgress = no_report
     ) -> None:
+        """Copy on the server, then remove; of a directory, everything below its prefix."""
         self._check_writable()
         if not path or not target or target.startswith(path + b"/"):
             raise InvalidRequest(f"{text(path)} can't be moved to {text(target)}")
@@ -317,6 +337,7 @@ class S3Remote:
             await self._rename_file(source.place, file_of(source), goal)
 
     async def remove(self, path: bytes) -> None:
+        """Remove the object, and keep its directory by a marker."""
         self._check_writable()
         look = await self._paths.recall(await self._paths.place(path))
         if look.is_directory:
@@ -324,6 +345,7 @@ class S3Remote:
         await self._delete_file(look.place, file_of(look))
 
     async def remove_directory(self, path: bytes) -> None:
+        """Remove the markers of an empty directory."""
         self._check_writable()
         if not path:
             raise InvalidRequest("the root of a namespace can't be removed")
@@ -358,7 +380,7 @@ class S3Remote:
         return look
 
     async def _store(
-        self, place: S3Path, source: Source, metadata: Metadata, headers: Mapping[str, Any]
+        self, place: S3Path, source: UploadSource, metadata: Metadata, headers: Mapping[str, Any]
     ) -> Entry:
         self._lister.cache.drop(place.key)
         self._paths.changed(place)

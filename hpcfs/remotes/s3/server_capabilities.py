@@ -31,6 +31,7 @@ class ServerCapabilities:
         return self.matches if base else self.none_matches
 
     def note(self, base: bytes, *, honours: bool) -> None:
+        """Note whether the server honours the condition that stands for this version."""
         if base:
             self.matches = honours
         else:

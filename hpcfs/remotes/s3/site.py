@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from dataclasses import replace
 
+from hpcfs.model.errors import WrongSettings
 from hpcfs.model.sites import S3Root, S3Site, SiteSpec
 from hpcfs.model.usage import Traffic
 from hpcfs.remotes.s3.bucket import Access, Bucket
@@ -48,15 +49,22 @@ class S3SiteConnection:
         }
 
     def remote(self, namespace: str) -> S3Remote:
-        return self._remotes[namespace]
+        """Return the remote of a namespace (see `Site.remote`)."""
+        try:
+            return self._remotes[namespace]
+        except KeyError:
+            raise WrongSettings(f"no namespace {namespace!r} lives on this site") from None
 
     def traffic(self) -> Traffic:
+        """Return what is open now (see `Site.traffic`)."""
         return Traffic(connections=self._direct.connections, requests=self.health.under_way)
 
     def try_now(self) -> None:
+        """End the pause after a failure (see `Site.try_now`)."""
         self.health.try_now()
 
     async def close(self) -> None:
+        """Give up what is under way and close all connections."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_SECONDS):
                 await asyncio.gather(*(remote.close() for remote in self._remotes.values()))

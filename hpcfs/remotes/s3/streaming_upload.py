@@ -2,7 +2,7 @@
 size is known.
 
 Pieces come in any order. A part of several of them is sent when the last one is there, read again
-from the cache file: so memory stays bounded, and a piece counts as sent although it may still be
+from the source: so memory stays bounded, and a piece counts as sent although it may still be
 only there. What was not sent, or was written again, is sent when the file is complete.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from hpcfs.model.errors import Changed, InvalidRequest, NotSupported, PiecesLost, RemoteFailure
-from hpcfs.remotes.base import ReportProgress, Source, no_report
+from hpcfs.remotes.base import ReportProgress, UploadSource, no_report
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.multipart import Multipart, NewObject, TransferProgress, each
 from hpcfs.remotes.s3.objects import Info
@@ -36,6 +36,7 @@ class S3StreamingUpload:
     under_way: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def at_rest(self) -> None:
+        """Wait until no part is being sent."""
         while self.under_way:
             await asyncio.wait(self.under_way)
 
@@ -49,7 +50,7 @@ class S3StreamingUploads:
         self._streams: dict[int, S3StreamingUpload] = {}
 
     def expect(self, handle: int, path: bytes) -> None:
-        """A file was created that may be sent ahead, or not."""
+        """Note a new file, which may be sent while it is written, or not."""
         self._streams[handle] = S3StreamingUpload(path)
 
     async def send(
@@ -58,12 +59,14 @@ class S3StreamingUploads:
         path: bytes,
         offset: int,
         length: int,
-        source: Source,
+        source: UploadSource,
         make_target: MakeObject,
     ) -> None:
+        """Take a piece: send its part once all pieces of it are there. Raises PiecesLost where the
+        file was renamed."""
         unit = self._limits.upload_part
         if offset % unit or length != unit or offset < 0:
-            raise InvalidRequest(f"{length} bytes at {offset} are no piece of {unit} to send ahead")
+            raise InvalidRequest(f"{length} bytes at {offset} are no piece of {unit}")
         stream = self._streams.setdefault(handle, S3StreamingUpload(path))
         if stream.path != path:
             raise PiecesLost("the file was renamed while it was sent: it is sent again at the end")
@@ -84,7 +87,7 @@ class S3StreamingUploads:
         stream.gathered.pop(part.number, None)
 
     async def _send_part(
-        self, stream: S3StreamingUpload, part: Part, source: Source, make_target: MakeObject
+        self, stream: S3StreamingUpload, part: Part, source: UploadSource, make_target: MakeObject
     ) -> None:
         async with stream.beginning:
             if stream.upload is None:
@@ -99,11 +102,11 @@ class S3StreamingUploads:
         target: NewObject,
         path: bytes,
         ranges: Sequence[tuple[int, int]],
-        source: Source,
+        source: UploadSource,
         report: ReportProgress,
     ) -> Info | None:
         """The object, with the metadata of the time when it was begun. None where nothing of use
-        was sent, and the whole file must be, which the cache file still holds.
+        was sent, and the whole file must be, which the source still holds.
 
         Raises PiecesLost where this process knows nothing of the handle.
         """
@@ -135,7 +138,7 @@ class S3StreamingUploads:
             found = await upload.complete(source.size, len(parts), progress)
         except (Changed, NotSupported, RemoteFailure) as error:
             # Gone, or the server does not take a part again (rclone's), or wants equal ones (R2).
-            log.info("what was sent ahead is of no use: %s", error.message)
+            log.info("the parts that were sent are of no use: %s", error.message)
             stream.upload = None
             await upload.abort()
             return None
@@ -157,6 +160,7 @@ class S3StreamingUploads:
         self._streams.pop(handle, None)
 
     async def give_up(self, handle: int) -> None:
+        """Abort the upload of a handle, if there is one."""
         stream = self._streams.pop(handle, None)
         if stream is None:
             return
@@ -165,4 +169,5 @@ class S3StreamingUploads:
             await stream.upload.abort()
 
     async def close(self) -> None:
+        """Abort all uploads."""
         await asyncio.gather(*(self.give_up(handle) for handle in list(self._streams)))

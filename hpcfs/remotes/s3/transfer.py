@@ -22,7 +22,7 @@ from hpcfs.model.errors import (
     TooLarge,
 )
 from hpcfs.model.uploads import UploadRequest
-from hpcfs.remotes.base import ReportProgress, Source, no_report
+from hpcfs.remotes.base import ReportProgress, UploadSource, no_report
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.checksums import is_kms
 from hpcfs.remotes.s3.metadata import Metadata, encode
@@ -39,7 +39,7 @@ NO_VERSION = b"0" * 32
 
 
 class FileSource:
-    """An open temporary file as the `Source` of an upload."""
+    """An open temporary file as the `UploadSource` of an upload."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         file.flush()
@@ -48,6 +48,7 @@ class FileSource:
         self.name = secrets.token_hex(8)
 
     def read(self, offset: int, length: int) -> bytes:
+        """Read from the file. Raises RemoteFailure where it is shorter."""
         data = os.pread(self._descriptor, length, offset)
         if len(data) != length:
             raise RemoteFailure(f"a temporary file ended after {offset + len(data)} bytes")
@@ -62,10 +63,13 @@ class Transfer:
         self.tags_and_acls = TagsAndAcls(bucket)
 
     def check_size(self, key: str, size: int) -> None:
+        """Raise TooLarge for a size that no object can have."""
         if size > self._limits.largest_object:
             raise TooLarge(f"{key} has {size} bytes, and S3 holds at most 5 TiB in one object")
 
-    async def upload(self, target: NewObject, source: Source, report: ReportProgress) -> Summary:
+    async def upload(
+        self, target: NewObject, source: UploadSource, report: ReportProgress
+    ) -> Summary:
         """The object as it is then. Raises Conflict where the server minds conditions; where it
         does not, the caller has compared the version."""
         size = source.size
@@ -87,7 +91,7 @@ class Transfer:
             await self._check_stored(made, source)
         return made
 
-    async def _check_stored(self, made: Info, source: Source) -> None:
+    async def _check_stored(self, made: Info, source: UploadSource) -> None:
         """Raises RemoteFailure. Of an object in parts the ETag tells on servers that are known to
         make it of theirs."""
         told = await self._told_by_etag(made, source)
@@ -136,7 +140,7 @@ class Transfer:
             server.being_tried = False
 
     async def _upload_parts(
-        self, target: NewObject, source: Source, progress: TransferProgress
+        self, target: NewObject, source: UploadSource, progress: TransferProgress
     ) -> Info:
         async def send(upload: Multipart, part: Part) -> None:
             await upload.send_from(part, source, self._limits.buffered_part, progress)
@@ -237,7 +241,7 @@ class Transfer:
             raise
 
     async def holds(
-        self, found: Info, source: Source, metadata: Metadata, request: UploadRequest
+        self, found: Info, source: UploadSource, metadata: Metadata, request: UploadRequest
     ) -> bool:
         """Whether an object is what an upload would make of `source`: that one was made already,
         and its answer was lost. Where the ETag does not tell, our metadata does, whose time has
@@ -252,7 +256,7 @@ class Transfer:
         ranges = [(0, source.size)] if request.handle != NO_HANDLE else request.ranges
         return await self._has_bytes(found, source, ranges)
 
-    async def _told_by_etag(self, found: Info, source: Source) -> bool | None:
+    async def _told_by_etag(self, found: Info, source: UploadSource) -> bool | None:
         """Whether an object of the same size is this file. None where the ETag does not tell: an
         encrypted object's, or one of parts that were cut in another way."""
         if is_md5(found.etag):
@@ -268,7 +272,7 @@ class Transfer:
         return None
 
     async def _has_bytes(
-        self, found: Info, source: Source, ranges: Sequence[tuple[int, int]]
+        self, found: Info, source: UploadSource, ranges: Sequence[tuple[int, int]]
     ) -> bool:
         for start, length in ranges:
             for offset in range(start, start + length, COMPARED_BYTES):
@@ -284,16 +288,16 @@ class Transfer:
         return True
 
 
-def _md5(source: Source) -> str:
+def _md5(source: UploadSource) -> str:
     return next(_md5s(source, [Part(1, 0, source.size)])).hex()
 
 
-def _joined_md5s(source: Source, parts: Sequence[Part]) -> str:
+def _joined_md5s(source: UploadSource, parts: Sequence[Part]) -> str:
     joined = b"".join(_md5s(source, parts))
     return f"{hashlib.md5(joined, usedforsecurity=False).hexdigest()}-{len(parts)}"
 
 
-def _md5s(source: Source, parts: Sequence[Part]) -> Iterator[bytes]:
+def _md5s(source: UploadSource, parts: Sequence[Part]) -> Iterator[bytes]:
     for part in parts:
         digest = hashlib.md5(usedforsecurity=False)
         for offset in range(part.offset, part.end, MIB):

@@ -37,6 +37,7 @@ from hpcfs.model.errors import (
     WrongSettings,
 )
 from hpcfs.remotes.s3.botocore_guard import UnfitResponse
+from hpcfs.system.text import printable
 
 CAUGHT = (
     *(boto.BotoCoreError, boto.ClientError, aiohttp.ClientError, OSError, ValueError),
@@ -166,7 +167,7 @@ _TIMEOUTS = (boto.ConnectTimeoutError, boto.ReadTimeoutError, TimeoutError, asyn
 
 def translate(error: Exception, subject: str) -> RemoteError:
     """One of ours for one of theirs; `subject` is what the request was about."""
-    subject = "".join(char if char.isprintable() else "?" for char in subject)
+    subject = printable(subject, "?")
     if isinstance(error, boto.ClientError):
         return _from_answer(error, subject)
     if isinstance(error, _NO_CREDENTIALS):
@@ -259,7 +260,7 @@ def _redirected(answer: Mapping[str, Any]) -> str | None:
         return "an address that is none"
     if not parts.hostname:
         return "another path"
-    return "".join(char if char.isprintable() else "?" for char in place[:300])
+    return printable(place[:300], "?")
 
 
 def not_public(bucket: str) -> str:

@@ -1,5 +1,5 @@
-"""An upload in the cheapest of the ways that there are: completing what was sent ahead, changing a
-large object on the server, or sending the whole file."""
+"""Uploads in the cheapest way that there is: complete a streaming upload, change a large object on
+the server, or send the whole file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpcfs.model import paths
 from hpcfs.model.entries import NO_HANDLE, Attributes
 from hpcfs.model.errors import Conflict, NotSupported
 from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
-from hpcfs.remotes.base import ReportProgress, Source
+from hpcfs.remotes.base import ReportProgress, UploadSource
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.entries import Entries
 from hpcfs.remotes.s3.metadata import PERMISSIONS, Metadata, encode
@@ -28,7 +28,8 @@ from hpcfs.remotes.s3.transfer import Transfer
 
 
 class S3Uploads:
-    """Of one namespace. `streams` are the files that are sent ahead."""
+    """The uploads of one namespace. `streams` are the files that are sent while they are
+    written."""
 
     def __init__(
         self, bucket: Bucket, transfer: Transfer, entries: Entries, limits: Limits
@@ -38,7 +39,7 @@ class S3Uploads:
         self.streams = S3StreamingUploads(bucket, limits)
 
     async def upload(
-        self, request: UploadRequest, look: S3Lookup, source: Source, report: ReportProgress
+        self, request: UploadRequest, look: S3Lookup, source: UploadSource, report: ReportProgress
     ) -> tuple[Summary, Info]:
         """What the server says of the object as it is then, and what it carries. Raises Conflict
         only where what is there is not what this upload makes: one whose answer was lost is asked
@@ -59,9 +60,15 @@ class S3Uploads:
         self._transfer.tags_and_acls.has(target.key, access_of(headers))
         return stored, info_of_stored(stored, metadata, headers)
 
-    async def ahead(
-        self, request: UploadPieceRequest, look: Callable[[], Awaitable[S3Lookup]], source: Source
+    async def upload_piece(
+        self,
+        request: UploadPieceRequest,
+        look: Callable[[], Awaitable[S3Lookup]],
+        source: UploadSource,
     ) -> None:
+        """Send a piece of a file that is still being written. Raises PiecesLost and
+        NotSupported."""
+
         async def target() -> NewObject:
             """Without times, which are known at the end."""
             found = await look()
@@ -79,7 +86,7 @@ class S3Uploads:
         request: UploadRequest,
         target: NewObject,
         look: S3Lookup,
-        source: Source,
+        source: UploadSource,
         report: ReportProgress,
     ) -> tuple[Summary, Metadata]:
         """What the object is then, and carries."""

@@ -29,7 +29,7 @@ from hpcfs.model.errors import (
     RemoteFailure,
 )
 from hpcfs.model.uploads import UploadRequest
-from hpcfs.remotes.base import ReportProgress, Source, no_report
+from hpcfs.remotes.base import ReportProgress, UploadSource, no_report
 from hpcfs.remotes.sftp.explain import explain_full
 from hpcfs.remotes.sftp.opening import open_existing
 from hpcfs.remotes.sftp.path import SftpPath
@@ -48,9 +48,9 @@ of others that is not known."""
 
 
 class _Moved:
-    """A Source whose bytes belong so many bytes further on in the remote's file."""
+    """A source whose bytes belong so many bytes further on in the remote's file."""
 
-    def __init__(self, source: Source, by: int) -> None:
+    def __init__(self, source: UploadSource, by: int) -> None:
         self.size = source.size + by
         self.name = source.name
         self._source = source
@@ -67,17 +67,18 @@ class Appended:
 
     attrs: SFTPAttrs
     request: UploadRequest
-    source: Source
+    source: UploadSource
 
     @property
     def is_alone(self) -> bool:
+        """Whether nobody else appended meanwhile."""
         return self.attrs.size == self.request.size
 
 
 async def append(
     place: SftpPath,
     request: UploadRequest,
-    source: Source,
+    source: UploadSource,
     report: ReportProgress,
     unfinished: UnfinishedUploads,
 ) -> Appended:
@@ -96,7 +97,7 @@ async def append(
 async def _append(
     place: SftpPath,
     request: UploadRequest,
-    source: Source,
+    source: UploadSource,
     report: ReportProgress,
     unfinished: UnfinishedUploads,
     flag: int,
@@ -129,7 +130,7 @@ async def _append(
 
 
 async def _bring(
-    target: WritableFile, request: UploadRequest, source: Source, report: ReportProgress
+    target: WritableFile, request: UploadRequest, source: UploadSource, report: ReportProgress
 ) -> SFTPAttrs:
     """In order, as each piece goes to the end: all but the last one first."""
     place, keep = target.place, target.size
@@ -157,7 +158,7 @@ def _report_more(report: ReportProgress, before: int, done: int) -> None:
     report(before + done)
 
 
-async def _begun(place: SftpPath, size: int, request: UploadRequest, source: Source) -> int:
+async def _begun(place: SftpPath, size: int, request: UploadRequest, source: UploadSource) -> int:
     """How many bytes of what is to be appended an earlier attempt has brought."""
     length = request.size - request.base_size
     first = max(request.base_size, size - SEARCH_BYTES - length)

@@ -51,9 +51,12 @@ class Owners:
     remote_gid: int | None
 
     def uid(self, uid: int | None) -> int:
+        """Return the local uid to show for a remote one, or the remote uid to set for a local
+        one."""
         return _swapped(uid, self.remote_uid, self.local_uid)
 
     def gid(self, gid: int | None) -> int:
+        """Do the same for a gid."""
         return _swapped(gid, self.remote_gid, self.local_gid)
 
 
@@ -66,6 +69,7 @@ def _swapped(given: int | None, remote: int | None, local: int) -> int:
 
 
 def full_mode(attrs: AnyAttrs, default: int = DEFAULT_FILE_MODE) -> int:
+    """Return st_mode with its type bits; those of `default` where the server leaves them out."""
     mode = attrs.permissions
     if mode is None:
         return default
@@ -73,6 +77,7 @@ def full_mode(attrs: AnyAttrs, default: int = DEFAULT_FILE_MODE) -> int:
 
 
 def tells_type(attrs: AnyAttrs) -> bool:
+    """Return whether the mode has type bits."""
     return attrs.permissions is not None and bool(stat.S_IFMT(attrs.permissions))
 
 

@@ -55,25 +55,31 @@ class Channel(asyncssh.SSHClientSession[bytes]):
         self._closed = asyncio.Event()
 
     def connection_made(self, chan: asyncssh.SSHClientChannel[bytes]) -> None:
+        """Begin (asyncssh calls this)."""
         self.requests = Requests(chan)
 
     def data_received(self, data: bytes, datatype: int | None) -> None:
+        """Hand the server's bytes on (asyncssh calls this)."""
         if datatype is None:
             self.requests.received(data)
         elif len(self._complaint) < COMPLAINT_BYTES:  # what the server's shell complains about
             self._complaint += bytes(data[:COMPLAINT_BYTES])
 
     def exit_status_received(self, status: int) -> None:
+        """Note how the server's program ended (asyncssh calls this)."""
         self._how = f"exit code {status}"
 
     def exit_signal_received(self, signal: str, core_dumped: bool, msg: str, lang: str) -> None:
+        """Note which signal ended the server's program (asyncssh calls this)."""
         self._how = f"signal {signal}"
 
     def eof_received(self) -> bool:
+        """Fail the requests under way (asyncssh calls this)."""
         self.requests.lost(None)
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Fail the requests under way (asyncssh calls this)."""
         self.requests.lost(exc)
         self._closed.set()
 
@@ -114,6 +120,7 @@ async def open_channels(login: SshLogin) -> list[Requests]:
 
 
 async def open_more(opening: Callable[[], Awaitable[Requests]]) -> list[Requests]:
+    """Open further channels for large uploads, as many as the server grants."""
     opened = await asyncio.gather(
         *(opening() for _ in range(MORE_CHANNELS)), return_exceptions=True
     )

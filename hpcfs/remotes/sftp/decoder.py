@@ -26,12 +26,18 @@ class Malformed(Exception):
 class DataSink(Protocol):
     """Takes the bytes of one data message."""
 
-    def add(self, chunk: bytes) -> None: ...
+    def add(self, chunk: bytes) -> None:
+        """Take the next bytes."""
+        ...
 
-    def end(self) -> None: ...
+    def end(self) -> None:
+        """Note that all bytes have come."""
+        ...
 
 
 class MessageSink(Protocol):
+    """Takes the messages that a decoder finds."""
+
     def message(self, message: bytes) -> None:
         """A whole message, from its type on."""
         ...
@@ -42,6 +48,8 @@ class MessageSink(Protocol):
 
 
 class MessageDecoder:
+    """Finds the messages in a stream of bytes, and hands each to its sink."""
+
     def __init__(self, receiver: MessageSink) -> None:
         self._receiver = receiver
         self._message = bytearray()

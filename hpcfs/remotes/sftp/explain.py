@@ -150,6 +150,7 @@ async def explain_directory(place: SftpPath, error: RemoteError) -> RemoteError:
 
 
 async def explain_rmdir(place: SftpPath, error: RemoteError) -> RemoteError:
+    """Return why a directory could not be removed."""
     explained = await explain_directory(place, error)
     if isinstance(explained, RemoteFailure) and not await place.is_empty_directory():
         return DirectoryNotEmpty(f"{place} is not empty")

@@ -21,7 +21,7 @@ from hpcfs.remotes.admission import AdmissionQueue
 FIRST_BYTES = 4 * 1024 * 1024
 LEAST_BYTES = 2 * 1024 * 1024
 MOST_BYTES = 32 * 1024 * 1024
-"""1 Gbit/s for 250 ms; also what a transfer process may hold of bytes that are not on disk yet."""
+"""1 Gbit/s for 250 ms; also how many bytes this process may hold for the caller."""
 FEW_WAITING_BYTES = 3 * 1024 * 1024
 """While fewer wait in the server, the link may carry more."""
 MANY_WAITING_BYTES = 6 * 1024 * 1024

@@ -68,11 +68,13 @@ class Handles:
     def rest(
         self, key: Hashable, path: bytes, give_up: Callable[[], None], *, last: bool = False
     ) -> None:
+        """Note that a handle is open and not in use, so that `give_up` may close it."""
         self.wake(key)
         (self._costly if last else self._idle)[key] = _Idle(path, give_up)
         self._wake_one()
 
     def wake(self, key: Hashable) -> None:
+        """Note that a handle is in use again, or closed."""
         self._idle.pop(key, None)
         self._costly.pop(key, None)
 

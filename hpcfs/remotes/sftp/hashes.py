@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import asyncssh
 
-from hpcfs.remotes.base import ReportProgress, Source
+from hpcfs.remotes.base import ReportProgress, UploadSource
 from hpcfs.remotes.ssh.shell import Shell, quoted
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Hasher:
         self._ended = False
 
     async def is_same(
-        self, path: bytes, ranges: Ranges, source: Source, report: ReportProgress
+        self, path: bytes, ranges: Ranges, source: UploadSource, report: ReportProgress
     ) -> bool | None:
         """Whether these ranges of the file, a whole one if it is its only range from 0 on, are
         those of the source; None where that can't be known. `path` starts with a slash."""
@@ -162,7 +162,7 @@ def _script(number: int, path: bytes, ranges: Ranges, size: int) -> bytes:
     return b"printf 'hpcfs-%d %%s\\n' %s\n" % (number, answer)
 
 
-async def _here(ranges: Ranges, source: Source, report: ReportProgress) -> bytes:
+async def _here(ranges: Ranges, source: UploadSource, report: ReportProgress) -> bytes:
     """The hash of the ranges, one after another."""
     digest = hashlib.sha256()
     total = sum(length for _, length in ranges)
@@ -180,7 +180,7 @@ async def _here(ranges: Ranges, source: Source, report: ReportProgress) -> bytes
     return digest.hexdigest().encode()
 
 
-def _add(digest: hashlib._Hash, source: Source, offset: int, length: int) -> None:
+def _add(digest: hashlib._Hash, source: UploadSource, offset: int, length: int) -> None:
     digest.update(source.read(offset, length))
 
 

@@ -39,6 +39,7 @@ class WriteChannel:
     under_way: int = 0
 
     async def write(self, offset: int, data: bytes) -> None:
+        """Write bytes at an offset. Raises asyncssh's errors."""
         self.under_way += len(data)
         try:
             await self.requests.write(self.handle, offset, data)

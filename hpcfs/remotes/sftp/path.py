@@ -33,9 +33,11 @@ class SftpPath:
         return f"{shown(self.full)} on {self.session.shown}"
 
     def asking(self) -> AbstractContextManager[None]:
+        """Return a context in which asyncssh's errors become RemoteErrors about this path."""
         return translated(self.full, self.session.shown)
 
     def parent(self) -> SftpPath:
+        """Return the path of its directory."""
         return SftpPath(self.session, paths.parent(self.path), paths.parent(self.full))
 
     def beside(self, name: bytes) -> SftpPath:
@@ -88,9 +90,11 @@ class SftpPath:
             return None
 
     def entry_of(self, attrs: SFTPAttrs) -> Entry:
+        """Return the entry with these attributes."""
         return sftp_attrs.entry(self.path, paths.name(self.path), attrs, self.session.owners)
 
     async def is_empty_directory(self) -> bool:
+        """Return whether it lists no names. Raises RemoteError."""
         with self.asking():
             handle = await self.session.meta.kept(self.session.meta.opendir(self.full))
             try:

@@ -46,6 +46,7 @@ class ReadHandle:
 
     @property
     def session(self) -> SftpSession:
+        """The session that the handle belongs to."""
         return self.place.session
 
 
@@ -86,6 +87,7 @@ class ReadHandles:
             yield file.place, remote
 
     def release(self, handle: int) -> None:
+        """Close the reader's handle once it is not in use."""
         file = self._files.pop(handle, None)
         if file is not None:
             self._drop(file)

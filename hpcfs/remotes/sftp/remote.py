@@ -45,7 +45,7 @@ from hpcfs.remotes.base import (
     MAX_NAME_BYTES,
     Prompter,
     ReportProgress,
-    Source,
+    UploadSource,
     no_report,
 )
 from hpcfs.remotes.sftp import links, listing, read, rename as renaming
@@ -93,18 +93,22 @@ class SftpSite:
         }
 
     def remote(self, namespace: str) -> SftpRemote:
+        """Return the remote of a namespace (see `Site.remote`)."""
         try:
             return self._remotes[namespace]
         except KeyError:
             raise WrongSettings(f"no namespace {namespace!r} lives on this site") from None
 
     def traffic(self) -> Traffic:
+        """Return what is open now (see `Site.traffic`)."""
         return traffic_of(self._shared)
 
     def try_now(self) -> None:
+        """End the pause after a failure (see `Site.try_now`)."""
         self._shared.try_now()
 
     async def close(self) -> None:
+        """Give up what is under way and close all connections."""
         await self._shared.close()
 
 
@@ -188,6 +192,7 @@ class SftpRemote:
         return full
 
     async def connect(self) -> Capabilities:
+        """Log in if need be, and look at the namespace's root."""
         place = await self._place(b"")
         is_root = place.session.owners.remote_uid == 0
         return msgspec.structs.replace(
@@ -200,11 +205,13 @@ class SftpRemote:
     # --- looking --------------------------------------------------------------------------------
 
     async def stat(self, path: bytes) -> Entry:
+        """Ask for the attributes of the name itself (LSTAT)."""
         place = await self._place(path)
         await self._uploads.settled(path)
         return place.entry_of(await place.attrs())
 
     async def stat_open(self, handle: int) -> Entry | None:
+        """Ask for the attributes of the open file (FSTAT)."""
         root = await self._place(b"")
         with root.asking():
             async with self._files.if_open(root.session, handle) as held:
@@ -214,6 +221,7 @@ class SftpRemote:
                 return place.entry_of(await root.session.bulk.fstat(remote, 0))
 
     async def list(self, path: bytes) -> AsyncIterator[Sequence[Entry]]:
+        """Read the directory, several requests at once."""
         place = await self._place(path, room=1 + MAX_NAME_BYTES)
         meta = place.session.meta
         try:
@@ -229,6 +237,7 @@ class SftpRemote:
             meta.close_soon(handle)
 
     async def read_link(self, path: bytes) -> bytes:
+        """Ask where a link leads (READLINK)."""
         place = await self._place(path)
         with place.asking():
             names, _ = await place.session.meta.readlink(place.full)
@@ -242,6 +251,7 @@ class SftpRemote:
         return target
 
     async def disk_usage(self) -> DiskUsage | None:
+        """Ask by statvfs@openssh.com; None where the server does not have it."""
         place = await self._place(b"")
         try:
             with place.asking():
@@ -268,6 +278,7 @@ class SftpRemote:
         growing: bool = False,
         urgent: bool = False,
     ) -> Sequence[bytes]:
+        """Read a range through the handle, then check that the version is still there."""
         place = await self._place(path)
         with place.asking():
             async with self._files.using(place, handle) as remote:
@@ -276,6 +287,7 @@ class SftpRemote:
                 )
 
     async def read_unsized(self, path: bytes, offset: int, length: int, handle: int) -> bytes:
+        """Read a range through the handle, whatever the attributes say."""
         place = await self._place(path)
         length = min(length, place.session.read_bytes)
         with place.asking():
@@ -286,18 +298,24 @@ class SftpRemote:
                     return b""
 
     async def release(self, handle: int) -> None:
+        """Close the handle once it is not in use."""
         self._files.release(handle)
         self._uploads.release(handle)
 
-    async def upload(self, request: UploadRequest, source: Source, report: ReportProgress) -> Entry:
+    async def upload(
+        self, request: UploadRequest, source: UploadSource, report: ReportProgress
+    ) -> Entry:
+        """Write the ranges in place, or a whole file beside it that then takes its place."""
         async with self._changing(request.path, room=MAX_NAME_BYTES) as place:
             return await self._uploads.upload(place, request, source, report)
 
-    async def upload_piece(self, request: UploadPieceRequest, source: Source) -> None:
+    async def upload_piece(self, request: UploadPieceRequest, source: UploadSource) -> None:
+        """Write a piece into the file, which stays open."""
         async with self._changing(request.path) as place:
             await self._uploads.upload_piece(place, request, source)
 
     async def truncate(self, path: bytes, size: int) -> Entry:
+        """Set the size of a regular file."""
         if size < 0:
             raise InvalidRequest("a size can't be negative")
         async with self._changing(path) as place:
@@ -309,6 +327,7 @@ class SftpRemote:
                 raise await explain_size(place, await explain_file(place, error), size) from error
 
     async def check_writable(self, path: bytes) -> None:
+        """Open the file for writing and close it again."""
         async with self._changing(path) as place:
             bulk = place.session.bulk
             try:
@@ -320,6 +339,7 @@ class SftpRemote:
     # --- names ----------------------------------------------------------------------------------
 
     async def create(self, path: bytes, mode: int, handle: int = NO_HANDLE) -> Entry:
+        """Make an empty file; with a handle it stays open for the upload."""
         async with self._changing(path) as place:
             return await self._uploads.create(place, mode, handle)
 
@@ -343,6 +363,7 @@ class SftpRemote:
         return attrs
 
     async def make_symlink(self, path: bytes, target: bytes) -> Entry:
+        """Make a link, in the order of paths that this server wants."""
         if not target or b"\0" in target:
             raise InvalidRequest("a link needs a target without NUL bytes")
         async with self._changing(path) as place:
@@ -354,6 +375,7 @@ class SftpRemote:
             return place.entry_of(await self._made(place, making))
 
     async def make_link(self, existing: bytes, path: bytes) -> Entry:
+        """Make a hard link (hardlink@openssh.com)."""
         async with self._changing(path):
             old, place = await self._both(existing, path)
             try:
@@ -369,12 +391,14 @@ class SftpRemote:
     async def rename(
         self, path: bytes, target: bytes, *, replace: bool, report: ReportProgress = no_report
     ) -> None:
+        """Rename, over what is there if `replace`."""
         async with self._changing(path):
             await self._uploads.settled(path)
             source, place = await self._both(path, target)
             await renaming.rename(source, place, replace=replace)
 
     async def remove(self, path: bytes) -> None:
+        """Remove anything but a directory."""
         async with self._changing(path) as place:
             try:
                 with place.asking():
@@ -383,6 +407,7 @@ class SftpRemote:
                 raise await explain_sticky(place, await explain_file(place, error)) from error
 
     async def remove_directory(self, path: bytes) -> None:
+        """Remove an empty directory."""
         if not path:
             raise InvalidRequest("the root of a namespace can't be removed")
         async with self._changing(path) as place:
@@ -395,6 +420,7 @@ class SftpRemote:
     # --- attributes -----------------------------------------------------------------------------
 
     async def set_attributes(self, path: bytes, attributes: Attributes) -> Entry:
+        """Set what the attributes name, and return the entry as it is then."""
         async with self._changing(path) as place:
             await self._uploads.settled(path)
             return await self._set(place, attributes)

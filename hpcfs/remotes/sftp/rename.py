@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 
 async def rename(source: SftpPath, target: SftpPath, *, replace: bool) -> None:
+    """Rename `source` to `target`, which must be free unless `replace`. Raises RemoteError as
+    rename(2) would refuse."""
     if not source.path or target.full.startswith(source.full + b"/"):
         raise InvalidRequest(f"{source} can't be moved into itself")
     if not replace:

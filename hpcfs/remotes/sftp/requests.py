@@ -52,15 +52,25 @@ class Carrier(Protocol):
     """What the requests travel on: an asyncssh channel, or something like one."""
 
     @property
-    def logger(self) -> SSHLogger: ...
+    def logger(self) -> SSHLogger:
+        """The logger of asyncssh, for its SFTP layer."""
+        ...
 
-    def get_extra_info(self, name: str, default: Any = None) -> Any: ...
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Return what asyncssh asks of a channel; `default` where it is not known."""
+        ...
 
-    def write(self, data: bytes) -> None: ...
+    def write(self, data: bytes) -> None:
+        """Send bytes, without waiting."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the channel."""
+        ...
 
-    def is_closing(self) -> bool: ...
+    def is_closing(self) -> bool:
+        """Return whether nothing can be sent any more."""
+        ...
 
 
 class _Piece:
@@ -100,6 +110,7 @@ class Requests(SFTPClientHandler):
 
     @property
     def under_way(self) -> int:
+        """How many requests wait for their answer."""
         return len(self._requests)
 
     # --- sending --------------------------------------------------------------------------------
@@ -136,6 +147,7 @@ class Requests(SFTPClientHandler):
         await self._make_request(FXP_SYMLINK, _string(first), _string(second))
 
     async def open(self, filename: bytes, pflags: int, attrs: SFTPAttrs) -> bytes:
+        """Open a file -> its handle. Waits where the server grants no more handles now."""
         attempt = partial(super().open, filename, pflags, attrs)
         is_new = bool(pflags & FXF_EXCL)
         explained = partial(self._is_explained, filename, None if is_new else stat.S_IFREG)
@@ -146,6 +158,7 @@ class Requests(SFTPClientHandler):
         return await self.handles.spare(partial(super().open, filename, pflags, SFTPAttrs()))
 
     async def opendir(self, path: bytes) -> bytes:
+        """Open a directory -> its handle. Waits where the server grants no more handles now."""
         explained = partial(self._is_explained, path, stat.S_IFDIR)
         return await self.handles.granted(partial(super().opendir, path), self._can_list, explained)
 
@@ -178,6 +191,7 @@ class Requests(SFTPClientHandler):
         return True
 
     async def close(self, handle: bytes) -> None:
+        """Close a handle. Raises what the server reports, a failed write too."""
         self.handles.closed()
         await super().close(handle)
 
@@ -207,6 +221,8 @@ class Requests(SFTPClientHandler):
             self._send_request(FXP_CLOSE, (_string(handle),), ignored)
 
     def send_packet(self, pkttype: int, pktid: int | None, *args: bytes) -> None:
+        """Send a message together with others of this turn of the event loop (asyncssh calls
+        this)."""
         if self.ended:
             raise SFTPConnectionLost("Connection closed")
         body = b"".join(args)
@@ -233,6 +249,7 @@ class Requests(SFTPClientHandler):
         return await self._first_message
 
     def received(self, data: bytes | memoryview) -> None:
+        """Take bytes that came; what makes no sense ends the channel."""
         if not self._first_message.done() and len(self.beginning) < BEGINNING_BYTES:
             self.beginning += bytes(data[:BEGINNING_BYTES])
         try:
@@ -241,6 +258,7 @@ class Requests(SFTPClientHandler):
             self.lost(SFTPBadMessage(str(error)))
 
     def message(self, message: bytes) -> None:
+        """Take a whole message (the decoder calls this)."""
         if self.ended:
             return
         packet = SSHPacket(message)
@@ -260,6 +278,7 @@ class Requests(SFTPClientHandler):
             waiter.set_exception(_refusal(kind, packet))
 
     def data(self, request: int, length: int) -> DataSink | None:
+        """Say where the bytes of a read go (the decoder calls this)."""
         piece = self._answered(request)
         waiter = self._requests.pop(request, None)
         if piece is None or waiter is None:

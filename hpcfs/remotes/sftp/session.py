@@ -41,10 +41,14 @@ class AnyLogin(Protocol):
     """What the channels come through: asyncssh's connection, or the user's own ssh."""
 
     @property
-    def user(self) -> str: ...
+    def user(self) -> str:
+        """The remote user's name."""
+        ...
 
     @property
-    def shown(self) -> str: ...
+    def shown(self) -> str:
+        """The host as the user knows it, for messages."""
+        ...
 
     @property
     def connections(self) -> int:
@@ -60,7 +64,9 @@ class AnyLogin(Protocol):
         """None where that would be a login of its own. Raises asyncssh's errors and OSError."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Close the connections."""
+        ...
 
 
 @dataclass
@@ -97,10 +103,12 @@ class SftpSession:
 
     @property
     def meta(self) -> Requests:
+        """The channel for small requests."""
         return self.channels[0]
 
     @property
     def bulk(self) -> Requests:
+        """The channel for bytes."""
         return self.channels[-1]
 
     @property
@@ -136,29 +144,36 @@ class SftpSession:
 
     @property
     def shown(self) -> str:
+        """The host as the user knows it, for messages."""
         return self.login.shown
 
     @property
     def ended(self) -> asyncio.Event:
+        """Set when the connection has ended."""
         return self.login.ended
 
     @property
     def lost(self) -> bool:
+        """Whether the connection or a channel has ended."""
         return self.ended.is_set() or any(channel.ended for channel in self.channels)
 
     @property
     def read_bytes(self) -> int:
+        """The largest read that the server takes, in bytes."""
         return self.bulk.limits.max_read_len
 
     @property
     def write_bytes(self) -> int:
+        """The largest write that the server takes, in bytes."""
         return self.bulk.limits.max_write_len
 
     async def close(self) -> None:
+        """Close the connection with all channels."""
         await self.login.close()
 
 
 def traffic_of(shared: SharedSession[SftpSession]) -> Traffic:
+    """Return what is open on the session; nothing where there is none."""
     return Traffic() if shared.session is None else shared.session.traffic()
 
 

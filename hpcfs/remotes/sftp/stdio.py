@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 
 LOGIN_SECONDS = 75.0
 """For all after the connection is made (that is ssh's ConnectTimeout): a second factor may have to
-be confirmed on a phone, of which nothing is seen here. Less than the daemon waits for a login."""
+be confirmed on a phone, of which nothing is seen here. Less than a mount waits for a login
+(site/namespace.py)."""
 
 
 class Stdio(asyncio.Protocol):
@@ -51,27 +52,35 @@ class Stdio(asyncio.Protocol):
 
     @property
     def logger(self) -> SSHLogger:
+        """The logger of asyncssh, for its SFTP layer."""
         return asyncssh_logger
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Return what asyncssh asks of a channel; `default` where it is not known."""
         return default
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin (asyncio calls this)."""
         self._transport = cast(asyncio.Transport, transport)
 
     def write(self, data: bytes) -> None:
+        """Send bytes, without waiting."""
         self._transport.write(data)
 
     def close(self) -> None:
+        """Close the channel."""
         self._transport.close()
 
     def is_closing(self) -> bool:
+        """Return whether nothing can be sent any more."""
         return self._transport.is_closing()
 
     def data_received(self, data: bytes) -> None:
+        """Hand the bytes on (asyncio calls this)."""
         self.requests.received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Fail the requests under way (asyncio calls this)."""
         self.requests.lost(exc)
         self.on_lost()
 
@@ -90,10 +99,12 @@ class OpenSshLogin:
 
     @property
     def user(self) -> str:
+        """The remote user's name."""
         return self.target.user
 
     @property
     def shown(self) -> str:
+        """The host as the user knows it, for messages."""
         return self.target.shown
 
     @property
@@ -112,6 +123,7 @@ class OpenSshLogin:
         return self.channels
 
     async def open_shell(self) -> Shell | None:
+        """Start a shell over a ControlMaster connection; None where there is none."""
         if not await has_master(self.target):
             return None
         program = await self.start(shell_command(self.target.site))
@@ -119,11 +131,13 @@ class OpenSshLogin:
         return StreamShell(reader, writer)
 
     async def start(self, line: list[str], environ: Mapping[str, str] | None = None) -> Program:
+        """Start a child `ssh`, which is closed with the login. Raises WrongSettings."""
         program = await start(line, environ)
         self.programs.append(program)
         return program
 
     async def begin(self, program: Program) -> None:
+        """Begin SFTP with a child `ssh`. Raises asyncssh's errors and OSError."""
         loop = asyncio.get_running_loop()
         _, stdio = await loop.create_connection(Stdio, sock=program.socket)
         self.begun.append(stdio.requests)
@@ -132,6 +146,7 @@ class OpenSshLogin:
         self.channels.append(stdio.requests)
 
     async def close(self) -> None:
+        """End all children."""
         for channel in self.begun:
             channel.lost(None)
         await asyncio.gather(*(program.close() for program in self.programs))

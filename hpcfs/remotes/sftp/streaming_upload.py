@@ -35,10 +35,12 @@ class SftpStreamingUpload:
 
     @property
     def end(self) -> int:
+        """The offset behind the last byte that was sent."""
         return max([0, *(offset + length for offset, length in self.sent)])
 
     @property
     def is_usable(self) -> bool:
+        """Whether the connection of its handle is still there."""
         return not self.place.session.lost
 
     def drop(self) -> None:
@@ -48,6 +50,7 @@ class SftpStreamingUpload:
             self.opening.add_done_callback(_close)
 
     def leave(self) -> None:
+        """Note that a writer is through."""
         self.writers -= 1
         if self.dropped and not self.writers:
             self.opening.add_done_callback(_close)
@@ -61,6 +64,8 @@ def _close(opening: asyncio.Task[WritableFile]) -> None:
 
 
 class SftpStreamingUploads:
+    """The streaming uploads of one namespace, by the caller's handle."""
+
     def __init__(self, limit: int = MAX_STREAMS) -> None:
         self._limit = limit
         self._files: OrderedDict[int, SftpStreamingUpload] = OrderedDict()
@@ -70,6 +75,7 @@ class SftpStreamingUploads:
         return len(self._files)
 
     def get(self, handle: int) -> SftpStreamingUpload | None:
+        """Return the upload of a handle, or None."""
         return self._files.get(handle)
 
     def begin(
@@ -89,7 +95,7 @@ class SftpStreamingUploads:
         return file
 
     def rest(self, handle: int) -> None:
-        """Nobody uses it for now. Without the handle what was sent ahead is sent again."""
+        """Note that nobody uses the handle now. If it is closed, its pieces are sent again."""
         file = self._files.get(handle)
         if file is not None and not file.writers:
             give_up = partial(self.release, handle)
@@ -101,7 +107,7 @@ class SftpStreamingUploads:
             if not file.sent and not file.writers:
                 self.release(handle)
                 return
-        raise NotSupported("too many files are being sent ahead")
+        raise NotSupported("too many files are being sent while they are written")
 
     def take(self, handle: int) -> SftpStreamingUpload | None:
         """It belongs to the caller from now on."""
@@ -111,6 +117,7 @@ class SftpStreamingUploads:
         return file
 
     def release(self, handle: int) -> None:
+        """Give an upload up and close its file."""
         self._completed.pop(handle, None)
         file = self.take(handle)
         if file is not None:
@@ -130,7 +137,7 @@ class SftpStreamingUploads:
         if self._files.get(handle) is file:
             del self._files[handle]
 
-    # --- which handles can't have sent anything ahead ---------------------------------------------
+    # --- which handles can't have sent pieces -----------------------------------------------------
 
     def note_complete(self, handle: int) -> None:
         """All of it was, or is about to be, in an upload's ranges."""
@@ -139,7 +146,9 @@ class SftpStreamingUploads:
             self._completed.popitem(last=False)
 
     def note_piece(self, handle: int) -> None:
+        """Note that a piece was sent with this handle."""
         self._completed.pop(handle, None)
 
     def is_complete(self, handle: int) -> bool:
+        """Return whether no piece can have been sent with this handle."""
         return handle in self._completed

@@ -104,6 +104,7 @@ def _by_code(error: asyncssh.SFTPError, path: bytes, site: str) -> RemoteError:
 
 
 def is_too_long(path: bytes) -> bool:
+    """Return whether the path, or a name of it, is longer than servers take."""
     return len(path) > MAX_PATH_BYTES or any(
         len(name) > MAX_NAME_BYTES for name in path.split(b"/")
     )

@@ -1,6 +1,6 @@
 """Whether what a file is now is what an earlier attempt of the same upload left there.
 
-The daemon repeats an upload whose answer it never had, with the version that it was made on; what
+The caller repeats an upload whose answer it never had, with the version that it was made on; what
 the server has by then may be all of it, or a part. SFTP has no place for a mark, so it is
 recognised by itself, which also works after this process was killed:
 
@@ -31,7 +31,7 @@ from asyncssh.constants import FXF_READ
 
 from hpcfs.model.errors import NotFound, PermissionDenied
 from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
-from hpcfs.remotes.base import Source
+from hpcfs.remotes.base import UploadSource
 from hpcfs.remotes.sftp.attrs import NANOSECONDS
 from hpcfs.remotes.sftp.path import SftpPath
 from hpcfs.remotes.sftp.session import SftpSession, all_of
@@ -59,7 +59,10 @@ class UploadAttempt:
     """In the order of writing."""
 
     @classmethod
-    def of(cls, request: UploadRequest, source: Source, *, checked: bool = True) -> UploadAttempt:
+    def of(
+        cls, request: UploadRequest, source: UploadSource, *, checked: bool = True
+    ) -> UploadAttempt:
+        """Describe an upload; where not `checked`, any version may be replaced."""
         wanted = request.attributes.mtime_ns
         return cls(
             request.base_version if checked else None,
@@ -72,17 +75,20 @@ class UploadAttempt:
 
     @classmethod
     def of_piece(
-        cls, request: UploadPieceRequest, source: Source, *, checked: bool = True
+        cls, request: UploadPieceRequest, source: UploadSource, *, checked: bool = True
     ) -> UploadAttempt:
+        """Describe the upload that begins with this piece."""
         return cls(
             request.base_version if checked else None,
             samples=tuple(_samples([(0, source.size)], source)),
         )
 
     def is_empty(self, attrs: SFTPAttrs) -> bool:
+        """Return whether the file is empty and nothing of its old content counts."""
         return not attrs.size and not self.base_size
 
     def is_final(self, attrs: SFTPAttrs) -> bool:
+        """Return whether the file has the size and time that the upload ends with."""
         return (attrs.size, attrs.mtime) == (self.size, self.mtime)
 
     def may_be(self, attrs: SFTPAttrs) -> bool:
@@ -116,7 +122,7 @@ def _size_of(version: bytes | None) -> int:
     return int(size) if size.isdigit() else 2**63
 
 
-def _samples(ranges: Sequence[tuple[int, int]], source: Source) -> list[Sample]:
+def _samples(ranges: Sequence[tuple[int, int]], source: UploadSource) -> list[Sample]:
     """The first bytes, the last, and some evenly between, in the order of the ranges."""
     total = sum(length for _, length in ranges)
     count = min(SAMPLES, -(-total // SAMPLE_BYTES))
@@ -139,12 +145,14 @@ class UnfinishedUploads:
         self._begun: OrderedDict[bytes, UploadAttempt] = OrderedDict()
 
     def begin(self, path: bytes, attempt: UploadAttempt) -> None:
+        """Remember an upload whose end was not seen."""
         self._begun[path] = attempt
         self._begun.move_to_end(path)
         while len(self._begun) > REMEMBERED:
             self._begun.popitem(last=False)
 
     def end(self, path: bytes) -> None:
+        """Forget the upload to this path."""
         self._begun.pop(path, None)
 
     async def has_left(self, place: SftpPath, attrs: SFTPAttrs, attempt: UploadAttempt) -> bool:

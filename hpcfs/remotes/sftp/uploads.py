@@ -3,7 +3,7 @@
 One object per namespace, which knows the files that are held open
 (remotes/sftp/streaming_upload.py) and the attempts that were not seen to end
 (remotes/sftp/upload_resume.py). All of that may be lost with this process: an upload then opens its
-file again, and what was sent ahead is sent again (PiecesLost).
+file again, and the pieces are sent again (PiecesLost).
 
 Round trips of a small file: create 1 and upload 1 where its file is held; otherwise upload 2 (the
 open, then everything else). With `replace` 3: the temporary file, its content, the rename.
@@ -37,7 +37,7 @@ from hpcfs.model.errors import (
     Unreachable,
 )
 from hpcfs.model.uploads import UploadPieceRequest, UploadRequest
-from hpcfs.remotes.base import ReportProgress, Source
+from hpcfs.remotes.base import ReportProgress, UploadSource
 from hpcfs.remotes.sftp import rename as renaming
 from hpcfs.remotes.sftp.appending import append
 from hpcfs.remotes.sftp.attrs import NANOSECONDS, full_mode, version_of
@@ -67,6 +67,8 @@ NOTED = 1024
 
 
 class SftpUploads:
+    """Makes files and uploads of one namespace. With `verify` the server hashes what arrived."""
+
     def __init__(self, verify: bool = False) -> None:
         self._verify = verify
         self._streams = SftpStreamingUploads()
@@ -79,9 +81,11 @@ class SftpUploads:
         """Those that are there now."""
 
     def release(self, handle: int) -> None:
+        """Give up what was sent with this handle."""
         self._streams.release(handle)
 
     async def settled(self, path: bytes) -> None:
+        """Wait until the making of a file at this path is through."""
         await self._streams.settled(path)
 
     # --- making ---------------------------------------------------------------------------------
@@ -103,11 +107,12 @@ class SftpUploads:
         made = place.entry_of(target.now)
         return msgspec.structs.replace(made, size=0, mtime_ns=now, atime_ns=now, version=b"")
 
-    # --- ahead ----------------------------------------------------------------------------------
+    # --- pieces ----------------------------------------------------------------------------------
 
     async def upload_piece(
-        self, place: SftpPath, request: UploadPieceRequest, source: Source
+        self, place: SftpPath, request: UploadPieceRequest, source: UploadSource
     ) -> None:
+        """Send a piece of a file that is still being written. Raises PiecesLost, NotSupported."""
         self._streams.note_piece(request.handle)
         file = self._streams.get(request.handle)
         if file is not None and not file.is_usable:
@@ -129,7 +134,7 @@ class SftpUploads:
             self._streams.rest(request.handle)
 
     async def _open_for_pieces(
-        self, place: SftpPath, request: UploadPieceRequest, source: Source
+        self, place: SftpPath, request: UploadPieceRequest, source: UploadSource
     ) -> WritableFile:
         """Of an unknown handle, another process may have sent something ahead. Then the file has
         another version than its base: bytes of ours, which would count as sent."""
@@ -154,7 +159,7 @@ class SftpUploads:
     # --- uploads --------------------------------------------------------------------------------
 
     async def upload(
-        self, place: SftpPath, request: UploadRequest, source: Source, report: ReportProgress
+        self, place: SftpPath, request: UploadRequest, source: UploadSource, report: ReportProgress
     ) -> Entry:
         """Raises Changed when the remote lost bytes that are still meant to be there."""
         if request.size < 0 or request.base_size < 0:
@@ -175,7 +180,7 @@ class SftpUploads:
         return place.entry_of(attrs)
 
     async def _append(
-        self, place: SftpPath, request: UploadRequest, source: Source, report: ReportProgress
+        self, place: SftpPath, request: UploadRequest, source: UploadSource, report: ReportProgress
     ) -> Entry:
         self._streams.release(request.handle)
         async with place.session.uploading:
@@ -184,7 +189,7 @@ class SftpUploads:
                 await _compare(place, appended.request, appended.source, report)
         return place.entry_of(appended.attrs)
 
-    def _remember(self, place: SftpPath, request: UploadRequest, source: Source) -> None:
+    def _remember(self, place: SftpPath, request: UploadRequest, source: UploadSource) -> None:
         """After a failure that is being reported already."""
         try:
             self._unfinished.begin(place.path, UploadAttempt.of(request, source))
@@ -209,7 +214,7 @@ class SftpUploads:
         self,
         place: SftpPath,
         request: UploadRequest,
-        source: Source,
+        source: UploadSource,
         report: ReportProgress,
         file: SftpStreamingUpload | None,
     ) -> SFTPAttrs:
@@ -231,7 +236,7 @@ class SftpUploads:
         self,
         target: WritableFile,
         request: UploadRequest,
-        source: Source,
+        source: UploadSource,
         report: ReportProgress,
         keep: int,
     ) -> SFTPAttrs:
@@ -255,7 +260,7 @@ class SftpUploads:
         self,
         place: SftpPath,
         request: UploadRequest,
-        source: Source,
+        source: UploadSource,
         report: ReportProgress,
         *,
         ours: bool,
@@ -269,8 +274,8 @@ class SftpUploads:
             return await self._replace_by(temporary, place, request, source, report, attempt)
 
     @contextmanager
-    def _temporary_for(self, place: SftpPath, source: Source) -> Iterator[SftpPath]:
-        """A name that no other upload takes: it is made of the source's (`Source.name`).
+    def _temporary_for(self, place: SftpPath, source: UploadSource) -> Iterator[SftpPath]:
+        """A name that no other upload takes: it is made of the source's (`UploadSource.name`).
         Only one that is still being given up here makes another name necessary."""
         name = renaming.name_beside(paths.name(place.path), source.name)
         temporary = place.beside(name)
@@ -287,7 +292,7 @@ class SftpUploads:
         temporary: SftpPath,
         place: SftpPath,
         request: UploadRequest,
-        source: Source,
+        source: UploadSource,
         report: ReportProgress,
         attempt: UploadAttempt,
     ) -> SFTPAttrs:
@@ -362,7 +367,7 @@ async def _open_temporary(temporary: SftpPath, mode: int) -> WritableFile:
 
 
 async def _send_piece(
-    file: SftpStreamingUpload, request: UploadPieceRequest, source: Source
+    file: SftpStreamingUpload, request: UploadPieceRequest, source: UploadSource
 ) -> None:
     target = await asyncio.shield(file.opening)
     piece = request.offset, request.length
@@ -379,7 +384,7 @@ async def _send_piece(
 
 
 async def _compare(
-    place: SftpPath, request: UploadRequest, source: Source, report: ReportProgress
+    place: SftpPath, request: UploadRequest, source: UploadSource, report: ReportProgress
 ) -> None:
     """Where nothing of the old content counts, all of the file is here."""
     ranges = request.ranges if request.base_size else [(0, request.size)]
@@ -416,7 +421,7 @@ def _is_base(target: WritableFile, request: UploadPieceRequest) -> bool:
 
 
 def _is_whole(request: UploadRequest) -> bool:
-    """Whether nothing of the file can have been sent ahead."""
+    """Whether no piece of the file can have been sent."""
     return request.handle == NO_HANDLE or _covered(request.base_size, request.size, request.ranges)
 
 
@@ -432,7 +437,7 @@ def _covered(start: int, end: int, ranges: Ranges) -> bool:
 
 
 class _Empty:
-    """A Source of nothing."""
+    """A source of nothing."""
 
     size = 0
     name = ""

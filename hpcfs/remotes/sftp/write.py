@@ -24,7 +24,7 @@ from asyncssh import SFTPAttrs, SFTPOpUnsupported, SFTPPermissionDenied
 
 from hpcfs.model.errors import RemoteError, Unreachable
 from hpcfs.model.uploads import UploadRequest
-from hpcfs.remotes.base import ReportProgress, Source
+from hpcfs.remotes.base import ReportProgress, UploadSource
 from hpcfs.remotes.sftp.attrs import needs_present, owner_to_set, rest_to_set
 from hpcfs.remotes.sftp.explain import explain_full, explain_size
 from hpcfs.remotes.sftp.parallel_channels import ParallelChannels, WriteChannel
@@ -57,13 +57,14 @@ class WritableFile:
 
     @property
     def session(self) -> SftpSession:
+        """The session that the handle belongs to."""
         return self.place.session
 
 
 async def bring(
     target: WritableFile,
     request: UploadRequest,
-    source: Source,
+    source: UploadSource,
     report: ReportProgress,
     *,
     keep: int,
@@ -256,6 +257,7 @@ async def touch(place: SftpPath, failure: RemoteError) -> None:
 
 
 def is_small(ranges: Ranges) -> bool:
+    """Return whether the ranges go in one flight."""
     return _length(ranges) <= SMALL_BYTES
 
 
@@ -263,16 +265,23 @@ def _length(ranges: Ranges) -> int:
     return sum(length for _, length in ranges)
 
 
-def _read_all(session: SftpSession, ranges: Ranges, source: Source) -> list[tuple[int, bytes]]:
+def _read_all(
+    session: SftpSession, ranges: Ranges, source: UploadSource
+) -> list[tuple[int, bytes]]:
     pieces = _pieces(ranges, session.write_bytes)
     return [(offset, source.read(offset, length)) for offset, length in pieces]
 
 
 async def write_ranges(
-    target: WritableFile, ranges: Ranges, source: Source, report: ReportProgress, *, wide: bool
+    target: WritableFile,
+    ranges: Ranges,
+    source: UploadSource,
+    report: ReportProgress,
+    *,
+    wide: bool,
 ) -> None:
-    """All pieces pipelined. They are read inline: the cache file was written a moment ago, so its
-    bytes are in the page cache, and a thread per piece would cost more than the copy."""
+    """All pieces pipelined. They are read inline: a source that was written a moment ago is in the
+    page cache, and a thread per piece would cost more than the copy."""
     session = target.session
     channels = await target.channels.for_writing(_length(ranges) if wide else 0)
     turn = session.writing.turn()

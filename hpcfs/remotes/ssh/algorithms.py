@@ -26,6 +26,7 @@ _GSS = "gss-"
 
 
 def ciphers(options: SshOptions) -> list[str]:
+    """Return the ciphers to offer, the quickest first where the user chose none."""
     found = _offered(options, "Ciphers", get_encryption_algs(), get_default_encryption_algs())
     if options.is_chosen("ciphers") or FAST_CIPHER not in found:
         return found
@@ -33,6 +34,7 @@ def ciphers(options: SshOptions) -> list[str]:
 
 
 def macs(options: SshOptions) -> list[str]:
+    """Return the message authentication codes to offer."""
     return _offered(options, "MACs", get_mac_algs(), get_default_mac_algs())
 
 

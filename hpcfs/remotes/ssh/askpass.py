@@ -1,4 +1,4 @@
-"""The program that `ssh` runs to ask the user something: it asks the transfer process
+"""The program that `ssh` runs to ask the user something: it asks the process that started ssh
 (askpass_server.py).
 
 Run by its path, isolated and without a site: nothing but the standard library may be imported, and
@@ -18,7 +18,7 @@ ANSWERED = b"+"
 
 
 def main() -> int:
-    """Prints what the user typed. Where nobody could be asked, or the transfer process is gone, ssh
+    """Prints what the user typed. Where nobody could be asked, or that process is gone, ssh
     must not go on: it would send an empty password, and sites ban addresses for that. Ours runs in
     a process group of its own, with whatever carries it (a ProxyJump's ssh, a ProxyCommand)."""
     text = sys.argv[1] if len(sys.argv) > 1 else ""

@@ -52,11 +52,13 @@ class AskpassServer:
         }
 
     def write_program(self) -> None:
+        """Write the program that ssh runs as SSH_ASKPASS."""
         words = shlex.join([sys.executable, "-IS", os.path.abspath(askpass.__file__)])
         self.program.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
         self.program.chmod(0o700)
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Bring one question of ssh to the user and the answer back."""
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
@@ -83,6 +85,7 @@ class AskpassServer:
         return answer
 
     async def end(self) -> None:
+        """Give up the questions that are open."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -90,6 +93,7 @@ class AskpassServer:
 
 
 def is_decision(question: str) -> bool:
+    """Return whether ssh asks for "yes" or "no", and not for a secret."""
     return _DECISION.search(question) is not None
 
 

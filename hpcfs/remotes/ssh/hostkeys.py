@@ -67,10 +67,12 @@ class Rules:
 
     @property
     def files(self) -> tuple[Path, ...]:
+        """The known_hosts files, the user's first."""
         return self.user_files + self.global_files
 
     @property
     def may_remember(self) -> bool:
+        """Whether a key of this host can be added to a file."""
         return bool(self.user_files) and _UNWRITABLE.isdisjoint(self.host)
 
 
@@ -85,6 +87,7 @@ class Judgement:
 
     @property
     def is_trusted(self) -> bool:
+        """Whether the connection may go on without a question."""
         return self.kind in ("trusted", "unproved")
 
 
@@ -123,6 +126,7 @@ class HostKeys:
         return [*certificates, *known, *(name for name in plain if name not in kinds)]
 
     def knows_host(self) -> bool:
+        """Whether any key or authority is known for this host."""
         return any(self._entries("")) or bool(self._authorities())
 
     def judge(self, key: asyncssh.SSHKey, address: str) -> Judgement:

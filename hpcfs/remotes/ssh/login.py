@@ -54,6 +54,7 @@ class SshLogin:
 
     @property
     def connections(self) -> int:
+        """How many connections there are, those to jump hosts included."""
         return 1 + len(self.jumps)
 
     @property
@@ -63,9 +64,11 @@ class SshLogin:
         return cast(Sequence[str], self.connection.get_extra_info(_SAID, []))
 
     async def open_shell(self) -> Shell:
+        """Start a shell in a channel of its own. Raises asyncssh's errors and OSError."""
         return await ChannelShell.start(self.connection)
 
     async def close(self) -> None:
+        """Close the connection, then those that carry it."""
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await _end([self.connection, *reversed(self.jumps)])

@@ -19,6 +19,8 @@ MOST_LETTERS = 4000
 
 
 class LoginClock:
+    """Bounds one login by seconds and by questions, and asks the user meanwhile."""
+
     def __init__(self, seconds: float, prompter: Prompter):
         self._seconds = seconds
         self._prompter = prompter
@@ -27,6 +29,7 @@ class LoginClock:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
+        """Raise TimeoutError where the block takes longer, questions apart."""
         try:
             async with asyncio.timeout(self._seconds) as self._timeout:
                 yield

@@ -45,6 +45,7 @@ class OpenSshTarget:
 
     @property
     def shown(self) -> str:
+        """The alias, with the host name where that is another one."""
         alias = self.site.host
         return alias if alias == self.host else f"{alias} ({self.host})"
 

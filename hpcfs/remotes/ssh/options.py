@@ -21,6 +21,7 @@ from pathlib import Path
 from hpcfs.model.errors import Unreachable, WrongSettings
 from hpcfs.model.sites import SshSite
 from hpcfs.remotes.ssh import plain_config, program
+from hpcfs.system.text import one_line
 
 SYSTEM_FILE = "/etc/ssh/ssh_config"
 _HASH = "/%C"
@@ -42,9 +43,11 @@ class SshOptions:
         return None if value.lower() == "none" else value
 
     def all(self, option: str) -> list[str]:
+        """Return all values of an option, in order."""
         return list(self.options.get(option, ()))
 
     def is_on(self, option: str) -> bool:
+        """Return whether an option is "yes"."""
         return (self.one(option) or "").lower() in ("yes", "true")
 
     def is_chosen(self, option: str) -> bool:
@@ -112,6 +115,7 @@ async def ask_ssh(line: list[str], site: SshSite, given: int = DEVNULL) -> str:
 
 
 def no_ssh(error: OSError) -> WrongSettings:
+    """Return the error for an ssh that can't be started."""
     return WrongSettings(
         f'transport = "openssh" needs the program ssh, which can\'t be started '
         f"({error.strerror}): install it (openssh-client), or leave the key out"
@@ -120,7 +124,7 @@ def no_ssh(error: OSError) -> WrongSettings:
 
 def _reason(complaint: str) -> str:
     """Its first line says what is wrong, with file and line; the last only that it ends."""
-    lines = [program.one_line(line) for line in complaint.splitlines() if line.strip()]
+    lines = [one_line(line) for line in complaint.splitlines() if line.strip()]
     shown = [line for line in lines if "terminating, " not in line] or lines
     text = "; ".join(shown[:3]) or "ssh says nothing"
     return text.replace("/dev/stdin", "~/.ssh/config")

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import BinaryIO
 
+from hpcfs.system.text import one_line
+
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 1.0
@@ -137,6 +139,7 @@ class Program:
         return code, list(self._lines)
 
     async def close(self) -> None:
+        """End the program and wait for it."""
         end(self._process, signal.SIGTERM)
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
@@ -146,9 +149,3 @@ class Program:
             await self._process.wait()
         self._listening.cancel()
         await asyncio.wait([self._listening])
-
-
-def one_line(text: str) -> str:
-    """Printable, without line ends."""
-    shown = "".join(letter if letter.isprintable() else " " for letter in text)
-    return " ".join(shown.split())

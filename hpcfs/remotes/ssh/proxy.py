@@ -61,6 +61,7 @@ class Proxy:
             self._ending = asyncio.create_task(self._program.close())
 
     async def close(self) -> None:
+        """End the ProxyCommand."""
         self.end()
         assert self._ending is not None
         await asyncio.wait([self._ending])

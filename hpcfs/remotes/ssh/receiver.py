@@ -87,9 +87,11 @@ class PacketReceiver(asyncio.BufferedProtocol):
     # --- the transport's side -------------------------------------------------------------------
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        """Return where the next bytes go (asyncio calls this)."""
         return self._buffer[self._filled :]
 
     def buffer_updated(self, nbytes: int) -> None:
+        """Take the packets that are complete (asyncio calls this)."""
         self._filled += nbytes
         self._connection._reset_keepalive_timer()
         self._connection._keepalive_count = 0
@@ -112,15 +114,19 @@ class PacketReceiver(asyncio.BufferedProtocol):
             self.buffer_updated(some)
 
     def eof_received(self) -> None:
+        """Hand the end on to asyncssh (asyncio calls this)."""
         self._connection.eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Hand the loss on to asyncssh (asyncio calls this)."""
         self._connection.connection_lost(exc)
 
     def pause_writing(self) -> None:
+        """Hand on to asyncssh that the transport holds enough."""
         self._connection.pause_writing()
 
     def resume_writing(self) -> None:
+        """Hand on to asyncssh that the transport takes more."""
         self._connection.resume_writing()
 
     # --- packets --------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Before each packet asyncssh sends an empty SSH_MSG_IGNORE, against an attack on ciphers in CBC mode
 whose next initialisation vector can be predicted (RFC 4251, section 9.3.1). AES-GCM and
 ChaCha20-Poly1305 have no such vector. For small requests each of them costs as much as the request:
-a quarter of the transfer process's time for 500 small files.
+a quarter of the process's time for 500 small files.
 
 This leans on names inside of asyncssh: `shorten_sending` looks for them and leaves everything as it
 is where one is missing; a test fails when that happens.

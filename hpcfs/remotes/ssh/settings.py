@@ -82,10 +82,12 @@ class Hop:
 
     @property
     def shown(self) -> str:
+        """The alias, with the host name where that is another one."""
         return self.alias if self.alias == self.host else f"{self.alias} ({self.host})"
 
     @property
     def is_direct(self) -> bool:
+        """Whether neither a jump host nor a ProxyCommand leads there."""
         return not self.jumps and self.proxy_command is None
 
 

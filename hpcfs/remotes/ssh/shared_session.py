@@ -26,14 +26,18 @@ class AnySession(Protocol):
     """A connection in use."""
 
     @property
-    def lost(self) -> bool: ...
+    def lost(self) -> bool:
+        """Whether it can't be used any more."""
+        ...
 
     @property
     def ended(self) -> asyncio.Event:
         """Set when it is lost."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """End it."""
+        ...
 
 
 S = TypeVar("S", bound=AnySession)
@@ -102,6 +106,7 @@ class SharedSession(Generic[S]):
         return self._attempt
 
     async def close(self) -> None:
+        """Give up an attempt under way and close the session; later requests raise Unreachable."""
         self._closed = True
         if self._attempt is not None:
             self._attempt.cancel()

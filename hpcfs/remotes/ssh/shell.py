@@ -17,13 +17,19 @@ COMMAND = "exec sh"
 
 
 class Shell(Protocol):
-    def write(self, script: bytes) -> None: ...
+    """A POSIX shell on the server."""
+
+    def write(self, script: bytes) -> None:
+        """Send lines to the shell, without waiting."""
+        ...
 
     async def read_line(self) -> bytes:
         """Empty once the shell has ended. Raises asyncssh's errors, OSError and ValueError."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the shell."""
+        ...
 
 
 class _ShellSession(asyncssh.SSHClientSession[bytes]):
@@ -46,6 +52,8 @@ class _ShellSession(asyncssh.SSHClientSession[bytes]):
 
 @dataclass(frozen=True)
 class ChannelShell:
+    """A shell in a channel of an asyncssh connection."""
+
     channel: asyncssh.SSHClientChannel[bytes]
     session: _ShellSession
 
@@ -59,12 +67,15 @@ class ChannelShell:
         return cls(channel, session)
 
     def write(self, script: bytes) -> None:
+        """Send lines to the shell, without waiting."""
         self.channel.write(script)
 
     async def read_line(self) -> bytes:
+        """Return the next line with its end; b"" once the shell has ended."""
         return await self.session.reader.readline()
 
     def close(self) -> None:
+        """End the shell."""
         self.channel.close()
 
 
@@ -76,12 +87,15 @@ class StreamShell:
     writer: asyncio.StreamWriter
 
     def write(self, script: bytes) -> None:
+        """Send lines to the shell, without waiting."""
         self.writer.write(script)
 
     async def read_line(self) -> bytes:
+        """Return the next line with its end; b"" once the shell has ended."""
         return await self.reader.readline()
 
     def close(self) -> None:
+        """End the shell."""
         self.writer.close()
 
 

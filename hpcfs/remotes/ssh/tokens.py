@@ -60,6 +60,7 @@ class Tokens:
         return Path(_VARIABLE.sub(_variable, self._expand(os.path.expanduser(text), self.values)))
 
     def command(self, text: str) -> str:
+        """Expand the tokens of a command line (ProxyCommand, KnownHostsCommand)."""
         return self._expand(text, {token: self.values[token] for token in _IN_COMMANDS})
 
     def _expand(self, text: str, values: Mapping[str, str]) -> str:

@@ -19,8 +19,8 @@ from hpcfs.model.errors import (
     Unreachable,
     WrongSettings,
 )
-from hpcfs.remotes.ssh.program import one_line
 from hpcfs.remotes.ssh.settings import Hop
+from hpcfs.system.text import one_line
 
 SHOWN_LETTERS = 150
 

@@ -55,6 +55,7 @@ class RendezvousFile:
         return file.read(self.directory, self.name)
 
     def stamp(self) -> file.Stamp | None:
+        """Return what tells one version of the file from another; None where there is none."""
         return file.stamp(self.directory, self.name)
 
     async def changed(self, known: file.Stamp | None, every: float = LOOK_SECONDS) -> None:
@@ -126,6 +127,7 @@ class Line:
     _tending: asyncio.Task[None]
 
     async def close(self) -> None:
+        """End the stream and its pipe."""
         self.stream.close()
         self._tending.cancel()
         await asyncio.wait([self._tending])
@@ -148,6 +150,7 @@ class Line:
 
     @property
     def shown(self) -> str:
+        """The laptop's name, for messages."""
         return f"the laptop {self.rendezvous.name}"
 
     async def _until_broken(self, pipe: PipeEnd) -> bool:

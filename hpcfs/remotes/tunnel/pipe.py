@@ -54,9 +54,11 @@ class PipeEnd(asyncio.Protocol):
         self._stream: TunnelStream | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin (asyncio calls this)."""
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        """Collect bytes, or feed the stream (asyncio calls this)."""
         self.heard_at = self._loop.time()
         if self._stream is None:
             self._came += data
@@ -65,10 +67,12 @@ class PipeEnd(asyncio.Protocol):
             self._feed(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Note that the pipe broke (asyncio calls this)."""
         self.broken.set()
         self._more.set()
 
     def write(self, data: bytes) -> None:
+        """Send bytes, without waiting."""
         if not self._transport.is_closing():
             self._transport.write(data)
 
@@ -79,6 +83,7 @@ class PipeEnd(asyncio.Protocol):
         self.broken.set()
 
     async def read_until(self, end: bytes, most: int) -> bytes:
+        """Return the bytes before `end`. Raises NoAnswer after `most` bytes without it."""
         while end not in self._came:
             if len(self._came) > most:
                 raise NoAnswer("something else than a tunnel answers")
@@ -88,6 +93,7 @@ class PipeEnd(asyncio.Protocol):
         return bytes(line)
 
     async def read(self, count: int) -> bytes:
+        """Return the next `count` bytes. Raises TurnedAway where the pipe breaks first."""
         while len(self._came) < count:
             await self._wait()
         taken = bytes(self._came[:count])

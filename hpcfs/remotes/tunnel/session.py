@@ -53,18 +53,23 @@ class StreamCarrier:
 
     @property
     def logger(self) -> SSHLogger:
+        """The logger of asyncssh, for its SFTP layer."""
         return asyncssh_logger
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Return what asyncssh asks of a channel; `default` where it is not known."""
         return default
 
     def write(self, data: bytes) -> None:
+        """Send bytes, without waiting."""
         self._stream.write(data)
 
     def close(self) -> None:
+        """Close the channel."""
         self._stream.close()
 
     def is_closing(self) -> bool:
+        """Return whether nothing can be sent any more."""
         return self._stream.ended
 
     def _ended(self, reason: str) -> None:
@@ -85,6 +90,7 @@ class TunnelLogin:
 
     @property
     def connections(self) -> int:
+        """How many pipes to the laptop there are."""
         return len(self.lines)
 
     async def open_shell(self) -> Shell | None:
@@ -92,6 +98,7 @@ class TunnelLogin:
         return None
 
     async def close(self) -> None:
+        """End all streams."""
         if self.ssh is not None:
             await self.ssh.close()
         for line in self.lines:

@@ -49,9 +49,11 @@ class TunnelSiteConnection(SftpSite):
             return
 
     def traffic(self) -> Traffic:
+        """Return what is open now, and why there is no connection where there is none."""
         return msgspec.structs.replace(super().traffic(), away=self._shared.away)
 
     async def close(self) -> None:
+        """Stop looking for the laptop and close all connections."""
         self._tending.cancel()
         await asyncio.wait([self._tending])
         await super().close()
