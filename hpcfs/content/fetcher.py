@@ -81,6 +81,7 @@ class BlockFlight:
 
     @property
     def can_go(self) -> bool:
+        """Whether it only runs ahead, and nobody waits for it."""
         return not self.urgent and not self.waiters
 
 

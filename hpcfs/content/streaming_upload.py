@@ -1,10 +1,10 @@
-"""StreamingUpload a large file while it is still being written, piece by piece.
+"""Sends a large file in pieces while it is still being written.
 
-Only a file of whose old content nothing counts: a new one, or one that was cut to nothing. A piece
-leaves once the writer is a whole piece further on, as what was just written is most likely to be
-written again. What was sent stays dirty until the upload at the file's close completes it: that one
-brings what was changed since, and whatever fails here only means that it brings all. Nothing here
-awaits but the tasks that send.
+This is for files whose old content does not count: new ones, and those that were cut to nothing. A
+piece is sent once the writer is a whole piece further on, as the bytes just written are the most
+likely ones to be written again. The pieces stay dirty until the upload at the file's close
+completes them. That one brings the bytes changed since; if a piece fails, it brings all. Only the
+tasks that send await anything.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from hpcfs.model.uploads import PIECE_BYTES
 log = logging.getLogger(__name__)
 
 MOST_PIECES = 4
-"""Under way at once, of one file."""
+"""Pieces of one file that are under way at once."""
 
 SendPiece = Callable[[int, int], Awaitable[None]]
 """(handle, offset): returns once the remote has the piece. Raises RemoteError."""
 
 
 class StreamingUpload:
-    """Of one file. Offsets in bytes; a piece is PIECE_BYTES long and starts at a multiple of it."""
+    """Sends the pieces of one file. Offsets are bytes; a piece is PIECE_BYTES long and starts at a
+    multiple of that."""
 
     def __init__(
         self, send: SendPiece, new_handle: Callable[[], int], nursery: trio.Nursery
@@ -44,9 +45,9 @@ class StreamingUpload:
         self._again: set[int] = set()
         """Pieces under way that were written to meanwhile."""
         self.sent = RangeSet()
-        """What the remote has as it is here."""
+        """The bytes that the remote has as they are here."""
         self.handle = NO_HANDLE
-        """While something was sent, or is about to be."""
+        """The pieces are sent under it; NO_HANDLE while none was sent."""
 
     def wrote(self, offset: int, end: int) -> None:
         """The file was changed there."""

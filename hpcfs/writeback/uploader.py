@@ -49,6 +49,8 @@ class Uploader:
 
         Raises CacheFull when the journal can't be written.
         """
+        if not file.state.needs_row:
+            return
         file.reader.use_disk()
         with file.persisting():
             await self._note(file, durable=True, instead_of=instead_of)
