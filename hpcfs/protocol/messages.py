@@ -1,4 +1,4 @@
-"""What the mount daemon and a transfer process say to each other: the only module both sides share.
+"""The messages between the mount daemon and a transfer process, which both sides share.
 
 One Unix stream socket joins the two. Each frame is a 4-byte big-endian length and a MessagePack
 body (msgpack.org spec, encoded by msgspec). Bulk bytes never cross it: a `Fetch` names the cache
@@ -294,7 +294,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def frame(message: msgspec.Struct) -> bytes:
-    """One message, ready to be sent.
+    """Return one message as a frame, ready to be sent.
 
     Raises ProtocolError when it is larger than MAX_FRAME_BYTES.
     """

@@ -1,4 +1,4 @@
-"""What botocore's way over the network may do: aiobotocore speaks HTTP by aiohttp, which follows
+"""Guards botocore's way over the network: aiobotocore speaks HTTP by aiohttp, which follows
 redirects by itself, with the session token and the body, to any host and from https to http; and
 reads answers of any length.
 
@@ -86,5 +86,5 @@ async def _guarded(self: AIOHTTPSession, proxy_url: str | None) -> _BoundedSessi
 
 
 def guard() -> None:
-    """For this process. Calling it again changes nothing."""
+    """Install the guard in this process. Calling it again changes nothing."""
     AIOHTTPSession._get_session = _guarded

@@ -61,7 +61,7 @@ DELETED_AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class Access:
-    """What a site's buckets share."""
+    """The objects that all buckets of a site share."""
 
     login: S3Login
     direct: Direct
@@ -93,7 +93,7 @@ class Bucket:
         self._lasting: RemoteError | None = None
 
     async def call(self, operation: str, subject: str, **parameters: Any) -> dict[str, Any]:
-        """One request of S3's API."""
+        """Make one request of S3's API, by botocore's name of the operation. Raises RemoteError."""
 
         async def ask() -> dict[str, Any]:
             return await self._by_client(operation, parameters)
@@ -139,7 +139,7 @@ class Bucket:
             raise
 
     def check(self) -> None:
-        """Raises what can't be cured by asking again."""
+        """Raise what can't be cured by asking again."""
         if self._lasting is not None:
             raise type(self._lasting)(*self._lasting.args)
 
@@ -149,7 +149,8 @@ class Bucket:
         return error
 
     async def head(self, key: str, *, urgent: bool = True) -> Info | None:
-        """None where there is no such object. `urgent` requests overtake those that are not."""
+        """Return what the object's headers say, or None where there is no such object. `urgent`
+        requests overtake those that are not."""
         try:
             async with self._access.gate.turn(0, urgent=urgent):
                 answer = await self._directly("head_object", key, {"Key": key})
@@ -160,7 +161,7 @@ class Bucket:
     async def get(
         self, key: str, version: bytes, offset: int, length: int, *, urgent: bool = True
     ) -> bytes | bytearray:
-        """A range of one version. Raises Changed when that is not what is there."""
+        """Return `length` bytes of one version. Raises Changed when another one is there."""
         parameters = {"Key": key, "Range": f"bytes={offset}-{offset + length - 1}"}
         if b":" not in version:
             parameters["IfMatch"] = f'"{version.decode()}"'
@@ -327,7 +328,7 @@ class Bucket:
         await self.call("delete_object", key, Key=key)
 
     async def delete_many(self, keys: Sequence[str]) -> None:
-        """At most DELETED_AT_ONCE."""
+        """Remove DELETED_AT_ONCE objects at most."""
         left = list(keys)
 
         async def ask() -> None:
@@ -349,7 +350,7 @@ class Bucket:
         return page
 
     async def pages(self, prefix: str, *, delimiter: str = "") -> AsyncIterator[Page]:
-        """All keys that begin with `prefix`, page by page."""
+        """Yield all keys that begin with `prefix`, page by page."""
         token: str | None = None
         while True:
             more = {"ContinuationToken": token} if token else {}
@@ -416,7 +417,7 @@ class Bucket:
         body: bytes | BinaryIO,
         sent: Callable[[], None] | None = None,
     ) -> PartSent:
-        """A body that is no bytes is streamed, and its MD5 is not known."""
+        """Send a part. A body that is no bytes is streamed, and its MD5 is not known."""
         asked = {"Key": key, "UploadId": upload.id, "PartNumber": number, "Body": body}
         if isinstance(body, bytes):
             return await self._send("upload_part", asked, sent, with_crc=upload.with_crc)
@@ -434,7 +435,8 @@ class Bucket:
         offset: int,
         length: int,
     ) -> PartSent:
-        """Raises NotSupported where the server does not copy: some take it for an empty part."""
+        """Copy a range on the server as a part. Raises NotSupported where the server does not copy:
+        some take it for an empty part."""
         answer = await self.call(
             "upload_part_copy",
             key,

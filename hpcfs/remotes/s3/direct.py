@@ -80,7 +80,7 @@ would say of the same part that there is no such upload."""
 
 
 class DirectLogin(Protocol):
-    """What a site logs in with (login.py)."""
+    """The credentials and settings of a site (login.S3Login)."""
 
     async def prepared(self, bucket: str) -> Any:
         """Return a request to this bucket as botocore would send it."""
@@ -97,7 +97,7 @@ class DirectLogin(Protocol):
 
 @dataclass(frozen=True)
 class Route:
-    """How to reach a bucket's objects: `path` ends in "/"."""
+    """The way to a bucket's objects: `path` ends in "/"."""
 
     pool: Pool
     host: str
@@ -135,7 +135,7 @@ class Direct:
         limit: int,
         sent: Callable[[], None] | None = None,
     ) -> dict[str, Any] | None:
-        """What the client's method of this name answers, or None where it must be asked.
+        """Return what the client's method of this name returns, or None where it must be asked.
 
         One of _METHODS: asking all of them twice does what asking once does. `limit` is how many
         bytes of an object may come; more are not read, and then there is no "Body". `sent` is
@@ -184,7 +184,7 @@ class Direct:
 
     @property
     def connections(self) -> int:
-        """That are open now."""
+        """How many connections are open now."""
         return sum(map(len, self._pools.values()))
 
     def close(self) -> None:

@@ -48,8 +48,8 @@ class HttpResponse:
 
 @dataclass(frozen=True)
 class HttpRequest:
-    """A request as it goes over the wire: its head, and its body, which must not change meanwhile.
-    `sent` is called for every piece of the body that the system took."""
+    """A request: its head as bytes, and its body, which must not change meanwhile. `sent` is called
+    for every piece of the body that the system took."""
 
     data: bytes
     bodiless: bool = False
@@ -89,8 +89,11 @@ class HttpConnection(asyncio.BufferedProtocol):
         return self._waiter is not None
 
     async def ask(self, request: HttpRequest) -> HttpResponse:
-        """Raises Unusual, Lost, or TimeoutError after `expire`. Whoever is cancelled loses the
-        connection: the rest of the answer would take as long as it takes."""
+        """Send a request and return the response.
+
+        Raises UnusualResponse, ConnectionLost, or TimeoutError after `expire`. A caller that is
+        cancelled loses the connection: the rest of the response would take as long as it takes.
+        """
         self.began = False
         if self._transport is None or not self.reusable:
             raise ConnectionLost("the connection is closed")

@@ -1,4 +1,4 @@
-"""From S3's listing to a directory's names: pure, and in bounded memory.
+"""Collates S3's listing to a directory's names: pure, and in bounded memory.
 
 With a delimiter, S3 returns objects ("a", "a-b") and common prefixes ("a/") in byte order. An
 object beside a prefix of the same name needs another name than one without, but in byte order
@@ -67,7 +67,7 @@ class Collator(Generic[T]):
 def in_order(
     objects: Iterable[tuple[str, T]], prefixes: Iterable[str]
 ) -> Iterator[tuple[str, T | None]]:
-    """One page's two lists as one; markers, which are not shown, should be gone already."""
+    """Merge one page's two lists; markers, which are not shown, should be gone already."""
     both: list[tuple[str, T | None]] = [*objects, *((name, None) for name in prefixes)]
     return iter(sorted(both, key=lambda pair: pair[0]))
 

@@ -1,4 +1,4 @@
-"""What a site logs in with: botocore's session and client, made at their first use.
+"""Logs a site in: botocore's session and client, made at their first use.
 
 Credentials come from the AWS chain (environment, ~/.aws, SSO, instance) unless the site names a key
 of its own. Nothing is made before the first request, so that a wrong profile is an error of that
@@ -58,8 +58,8 @@ class _Prepared(Exception):
 
 
 def check_secrecy(endpoint_url: str, keys: Keys | None) -> str:
-    """What is to be said of the endpoint. Raises WrongSettings where a session token would be sent
-    without encryption: it is a secret, other than a signature."""
+    """Return a remark about the endpoint for the status. Raises WrongSettings where a session token
+    would be sent without encryption: it is a secret, other than a signature."""
     parts = urlsplit(endpoint_url)
     if parts.scheme != "http" or _is_loopback(parts.hostname or ""):
         return ""
@@ -107,7 +107,7 @@ def _checked(keys: Keys) -> Keys:
 
 
 class S3Login:
-    """One per site."""
+    """The credentials and the botocore client of one site."""
 
     def __init__(self, site: S3Site) -> None:
         guard()
@@ -151,7 +151,7 @@ class S3Login:
         return client
 
     async def prepared(self, bucket: str) -> Any:
-        """A request to this bucket as botocore would send it."""
+        """Return a request to this bucket as botocore would send it."""
         client = await self.client()
         token = _preparing.set(True)
         try:
@@ -163,7 +163,8 @@ class S3Login:
         raise AssertionError("botocore sent what was only to be prepared")
 
     async def keys(self) -> Keys | None:
-        """Those to sign with now: credentials that expire are renewed by their provider."""
+        """Return the credentials to sign with now, None to ask without: those that expire are
+        renewed by their provider."""
         await self.client()
         return None if self.anonymous else await self._find_keys()
 

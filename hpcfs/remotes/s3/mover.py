@@ -43,7 +43,8 @@ FOLDER = "renames"
 
 
 class Mover:
-    """Of one bucket. `name` tells it from those of other servers in the notes."""
+    """Renames directories of one bucket. `name` tells it from those of other servers in the
+    notes."""
 
     def __init__(self, bucket: Bucket, transfer: Transfer, state_dir: str, name: str) -> None:
         self._bucket, self._transfer = bucket, transfer

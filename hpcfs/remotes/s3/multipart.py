@@ -37,7 +37,7 @@ INLINE_BYTES = 256 * 1024
 
 @dataclass(frozen=True)
 class NewObject:
-    """What an upload makes, and the version that it replaces (see UploadRequest)."""
+    """The object that an upload makes, and the version that it replaces (see UploadRequest)."""
 
     key: str
     metadata: Metadata
@@ -46,7 +46,8 @@ class NewObject:
 
 
 class TransferProgress:
-    """What is done, told as it grows; and at times that it still grows."""
+    """Counts what is done and reports it; at times it reports only that the transfer still
+    moves."""
 
     def __init__(self, report: ReportProgress) -> None:
         self._report = report
@@ -86,7 +87,8 @@ async def renewed(progress: TransferProgress) -> AsyncIterator[None]:
 
 
 class SourceWindow(io.RawIOBase):
-    """A part of a `UploadSource` as a file: what botocore can send without holding it in memory."""
+    """A part of an `UploadSource` as a file, which botocore can send without holding it in
+    memory."""
 
     def __init__(self, source: UploadSource, offset: int, length: int) -> None:
         self._source, self._offset, self._length, self._position = source, offset, length, 0
@@ -146,7 +148,7 @@ def stands_on(found: Info | None, base: bytes) -> bool:
 
 
 def check_base(key: str, found: Info | None, base: bytes | None) -> None:
-    """Raises Conflict."""
+    """Raise Conflict where the version that is there is not the one that may be replaced."""
     if base is not None and not stands_on(found, base):
         raise Conflict(
             f"{key} is not what it was when it was opened: the server has another version"
@@ -154,7 +156,8 @@ def check_base(key: str, found: Info | None, base: bytes | None) -> None:
 
 
 async def checked(bucket: Bucket, key: str, size: int) -> Info:
-    """What is there now: ETags in answers to uploads and copies are not always the object's."""
+    """Return what is there now: ETags in answers to uploads and copies are not always the
+    object's."""
     found = await bucket.head(key)
     if found is None:
         raise Changed(f"{key} was removed on the server while it was written")
@@ -164,7 +167,7 @@ async def checked(bucket: Bucket, key: str, size: int) -> Info:
 
 
 class Multipart:
-    """One upload. Parts come in any order, and may be sent again."""
+    """One multipart upload. Parts come in any order, and may be sent again."""
 
     def __init__(self, bucket: Bucket, target: NewObject, upload: MultipartSession) -> None:
         self.target = target
@@ -210,7 +213,8 @@ class Multipart:
             await self.send(part, body, progress)
 
     async def copy(self, part: Part, source: Summary) -> None:
-        """The same range of another object. Raises NotSupported, Changed."""
+        """Copy the same range of another object on the server as this part. Raises NotSupported,
+        Changed."""
         async with self._beside_others():
             found = await self._bucket.copy_part(
                 self.target.key, self._upload, part.number, source, part.offset, part.length

@@ -1,4 +1,4 @@
-"""What a server says of objects, checked: sizes, keys, times, ranges."""
+"""Reads what a server says of objects, and checks it: sizes, keys, times, ranges."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _MD5 = re.compile(r"[0-9a-f]{32}\Z")
 
 @dataclass(frozen=True)
 class Summary:
-    """What a listing says of an object. `etag` is without quotes, "" where there is none."""
+    """An object in a listing. `etag` is without quotes, "" where there is none."""
 
     key: str
     size: int
@@ -59,7 +59,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Info(Summary):
-    """What an object's headers say of it."""
+    """An object as its headers describe it."""
 
     metadata: Metadata = field(default_factory=Metadata)
     headers: Mapping[str, Any] = field(default_factory=dict)
@@ -68,7 +68,8 @@ class Info(Summary):
 
     @property
     def is_directory(self) -> bool:
-        """As s3fs wrote them once: "a" instead of "a/", told by their content type."""
+        """Whether it is a directory as s3fs wrote them once: "a" instead of "a/", told by the
+        content type."""
         kind = str(self.headers.get("ContentType", ""))
         return self.size == 0 and kind in DIRECTORY_TYPES and not self.key.endswith(("/", MARKER))
 
@@ -85,14 +86,15 @@ class Info(Summary):
 
 @dataclass(frozen=True)
 class Page:
-    """A piece of a listing; `prefixes` end in the delimiter."""
+    """One page of a listing; `prefixes` end in the delimiter."""
 
     objects: list[Summary]
     prefixes: list[str]
 
 
 def condition(base: bytes | None) -> dict[str, str]:
-    """A version that is no ETag can't be asked for."""
+    """Return the parameters that ask for this version; a version that is no ETag can't be asked
+    for."""
     if base is None or b":" in base:
         return {}
     return {"IfMatch": f'"{base.decode()}"'} if base else {"IfNoneMatch": "*"}
@@ -104,7 +106,7 @@ def if_match(source: Summary) -> dict[str, str]:
 
 
 def plain_etag(value: object) -> str:
-    """Some servers quote it in headers and not in listings."""
+    """Return an ETag without quotes: some servers quote it in headers and not in listings."""
     return str(value or "").strip('"')
 
 

@@ -31,7 +31,7 @@ PATIENCE = 20.0
 
 
 class Pacing:
-    """Of one site. All times are in seconds; `clock` only ever grows."""
+    """The pace of one site. All times are in seconds; `clock` never goes back."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -40,8 +40,8 @@ class Pacing:
         self._raised = 0.0
 
     async def asked(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """What `ask` answers, once the server does not want it later. Raises its refusal when that
-        has gone on for PATIENCE."""
+        """Return what `ask` returns, once the server does not want it later. Raises its refusal
+        when that has gone on for PATIENCE."""
         deadline = self._clock() + PATIENCE
         most = 0.0
         while True:
@@ -89,7 +89,8 @@ def _longer(pause: float) -> float:
 
 
 def retry_after(error: ClientError, now: Callable[[], float] = time.time) -> float:
-    """How long the server wants nobody to ask (RFC 9110, 10.2.3); 0 where it does not say."""
+    """Return for how many seconds the server wants nobody to ask (RFC 9110, 10.2.3); 0 where it
+    does not say."""
     headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     text = str(headers.get("retry-after", "")).strip()
     if text.isascii() and text.isdigit():

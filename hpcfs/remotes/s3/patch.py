@@ -24,13 +24,13 @@ _WHOLE = "this change can't be made on the server: the whole file must be sent"
 
 
 class Patcher:
-    """Of one bucket."""
+    """Changes large objects of one bucket."""
 
     def __init__(self, bucket: Bucket, limits: Limits) -> None:
         self._bucket, self._limits = bucket, limits
 
     def plan(self, old: Info, request: UploadRequest) -> list[Part] | None:
-        """None where the whole file should be sent."""
+        """Return the parts of the new object, or None where the whole file should be sent."""
         if self._bucket.server.copies_parts is False or not old.etag:
             return None
         if old.size <= self._limits.single_put or request.size <= self._limits.single_put:

@@ -81,7 +81,7 @@ DOWNLOAD_BYTES = 8 * 1024 * 1024
 
 
 class S3Remote:
-    """One namespace."""
+    """One namespace in a bucket: a base.Remote."""
 
     def __init__(self, bucket: Bucket, root: S3Root, spec: SiteSpec, limits: Limits) -> None:
         self._bucket = bucket
@@ -187,7 +187,7 @@ class S3Remote:
         await self._uploads.streams.give_up(handle)
 
     async def close(self) -> None:
-        """What was sent of files that nobody completes any more is removed."""
+        """Abort the streaming uploads that nobody completes any more."""
         await self._uploads.streams.close()
 
     async def check_writable(self, path: bytes) -> None:
@@ -251,7 +251,8 @@ class S3Remote:
         return self._entries.directory(paths.name(path), metadata)
 
     async def make_symlink(self, path: bytes, target: bytes) -> Entry:
-        """As s3fs does: the target is the content, and the mode says that it is one."""
+        """Write a link as s3fs does: the target is the content, and the mode says that it is
+        one."""
         if not 0 < len(target) <= MAX_LINK_BYTES or b"\0" in target:
             raise InvalidRequest(f"{text(path)}: this can't be the target of a link")
         look = await self._look_for_new(path)

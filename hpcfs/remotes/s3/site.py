@@ -1,4 +1,4 @@
-"""What one S3 login reaches: its connections, its limits and its memory of failures."""
+"""One S3 login with all that its remotes share: connections, limits and the memory of failures."""
 
 from __future__ import annotations
 

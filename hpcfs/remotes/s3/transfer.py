@@ -70,8 +70,8 @@ class Transfer:
     async def upload(
         self, target: NewObject, source: UploadSource, report: ReportProgress
     ) -> Summary:
-        """The object as it is then. Raises Conflict where the server minds conditions; where it
-        does not, the caller has compared the version."""
+        """Upload the source and return the object as it is then. Raises Conflict where the server
+        honours conditions; where it does not, the caller has compared the version."""
         size = source.size
         self.check_size(target.key, size)
         progress = TransferProgress(report)
@@ -188,7 +188,8 @@ class Transfer:
         return (await self.copy(info, key, report=report)).etag
 
     async def copy_marker(self, source: Summary, key: str) -> None:
-        """Of a directory. Where the server does not copy it (versitygw), it is written anew."""
+        """Copy the marker of a directory. Where the server does not copy it (versitygw), it is
+        written anew."""
         server = self._bucket.server
         if server.copies_markers is not False:
             try:

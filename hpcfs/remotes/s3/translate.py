@@ -166,7 +166,8 @@ _TIMEOUTS = (boto.ConnectTimeoutError, boto.ReadTimeoutError, TimeoutError, asyn
 
 
 def translate(error: Exception, subject: str) -> RemoteError:
-    """One of ours for one of theirs; `subject` is what the request was about."""
+    """Return the RemoteError for an exception of botocore or aiohttp; `subject` is what the request
+    was about."""
     subject = printable(subject, "?")
     if isinstance(error, boto.ClientError):
         return _from_answer(error, subject)
@@ -290,7 +291,7 @@ def is_throttling(error: boto.ClientError) -> bool:
 
 
 def s3_code(error: RemoteError) -> str:
-    """What the server called a failure that `translate` made of its answer."""
+    """Return the server's code of a failure that `translate` made of its answer."""
     answer = getattr(error.__cause__, "response", {})
     code = str(answer.get("Error", {}).get("Code", ""))
     return _SAME.get(code, code)
@@ -300,7 +301,8 @@ def s3_code(error: RemoteError) -> str:
 def translating(
     subject: str, note: Callable[[RemoteError], RemoteError] = lambda error: error
 ) -> Iterator[None]:
-    """Their exceptions become ours. For bodies: one that breaks off says nothing of the site."""
+    """Turn their exceptions into RemoteErrors, and give each to `note`. Also used while a body is
+    read: one that breaks off says nothing of the site."""
     try:
         yield
     except CAUGHT as error:

@@ -41,9 +41,11 @@ class S3Uploads:
     async def upload(
         self, request: UploadRequest, look: S3Lookup, source: UploadSource, report: ReportProgress
     ) -> tuple[Summary, Info]:
-        """What the server says of the object as it is then, and what it carries. Raises Conflict
-        only where what is there is not what this upload makes: one whose answer was lost is asked
-        for again."""
+        """Upload a file; return the object as it is then, with its metadata.
+
+        Raises Conflict only where what is there is not what this upload makes: one whose answer was
+        lost is asked for again.
+        """
         old, headers = await self._kept_of(look, replaced=request.replace)
         if request.replace:  # another file: the old one's went with it
             old = with_changes(old, xattrs=())
@@ -147,7 +149,7 @@ class S3Uploads:
 
 
 def info_of_stored(stored: Summary, metadata: Metadata, headers: Mapping[str, Any]) -> Info:
-    """What a HEAD of the object just stored would say."""
+    """Return what a HEAD of the object just stored would say."""
     return Info(
         stored.key,
         stored.size,

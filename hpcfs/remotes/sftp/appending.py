@@ -82,7 +82,8 @@ async def append(
     report: ReportProgress,
     unfinished: UnfinishedUploads,
 ) -> Appended:
-    """Raises Conflict where the file is gone."""
+    """Append what the request brings, where the file ends by now. Raises Conflict where it is
+    gone."""
     if place.session.appends:
         try:
             return await _append(place, request, source, report, unfinished, FXF_APPEND)

@@ -20,7 +20,7 @@ SAFE_PIECE_BYTES = 32 * 1024
 
 
 async def shake_hands(requests: Requests, shown: str) -> None:
-    """Raises NoService for what is no SFTP, and asyncssh's errors."""
+    """Begin SFTP on a channel. Raises NoService for what is no SFTP, and asyncssh's errors."""
     try:
         await requests.start()
     except asyncssh.SFTPBadMessage as error:

@@ -1,4 +1,4 @@
-"""What the server's disk has of an upload, compared by hash (`verify = true`).
+"""Compares what the server's disk has of an upload by hash (`verify = true`).
 
 OpenSSH's SFTP has no such request; a shell beside it has sha256sum or shasum. One shell per
 connection answers all, one after another. Where there is none (ForceCommand internal-sftp, a
@@ -44,7 +44,7 @@ Ranges = Sequence[tuple[int, int]]
 
 
 class Hasher:
-    """One connection's."""
+    """Computes remote SHA-256 through one shell per connection."""
 
     def __init__(self, shown: str, open_shell: Callable[[], Awaitable[Shell | None]]) -> None:
         self._shown = shown
@@ -58,8 +58,8 @@ class Hasher:
     async def is_same(
         self, path: bytes, ranges: Ranges, source: UploadSource, report: ReportProgress
     ) -> bool | None:
-        """Whether these ranges of the file, a whole one if it is its only range from 0 on, are
-        those of the source; None where that can't be known. `path` starts with a slash."""
+        """Return whether these ranges of the file, a whole one if it is its only range from 0 on,
+        are those of the source; None where that can't be known. `path` starts with a slash."""
         for start in range(0, len(ranges), RANGES_AT_ONCE):
             some = ranges[start : start + RANGES_AT_ONCE]
             there = await self._there(path, some, source.size, report)

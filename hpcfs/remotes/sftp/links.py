@@ -40,7 +40,7 @@ async def reads_target_first(place: SftpPath) -> bool:
 
 
 async def make(place: SftpPath, target: bytes, *, target_first: bool) -> None:
-    """Raises asyncssh's errors."""
+    """Make a symbolic link. Raises asyncssh's errors."""
     paths = (target, place.full) if target_first else (place.full, target)
     await place.session.meta.symlink_paths(*paths)
 

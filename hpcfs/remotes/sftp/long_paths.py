@@ -44,7 +44,7 @@ class _Directory:
 
 
 class LongPaths:
-    """Of one namespace."""
+    """Names the long paths of one namespace from directories that the server has open."""
 
     def __init__(self) -> None:
         self._above: SftpSession | None = None
@@ -53,7 +53,8 @@ class LongPaths:
         self._lock = asyncio.Lock()
 
     async def place(self, session: SftpSession, path: bytes, full: bytes) -> SftpPath:
-        """Raises NameTooLong where the server has no other name for it, and RemoteErrors."""
+        """Return a path that the server takes. Raises NameTooLong where it has no other name for
+        it, and RemoteErrors."""
         cut = full.find(b"/", len(full) - MOST_REST_BYTES)
         prefix, rest = full[:cut], full[cut + 1 :]
         too_long = NameTooLong(f"{shown(full)[:80]}… is too long for {session.shown}")

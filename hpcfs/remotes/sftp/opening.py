@@ -37,8 +37,8 @@ NEW = FXF_WRITE | FXF_CREAT | FXF_EXCL
 
 
 async def open_new(place: SftpPath, mode: int) -> WritableFile:
-    """An empty file that did not exist. The server's umask, access lists and set-group-ID
-    directories decide what becomes of `mode`: `now` of the target, asked for in the same flight.
+    """Make an empty file that did not exist. The server's umask, access lists and set-group-ID
+    directories decide what becomes of `mode`: `now` of the result, asked for in the same flight.
 
     Raises AlreadyExists.
     """
@@ -81,7 +81,7 @@ async def _given(target: WritableFile, looking: Sent) -> SFTPAttrs:
 async def open_target(
     place: SftpPath, attempt: UploadAttempt, mode: int, unfinished: UnfinishedUploads
 ) -> WritableFile:
-    """The file that the attempt is to write to, made if it has to be.
+    """Open the file that the attempt is to write to, made if it has to be.
 
     Raises Conflict when the server has another version than the attempt's, which none of our own
     earlier attempts left.
@@ -102,7 +102,8 @@ async def open_target(
 async def open_existing(
     place: SftpPath, attempt: UploadAttempt, unfinished: UnfinishedUploads, flags: int = FXF_WRITE
 ) -> WritableFile:
-    """Refusals to open it count only once it is known to be the right file."""
+    """Open a file that is there. Refusals to open it count only once it is known to be the right
+    file."""
     handle: bytes | None = None
     refusal: RemoteError | None = None
     looking = send(place.attrs(place.session.bulk))
@@ -130,7 +131,8 @@ async def open_existing(
 async def check_version(
     place: SftpPath, attrs: SFTPAttrs, attempt: UploadAttempt, unfinished: UnfinishedUploads
 ) -> None:
-    """Raises Conflict, or an error for what is no regular file."""
+    """Raise Conflict where the file has another version; or an error for what is no regular
+    file."""
     kind = stat.S_IFMT(full_mode(attrs))
     if kind == stat.S_IFDIR:
         raise IsADirectory(f"{place} is a directory")

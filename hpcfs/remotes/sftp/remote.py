@@ -79,7 +79,7 @@ ABILITIES = Capabilities(
 
 
 class SftpSite:
-    """All namespaces that one kept session reaches: a base.Site."""
+    """All namespaces that one shared session reaches: a base.Site."""
 
     def __init__(
         self, spec: SiteSpec, kept: SharedSession[SftpSession], *, is_virtual: bool = False
@@ -113,14 +113,14 @@ class SftpSite:
 
 
 class SshSiteConnection(SftpSite):
-    """One SSH login."""
+    """All namespaces behind one SSH login."""
 
     def __init__(self, spec: SiteSpec, prompter: Prompter):
         super().__init__(spec, SharedSession(lambda: open_session(spec, prompter)))
 
 
 class SftpRemote:
-    """One namespace on an SSH site: a base.Remote."""
+    """One namespace over SFTP: a base.Remote."""
 
     def __init__(
         self, kept: SharedSession[SftpSession], root: SftpRoot, *, is_virtual: bool = False

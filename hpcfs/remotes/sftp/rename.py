@@ -58,7 +58,8 @@ async def _rename_to_new(source: SftpPath, target: SftpPath) -> None:
 
 
 async def rename_regular_to_new(source: SftpPath, target: SftpPath) -> None:
-    """Raises AlreadyExists. For links and directories OpenSSH looks where the target leads."""
+    """Rename a regular file to a name that must be free. Raises AlreadyExists. For links and
+    directories OpenSSH looks where the target leads."""
     try:
         await _plain_rename(source, target)
     except RemoteError:
@@ -110,8 +111,8 @@ async def _rename_without_extension(source: SftpPath, target: SftpPath) -> None:
 
 
 def name_beside(name: bytes, origin: str | None = None) -> bytes:
-    """Of a file that is only there for a moment. From the same `origin` it is the same name, so
-    that who comes after a killed process finds what that one left."""
+    """Return a name for a file that is only there for a moment. From the same `origin` it is the
+    same name, so that a later process finds what a killed one left."""
     token = secrets.token_bytes(6)
     if origin is not None:
         token = hashlib.blake2b(origin.encode(), digest_size=6).digest()

@@ -1,4 +1,4 @@
-"""Whether what a file is now is what an earlier attempt of the same upload left there.
+"""Recognises a file that an earlier attempt of the same upload left, or left half done.
 
 The caller repeats an upload whose answer it never had, with the version that it was made on; what
 the server has by then may be all of it, or a part. SFTP has no place for a mark, so it is
@@ -92,7 +92,7 @@ class UploadAttempt:
         return (attrs.size, attrs.mtime) == (self.size, self.mtime)
 
     def may_be(self, attrs: SFTPAttrs) -> bool:
-        """Whether a look at its bytes is worth while."""
+        """Return whether a look at its bytes is worth while."""
         size = attrs.size or 0
         return self.size is None or self.base_size <= size <= max(self.size, self.base_size)
 

@@ -91,7 +91,7 @@ class SftpUploads:
     # --- making ---------------------------------------------------------------------------------
 
     async def create(self, place: SftpPath, mode: int, handle: int) -> Entry:
-        """A new empty file. Its permissions and group are what the server gave it."""
+        """Make an empty file. Its permissions and group are what the server gave it."""
         target = await open_new(place, mode)
         if handle == NO_HANDLE:
             request = _nothing(place.path, mode)
@@ -161,7 +161,8 @@ class SftpUploads:
     async def upload(
         self, place: SftpPath, request: UploadRequest, source: UploadSource, report: ReportProgress
     ) -> Entry:
-        """Raises Changed when the remote lost bytes that are still meant to be there."""
+        """Carry an upload out. Raises Changed when the remote lost bytes that are still meant to be
+        there."""
         if request.size < 0 or request.base_size < 0:
             raise InvalidRequest("a size can't be negative")
         if request.append:

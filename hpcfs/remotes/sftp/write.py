@@ -1,4 +1,4 @@
-"""Bringing bytes and attributes to a file that is open on the server, in few round trips.
+"""Brings bytes and attributes to a file that is open on the server, in few round trips.
 
 SFTP servers treat the requests about one file in the order in which they come, so nothing has to
 wait for the answer to what goes before it: what is small travels with everything that completes
@@ -122,7 +122,8 @@ def _sent(requests: Iterable[Coroutine[Any, Any, Any]]) -> list[Sent]:
 
 
 def send(request: Coroutine[Any, Any, Any]) -> Sent:
-    """Its failure is known to whoever waits for it, if anybody does."""
+    """Send a request in the background. Its failure is known to whoever waits for it, if anybody
+    does."""
     return _sent([request])[0]
 
 
@@ -132,8 +133,8 @@ def _observe(task: Sent) -> None:
 
 
 async def answers(sent: Sequence[Sent]) -> list[Any]:
-    """All results, or the failure of the first that failed; in any case once all are answered, as
-    the server goes on with what it was sent, whatever becomes of who sent it."""
+    """Return all results, or raise the failure of the first that failed; in any case once all are
+    answered, as the server goes on with what it was sent, whatever becomes of the caller."""
     if not sent:
         return []
     try:
@@ -200,8 +201,7 @@ def _tail(
 
 
 async def _set_rest(target: WritableFile, attrs: SFTPAttrs) -> None:
-    """Who may write to a file of somebody else's may not say when it was written: then the server
-    does."""
+    """Set mode, times and size. Only the owner may set times; on EPERM the server's stay."""
     try:
         await target.session.bulk.fsetstat(target.handle, attrs)
     except SFTPPermissionDenied:
@@ -218,13 +218,14 @@ async def _sync(target: WritableFile) -> None:
 
 
 async def close_quietly(place: SftpPath, handle: bytes) -> None:
-    """After a failure that is being reported already; returns once the server is through with all
-    that was sent on the handle."""
+    """Close a handle after a failure, which is reported already; returns once the server is through
+    with all that was sent on it."""
     await _quietly(place, place.session.bulk.close(handle))
 
 
 async def wait_quietly(target: WritableFile) -> None:
-    """The same, and the file stays open."""
+    """Wait, after a failure, until the server is through with all that was sent on the handle,
+    which stays open."""
     await _quietly(target.place, target.session.bulk.fstat(target.handle, 0))
 
 
@@ -237,8 +238,8 @@ async def _quietly(place: SftpPath, request: Coroutine[Any, Any, Any]) -> None:
 
 
 async def touch(place: SftpPath, failure: RemoteError) -> None:
-    """What failed may have the size and time it was meant to have, and not the bytes: it must not
-    be taken for that version."""
+    """Give a file that failed half-way the time of now: it may have the size and time that it was
+    meant to have, and must not be taken for that version."""
     if isinstance(failure, Unreachable):
         return
     now = int(time.time())
@@ -280,8 +281,8 @@ async def write_ranges(
     *,
     wide: bool,
 ) -> None:
-    """All pieces pipelined. They are read inline: a source that was written a moment ago is in the
-    page cache, and a thread per piece would cost more than the copy."""
+    """Write the ranges, all pieces pipelined. They are read inline: a source that was written a
+    moment ago is in the page cache, and a thread per piece would cost more than the copy."""
     session = target.session
     channels = await target.channels.for_writing(_length(ranges) if wide else 0)
     turn = session.writing.turn()

@@ -1,4 +1,4 @@
-"""Which host keys are trusted: OpenSSH's rules, asked about and remembered as ssh does it.
+"""Decides which host keys are trusted: OpenSSH's rules, asked about and remembered as ssh does it.
 
 Owns the only trust decision for SSH. A key that known_hosts has is trusted; a host that it does not
 name is shown to the user, whose "yes" is written down; a host that it names with another key is
@@ -36,7 +36,7 @@ TrustedKeys = tuple[Sequence[asyncssh.SSHKey], Sequence[asyncssh.SSHKey], Sequen
 
 @dataclass(frozen=True)
 class Rules:
-    """How the keys of one host are judged."""
+    """The rules by which the keys of one host are judged."""
 
     host: str
     port: int = DEFAULT_PORT
@@ -62,7 +62,8 @@ class Rules:
 
     @property
     def names(self) -> list[str]:
-        """A key that is known for the host on port 22 is known on another port too."""
+        """Return the names under which the host may be known: a key that is known for port 22 is
+        known on another port too."""
         return [self.name] if self.alias else list(dict.fromkeys([self.name, self.host]))
 
     @property
@@ -78,7 +79,8 @@ class Rules:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Of a key that a server showed. `text` says why it is refused, or what to ask about."""
+    """The judgement of a key that a server showed. `text` says why it is refused, or what to ask
+    about."""
 
     key: asyncssh.SSHKey
     kind: Literal["trusted", "unproved", "unknown", "refused"]
@@ -93,7 +95,7 @@ class Judgement:
 
 @dataclass
 class HostKeys:
-    """The judge of one login."""
+    """Judges the host keys of one login."""
 
     rules: Rules
     _accepted: list[asyncssh.SSHKey] = field(default_factory=list)
@@ -109,8 +111,8 @@ class HostKeys:
         return (), authorities, [*self._revoked(), *self._listed_as_revoked()]
 
     def algorithms(self, offered: Sequence[str], *, reorder: bool) -> list[str]:
-        """Those to ask for: first the kinds of key that are known for the host. Certificates only
-        where an authority is known that could have signed them."""
+        """Return the algorithms to ask for: first the kinds of key that are known for the host.
+        Certificates only where an authority is known that could have signed them."""
         plain = [name for name in offered if "-cert-" not in name]
         has_authority = bool(self._authorities())
         if has_authority and not all(map(_is_plain_list, self.rules.revoked_files)):
@@ -306,7 +308,7 @@ class HostKeys:
 
 
 def spelt(host: str, port: int) -> str:
-    """As known_hosts has it."""
+    """Return a host and port as known_hosts has them."""
     return host if port == DEFAULT_PORT else f"[{host}]:{port}"
 
 

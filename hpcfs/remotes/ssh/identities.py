@@ -96,8 +96,8 @@ async def _held(agent: asyncssh.SSHAgentClient) -> Sequence[asyncssh.SSHKeyPair]
 
 
 def read(site: SshSite, answer: SshOptions, tokens: Tokens) -> Identities:
-    """Raises WrongSettings when the mount's own identity_file is not there; what ssh_config names
-    and is not there is passed over, as ssh does."""
+    """Return the user's keys for a host. Raises WrongSettings when the mount's own identity_file is
+    not there; what ssh_config names and is not there is passed over, as ssh does."""
     named = _named(site, answer, tokens)
     existing = [path for path in named if path.is_file() and os.access(path, os.R_OK)]
     private = [path for path in existing if b"PRIVATE KEY" in _beginning(path)]

@@ -49,7 +49,7 @@ def find(path: Path, name: str) -> list[KnownHost]:
 
 
 def add(path: Path, name: str, key: asyncssh.SSHKey, *, hashed: bool) -> None:
-    """Raises OSError."""
+    """Add a line to a file, which is made if need be. Raises OSError."""
     shown = _hashed(name.lower()) if hashed else name.lower()
     line = f"{shown} {key.export_public_key().decode().strip()}\n"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""One SSH connection made: jump hosts, host keys, keys, passphrases, passwords and second factors.
+"""Makes an SSH connection: jump hosts, host keys, keys, passphrases, passwords and second factors.
 
 Owns the conversation with the user during a login. Nothing typed is stored or logged. Each
 question is asked a bounded number of times within one connection, as ssh does, and never again by
@@ -59,8 +59,8 @@ class SshLogin:
 
     @property
     def said(self) -> Sequence[str]:
-        """What the server told for debugging: OpenSSH's gives its reason for refusing a forward
-        nowhere else."""
+        """Return what the server told for debugging: OpenSSH's gives its reason for refusing a
+        forward nowhere else."""
         return cast(Sequence[str], self.connection.get_extra_info(_SAID, []))
 
     async def open_shell(self) -> Shell:
@@ -137,7 +137,7 @@ def _last(jumps: list[asyncssh.SSHClientConnection]) -> asyncssh.SSHClientConnec
 
 
 class _Nobody:
-    """Who is asked with BatchMode."""
+    """Answers no question: for BatchMode."""
 
     async def ask(self, text: str, *, echo: bool = False) -> str | None:
         return None

@@ -1,4 +1,5 @@
-"""ssh_config where there is no ssh to ask: what is plain is read, the rest is refused by its line.
+"""Reads an ssh_config where there is no ssh to ask: what is plain is read, the rest is refused by
+its line.
 
 Understood are `Host`, `Match all`, `Include`, and options whose values mean the same in every
 version. All else would be guessed, and a guess logs in as somebody else, elsewhere, or with less
@@ -159,8 +160,9 @@ def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def check_owner(path: Path, found: os.stat_result) -> None:
-    """As ssh looks at ~/.ssh/config; that an ssh of one's own could be named with -F, and is not
-    looked at then, makes a ProxyCommand of somebody else's no safer. Raises WrongSettings."""
+    """Check who may write to a configuration, as ssh looks at ~/.ssh/config; that an ssh of one's
+    own could be named with -F, and is not looked at then, makes a ProxyCommand of somebody else's
+    no safer. Raises WrongSettings."""
     if reason := ownership.untrusted_reason(found):
         raise WrongSettings(
             f"{path} may be somebody else's word ({reason}), and an SSH configuration runs "

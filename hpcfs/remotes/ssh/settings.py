@@ -1,4 +1,4 @@
-"""What ssh says about one host (options.py), as the options of a connection.
+"""Turns what ssh says about one host (options.py) into the options of a connection.
 
 Owns the choice of connection options. asyncssh reads no file of its own here: it is told
 everything. What of a configuration it can't do is refused by name, where that would lead elsewhere,
@@ -92,8 +92,8 @@ class Hop:
 
 
 async def read_hop(site: SshSite, *, is_behind: bool = False) -> Hop:
-    """What the configuration says about `site`. With `is_behind` its own ProxyJump or ProxyCommand
-    do not count: the hosts of a chain before it lead there.
+    """Read what the configuration says about `site`. With `is_behind` its own ProxyJump or
+    ProxyCommand do not count: the hosts of a chain before it lead there.
 
     Raises WrongSettings when it can't be read, understood or obeyed, and Unreachable when ssh does
     not answer.
@@ -112,8 +112,8 @@ async def read_hop(site: SshSite, *, is_behind: bool = False) -> Hop:
 
 
 def jump_site(jump: str, site: SshSite) -> SshSite:
-    """One element of ProxyJump, "[user@]host[:port]" or "ssh://[user@]host[:port]", as a site of
-    its own. Raises WrongSettings."""
+    """Return one element of ProxyJump, "[user@]host[:port]" or "ssh://[user@]host[:port]", as a
+    site of its own. Raises WrongSettings."""
     place = jump.partition("://")[2].rstrip("/") if jump.lower().startswith("ssh://") else jump
     user, _, address = place.rpartition("@")
     host, colon, port = address.rpartition(":")

@@ -1,4 +1,5 @@
-"""A stream to the laptop that finds its own way back: connect, notice a break, connect again.
+"""A stream to the laptop that finds its own way back: it connects, notices a break and connects
+again.
 
 What breaks is noticed in three ways: the connection ends; nothing is heard though the laptop was
 asked (it sleeps, or its network is gone); or the rendezvous file changed, which the tunnel writes
@@ -45,13 +46,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RendezvousFile:
-    """Where a tunnel's rendezvous file is."""
+    """The rendezvous file of a tunnel, by its directory and name."""
 
     directory: Path
     name: str
 
     def read(self) -> Rendezvous:
-        """Raises Unreachable or WrongSettings."""
+        """Read the file. Raises Unreachable or WrongSettings."""
         return file.read(self.directory, self.name)
 
     def stamp(self) -> file.Stamp | None:
@@ -59,7 +60,7 @@ class RendezvousFile:
         return file.stamp(self.directory, self.name)
 
     async def changed(self, known: file.Stamp | None, every: float = LOOK_SECONDS) -> None:
-        """Returns when the file is another one than when it had that stamp."""
+        """Wait until the file is another one than when it had that stamp."""
         now = self.stamp()
         while now == known:
             await asyncio.sleep(every)
@@ -79,7 +80,7 @@ class _StreamGone(Exception):
 
 
 class Line:
-    """A stream and the pipe that carries it at the moment."""
+    """A stream, and the pipe that carries it at the moment."""
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class Line:
 
     @classmethod
     async def open(cls, rendezvous_file: RendezvousFile, pulse: Pulse) -> Line:
-        """Raises Unreachable or WrongSettings."""
+        """Open a stream to the laptop. Raises Unreachable or WrongSettings."""
         stamp = rendezvous_file.stamp()
         opening = cls._open(rendezvous_file, pulse, stamp, rendezvous_file.read())
         return await _unless_moved(rendezvous_file, stamp, opening)

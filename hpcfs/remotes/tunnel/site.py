@@ -23,7 +23,7 @@ network: nobody bans for that."""
 
 
 class TunnelSiteConnection(SftpSite):
-    """One tunnel."""
+    """All namespaces behind one tunnel, connected whenever the laptop is there."""
 
     def __init__(self, spec: SiteSpec):
         assert isinstance(spec.site, TunnelSite)
