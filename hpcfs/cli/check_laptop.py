@@ -39,7 +39,7 @@ def laptop_namespace(subject: str, site: TunnelSite, root: SftpRoot) -> Iterator
 
 
 def _left(site: TunnelSite) -> str:
-    """Where no tunnel of that name has a file, return which tunnels have one."""
+    """Return which tunnels have a file, if the one of that name has none."""
     directory = Path(site.directory)
     if rendezvous.stamp(directory, site.name) is not None:
         return ""

@@ -88,7 +88,7 @@ class BaseVersion:
     async def is_current(self) -> bool:
         """Whether the remote has this version under the file's name. Raises RemoteError."""
         version, asked = self.version, self._now()
-        if (await self._remote.namespace.stat(self._remote.path)).version != version:
+        if (await self._remote.namespace.stat(self._remote.place.path)).version != version:
             return False
         self._vouch(asked)
         return True
@@ -172,7 +172,7 @@ class BaseVersion:
         if self._remote.capabilities.handles:
             return await self.hold_open() is not None
         try:
-            entry = await self._remote.namespace.stat(self._remote.path)
+            entry = await self._remote.namespace.stat(self._remote.place.path)
         except NotFound:
             return False
         if self._is_taken(version) or not stat.S_ISREG(entry.mode):
@@ -187,7 +187,7 @@ class BaseVersion:
     def adopt(self, entry: Entry) -> None:
         """Go on with this version: what is cached of the other is dropped, not mixed."""
         old, new = self._file.size, entry.size
-        log.debug("%r went from %d to %d bytes on the remote", self._remote.path, old, new)
+        log.debug("%r went from %d to %d bytes on the remote", self._remote.place.path, old, new)
         self._file.evict(list(self._file.blocks.present()))
         self._file.version = entry.version
         self._file.size = self.size = new
@@ -202,7 +202,7 @@ class BaseVersion:
         try:
             await self._remote.namespace.do(m.Release(handle))
         except RemoteError as error:
-            log.debug("releasing %r: %s", self._remote.path, error.message)
+            log.debug("releasing %r: %s", self._remote.place.path, error.message)
 
     # --- files whose size says nothing ------------------------------------------------------------
 
@@ -215,7 +215,9 @@ class BaseVersion:
         if self._state.is_dirty or self._state.is_gone:
             return b""
         version = self.version
-        request = m.ReadUnsized(self._remote.path, offset, min(length, UNSIZED_BYTES), self.handle)
+        request = m.ReadUnsized(
+            self._remote.place.path, offset, min(length, UNSIZED_BYTES), self.handle
+        )
         try:
             data = await namespace.call(request, bytes)
         except NotConnected:
@@ -228,7 +230,7 @@ class BaseVersion:
         if data:
             await self._look_again()
         elif not offset and self.version == version and not self._file.size:
-            namespace.note_empty(self._remote.path, version)
+            namespace.note_empty(self._remote.place.path, version)
         return data
 
     async def _look_again(self) -> None:

@@ -27,7 +27,7 @@ from hpcfs.content.shared import RemoteFile, Shared
 from hpcfs.content.state import Changes, Durability, Name, RemoteSide, State
 from hpcfs.content.upload import FIRST_SENT_BYTES, FileUpload
 from hpcfs.model.capabilities import Capabilities
-from hpcfs.model.entries import BLOCK_BYTES, Attributes
+from hpcfs.model.entries import BLOCK_BYTES, NO_ATTRIBUTES, Attributes
 from hpcfs.model.errors import CacheFull, Stale, TooLarge
 
 APPEND_ATTEMPTS = 20
@@ -268,7 +268,7 @@ class Content:
     def note_stamped(self, mode: int | None) -> None:
         """The file was written to now: a time that was set before is not to come back with the
         upload, and the mode is this one if not None."""
-        if mode is not None or self.state.attributes:
+        if mode is not None or self.state.attributes != NO_ATTRIBUTES:
             self.state.note_stamped(mode)
 
     # --- writing ----------------------------------------------------------------------------------
@@ -324,7 +324,8 @@ class Content:
 
     def _write_now(self, offset: int, data: bytes, change: Changes) -> None:
         """No await: atomic."""
-        self.check_not_superseded()
+        if self.state.name is not Name.LINKED:
+            self.check_not_superseded()
         end = offset + len(data)
         old_size = self.file.size
         if end > old_size:

@@ -29,7 +29,7 @@ transfer processes."""
 _SMALLEST_SHARE = 1024 * 1024
 
 
-class Source(Protocol):
+class BlockSource(Protocol):
     """Where a fetcher's bytes come from (reader.Reader)."""
 
     @property
@@ -69,7 +69,7 @@ class Budget:
 
 
 @dataclass(eq=False)
-class _Flight:
+class BlockFlight:
     """A request under way."""
 
     blocks: range
@@ -88,14 +88,15 @@ class Fetcher:
     """Brings blocks from `source` into `file`, each in a task of `nursery`."""
 
     def __init__(
-        self, file: CacheFile, source: Source, nursery: trio.Nursery, budget: Budget
+        self, file: CacheFile, source: BlockSource, nursery: trio.Nursery, budget: Budget
     ) -> None:
         self._file = file
         self._source = source
         self._nursery = nursery
         self._budget = budget
-        self._flights: dict[int, _Flight] = {}
-        self._queue: deque[_Flight] = deque()
+        self.flights: dict[int, BlockFlight] = {}
+        """What is under way, by block."""
+        self._queue: deque[BlockFlight] = deque()
         """Those that did not leave yet."""
 
     def is_needed(self, block: int) -> bool:
@@ -111,7 +112,7 @@ class Fetcher:
         while waiting := self.start(blocks, most_bytes, urgent=True):
             await self.wait(waiting)
 
-    async def wait(self, flights: Iterable[_Flight]) -> None:
+    async def wait(self, flights: Iterable[BlockFlight]) -> None:
         """Return once they have landed; raises RemoteError."""
         for flight in flights:
             flight.waiters += 1
@@ -122,22 +123,22 @@ class Fetcher:
             if flight.error:
                 raise flight.error
 
-    def start(self, blocks: Iterable[int], most_bytes: int, *, urgent: bool) -> list[_Flight]:
+    def start(self, blocks: Iterable[int], most_bytes: int, *, urgent: bool) -> list[BlockFlight]:
         """The flights that bring the missing ones of `blocks`, newly started ones included.
 
         A failed prefetch is silent; the next reader of its blocks retries.
         """
-        flights: dict[int, _Flight] = {}
+        flights: dict[int, BlockFlight] = {}
         missing: list[int] = []
         for block in blocks:
             if not self.is_needed(block):
                 continue
-            if flight := self._flights.get(block):
+            if flight := self.flights.get(block):
                 flights[id(flight)] = flight
             else:
                 missing.append(block)
         most_blocks = max(1, most_bytes // BLOCK_BYTES)
-        launched = [_Flight(run, urgent) for run in _runs(missing, most_blocks)]
+        launched = [BlockFlight(run, urgent) for run in _runs(missing, most_blocks)]
         self._launch(launched)
         return [*flights.values(), *launched]
 
@@ -164,31 +165,26 @@ class Fetcher:
             for flight in flights:
                 await flight.landed.wait()
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether any fetch is under way."""
-        return bool(self._flights)
-
     def is_idle(self, blocks: range) -> bool:
         """Whether no fetch of these blocks is under way."""
         return not self._under_way(blocks)
 
-    def _under_way(self, blocks: range | None) -> set[_Flight]:
-        if blocks is None or len(blocks) > len(self._flights):
+    def _under_way(self, blocks: range | None) -> set[BlockFlight]:
+        if blocks is None or len(blocks) > len(self.flights):
             return {
                 flight
-                for block, flight in self._flights.items()
+                for block, flight in self.flights.items()
                 if blocks is None or block in blocks
             }
-        return {self._flights[block] for block in blocks if block in self._flights}
+        return {self.flights[block] for block in blocks if block in self.flights}
 
-    def _launch(self, flights: list[_Flight]) -> None:
+    def _launch(self, flights: list[BlockFlight]) -> None:
         if not flights:
             return
-        if not self._flights:
+        if not self.flights:
             self._budget.begin()
         for flight in flights:
-            self._flights.update(dict.fromkeys(flight.blocks, flight))
+            self.flights.update(dict.fromkeys(flight.blocks, flight))
         if not self._queue:
             self._nursery.start_soon(self._fly_in_order)
         self._queue.extend(flights)
@@ -205,15 +201,15 @@ class Fetcher:
             raise
         await self._fly(self._queue.popleft())
 
-    def _end(self, flight: _Flight) -> None:
+    def _end(self, flight: BlockFlight) -> None:
         for block in flight.blocks:
-            self._flights.pop(block, None)
-        if not self._flights:
+            self.flights.pop(block, None)
+        if not self.flights:
             self._budget.end()
         flight.landed.set()
 
     async def _fly(
-        self, flight: _Flight, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self, flight: BlockFlight, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         task_status.started()
         offset = flight.blocks.start * BLOCK_BYTES
@@ -232,7 +228,7 @@ class Fetcher:
         finally:
             self._end(flight)
 
-    def _landed(self, flight: _Flight, end: int, checksums: list[int]) -> None:
+    def _landed(self, flight: BlockFlight, end: int, checksums: list[int]) -> None:
         """Mark what came, but for a last block that is longer by now: the file grew meanwhile.
 
         The checksum of a block that goes on with zeros written here covers only a part of it.

@@ -108,7 +108,7 @@ class Reader:
                     await self._ensure(range(block, block + 1))
             elif untrusted := [block for block in ends if self._is_untrusted(block)]:
                 await self._verify(untrusted)
-            elif self.fetcher.is_busy and not self.fetcher.is_idle(covered):
+            elif self.fetcher.flights and not self.fetcher.is_idle(covered):
                 await self.fetcher.settle(covered)
             else:
                 return
@@ -176,7 +176,7 @@ class Reader:
                     damaged.append(block)
         if damaged:
             log.warning(
-                "%d blocks of %r were damaged in the cache", len(damaged), self._remote.path
+                "%d blocks of %r were damaged in the cache", len(damaged), self._remote.place.path
             )
             self._file.evict(damaged)
 
@@ -192,7 +192,7 @@ class Reader:
                 await state.motion.wait()
             if self._store.memory.slow_disk.is_slow:
                 self._use_memory()
-            version, path, cache_file = self.base.version, self._remote.path, file.path
+            version, path, cache_file = self.base.version, self._remote.place.path, file.path
             length = max(0, min(length, self.base.size - offset))
             try:
                 fetched = await self.base.fetch(offset, length, urgent=urgent)
@@ -201,7 +201,7 @@ class Reader:
             except (Changed, NotFound):
                 attempts += 1
                 follows = state.motion is not None or await self.base.follows()
-                moved = self.base.version != version or self._remote.path != path
+                moved = self.base.version != version or self._remote.place.path != path
                 unchanged += follows and not moved and state.motion is None
                 if unchanged > 1 and self.base.size <= UNSIZED_BYTES:
                     self.is_unsized = True
@@ -338,7 +338,7 @@ class Reader:
                 os.posix_fadvise, self._file.fd, start, end - start, advice
             )
         except OSError as error:  # closed meanwhile, or a file system without advice
-            log.debug("the cache file of %r takes no advice: %s", self._remote.path, error)
+            log.debug("the cache file of %r takes no advice: %s", self._remote.place.path, error)
 
     def cancel_prefetch(self, start: int, end: int) -> None:
         """What is under way for [start, end) alone, and nobody waits for, ends."""

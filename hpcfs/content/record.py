@@ -50,7 +50,8 @@ class Unconfirmed(
     since: float = 0.0
 
     @property
-    def is_kept(self) -> bool:
+    def is_stranded(self) -> bool:
+        """Whether its bytes were moved to kept/: the mount does not show the file."""
         return Path(self.data).parent.name == "kept"
 
     @property

@@ -49,8 +49,3 @@ class RemoteFile:
     place: Place
     namespace: Namespace
     capabilities: Capabilities
-
-    @property
-    def path(self) -> bytes:
-        """Relative to the namespace's root, as it is now."""
-        return self.place.path

@@ -42,8 +42,7 @@ from enum import Enum, IntEnum, auto
 import trio
 from msgspec.structs import replace
 
-from hpcfs.content.snapshot import merge_attributes
-from hpcfs.model.entries import Attributes
+from hpcfs.model.entries import NO_ATTRIBUTES, Attributes, merge_attributes
 
 
 class ImpossibleTransition(AssertionError):
@@ -112,18 +111,15 @@ class Changes(IntEnum):
     """The same; and a program set the size, perhaps to what it was."""
 
 
-_NOTHING = Attributes()
-
-
 @dataclass(frozen=True)
 class Unsent:
     """What an upload brings beside bytes: the kind of change, and attributes that were set."""
 
     changes: Changes = Changes.NONE
-    attributes: Attributes = _NOTHING
+    attributes: Attributes = NO_ATTRIBUTES
 
     def __bool__(self) -> bool:
-        return bool(self.changes or self.attributes)
+        return self.changes is not Changes.NONE or self.attributes != NO_ATTRIBUTES
 
     def then(self, later: Unsent) -> Unsent:
         """Both together."""
@@ -145,7 +141,7 @@ class State:
         self.durability = Durability.UNJOURNALED
         self.name = Name.LINKED
         self.changes = Changes.NONE
-        self.attributes = Attributes()
+        self.attributes = NO_ATTRIBUTES
         """To be set by the next upload."""
         self.taken: Unsent | None = None
         """By the upload that is under way."""
@@ -159,8 +155,7 @@ class State:
         """Whether the remote lacks something of the file, or is just being changed."""
         if self.name not in _COUNTS:
             return False
-        waits = self.changes or self.remote is not RemoteSide.PRESENT or self.attributes
-        return bool(waits) or self.motion is not None
+        return self.remote is not RemoteSide.PRESENT or not self.is_untouched
 
     @property
     def is_ahead(self) -> bool:
@@ -170,7 +165,8 @@ class State:
     @property
     def is_untouched(self) -> bool:
         """Whether nothing was changed here since the last upload, and nothing is in motion."""
-        return not (self.changes or self.attributes) and self.motion is None
+        has_changed = self.changes or self.attributes != NO_ATTRIBUTES
+        return not has_changed and self.motion is None
 
     @property
     def is_unlinked(self) -> bool:
@@ -301,7 +297,7 @@ class State:
         if changes and self.remote not in _EXISTS:
             changes = max(changes, Changes.ANY)
         self.taken = Unsent(changes, self.attributes)
-        self.changes, self.attributes = Changes.NONE, Attributes()
+        self.changes, self.attributes = Changes.NONE, NO_ATTRIBUTES
         return self.taken
 
     def confirm_upload(self) -> None:
@@ -382,7 +378,7 @@ class State:
         """Nothing of it is to be uploaded any more, and no more is to be written to it."""
         self._check_in_use("be discarded")
         self.name = Name.DISCARDED
-        self.changes, self.attributes = Changes.NONE, Attributes()
+        self.changes, self.attributes = Changes.NONE, NO_ATTRIBUTES
 
     def retire(self) -> None:
         """It is closed for good."""

@@ -21,10 +21,10 @@ from hpcfs.cache.file import CacheFile
 from hpcfs.cache.ranges import RangeSet
 from hpcfs.content.reader import Reader
 from hpcfs.content.shared import RemoteFile, Shared
-from hpcfs.content.snapshot import Snapshot, merge_attributes
+from hpcfs.content.snapshot import Snapshot
 from hpcfs.content.state import Changes, RemoteSide, State
 from hpcfs.content.streaming_upload import StreamingUpload
-from hpcfs.model.entries import BLOCK_BYTES, NO_HANDLE, Attributes, Entry
+from hpcfs.model.entries import BLOCK_BYTES, NO_HANDLE, Attributes, Entry, merge_attributes
 from hpcfs.model.errors import PiecesLost, RemoteError
 from hpcfs.model.uploads import PART_COPY_BYTES, PIECE_BYTES, UploadPieceRequest, UploadRequest
 from hpcfs.protocol import messages as m
@@ -162,7 +162,7 @@ class FileUpload:
         if self._remote.capabilities.partial_writes:
             self._state.note_begun()
         request = UploadPieceRequest(
-            self._remote.path,
+            self._remote.place.path,
             offset,
             PIECE_BYTES,
             stat.S_IMODE(self._remote.place.entry.mode),
@@ -219,8 +219,13 @@ class FileUpload:
 
     async def begin(self) -> Snapshot:
         """What is dirty now is on its way; what is written from now on is dirty anew."""
-        await self._sending.settle()
-        await self._reader.fetcher.settle()
+        fetcher = self._reader.fetcher
+        while True:
+            if self._sending.handle != NO_HANDLE:
+                await self._sending.settle()
+            if not fetcher.flights:
+                break
+            await fetcher.settle()
         # No await from here: atomic.
         sent, sent_under = self._sending.sent, self._sending.handle
         in_place = self._remote.capabilities.partial_writes
@@ -235,9 +240,10 @@ class FileUpload:
             sent_under if sent else self._write_handle,
             append,
         )
-        if sent_under not in (NO_HANDLE, snapshot.handle):
-            self._abandon(sent_under)
-        self._sending.reset()
+        if sent_under != NO_HANDLE:
+            self._sending.reset()
+            if sent_under != snapshot.handle:
+                self._abandon(sent_under)
         self._write_handle = NO_HANDLE
         self._file.dirty = RangeSet()
         self._done_bytes = sent.total
@@ -251,7 +257,7 @@ class FileUpload:
         try:
             return await self._upload(request)
         except PiecesLost as lost:
-            log.info("%r is sent again: %s", self._remote.path, lost.message)
+            log.info("%r is sent again: %s", self._remote.place.path, lost.message)
         in_place = self._remote.capabilities.partial_writes
         again = msgspec.structs.replace(
             request,
@@ -268,7 +274,7 @@ class FileUpload:
         if snapshot.append:  # the journal may have told of whole blocks
             ranges = ranges.without(RangeSet([(0, snapshot.base_size)]))
         return UploadRequest(
-            self._remote.path,
+            self._remote.place.path,
             snapshot.size,
             snapshot.base_size,
             _lengths(ranges),

@@ -221,7 +221,7 @@ async def unmounted(directory: Path, command: str) -> AsyncIterator[Store]:
     try:
         journal = Journal.open(directory)
         for row in journal.rows:
-            if not row.is_kept:
+            if not row.is_stranded:
                 await store.resume(
                     row.name, row.origin, row.path, row.version, row.size, row.ranges
                 )

@@ -7,9 +7,8 @@ import stat
 import msgspec
 
 from hpcfs.cache.store import Store
-from hpcfs.content.snapshot import mode_without_ids
 from hpcfs.inodes.tree import Node, Tree
-from hpcfs.model.entries import Attributes
+from hpcfs.model.entries import Attributes, mode_without_ids
 from hpcfs.model.errors import NotOwner, RemoteError, Stale
 from hpcfs.model.xattrs import changed_xattrs
 from hpcfs.protocol import messages as m

@@ -15,14 +15,13 @@ import msgspec
 
 from hpcfs.content.content import Content
 from hpcfs.content.shared import RemoteFile, Shared
-from hpcfs.content.snapshot import mode_without_ids
 from hpcfs.filesystem.lookup import Lookup
 from hpcfs.filesystem.openfile import OpenFile, OpenReply
 from hpcfs.inodes.permissions import Permissions
 from hpcfs.inodes.tree import Node, Tree
 from hpcfs.model import paths
 from hpcfs.model.capabilities import Capabilities
-from hpcfs.model.entries import NO_HANDLE, Entry
+from hpcfs.model.entries import NO_HANDLE, Entry, mode_without_ids
 from hpcfs.model.errors import (
     AlreadyExists,
     BadHandle,
@@ -273,12 +272,18 @@ class Files:
         if opened.content.namespace.writes_back and not opened.content.state.is_unlinked:
             await self._queue.make_room(opened.content, len(data))
         if opened.content.is_noted:
-            await opened.write(offset, data)
+            await self._write(opened, offset, data)
         else:
             async with self._uploader.writing(opened.content):
-                await opened.write(offset, data)
+                await self._write(opened, offset, data)
         self._stamp(opened.node, opened.content)
         return len(data)
+
+    async def _write(self, opened: OpenFile, offset: int, data: bytes) -> None:
+        if opened.appends:
+            await opened.content.append(data)
+        else:
+            await opened.content.write(offset, data)
 
     def _stamp(self, node: Node, content: Content) -> None:
         """Show that the file was written to now, with what that makes of its size, mtime and mode:

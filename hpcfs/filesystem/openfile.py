@@ -53,13 +53,6 @@ class OpenFile:
             and not content.namespace.is_empty(content.place.path, content.version)
         )
 
-    async def write(self, offset: int, data: bytes) -> None:
-        """Write into the cache file: at `offset`, or at the end if the file was opened for that."""
-        if self.appends:
-            await self.content.append(data)
-        else:
-            await self.content.write(offset, data)
-
     async def read(self, offset: int, length: int) -> bytes | bytearray:
         """Return up to `length` bytes, fewer only at the end of the file; start what readahead
         wants of what follows.

@@ -76,8 +76,7 @@ _EVERYDAY = frozenset(
     {errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTSUP, errno.EXDEV}
     | {errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENAMETOOLONG, errno.EROFS}
 )
-"""The program's own affair, whoever told it."""
-"""Answers that programs provoke all the time; the log is for the others."""
+"""Answers that programs provoke all the time, whoever gave them; the log is for the others."""
 
 
 def _attributes(node: Node, ino: int | None = None) -> pyfuse3.EntryAttributes:

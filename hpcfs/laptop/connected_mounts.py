@@ -54,8 +54,8 @@ class ConnectedMount:
 
 
 class ConnectedMounts:
-    """All connected mounts. Give `acceptor` the pipes. `on_change` is called when a mount came or
-    went."""
+    """Serves all connected mounts. Give `acceptor` the pipes. `on_change` is called when a mount
+    came or went."""
 
     def __init__(
         self, shares: Shares, identity: TunnelIdentity, on_change: Callable[[], None]

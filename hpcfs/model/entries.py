@@ -6,6 +6,8 @@ root. Sizes and offsets are bytes, times are nanoseconds since the epoch.
 
 from __future__ import annotations
 
+import stat
+
 import msgspec
 
 from hpcfs.model.xattrs import Xattrs
@@ -54,4 +56,34 @@ class Attributes(msgspec.Struct, frozen=True):
     xattrs: dict[bytes, bytes | None] | None = None
 
     def __bool__(self) -> bool:
-        return any(getattr(self, field) is not None for field in self.__struct_fields__)
+        return self != NO_ATTRIBUTES
+
+
+NO_ATTRIBUTES = Attributes()
+
+
+def mode_without_ids(entry: Entry) -> int | None:
+    """Return the permissions that chown(2) and write(2) leave to a file with set-ID bits.
+
+    None where they change nothing. The kernel leaves clearing these bits to the file system.
+    """
+    bits = 0
+    if stat.S_ISREG(entry.mode):
+        bits = stat.S_ISUID | (stat.S_ISGID if entry.mode & stat.S_IXGRP else 0)
+    return stat.S_IMODE(entry.mode) & ~bits if entry.mode & bits else None
+
+
+def merge_attributes(older: Attributes, newer: Attributes) -> Attributes:
+    """Return the values of both, the newer ones where both have one."""
+    if newer == NO_ATTRIBUTES:
+        return older
+    merged = Attributes(
+        **{
+            field: getattr(older, field) if value is None else value
+            for field in Attributes.__struct_fields__
+            for value in [getattr(newer, field)]
+        }
+    )
+    if older.xattrs and newer.xattrs:
+        merged = msgspec.structs.replace(merged, xattrs={**older.xattrs, **newer.xattrs})
+    return merged

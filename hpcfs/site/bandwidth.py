@@ -69,6 +69,9 @@ class Bandwidth:
         """Max filter over 1 / RTT, i.e. the minimum RTT."""
         self.window = FIRST_WINDOW_BYTES
         """Bytes to have under way so that the link is never idle."""
+        self.fetch_bytes = _fetch_bytes(self.window)
+        """The largest worthwhile request: an eighth of the window, so that a reader of its first
+        block does not wait for all of it."""
 
     def begin(self) -> Mark:
         """Note that a fetch is sent; return the mark to give to `delivered`."""
@@ -92,6 +95,7 @@ class Bandwidth:
         if self.rate is not None:
             wanted = self.rate * (_ROUND_TRIPS * (self.delay or 0.0) + _EXTRA_SECONDS)
             self.window = int(min(MAX_WINDOW_BYTES, max(MIN_WINDOW_BYTES, wanted)))
+            self.fetch_bytes = _fetch_bytes(self.window)
 
     @property
     def rate(self) -> float | None:
@@ -104,8 +108,6 @@ class Bandwidth:
         quickness = self._quickness.value
         return None if quickness is None else 1 / quickness
 
-    @property
-    def fetch_bytes(self) -> int:
-        """The largest worthwhile request: an eighth of the window, so that a reader of its first
-        block does not wait for all of it."""
-        return min(_LARGEST_FETCH, max(_SMALLEST_FETCH, self.window // 8))
+
+def _fetch_bytes(window: int) -> int:
+    return min(_LARGEST_FETCH, max(_SMALLEST_FETCH, window // 8))

@@ -196,7 +196,7 @@ class Closer:
         """Retire the content if that was its last use."""
         if content.users or content.closing is not None or content.is_dirty():
             return
-        if not content.reader.fetcher.is_busy:
+        if not content.reader.fetcher.flights:
             self._retire(content)
         else:
             self._nursery.start_soon(self._retire_when_idle, content)
@@ -213,7 +213,7 @@ class Closer:
             except Conflict:
                 continue  # both versions are safe
             except RemoteError as error:
-                await self.uploader.keep(content, error.message)
+                await self.uploader.strand(content, error.message)
                 self._store.forget(content.file)
                 node = self._node(content)
                 node.entry = msgspec.structs.replace(node.entry, version=b"")  # it was this mount's

@@ -43,7 +43,7 @@ async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
     except Unreachable:
         raise
     except (RemoteError, FilesystemError) as error:
-        await uploader.keep(content, f"{reason}; it can't be saved beside it: {error.message}")
+        await uploader.strand(content, f"{reason}; it can't be saved beside it: {error.message}")
         return f"{shown} was changed by others: what was written here is kept, see 'hpcfs status'"
     await uploader.forget(content)
     name = paths.name(beside).decode(errors="replace")

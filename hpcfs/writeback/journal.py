@@ -45,8 +45,10 @@ _COPY_BYTES = 1024 * 1024
 
 
 class Journal:
-    """Opened by `Journal.open`. SQLite runs one call at a time: in a thread where the disk must be
-    waited for."""
+    """The rows of one cache directory; opened by `Journal.open`.
+
+    SQLite runs one call at a time: in a thread where the disk must be waited for.
+    """
 
     def __init__(self, directory: Path, db: sqlite3.Connection) -> None:
         self._directory = directory
@@ -86,7 +88,7 @@ class Journal:
 
     def _remove_second_names(self) -> None:
         """A kill between the steps of keeping left bytes in kept/ that a row names elsewhere."""
-        known = {row.data for row in self.kept}
+        known = {row.data for row in self.stranded}
         for place in (self._directory / "kept").iterdir():
             if str(place) not in known and place.stat().st_nlink > 1:
                 place.unlink()
@@ -94,19 +96,21 @@ class Journal:
     def _mended(self, row: Unconfirmed) -> Unconfirmed:
         """The cache directory may have been moved since."""
         data = Path(row.data)
-        inside = data.parts[-2:] if row.is_kept else data.parts[-3:]
+        inside = data.parts[-2:] if row.is_stranded else data.parts[-3:]
         return msgspec.structs.replace(row, data=str(self._directory.joinpath(*inside)))
 
     @property
     def rows(self) -> list[Unconfirmed]:
-        """All, as far as this process knows."""
+        """All rows, as far as this process knows."""
         return list(self._rows.values())
 
     @property
-    def kept(self) -> list[Unconfirmed]:
-        return [row for row in self._rows.values() if row.is_kept]
+    def stranded(self) -> list[Unconfirmed]:
+        """The rows whose bytes are in kept/: the mount does not show them."""
+        return [row for row in self._rows.values() if row.is_stranded]
 
     def find(self, name: str) -> Unconfirmed | None:
+        """Return the row of this cache file, None if there is none."""
         return self._rows.get(name)
 
     # --- changing ---------------------------------------------------------------------------------
@@ -127,37 +131,38 @@ class Journal:
         return known.since if known else time.time()
 
     async def confirm(self, name: str) -> None:
-        """The remote has it all, or nobody wants it any more."""
+        """Delete a row: the remote has it all, or nobody wants it any more."""
         await self._run_quick(self._forget, [name])
 
-    async def keep(self, row: Unconfirmed) -> Unconfirmed:
-        """It can't be uploaded or shown: move the bytes to where the user finds them."""
-        kept = await self._run(self._keep_now, row)
+    async def strand(self, row: Unconfirmed) -> Unconfirmed:
+        """Move the bytes of what can be neither uploaded nor shown to kept/; return the new row."""
+        stranded = await self._run(self._strand_now, row)
         log.error("kept %r of %s: %s", row.path, row.namespace, row.reason)
-        return kept
+        return stranded
 
     async def take_back(self, row: Unconfirmed, data: str) -> Unconfirmed:
-        """What was kept is to be uploaded after all: its bytes move to the cache file `data`."""
+        """Move stranded bytes to the cache file `data`, to be uploaded after all; return the
+        row."""
         return await self._run(self._take_back, row, data)
 
     async def discard(self, name: str) -> None:
-        """The user gave it up: the bytes of a kept file go too."""
+        """Delete a row that the user gave up, and its bytes if they are stranded."""
         await self._run(self._discard, name)
 
     async def sync(self) -> None:
-        """What was confirmed does not come back after a loss of power. Costs nothing if there was
-        nothing."""
+        """Make what was confirmed stay so after a loss of power; does nothing if nothing was."""
         if self._has_unsynced:
             await self._run(self._sync)
 
     async def close(self) -> None:
+        """Close the database."""
         await self._run(self._db.close)
 
     async def _run(self, work: Callable[..., T], *args: object) -> T:
         return await trio.to_thread.run_sync(work, *args, limiter=self._limiter)
 
     async def _run_quick(self, work: Callable[..., T], *args: object) -> T:
-        """What waits for no disk: SQLite takes 0.015 ms for it, and a thread as much six times."""
+        """Run what waits for no disk here: SQLite takes 0.015 ms, a thread as much six times."""
         if self._limiter.borrowed_tokens:
             return await self._run(work, *args)
         return work(*args)
@@ -203,19 +208,19 @@ class Journal:
         for name in names:
             self._rows.pop(name, None)
 
-    def _keep_now(self, row: Unconfirmed) -> Unconfirmed:
+    def _strand_now(self, row: Unconfirmed) -> Unconfirmed:
         """At every moment the row names a place where the bytes are."""
         place = self._directory / "kept" / row.name
         since = row.since or self._since(row.name)
-        kept = msgspec.structs.replace(row, data=str(place), since=since)
+        stranded = msgspec.structs.replace(row, data=str(place), since=since)
         if Path(row.data) != place:
             with suppress(FileExistsError):
                 place.hardlink_to(row.data)
-            self._write(kept, durable=True)
+            self._write(stranded, durable=True)
             Path(row.data).unlink()
         else:
-            self._write(kept, durable=True)
-        return kept
+            self._write(stranded, durable=True)
+        return stranded
 
     def _take_back(self, row: Unconfirmed, data: str) -> Unconfirmed:
         taken = msgspec.structs.replace(row, data=data, reason="")
@@ -229,7 +234,7 @@ class Journal:
     def _discard(self, name: str) -> None:
         row = self._rows.get(name)
         self._forget([name])
-        if row is not None and row.is_kept:
+        if row is not None and row.is_stranded:
             Path(row.data).unlink(missing_ok=True)
 
 

@@ -77,7 +77,7 @@ class Pending:
     def pending(self) -> list[PendingRow]:
         """Return a row for each file that the remote has not confirmed."""
         rows = [self._row(content) for content in self._closer.dirty()]
-        return rows + [_kept(row) for row in self._journal.kept]
+        return rows + [_stranded_row(row) for row in self._journal.stranded]
 
     def _row(self, content: Content) -> PendingRow:
         noted = self._journal.find(content.file.name)
@@ -116,9 +116,9 @@ class Pending:
         """Try these again now. Raises RemoteError for a stranded one that can't be shown."""
         found = self._contents(ids)
         for name in ids:
-            kept = self._journal.find(name)
-            if name not in found and kept is not None and kept.is_kept:
-                found[name] = await self._take_back(kept)
+            row = self._journal.find(name)
+            if name not in found and row is not None and row.is_stranded:
+                found[name] = await self._take_back(row)
         for content in found.values():
             self._queue.retry(content)
 
@@ -189,7 +189,7 @@ def _state(item: Item | None) -> RowState:
     return item.state
 
 
-def _kept(row: Unconfirmed) -> PendingRow:
+def _stranded_row(row: Unconfirmed) -> PendingRow:
     return PendingRow(
         row.name,
         row.namespace,

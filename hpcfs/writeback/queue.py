@@ -143,7 +143,7 @@ class UploadQueue:
         if not content.is_dirty():
             return
         if not content.state.is_persisted:
-            await self._uploader.secure(content, instead_of=instead_of)
+            await self._uploader.persist(content, instead_of=instead_of)
         self._schedule(content)
 
     def _schedule(self, content: Content) -> None:

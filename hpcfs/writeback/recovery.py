@@ -54,12 +54,12 @@ class Recovery:
         """
         count = 0
         for row in rows:
-            if row.is_kept:
+            if row.is_stranded:
                 continue
             namespace = self.namespace_of(row)
             if namespace is None:
                 why = "is not in the configuration any more, or read-only now"
-                await self._keep(row, f"its namespace {row.namespace} {why}")
+                await self._strand(row, f"its namespace {row.namespace} {why}")
             elif await self._restore(row, namespace):
                 count += not row.reason
         return count
@@ -82,15 +82,15 @@ class Recovery:
     def _root_of(self, namespace: Namespace) -> Node:
         return next(n for n in self._tree.root.below() if n.namespace is namespace)
 
-    async def _keep(self, row: Unconfirmed, reason: str) -> None:
-        await self._journal.keep(msgspec.structs.replace(row, reason=reason))
+    async def _strand(self, row: Unconfirmed, reason: str) -> None:
+        await self._journal.strand(msgspec.structs.replace(row, reason=reason))
 
     async def _restore(self, row: Unconfirmed, namespace: Namespace) -> bool:
         namespace.knows_capabilities(row.capabilities)
         parent = self._directory(namespace, row)
         name = paths.name(row.path)
         if parent is None or self._tree.child(parent, name) is not None:
-            await self._keep(row, "another file that was not uploaded has its name")
+            await self._strand(row, "another file that was not uploaded has its name")
             return False
         if row.writing and not row.base_size:
             row = _as_far_as_written(row)

@@ -1,7 +1,7 @@
 """Brings what is dirty in a file to the remote, and keeps what the remote refuses.
 
 fsync(2) ends here in both modes, close(2) in `through` mode: they return once the remote confirmed
-the bytes. In `back` mode close(2) returns once the journal has them (`secure`).
+the bytes. In `back` mode close(2) returns once the journal has them (`persist`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ log = logging.getLogger(__name__)
 
 
 class Uploader:
+    """Uploads contents and keeps the journal in step."""
+
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
 
     @asynccontextmanager
     async def writing(self, file: Content) -> AsyncIterator[None]:
-        """Around whatever makes bytes dirty: the journal knows of the file before, and until then.
+        """Surround whatever makes bytes dirty: the journal knows of the file before, and until
+        then.
 
-        Raises CacheFull when the journal can't be written.
+        Raises Stale, and CacheFull when the journal can't be written.
         """
         file.check_not_superseded()
         with file.write_under_way():
@@ -41,8 +44,8 @@ class Uploader:
             if is_first and file.reader.base.size:
                 await self.note_writing(file)
 
-    async def secure(self, file: Content, *, instead_of: str | None = None) -> None:
-        """The journal has all that is dirty, and a loss of power does not take it away.
+    async def persist(self, file: Content, *, instead_of: str | None = None) -> None:
+        """Return once the journal has all that is dirty, and a loss of power does not take it away.
 
         Raises CacheFull when the journal can't be written.
         """
@@ -58,7 +61,8 @@ class Uploader:
         durable: bool = False,
         instead_of: str | None = None,
     ) -> None:
-        """What nobody will upload needs no row: it would come back with the next mount."""
+        """Write a row, except for what nobody will upload: it would come back with the next
+        mount."""
         if not file.state.needs_row:
             return
         try:
@@ -119,13 +123,14 @@ class Uploader:
         return entry
 
     async def note_writing(self, file: Content) -> None:
-        """It is open and dirty: what is known of it so far. Raises CacheFull."""
+        """Note what is known so far of a file that is open and dirty. Raises CacheFull."""
         await self._note(file, file.unconfirmed(writing=True))
         if file.state.has_row:
             file.note_row(writing=True)
 
     async def note_cut(self, file: Content, size: int) -> None:
-        """Before the file is cut: a row that claims bytes which are gone would make zeros of them.
+        """Note a truncation before it: a row that claims bytes which are gone would make zeros of
+        them.
 
         Raises CacheFull when the journal can't be written.
         """
@@ -136,14 +141,14 @@ class Uploader:
     async def note_progress(
         self, file: Content, reason: str = "", *, durable: bool = False
     ) -> None:
-        """A journal that can't be written is no reason not to bring the bytes to the remote."""
+        """Write the row as it is now. If that fails it is logged: it is no reason not to upload."""
         try:
             await self._note(file, file.unconfirmed(reason), durable=durable)
         except CacheFull as error:
             log.error("%s", error.message)  # noqa: TRY400 - no bug: the message says it all
 
     async def forget(self, file: Content) -> None:
-        """Nothing of it is unconfirmed: it was uploaded, or removed."""
+        """Delete the row of a file of which nothing is unconfirmed: uploaded, or removed."""
         if not file.state.has_row:
             return
         file.note_no_row()
@@ -153,12 +158,12 @@ class Uploader:
             file.note_row()
             log.error("the journal in the cache can't be written: %s", error)  # noqa: TRY400
 
-    async def keep(self, file: Content, reason: str) -> None:
-        """It can't be uploaded, and the mount does not show it: the bytes go where the user finds
-        them.
+    async def strand(self, file: Content, reason: str) -> None:
+        """Move the bytes of a file that can't be uploaded to where the user finds them.
 
-        Raises OSError or sqlite3.Error when the disk fails; then they are where they were.
+        The mount does not show them. Raises OSError or sqlite3.Error when the disk fails; then they
+        are where they were.
         """
         row = file.unconfirmed(reason)
         with file.stranding():
-            await self.journal.keep(row)
+            await self.journal.strand(row)

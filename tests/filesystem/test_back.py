@@ -771,7 +771,7 @@ def test_what_belongs_to_no_namespace_any_more_is_kept(kind: str, tmp_path: Path
         await w.kernel.write_file("ns/f", NEW)
 
     async def then(w: World) -> None:
-        (row,) = w.journal.kept
+        (row,) = w.journal.stranded
         assert (
             row.reason == "its namespace ns is not in the configuration any more, or read-only now"
         )

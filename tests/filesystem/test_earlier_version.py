@@ -127,7 +127,7 @@ def test_all_that_it_left_is_shown_and_reaches_the_remote(kind: str, tmp_path: P
         assert (stat.S_IMODE(item.mode), item.mtime_ns) == (0o600, 10**18)
         assert w.remote.paths().keys() == {*EXPECTED, b"d", b"theirs"}
         (kept,) = w.journal.rows
-        assert (kept.path, kept.is_kept, kept.reason != "") == (b"theirs", True, True)
+        assert (kept.path, kept.is_stranded, kept.reason != "") == (b"theirs", True, True)
         (found,) = w.kept_bytes()
         assert found[:9] == b"theirmine"
         assert await w.kernel.read_file("ns/theirs") == b"theirs now"

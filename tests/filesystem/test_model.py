@@ -406,7 +406,7 @@ class Walk:
                     there = self.w.remote.paths()[path.removeprefix("ns/").encode()]
                     assert there.content == ref.content
                     assert dict(there.xattrs) == ref.xattrs
-        assert not self.w.journal.kept
+        assert not self.w.journal.stranded
         assert not self.w.closer.notices
         await self.check_bound()
 

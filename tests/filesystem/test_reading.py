@@ -74,9 +74,9 @@ async def test_what_runs_ahead_of_a_reader_who_closed_is_cancelled(w: World) -> 
     await held.reached.wait()
     content = w.kernel.node_of(handle).content
     assert content
-    assert content.reader.fetcher.is_busy
+    assert content.reader.fetcher.flights
     await w.kernel.close(handle)
-    await until(lambda: not content.reader.fetcher.is_busy)
+    await until(lambda: not content.reader.fetcher.flights)
     assert not held.go.is_set()
 
 

@@ -167,7 +167,7 @@ async def test_what_the_remote_refuses_is_kept_and_the_remotes_truth_is_shown(w:
     w.cues.fail(m.Upload, NoSpace("the quota is used up"), times=2)
     with pytest.raises(NoSpace):
         await w.kernel.close(handle)
-    (row,) = w.journal.kept
+    (row,) = w.journal.stranded
     assert (row.path, row.reason, row.ranges) == (b"f", "the quota is used up", [(0, 14)])
     assert w.kept_bytes() == [b"precious bytes"]
     assert (await w.kernel.stat("ns/f")).size == len(b"what was there")
@@ -222,7 +222,7 @@ async def test_writes_after_unlink_go_nowhere_and_are_readable(w: World) -> None
     assert await w.kernel.pread(handle, 0, 100) == b"before after"
     await w.kernel.close(handle)
     assert w.remote.paths() == {}
-    assert w.journal.kept == []
+    assert w.journal.stranded == []
 
 
 @live("sftp")
@@ -316,7 +316,7 @@ async def test_a_version_that_can_not_be_had_whole_any_more_is_kept(w: World) ->
     with pytest.raises(Conflict, match="is kept"):
         await w.kernel.close(handle)
     assert {path: w.remote.get(path) for path in w.remote.paths()} == {b"f": b"theirs"}
-    (row,) = w.journal.kept
+    (row,) = w.journal.stranded
     assert (row.path, row.ranges) == (b"f", [(0, BLOCK_BYTES)])
     assert w.kept_bytes()[0].startswith(NEW)
 
@@ -368,7 +368,7 @@ async def test_an_upload_whose_answer_was_lost_can_be_repeated(w: World) -> None
     expected = b"newoonewer" + (OLD * 3)[10:]
     assert w.remote.get(b"f") == expected
     assert await w.kernel.read_file("ns/f") == expected
-    assert w.journal.kept == []
+    assert w.journal.stranded == []
 
 
 @live()

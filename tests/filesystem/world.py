@@ -106,7 +106,7 @@ class World:
         pace.told_slow = slow
 
     def kept_bytes(self) -> list[bytes]:
-        return [Path(row.data).read_bytes() for row in self.journal.kept]
+        return [Path(row.data).read_bytes() for row in self.journal.stranded]
 
 
 @asynccontextmanager

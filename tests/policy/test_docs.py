@@ -86,6 +86,15 @@ def test_configuration_explains_each_key(key: str) -> None:
     assert re.search(rf"^- `{key}` \([^)]*; [^)]*\): \S", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_classes_that_a_page_names_exist(page: str) -> None:
+    """Names in camel case, perhaps with an attribute."""
+    named = re.findall(r"`([A-Z][a-z]+[A-Z]\w*)(?:\.(\w+))?`", (ROOT / page).read_text())
+    sources = [*(ROOT / "hpcfs").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    words = set(re.findall(r"\w+", " ".join(source.read_text() for source in sources)))
+    assert {word for both in named for word in both if word} - words == set()
+
+
 def test_the_version_is_the_same_everywhere() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == hpcfs.__version__

@@ -203,41 +203,41 @@ def test_a_crash_at_any_step_of_keeping_loses_nothing(
         crashed(home, tmp_path / "crash")
         raise _Killed
 
-    async def keep(journal: Journal) -> None:
+    async def strand(journal: Journal) -> None:
         await journal.note(noted)
         with monkeypatch.context() as patch:
             patch.setattr(*STEPS[step], killed)
             with pytest.raises(_Killed):
-                journal._keep_now(msgspec.structs.replace(noted, reason="refused"))
+                journal._strand_now(msgspec.structs.replace(noted, reason="refused"))
 
-    run(home, keep)
+    run(home, strand)
     (found,) = reopened(tmp_path / "crash")
     assert Path(found.data).read_bytes() == DATA
-    assert found.is_kept == (step == "before the unlink")
-    assert found.reason == ("refused" if found.is_kept else "")
+    assert found.is_stranded == (step == "before the unlink")
+    assert found.reason == ("refused" if found.is_stranded else "")
     left = [path.name for path in (tmp_path / "crash" / "kept").iterdir()]
-    assert left == (["cafe"] if found.is_kept else [])
+    assert left == (["cafe"] if found.is_stranded else [])
 
 
 def test_what_is_kept_stays_kept_over_mounts_with_its_reason(home: Path) -> None:
     async def story(journal: Journal) -> None:
         noted = row(home)
         await journal.note(noted)
-        await journal.keep(msgspec.structs.replace(noted, reason="the quota is used up"))
-        assert [kept.reason for kept in journal.kept] == ["the quota is used up"]
+        await journal.strand(msgspec.structs.replace(noted, reason="the quota is used up"))
+        assert [kept.reason for kept in journal.stranded] == ["the quota is used up"]
 
     run(home, story)
     assert list((home / "data" / "ca").iterdir()) == []
     for _ in range(3):
         (kept,) = reopened(home)
-        assert (kept.is_kept, kept.reason) == (True, "the quota is used up")
+        assert (kept.is_stranded, kept.reason) == (True, "the quota is used up")
         assert Path(kept.data).read_bytes() == DATA
 
 
 def test_what_is_discarded_is_gone(home: Path) -> None:
     async def story(journal: Journal) -> None:
         await journal.note(row(home))
-        await journal.keep(row(home, reason="refused"))
+        await journal.strand(row(home, reason="refused"))
         await journal.discard("cafe")
 
     run(home, story)

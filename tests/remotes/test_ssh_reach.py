@@ -20,6 +20,7 @@ from hpcfs.model.sites import SshSite
 from hpcfs.remotes.sftp.remote import SshSiteConnection
 from hpcfs.remotes.ssh import reach
 from hpcfs.remotes.ssh.login import log_in
+from tests.support.mounts import until
 from tests.support.sshd import ALIAS, ScriptedPrompter, SshServer, free_port
 
 NAME = "login.example.org"
@@ -203,8 +204,9 @@ def test_a_refused_login_is_not_tried_at_the_next_address(
         addresses += [ALIVE, "127.0.0.3"]
         with pytest.raises(AccessRefused, match="refused the login"):
             asyncio.run(seconds_to_log_in(site))
-        assert alive.log.count("authenticating user") == 1
-        assert "authenticating user" not in other.log
+        # The first that greets is logged in to: on a busy machine that may be either.
+        tried = until(lambda: (alive.log + other.log).count("authenticating user"))
+        assert tried == 1
 
 
 def test_the_login_goes_where_the_host_key_was_shown(

@@ -2,7 +2,8 @@
 
 Cut: connections end at once and new ones are refused, as when a cable router or a VPN goes down
 loudly. Frozen: connections stay, new ones are accepted, and nothing arrives any more, as when
-packets are lost. Bytes are counted, so that a link can go down in the middle of a transfer.
+packets are lost. Deaf: what is asked arrives, and no answer comes back. Bytes are counted, so that
+a link can go down in the middle of a transfer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal
 
 from tests.support.sshd import LOOPBACK, SshServer
 
-State = Literal["up", "frozen", "cut"]
+State = Literal["up", "deaf", "frozen", "cut"]
 _CHUNK = 64 * 1024
 
 
@@ -54,6 +55,10 @@ class Link:
         """Go down once so many more bytes have passed."""
         with self._changed:
             self.relayed, self._limit, self._then = 0, count, then
+
+    def lose_answers_after(self, count: int) -> None:
+        """Bring nothing back any more once so many more bytes have passed, until it is mended."""
+        self.fail_after(count, then="deaf")
 
     @property
     def is_down(self) -> bool:
@@ -98,8 +103,8 @@ class Link:
             with self._changed:
                 self._sockets |= {near, far}
             done = threading.Barrier(2)
-            self._spawn(self._relay, near, far, done)
-            self._spawn(self._relay, far, near, done)
+            self._spawn(self._relay, near, far, done, ("frozen",))
+            self._spawn(self._relay, far, near, done, ("frozen", "deaf"))
 
     def _connect(self) -> socket.socket | None:
         try:
@@ -107,10 +112,16 @@ class Link:
         except OSError:
             return None
 
-    def _relay(self, source: socket.socket, sink: socket.socket, done: threading.Barrier) -> None:
+    def _relay(
+        self,
+        source: socket.socket,
+        sink: socket.socket,
+        done: threading.Barrier,
+        held_while: tuple[State, ...],
+    ) -> None:
         with suppress(OSError):
             while chunk := source.recv(_CHUNK):
-                self._wait_until_it_may_pass(len(chunk))
+                self._wait_until_it_may_pass(len(chunk), held_while)
                 sink.sendall(chunk)
         with suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
@@ -119,7 +130,7 @@ class Link:
             self._sockets.discard(source)
         source.close()
 
-    def _wait_until_it_may_pass(self, count: int) -> None:
+    def _wait_until_it_may_pass(self, count: int, held_while: tuple[State, ...]) -> None:
         with self._changed:
             self.relayed += count
             fails = self._limit is not None and self.relayed > self._limit
@@ -127,7 +138,7 @@ class Link:
             self._limit = None
             self._become(self._then)
         with self._changed:
-            self._changed.wait_for(lambda: self._state != "frozen")
+            self._changed.wait_for(lambda: self._state not in held_while)
         if self._state == "cut":
             raise ConnectionAbortedError
 

@@ -32,6 +32,7 @@ from botocore.handlers import validate_bucket_name
 from hpcfs.model.errors import Unreachable, WrongSettings
 from hpcfs.model.sites import S3Site
 from hpcfs.remotes.s3.botocore_guard import guard
+from hpcfs.remotes.s3.sent_writes import note_client_attempt
 from hpcfs.remotes.s3.signing import Keys
 
 log = logging.getLogger(__name__)
@@ -147,6 +148,7 @@ class S3Login:
         self.remark = ", ".join(filter(None, said))
         events = client.meta.events
         events.register(f"before-send.s3.{PREPARED}", _stop)
+        events.register("needs-retry.s3", note_client_attempt)
         events.unregister("before-parameter-build.s3", validate_bucket_name)  # servers know better
         return client
 

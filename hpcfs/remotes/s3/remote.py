@@ -61,6 +61,7 @@ from hpcfs.remotes.s3.paths import (
     refuse_existing,
     text,
 )
+from hpcfs.remotes.s3.sent_writes import tracing_writes
 from hpcfs.remotes.s3.transfer import FileSource, Transfer
 from hpcfs.remotes.s3.translate import is_refusal, not_public
 from hpcfs.remotes.s3.uploads import S3Uploads, info_of_stored
@@ -214,7 +215,8 @@ class S3Remote:
         self._check_owner(request.attributes)
         self._lister.cache.drop(look.place.key)
         self._paths.changed(look.place)
-        stored, info = await self._uploads.upload(request, look, source, report)
+        with tracing_writes():
+            stored, info = await self._uploads.upload(request, look, source, report)
         self._paths.saw_file(look.place, info)
         return self._entries.file(paths.name(request.path), stored, info.metadata)
 

@@ -188,14 +188,16 @@ def translate(error: Exception, subject: str) -> RemoteError:
     if isinstance(error, _TIMEOUTS):
         return TimedOut(f"the S3 endpoint{_endpoint(error)} did not answer in time")
     if isinstance(error, _UNREACHABLE):
-        kind = NotConnected if _is_of_connecting(error) else Unreachable
+        kind = NotConnected if is_of_connecting(error) else Unreachable
         return kind(f"the S3 endpoint{_endpoint(error)} can't be reached ({_cause(error)})")
     return RemoteFailure(f"{subject}: the S3 request failed: {error}")
 
 
-def _is_of_connecting(error: Exception) -> bool:
-    """Whether nothing was sent."""
-    return any(isinstance(one, _NOT_CONNECTED) for one in (error, _inner(error)))
+def is_of_connecting(error: Exception) -> bool:
+    """Whether nothing was sent: there was no connection to send it over. botocore wraps those that
+    broke in the same exception, and the one inside tells."""
+    inner = _inner(error)
+    return isinstance(inner if isinstance(inner, Exception) else error, _NOT_CONNECTED)
 
 
 def _inner(error: Exception) -> object:
