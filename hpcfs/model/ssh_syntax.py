@@ -52,7 +52,7 @@ def split(line: str) -> list[str]:
 
 
 def _keyword(line: str) -> tuple[str, str]:
-    """It ends at whitespace or at =, of which one is passed over."""
+    """Split off the keyword, which ends at whitespace or at one =."""
     if line.startswith('"'):
         keyword, _, rest = line[1:].partition('"')
     else:

@@ -1,6 +1,6 @@
 """Reads and writes the daemon's cache files: the bytes' way between a remote and the disk.
 
-What blocks on the disk is called in threads (worker/main.py).
+Calls that block on the disk are made in threads (worker/main.py).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 
 from botocore.exceptions import ClientError
@@ -28,10 +28,8 @@ from hpcfs.model.errors import (
     WrongSettings,
 )
 from hpcfs.remotes.base import checked_size
+from hpcfs.remotes.s3.access import Access
 from hpcfs.remotes.s3.checksums import CRC32, PartSent, UploadChecks, proof_of
-from hpcfs.remotes.s3.direct import Direct
-from hpcfs.remotes.s3.health import Health
-from hpcfs.remotes.s3.login import S3Login
 from hpcfs.remotes.s3.metadata import Metadata, encode
 from hpcfs.remotes.s3.names import checked_key
 from hpcfs.remotes.s3.objects import (
@@ -48,29 +46,12 @@ from hpcfs.remotes.s3.objects import (
     settable,
     summary_of,
 )
-from hpcfs.remotes.s3.pacing import Pacing
-from hpcfs.remotes.s3.request_gate import RequestGate
-from hpcfs.remotes.s3.server_capabilities import ServerCapabilities
 from hpcfs.remotes.s3.translate import is_throttling, s3_code, translate, translating
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 DELETED_AT_ONCE = 1000
 """What S3 takes in one request."""
-
-
-@dataclass(frozen=True)
-class Access:
-    """The objects that all buckets of a site share."""
-
-    login: S3Login
-    direct: Direct
-    gate: RequestGate
-    sending: RequestGate
-    """For bodies that are sent: `gate` is for what is asked and received."""
-    health: Health
-    pacing: Pacing = field(default_factory=Pacing)
-    server: ServerCapabilities = field(default_factory=ServerCapabilities)
 
 
 @dataclass(frozen=True)
@@ -109,7 +90,7 @@ class Bucket:
         limit: int = 0,
         sent: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
-        """The same for the operations that there is a direct way for."""
+        """Make a request for which there is a direct way."""
 
         async def ask() -> dict[str, Any]:
             answer = await self._access.direct.answer(operation, self.name, parameters, limit, sent)
@@ -263,7 +244,7 @@ class Bucket:
         *,
         with_crc: bool,
     ) -> PartSent:
-        """A body, and what tells that it arrived."""
+        """Send a body, with what tells that it arrived."""
         proof = await proof_of(asked["Body"], with_crc=with_crc)
         key = asked["Key"]
         answer = await self._directly(operation, key, {**asked, **proof.parameters()}, sent=sent)
@@ -312,8 +293,8 @@ class Bucket:
 
     @contextmanager
     def _conditional(self, key: str, base: bytes | None) -> Iterator[None]:
-        """What a server says to a condition that does not hold: 412, 409 to one of two that come
-        at once, 404 where there is nothing to match."""
+        """Turn the refusals of a condition that does not hold into Conflict: 412, 409 to one of two
+        that come at once, 404 where there is nothing to match."""
         try:
             yield
         except (Changed, NotFound) as error:
@@ -503,7 +484,7 @@ class Bucket:
 async def _with_belongings(
     asked: dict[str, Any], send: Callable[[dict[str, Any]], Awaitable[T]]
 ) -> T:
-    """Where a server does not take what the object had beside its headers, it is stored without,
+    """Send with tags and access list. A server that does not take these gets the object without,
     and the log says so."""
     try:
         return await send(asked)

@@ -3,8 +3,8 @@
 Every body goes with its MD5 (Content-MD5), and an ETag that is an MD5 is compared. Where ETags are
 none, as the server encrypts with keys of its own (SSE-KMS) or makes them in a way of its own, a
 CRC-32 goes along, too: servers that know it (AWS and others, since 2022) compare and answer with
-theirs. An upload in parts must be begun for that. Who ignores it or refuses it is spared it from
-then on. Form: docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
+theirs. An upload in parts must be begun for that. A server that ignores or refuses it is spared it
+from then on. Form: docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
 """
 
 from __future__ import annotations

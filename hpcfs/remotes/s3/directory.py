@@ -85,8 +85,8 @@ class Lister:
     async def _entry(
         self, listed: Listed[Summary], directory: str, read_only: bool, old: bool
     ) -> Entry | None:
-        """None where the object has gone since it was listed, or is no entry of its own: `old` may
-        be what s3fs wrote for this directory once."""
+        """Return the entry of a listed name; None where the object has gone since, or is no entry
+        of its own: `old` may be what s3fs wrote for this directory once."""
         name = shown(listed.component, beside=listed.beside)
         if listed.item is None:
             marker = None

@@ -23,7 +23,7 @@ ERROR_BYTES = 64 * 1024
 MOST_INTERIM = 100
 """Interim answers (1xx) to one question: S3 sends at most one, before a body."""
 PIECE_BYTES = 512 * 1024
-"""What of a body is handed to the loop at once: over TLS it is encrypted there and then."""
+"""How much of a body is handed to the loop at once: over TLS it is encrypted there and then."""
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: |\Z)")
 _LENGTH = re.compile(r"[0-9]{1,19}\Z")
 _CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;|\Z)")
@@ -286,7 +286,7 @@ class HttpConnection(asyncio.BufferedProtocol):
 
 
 class _Chunks:
-    """A body in chunks (RFC 9112, 7.1), as listings come."""
+    """Collects a body in chunks (RFC 9112, 7.1), as listings come."""
 
     def __init__(self, limit: int) -> None:
         self.body = bytearray()

@@ -59,7 +59,8 @@ class Collator(Generic[T]):
             yield Listed(*self._held.pop())
 
     def _settled(self, name: str) -> Iterator[Listed[T]]:
-        """Those held back that can't be beside a prefix any more, now that `name` has come."""
+        """Yield those held back that can't be beside a prefix any more, now that `name` has
+        come."""
         while self._held and not name.startswith(self._held[-1][0]):
             yield Listed(*self._held.pop())
 

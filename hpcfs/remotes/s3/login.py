@@ -88,8 +88,8 @@ def _stop(request: Any, **_: object) -> None:
 
 @contextmanager
 def _unusable_refused() -> Iterator[None]:
-    """Who provides credentials may be a server that is wrong, or wicked; what it says may fail
-    anywhere in botocore, which checks none of it. Raises CredentialRetrievalError for that."""
+    """Raise CredentialRetrievalError for whatever a provider of credentials makes fail: it may be a
+    server that is wrong, or wicked, and botocore checks nothing of what it says."""
     try:
         yield
     except (BotoCoreError, ClientError, aiohttp.ClientError, OSError):
@@ -100,7 +100,7 @@ def _unusable_refused() -> Iterator[None]:
 
 
 def _checked(keys: Keys) -> Keys:
-    """Raises ValueError for what can't go into a header."""
+    """Return the keys. Raises ValueError for what can't go into a header."""
     for text in (keys.access_key, keys.secret_key, keys.token or ""):
         if not isinstance(text, str) or not text.isascii() or not text.isprintable():
             raise ValueError("what it gave are no credentials")
@@ -171,7 +171,7 @@ class S3Login:
         return None if self.anonymous else await self._find_keys()
 
     async def _find_keys(self) -> Keys | None:
-        """None where there are none: public buckets want none."""
+        """Return the credentials, or None where there are none: public buckets want none."""
         site = self._site
         if site.anonymous:
             return None

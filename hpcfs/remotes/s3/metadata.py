@@ -132,7 +132,7 @@ def _parse_id(text: str | None) -> int | None:
 
 
 def _parse_mode(text: str | None, *, directory: bool) -> int | None:
-    """A full st_mode of the kind that the key allows, or None.
+    """Return a full st_mode of the kind that the key allows, or None.
 
     Decimal where that gives a type that fits (s3fs, hpcfs), else octal ("100644", rclone). A value
     without a type is permissions only, octal when it begins with a zero, as in C.

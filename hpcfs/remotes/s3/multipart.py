@@ -223,8 +223,9 @@ class Multipart:
 
     @asynccontextmanager
     async def _beside_others(self) -> AsyncIterator[None]:
-        """Some servers (rclone's) end an upload with the first part that they refuse, and answer
-        those beside it that there is no such upload, perhaps first. Raises the refusal then."""
+        """Raise the refusal of the first part for those beside it: some servers (rclone's) end an
+        upload with the first part that they refuse, and answer those beside it that there is no
+        such upload, perhaps first."""
         if not self._under_way:
             self._refusal = None
         self._under_way += 1
@@ -283,7 +284,8 @@ class Multipart:
         return await self._bucket.complete_upload(key, self._upload, parts)
 
     async def _completed_before(self, error: RemoteError, size: int, count: int) -> Info:
-        """A request whose answer was lost is repeated, and then refused."""
+        """Return the object if an earlier request completed it: one whose answer was lost is
+        repeated, and then refused."""
         expected = self._joined_etag(count)
         found = await self._bucket.head(self.target.key)
         if found is not None and expected and (found.etag, found.size) == (expected, size):
@@ -291,7 +293,7 @@ class Multipart:
         raise error
 
     def _joined_etag(self, count: int) -> str | None:
-        """As AWS makes it of the parts' MD5s; None where it can't be told."""
+        """Return the ETag that AWS makes of the parts' MD5s; None where it can't be told."""
         sent = [self._parts[number][1] for number in range(1, count + 1)]
         known = [part for part in sent if part.md5 is not None]
         if not known or any(part.md5 is None or part.etag != part.md5.hex() for part in known):

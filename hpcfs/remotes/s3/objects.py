@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ KEPT_HEADERS = (
     *("Expires", "WebsiteRedirectLocation", "StorageClass", "ServerSideEncryption"),
     *("SSEKMSKeyId", "BucketKeyEnabled"),
 )
-"""What belongs to an object beside its metadata, by the names that requests and answers share."""
+"""Headers of an object beside its metadata, by the names that requests and answers share."""
 ACCESS = ("ACL", "GrantFullControl", "GrantRead", "GrantReadACP", "GrantWriteACP")
 BELONGINGS = (
     *("Tagging", *ACCESS),
@@ -72,6 +73,11 @@ class Info(Summary):
         content type."""
         kind = str(self.headers.get("ContentType", ""))
         return self.size == 0 and kind in DIRECTORY_TYPES and not self.key.endswith(("/", MARKER))
+
+    @property
+    def is_link(self) -> bool:
+        """Whether its metadata say that it is a symbolic link."""
+        return self.metadata.mode is not None and stat.S_ISLNK(self.metadata.mode)
 
     @property
     def is_tagged(self) -> bool:
@@ -138,7 +144,8 @@ def settable(headers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _nanoseconds(moment: object) -> int:
-    """To the microsecond, without a float's rounding. A time that no file has counts as none."""
+    """Convert a time, to the microsecond, without a float's rounding. A time that no file has
+    counts as none."""
     if not isinstance(moment, datetime):
         return 0
     since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH

@@ -16,7 +16,7 @@ GIB = 1024 * MIB
 
 @dataclass(frozen=True)
 class Part:
-    """`number` counts from 1. What is `copied` comes from the old object, on the server."""
+    """`number` counts from 1. A part that is `copied` comes from the old object, on the server."""
 
     number: int
     offset: int

@@ -1,8 +1,8 @@
 """Changes to a large object: the server copies what stays, and only the rest is sent.
 
-What a part needs besides the bytes that were written is read from the server, where the source
-does not have it. The old version must be there from the first to the last request: each of them
-says which one it means, and where a server does not mind, the last look before the end tells.
+The bytes that a part needs besides those that were written are read from the server, where the
+source does not have it. The old version must be there from the first to the last request: each of
+them says which one it means, and where a server does not mind, the last look before the end tells.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class _Filler:
         return bytes(body)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
-        """What was written and what was not between the two, in turn."""
+        """Yield what was written and what was not between the two, in turn."""
         index = max(0, bisect_right(self._written, (start, start)) - 1)
         while start < stop:
             begin, end = self._written[index] if index < len(self._written) else (stop, stop)

@@ -211,8 +211,9 @@ class PathResolver:
         return S3Lookup(place, found, children, markers)
 
     async def _object(self, place: S3Path) -> Info | None:
-        """By a listing where that is all that may be known, or where the key is an odd one: some
-        servers answer HEAD of ".." with an error, but none lists what it can't hold."""
+        """Return the object at a place: by a listing where that is all that may be known, or where
+        the key is an odd one. Some servers answer HEAD of ".." with an error, but none lists what
+        it can't hold."""
         if not place.key:
             return None
         if self._read_only or place.escaped:

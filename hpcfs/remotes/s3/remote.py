@@ -149,7 +149,7 @@ class S3Remote:
         found = await self._bucket.head(place.key) if place.key else None
         if found is None and not place.is_root:
             raise NotFound(f"{text(path)}: there is no such file")
-        if found is None or self._read_only or not _is_link(found):
+        if found is None or self._read_only or not found.is_link:
             raise InvalidRequest(f"{text(path)} is not a symbolic link")
         if not 0 < found.size <= MAX_LINK_BYTES:
             raise ProtocolError(f"{text(path)} is a link with a target of {found.size} bytes")
@@ -374,7 +374,7 @@ class S3Remote:
             raise NotOwner("only root can give files on S3 to other users or groups")
 
     async def _look_for_new(self, path: bytes) -> S3Lookup:
-        """What is at a path that may be made, in a directory that is there."""
+        """Look at a path that may be made, in a directory that is there."""
         self._check_writable()
         place = await self._paths.new_place(path)
         look, _ = await asyncio.gather(self._paths.recall(place), self._parents.require(place))
@@ -433,7 +433,7 @@ class S3Remote:
         return self._entries.directory(paths.name(place.path), metadata)
 
     async def _renew_marker(self, look: S3Lookup) -> None:
-        """One that s3fs wrote once becomes one of the form that all understand."""
+        """Replace a marker that s3fs wrote once by one of the form that all understand."""
         if look.old_marker is None:
             return
         directory = look.place.directory
@@ -488,16 +488,7 @@ class S3Remote:
             self._lister.cache.clear()
 
 
-def _is_link(found: Info) -> bool:
-    return found.metadata.mode is not None and stat.S_ISLNK(found.metadata.mode)
-
-
 def _is_worth_a_copy(attributes: Attributes) -> bool:
-    """A new access time alone is not worth a copy of the object, and is not kept."""
-    return any(
-        value is not None
-        for value in (
-            *(attributes.mode, attributes.uid, attributes.gid, attributes.mtime_ns),
-            attributes.xattrs,
-        )
-    )
+    """Return whether the change is worth a copy of the object: a new access time alone is not, and
+    is not kept."""
+    return attributes != Attributes(atime_ns=attributes.atime_ns)

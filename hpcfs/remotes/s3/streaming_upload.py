@@ -3,7 +3,7 @@ size is known.
 
 Pieces come in any order. A part of several of them is sent when the last one is there, read again
 from the source: so memory stays bounded, and a piece counts as sent although it may still be
-only there. What was not sent, or was written again, is sent when the file is complete.
+only there. Parts that were not sent, or were written again, are sent when the file is complete.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ object anew would lose.
 A HEAD tells how many tags there are, so an object without any costs nothing. Of an access list it
 tells nothing: it is asked for once before each writing, where the bucket has such lists at all.
 Most have none (AWS since 2023, unless they are switched on; servers that don't know them), which
-is found out once. What can't be kept is said in the log.
+is found out once. The log tells what can't be kept.
 docs.aws.amazon.com/AmazonS3/latest/userguide/acl-overview.html, .../object-tagging.html
 """
 

@@ -92,8 +92,8 @@ class Transfer:
         return made
 
     async def _check_stored(self, made: Info, source: UploadSource) -> None:
-        """Raises RemoteFailure. Of an object in parts the ETag tells on servers that are known to
-        make it of theirs."""
+        """Raise RemoteFailure where the server stored something else. Of an object in parts the
+        ETag tells on servers that are known to make it of theirs."""
         told = await self._told_by_etag(made, source)
         joined = self._bucket.server.joins_md5s and not is_kms(made.headers)
         if told is None and "-" in made.etag and joined:

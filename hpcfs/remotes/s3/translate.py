@@ -201,19 +201,20 @@ def is_of_connecting(error: Exception) -> bool:
 
 
 def _inner(error: Exception) -> object:
-    """What botocore has wrapped."""
+    """Return the exception that botocore has wrapped."""
     return getattr(error, "kwargs", {}).get("error")
 
 
 def _endpoint(error: Exception) -> str:
-    """Which one, where the error tells: without the path and query, which are the request's."""
+    """Return the endpoint, where the error tells: without the path and query, which are the
+    request's."""
     url = getattr(error, "kwargs", {}).get("endpoint_url")
     parts = urlsplit(str(url)) if url else None
     return f" {parts.scheme}://{parts.netloc}" if parts and parts.netloc else ""
 
 
 def _cause(error: Exception) -> str:
-    """What the operating system said, else the library's words."""
+    """Return what the operating system said, else the library's words."""
     inner = _inner(error) or error
     system = getattr(inner, "os_error", inner)
     reason = getattr(system, "strerror", None) or str(inner) or type(inner).__name__
@@ -246,8 +247,8 @@ def _from_answer(error: boto.ClientError, subject: str) -> RemoteError:
 
 
 def _redirected(answer: Mapping[str, Any]) -> str | None:
-    """Where an answer points; None where it is none of the web's redirects. S3's own name the
-    bucket's region, and botocore has followed them as far as they can be."""
+    """Return where an answer points; None where it is none of the web's redirects. S3's own name
+    the bucket's region, and botocore has followed them as far as they can be."""
     about = answer.get("ResponseMetadata", {})
     headers = about.get("HTTPHeaders", {})
     if about.get("HTTPStatusCode") not in _REDIRECTS or "x-amz-bucket-region" in headers:

@@ -91,7 +91,7 @@ class S3Uploads:
         source: UploadSource,
         report: ReportProgress,
     ) -> tuple[Summary, Metadata]:
-        """What the object is then, and carries."""
+        """Send the object; return it as it is then, and its metadata."""
         if request.handle != NO_HANDLE:
             sent = await self.streams.finish(
                 request.handle, target, request.path, request.ranges, source, report
@@ -121,8 +121,9 @@ class S3Uploads:
     async def _with_metadata(
         self, found: Info, target: NewObject, request: UploadRequest
     ) -> tuple[Summary, Metadata]:
-        """Of an object whose metadata was made before the file was complete. A time that is only
-        that of the last write is not worth a copy: then the one of the server's counts."""
+        """Give the object its metadata, where that was made before the file was complete. A time
+        that is only that of the last write is not worth a copy: then the one of the server's
+        counts."""
         wanted = target.metadata
         if not request.times_set:
             wanted = with_changes(
@@ -135,8 +136,9 @@ class S3Uploads:
     async def _kept_of(
         self, look: S3Lookup, *, replaced: bool = False
     ) -> tuple[Metadata, Mapping[str, Any]]:
-        """What the object that is written anew hands on. To another file that is renamed over it
-        (`replaced`) not who may read it: that file may be more private."""
+        """Return the metadata and headers that the object keeps when it is written anew. Another
+        file that is renamed over it (`replaced`) does not get who may read it: that file may be
+        more private."""
         guessed = _guessed_headers(look.place.path)
         if look.file is None:
             return self._entries.fresh(), guessed
@@ -161,6 +163,6 @@ def info_of_stored(stored: Summary, metadata: Metadata, headers: Mapping[str, An
 
 
 def _guessed_headers(path: bytes) -> dict[str, str]:
-    """As the AWS CLI does, so that browsers show what they can."""
+    """Guess the content type as the AWS CLI does, so that browsers show what they can."""
     guess, _ = mimetypes.guess_type(paths.name(path).decode(errors="replace"))
     return {"ContentType": guess} if guess else {}

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 MORE_CHANNELS = 2
 """For large uploads, beside the two: servers grant ten (sshd_config(5), MaxSessions)."""
 LAST_WORDS_SECONDS = 2.0
-"""What a channel may take from the end of its data to its exit code."""
+"""The longest that a channel may take from the end of its data to its exit code."""
 COMPLAINT_BYTES = 300
 
 

@@ -81,7 +81,7 @@ class MessageDecoder:
                 self._bytes.end()
 
     def _look(self) -> None:
-        """At a message of which as much is here as was waited for."""
+        """Look at a message of which as much is here as was waited for."""
         message = self._message
         end = LENGTH_BYTES + int.from_bytes(message[:LENGTH_BYTES], "big")
         if len(message) == LENGTH_BYTES:

@@ -1,7 +1,7 @@
 """The handles that a server grants on one connection, and what is given up where they run out.
 
 Every server bounds them (libssh 256, wolfSSH 64, OpenSSH by its process's ulimit -n), none tells
-how many, and one too many is refused with a plain "failure" like so much else. What was meant is
+how many, and one too many is refused with a plain "failure" like so much else. The reason is
 found out with a file that could be opened a moment ago, and as many as were granted then count as
 the limit for a while. From there on an open goes along with the close of the handle that was idle
 for longest; where none is idle it waits until one is closed: what is in use is never taken away.

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 MAX_PIECE_BYTES = 261_120
 """What OpenSSH takes in one read or write; more per request gains nothing measurable."""
 SAFE_PIECE_BYTES = 32 * 1024
-"""What the protocol promises for servers that do not tell their limits."""
+"""The limit that the protocol promises, for servers that tell none."""
 
 
 async def shake_hands(requests: Requests, shown: str) -> None:
@@ -41,6 +41,6 @@ async def shake_hands(requests: Requests, shown: str) -> None:
 
 
 def _piece(told: int) -> int:
-    """A server that tells of less than the protocol promises would have a megabyte asked for in a
-    million requests."""
+    """Return a usable limit: a server that tells of less than the protocol promises would have a
+    megabyte asked for in a million requests."""
     return max(SAFE_PIECE_BYTES, min(told, MAX_PIECE_BYTES))

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 START_SECONDS = 15.0
 LEAST_BYTES_PER_SECOND = 10_000_000
-"""What a loaded server hashes and reads at the very least."""
+"""The least that a loaded server reads and hashes."""
 REPORT_SECONDS = 5.0
 RANGES_AT_ONCE = 200
 """In one script: what a shell reads of a line is bounded."""
@@ -142,7 +142,7 @@ class Hasher:
 
 
 async def _greet(shell: Shell) -> bool:
-    """What login scripts print comes before."""
+    """Wait until the shell is ready: what login scripts print comes before."""
     shell.write(_SETUP)
     while line := await shell.read_line():
         if line.endswith(_READY):
@@ -151,7 +151,8 @@ async def _greet(shell: Shell) -> bool:
 
 
 def _script(number: int, path: bytes, ranges: Ranges, size: int) -> bytes:
-    """For sh. Names are only read through a redirection: sha256sum would mark some of them."""
+    """Return a script for sh. Names are only read through a redirection: sha256sum would mark some
+    of them."""
     name = quoted(path)
     if list(ranges) == [(0, size)]:
         work = b"h <%s" % name

@@ -71,7 +71,8 @@ class LongPaths:
         return SftpPath(here, path, directory.base + b"/./" + rest)
 
     async def _channel(self, session: SftpSession) -> SftpSession | None:
-        """None where a further one would be a login of its own, or is not granted."""
+        """Return a channel of its own; None where a further one would be a login, or is not
+        granted."""
         if self._above is session and self._session is not None and not self._session.lost:
             return self._session
         self._above, self._session, self._open = session, None, []
@@ -110,7 +111,7 @@ class LongPaths:
 
 
 async def _find(channel: Requests, handle: bytes, path: bytes) -> _Directory | None:
-    """What the descriptor of the directory is called that was just opened."""
+    """Find the name of the descriptor of a directory that was just opened."""
     try:
         names, _ = await channel.realpath(path)
         descriptors = await _descriptors(channel)

@@ -21,7 +21,7 @@ _USUAL = 0x1 | 0x2 | 0x4 | 0x8
 _MODE_BITS = 0xFFFF
 _TYPE_BITS = 0xF000
 _LINE = re.compile(rb"([-dlbcps])[-rwxsStT]{9}")
-"""What a line for humans begins with, where it is as `ls -l` has it."""
+"""The beginning of a line for humans, where it is as `ls -l` has it."""
 _TYPES = {
     b"-": stat.S_IFREG,
     b"d": stat.S_IFDIR,

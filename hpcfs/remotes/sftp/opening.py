@@ -1,6 +1,6 @@
 """Opening a file for an upload, which may only change the version that it was made on.
 
-What has the name is looked at in the same flight in which it is opened, so that the version costs
+The file is looked at in the same flight in which it is opened, so that the version costs
 no round trip of its own. Nothing is cut or written here. Between the look and the first byte there
 is one round trip in which somebody else may write too: SFTP has no way to exclude that.
 """
@@ -68,7 +68,8 @@ async def _look_next(place: SftpPath) -> SFTPAttrs:
 
 
 async def _given(target: WritableFile, looking: Sent) -> SFTPAttrs:
-    """What the new file is like. A server that answers out of order may not have had it yet."""
+    """Return the attributes of the new file. A server that answers out of order may not have had it
+    yet."""
     try:
         attrs = looking.result()
     except RemoteError:
@@ -184,7 +185,7 @@ async def _open_read_only(
 
 
 async def _restore_quietly(place: SftpPath, mode: SFTPAttrs) -> None:
-    """After a failure that is being reported already."""
+    """Restore a mode after a failure, which is reported already."""
     try:
         await answers([send(place.session.bulk.setstat(place.full, mode))])
     except (asyncssh.Error, OSError) as error:

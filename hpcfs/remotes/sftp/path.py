@@ -57,7 +57,8 @@ class SftpPath:
         return attrs
 
     async def _type_by_trying(self, channel: Requests) -> int:
-        """A mode with the type: a link can be read, a directory be listed or is forbidden."""
+        """Return a mode with the type: a link can be read, a directory be listed or is
+        forbidden."""
         target, is_directory = await asyncio.gather(
             channel.readlink(self.full), self._can_be_listed(channel), return_exceptions=True
         )
@@ -71,7 +72,8 @@ class SftpPath:
         return sftp_attrs.DEFAULT_FILE_MODE
 
     async def _can_be_listed(self, channel: Requests) -> bool:
-        """Some servers open anything as a directory, and find out when they are to read it."""
+        """Return whether it is a directory. Some servers open anything as one, and find out when
+        they are to read it."""
         try:
             handle = await channel.kept(channel.opendir(self.full))
             try:

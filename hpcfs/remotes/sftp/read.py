@@ -128,7 +128,7 @@ class ReadHandles:
             self._close(file)
 
     def _close(self, file: ReadHandle) -> None:
-        """Once it is open: nobody waits for a reader's close."""
+        """Close the handle once it is open: nobody waits for a reader's close."""
         file.session.handles.wake(file)
         file.opening.add_done_callback(partial(_close_remote, file.session.bulk))
 
@@ -184,8 +184,8 @@ class _Reading:
     length: int
 
     async def pieces(self, *, urgent: bool) -> tuple[list[Chunks], list[SFTPAttrs]]:
-        """What the pieces of the range brought, and the file's attributes after them, as seen on
-        each channel that brought some: only there do they follow the reads."""
+        """Return what the pieces of the range brought, and the file's attributes after them, as
+        seen on each channel that brought some: only there do they follow the reads."""
         session = self.place.session
         flow, size, end = session.reading, session.read_bytes, self.offset + self.length
         turn = flow.turn()
@@ -210,7 +210,8 @@ class _Reading:
     def _piece(
         self, channel: Requests, flow: Flow, start: int, wanted: int
     ) -> asyncio.Future[Chunks]:
-        """A piece that was let in: it leaves when it is here, or when nobody wants it any more."""
+        """Ask for a piece that was admitted: it leaves when it is here, or when nobody wants it any
+        more."""
         try:
             piece = channel.read_piece(self.handle, start, wanted)
         except BaseException:

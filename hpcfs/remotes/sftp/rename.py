@@ -77,7 +77,7 @@ async def _plain_rename(source: SftpPath, target: SftpPath) -> None:
 
 
 async def _check(source: SftpPath, target: SftpPath) -> int | None:
-    """Raises what makes this rename impossible; returns the target's type, None if it is new."""
+    """Raise what makes this rename impossible; return the target's type, None if it is new."""
     source_kind = await source.kind()
     if source_kind is None:
         raise NotFound(f"{source} does not exist")

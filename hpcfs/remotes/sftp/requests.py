@@ -74,7 +74,7 @@ class Carrier(Protocol):
 
 
 class _Piece:
-    """One read under way: a Bytes."""
+    """One read under way: a DataSink."""
 
     def __init__(self, wanted: int, future: asyncio.Future[Chunks]) -> None:
         self.wanted = wanted
@@ -104,7 +104,7 @@ class Requests(SFTPClientHandler):
         self._first_message.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._to_send: list[bytes] = []
         self.beginning = b""
-        """What came before the greeting, or is its beginning: it may be text."""
+        """The first bytes that came: they may be text of a login script."""
         self.ended = False
         self.handles = Handles()
         """Those of all channels of a session, once it is one of them."""
@@ -166,7 +166,8 @@ class Requests(SFTPClientHandler):
         return await self.handles.granted(partial(super().opendir, path), self._can_list, explained)
 
     async def _can_list(self, path: bytes | None) -> bool | None:
-        """Some servers bound files and directories apart."""
+        """Return whether a directory can be opened: some servers bound files and directories
+        apart."""
         return await self._can_open(None)
 
     async def _is_explained(self, path: bytes, kind: int | None) -> bool:

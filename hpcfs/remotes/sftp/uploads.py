@@ -136,8 +136,9 @@ class SftpUploads:
     async def _open_for_pieces(
         self, place: SftpPath, request: UploadPieceRequest, source: UploadSource
     ) -> WritableFile:
-        """Of an unknown handle, another process may have sent something ahead. Then the file has
-        another version than its base: bytes of ours, which would count as sent."""
+        """Open the file for pieces. Another process may have sent some under a handle that is not
+        known here: then the file has another version than its base, and bytes of ours, which would
+        count as sent."""
         anew = self._begin_anew.pop(place.path, None)
         attempt = UploadAttempt.of_piece(request, source, checked=not anew)
         target = await open_target(place, attempt, request.mode, self._unfinished)
@@ -191,7 +192,7 @@ class SftpUploads:
         return place.entry_of(appended.attrs)
 
     def _remember(self, place: SftpPath, request: UploadRequest, source: UploadSource) -> None:
-        """After a failure that is being reported already."""
+        """Remember an upload after a failure, which is reported already."""
         try:
             self._unfinished.begin(place.path, UploadAttempt.of(request, source))
         except (OSError, RemoteError) as error:
@@ -276,8 +277,9 @@ class SftpUploads:
 
     @contextmanager
     def _temporary_for(self, place: SftpPath, source: UploadSource) -> Iterator[SftpPath]:
-        """A name that no other upload takes: it is made of the source's (`UploadSource.name`).
-        Only one that is still being given up here makes another name necessary."""
+        """Yield a name that no other upload takes: it is made of the source's
+        (`UploadSource.name`). Only one that is still being given up here makes another name
+        necessary."""
         name = renaming.name_beside(paths.name(place.path), source.name)
         temporary = place.beside(name)
         if temporary.path in self._temporaries:
@@ -334,7 +336,7 @@ class SftpUploads:
         return True
 
     async def _remove_temporary(self, temporary: SftpPath) -> None:
-        """After a failure that is being reported already."""
+        """Remove the temporary file after a failure, which is reported already."""
         try:
             with temporary.asking():
                 await answers([send(temporary.session.meta.remove(temporary.full))])
@@ -344,7 +346,7 @@ class SftpUploads:
             log.warning("the temporary file %s could not be removed: %s", temporary, error.message)
 
     async def _remove_leftovers(self, place: SftpPath) -> None:
-        """What an earlier connection could not remove."""
+        """Remove what an earlier connection could not remove."""
         leftovers, self._leftovers = self._leftovers, []
         for leftover in leftovers:
             here = SftpPath(place.session, leftover.path, leftover.full)
@@ -358,7 +360,7 @@ class SftpUploads:
 
 
 async def _open_temporary(temporary: SftpPath, mode: int) -> WritableFile:
-    """A process that was killed may have left it."""
+    """Open the temporary file, which a process that was killed may have left."""
     try:
         return await open_new(temporary, mode)
     except AlreadyExists:
@@ -387,7 +389,7 @@ async def _send_piece(
 async def _compare(
     place: SftpPath, request: UploadRequest, source: UploadSource, report: ReportProgress
 ) -> None:
-    """Where nothing of the old content counts, all of the file is here."""
+    """Compare hashes. Where nothing of the old content counts, all of the file is here."""
     ranges = request.ranges if request.base_size else [(0, request.size)]
     same = await place.session.hasher.is_same(place.full, ranges, source, report)
     if same is None and place.session.lost:
@@ -438,7 +440,7 @@ def _covered(start: int, end: int, ranges: Ranges) -> bool:
 
 
 class _Empty:
-    """A source of nothing."""
+    """The source of an empty file."""
 
     size = 0
     name = ""

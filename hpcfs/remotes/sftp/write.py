@@ -2,7 +2,7 @@
 
 SFTP servers treat the requests about one file in the order in which they come, so nothing has to
 wait for the answer to what goes before it: what is small travels with everything that completes
-the file (its size, attributes, fsync, a look, the close) in one flight. What is large is bounded by
+the file (its size, attributes, fsync, a look, the close) in one flight. A large file is bounded by
 what may be under way, and completed once its last byte is there: only a small file can for a moment
 have its final size and time without all of its bytes, and is touched again when that happens.
 
@@ -114,7 +114,7 @@ async def _completed(
 
 
 def _sent(requests: Iterable[Coroutine[Any, Any, Any]]) -> list[Sent]:
-    """They leave in this order, once the event loop comes to it."""
+    """Send the requests in this order, once the event loop comes to it."""
     sent = [asyncio.ensure_future(request) for request in requests]
     for task in sent:
         task.add_done_callback(_observe)
@@ -146,7 +146,7 @@ async def answers(sent: Sequence[Sent]) -> list[Any]:
 
 
 class _Room:
-    """For a small file: it need not wait for large ones."""
+    """Admits a small file, which need not wait for large ones."""
 
     def __init__(self, session: SftpSession, size: int) -> None:
         self._flow = session.writing
@@ -180,8 +180,8 @@ def _writes(
 def _tail(
     target: WritableFile, request: UploadRequest, keep: int
 ) -> list[Coroutine[Any, Any, Any]]:
-    """What completes the file: its owner first, since that clears mode bits; then its size, mode
-    and times in one request, so that none is there without the others."""
+    """Return the requests that complete the file: its owner first, since that clears mode bits;
+    then its size, mode and times in one request, so that none is there without the others."""
     bulk, handle = target.session.bulk, target.handle
     now = target.now or SFTPAttrs()
     tail: list[Coroutine[Any, Any, Any]] = []

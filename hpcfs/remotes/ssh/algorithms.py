@@ -1,9 +1,9 @@
 """Chooses the algorithms that a connection offers: those of the user's ssh, as far as asyncssh has
 them.
 
-What a configuration names is offered in its order. What ssh would offer by itself is offered
-without SHA-1 and MD5, which old versions of it still have among their defaults, and with AES-GCM
-first, since it is what saturates a link from Python.
+Algorithms that a configuration names are offered in its order. Those that ssh offers by itself are
+offered without SHA-1 and MD5, which old versions of it still have among their defaults, and with
+AES-GCM first, since it is what saturates a link from Python.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def host_keys(options: SshOptions) -> list[str]:
 def _offered(
     options: SshOptions, option: str, known: Iterable[bytes], defaults: Iterable[bytes]
 ) -> list[str]:
-    """Raises WrongSettings when asyncssh has none of what the configuration names."""
+    """Return the algorithms to offer. Raises WrongSettings when asyncssh has none of what the
+    configuration names."""
     have = {name.decode() for name in known}
     named: Sequence[str] = options.names(option.lower()) or [name.decode() for name in defaults]
     found = [name for name in named if name in have]

@@ -100,7 +100,7 @@ class HostKeys:
     rules: Rules
     _accepted: list[asyncssh.SSHKey] = field(default_factory=list)
     _found: dict[tuple[Path, str], list[KnownHost]] = field(default_factory=dict)
-    """What the files say, read once: a file of thousands of hashed names takes a while."""
+    """Lines of the files, read once: a file of thousands of hashed names takes a while."""
 
     def trusted(self, _host: str, _address: str, _port: int | None) -> TrustedKeys:
         """asyncssh's callback. It learns what it needs to judge certificates; each plain key comes
@@ -227,7 +227,7 @@ class HostKeys:
         return Judgement(key, "trusted")
 
     def _at_own_risk(self, key: asyncssh.SSHKey, text: str) -> Judgement:
-        """A changed or revoked key, which StrictHostKeyChecking no lets pass as ssh does."""
+        """Let a changed or revoked key pass where StrictHostKeyChecking no does, as ssh does."""
         if self.rules.strict != "no":
             return Judgement(key, "refused", text)
         log.warning("%s; StrictHostKeyChecking is no, so it goes on without passwords", text)
@@ -244,7 +244,7 @@ class HostKeys:
     # --- what is known --------------------------------------------------------------------------
 
     def _entries(self, marker: knownhosts.Marker) -> Iterator[KnownHost]:
-        """For the host, on its port or on any."""
+        """Return the entries for the host, on its port or on any."""
         for name in self.rules.names:
             yield from (entry for entry in self._find(name) if entry.marker == marker)
 
@@ -258,7 +258,8 @@ class HostKeys:
             yield from self._found[path, name]
 
     def _authorities(self) -> list[asyncssh.SSHKey]:
-        """None where a revoked key may be let pass: asyncssh lets none pass."""
+        """Return the authorities; none where a revoked key may be let pass: asyncssh lets none
+        pass."""
         if self.rules.strict == "no" and self._revoked():
             return []
         return [entry.key for entry in self._entries("@cert-authority")]
@@ -267,7 +268,8 @@ class HostKeys:
         return [entry.key for entry in self._entries("@revoked")]
 
     def _listed_as_revoked(self) -> list[asyncssh.SSHKey]:
-        """For certificates, which asyncssh judges. A list that can't be read is no list of keys."""
+        """Return the revoked keys for certificates, which asyncssh judges. A list that can't be
+        read is no list of keys."""
         lists = [path for path in self.rules.revoked_files if _is_plain_list(path)]
         return [key for path in lists for key in revoked.keys(path)]
 

@@ -59,7 +59,7 @@ def add(path: Path, name: str, key: asyncssh.SSHKey, *, hashed: bool) -> None:
 
 
 def _is_unfinished(descriptor: int) -> bool:
-    """Its last line has no end. A device has no lines."""
+    """Return whether its last line has no end. A device has no lines."""
     size = os.fstat(descriptor).st_size
     return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
 

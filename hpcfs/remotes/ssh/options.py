@@ -126,7 +126,8 @@ def no_ssh(error: OSError) -> WrongSettings:
 
 
 def _reason(complaint: str) -> str:
-    """Its first line says what is wrong, with file and line; the last only that it ends."""
+    """Return what is wrong: the first line says it, with file and line; the last only that ssh
+    ends."""
     lines = [one_line(line) for line in complaint.splitlines() if line.strip()]
     shown = [line for line in lines if "terminating, " not in line] or lines
     text = "; ".join(shown[:3]) or "ssh says nothing"
@@ -200,7 +201,8 @@ _known_defaults: dict[str, Mapping[str, Sequence[str]]] = {}
 
 
 async def _defaults(ssh: str) -> Mapping[str, Sequence[str]]:
-    """Of this ssh, without any file: by it a user's own list of algorithms is told from ssh's."""
+    """Return the options of this ssh without any file: by them a user's own list of algorithms is
+    told from ssh's."""
     if ssh not in _known_defaults:
         site = SshSite("localhost", connect_timeout=_DEFAULTS_SECONDS)
         line = [ssh, "-G", "-T", "-F", "none", "-s", "--", site.host, "sftp"]

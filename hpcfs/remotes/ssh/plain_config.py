@@ -3,7 +3,7 @@ its line.
 
 Understood are `Host`, `Match all`, `Include`, and options whose values mean the same in every
 version. All else would be guessed, and a guess logs in as somebody else, elsewhere, or with less
-care than the user asked for. What only concerns terminals and forwards is passed over.
+care than the user asked for. Options of terminals and forwards are passed over.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def check_owner(path: Path, found: os.stat_result) -> None:
 
 
 def _raw(line: str) -> list[str]:
-    """A command is the rest of its line, quotes and all."""
+    """Return a command: the rest of its line, quotes and all."""
     rest = line.strip()[len("proxycommand") :].lstrip(" \t").removeprefix("=").strip()
     return [rest] if rest else []
 
@@ -182,6 +182,7 @@ def _glob(pattern: str) -> str:
 
 
 def _included(pattern: str, file: Path) -> str:
-    """A relative one is below ~/.ssh, or /etc/ssh in the system's file."""
+    """Return the files of an Include. A relative one is below ~/.ssh, or /etc/ssh in the system's
+    file."""
     base = "/etc/ssh" if str(file).startswith("/etc/ssh/") else os.path.expanduser("~/.ssh")
     return os.path.join(base, os.path.expanduser(pattern))

@@ -132,7 +132,7 @@ class PacketReceiver(asyncio.BufferedProtocol):
     # --- packets --------------------------------------------------------------------------------
 
     def _step(self, waiting: memoryview) -> int:
-        """How much of what waits was dealt with; 0 when more has to come."""
+        """Deal with some of what waits; return how much, 0 when more has to come."""
         if not waiting:
             return 0
         cipher = self._current_cipher()
@@ -153,8 +153,8 @@ class PacketReceiver(asyncio.BufferedProtocol):
         return length
 
     def _lacking(self) -> int:
-        """How much asyncssh needs of a packet that it has begun with; all of it while it is busy
-        with one and only stores what comes."""
+        """Return how much asyncssh needs of a packet that it has begun with; all of it while it is
+        busy with one and only stores what comes."""
         connection = self._connection
         stored = len(connection._inpbuf)
         if connection._recv_handler == connection._recv_pkthdr:

@@ -154,8 +154,8 @@ class SharedSession(Generic[S]):
 
 
 def _again(error: RemoteError) -> RemoteError:
-    """A fresh exception: raising one object from many requests would pile up their tracebacks. It
-    says that nothing was sent."""
+    """Return a fresh exception: raising one object from many requests would pile up their
+    tracebacks. It says that nothing was sent."""
     kind = NotConnected if type(error) is Unreachable else type(error)
     return kind(error.message)
 

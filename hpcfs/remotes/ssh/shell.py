@@ -1,6 +1,6 @@
 """A shell on the server, in a channel of its own, for what SFTP can't be asked.
 
-What is sent to it is a script on its standard input, whatever the user's login shell is: a command
+It gets scripts on its standard input, whatever the user's login shell is: a command
 line would be read by that one first, and not all of them quote as sh does.
 """
 
@@ -33,7 +33,7 @@ class Shell(Protocol):
 
 
 class _ShellSession(asyncssh.SSHClientSession[bytes]):
-    """What comes is copied: receiver.py decrypts the next packet to where it lies."""
+    """Copies what comes: receiver.py decrypts the next packet to where it lies."""
 
     def __init__(self) -> None:
         self.reader = asyncio.StreamReader()

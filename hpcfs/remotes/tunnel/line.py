@@ -1,7 +1,7 @@
 """A stream to the laptop that finds its own way back: it connects, notices a break and connects
 again.
 
-What breaks is noticed in three ways: the connection ends; nothing is heard though the laptop was
+A break is noticed in three ways: the connection ends; nothing is heard though the laptop was
 asked (it sleeps, or its network is gone); or the rendezvous file changed, which the tunnel writes
 anew when it is back. For a while requests then wait and nothing above notices; after that the
 stream is given up, and they fail.
@@ -76,7 +76,7 @@ class Pulse:
 
 
 class _StreamGone(Exception):
-    """The laptop has no such stream any more."""
+    """Raised when the laptop has no such stream any more."""
 
 
 class Line:
@@ -134,7 +134,7 @@ class Line:
         await asyncio.wait([self._tending])
 
     async def _tend(self, pipe: PipeEnd) -> None:
-        """Until the stream is over."""
+        """Keep the stream on a pipe until it is over."""
         while not await self._until_broken(pipe):
             self.stream.detach(pipe)
             pipe.close()
@@ -174,7 +174,7 @@ class Line:
         return self.stream.ended
 
     async def _again(self) -> PipeEnd:
-        """A new pipe that carries the stream. Raises _Over where that can't be."""
+        """Return a new pipe that carries the stream. Raises _StreamGone where that can't be."""
         while True:
             self._stamp = self._rendezvous_file.stamp()
             try:
@@ -229,7 +229,8 @@ async def _meet(
 async def _unless_moved(
     rendezvous_file: RendezvousFile, stamp: file.Stamp | None, attempt: Coroutine[Any, Any, T]
 ) -> T:
-    """What the attempt brings. Raises Unreachable when the tunnel is meanwhile somewhere else."""
+    """Return what the attempt brings. Raises Unreachable when the tunnel is meanwhile somewhere
+    else."""
     trying = asyncio.ensure_future(attempt)
     moved = asyncio.ensure_future(rendezvous_file.changed(stamp))
     try:

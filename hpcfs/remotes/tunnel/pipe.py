@@ -179,9 +179,9 @@ async def _open(place: Endpoint) -> PipeEnd:
 
 
 async def _open_port(place: TcpEndpoint) -> PipeEnd:
-    """Where strangers flood the port, the system drops who comes: then a further connection is
-    quicker than waiting until the first one is tried again (1 s, tcp(7)). The first to stand is
-    used."""
+    """Connect to a port. Where strangers flood it, the system drops who comes: then a further
+    connection is quicker than waiting until the first one is tried again (1 s, tcp(7)). The first
+    to stand is used."""
     loop = asyncio.get_running_loop()
     trying: set[asyncio.Future[tuple[asyncio.Transport, PipeEnd]]] = set()
     done: set[asyncio.Future[tuple[asyncio.Transport, PipeEnd]]] = set()
@@ -213,7 +213,7 @@ def _check_socket(path: str) -> None:
 
 
 def _check_peer(sock: socket.socket) -> None:
-    """Who listens there. What goes over it is not encrypted."""
+    """Raise NoAnswer where another user listens there: what goes over it is not encrypted."""
     with contextlib.suppress(AttributeError):  # Linux only; elsewhere the file's owner must do
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         _, uid, _ = _CREDENTIALS.unpack(raw)
@@ -222,7 +222,7 @@ def _check_peer(sock: socket.socket) -> None:
 
 
 async def _answer(reading: Coroutine[object, object, bytes]) -> bytes:
-    """What the laptop says, in time. Raises NoAnswer."""
+    """Return what the laptop says, in time. Raises NoAnswer."""
     try:
         async with asyncio.timeout(PLACE_SECONDS):
             return await reading

@@ -119,7 +119,7 @@ async def open_session(spec: SiteSpec, rendezvous_file: RendezvousFile) -> SftpS
 async def _private_channels(
     login: TunnelLogin, rendezvous_file: RendezvousFile, pulse: Pulse
 ) -> list[Requests]:
-    """One for small requests and some for bytes."""
+    """Open one channel for small requests and some for bytes."""
     opened = await asyncio.gather(
         *(Line.open(rendezvous_file, pulse) for _ in range(READERS)), return_exceptions=True
     )
