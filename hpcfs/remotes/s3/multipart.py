@@ -259,7 +259,7 @@ class Multipart:
     async def complete(self, size: int, count: int, progress: TransferProgress) -> Info:
         """The object of parts 1 to `count`, as it is then.
 
-        The server is asked for the present version just before, because some that mind conditions
+        The server is asked for the present version just before, because some that honour conditions
         elsewhere ignore them here. Raises Conflict; Changed where the upload is gone.
         """
         target, bucket = self.target, self._bucket

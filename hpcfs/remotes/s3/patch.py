@@ -2,7 +2,8 @@
 
 The bytes that a part needs besides those that were written are read from the server, where the
 source does not have it. The old version must be there from the first to the last request: each of
-them says which one it means, and where a server does not mind, the last look before the end tells.
+them says which one it means, and where a server does not honour that, the last look before the end
+tells.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ S3 has neither directories nor renames nor partial writes: a directory is a mark
 key below it, a rename is a copy and a removal, an upload is the whole file, new attributes are a
 copy of an object onto itself. Two requests are not one transaction: another client that writes to
 the same names at the same time can come between a check and what follows it. Uploads are closed to
-that where the server minds conditions (transfer.py finds out).
+that where the server honours conditions (transfer.py finds out).
 """
 
 from __future__ import annotations

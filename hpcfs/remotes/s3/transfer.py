@@ -120,8 +120,8 @@ class Transfer:
         return await self._bucket.put(key, body, metadata, headers, sent=progress.renew)
 
     async def _try_condition(self, target: NewObject, body: bytes) -> None:
-        """Whether the server minds conditions or ignores them: what was just written is written
-        again, on a condition that does not hold. Once for each kind and process."""
+        """Find out whether the server honours conditions or ignores them: what was just written is
+        written again, on a condition that does not hold. Once for each kind and process."""
         assert target.base is not None
         server, kind = self._bucket.server, NO_VERSION if target.base else b""
         if server.being_tried:
@@ -132,7 +132,7 @@ class Transfer:
         except Conflict:
             server.note(kind, honours=True)
         except RemoteError as error:
-            log.debug("whether the server minds conditions is not known: %s", error.message)
+            log.debug("whether the server honours conditions is not known: %s", error.message)
         else:
             server.note(kind, honours=False)
             log.info("this S3 server ignores conditions: versions are compared before writing")

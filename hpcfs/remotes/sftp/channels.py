@@ -2,7 +2,7 @@
 
 A login that is accepted is no SFTP service yet. Accounts print text before it, have a shell that
 ends at once, a forced command, or an expired password: what the server says and how it ends is kept
-until the greeting, since it is the only reason that there is.
+until the first message, since it is the only reason that there is.
 """
 
 from __future__ import annotations

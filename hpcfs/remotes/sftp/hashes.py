@@ -103,7 +103,7 @@ class Hasher:
         try:
             async with asyncio.timeout(START_SECONDS):
                 shell = await self._open_shell()
-                if shell is not None and await _greet(shell):
+                if shell is not None and await _wait_ready(shell):
                     self._listening = asyncio.create_task(self._listen(shell))
                     return shell
         except TimeoutError:
@@ -141,7 +141,7 @@ class Hasher:
                     answer.set_result(b"")
 
 
-async def _greet(shell: Shell) -> bool:
+async def _wait_ready(shell: Shell) -> bool:
     """Wait until the shell is ready: what login scripts print comes before."""
     shell.write(_SETUP)
     while line := await shell.read_line():

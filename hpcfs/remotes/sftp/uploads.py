@@ -1,12 +1,12 @@
 """Making files and bringing them to the server: for `Remote.create`, `upload` and `upload_piece`.
 
-One object per namespace, which knows the files that are held open
+One object per namespace, which knows the streaming uploads
 (remotes/sftp/streaming_upload.py) and the attempts that were not seen to end
 (remotes/sftp/upload_resume.py). All of that may be lost with this process: an upload then opens its
 file again, and the pieces are sent again (PiecesLost).
 
-Round trips of a small file: create 1 and upload 1 where its file is held; otherwise upload 2 (the
-open, then everything else). With `replace` 3: the temporary file, its content, the rename.
+Round trips of a small file: create 1 and upload 1 where its file is open already; otherwise upload
+2 (the open, then everything else). With `replace` 3: the temporary file, its content, the rename.
 """
 
 from __future__ import annotations
@@ -199,7 +199,8 @@ class SftpUploads:
             log.warning("what is uploaded to %s can't be read here: %s", place, error)
 
     def _taken(self, place: SftpPath, request: UploadRequest) -> SftpStreamingUpload | None:
-        """The file that is held for this upload. Raises PiecesLost when bytes of it may be lost."""
+        """Return the streaming upload that this one completes, or None. Raises PiecesLost when
+        pieces of it may be lost."""
         file = self._streams.take(request.handle)
         if file is not None and file.is_usable:
             return file
