@@ -1,4 +1,4 @@
-"""The transfer process: carries out the daemon's requests at one site, on asyncio and uvloop.
+"""The worker process: carries out the daemon's requests at one site, on asyncio and uvloop.
 
 Started by site/client.py with one end of a socket pair; ends when the daemon closes the other.
 It holds no state that cannot be rebuilt and may be killed at any moment. It never imports trio,
@@ -103,7 +103,7 @@ class Worker:
         """Carry out calls until the daemon is gone."""
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
-                message = await self._connection.receive(m.ToTransfer)
+                message = await self._connection.receive(m.ToWorker)
                 match message:
                     case m.Call():
                         self._start(message)
@@ -321,7 +321,7 @@ def keep_freed_memory() -> None:
 
 
 def main() -> None:
-    """Run the transfer process on the two sockets whose numbers are its arguments."""
+    """Run the worker process on the two sockets whose numbers are its arguments."""
     dumps.forbid()
     signals.outlive_job()  # a shutdown sends SIGTERM to all, while the daemon has yet to upload
     keep_freed_memory()
