@@ -99,8 +99,8 @@ class BaseVersion:
         place = self._remote.place
         if place.validated_at != self._vouched:
             self._looked = place.validated_at
-        settled = not self.growing and not self._state.is_dirty
-        if settled and place.entry.version == self.version and asked - self._looked < VOUCH_SECONDS:
+        is_idle = not self.growing and not self._state.is_dirty
+        if is_idle and place.entry.version == self.version and asked - self._looked < VOUCH_SECONDS:
             place.validated_at = self._vouched = max(place.validated_at, asked)
 
     # --- what others change -----------------------------------------------------------------------

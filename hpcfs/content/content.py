@@ -365,7 +365,7 @@ class Content:
 
     async def truncate(self, size: int) -> bool:
         """Set the size; whether that changed it."""
-        await self.reader.fetcher.settle()
+        await self.reader.fetcher.wait_idle()
         # No await from here: atomic.
         self.check_not_superseded()
         if size == self.size:

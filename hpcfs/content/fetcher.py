@@ -156,7 +156,7 @@ class Fetcher:
             if flight.can_go:
                 flight.scope.cancel()
 
-    async def settle(self, blocks: range | None = None) -> None:
+    async def wait_idle(self, blocks: range | None = None) -> None:
         """Return once no fetch of these blocks (of any, if None) is under way: what is written to
         them now won't be overwritten by bytes from the remote."""
         while flights := self._under_way(blocks):

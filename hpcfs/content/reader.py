@@ -109,7 +109,7 @@ class Reader:
             elif untrusted := [block for block in ends if self._is_untrusted(block)]:
                 await self._verify(untrusted)
             elif self.fetcher.flights and not self.fetcher.is_idle(covered):
-                await self.fetcher.settle(covered)
+                await self.fetcher.wait_idle(covered)
             else:
                 return
 

@@ -84,7 +84,7 @@ class StreamingUpload:
             self._again.discard(offset)
             self._under_way.pop(offset).set()
 
-    async def settle(self) -> None:
+    async def wait_idle(self) -> None:
         """Return once nothing is under way. From then on nothing more is sent until `reset`."""
         self._stopped = True
         while self._under_way:

@@ -222,10 +222,10 @@ class FileUpload:
         fetcher = self._reader.fetcher
         while True:
             if self._sending.handle != NO_HANDLE:
-                await self._sending.settle()
+                await self._sending.wait_idle()
             if not fetcher.flights:
                 break
-            await fetcher.settle()
+            await fetcher.wait_idle()
         # No await from here: atomic.
         sent, sent_under = self._sending.sent, self._sending.handle
         in_place = self._remote.capabilities.partial_writes

@@ -245,7 +245,7 @@ class FilePrefetcher:
             hold.current = await reader.fetch_first(FETCH_BYTES)
         finally:
             with trio.CancelScope(shield=True):  # only then nothing is written to it any more
-                await reader.fetcher.settle()
+                await reader.fetcher.wait_idle()
         self._tell(hold)
 
     def _tell(self, hold: _Hold) -> None:

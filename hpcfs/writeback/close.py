@@ -224,7 +224,7 @@ class Closer:
         return True
 
     async def _retire_when_idle(self, content: Content) -> None:
-        await content.reader.fetcher.settle()
+        await content.reader.fetcher.wait_idle()
         if not content.users and content.closing is None and not content.is_dirty():
             self._retire(content)
 

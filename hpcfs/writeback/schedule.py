@@ -1,6 +1,6 @@
-"""When what waits in the journal is uploaded. Pure: no I/O, no clock, no awaits.
+"""Decides when what waits in the journal is uploaded. Pure: no I/O, no clock, no awaits.
 
-A file that changed settles first: programs write, set modes and times, and rename within moments,
+A file that changed rests first: programs write, set modes and times, and rename within moments,
 and one upload should bring all of it. Then many go at once, those that wait longest first. What
 failed for want of a connection is tried again, less and less often; what the remote refused waits
 for the user (`hpcfs retry`), or for the next change of that file.

@@ -64,7 +64,7 @@ async def test_an_open_file_leaves_the_disk_when_that_becomes_slow(w: World) -> 
     w.remote.put(b"f", DATA)
     handle = await w.kernel.open("ns/f", os.O_RDONLY)
     await w.kernel.pread(handle, 0, 4 * BLOCK_BYTES)
-    await _content(w, handle).reader.fetcher.settle()
+    await _content(w, handle).reader.fetcher.wait_idle()
     await w.store.save()
     known = w.store.used_bytes
     held = w.cues.hold(m.Fetch, stage="middle")

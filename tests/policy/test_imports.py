@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inodes": {"model", "protocol", "site", "content"},
     "prefetch": {"model", "cache", "site", "content", "inodes"},
     "directories": {"model", "site", "inodes", "prefetch"},
-    "writeback": {"model", "protocol", "cache", "site", "content", "inodes", "directories"},
+    "writeback": {"model", "protocol", "cache", "site", "content", "inodes"},
     "filesystem": {"model", "protocol", "cache", "site", "content", "inodes", "prefetch"}
     | {"directories", "writeback"},
     "kernel": {"model", "inodes", "filesystem"},
