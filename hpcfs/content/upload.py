@@ -21,7 +21,7 @@ from hpcfs.cache.file import CacheFile
 from hpcfs.cache.ranges import RangeSet
 from hpcfs.content.reader import Reader
 from hpcfs.content.shared import RemoteFile, Shared
-from hpcfs.content.snapshot import Snapshot
+from hpcfs.content.snapshot import SentPieces, Snapshot
 from hpcfs.content.state import Changes, RemoteSide, State
 from hpcfs.content.streaming_upload import StreamingUpload
 from hpcfs.model.entries import BLOCK_BYTES, NO_HANDLE, Attributes, Entry, merge_attributes
@@ -236,13 +236,12 @@ class FileUpload:
             self._file.size,
             self._reader.base.size,
             unsent.attributes,
-            sent,
-            sent_under if sent else self._write_handle,
+            SentPieces(sent, sent_under if sent else self._write_handle),
             append,
         )
         if sent_under != NO_HANDLE:
             self._sending.reset()
-            if sent_under != snapshot.handle:
+            if sent_under != snapshot.pieces.handle:
                 self._abandon(sent_under)
         self._write_handle = NO_HANDLE
         self._file.dirty = RangeSet()
@@ -270,7 +269,7 @@ class FileUpload:
     def _request(self, snapshot: Snapshot, *, sync: bool) -> UploadRequest:
         entry = self._remote.place.entry
         times = Attributes(atime_ns=entry.atime_ns, mtime_ns=entry.mtime_ns)
-        ranges = snapshot.ranges.without(snapshot.sent)
+        ranges = snapshot.ranges.without(snapshot.pieces.ranges)
         if snapshot.append:  # the journal may have told of whole blocks
             ranges = ranges.without(RangeSet([(0, snapshot.base_size)]))
         return UploadRequest(
@@ -283,7 +282,7 @@ class FileUpload:
             sync,
             self._base_version(self._way),
             self._state.remote is RemoteSide.REPLACES,
-            snapshot.handle,
+            snapshot.pieces.handle,
             whole=self._way is not _Way.PARTS,
             times_set=snapshot.attributes.mtime_ns is not None,
             append=snapshot.append,
@@ -336,7 +335,7 @@ class FileUpload:
         if self._way is _Way.WHOLE:  # perhaps it replaced the old version: all is here only
             file.dirty.add(0, min(snapshot.size, file.size))
         base.size = min(base.size, snapshot.base_size)
-        self._abandon(snapshot.handle)
+        self._abandon(snapshot.pieces.handle)
         self._state.fail_upload(begun=begun)
         self._end()
 
