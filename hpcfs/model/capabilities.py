@@ -6,7 +6,7 @@ import msgspec
 
 
 class Capabilities(msgspec.Struct, frozen=True):
-    """What a caller must know of a remote to use it well: `Remote.connect` returns it."""
+    """Tells a caller how to use a remote well: `Remote.connect` returns it."""
 
     partial_writes: bool
     """Ranges of an existing file can be written; otherwise every upload is the whole file."""

@@ -1,4 +1,4 @@
-"""What it takes to open a site: where it is, who logs in, and which folders are shown."""
+"""Sites and folders: everything that opening a remote takes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ class Secret(msgspec.Struct, frozen=True):
 
 
 class SshSite(msgspec.Struct, frozen=True, tag="ssh"):
-    """One SSH login. `host` may be an alias of ~/.ssh/config; None leaves a value to that file.
-    `transport` is "asyncssh", or "openssh" for the user's own ssh as a child process."""
+    """One SSH login. `host` may be an alias of ~/.ssh/config, and None leaves a value to that file.
+    `transport` is "asyncssh", or "openssh" for the user's own ssh as a child process.
+    `connect_timeout` is in seconds."""
 
     host: str
     user: str | None = None

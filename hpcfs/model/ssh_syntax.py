@@ -1,4 +1,4 @@
-"""What OpenSSH takes for a host, for a user, and for the words of a configuration line.
+"""OpenSSH's syntax for hosts, users and the words of a configuration line.
 
 A host and a user come from a command line, a shared configuration or a colleague's rclone.conf, and
 end in a ProxyCommand's %h and %r, which a shell reads. So the rules are OpenSSH's own (ssh.c since
@@ -14,11 +14,11 @@ _NOT_IN_USERS = frozenset("'`\";&<>|(){}")
 
 
 class BadQuotes(ValueError):
-    """A quote that does not end."""
+    """Raised for a quote that does not end."""
 
 
 def is_valid_host(name: str) -> bool:
-    """A name, address or alias that may be given to ssh."""
+    """Return whether this is a name, address or alias that may be given to ssh."""
     return (
         bool(name)
         and not name.startswith("-")
@@ -28,7 +28,7 @@ def is_valid_host(name: str) -> bool:
 
 
 def is_valid_user(name: str) -> bool:
-    """A remote user's name; CAMPUS\\alice is one."""
+    """Return whether this is a remote user's name; CAMPUS\\alice is one."""
     return (
         bool(name)
         and not name.startswith("-")
@@ -52,7 +52,7 @@ def split(line: str) -> list[str]:
 
 
 def _keyword(line: str) -> tuple[str, str]:
-    """It ends at whitespace or at =, of which one is passed over."""
+    """Split off the keyword, which ends at whitespace or at one =."""
     if line.startswith('"'):
         keyword, _, rest = line[1:].partition('"')
     else:

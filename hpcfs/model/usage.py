@@ -1,4 +1,4 @@
-"""What a site has left, and what is open to it: figures for statvfs(3) and the status."""
+"""Figures of a site for statvfs(3) and the status: its space, and what is open to it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class DiskUsage(msgspec.Struct, frozen=True):
 
 
 class Traffic(msgspec.Struct, frozen=True):
-    """What is open to a site now: `connections` (jump hosts' too; of S3 those that were not left to
-    botocore), SFTP `channels` on them, and `requests` under way. Where a connection is kept up
-    whether anybody asks for something or not (tunnels), `away` says why there is none."""
+    """Counts what is open to a site now: `connections` (jump hosts' too; of S3 those that were not
+    left to botocore), SFTP `channels` on them, and `requests` under way. Where a connection is kept
+    up without any request (tunnels), `away` says why there is none."""
 
     connections: int = 0
     channels: int = 0

@@ -34,7 +34,7 @@ def xattrs_text(xattrs: Xattrs) -> str:
 
 
 def xattrs_of(text: str) -> Xattrs | None:
-    """None where it makes no sense."""
+    """Read the text again; None where it makes no sense."""
     try:
         found = json.loads(unquote(text, errors="strict"))
         if not isinstance(found, dict) or any("\0" in name for name in found):
@@ -53,6 +53,6 @@ def is_kept_xattr(name: bytes) -> bool:
 
 
 def changed_xattrs(xattrs: Xattrs, changes: Mapping[bytes, bytes | None]) -> Xattrs:
-    """None removes one."""
+    """Return the attributes after these changes, where None removes one."""
     merged = {**dict(xattrs), **changes}
     return tuple((name, value) for name, value in merged.items() if value is not None)

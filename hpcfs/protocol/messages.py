@@ -1,8 +1,8 @@
-"""What the mount daemon and a transfer process say to each other: the only module both sides share.
+"""The messages between the mount daemon and a worker process, which both sides share.
 
 One Unix stream socket joins the two. Each frame is a 4-byte big-endian length and a MessagePack
 body (msgpack.org spec, encoded by msgspec). Bulk bytes never cross it: a `Fetch` names the cache
-file into which the transfer process writes, an `Upload` the one from which it reads.
+file into which the worker process writes, an `Upload` the one from which it reads.
 
 Paths are bytes, relative to the namespace's root, without leading or trailing slash; b"" is the
 root. Sizes and offsets are bytes, times are nanoseconds since the epoch, deadlines are seconds.
@@ -235,14 +235,14 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):
-    """Daemon -> transfer process, its first frame: the site to open, and which level to log at."""
+    """Daemon -> worker process, its first frame: the site to open, and which level to log at."""
 
     spec: SiteSpec
     log_level: str = "INFO"
 
 
 class Call(msgspec.Struct, frozen=True, tag="call"):
-    """Daemon -> transfer process."""
+    """Daemon -> worker process."""
 
     id: int
     namespace: str
@@ -250,20 +250,20 @@ class Call(msgspec.Struct, frozen=True, tag="call"):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """Daemon -> transfer process: nobody waits for this call any more."""
+    """Daemon -> worker process: nobody waits for this call any more."""
 
     id: int
 
 
 class Answer(msgspec.Struct, frozen=True, tag="answer"):
-    """Daemon -> transfer process: what the user typed at a `Question`, None if nobody can."""
+    """Daemon -> worker process: what the user typed at a `Question`, None if nobody can."""
 
     id: int
     text: Secret | None
 
 
 class Reply(msgspec.Struct, frozen=True, tag="reply"):
-    """Transfer process -> daemon. `result` is decoded by the type that the request names."""
+    """Worker process -> daemon. `result` is decoded by the type that the request names."""
 
     id: int
     result: msgspec.Raw = msgspec.Raw(b"\xc0")
@@ -272,7 +272,7 @@ class Reply(msgspec.Struct, frozen=True, tag="reply"):
 
 
 class Advance(msgspec.Struct, frozen=True, tag="advance"):
-    """Transfer process -> daemon: a long call moves on, which renews its deadline. `done` counts
+    """Worker process -> daemon: a long call moves on, which renews its deadline. `done` counts
     the bytes (renames: the objects) that are done so far."""
 
     id: int
@@ -280,21 +280,21 @@ class Advance(msgspec.Struct, frozen=True, tag="advance"):
 
 
 class Question(msgspec.Struct, frozen=True, tag="question"):
-    """Transfer process -> daemon: ask the user. `echo` is false for secrets."""
+    """Worker process -> daemon: ask the user. `echo` is false for secrets."""
 
     id: int
     text: str
     echo: bool
 
 
-ToTransfer = Call | Cancel | Answer
-FromTransfer = Reply | Advance | Question
+ToWorker = Call | Cancel | Answer
+FromWorker = Reply | Advance | Question
 
 _encoder = msgspec.msgpack.Encoder()
 
 
 def frame(message: msgspec.Struct) -> bytes:
-    """One message, ready to be sent.
+    """Return one message as a frame, ready to be sent.
 
     Raises ProtocolError when it is larger than MAX_FRAME_BYTES.
     """

@@ -16,7 +16,7 @@ from typing import Protocol
 
 
 class Capacity(Protocol):
-    """How much may be under way. Sizes are in bytes; lane 0 is the most urgent one."""
+    """Decides how much may be under way. Sizes are in bytes; lane 0 is the most urgent one."""
 
     def fits(self, lane: int, size: int) -> bool:
         """Whether a request of this size may go now."""

@@ -216,7 +216,7 @@ class Remote(Protocol):
 
 
 class Site(Protocol):
-    """What one login reaches: it owns the connections of all its remotes."""
+    """Everything that one login reaches: it owns the connections of all its remotes."""
 
     def remote(self, namespace: str) -> Remote:
         """Return the remote of one of the spec's roots. Raises WrongSettings for another name."""

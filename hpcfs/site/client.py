@@ -264,7 +264,7 @@ class SiteClient:
                 pending.reply = m.Reply(call_id, failure=m.Failure.of(error))
                 pending.done.set()
 
-    def _dispatch(self, child: WorkerProcess, message: m.FromTransfer) -> None:
+    def _dispatch(self, child: WorkerProcess, message: m.FromWorker) -> None:
         match message:
             case m.Question():
                 self._nursery.start_soon(self._put_question, child, message)

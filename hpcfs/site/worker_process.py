@@ -114,7 +114,7 @@ class WorkerProcess:
             log.warning("the transfer process %d does not answer: it is killed", self.pid)
             self._process.kill()
 
-    async def run(self, dispatch: Callable[[m.FromTransfer], None]) -> None:
+    async def run(self, dispatch: Callable[[m.FromWorker], None]) -> None:
         """Give every message to `dispatch`, until the process ends."""
         try:
             async with trio.open_nursery() as nursery:
@@ -154,8 +154,8 @@ class WorkerProcess:
                 lent = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _INT.pack(fd))]
                 await self._files.sendmsg([name], lent)
 
-    async def _read(self, dispatch: Callable[[m.FromTransfer], None]) -> None:
-        decoder = msgspec.msgpack.Decoder(m.FromTransfer)
+    async def _read(self, dispatch: Callable[[m.FromWorker], None]) -> None:
+        decoder = msgspec.msgpack.Decoder(m.FromWorker)
         buffer = bytearray()
         while chunk := await self._receive():
             buffer += chunk

@@ -1,4 +1,4 @@
-"""The transfer process: carries out the daemon's requests at one site.
+"""The worker process: carries out the daemon's requests at one site.
 
 Owns the process's life, its side of the socket, and the bytes' way between a remote and the cache
 files. It runs on asyncio, holds no state that can't be rebuilt, and imports nothing of the daemon's

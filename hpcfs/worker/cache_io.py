@@ -1,6 +1,6 @@
-"""The daemon's cache files, as the transfer process sees them: where bytes go to and come from.
+"""Reads and writes the daemon's cache files: the bytes' way between a remote and the disk.
 
-What blocks on the disk is called in threads (worker/main.py).
+Calls that block on the disk are made in threads (worker/main.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 
 class CacheSource:
-    """The bytes of an upload (remotes/base.py, Source)."""
+    """The bytes of a cache file as the source of an upload."""
 
     def __init__(self, path: str, size: int) -> None:
         self.size = size
@@ -56,8 +56,8 @@ Clock = Callable[[], float]
 
 
 def waiting_clock() -> float:
-    """In seconds; stands still while this thread runs, or could if a processor were free: on a busy
-    machine writing takes long whatever the disk does."""
+    """Return seconds of a clock that stands still while this thread runs, or could if a processor
+    were free: on a busy machine writing takes long whatever the disk does."""
     return time.monotonic() - time.thread_time() - _run_delay()
 
 
@@ -126,13 +126,13 @@ class CacheDisk:
         self._slow_until = 0.0
 
     def is_quick(self, length: int) -> bool:
-        """Whether storing that many bytes will not be noticed."""
+        """Return whether storing that many bytes will not be noticed."""
         return length <= self.SMALL_BYTES and self._now() >= self._slow_until
 
     def store(self, path: str, offset: int, pieces: Sequence[bytes | bytearray]) -> Stored:
         """Write consecutive pieces of a range into its cache file.
 
-        `offset` is where a block starts. Raises CacheDiskFull and CacheFileGone.
+        `offset` is where a block starts. Raises CacheFull and CacheFileGone.
         """
         length = sum(map(len, pieces))
         clock = self._waited if length > self.SMALL_BYTES else self._now
@@ -181,7 +181,7 @@ class Borrower:
         sock.settimeout(self.SECONDS)
 
     def borrow(self, name: str) -> int:
-        """A descriptor, to be closed by the caller. Raises CacheFileGone."""
+        """Return a descriptor, to be closed by the caller. Raises CacheFileGone."""
         try:
             with self._lock:
                 self._socket.send(name.encode())

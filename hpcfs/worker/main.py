@@ -1,4 +1,4 @@
-"""The transfer process: carries out the daemon's requests at one site, on asyncio and uvloop.
+"""The worker process: carries out the daemon's requests at one site, on asyncio and uvloop.
 
 Started by site/client.py with one end of a socket pair; ends when the daemon closes the other.
 It holds no state that cannot be rebuilt and may be killed at any moment. It never imports trio,
@@ -55,7 +55,7 @@ class DaemonConnection:
         self._questions: dict[int, asyncio.Future[str | None]] = {}
 
     async def receive(self, kind: type[msgspec.Struct] | object) -> object:
-        """The next message. Raises asyncio.IncompleteReadError when the daemon is gone."""
+        """Return the next message. Raises asyncio.IncompleteReadError when the daemon is gone."""
         header = await self._reader.readexactly(m.FRAME_HEADER.size)
         (length,) = m.FRAME_HEADER.unpack(header)
         return msgspec.msgpack.decode(await self._reader.readexactly(length), type=kind)
@@ -71,7 +71,7 @@ class DaemonConnection:
             self._writer.write(m.frame(message))
 
     async def ask(self, text: str, *, echo: bool = False) -> str | None:
-        """Prompter (remotes/base.py): the daemon asks whoever is at its terminal."""
+        """Ask whoever is at the daemon's terminal (base.Prompter)."""
         number = len(self._questions)
         while number in self._questions:
             number += 1
@@ -100,10 +100,10 @@ class Worker:
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Until the daemon is gone."""
+        """Carry out calls until the daemon is gone."""
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
-                message = await self._connection.receive(m.ToTransfer)
+                message = await self._connection.receive(m.ToWorker)
                 match message:
                     case m.Call():
                         self._start(message)
@@ -180,7 +180,8 @@ class Worker:
 
 
 async def upload_piece(remote: Remote, request: m.UploadPiece) -> None:
-    """Of the whole cache file: several pieces may make one part of the remote's."""
+    """Send a piece from the cache file, all of which is the source: several pieces may make one
+    part of the remote's."""
     source = CacheSource(request.cache_file, MAX_FILE_BYTES)
     try:
         await remote.upload_piece(request.request, source)
@@ -224,7 +225,7 @@ async def fetch(remote: Remote, request: m.Fetch, disk: CacheDisk) -> m.Fetched:
 def perform(
     remote: Remote, request: m.Request, report: ReportProgress = no_report
 ) -> Coroutine[object, object, object]:
-    """The requests that are one call of the remote each."""
+    """Carry out a request that is one call of the remote."""
     match request:
         case m.Connect():
             return remote.connect()
@@ -264,7 +265,8 @@ def perform(
 
 
 async def serve(sock: socket.socket, files: socket.socket) -> None:
-    """`files` is where the daemon lends its files in memory."""
+    """Carry out the daemon's requests on `sock` until it is gone; `files` is where it lends its
+    files in memory."""
     reader, writer = await asyncio.open_unix_connection(sock=sock, limit=4 * 1024 * 1024)
     connection = DaemonConnection(reader, writer)
     start = await connection.receive(m.Start)
@@ -282,14 +284,15 @@ async def serve(sock: socket.socket, files: socket.socket) -> None:
 
 
 def spare_the_collector() -> None:
-    """What the libraries brought stays for good. Python's collector of cycles would walk all of it
-    again and again, and nothing moves meanwhile: 5 ms for SFTP, 35 for S3 each time."""
+    """Keep what the libraries brought out of garbage collection. Python's collector of cycles would
+    walk all of it again and again, and nothing moves meanwhile: 5 ms for SFTP, 35 for S3 each
+    time."""
     gc.freeze()
     gc.set_threshold(10_000, 20, 50)
 
 
 def set_up_logging(level: str) -> None:
-    """To stderr, which the daemon made its log file."""
+    """Log to stderr, which the daemon made its log file."""
     handler = logging.StreamHandler()
     handler.setFormatter(logs.Formatter("transfer"))
     logging.basicConfig(level=level, handlers=[handler])
@@ -298,7 +301,7 @@ def set_up_logging(level: str) -> None:
 
 
 def log_stray(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What a library's own task failed with: a cut connection is told by the request it broke, and
+    """Log a failure of a library's own task: a cut connection is told by the request it broke, and
     needs no traceback; anything else does."""
     error = context.get("exception")
     if isinstance(error, OSError):
@@ -308,8 +311,9 @@ def log_stray(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
 
 
 def keep_freed_memory() -> None:
-    """What a fetch brought is freed once it is stored, and the next one needs as much. By default
-    glibc hands it to the kernel and back each time: 0.3 of 0.6 CPU seconds per GB over S3."""
+    """Let glibc keep freed memory. What a fetch brought is freed once it is stored, and the next
+    one needs as much; by default glibc hands it to the kernel and back each time: 0.3 of 0.6 CPU
+    seconds per GB over S3."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # musl has none
         mallopt(M_MMAP_THRESHOLD, KEPT_PIECE_BYTES)
@@ -317,7 +321,7 @@ def keep_freed_memory() -> None:
 
 
 def main() -> None:
-    """Run the transfer process on the two sockets whose numbers are its arguments."""
+    """Run the worker process on the two sockets whose numbers are its arguments."""
     dumps.forbid()
     signals.outlive_job()  # a shutdown sends SIGTERM to all, while the daemon has yet to upload
     keep_freed_memory()

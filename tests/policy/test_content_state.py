@@ -142,13 +142,15 @@ class Walk(RuleBasedStateMachine):
 
     @rule(begun=st.booleans())
     def fail_upload(self, begun: bool) -> None:
-        taken = self.state.taken
+        taken, was = self.state.taken, self.state.remote
         try:
             self.state.fail_upload(begun=begun)
         except ImpossibleTransition:
             assert taken is None
         else:
             assert taken is not None
+            expected = RemoteSide.PARTIAL if begun else was
+            assert self.state.remote is (was if was is RemoteSide.REPLACES else expected)
             self.has_ever_been_there |= begun
 
     @rule()
@@ -341,3 +343,22 @@ def test_a_motion_that_ends_wakes_who_waits() -> None:
     assert not motion.is_set()
     state.fail_upload(begun=False)
     assert motion.is_set()
+
+
+def test_what_replaces_another_file_does_so_after_an_upload_that_broke_off() -> None:
+    state = State()
+    state.note_absent()
+    state.note_renamed_here(over_another=True)
+    state.begin_upload()
+    state.note_begun()
+    state.fail_upload(begun=True)
+    assert state.remote is RemoteSide.REPLACES
+
+
+def test_a_row_with_an_old_name_is_not_everything() -> None:
+    state = State()
+    state.note_absent()
+    state.begin_to_persist()
+    state.note_persisted()
+    state.note_renamed_here(over_another=False)
+    assert state.durability is Durability.JOURNALED

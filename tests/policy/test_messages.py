@@ -52,7 +52,7 @@ def _over_the_wire(message: msgspec.Struct, kind: object) -> object:
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: type(request).__name__)
 def test_a_request_arrives_as_it_was_sent(request_: m.Request) -> None:
     call = m.Call(3, "ns", request_)
-    assert _over_the_wire(call, m.ToTransfer) == call
+    assert _over_the_wire(call, m.ToWorker) == call
 
 
 def test_every_request_was_tried() -> None:
@@ -70,11 +70,11 @@ def test_every_request_was_tried() -> None:
     ids=lambda message: type(message).__name__,
 )
 def test_an_answer_arrives_as_it_was_sent(message: msgspec.Struct) -> None:
-    assert _over_the_wire(message, m.FromTransfer) == message
+    assert _over_the_wire(message, m.FromWorker) == message
 
 
 def test_an_answer_without_result_is_none() -> None:
-    reply = _over_the_wire(m.Reply(1), m.FromTransfer)
+    reply = _over_the_wire(m.Reply(1), m.FromWorker)
     assert isinstance(reply, m.Reply)
     assert msgspec.msgpack.decode(reply.result, type=type(None)) is None
 

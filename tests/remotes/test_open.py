@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
+from hpcfs.model.sites import AnySite
+from hpcfs.remotes import open as opening
 from tests.support.s3 import S3Server
 from tests.support.sshd import SshServer
 
@@ -93,3 +96,7 @@ def test_a_plain_asyncio_program_uses_remotes(
     packages, has_trio = json.loads(done.stdout)
     assert set(packages) <= {"model", "system", "tunnel", "remotes"}
     assert not has_trio
+
+
+def test_every_kind_of_site_can_be_opened() -> None:
+    assert opening._KINDS.keys() == set(get_args(AnySite))

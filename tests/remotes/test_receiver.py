@@ -230,7 +230,7 @@ def test_a_forged_packet_ends_the_connection(
 
 
 class Collected:
-    """What an inbox hands on: messages, and bytes by request."""
+    """Collects what a decoder hands on: messages, and bytes by request."""
 
     def __init__(self, unwanted: frozenset[int] = frozenset()) -> None:
         self.unwanted = unwanted
@@ -278,11 +278,11 @@ def test_messages_come_out_whole_wherever_the_stream_is_cut(
         framed(item) if isinstance(item, bytes) else data_message(*item) for item in told
     )
     collected = Collected(refused)
-    inbox = MessageDecoder(collected)
+    decoder = MessageDecoder(collected)
     at = turn = 0
     while at < len(stream):
         size = cuts[turn % len(cuts)]
-        inbox.feed(stream[at : at + size])
+        decoder.feed(stream[at : at + size])
         at, turn = at + size, turn + 1
     assert collected.messages == messages
     assert collected.pieces == [item for item in given_pieces if item[0] not in refused]

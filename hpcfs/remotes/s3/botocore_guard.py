@@ -1,4 +1,4 @@
-"""What botocore's way over the network may do: aiobotocore speaks HTTP by aiohttp, which follows
+"""Guards botocore's way over the network: aiobotocore speaks HTTP by aiohttp, which follows
 redirects by itself, with the session token and the body, to any host and from https to http; and
 reads answers of any length.
 
@@ -18,7 +18,7 @@ from hpcfs.remotes.s3.responses import is_fit_to_parse
 
 ANSWER_BYTES = 16 * 1024 * 1024
 """Of listings, refusals and credentials; a page has 1000 keys of at most 1 KiB, thrice that when
-quoted. What is read of an object is bounded by who reads it."""
+quoted. Whoever reads an object bounds it."""
 PIECE_BYTES = 64 * 1024
 
 
@@ -50,14 +50,15 @@ class _BoundedResponse:
         return self._body
 
     def _without(self) -> bytes:
-        """A refusal's status says enough, and proxies send pages of HTML beside it."""
+        """Leave the body out: a refusal's status says enough, and proxies send pages of HTML beside
+        it."""
         if self._answer.status < 300:
             raise UnfitResponse("the answer of the S3 server is not safe to parse")
         return b""
 
 
 async def _bounded(content: Any) -> bytes:
-    """Raises Unfit."""
+    """Read a body. Raises UnfitResponse where it is too long."""
     body = bytearray()
     while piece := await content.read(PIECE_BYTES):
         body += piece
@@ -86,5 +87,5 @@ async def _guarded(self: AIOHTTPSession, proxy_url: str | None) -> _BoundedSessi
 
 
 def guard() -> None:
-    """For this process. Calling it again changes nothing."""
+    """Install the guard in this process. Calling it again changes nothing."""
     AIOHTTPSession._get_session = _guarded

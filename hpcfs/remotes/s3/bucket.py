@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 
 from botocore.exceptions import ClientError
@@ -28,10 +28,8 @@ from hpcfs.model.errors import (
     WrongSettings,
 )
 from hpcfs.remotes.base import checked_size
+from hpcfs.remotes.s3.access import Access
 from hpcfs.remotes.s3.checksums import CRC32, PartSent, UploadChecks, proof_of
-from hpcfs.remotes.s3.direct import Direct
-from hpcfs.remotes.s3.health import Health
-from hpcfs.remotes.s3.login import S3Login
 from hpcfs.remotes.s3.metadata import Metadata, encode
 from hpcfs.remotes.s3.names import checked_key
 from hpcfs.remotes.s3.objects import (
@@ -48,29 +46,12 @@ from hpcfs.remotes.s3.objects import (
     settable,
     summary_of,
 )
-from hpcfs.remotes.s3.pacing import Pacing
-from hpcfs.remotes.s3.request_gate import RequestGate
-from hpcfs.remotes.s3.server_capabilities import ServerCapabilities
 from hpcfs.remotes.s3.translate import is_throttling, s3_code, translate, translating
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 DELETED_AT_ONCE = 1000
 """What S3 takes in one request."""
-
-
-@dataclass(frozen=True)
-class Access:
-    """What a site's buckets share."""
-
-    login: S3Login
-    direct: Direct
-    gate: RequestGate
-    sending: RequestGate
-    """For bodies that are sent: `gate` is for what is asked and received."""
-    health: Health
-    pacing: Pacing = field(default_factory=Pacing)
-    server: ServerCapabilities = field(default_factory=ServerCapabilities)
 
 
 @dataclass(frozen=True)
@@ -93,7 +74,7 @@ class Bucket:
         self._lasting: RemoteError | None = None
 
     async def call(self, operation: str, subject: str, **parameters: Any) -> dict[str, Any]:
-        """One request of S3's API."""
+        """Make one request of S3's API, by botocore's name of the operation. Raises RemoteError."""
 
         async def ask() -> dict[str, Any]:
             return await self._by_client(operation, parameters)
@@ -109,7 +90,7 @@ class Bucket:
         limit: int = 0,
         sent: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
-        """The same for the operations that there is a direct way for."""
+        """Make a request for which there is a direct way."""
 
         async def ask() -> dict[str, Any]:
             answer = await self._access.direct.answer(operation, self.name, parameters, limit, sent)
@@ -139,7 +120,7 @@ class Bucket:
             raise
 
     def check(self) -> None:
-        """Raises what can't be cured by asking again."""
+        """Raise what can't be cured by asking again."""
         if self._lasting is not None:
             raise type(self._lasting)(*self._lasting.args)
 
@@ -149,7 +130,8 @@ class Bucket:
         return error
 
     async def head(self, key: str, *, urgent: bool = True) -> Info | None:
-        """None where there is no such object. `urgent` requests overtake those that are not."""
+        """Return what the object's headers say, or None where there is no such object. `urgent`
+        requests overtake those that are not."""
         try:
             async with self._access.gate.turn(0, urgent=urgent):
                 answer = await self._directly("head_object", key, {"Key": key})
@@ -160,7 +142,7 @@ class Bucket:
     async def get(
         self, key: str, version: bytes, offset: int, length: int, *, urgent: bool = True
     ) -> bytes | bytearray:
-        """A range of one version. Raises Changed when that is not what is there."""
+        """Return `length` bytes of one version. Raises Changed when another one is there."""
         parameters = {"Key": key, "Range": f"bytes={offset}-{offset + length - 1}"}
         if b":" not in version:
             parameters["IfMatch"] = f'"{version.decode()}"'
@@ -262,7 +244,7 @@ class Bucket:
         *,
         with_crc: bool,
     ) -> PartSent:
-        """A body, and what tells that it arrived."""
+        """Send a body, with what tells that it arrived."""
         proof = await proof_of(asked["Body"], with_crc=with_crc)
         key = asked["Key"]
         answer = await self._directly(operation, key, {**asked, **proof.parameters()}, sent=sent)
@@ -311,8 +293,8 @@ class Bucket:
 
     @contextmanager
     def _conditional(self, key: str, base: bytes | None) -> Iterator[None]:
-        """What a server says to a condition that does not hold: 412, 409 to one of two that come
-        at once, 404 where there is nothing to match."""
+        """Turn the refusals of a condition that does not hold into Conflict: 412, 409 to one of two
+        that come at once, 404 where there is nothing to match."""
         try:
             yield
         except (Changed, NotFound) as error:
@@ -327,7 +309,7 @@ class Bucket:
         await self.call("delete_object", key, Key=key)
 
     async def delete_many(self, keys: Sequence[str]) -> None:
-        """At most DELETED_AT_ONCE."""
+        """Remove DELETED_AT_ONCE objects at most."""
         left = list(keys)
 
         async def ask() -> None:
@@ -349,7 +331,7 @@ class Bucket:
         return page
 
     async def pages(self, prefix: str, *, delimiter: str = "") -> AsyncIterator[Page]:
-        """All keys that begin with `prefix`, page by page."""
+        """Yield all keys that begin with `prefix`, page by page."""
         token: str | None = None
         while True:
             more = {"ContinuationToken": token} if token else {}
@@ -416,7 +398,7 @@ class Bucket:
         body: bytes | BinaryIO,
         sent: Callable[[], None] | None = None,
     ) -> PartSent:
-        """A body that is no bytes is streamed, and its MD5 is not known."""
+        """Send a part. A body that is no bytes is streamed, and its MD5 is not known."""
         asked = {"Key": key, "UploadId": upload.id, "PartNumber": number, "Body": body}
         if isinstance(body, bytes):
             return await self._send("upload_part", asked, sent, with_crc=upload.with_crc)
@@ -434,7 +416,8 @@ class Bucket:
         offset: int,
         length: int,
     ) -> PartSent:
-        """Raises NotSupported where the server does not copy: some take it for an empty part."""
+        """Copy a range on the server as a part. Raises NotSupported where the server does not copy:
+        some take it for an empty part."""
         answer = await self.call(
             "upload_part_copy",
             key,
@@ -501,7 +484,7 @@ class Bucket:
 async def _with_belongings(
     asked: dict[str, Any], send: Callable[[dict[str, Any]], Awaitable[T]]
 ) -> T:
-    """Where a server does not take what the object had beside its headers, it is stored without,
+    """Send with tags and access list. A server that does not take these gets the object without,
     and the log says so."""
     try:
         return await send(asked)

@@ -1,4 +1,4 @@
-"""What a remote remembers of the bucket to save requests: bounded, and safe to lose at any time.
+"""Caches that save requests: bounded, and safe to lose at any time.
 
 `ExpiringCache` forgets by age. `MetadataCache` does not need to: an object's metadata can't change
 without its modification time changing with it, except within that time's resolution and on servers

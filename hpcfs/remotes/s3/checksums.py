@@ -1,10 +1,10 @@
-"""Whether the server stored what it was sent.
+"""Checks whether the server stored what it was sent.
 
 Every body goes with its MD5 (Content-MD5), and an ETag that is an MD5 is compared. Where ETags are
 none, as the server encrypts with keys of its own (SSE-KMS) or makes them in a way of its own, a
 CRC-32 goes along, too: servers that know it (AWS and others, since 2022) compare and answer with
-theirs. An upload in parts must be begun for that. Who ignores it or refuses it is spared it from
-then on. Form: docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
+theirs. An upload in parts must be begun for that. A server that ignores or refuses it is spared it
+from then on. Form: docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _REFUSALS = frozenset({"InvalidRequest", "InvalidArgument"})
 
 @dataclass(frozen=True)
 class Proof:
-    """Of a body. `crc` is as it travels."""
+    """The checksums of a body. `crc` is in base64, as it is sent."""
 
     md5: bytes
     crc: str | None = None
@@ -69,8 +69,8 @@ def crc_of(body: bytes) -> str:
 
 
 def joined_crc(parts: Sequence[PartSent]) -> str | None:
-    """Of an object in parts, as AWS makes it: the CRC-32 of theirs; it puts their number behind a
-    dash. None where one is missing."""
+    """Return the CRC-32 of an object in parts as AWS makes it: the CRC-32 of theirs (AWS puts their
+    number behind a dash). None where one is missing."""
     crcs = [part.crc for part in parts if part.crc is not None]
     if not crcs or len(crcs) < len(parts):
         return None
@@ -78,7 +78,7 @@ def joined_crc(parts: Sequence[PartSent]) -> str | None:
 
 
 class UploadChecks:
-    """Of one bucket."""
+    """The checks of one bucket, and what is known of its server."""
 
     def __init__(self, server: ServerCapabilities) -> None:
         self._server = server
@@ -98,7 +98,7 @@ class UploadChecks:
         return refused and not self._server.answers_crcs
 
     def compare(self, key: str, answer: Mapping[str, Any], proof: Proof) -> PartSent:
-        """What the server says of a body that was sent. Raises RemoteFailure."""
+        """Compare what the server says of a body that was sent. Raises RemoteFailure."""
         etag = plain_etag(answer.get("ETag"))
         self._etags_tell = is_md5(etag) and not is_kms(answer)
         answered = answer.get("ChecksumCRC32")
@@ -112,7 +112,7 @@ class UploadChecks:
     def compare_joined(
         self, key: str, answer: Mapping[str, Any], parts: Sequence[PartSent]
     ) -> None:
-        """Raises RemoteFailure where the server made an object of other parts."""
+        """Raise RemoteFailure where the server made an object of other parts."""
         expected = joined_crc(parts)
         answered, dash, _ = str(answer.get("ChecksumCRC32") or "").partition("-")
         is_joined = dash or answer.get("ChecksumType") == "COMPOSITE"

@@ -2,7 +2,7 @@
 
 botocore prepares one request for each bucket, which is not sent: it says which host, path, region
 and kind of signature this bucket has, so nothing of AWS's rules is repeated here. Credentials come
-from its chain at every request, fresh ones when they expire. What is out of the ordinary (a proxy,
+from its chain at every request, fresh ones when they expire. Anything out of the ordinary (a proxy,
 another signature, a redirect, a refusal to be retried, anything that is not understood) is left to
 botocore: `answer` returns None, and the caller asks again by way of the client.
 """
@@ -81,7 +81,7 @@ would say of the same part that there is no such upload."""
 
 
 class DirectLogin(Protocol):
-    """What a site logs in with (login.py)."""
+    """The credentials and settings of a site (login.S3Login)."""
 
     async def prepared(self, bucket: str) -> Any:
         """Return a request to this bucket as botocore would send it."""
@@ -98,7 +98,7 @@ class DirectLogin(Protocol):
 
 @dataclass(frozen=True)
 class Route:
-    """How to reach a bucket's objects: `path` ends in "/"."""
+    """The way to a bucket's objects: `path` ends in "/"."""
 
     pool: Pool
     host: str
@@ -136,7 +136,7 @@ class Direct:
         limit: int,
         sent: Callable[[], None] | None = None,
     ) -> dict[str, Any] | None:
-        """What the client's method of this name answers, or None where it must be asked.
+        """Return what the client's method of this name returns, or None where it must be asked.
 
         One of _METHODS: asking all of them twice does what asking once does. `limit` is how many
         bytes of an object may come; more are not read, and then there is no "Body". `sent` is
@@ -179,7 +179,8 @@ class Direct:
         return None
 
     def _note_strange(self, bucket: str, error: Exception) -> None:
-        """A server whose every answer is not understood is not asked each time in vain."""
+        """Count an answer that was not understood: a server that gives only such ones is not asked
+        each time in vain."""
         log.debug("an answer for %s is left to botocore: %s", bucket, error)
         self._strange[bucket] = self._strange.get(bucket, 0) + 1
         if self._strange[bucket] >= STRANGE_IN_A_ROW:
@@ -188,7 +189,7 @@ class Direct:
 
     @property
     def connections(self) -> int:
-        """That are open now."""
+        """How many connections are open now."""
         return sum(map(len, self._pools.values()))
 
     def close(self) -> None:
@@ -197,7 +198,8 @@ class Direct:
             pool.close()
 
     def _refusal(self, answer: HttpResponse) -> dict[str, Any]:
-        """In botocore's form, by its own parser. Answers to HEAD have no body to parse."""
+        """Return a refusal in botocore's form, by its own parser. Answers to HEAD have no body to
+        parse."""
         if not answer.body or not is_fit_to_parse(answer.body):
             return {
                 "Error": {"Code": str(answer.status)},
@@ -253,7 +255,7 @@ class Direct:
 
 
 def _tls_context(trusted: Any) -> ssl.SSLContext:
-    """As botocore's, which leaves the host's name to urllib3."""
+    """Return a context like botocore's, which leaves the host's name to urllib3."""
     context: ssl.SSLContext = create_urllib3_context()
     context.check_hostname = True
     context.load_verify_locations(get_cert_path(trusted))
@@ -261,7 +263,7 @@ def _tls_context(trusted: Any) -> ssl.SSLContext:
 
 
 async def _payload(body: bytes, route: Route) -> str:
-    """What is signed of a body. As botocore does it: over TLS, nothing."""
+    """Return what is signed of a body. As with botocore, over TLS that is nothing."""
     if not body:
         return EMPTY_SHA256
     if route.pool.secure:
@@ -280,7 +282,7 @@ def _head(
     keys: Keys | None,
     payload: str,
 ) -> bytes:
-    """All of a request but its body. Raises ValueError for what can't be sent."""
+    """Return all of a request but its body. Raises ValueError for what can't be sent."""
     method = _METHODS[operation]
     path = route.path + quote(parameters["Key"], safe="/~") if "Key" in parameters else route.path
     query = _query(operation, parameters)
@@ -315,7 +317,7 @@ def _is_sendable(text: str) -> bool:
 
 
 def _query(operation: str, parameters: Mapping[str, Any]) -> str:
-    """In the order that the signature needs."""
+    """Return the query in the order that the signature needs."""
     given = {_QUERY[name]: str(value) for name, value in parameters.items() if name in _QUERY}
     if operation == "list_objects_v2":
         given |= {"list-type": "2", "encoding-type": "url"}
@@ -323,7 +325,7 @@ def _query(operation: str, parameters: Mapping[str, Any]) -> str:
 
 
 def _parsed(operation: str, answer: HttpResponse) -> dict[str, Any]:
-    """Raises ValueError."""
+    """Parse a response. Raises ValueError."""
     if operation == "list_objects_v2":
         if answer.body is None:
             raise ValueError("the listing is too long")

@@ -85,8 +85,8 @@ class Lister:
     async def _entry(
         self, listed: Listed[Summary], directory: str, read_only: bool, old: bool
     ) -> Entry | None:
-        """None where the object has gone since it was listed, or is no entry of its own: `old` may
-        be what s3fs wrote for this directory once."""
+        """Return the entry of a listed name; None where the object has gone since, or is no entry
+        of its own: `old` may be what s3fs wrote for this directory once."""
         name = shown(listed.component, beside=listed.beside)
         if listed.item is None:
             marker = None
@@ -127,7 +127,8 @@ def _collated(collator: Collator[Summary], page: Page, directory: str) -> Iterat
 
 
 class Parents:
-    """A path's directory: it must be there for a new entry, and stays when its last one goes."""
+    """Watches over parent directories: one must be there for a new entry, and stays when its last
+    entry goes."""
 
     def __init__(self, bucket: Bucket, markers: Markers, base: str) -> None:
         self._bucket, self._markers, self._base = bucket, markers, base
@@ -136,7 +137,7 @@ class Parents:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def made(self, directory: str) -> None:
-        """A marker was written."""
+        """Note that a marker was written."""
         self._there.put(directory, True)
         self._marked.put(directory, True)
 
@@ -146,7 +147,7 @@ class Parents:
         self._marked.clear()
 
     async def require(self, place: S3Path) -> None:
-        """Raises NotFound or NotADirectory."""
+        """Raise NotFound or NotADirectory where the parent is no directory."""
         parent = place.parent
         if parent == self._base or self._there.get(parent):
             return

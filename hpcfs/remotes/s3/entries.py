@@ -21,7 +21,8 @@ class Entries:
     gid: int
 
     def file(self, name: bytes, found: Summary, metadata: Metadata | None = None) -> Entry:
-        """A file or a symbolic link. Times without metadata are the object's, in whole seconds."""
+        """Return the entry of a file or a symbolic link. Times without metadata are the object's,
+        in whole seconds."""
         metadata = metadata or (found.metadata if isinstance(found, Info) else Metadata())
         mode = metadata.mode if metadata.mode is not None else FILE_MODE
         seconds_ns = found.modified_ns // NANOSECONDS * NANOSECONDS
@@ -30,7 +31,8 @@ class Entries:
         return self._entry(name, mode, found.size, mtime_ns, metadata, version)
 
     def directory(self, name: bytes, metadata: Metadata | None) -> Entry:
-        """One that others made has no time; every process must give the same, so it is 1970."""
+        """Return the entry of a directory. One that others made has no time; every process must
+        give the same, so it is 1970."""
         metadata = metadata or Metadata()
         mode = metadata.mode if metadata.mode is not None else DIRECTORY_MODE
         return self._entry(name, mode, 0, metadata.mtime_ns or 0, metadata, b"")
@@ -49,5 +51,5 @@ class Entries:
         return Entry(name, mode, size, mtime_ns, atime_ns, uid, gid, version, xattrs)
 
     def fresh(self, mode: int | None = None) -> Metadata:
-        """What a new object carries. `mode` is a full st_mode."""
+        """Return the metadata of a new object. `mode` is a full st_mode."""
         return Metadata(mode=mode, uid=self.uid, gid=self.gid, mtime_ns=time.time_ns())

@@ -69,5 +69,5 @@ class Health:
 
 
 def _again(error: RemoteError) -> RemoteError:
-    """A fresh exception: raising one object in several tasks would mix their tracebacks."""
+    """Return a fresh exception: raising one object in several tasks would mix their tracebacks."""
     return type(error)(*error.args)

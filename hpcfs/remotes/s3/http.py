@@ -23,7 +23,7 @@ ERROR_BYTES = 64 * 1024
 MOST_INTERIM = 100
 """Interim answers (1xx) to one question: S3 sends at most one, before a body."""
 PIECE_BYTES = 512 * 1024
-"""What of a body is handed to the loop at once: over TLS it is encrypted there and then."""
+"""How much of a body is handed to the loop at once: over TLS it is encrypted there and then."""
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: |\Z)")
 _LENGTH = re.compile(r"[0-9]{1,19}\Z")
 _CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;|\Z)")
@@ -48,8 +48,8 @@ class HttpResponse:
 
 @dataclass(frozen=True)
 class HttpRequest:
-    """A request as it goes over the wire: its head, and its body, which must not change meanwhile.
-    `sent` is called for every piece of the body that the system took."""
+    """A request: its head as bytes, and its body, which must not change meanwhile. `sent` is called
+    for every piece of the body that the system took."""
 
     data: bytes
     bodiless: bool = False
@@ -89,8 +89,11 @@ class HttpConnection(asyncio.BufferedProtocol):
         return self._waiter is not None
 
     async def ask(self, request: HttpRequest) -> HttpResponse:
-        """Raises Unusual, Lost, or TimeoutError after `expire`. Whoever is cancelled loses the
-        connection: the rest of the answer would take as long as it takes."""
+        """Send a request and return the response.
+
+        Raises UnusualResponse, ConnectionLost, or TimeoutError after `expire`. A caller that is
+        cancelled loses the connection: the rest of the response would take as long as it takes.
+        """
         self.began = False
         if self._transport is None or not self.reusable:
             raise ConnectionLost("the connection is closed")
@@ -283,7 +286,7 @@ class HttpConnection(asyncio.BufferedProtocol):
 
 
 class _Chunks:
-    """A body in chunks (RFC 9112, 7.1), as listings come."""
+    """Collects a body in chunks (RFC 9112, 7.1), as listings come."""
 
     def __init__(self, limit: int) -> None:
         self.body = bytearray()

@@ -1,4 +1,4 @@
-"""From S3's listing to a directory's names: pure, and in bounded memory.
+"""Collates S3's listing to a directory's names: pure, and in bounded memory.
 
 With a delimiter, S3 returns objects ("a", "a-b") and common prefixes ("a/") in byte order. An
 object beside a prefix of the same name needs another name than one without, but in byte order
@@ -59,7 +59,8 @@ class Collator(Generic[T]):
             yield Listed(*self._held.pop())
 
     def _settled(self, name: str) -> Iterator[Listed[T]]:
-        """Those held back that can't be beside a prefix any more, now that `name` has come."""
+        """Yield those held back that can't be beside a prefix any more, now that `name` has
+        come."""
         while self._held and not name.startswith(self._held[-1][0]):
             yield Listed(*self._held.pop())
 
@@ -67,7 +68,7 @@ class Collator(Generic[T]):
 def in_order(
     objects: Iterable[tuple[str, T]], prefixes: Iterable[str]
 ) -> Iterator[tuple[str, T | None]]:
-    """One page's two lists as one; markers, which are not shown, should be gone already."""
+    """Merge one page's two lists; markers, which are not shown, should be gone already."""
     both: list[tuple[str, T | None]] = [*objects, *((name, None) for name in prefixes)]
     return iter(sorted(both, key=lambda pair: pair[0]))
 

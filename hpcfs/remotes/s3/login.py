@@ -1,4 +1,4 @@
-"""What a site logs in with: botocore's session and client, made at their first use.
+"""Logs a site in: botocore's session and client, made at their first use.
 
 Credentials come from the AWS chain (environment, ~/.aws, SSO, instance) unless the site names a key
 of its own. Nothing is made before the first request, so that a wrong profile is an error of that
@@ -59,8 +59,8 @@ class _Prepared(Exception):
 
 
 def check_secrecy(endpoint_url: str, keys: Keys | None) -> str:
-    """What is to be said of the endpoint. Raises WrongSettings where a session token would be sent
-    without encryption: it is a secret, other than a signature."""
+    """Return a remark about the endpoint for the status. Raises WrongSettings where a session token
+    would be sent without encryption: it is a secret, other than a signature."""
     parts = urlsplit(endpoint_url)
     if parts.scheme != "http" or _is_loopback(parts.hostname or ""):
         return ""
@@ -88,8 +88,8 @@ def _stop(request: Any, **_: object) -> None:
 
 @contextmanager
 def _unusable_refused() -> Iterator[None]:
-    """Who provides credentials may be a server that is wrong, or wicked; what it says may fail
-    anywhere in botocore, which checks none of it. Raises CredentialRetrievalError for that."""
+    """Raise CredentialRetrievalError for whatever a provider of credentials makes fail: it may be a
+    server that is wrong, or wicked, and botocore checks nothing of what it says."""
     try:
         yield
     except (BotoCoreError, ClientError, aiohttp.ClientError, OSError):
@@ -100,7 +100,7 @@ def _unusable_refused() -> Iterator[None]:
 
 
 def _checked(keys: Keys) -> Keys:
-    """Raises ValueError for what can't go into a header."""
+    """Return the keys. Raises ValueError for what can't go into a header."""
     for text in (keys.access_key, keys.secret_key, keys.token or ""):
         if not isinstance(text, str) or not text.isascii() or not text.isprintable():
             raise ValueError("what it gave are no credentials")
@@ -108,7 +108,7 @@ def _checked(keys: Keys) -> Keys:
 
 
 class S3Login:
-    """One per site."""
+    """The credentials and the botocore client of one site."""
 
     def __init__(self, site: S3Site) -> None:
         guard()
@@ -153,7 +153,7 @@ class S3Login:
         return client
 
     async def prepared(self, bucket: str) -> Any:
-        """A request to this bucket as botocore would send it."""
+        """Return a request to this bucket as botocore would send it."""
         client = await self.client()
         token = _preparing.set(True)
         try:
@@ -165,12 +165,13 @@ class S3Login:
         raise AssertionError("botocore sent what was only to be prepared")
 
     async def keys(self) -> Keys | None:
-        """Those to sign with now: credentials that expire are renewed by their provider."""
+        """Return the credentials to sign with now, None to ask without: those that expire are
+        renewed by their provider."""
         await self.client()
         return None if self.anonymous else await self._find_keys()
 
     async def _find_keys(self) -> Keys | None:
-        """None where there are none: public buckets want none."""
+        """Return the credentials, or None where there are none: public buckets want none."""
         site = self._site
         if site.anonymous:
             return None

@@ -95,7 +95,7 @@ class Markers:
         return bool(self._inside)
 
     async def _look_for_kind(self) -> bool | None:
-        """None while there is no object to tell by."""
+        """Find out the kind of marker; None while there is no object to tell by."""
         sample = self._sample
         if sample is None:
             page = await self._bucket.first(self._base, 1)
@@ -113,7 +113,7 @@ class Markers:
         return found is not None and not listed
 
     async def _learn_from(self, directory: str, metadata: Metadata) -> None:
-        """After the first marker: is it there under its own key?"""
+        """Look, after the first marker, whether it is there under its own key."""
         self._inside = not await self._is_listed(directory)
         if self._inside:
             await self._bucket.delete(directory)

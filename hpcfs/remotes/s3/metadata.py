@@ -34,7 +34,8 @@ MOST_BYTES = 2048
 
 @dataclass(frozen=True)
 class Metadata:
-    """What an object's user metadata says; None where it says nothing that can be understood."""
+    """The attributes that an object's user metadata holds; None for one that is not there or makes
+    no sense."""
 
     mode: int | None = None
     uid: int | None = None
@@ -46,7 +47,7 @@ class Metadata:
     foreign: tuple[tuple[str, str], ...] = ()
 
     def changed(self, attributes: Attributes, mode: int) -> Metadata:
-        """With these attributes; `mode` is the full st_mode to keep where they have none.
+        """Return it with these attributes; `mode` is the full st_mode to keep where they have none.
 
         Raises NoSpace where extended attributes make it more than an object can carry.
         """
@@ -67,7 +68,7 @@ class Metadata:
 
 
 def decode(user_metadata: Mapping[str, str], *, directory: bool = False) -> Metadata:
-    """Some servers change the keys' case, so it does not count."""
+    """Read user metadata. Some servers change the keys' case, so it does not count."""
     values = {key.lower(): value for key, value in user_metadata.items()}
     xattrs = xattrs_of(values[XATTRS]) if XATTRS in values else None
     ours = OURS if xattrs is None else OURS | {XATTRS}
@@ -131,7 +132,7 @@ def _parse_id(text: str | None) -> int | None:
 
 
 def _parse_mode(text: str | None, *, directory: bool) -> int | None:
-    """A full st_mode of the kind that the key allows, or None.
+    """Return a full st_mode of the kind that the key allows, or None.
 
     Decimal where that gives a type that fits (s3fs, hpcfs), else octal ("100644", rclone). A value
     without a type is permissions only, octal when it begins with a zero, as in C.

@@ -43,7 +43,8 @@ FOLDER = "renames"
 
 
 class Mover:
-    """Of one bucket. `name` tells it from those of other servers in the notes."""
+    """Renames directories of one bucket. `name` tells it from those of other servers in the
+    notes."""
 
     def __init__(self, bucket: Bucket, transfer: Transfer, state_dir: str, name: str) -> None:
         self._bucket, self._transfer = bucket, transfer
@@ -102,7 +103,7 @@ async def _finish(work: Coroutine[None, None, None], stop: Callable[[], None]) -
 
 
 class _Move:
-    """One rename. What is copied is noted in `spool`, before it is: a directory may hold more keys
+    """One rename. Keys are noted in `spool` before they are copied: a directory may hold more keys
     than memory, and only what was copied may be removed, not what others added meanwhile."""
 
     def __init__(
@@ -198,7 +199,7 @@ class _Move:
 
 
 class _Sorted:
-    """A listing, read as far as another one of the same order has come."""
+    """A listing that is read as far as another one of the same order has come."""
 
     def __init__(self, pages: AsyncIterator[Page], prefix: str) -> None:
         self._pages, self._prefix = pages, prefix
@@ -206,7 +207,7 @@ class _Sorted:
         self._ended = False
 
     async def up_to(self, last: str) -> dict[str, Summary]:
-        """By what follows the prefix."""
+        """Return the objects up to `last`, which is compared with what follows the prefix."""
         skip, end = len(self._prefix), last.encode()
         while not self._ended and not self._is_past(end):
             page = await anext(self._pages, None)
@@ -249,7 +250,7 @@ def _end(note: Path) -> None:
 
 
 def _noted(note: Path) -> dict[str, tuple[str, str]]:
-    """A line that was cut off when its writer was killed says nothing."""
+    """Read the notes. A line that was cut off when its writer was killed says nothing."""
     found: dict[str, tuple[str, str]] = {}
     with note.open() as lines:
         for line in islice(lines, 1, None):
@@ -262,7 +263,7 @@ def _noted(note: Path) -> dict[str, tuple[str, str]]:
 
 
 def _unfinished(error: RemoteError) -> RemoteError:
-    """The same failure, saying where the files are."""
+    """Return the same failure, saying where the files are."""
     return type(error)(
         f"{error.message}; the rename is not finished, and some files are under both names: "
         "rename again to finish it"

@@ -37,7 +37,7 @@ INLINE_BYTES = 256 * 1024
 
 @dataclass(frozen=True)
 class NewObject:
-    """What an upload makes, and the version that it replaces (see UploadRequest)."""
+    """The object that an upload makes, and the version that it replaces (see UploadRequest)."""
 
     key: str
     metadata: Metadata
@@ -46,7 +46,8 @@ class NewObject:
 
 
 class TransferProgress:
-    """What is done, told as it grows; and at times that it still grows."""
+    """Counts what is done and reports it; at times it reports only that the transfer still
+    moves."""
 
     def __init__(self, report: ReportProgress) -> None:
         self._report = report
@@ -86,7 +87,8 @@ async def renewed(progress: TransferProgress) -> AsyncIterator[None]:
 
 
 class SourceWindow(io.RawIOBase):
-    """A part of a `UploadSource` as a file: what botocore can send without holding it in memory."""
+    """A part of an `UploadSource` as a file, which botocore can send without holding it in
+    memory."""
 
     def __init__(self, source: UploadSource, offset: int, length: int) -> None:
         self._source, self._offset, self._length, self._position = source, offset, length, 0
@@ -146,7 +148,7 @@ def stands_on(found: Info | None, base: bytes) -> bool:
 
 
 def check_base(key: str, found: Info | None, base: bytes | None) -> None:
-    """Raises Conflict."""
+    """Raise Conflict where the version that is there is not the one that may be replaced."""
     if base is not None and not stands_on(found, base):
         raise Conflict(
             f"{key} is not what it was when it was opened: the server has another version"
@@ -154,7 +156,8 @@ def check_base(key: str, found: Info | None, base: bytes | None) -> None:
 
 
 async def checked(bucket: Bucket, key: str, size: int) -> Info:
-    """What is there now: ETags in answers to uploads and copies are not always the object's."""
+    """Return what is there now: ETags in answers to uploads and copies are not always the
+    object's."""
     found = await bucket.head(key)
     if found is None:
         raise Changed(f"{key} was removed on the server while it was written")
@@ -164,7 +167,7 @@ async def checked(bucket: Bucket, key: str, size: int) -> Info:
 
 
 class Multipart:
-    """One upload. Parts come in any order, and may be sent again."""
+    """One multipart upload. Parts come in any order, and may be sent again."""
 
     def __init__(self, bucket: Bucket, target: NewObject, upload: MultipartSession) -> None:
         self.target = target
@@ -210,7 +213,8 @@ class Multipart:
             await self.send(part, body, progress)
 
     async def copy(self, part: Part, source: Summary) -> None:
-        """The same range of another object. Raises NotSupported, Changed."""
+        """Copy the same range of another object on the server as this part. Raises NotSupported,
+        Changed."""
         async with self._beside_others():
             found = await self._bucket.copy_part(
                 self.target.key, self._upload, part.number, source, part.offset, part.length
@@ -219,8 +223,9 @@ class Multipart:
 
     @asynccontextmanager
     async def _beside_others(self) -> AsyncIterator[None]:
-        """Some servers (rclone's) end an upload with the first part that they refuse, and answer
-        those beside it that there is no such upload, perhaps first. Raises the refusal then."""
+        """Raise the refusal of the first part for those beside it: some servers (rclone's) end an
+        upload with the first part that they refuse, and answer those beside it that there is no
+        such upload, perhaps first."""
         if not self._under_way:
             self._refusal = None
         self._under_way += 1
@@ -254,7 +259,7 @@ class Multipart:
     async def complete(self, size: int, count: int, progress: TransferProgress) -> Info:
         """The object of parts 1 to `count`, as it is then.
 
-        The server is asked for the present version just before, because some that mind conditions
+        The server is asked for the present version just before, because some that honour conditions
         elsewhere ignore them here. Raises Conflict; Changed where the upload is gone.
         """
         target, bucket = self.target, self._bucket
@@ -279,7 +284,8 @@ class Multipart:
         return await self._bucket.complete_upload(key, self._upload, parts)
 
     async def _completed_before(self, error: RemoteError, size: int, count: int) -> Info:
-        """A request whose answer was lost is repeated, and then refused."""
+        """Return the object if an earlier request completed it: one whose answer was lost is
+        repeated, and then refused."""
         expected = self._joined_etag(count)
         found = await self._bucket.head(self.target.key)
         if found is not None and expected and (found.etag, found.size) == (expected, size):
@@ -287,7 +293,7 @@ class Multipart:
         raise error
 
     def _joined_etag(self, count: int) -> str | None:
-        """As AWS makes it of the parts' MD5s; None where it can't be told."""
+        """Return the ETag that AWS makes of the parts' MD5s; None where it can't be told."""
         sent = [self._parts[number][1] for number in range(1, count + 1)]
         known = [part for part in sent if part.md5 is not None]
         if not known or any(part.md5 is None or part.etag != part.md5.hex() for part in known):

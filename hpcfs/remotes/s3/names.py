@@ -1,4 +1,4 @@
-"""How S3 keys are shown as paths: a pure, reversible mapping.
+"""Shows S3 keys as paths: a pure, reversible mapping.
 
 A key is the root's prefix and the path. But a key may be what no path can be: "a//b", "..", a
 component with a NUL or of more than 255 bytes, or an object "a" beside the keys "a/…". Nothing of
@@ -38,14 +38,14 @@ _HASHED = re.compile(rb"(?s)(.*)" + re.escape(ESCAPE) + rb"([0-9a-f]{16})\Z")
 
 @dataclass(frozen=True)
 class ShownName:
-    """What a shown name stands for. `component` is None where only its hash is known."""
+    """The meaning of a shown name. `component` is None where only its hash is known."""
 
     component: str | None
     beside: bool
 
 
 def decoded(name: bytes) -> str:
-    """Raises InvalidName unless S3 can hold the name."""
+    """Return a name as text. Raises InvalidName unless S3 can hold it."""
     try:
         return name.decode("utf-8")
     except UnicodeDecodeError:
@@ -54,7 +54,7 @@ def decoded(name: bytes) -> str:
 
 
 def checked_key(key: str) -> str:
-    """Raises NameTooLong for keys that S3 refuses."""
+    """Return the key. Raises NameTooLong for keys that S3 refuses."""
     if len(key.encode()) > MAX_KEY_BYTES:
         raise NameTooLong(f"the path is longer than the {MAX_KEY_BYTES} bytes of an S3 key")
     return key
@@ -98,7 +98,7 @@ def stands_for(name: bytes, component: str) -> bool:
 
 
 def search_prefix(name: bytes) -> str:
-    """With what every component begins that could be shown as this hashed name."""
+    """Return the beginning of every component that could be shown as this hashed name."""
     found = _HASHED.match(name.removesuffix(BESIDE))
     beginning = found[1] if found else b""
     return beginning.partition(UNPRINTABLE)[0].decode("utf-8", "ignore")

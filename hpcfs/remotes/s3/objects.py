@@ -1,8 +1,9 @@
-"""What a server says of objects, checked: sizes, keys, times, ranges."""
+"""Reads what a server says of objects, and checks it: sizes, keys, times, ranges."""
 
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ KEPT_HEADERS = (
     *("Expires", "WebsiteRedirectLocation", "StorageClass", "ServerSideEncryption"),
     *("SSEKMSKeyId", "BucketKeyEnabled"),
 )
-"""What belongs to an object beside its metadata, by the names that requests and answers share."""
+"""Headers of an object beside its metadata, by the names that requests and answers share."""
 ACCESS = ("ACL", "GrantFullControl", "GrantRead", "GrantReadACP", "GrantWriteACP")
 BELONGINGS = (
     *("Tagging", *ACCESS),
@@ -41,7 +42,7 @@ _MD5 = re.compile(r"[0-9a-f]{32}\Z")
 
 @dataclass(frozen=True)
 class Summary:
-    """What a listing says of an object. `etag` is without quotes, "" where there is none."""
+    """An object in a listing. `etag` is without quotes, "" where there is none."""
 
     key: str
     size: int
@@ -59,7 +60,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Info(Summary):
-    """What an object's headers say of it."""
+    """An object as its headers describe it."""
 
     metadata: Metadata = field(default_factory=Metadata)
     headers: Mapping[str, Any] = field(default_factory=dict)
@@ -68,9 +69,15 @@ class Info(Summary):
 
     @property
     def is_directory(self) -> bool:
-        """As s3fs wrote them once: "a" instead of "a/", told by their content type."""
+        """Whether it is a directory as s3fs wrote them once: "a" instead of "a/", told by the
+        content type."""
         kind = str(self.headers.get("ContentType", ""))
         return self.size == 0 and kind in DIRECTORY_TYPES and not self.key.endswith(("/", MARKER))
+
+    @property
+    def is_link(self) -> bool:
+        """Whether its metadata say that it is a symbolic link."""
+        return self.metadata.mode is not None and stat.S_ISLNK(self.metadata.mode)
 
     @property
     def is_tagged(self) -> bool:
@@ -85,14 +92,15 @@ class Info(Summary):
 
 @dataclass(frozen=True)
 class Page:
-    """A piece of a listing; `prefixes` end in the delimiter."""
+    """One page of a listing; `prefixes` end in the delimiter."""
 
     objects: list[Summary]
     prefixes: list[str]
 
 
 def condition(base: bytes | None) -> dict[str, str]:
-    """A version that is no ETag can't be asked for."""
+    """Return the parameters that ask for this version; a version that is no ETag can't be asked
+    for."""
     if base is None or b":" in base:
         return {}
     return {"IfMatch": f'"{base.decode()}"'} if base else {"IfNoneMatch": "*"}
@@ -104,7 +112,7 @@ def if_match(source: Summary) -> dict[str, str]:
 
 
 def plain_etag(value: object) -> str:
-    """Some servers quote it in headers and not in listings."""
+    """Return an ETag without quotes: some servers quote it in headers and not in listings."""
     return str(value or "").strip('"')
 
 
@@ -136,7 +144,8 @@ def settable(headers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _nanoseconds(moment: object) -> int:
-    """To the microsecond, without a float's rounding. A time that no file has counts as none."""
+    """Convert a time, to the microsecond, without a float's rounding. A time that no file has
+    counts as none."""
     if not isinstance(moment, datetime):
         return 0
     since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH

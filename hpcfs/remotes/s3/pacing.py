@@ -1,10 +1,10 @@
 """Waiting as a server asks for it: a rate limit is no outage.
 
 S3 answers 503 SlowDown, others 429, to what comes too fast; the request was not carried out, and is
-made again. Who is refused makes all others of the site wait, for twice as long each time until
-somebody gets through: so what nobody limited comes a little later, and does not fail. Beside that a
-request that was refused waits for a time of its own, which doubles, too, and of which a part is
-drawn at random, as Amazon's SDKs do
+made again. A request that is refused makes all others of the site wait, for twice as long each time
+until somebody gets through: so what nobody limited comes a little later, and does not fail. Beside
+that a request that was refused waits for a time of its own, which doubles, too, and of which a part
+is drawn at random, as Amazon's SDKs do
 (aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter).
 """
 
@@ -25,13 +25,13 @@ T = TypeVar("T")
 SHORTEST = 0.1
 LONGEST = 4.0
 LONGEST_ASKED = 10.0
-"""What a server asks for (Retry-After) counts up to this."""
+"""The longest pause that a server may ask for (Retry-After)."""
 PATIENCE = 20.0
 """Of one request. Less than what the mount waits for an answer (site/client.py)."""
 
 
 class Pacing:
-    """Of one site. All times are in seconds; `clock` only ever grows."""
+    """The pace of one site. All times are in seconds; `clock` never goes back."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -40,8 +40,8 @@ class Pacing:
         self._raised = 0.0
 
     async def asked(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """What `ask` answers, once the server does not want it later. Raises its refusal when that
-        has gone on for PATIENCE."""
+        """Return what `ask` returns, once the server does not want it later. Raises its refusal
+        when that has gone on for PATIENCE."""
         deadline = self._clock() + PATIENCE
         most = 0.0
         while True:
@@ -62,7 +62,7 @@ class Pacing:
                 return answer
 
     async def _turn(self, deadline: float, own: float) -> None:
-        """Who waits for the others' pause may find that it was made longer meanwhile."""
+        """Wait for the pause to end, which may be made longer meanwhile."""
         until = self._clock() + own
         while self._clock() < deadline:
             left = min(max(until, self._until), deadline) - self._clock()
@@ -71,7 +71,7 @@ class Pacing:
             await asyncio.sleep(left)
 
     def _refused(self, began: float, asked: float) -> None:
-        """One step for all that were under way together."""
+        """Slow down: one step for all that were under way together."""
         now = self._clock()
         if began >= self._raised:
             self._pause = _longer(self._pause)
@@ -89,7 +89,8 @@ def _longer(pause: float) -> float:
 
 
 def retry_after(error: ClientError, now: Callable[[], float] = time.time) -> float:
-    """How long the server wants nobody to ask (RFC 9110, 10.2.3); 0 where it does not say."""
+    """Return for how many seconds the server wants nobody to ask (RFC 9110, 10.2.3); 0 where it
+    does not say."""
     headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     text = str(headers.get("retry-after", "")).strip()
     if text.isascii() and text.isdigit():

@@ -1,4 +1,4 @@
-"""How an object is cut into parts: pure. Sizes and offsets in bytes.
+"""Cuts an object into parts: pure. Sizes and offsets in bytes.
 
 S3 takes at most 10,000 parts of 5 MiB to 5 GiB; only the last may be smaller.
 """
@@ -16,7 +16,7 @@ GIB = 1024 * MIB
 
 @dataclass(frozen=True)
 class Part:
-    """`number` counts from 1. What is `copied` comes from the old object, on the server."""
+    """`number` counts from 1. A part that is `copied` comes from the old object, on the server."""
 
     number: int
     offset: int
@@ -72,14 +72,14 @@ class Growing:
         return Part(number, units * self.unit, self.unit << level)
 
     def number_at(self, offset: int) -> int:
-        """Of the part in which that byte is."""
+        """Return the number of the part with the byte at `offset`."""
         units = offset // self.unit
         level = (units // self.step + 1).bit_length() - 1
         index = (units - self.step * ((1 << level) - 1)) >> level
         return level * self.step + index + 1
 
     def parts(self, size: int) -> Iterator[Part]:
-        """Of a file of that size, at least one."""
+        """Return the parts of a file of that size, at least one."""
         part = self.part(1)
         while part.end < size:
             yield part
@@ -88,7 +88,7 @@ class Growing:
 
 
 def even(size: int, part_size: int) -> list[Part]:
-    """All parts of one size but the last."""
+    """Return parts of one size, but for the last."""
     count = max(1, -(-size // part_size))
     starts = [index * part_size for index in range(count)]
     return [
@@ -125,7 +125,7 @@ def changed(
 
 
 def merged(ranges: Iterable[Range], size: int) -> list[Range]:
-    """In order, without overlaps, none empty, as far as `size`."""
+    """Return the ranges in order, without overlaps, none empty, as far as `size`."""
     found: list[Range] = []
     for start, end in sorted(ranges):
         end = min(end, size)

@@ -1,8 +1,9 @@
 """Changes to a large object: the server copies what stays, and only the rest is sent.
 
-What a part needs besides the bytes that were written is read from the server, where the source
-does not have it. The old version must be there from the first to the last request: each of them
-says which one it means, and where a server does not mind, the last look before the end tells.
+The bytes that a part needs besides those that were written are read from the server, where the
+source does not have it. The old version must be there from the first to the last request: each of
+them says which one it means, and where a server does not honour that, the last look before the end
+tells.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ _WHOLE = "this change can't be made on the server: the whole file must be sent"
 
 
 class Patcher:
-    """Of one bucket."""
+    """Changes large objects of one bucket."""
 
     def __init__(self, bucket: Bucket, limits: Limits) -> None:
         self._bucket, self._limits = bucket, limits
 
     def plan(self, old: Info, request: UploadRequest) -> list[Part] | None:
-        """None where the whole file should be sent."""
+        """Return the parts of the new object, or None where the whole file should be sent."""
         if self._bucket.server.copies_parts is False or not old.etag:
             return None
         if old.size <= self._limits.single_put or request.size <= self._limits.single_put:
@@ -128,7 +129,7 @@ class _Filler:
         return bytes(body)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
-        """What was written and what was not between the two, in turn."""
+        """Yield what was written and what was not between the two, in turn."""
         index = max(0, bisect_right(self._written, (start, start)) - 1)
         while start < stop:
             begin, end = self._written[index] if index < len(self._written) else (stop, stop)

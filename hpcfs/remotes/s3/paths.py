@@ -1,4 +1,4 @@
-"""From a path to its key, and what is at a key: the one way by which every operation finds things.
+"""Resolves a path to its key, and finds what is there: every operation goes this way.
 
 Plain names cost no request. A shown name that stands for a component by its hash is looked up in
 the listing of its directory, and remembered.
@@ -34,7 +34,7 @@ ESCAPES = 10_000
 
 @dataclass(frozen=True)
 class S3Path:
-    """Where a path is in the bucket.
+    """A path with its place in the bucket.
 
     `parent` and `directory` are prefixes that end in "/"; `key` is the object's, "" where there
     can't be one (the root). `beside` places are objects only, even if there is a directory.
@@ -55,8 +55,8 @@ class S3Path:
 
 @dataclass(frozen=True)
 class S3Lookup:
-    """What was found at a place. `markers` is complete only where there are no `children`; an old
-    one, without a slash, comes last."""
+    """The outcome of a look at a place. `markers` is complete only where there are no `children`;
+    an old one, without a slash, comes last."""
 
     place: S3Path
     object: Info | None
@@ -65,7 +65,7 @@ class S3Lookup:
 
     @property
     def old_marker(self) -> str | None:
-        """As s3fs wrote them once (see objects.Info.is_directory)."""
+        """The marker as s3fs wrote it once (see objects.Info.is_directory)."""
         return self.place.key if self.place.key and self.place.key in self.markers else None
 
     @property
@@ -100,7 +100,7 @@ class PathResolver:
         self._changes = 0
 
     async def place(self, path: bytes) -> S3Path:
-        """Raises NotFound where a shown name stands for nothing."""
+        """Return the place of a path. Raises NotFound where a shown name stands for nothing."""
         parent, key, beside, escaped = self._base, "", False, False
         directory = self._base
         for name in paths.names(path):
@@ -114,7 +114,8 @@ class PathResolver:
         return S3Path(path, parent, checked_key(key), directory, beside, escaped)
 
     async def new_place(self, path: bytes) -> S3Path:
-        """For what may not be there yet: reserved names are refused with the reason.
+        """Return the place of a path that may not be there yet: reserved names are refused with the
+        reason.
 
         Raises InvalidName.
         """
@@ -156,8 +157,8 @@ class PathResolver:
         raise NotFound(f"{text(name)}: there is no such name")
 
     async def recall(self, place: S3Path, seconds: float = SEEN_SECONDS) -> S3Lookup:
-        """What a look found at most so long ago, or a new look: a program that writes a file makes
-        several requests in a row, and each would ask the same."""
+        """Return what a look found at most `seconds` ago, or look again: a program that writes a
+        file makes several requests in a row, and each would ask the same."""
         return self._seen.get(text(place.path), seconds) or await self.look(place)
 
     def saw_file(self, place: S3Path, info: Info) -> None:
@@ -167,7 +168,7 @@ class PathResolver:
             self._seen.put(text(place.path), S3Lookup(place, info, False, []))
 
     def changed(self, place: S3Path) -> None:
-        """What is at this path was changed here: looks under way don't count."""
+        """Note that this path was changed here: looks under way don't count."""
         self._changes += 1
         self._seen.drop(text(place.path))
 
@@ -210,8 +211,9 @@ class PathResolver:
         return S3Lookup(place, found, children, markers)
 
     async def _object(self, place: S3Path) -> Info | None:
-        """By a listing where that is all that may be known, or where the key is an odd one: some
-        servers answer HEAD of ".." with an error, but none lists what it can't hold."""
+        """Return the object at a place: by a listing where that is all that may be known, or where
+        the key is an odd one. Some servers answer HEAD of ".." with an error, but none lists what
+        it can't hold."""
         if not place.key:
             return None
         if self._read_only or place.escaped:

@@ -27,7 +27,7 @@ SECOND_ADDRESS_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class HostAddress:
-    """Where a pool's connections lead. `tls` is None for plain HTTP."""
+    """The host and port of a pool's connections. `tls` is None for plain HTTP."""
 
     name: str
     port: int
@@ -63,7 +63,10 @@ class Pool:
         return self._host.tls is not None
 
     async def ask(self, request: HttpRequest) -> HttpResponse:
-        """Raises Unusual, Lost, and what connecting raises: OSError, TimeoutError."""
+        """Send a request over a connection, and return the response.
+
+        Raises UnusualResponse, ConnectionLost, and what connecting raises: OSError, TimeoutError.
+        """
         while self._idle:
             connection = self._idle.pop()
             try:

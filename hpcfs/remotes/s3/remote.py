@@ -4,7 +4,7 @@ S3 has neither directories nor renames nor partial writes: a directory is a mark
 key below it, a rename is a copy and a removal, an upload is the whole file, new attributes are a
 copy of an object onto itself. Two requests are not one transaction: another client that writes to
 the same names at the same time can come between a check and what follows it. Uploads are closed to
-that where the server minds conditions (transfer.py finds out).
+that where the server honours conditions (transfer.py finds out).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ DOWNLOAD_BYTES = 8 * 1024 * 1024
 
 
 class S3Remote:
-    """One namespace."""
+    """One namespace in a bucket: a base.Remote."""
 
     def __init__(self, bucket: Bucket, root: S3Root, spec: SiteSpec, limits: Limits) -> None:
         self._bucket = bucket
@@ -149,7 +149,7 @@ class S3Remote:
         found = await self._bucket.head(place.key) if place.key else None
         if found is None and not place.is_root:
             raise NotFound(f"{text(path)}: there is no such file")
-        if found is None or self._read_only or not _is_link(found):
+        if found is None or self._read_only or not found.is_link:
             raise InvalidRequest(f"{text(path)} is not a symbolic link")
         if not 0 < found.size <= MAX_LINK_BYTES:
             raise ProtocolError(f"{text(path)} is a link with a target of {found.size} bytes")
@@ -188,7 +188,7 @@ class S3Remote:
         await self._uploads.streams.give_up(handle)
 
     async def close(self) -> None:
-        """What was sent of files that nobody completes any more is removed."""
+        """Abort the streaming uploads that nobody completes any more."""
         await self._uploads.streams.close()
 
     async def check_writable(self, path: bytes) -> None:
@@ -253,7 +253,8 @@ class S3Remote:
         return self._entries.directory(paths.name(path), metadata)
 
     async def make_symlink(self, path: bytes, target: bytes) -> Entry:
-        """As s3fs does: the target is the content, and the mode says that it is one."""
+        """Write a link as s3fs does: the target is the content, and the mode says that it is
+        one."""
         if not 0 < len(target) <= MAX_LINK_BYTES or b"\0" in target:
             raise InvalidRequest(f"{text(path)}: this can't be the target of a link")
         look = await self._look_for_new(path)
@@ -373,7 +374,7 @@ class S3Remote:
             raise NotOwner("only root can give files on S3 to other users or groups")
 
     async def _look_for_new(self, path: bytes) -> S3Lookup:
-        """What is at a path that may be made, in a directory that is there."""
+        """Look at a path that may be made, in a directory that is there."""
         self._check_writable()
         place = await self._paths.new_place(path)
         look, _ = await asyncio.gather(self._paths.recall(place), self._parents.require(place))
@@ -432,7 +433,7 @@ class S3Remote:
         return self._entries.directory(paths.name(place.path), metadata)
 
     async def _renew_marker(self, look: S3Lookup) -> None:
-        """One that s3fs wrote once becomes one of the form that all understand."""
+        """Replace a marker that s3fs wrote once by one of the form that all understand."""
         if look.old_marker is None:
             return
         directory = look.place.directory
@@ -487,16 +488,7 @@ class S3Remote:
             self._lister.cache.clear()
 
 
-def _is_link(found: Info) -> bool:
-    return found.metadata.mode is not None and stat.S_ISLNK(found.metadata.mode)
-
-
 def _is_worth_a_copy(attributes: Attributes) -> bool:
-    """A new access time alone is not worth a copy of the object, and is not kept."""
-    return any(
-        value is not None
-        for value in (
-            *(attributes.mode, attributes.uid, attributes.gid, attributes.mtime_ns),
-            attributes.xattrs,
-        )
-    )
+    """Return whether the change is worth a copy of the object: a new access time alone is not, and
+    is not kept."""
+    return attributes != Attributes(atime_ns=attributes.atime_ns)

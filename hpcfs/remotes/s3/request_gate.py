@@ -1,4 +1,4 @@
-"""How many requests of a site may be under way at once, and whose turn is next.
+"""Bounds the requests of a site that are under way at once, and says whose turn is next.
 
 Turns are given first to what a program waits for, then to large requests, which are bounded by
 their bytes and so can't take all, then to small ones.
@@ -22,8 +22,8 @@ _URGENT, _LARGE, _SMALL = range(3)
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of one site: `slots` are requests that may be under way at once, each on a connection;
-    `urgent_slots` come on top for what a program waits for.
+    """The bounds of one site: `slots` are requests that may be under way at once, each on a
+    connection; `urgent_slots` come on top for what a program waits for.
 
     How many slots there are depends on how long the server takes for the smallest answer, which at
     a distance is the round trip: as many as ask it `per_second`, in the bounds given. S3 permits

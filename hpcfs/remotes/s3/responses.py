@@ -1,4 +1,4 @@
-"""Answers as they come over the wire, in the form that botocore gives them.
+"""Parses responses to the form that botocore gives them.
 
 The two ways to a server (direct.py, botocore) must say the same: a test asks both. Whatever is
 malformed raises ValueError, and then botocore decides what it means.
@@ -42,7 +42,7 @@ _MONTHS = {
 
 
 def parse_object(headers: Mapping[str, str]) -> dict[str, Any]:
-    """What HeadObject and GetObject say, as far as this package asks for it."""
+    """Parse the headers of HeadObject and GetObject, as far as this package needs them."""
     answer: dict[str, Any] = {"ResponseMetadata": {"HTTPHeaders": headers}}
     metadata: dict[str, str] = {}
     for name, value in headers.items():
@@ -111,7 +111,8 @@ def is_fit_to_parse(body: bytes | bytearray) -> bool:
 
 
 def parse_copy(body: bytes | bytearray) -> dict[str, Any]:
-    """What CopyObject says. A failure may come with status 200, once the copying has begun."""
+    """Parse the body of CopyObject. A failure may come with status 200, once the copying has
+    begun."""
     return {"CopyObjectResult": dict(_texts(_root(body, "CopyObjectResult")))}
 
 
@@ -128,7 +129,7 @@ def _root(body: bytes | bytearray, tag: str) -> ElementTree.Element:
 
 
 def parse_listing(body: bytes | bytearray) -> dict[str, Any]:
-    """What ListObjectsV2 says. Keys come quoted: XML can't hold every character."""
+    """Parse the body of ListObjectsV2. Keys come quoted: XML can't hold every character."""
     root = _root(body, "ListBucketResult")
     answer: dict[str, Any] = {}
     contents: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""What a server turned out to know. The kinds of S3 differ, and none says what it can."""
+"""Capabilities of an S3 implementation, probed at run time: none of them says what it can."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class ServerCapabilities:
-    """Of one site; None where it is not known yet."""
+    """The capabilities of one site's server; None for those that are not known yet."""
 
     matches: bool | None = None
     """Writes with If-Match are refused where another version is there,"""
@@ -25,7 +25,8 @@ class ServerCapabilities:
     """The ETag of an object sent in parts is made of theirs."""
 
     def honours(self, base: bytes) -> bool | None:
-        """Whether it honours the condition that stands for this version (see UploadRequest)."""
+        """Return whether the server honours the condition that stands for this version (see
+        UploadRequest); None where that is not known."""
         if b":" in base:  # no ETag: nothing to send
             return False
         return self.matches if base else self.none_matches

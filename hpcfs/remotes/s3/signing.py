@@ -31,7 +31,7 @@ class Keys(NamedTuple):
 
 
 class Signer:
-    """For one region. Remembers the key of the day, which is made of four hashes."""
+    """Signs requests for one region. Remembers the key of the day, which is made of four hashes."""
 
     def __init__(self, region: str, service: str) -> None:
         self._region, self._service = region, service
@@ -48,8 +48,8 @@ class Signer:
         now: datetime | None = None,
         payload: str = EMPTY_SHA256,
     ) -> dict[str, str]:
-        """All headers of the request: those given (by lower-case name, "host" among them), and
-        what the signature adds. `path` and `query` are quoted, the query's parts in order;
+        """Return all headers of the request: those given (by lower-case name, "host" among them),
+        and what the signature adds. `path` and `query` are quoted, the query's parts in order;
         `payload` is the body's SHA-256, or UNSIGNED."""
         time = (now or datetime.now(UTC)).strftime("%Y%m%dT%H%M%SZ")
         signed = {**headers, "x-amz-content-sha256": payload, "x-amz-date": time}

@@ -1,4 +1,4 @@
-"""What one S3 login reaches: its connections, its limits and its memory of failures."""
+"""One S3 login with all that its remotes share: connections, limits and the memory of failures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import replace
 from hpcfs.model.errors import WrongSettings
 from hpcfs.model.sites import S3Root, S3Site, SiteSpec
 from hpcfs.model.usage import Traffic
-from hpcfs.remotes.s3.bucket import Access, Bucket
+from hpcfs.remotes.s3.access import Access
+from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.direct import Direct
 from hpcfs.remotes.s3.health import Health
 from hpcfs.remotes.s3.login import READ_TIMEOUT, S3Login

@@ -3,7 +3,7 @@ size is known.
 
 Pieces come in any order. A part of several of them is sent when the last one is there, read again
 from the source: so memory stays bounded, and a piece counts as sent although it may still be
-only there. What was not sent, or was written again, is sent when the file is complete.
+only there. Parts that were not sent, or were written again, are sent when the file is complete.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MakeObject = Callable[[], Awaitable[NewObject]]
 
 @dataclass(eq=False)
 class S3StreamingUpload:
-    """One file. `upload` is begun with its first part."""
+    """The streaming upload of one file. `upload` is begun with its first part."""
 
     path: bytes
     upload: Multipart | None = None
@@ -42,7 +42,7 @@ class S3StreamingUpload:
 
 
 class S3StreamingUploads:
-    """The streams of one namespace, by handle."""
+    """The streaming uploads of one namespace, by the caller's handle."""
 
     def __init__(self, bucket: Bucket, limits: Limits) -> None:
         self._bucket, self._limits = bucket, limits

@@ -1,10 +1,10 @@
-"""What an object has beside content, metadata and headers, and would lose when it is written anew:
-tags (lifecycle and retention rules go by them) and its access list.
+"""Tags (lifecycle and retention rules go by them) and access lists of objects, which writing an
+object anew would lose.
 
 A HEAD tells how many tags there are, so an object without any costs nothing. Of an access list it
 tells nothing: it is asked for once before each writing, where the bucket has such lists at all.
 Most have none (AWS since 2023, unless they are switched on; servers that don't know them), which
-is found out once. What can't be kept is said in the log.
+is found out once. The log tells what can't be kept.
 docs.aws.amazon.com/AmazonS3/latest/userguide/acl-overview.html, .../object-tagging.html
 """
 
@@ -42,7 +42,7 @@ _NAMES = {"CanonicalUser": ("id", "ID"), "Group": ("uri", "URI")}
 
 
 class TagsAndAcls:
-    """Of one bucket."""
+    """Finds the tags and access lists of objects in one bucket."""
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
@@ -85,7 +85,7 @@ class TagsAndAcls:
         self._seen.put(key, access or {"ACL": PRIVATE})
 
     async def tags(self, found: Info) -> dict[str, Any]:
-        """Of an object that another one replaces under its name."""
+        """Return the tags of an object that another one replaces under its name, as headers."""
         if "Tagging" in found.headers:
             return {"Tagging": found.headers["Tagging"]}
         return await self._tags(found)
@@ -133,8 +133,8 @@ class TagsAndAcls:
 
 
 def parameters_of(answer: Mapping[str, Any]) -> dict[str, str]:
-    """What gives another object the access list that GetObjectAcl told. One that only the owner has
-    access by is not sent: it is what each object has."""
+    """Return the parameters that give another object the access list that GetObjectAcl told. One
+    that only the owner has access by is not sent: it is what each object has."""
     owner = str(answer.get("Owner", {}).get("ID", ""))
     grants: list[tuple[str, str, str]] = []
     for grant in answer.get("Grants", []):

@@ -70,8 +70,8 @@ class Transfer:
     async def upload(
         self, target: NewObject, source: UploadSource, report: ReportProgress
     ) -> Summary:
-        """The object as it is then. Raises Conflict where the server minds conditions; where it
-        does not, the caller has compared the version."""
+        """Upload the source and return the object as it is then. Raises Conflict where the server
+        honours conditions; where it does not, the caller has compared the version."""
         size = source.size
         self.check_size(target.key, size)
         progress = TransferProgress(report)
@@ -92,8 +92,8 @@ class Transfer:
         return made
 
     async def _check_stored(self, made: Info, source: UploadSource) -> None:
-        """Raises RemoteFailure. Of an object in parts the ETag tells on servers that are known to
-        make it of theirs."""
+        """Raise RemoteFailure where the server stored something else. Of an object in parts the
+        ETag tells on servers that are known to make it of theirs."""
         told = await self._told_by_etag(made, source)
         joined = self._bucket.server.joins_md5s and not is_kms(made.headers)
         if told is None and "-" in made.etag and joined:
@@ -120,8 +120,8 @@ class Transfer:
         return await self._bucket.put(key, body, metadata, headers, sent=progress.renew)
 
     async def _try_condition(self, target: NewObject, body: bytes) -> None:
-        """Whether the server minds conditions or ignores them: what was just written is written
-        again, on a condition that does not hold. Once for each kind and process."""
+        """Find out whether the server honours conditions or ignores them: what was just written is
+        written again, on a condition that does not hold. Once for each kind and process."""
         assert target.base is not None
         server, kind = self._bucket.server, NO_VERSION if target.base else b""
         if server.being_tried:
@@ -132,7 +132,7 @@ class Transfer:
         except Conflict:
             server.note(kind, honours=True)
         except RemoteError as error:
-            log.debug("whether the server minds conditions is not known: %s", error.message)
+            log.debug("whether the server honours conditions is not known: %s", error.message)
         else:
             server.note(kind, honours=False)
             log.info("this S3 server ignores conditions: versions are compared before writing")
@@ -188,7 +188,8 @@ class Transfer:
         return (await self.copy(info, key, report=report)).etag
 
     async def copy_marker(self, source: Summary, key: str) -> None:
-        """Of a directory. Where the server does not copy it (versitygw), it is written anew."""
+        """Copy the marker of a directory. Where the server does not copy it (versitygw), it is
+        written anew."""
         server = self._bucket.server
         if server.copies_markers is not False:
             try:

@@ -166,7 +166,8 @@ _TIMEOUTS = (boto.ConnectTimeoutError, boto.ReadTimeoutError, TimeoutError, asyn
 
 
 def translate(error: Exception, subject: str) -> RemoteError:
-    """One of ours for one of theirs; `subject` is what the request was about."""
+    """Return the RemoteError for an exception of botocore or aiohttp; `subject` is what the request
+    was about."""
     subject = printable(subject, "?")
     if isinstance(error, boto.ClientError):
         return _from_answer(error, subject)
@@ -200,19 +201,20 @@ def is_of_connecting(error: Exception) -> bool:
 
 
 def _inner(error: Exception) -> object:
-    """What botocore has wrapped."""
+    """Return the exception that botocore has wrapped."""
     return getattr(error, "kwargs", {}).get("error")
 
 
 def _endpoint(error: Exception) -> str:
-    """Which one, where the error tells: without the path and query, which are the request's."""
+    """Return the endpoint, where the error tells: without the path and query, which are the
+    request's."""
     url = getattr(error, "kwargs", {}).get("endpoint_url")
     parts = urlsplit(str(url)) if url else None
     return f" {parts.scheme}://{parts.netloc}" if parts and parts.netloc else ""
 
 
 def _cause(error: Exception) -> str:
-    """What the operating system said, else the library's words."""
+    """Return what the operating system said, else the library's words."""
     inner = _inner(error) or error
     system = getattr(inner, "os_error", inner)
     reason = getattr(system, "strerror", None) or str(inner) or type(inner).__name__
@@ -245,8 +247,8 @@ def _from_answer(error: boto.ClientError, subject: str) -> RemoteError:
 
 
 def _redirected(answer: Mapping[str, Any]) -> str | None:
-    """Where an answer points; None where it is none of the web's redirects. S3's own name the
-    bucket's region, and botocore has followed them as far as they can be."""
+    """Return where an answer points; None where it is none of the web's redirects. S3's own name
+    the bucket's region, and botocore has followed them as far as they can be."""
     about = answer.get("ResponseMetadata", {})
     headers = about.get("HTTPHeaders", {})
     if about.get("HTTPStatusCode") not in _REDIRECTS or "x-amz-bucket-region" in headers:
@@ -292,7 +294,7 @@ def is_throttling(error: boto.ClientError) -> bool:
 
 
 def s3_code(error: RemoteError) -> str:
-    """What the server called a failure that `translate` made of its answer."""
+    """Return the server's code of a failure that `translate` made of its answer."""
     answer = getattr(error.__cause__, "response", {})
     code = str(answer.get("Error", {}).get("Code", ""))
     return _SAME.get(code, code)
@@ -302,7 +304,8 @@ def s3_code(error: RemoteError) -> str:
 def translating(
     subject: str, note: Callable[[RemoteError], RemoteError] = lambda error: error
 ) -> Iterator[None]:
-    """Their exceptions become ours. For bodies: one that breaks off says nothing of the site."""
+    """Turn their exceptions into RemoteErrors, and give each to `note`. Also used while a body is
+    read: one that breaks off says nothing of the site."""
     try:
         yield
     except CAUGHT as error:

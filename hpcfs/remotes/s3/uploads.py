@@ -41,9 +41,11 @@ class S3Uploads:
     async def upload(
         self, request: UploadRequest, look: S3Lookup, source: UploadSource, report: ReportProgress
     ) -> tuple[Summary, Info]:
-        """What the server says of the object as it is then, and what it carries. Raises Conflict
-        only where what is there is not what this upload makes: one whose answer was lost is asked
-        for again."""
+        """Upload a file; return the object as it is then, with its metadata.
+
+        Raises Conflict only where what is there is not what this upload makes: one whose answer was
+        lost is asked for again.
+        """
         old, headers = await self._kept_of(look, replaced=request.replace)
         if request.replace:  # another file: the old one's went with it
             old = with_changes(old, xattrs=())
@@ -89,7 +91,7 @@ class S3Uploads:
         source: UploadSource,
         report: ReportProgress,
     ) -> tuple[Summary, Metadata]:
-        """What the object is then, and carries."""
+        """Send the object; return it as it is then, and its metadata."""
         if request.handle != NO_HANDLE:
             sent = await self.streams.finish(
                 request.handle, target, request.path, request.ranges, source, report
@@ -119,8 +121,9 @@ class S3Uploads:
     async def _with_metadata(
         self, found: Info, target: NewObject, request: UploadRequest
     ) -> tuple[Summary, Metadata]:
-        """Of an object whose metadata was made before the file was complete. A time that is only
-        that of the last write is not worth a copy: then the one of the server's counts."""
+        """Give the object its metadata, where that was made before the file was complete. A time
+        that is only that of the last write is not worth a copy: then the one of the server's
+        counts."""
         wanted = target.metadata
         if not request.times_set:
             wanted = with_changes(
@@ -133,8 +136,9 @@ class S3Uploads:
     async def _kept_of(
         self, look: S3Lookup, *, replaced: bool = False
     ) -> tuple[Metadata, Mapping[str, Any]]:
-        """What the object that is written anew hands on. To another file that is renamed over it
-        (`replaced`) not who may read it: that file may be more private."""
+        """Return the metadata and headers that the object keeps when it is written anew. Another
+        file that is renamed over it (`replaced`) does not get who may read it: that file may be
+        more private."""
         guessed = _guessed_headers(look.place.path)
         if look.file is None:
             return self._entries.fresh(), guessed
@@ -147,7 +151,7 @@ class S3Uploads:
 
 
 def info_of_stored(stored: Summary, metadata: Metadata, headers: Mapping[str, Any]) -> Info:
-    """What a HEAD of the object just stored would say."""
+    """Return what a HEAD of the object just stored would say."""
     return Info(
         stored.key,
         stored.size,
@@ -159,6 +163,6 @@ def info_of_stored(stored: Summary, metadata: Metadata, headers: Mapping[str, An
 
 
 def _guessed_headers(path: bytes) -> dict[str, str]:
-    """As the AWS CLI does, so that browsers show what they can."""
+    """Guess the content type as the AWS CLI does, so that browsers show what they can."""
     guess, _ = mimetypes.guess_type(paths.name(path).decode(errors="replace"))
     return {"ContentType": guess} if guess else {}

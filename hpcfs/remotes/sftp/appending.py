@@ -5,8 +5,8 @@ at the same time is not overwritten. The offsets that are sent are those at whic
 the look before, which is right enough for a server that does not heed the flag.
 
 An attempt whose answer was lost is looked for in what was added since: all of it, or its beginning
-at the file's end. What is there is not appended again. The limits: a beginning of fewer than
-SURE_BYTES is not recognised, and the same bytes that others appended are taken for it.
+at the file's end. Bytes that are there are not appended again. The limits: a beginning of fewer
+than SURE_BYTES is not recognised, and the same bytes that others appended are taken for it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ async def append(
     report: ReportProgress,
     unfinished: UnfinishedUploads,
 ) -> Appended:
-    """Raises Conflict where the file is gone."""
+    """Append what the request brings, where the file ends by now. Raises Conflict where it is
+    gone."""
     if place.session.appends:
         try:
             return await _append(place, request, source, report, unfinished, FXF_APPEND)
@@ -132,7 +133,7 @@ async def _append(
 async def _bring(
     target: WritableFile, request: UploadRequest, source: UploadSource, report: ReportProgress
 ) -> SFTPAttrs:
-    """In order, as each piece goes to the end: all but the last one first."""
+    """Write the pieces in order, as each goes to the end: all but the last one first."""
     place, keep = target.place, target.size
     size = place.session.write_bytes
     done, end = keep, request.size
@@ -159,7 +160,7 @@ def _report_more(report: ReportProgress, before: int, done: int) -> None:
 
 
 async def _begun(place: SftpPath, size: int, request: UploadRequest, source: UploadSource) -> int:
-    """How many bytes of what is to be appended an earlier attempt has brought."""
+    """Return how many bytes of what is to be appended an earlier attempt has brought."""
     length = request.size - request.base_size
     first = max(request.base_size, size - SEARCH_BYTES - length)
     if size <= first or length > SEARCH_BYTES:
@@ -179,7 +180,7 @@ async def _begun(place: SftpPath, size: int, request: UploadRequest, source: Upl
 
 
 async def _read(place: SftpPath, offset: int, length: int) -> bytes | None:
-    """None where this user may not read it."""
+    """Read a range; None where this user may not read it."""
     bulk, size = place.session.bulk, place.session.read_bytes
     try:
         with place.asking():

@@ -82,12 +82,14 @@ def tells_type(attrs: AnyAttrs) -> bool:
 
 
 def version_of(attrs: AnyAttrs, path: bytes) -> bytes:
-    """Raises ProtocolError when the server gives an impossible size."""
+    """Return the version that the attributes show: size and modification second. Raises
+    ProtocolError when the size is impossible."""
     return b"%d:%d" % (checked_size(attrs.size, path), attrs.mtime or 0)
 
 
 def entry(path: bytes, name: bytes, attrs: AnyAttrs, owners: Owners) -> Entry:
-    """Raises ProtocolError when a regular file's size is impossible."""
+    """Return the entry with these attributes. Raises ProtocolError when a regular file's size is
+    impossible."""
     mode = full_mode(attrs, DEFAULT_FILE_MODE if path else DEFAULT_DIRECTORY_MODE)
     regular = stat.S_ISREG(mode)
     size = checked_size(attrs.size if regular else attrs.size or 0, path)
@@ -140,8 +142,9 @@ def rest_to_set(wanted: Attributes, now: SFTPAttrs) -> SFTPAttrs | None:
 
 
 def narrower(given: SFTPAttrs, asked: int, kind: int) -> SFTPAttrs | None:
-    """What to set where something new was asked to be the user's alone, and the server did not heed
-    the mode. Anything else is the server's to decide: no ACL widens what open(2) asks for."""
+    """Return what to set where something new was asked to be the user's alone and the server did
+    not heed the mode; else None. Anything else is the server's to decide: no ACL widens what
+    open(2) asks for."""
     mode = stat.S_IMODE(full_mode(given, kind | 0o777))
     others = stat.S_IRWXG | stat.S_IRWXO
     return SFTPAttrs(permissions=mode & ~others) if mode & others and not asked & others else None

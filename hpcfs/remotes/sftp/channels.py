@@ -2,7 +2,7 @@
 
 A login that is accepted is no SFTP service yet. Accounts print text before it, have a shell that
 ends at once, a forced command, or an expired password: what the server says and how it ends is kept
-until the greeting, since it is the only reason that there is.
+until the first message, since it is the only reason that there is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 MORE_CHANNELS = 2
 """For large uploads, beside the two: servers grant ten (sshd_config(5), MaxSessions)."""
 LAST_WORDS_SECONDS = 2.0
-"""What a channel may take from the end of its data to its exit code."""
+"""The longest that a channel may take from the end of its data to its exit code."""
 COMPLAINT_BYTES = 300
 
 
@@ -36,7 +36,8 @@ T = TypeVar("T")
 
 
 class ServiceEnded(asyncssh.SFTPConnectionLost):
-    """The server ended the channel before SFTP's first message: how, and what it said."""
+    """Raised when the server ends the channel before SFTP's first message. `how` it ended, and what
+    it `said`."""
 
     def __init__(self, how: str, said: bytes) -> None:
         super().__init__(how or "Connection closed")
@@ -45,7 +46,7 @@ class ServiceEnded(asyncssh.SFTPConnectionLost):
 
 
 class Channel(asyncssh.SSHClientSession[bytes]):
-    """One SFTP subsystem: hands on what comes."""
+    """One SFTP subsystem of an asyncssh connection: hands on what comes."""
 
     requests: Requests
 
@@ -84,7 +85,7 @@ class Channel(asyncssh.SSHClientSession[bytes]):
         self._closed.set()
 
     async def last_words(self) -> ServiceEnded:
-        """As far as the server tells."""
+        """Return how the service ended and what it said, as far as the server tells."""
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS_SECONDS):
                 await self._closed.wait()
@@ -92,7 +93,7 @@ class Channel(asyncssh.SSHClientSession[bytes]):
 
 
 async def open_channel(login: SshLogin) -> Requests:
-    """Raises ServiceEnded, NoService, and asyncssh's errors."""
+    """Open a channel with SFTP on it. Raises ServiceEnded, NoService, and asyncssh's errors."""
     _, session = await login.connection.create_session(
         Channel, subsystem="sftp", command=None, request_pty=False, encoding=None,
         window=CHANNEL_WINDOW_BYTES,
@@ -108,7 +109,7 @@ async def open_channel(login: SshLogin) -> Requests:
 
 
 async def open_channels(login: SshLogin) -> list[Requests]:
-    """One or two, asked for at once: each takes four round trips."""
+    """Open one or two channels, asked for at once: each takes four round trips."""
     both = await asyncio.gather(open_channel(login), open_channel(login), return_exceptions=True)
     failures = [result for result in both if isinstance(result, BaseException)]
     granted = [result for result in both if isinstance(result, Requests)]
@@ -142,12 +143,13 @@ def _opening_error(error: BaseException, login: SshLogin) -> BaseException:
 
 
 async def check_service(login: SshLogin) -> None:
-    """Raises NoService, where a channel opens and SFTP does not begin, and asyncssh's errors."""
+    """Raise NoService where a channel opens and SFTP does not begin; or asyncssh's errors."""
     (await of_service(open_channel(login), login)).lost(None)
 
 
 async def of_service(opening: Awaitable[T], login: SshLogin) -> T:
-    """What is opened. Raises NoService where the server ends it by itself: it would do so again."""
+    """Return what is opened. Raises NoService where the server ends it by itself: it would do so
+    again."""
     try:
         return await opening
     except ServiceEnded as error:

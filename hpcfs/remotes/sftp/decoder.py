@@ -1,4 +1,4 @@
-"""From a stream of bytes to SFTP's messages, without joining what is large.
+"""Decodes a stream of bytes to SFTP's messages, without joining what is large.
 
 Owns where messages begin and end. The bytes of a file are handed on in the chunks in which they
 came, to whoever asked for them; every other message is small and is handed on whole. Nothing here
@@ -20,7 +20,7 @@ DATA_START = 13
 
 
 class Malformed(Exception):
-    """What came is no SFTP message."""
+    """Raised for bytes that are no SFTP message."""
 
 
 class DataSink(Protocol):
@@ -39,11 +39,12 @@ class MessageSink(Protocol):
     """Takes the messages that a decoder finds."""
 
     def message(self, message: bytes) -> None:
-        """A whole message, from its type on."""
+        """Take a whole message, from its type on."""
         ...
 
     def data(self, request: int, length: int) -> DataSink | None:
-        """The beginning of `length` bytes; None where nobody wants them any more."""
+        """Return the sink of `length` bytes that begin here; None where nobody wants them any
+        more."""
         ...
 
 
@@ -58,7 +59,7 @@ class MessageDecoder:
         self._bytes_left = 0
 
     def feed(self, received: bytes | memoryview) -> None:
-        """Raises Malformed; nothing can be made of what comes after that."""
+        """Take the next bytes. Raises Malformed; nothing can be made of what comes after that."""
         view = memoryview(received)
         at = 0
         while at < len(view):
@@ -80,7 +81,7 @@ class MessageDecoder:
                 self._bytes.end()
 
     def _look(self) -> None:
-        """At a message of which as much is here as was waited for."""
+        """Look at a message of which as much is here as was waited for."""
         message = self._message
         end = LENGTH_BYTES + int.from_bytes(message[:LENGTH_BYTES], "big")
         if len(message) == LENGTH_BYTES:

@@ -51,7 +51,8 @@ async def explain_new(place: SftpPath, error: RemoteError) -> RemoteError:
 
 
 async def _usage(place: SftpPath) -> asyncssh.SFTPVFSAttrs | None:
-    """Of the file system that it is in; None where the server does not tell."""
+    """Return the usage of the file system that the path is in; None where the server does not
+    tell."""
     try:
         with place.asking():
             directory = place.parent() if place.path else place

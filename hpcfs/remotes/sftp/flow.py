@@ -1,4 +1,4 @@
-"""How many bytes of a site may be under way at once, and whose turn is next.
+"""Bounds the bytes of a site that are under way at once, and says whose turn is next.
 
 SFTP servers answer in the order of the requests, and what was asked for can't be taken back. So a
 piece waits here, not in the server's queue, until there is room: what a program waits for goes
@@ -36,7 +36,7 @@ _URGENT, _OTHERS = range(2)
 
 
 class Depth:
-    """How many bytes should be under way: the link full, and little waiting in the server."""
+    """Finds how many bytes should be under way: the link full, and little waiting in the server."""
 
     def __init__(self) -> None:
         self.limit = FIRST_BYTES

@@ -1,7 +1,7 @@
 """The handles that a server grants on one connection, and what is given up where they run out.
 
 Every server bounds them (libssh 256, wolfSSH 64, OpenSSH by its process's ulimit -n), none tells
-how many, and one too many is refused with a plain "failure" like so much else. What was meant is
+how many, and one too many is refused with a plain "failure" like so much else. The reason is
 found out with a file that could be opened a moment ago, and as many as were granted then count as
 the limit for a while. From there on an open goes along with the close of the handle that was idle
 for longest; where none is idle it waits until one is closed: what is in use is never taken away.
@@ -57,7 +57,8 @@ class Handles:
 
     @property
     def limit(self) -> int | None:
-        """None as long as the server granted all that was asked for."""
+        """How many handles the server grants; None as long as it granted all that were asked
+        for."""
         if self._limit is not None and _now() > self._until:
             self._limit = None
             self._wake_all()
@@ -96,7 +97,7 @@ class Handles:
         can_open: CanOpen,
         is_explained: Callable[[], Awaitable[bool]],
     ) -> bytes:
-        """What `attempt` brings, tried again where only a handle is wanting.
+        """Return what `attempt` brings, tried again where only a handle is wanting.
 
         `can_open` tries a path (None: the home directory); None says that it proves nothing.
         `is_explained` tells whether the server has another reason to refuse the attempt. Raises
@@ -124,7 +125,8 @@ class Handles:
                 self._wake_one()
 
     async def spare(self, attempt: Callable[[], Awaitable[bytes]]) -> bytes:
-        """One that can be done without: nothing is given up for it."""
+        """Return a handle that can be done without: nothing is given up for it. Raises
+        SFTPFailure."""
         limit = self.limit
         if limit is not None and self._granted + self._asked >= limit:
             raise SFTPFailure(f"no more than {limit} files may be open")
@@ -133,7 +135,7 @@ class Handles:
         return handle
 
     def closed(self) -> None:
-        """The request is on its way."""
+        """Note that the close of a handle is on its way."""
         self._granted = max(0, self._granted - 1)
         self._closed += 1
         self._wake_one()

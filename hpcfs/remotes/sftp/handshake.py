@@ -16,11 +16,11 @@ log = logging.getLogger(__name__)
 MAX_PIECE_BYTES = 261_120
 """What OpenSSH takes in one read or write; more per request gains nothing measurable."""
 SAFE_PIECE_BYTES = 32 * 1024
-"""What the protocol promises for servers that do not tell their limits."""
+"""The limit that the protocol promises, for servers that tell none."""
 
 
 async def shake_hands(requests: Requests, shown: str) -> None:
-    """Raises NoService for what is no SFTP, and asyncssh's errors."""
+    """Begin SFTP on a channel. Raises NoService for what is no SFTP, and asyncssh's errors."""
     try:
         await requests.start()
     except asyncssh.SFTPBadMessage as error:
@@ -41,6 +41,6 @@ async def shake_hands(requests: Requests, shown: str) -> None:
 
 
 def _piece(told: int) -> int:
-    """A server that tells of less than the protocol promises would have a megabyte asked for in a
-    million requests."""
+    """Return a usable limit: a server that tells of less than the protocol promises would have a
+    megabyte asked for in a million requests."""
     return max(SAFE_PIECE_BYTES, min(told, MAX_PIECE_BYTES))

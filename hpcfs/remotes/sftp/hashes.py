@@ -1,4 +1,4 @@
-"""What the server's disk has of an upload, compared by hash (`verify = true`).
+"""Compares what the server's disk has of an upload by hash (`verify = true`).
 
 OpenSSH's SFTP has no such request; a shell beside it has sha256sum or shasum. One shell per
 connection answers all, one after another. Where there is none (ForceCommand internal-sftp, a
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 START_SECONDS = 15.0
 LEAST_BYTES_PER_SECOND = 10_000_000
-"""What a loaded server hashes and reads at the very least."""
+"""The least that a loaded server reads and hashes."""
 REPORT_SECONDS = 5.0
 RANGES_AT_ONCE = 200
 """In one script: what a shell reads of a line is bounded."""
@@ -44,7 +44,7 @@ Ranges = Sequence[tuple[int, int]]
 
 
 class Hasher:
-    """One connection's."""
+    """Computes remote SHA-256 through one shell per connection."""
 
     def __init__(self, shown: str, open_shell: Callable[[], Awaitable[Shell | None]]) -> None:
         self._shown = shown
@@ -58,8 +58,8 @@ class Hasher:
     async def is_same(
         self, path: bytes, ranges: Ranges, source: UploadSource, report: ReportProgress
     ) -> bool | None:
-        """Whether these ranges of the file, a whole one if it is its only range from 0 on, are
-        those of the source; None where that can't be known. `path` starts with a slash."""
+        """Return whether these ranges of the file, a whole one if it is its only range from 0 on,
+        are those of the source; None where that can't be known. `path` starts with a slash."""
         for start in range(0, len(ranges), RANGES_AT_ONCE):
             some = ranges[start : start + RANGES_AT_ONCE]
             there = await self._there(path, some, source.size, report)
@@ -103,7 +103,7 @@ class Hasher:
         try:
             async with asyncio.timeout(START_SECONDS):
                 shell = await self._open_shell()
-                if shell is not None and await _greet(shell):
+                if shell is not None and await _wait_ready(shell):
                     self._listening = asyncio.create_task(self._listen(shell))
                     return shell
         except TimeoutError:
@@ -141,8 +141,8 @@ class Hasher:
                     answer.set_result(b"")
 
 
-async def _greet(shell: Shell) -> bool:
-    """What login scripts print comes before."""
+async def _wait_ready(shell: Shell) -> bool:
+    """Wait until the shell is ready: what login scripts print comes before."""
     shell.write(_SETUP)
     while line := await shell.read_line():
         if line.endswith(_READY):
@@ -151,7 +151,8 @@ async def _greet(shell: Shell) -> bool:
 
 
 def _script(number: int, path: bytes, ranges: Ranges, size: int) -> bytes:
-    """For sh. Names are only read through a redirection: sha256sum would mark some of them."""
+    """Return a script for sh. Names are only read through a redirection: sha256sum would mark some
+    of them."""
     name = quoted(path)
     if list(ranges) == [(0, size)]:
         work = b"h <%s" % name

@@ -40,7 +40,7 @@ async def reads_target_first(place: SftpPath) -> bool:
 
 
 async def make(place: SftpPath, target: bytes, *, target_first: bool) -> None:
-    """Raises asyncssh's errors."""
+    """Make a symbolic link. Raises asyncssh's errors."""
     paths = (target, place.full) if target_first else (place.full, target)
     await place.session.meta.symlink_paths(*paths)
 
@@ -70,8 +70,8 @@ def _is_missing(answer: object) -> bool:
 
 
 async def _tried_order(place: SftpPath) -> bool:
-    """For servers that give no reasons: of two new names beside the link, one becomes a link to the
-    other, and is removed in the same flight."""
+    """Find out the order on servers that give no reasons: of two new names beside the link, one
+    becomes a link to the other, and is removed in the same flight."""
     meta = place.session.meta
     one, other = (place.beside(name_beside(b"link")) for _ in range(2))
     with place.asking():

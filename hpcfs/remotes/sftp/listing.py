@@ -80,7 +80,7 @@ def _usable(names: list[Listed], seen: set[bytes]) -> tuple[list[Listed], int]:
 
 
 async def _replies(place: SftpPath, handle: bytes) -> AsyncGenerator[list[Listed], None]:
-    """What READDIR returns, in order, until the end; an empty reply ends the listing too."""
+    """Yield the replies to READDIR in order, until the end; an empty reply ends the listing too."""
     meta = place.session.meta
     ahead: deque[asyncio.Task[Any]] = deque()
     flight = 0

@@ -44,7 +44,7 @@ class _Directory:
 
 
 class LongPaths:
-    """Of one namespace."""
+    """Names the long paths of one namespace from directories that the server has open."""
 
     def __init__(self) -> None:
         self._above: SftpSession | None = None
@@ -53,7 +53,8 @@ class LongPaths:
         self._lock = asyncio.Lock()
 
     async def place(self, session: SftpSession, path: bytes, full: bytes) -> SftpPath:
-        """Raises NameTooLong where the server has no other name for it, and RemoteErrors."""
+        """Return a path that the server takes. Raises NameTooLong where it has no other name for
+        it, and RemoteErrors."""
         cut = full.find(b"/", len(full) - MOST_REST_BYTES)
         prefix, rest = full[:cut], full[cut + 1 :]
         too_long = NameTooLong(f"{shown(full)[:80]}… is too long for {session.shown}")
@@ -70,7 +71,8 @@ class LongPaths:
         return SftpPath(here, path, directory.base + b"/./" + rest)
 
     async def _channel(self, session: SftpSession) -> SftpSession | None:
-        """None where a further one would be a login of its own, or is not granted."""
+        """Return a channel of its own; None where a further one would be a login, or is not
+        granted."""
         if self._above is session and self._session is not None and not self._session.lost:
             return self._session
         self._above, self._session, self._open = session, None, []
@@ -109,7 +111,7 @@ class LongPaths:
 
 
 async def _find(channel: Requests, handle: bytes, path: bytes) -> _Directory | None:
-    """What the descriptor of the directory is called that was just opened."""
+    """Find the name of the descriptor of a directory that was just opened."""
     try:
         names, _ = await channel.realpath(path)
         descriptors = await _descriptors(channel)

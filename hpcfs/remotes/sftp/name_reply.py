@@ -1,5 +1,5 @@
-"""What READDIR returns, where it is as servers usually send it: read in one go, in a seventh of the
-time that it takes field by field, which was a third of what a listing cost here. No I/O.
+"""Parses the reply to READDIR where it is as servers usually send it: in one go, in a seventh of
+the time that it takes field by field, which was a third of what a listing cost here. No I/O.
 
 SSH_FXP_NAME of version 3 (draft-ietf-secsh-filexfer-02, section 7): a count, and for each a name, a
 line for humans, and attributes (section 5), whose flags say which of them follow.
@@ -21,7 +21,7 @@ _USUAL = 0x1 | 0x2 | 0x4 | 0x8
 _MODE_BITS = 0xFFFF
 _TYPE_BITS = 0xF000
 _LINE = re.compile(rb"([-dlbcps])[-rwxsStT]{9}")
-"""What a line for humans begins with, where it is as `ls -l` has it."""
+"""The beginning of a line for humans, where it is as `ls -l` has it."""
 _TYPES = {
     b"-": stat.S_IFREG,
     b"d": stat.S_IFDIR,
@@ -36,15 +36,15 @@ Listed = tuple[bytes, AnyAttrs]
 
 
 def type_in_line(line: bytes) -> int:
-    """The type bits that a line for humans tells, of a server that leaves them out of the mode; 0
-    where it tells none."""
+    """Return the type bits that a line for humans tells, of a server that leaves them out of the
+    mode; 0 where it tells none."""
     found = _LINE.match(line)
     return _TYPES[found[1]] if found else 0
 
 
 def usual_names(payload: bytes) -> list[Listed] | None:
-    """Names with their attributes; None where any is told in another way, or the message is none:
-    then it must be read field by field."""
+    """Return the names with their attributes; None where any is told in another way, or the message
+    is none: then it must be read field by field."""
     found: list[Listed] = []
     try:
         (count,) = _LENGTH.unpack_from(payload)

@@ -1,6 +1,6 @@
 """Opening a file for an upload, which may only change the version that it was made on.
 
-What has the name is looked at in the same flight in which it is opened, so that the version costs
+The file is looked at in the same flight in which it is opened, so that the version costs
 no round trip of its own. Nothing is cut or written here. Between the look and the first byte there
 is one round trip in which somebody else may write too: SFTP has no way to exclude that.
 """
@@ -37,8 +37,8 @@ NEW = FXF_WRITE | FXF_CREAT | FXF_EXCL
 
 
 async def open_new(place: SftpPath, mode: int) -> WritableFile:
-    """An empty file that did not exist. The server's umask, access lists and set-group-ID
-    directories decide what becomes of `mode`: `now` of the target, asked for in the same flight.
+    """Make an empty file that did not exist. The server's umask, access lists and set-group-ID
+    directories decide what becomes of `mode`: `now` of the result, asked for in the same flight.
 
     Raises AlreadyExists.
     """
@@ -68,7 +68,8 @@ async def _look_next(place: SftpPath) -> SFTPAttrs:
 
 
 async def _given(target: WritableFile, looking: Sent) -> SFTPAttrs:
-    """What the new file is like. A server that answers out of order may not have had it yet."""
+    """Return the attributes of the new file. A server that answers out of order may not have had it
+    yet."""
     try:
         attrs = looking.result()
     except RemoteError:
@@ -81,7 +82,7 @@ async def _given(target: WritableFile, looking: Sent) -> SFTPAttrs:
 async def open_target(
     place: SftpPath, attempt: UploadAttempt, mode: int, unfinished: UnfinishedUploads
 ) -> WritableFile:
-    """The file that the attempt is to write to, made if it has to be.
+    """Open the file that the attempt is to write to, made if it has to be.
 
     Raises Conflict when the server has another version than the attempt's, which none of our own
     earlier attempts left.
@@ -102,7 +103,8 @@ async def open_target(
 async def open_existing(
     place: SftpPath, attempt: UploadAttempt, unfinished: UnfinishedUploads, flags: int = FXF_WRITE
 ) -> WritableFile:
-    """Refusals to open it count only once it is known to be the right file."""
+    """Open a file that is there. Refusals to open it count only once it is known to be the right
+    file."""
     handle: bytes | None = None
     refusal: RemoteError | None = None
     looking = send(place.attrs(place.session.bulk))
@@ -130,7 +132,8 @@ async def open_existing(
 async def check_version(
     place: SftpPath, attrs: SFTPAttrs, attempt: UploadAttempt, unfinished: UnfinishedUploads
 ) -> None:
-    """Raises Conflict, or an error for what is no regular file."""
+    """Raise Conflict where the file has another version; or an error for what is no regular
+    file."""
     kind = stat.S_IFMT(full_mode(attrs))
     if kind == stat.S_IFDIR:
         raise IsADirectory(f"{place} is a directory")
@@ -182,7 +185,7 @@ async def _open_read_only(
 
 
 async def _restore_quietly(place: SftpPath, mode: SFTPAttrs) -> None:
-    """After a failure that is being reported already."""
+    """Restore a mode after a failure, which is reported already."""
     try:
         await answers([send(place.session.bulk.setstat(place.full, mode))])
     except (asyncssh.Error, OSError) as error:

@@ -41,12 +41,12 @@ class SftpPath:
         return SftpPath(self.session, paths.parent(self.path), paths.parent(self.full))
 
     def beside(self, name: bytes) -> SftpPath:
-        """Another name in the same directory."""
+        """Return the path of another name in the same directory."""
         return SftpPath(self.session, paths.beside(self.path, name), paths.beside(self.full, name))
 
     async def attrs(self, channel: Requests | None = None) -> SFTPAttrs:
-        """Of the entry itself; the namespace's root may be a link to a directory. They tell its
-        type, also where the server does not."""
+        """Return the attributes of the entry itself; the namespace's root may be a link to a
+        directory. They tell its type, also where the server does not."""
         channel = channel or self.session.meta
         with self.asking():
             look = channel.lstat if self.path else channel.stat
@@ -57,7 +57,8 @@ class SftpPath:
         return attrs
 
     async def _type_by_trying(self, channel: Requests) -> int:
-        """A mode with the type: a link can be read, a directory be listed or is forbidden."""
+        """Return a mode with the type: a link can be read, a directory be listed or is
+        forbidden."""
         target, is_directory = await asyncio.gather(
             channel.readlink(self.full), self._can_be_listed(channel), return_exceptions=True
         )
@@ -71,7 +72,8 @@ class SftpPath:
         return sftp_attrs.DEFAULT_FILE_MODE
 
     async def _can_be_listed(self, channel: Requests) -> bool:
-        """Some servers open anything as a directory, and find out when they are to read it."""
+        """Return whether it is a directory. Some servers open anything as one, and find out when
+        they are to read it."""
         try:
             handle = await channel.kept(channel.opendir(self.full))
             try:
@@ -83,7 +85,7 @@ class SftpPath:
         return True
 
     async def kind(self) -> int | None:
-        """The type bits of its mode, None when nothing is there."""
+        """Return the type bits of its mode, None when nothing is there."""
         try:
             return stat.S_IFMT(sftp_attrs.full_mode(await self.attrs()))
         except NotFound:
@@ -116,8 +118,8 @@ def below(directory: bytes, path: bytes) -> bytes:
 
 
 async def learn_user(place: SftpPath, made: SFTPAttrs) -> None:
-    """Who the remote user is, where the home directory did not tell (a chroot): the owner of what
-    was just made. Its group is the user's unless the directory gave it one."""
+    """Learn who the remote user is, where the home directory did not tell (a chroot): the owner of
+    what was just made. Its group is the user's unless the directory gave it one."""
     session = place.session
     if session.owners.remote_gid is not None or made.uid is None:
         return

@@ -59,8 +59,8 @@ class ReadHandles:
 
     @asynccontextmanager
     async def using(self, place: SftpPath, handle: int) -> AsyncIterator[bytes]:
-        """The remote handle for `handle`, opened at `place` by the first to ask; for NO_HANDLE, one
-        for this use alone."""
+        """Yield the remote handle for `handle`, opened at `place` by the first to ask; for
+        NO_HANDLE, one for this use alone."""
         if handle == NO_HANDLE:
             async with self._held(
                 handle, ReadHandle(place, _opening(place), dropped=True)
@@ -78,7 +78,8 @@ class ReadHandles:
     async def if_open(
         self, session: SftpSession, handle: int
     ) -> AsyncIterator[tuple[SftpPath, bytes] | None]:
-        """Where the file was opened and its remote handle; None where this connection has none."""
+        """Yield where the file was opened and its remote handle; None where this connection has
+        none."""
         file = self._files.get(handle)
         if file is None or file.session is not session:
             yield None
@@ -127,7 +128,7 @@ class ReadHandles:
             self._close(file)
 
     def _close(self, file: ReadHandle) -> None:
-        """Once it is open: nobody waits for a reader's close."""
+        """Close the handle once it is open: nobody waits for a reader's close."""
         file.session.handles.wake(file)
         file.opening.add_done_callback(partial(_close_remote, file.session.bulk))
 
@@ -153,7 +154,7 @@ async def read_range(
     growing: bool = False,
     urgent: bool = False,
 ) -> list[bytes]:
-    """Exactly `length` bytes of `version`, in the chunks in which they came.
+    """Return exactly `length` bytes of `version`, in the chunks in which they came.
 
     Raises Changed when the handle's file has another version, or ends too early; with `growing` a
     file that is longer by now is no change.
@@ -183,8 +184,8 @@ class _Reading:
     length: int
 
     async def pieces(self, *, urgent: bool) -> tuple[list[Chunks], list[SFTPAttrs]]:
-        """What the pieces of the range brought, and the file's attributes after them, as seen on
-        each channel that brought some: only there do they follow the reads."""
+        """Return what the pieces of the range brought, and the file's attributes after them, as
+        seen on each channel that brought some: only there do they follow the reads."""
         session = self.place.session
         flow, size, end = session.reading, session.read_bytes, self.offset + self.length
         turn = flow.turn()
@@ -209,7 +210,8 @@ class _Reading:
     def _piece(
         self, channel: Requests, flow: Flow, start: int, wanted: int
     ) -> asyncio.Future[Chunks]:
-        """A piece that was let in: it leaves when it is here, or when nobody wants it any more."""
+        """Ask for a piece that was admitted: it leaves when it is here, or when nobody wants it any
+        more."""
         try:
             piece = channel.read_piece(self.handle, start, wanted)
         except BaseException:
@@ -254,5 +256,5 @@ def _now() -> float:
 
 
 def has_grown(attrs: SFTPAttrs, version: bytes) -> bool:
-    """Whether the file is longer now than `version` (see attrs.version_of) says."""
+    """Return whether the file is longer now than `version` (see attrs.version_of) says."""
     return (attrs.size or 0) > int(version.partition(b":")[0])

@@ -79,7 +79,7 @@ ABILITIES = Capabilities(
 
 
 class SftpSite:
-    """All namespaces that one kept session reaches: a base.Site."""
+    """All namespaces that one shared session reaches: a base.Site."""
 
     def __init__(
         self, spec: SiteSpec, kept: SharedSession[SftpSession], *, is_virtual: bool = False
@@ -113,14 +113,14 @@ class SftpSite:
 
 
 class SshSiteConnection(SftpSite):
-    """One SSH login."""
+    """All namespaces behind one SSH login."""
 
     def __init__(self, spec: SiteSpec, prompter: Prompter):
         super().__init__(spec, SharedSession(lambda: open_session(spec, prompter)))
 
 
 class SftpRemote:
-    """One namespace on an SSH site: a base.Remote."""
+    """One namespace over SFTP: a base.Remote."""
 
     def __init__(
         self, kept: SharedSession[SftpSession], root: SftpRoot, *, is_virtual: bool = False
@@ -130,7 +130,8 @@ class SftpRemote:
         self._root = root
         self._rooted: tuple[SftpSession, bytes] | None = None
         self._roots: tuple[bytes, ...] = ()
-        """What links on the server may call the root: as it was named, and without links."""
+        """Paths by which links on the server may call the root: as it was named, and without
+        links."""
         self._files = read.ReadHandles()
         self._uploads = SftpUploads(root.verify)
         self._long_paths = LongPaths()
@@ -156,7 +157,8 @@ class SftpRemote:
         return SftpPath(session, path, full)
 
     async def _both(self, path: bytes, other: bytes) -> tuple[SftpPath, SftpPath]:
-        """Of a request that names two: on the channel of that with a long path, if there is one."""
+        """Return the paths of a request that names two: on the channel of that with a long path, if
+        there is one."""
         one, two = await self._place(path), await self._place(other)
         main = await self._shared.get()
         session = two.session if one.session is main else one.session
@@ -165,7 +167,7 @@ class SftpRemote:
 
     @asynccontextmanager
     async def _changing(self, path: bytes, *, room: int = 0) -> AsyncIterator[SftpPath]:
-        """The same, for what changes something there: refusals tell a remote that is read-only."""
+        """Yield the path for a change: refusals tell a remote that is read-only."""
         place = await self._place(path, room=room)
         try:
             yield place
@@ -352,7 +354,7 @@ class SftpRemote:
             return await self._changed(place, narrowed) if narrowed else place.entry_of(attrs)
 
     async def _made(self, place: SftpPath, making: Coroutine[Any, Any, None]) -> SFTPAttrs:
-        """What something new is like, looked at in the flight that makes it."""
+        """Make something, and return its attributes, asked for in the same flight."""
         try:
             with place.asking():
                 _, attrs = await together(making, place.attrs())
@@ -470,7 +472,7 @@ class SftpRemote:
 
 
 async def _real_path(place: SftpPath) -> bytes | None:
-    """None where the server does not tell."""
+    """Return the path without links; None where the server does not tell."""
     try:
         with place.asking():
             names, _ = await place.session.meta.realpath(place.full)

@@ -58,7 +58,8 @@ async def _rename_to_new(source: SftpPath, target: SftpPath) -> None:
 
 
 async def rename_regular_to_new(source: SftpPath, target: SftpPath) -> None:
-    """Raises AlreadyExists. For links and directories OpenSSH looks where the target leads."""
+    """Rename a regular file to a name that must be free. Raises AlreadyExists. For links and
+    directories OpenSSH looks where the target leads."""
     try:
         await _plain_rename(source, target)
     except RemoteError:
@@ -76,7 +77,7 @@ async def _plain_rename(source: SftpPath, target: SftpPath) -> None:
 
 
 async def _check(source: SftpPath, target: SftpPath) -> int | None:
-    """Raises what makes this rename impossible; returns the target's type, None if it is new."""
+    """Raise what makes this rename impossible; return the target's type, None if it is new."""
     source_kind = await source.kind()
     if source_kind is None:
         raise NotFound(f"{source} does not exist")
@@ -110,8 +111,8 @@ async def _rename_without_extension(source: SftpPath, target: SftpPath) -> None:
 
 
 def name_beside(name: bytes, origin: str | None = None) -> bytes:
-    """Of a file that is only there for a moment. From the same `origin` it is the same name, so
-    that who comes after a killed process finds what that one left."""
+    """Return a name for a file that is only there for a moment. From the same `origin` it is the
+    same name, so that a later process finds what a killed one left."""
     token = secrets.token_bytes(6)
     if origin is not None:
         token = hashlib.blake2b(origin.encode(), digest_size=6).digest()

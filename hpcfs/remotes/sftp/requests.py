@@ -49,7 +49,7 @@ Chunks = list[bytes]
 
 
 class Carrier(Protocol):
-    """What the requests travel on: an asyncssh channel, or something like one."""
+    """Carries the bytes of the requests: an asyncssh channel, or something like one."""
 
     @property
     def logger(self) -> SSHLogger:
@@ -74,7 +74,7 @@ class Carrier(Protocol):
 
 
 class _Piece:
-    """One read under way: a Bytes."""
+    """One read under way: a DataSink."""
 
     def __init__(self, wanted: int, future: asyncio.Future[Chunks]) -> None:
         self.wanted = wanted
@@ -88,7 +88,8 @@ class _Piece:
 
 
 class Requests(SFTPClientHandler):
-    """Feed `received` what comes; call `lost` when nothing more will."""
+    """The requests on one channel. Feed `received` what comes; call `lost` when nothing more
+    will."""
 
     def __init__(self, carrier: Carrier) -> None:
         self._carrier = carrier
@@ -103,7 +104,7 @@ class Requests(SFTPClientHandler):
         self._first_message.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._to_send: list[bytes] = []
         self.beginning = b""
-        """What came before the greeting, or is its beginning: it may be text."""
+        """The first bytes that came: they may be text of a login script."""
         self.ended = False
         self.handles = Handles()
         """Those of all channels of a session, once it is one of them."""
@@ -116,7 +117,8 @@ class Requests(SFTPClientHandler):
     # --- sending --------------------------------------------------------------------------------
 
     def read_piece(self, handle: bytes, offset: int, length: int) -> asyncio.Future[Chunks]:
-        """At most `length` bytes. SFTPEOFError where the file ends before `offset`."""
+        """Ask for at most `length` bytes -> a future. SFTPEOFError where the file ends before
+        `offset`."""
         future: asyncio.Future[Chunks] = self._loop.create_future()
         self._pieces[self._next_pktid] = _Piece(length, future)
         self.bytes_asked_for += length
@@ -125,7 +127,7 @@ class Requests(SFTPClientHandler):
         return future
 
     async def names(self, handle: bytes) -> list[Listed]:
-        """Some names of an open directory. SFTPEOFError where there are no more."""
+        """Return some names of an open directory. Raises SFTPEOFError where there are no more."""
         waiter: asyncio.Future[tuple[int, SSHPacket]] = self._loop.create_future()
         self._send_request(FXP_READDIR, (_string(handle),), cast(Any, waiter))
         kind, packet = await waiter
@@ -142,8 +144,8 @@ class Requests(SFTPClientHandler):
         return [(cast(bytes, name.filename), name.attrs) for name in found]
 
     async def symlink_paths(self, first: bytes, second: bytes) -> None:
-        """SSH_FXP_SYMLINK with the paths in this order: which of them is the link is the server's
-        to say (links.py)."""
+        """Send SSH_FXP_SYMLINK with the paths in this order: which of them is the link is the
+        server's to say (links.py)."""
         await self._make_request(FXP_SYMLINK, _string(first), _string(second))
 
     async def open(self, filename: bytes, pflags: int, attrs: SFTPAttrs) -> bytes:
@@ -154,7 +156,8 @@ class Requests(SFTPClientHandler):
         return await self.handles.granted(attempt, self._can_open, explained)
 
     async def open_spare(self, filename: bytes, pflags: int) -> bytes:
-        """The same for a handle that can be done without: SFTPFailure where there are few."""
+        """Open a file with a handle that can be done without. Raises SFTPFailure where there are
+        few."""
         return await self.handles.spare(partial(super().open, filename, pflags, SFTPAttrs()))
 
     async def opendir(self, path: bytes) -> bytes:
@@ -163,7 +166,8 @@ class Requests(SFTPClientHandler):
         return await self.handles.granted(partial(super().opendir, path), self._can_list, explained)
 
     async def _can_list(self, path: bytes | None) -> bool | None:
-        """Some servers bound files and directories apart."""
+        """Return whether a directory can be opened: some servers bound files and directories
+        apart."""
         return await self._can_open(None)
 
     async def _is_explained(self, path: bytes, kind: int | None) -> bool:
@@ -196,8 +200,8 @@ class Requests(SFTPClientHandler):
         await super().close(handle)
 
     async def kept(self, opening: Coroutine[Any, Any, bytes]) -> bytes:
-        """The handle that an open brings. Where the caller is cancelled, it is closed once it is
-        here: servers have few, and this connection may last for weeks."""
+        """Return the handle that an open brings. Where the caller is cancelled, it is closed once
+        it is here: servers have few, and this connection may last for weeks."""
         task = asyncio.ensure_future(opening)
         try:
             return await asyncio.shield(task)
@@ -210,7 +214,7 @@ class Requests(SFTPClientHandler):
             self.close_soon(opening.result())
 
     def close_soon(self, handle: bytes) -> None:
-        """Nobody waits for the answer: nothing depends on it."""
+        """Close a handle without waiting for the answer, on which nothing depends."""
         self.handles.closed()
         self._send_close(handle)
 
@@ -245,7 +249,7 @@ class Requests(SFTPClientHandler):
     # --- receiving ------------------------------------------------------------------------------
 
     async def recv_packet(self) -> SSHPacket:
-        """The first message, which `start` waits for."""
+        """Return the first message (asyncssh's `start` calls this)."""
         return await self._first_message
 
     def received(self, data: bytes | memoryview) -> None:
@@ -297,7 +301,7 @@ class Requests(SFTPClientHandler):
         return piece
 
     def lost(self, error: Exception | None) -> None:
-        """The channel has ended, or what came over it makes no sense: everybody is told once."""
+        """Fail all requests once: the channel has ended, or what came over it makes no sense."""
         if self.ended:
             return
         self.ended = True

@@ -1,4 +1,4 @@
-"""A login with its SFTP channels: what all namespaces of one site share while a connection lasts.
+"""A login with its SFTP channels, which all namespaces of one site share while a connection lasts.
 
 Two channels on the one SSH connection, so that a stat does not queue behind megabytes of reads:
 `meta` for small requests, `bulk` for bytes. A server that grants one channel only gets both kinds
@@ -38,7 +38,7 @@ MAX_UPLOADS = 64
 
 
 class AnyLogin(Protocol):
-    """What the channels come through: asyncssh's connection, or the user's own ssh."""
+    """A login that carries the channels: asyncssh's connection, or the user's own ssh."""
 
     @property
     def user(self) -> str:
@@ -52,7 +52,7 @@ class AnyLogin(Protocol):
 
     @property
     def connections(self) -> int:
-        """How many there are."""
+        """How many connections there are."""
         ...
 
     @property
@@ -61,7 +61,8 @@ class AnyLogin(Protocol):
         ...
 
     async def open_shell(self) -> Shell | None:
-        """None where that would be a login of its own. Raises asyncssh's errors and OSError."""
+        """Start a shell; None where that would be a login of its own. Raises asyncssh's errors and
+        OSError."""
         ...
 
     async def close(self) -> None:
@@ -119,14 +120,14 @@ class SftpSession:
         return meta._supports_statvfs and not any(writing)
 
     def reader(self) -> Requests:
-        """The channel for one more piece of a file: that with the fewest bytes to come."""
+        """Return the channel for one more piece of a file: that with the fewest bytes to come."""
         if not self.shared_handles:
             return self.bulk
         return min(self.channels[1:], key=lambda channel: channel.bytes_asked_for)
 
     async def more_channels(self) -> list[Requests]:
-        """For large uploads; opened when the first asks for them, and as many as the server grants
-        then."""
+        """Return the further channels for large uploads; the first call opens as many as the server
+        grants then."""
         if self.open_channel is None or len(self.channels) < 2:
             return []
         if self._more is None:
@@ -136,7 +137,7 @@ class SftpSession:
         return channels
 
     def traffic(self) -> Traffic:
-        """Channels for large uploads count once all are there."""
+        """Return what is open. Channels for large uploads count once all are there."""
         more = self._more.result() if self._more is not None and self._more.done() else []
         channels = [channel for channel in (*self.channels, *more) if not channel.ended]
         under_way = sum(channel.under_way for channel in channels)
@@ -201,7 +202,7 @@ async def begin(
     *,
     shared_handles: bool = False,
 ) -> SftpSession:
-    """The session of that login; without one, the login is closed. Raises RemoteErrors only."""
+    """Return the session of a login; on failure the login is closed. Raises RemoteErrors only."""
     try:
         async with asyncio.timeout(spec.site.connect_timeout):
             with translated(b"", login.shown):
@@ -248,7 +249,7 @@ async def together(*requests: Coroutine[Any, Any, Any]) -> list[Any]:
 
 
 async def all_of(tasks: Sequence[asyncio.Future[Any]]) -> list[Any]:
-    """The results; when a task fails or we are cancelled, no task is left behind."""
+    """Return the results; when a task fails or we are cancelled, no task is left behind."""
     try:
         return await asyncio.gather(*tasks)
     except BaseException:

@@ -44,7 +44,7 @@ be confirmed on a phone, of which nothing is seen here. Less than a mount waits 
 
 
 class Stdio(asyncio.Protocol):
-    """One channel: a Carrier, and what feeds the requests."""
+    """One channel: carries the requests, and feeds them what comes."""
 
     def __init__(self) -> None:
         self.requests = Requests(self)
@@ -87,7 +87,7 @@ class Stdio(asyncio.Protocol):
 
 @dataclass
 class OpenSshLogin:
-    """The children and their channels."""
+    """The child processes of one login and their channels."""
 
     target: OpenSshTarget
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -109,11 +109,12 @@ class OpenSshLogin:
 
     @property
     def connections(self) -> int:
-        """Further children share a ControlMaster's. What jump hosts there are only ssh knows."""
+        """Return 1: further children share a ControlMaster's. What jump hosts there are only ssh
+        knows."""
         return 1
 
     async def open_channels(self) -> list[Requests]:
-        """The first is there; a second one only where it is free."""
+        """Return the first channel, and a second one where it is free."""
         if await has_master(self.target):
             try:
                 line = command(self.target.site, options=("BatchMode=yes",))
@@ -153,7 +154,7 @@ class OpenSshLogin:
 
 
 async def log_in_by_ssh(site: SshSite, prompter: Prompter) -> OpenSshLogin:
-    """A login with its first channel. Raises RemoteErrors only."""
+    """Log in and open the first channel. Raises RemoteErrors only."""
     login = OpenSshLogin(await read_target(site))
     try:
         await _log_in(login, prompter)

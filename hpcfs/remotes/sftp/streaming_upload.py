@@ -1,4 +1,5 @@
-"""Files that stay open on the server from a program's open(2) to the upload that completes them.
+"""Streaming uploads: files that stay open on the server from a program's open(2) to the upload that
+completes them.
 
 `Remote.create` and `upload_piece` bring them here under the caller's handle, `upload` takes them,
 and `release` closes them. They are few: the one that was made first is closed for want of room, as
@@ -25,7 +26,8 @@ NOTED = 1024
 
 @dataclass(eq=False)
 class SftpStreamingUpload:
-    """`sent` are the ranges that the server confirmed; `writers` count those on their way."""
+    """The streaming upload of one file. `sent` are the ranges that the server confirmed; `writers`
+    count those on their way."""
 
     place: SftpPath
     opening: asyncio.Task[WritableFile]
@@ -81,7 +83,8 @@ class SftpStreamingUploads:
     def begin(
         self, handle: int, place: SftpPath, opening: Coroutine[Any, Any, WritableFile]
     ) -> SftpStreamingUpload:
-        """Raises NotSupported where there is no room."""
+        """Begin an upload with a file that is being opened. Raises NotSupported where there is no
+        room."""
         self.release(handle)
         granted = place.session.handles.limit
         limit = self._limit if granted is None else min(self._limit, granted // 2)
@@ -110,7 +113,7 @@ class SftpStreamingUploads:
         raise NotSupported("too many files are being sent while they are written")
 
     def take(self, handle: int) -> SftpStreamingUpload | None:
-        """It belongs to the caller from now on."""
+        """Return the upload of a handle, or None; it belongs to the caller from now on."""
         file = self._files.pop(handle, None)
         if file is not None:
             file.place.session.handles.wake(file)
@@ -124,8 +127,8 @@ class SftpStreamingUploads:
             file.drop()
 
     async def settled(self, path: bytes) -> None:
-        """Return once what was sent with the making of this file is done: other requests about it
-        go another way, and must not be overtaken."""
+        """Wait until what was sent with the making of this file is done: other requests about it go
+        another way, and must not be overtaken."""
         for file in list(self._files.values()):
             if file.place.path == path:
                 await asyncio.wait([file.opening])
@@ -133,14 +136,14 @@ class SftpStreamingUploads:
                     await asyncio.wait(file.opening.result().earlier)
 
     def forget(self, handle: int, file: SftpStreamingUpload) -> None:
-        """It could not be opened."""
+        """Forget an upload whose file could not be opened."""
         if self._files.get(handle) is file:
             del self._files[handle]
 
     # --- which handles can't have sent pieces -----------------------------------------------------
 
     def note_complete(self, handle: int) -> None:
-        """All of it was, or is about to be, in an upload's ranges."""
+        """Note that all of the file was, or is about to be, in an upload's ranges."""
         self._completed[handle] = None
         while len(self._completed) > NOTED:
             self._completed.popitem(last=False)

@@ -1,4 +1,5 @@
-"""What SFTP servers and asyncssh report, as RemoteErrors: the only such table.
+"""Translates the refusals of SFTP servers and the errors of asyncssh to RemoteErrors: the only such
+table.
 
 OpenSSH's server has few codes: ENOTDIR arrives as "no such file", ENAMETOOLONG and EINVAL as "bad
 message", and most of the rest (EEXIST, ENOTEMPTY, EISDIR, ENOSPC, EDQUOT) as plain "failure". What
@@ -70,7 +71,7 @@ _BY_CODE: dict[int, tuple[type[RemoteError], str]] = {
 
 
 def shown(path: bytes) -> str:
-    """A remote path in a sentence: any bytes, one line."""
+    """Return a remote path for a sentence: any bytes, one line."""
     return repr(path.decode(errors="backslashreplace"))[1:-1] or "/"
 
 

@@ -1,4 +1,4 @@
-"""Whether what a file is now is what an earlier attempt of the same upload left there.
+"""Recognises a file that an earlier attempt of the same upload left, or left half done.
 
 The caller repeats an upload whose answer it never had, with the version that it was made on; what
 the server has by then may be all of it, or a part. SFTP has no place for a mark, so it is
@@ -11,11 +11,11 @@ recognised by itself, which also works after this process was killed:
   failed and a later one did not. Of ranges within the old content all must be there; or some, where
   this process remembers that it had begun.
 
-What is taken for ours is written again, all of it. The limits: content that was changed between
-two attempts of which a killed process made the first, and an overwriting of old content that a
-killed process left half done, are taken for somebody else's, which costs a Conflict and no data. A
-file of somebody else's is taken for ours if it has the same size and second, or is a beginning of
-ours. An upload that replaces leaves nothing half done, so only its end is recognised.
+A file that is taken for ours is written again, all of it. The limits: content that was changed
+between two attempts of which a killed process made the first, and an overwriting of old content
+that a killed process left half done, are taken for somebody else's, which costs a Conflict and no
+data. A file of somebody else's is taken for ours if it has the same size and second, or is a
+beginning of ours. An upload that replaces leaves nothing half done, so only its end is recognised.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class UploadAttempt:
         return (attrs.size, attrs.mtime) == (self.size, self.mtime)
 
     def may_be(self, attrs: SFTPAttrs) -> bool:
-        """Whether a look at its bytes is worth while."""
+        """Return whether a look at its bytes is worth while."""
         size = attrs.size or 0
         return self.size is None or self.base_size <= size <= max(self.size, self.base_size)
 
@@ -117,7 +117,7 @@ class UploadAttempt:
 
 
 def _size_of(version: bytes | None) -> int:
-    """See attrs.version_of; a size that is not known counts as all."""
+    """Return the size in a version (see attrs.version_of); one that is not known counts as all."""
     size = (version or b"").partition(b":")[0]
     return int(size) if size.isdigit() else 2**63
 

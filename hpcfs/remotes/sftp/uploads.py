@@ -1,12 +1,12 @@
 """Making files and bringing them to the server: for `Remote.create`, `upload` and `upload_piece`.
 
-One object per namespace, which knows the files that are held open
+One object per namespace, which knows the streaming uploads
 (remotes/sftp/streaming_upload.py) and the attempts that were not seen to end
 (remotes/sftp/upload_resume.py). All of that may be lost with this process: an upload then opens its
 file again, and the pieces are sent again (PiecesLost).
 
-Round trips of a small file: create 1 and upload 1 where its file is held; otherwise upload 2 (the
-open, then everything else). With `replace` 3: the temporary file, its content, the rename.
+Round trips of a small file: create 1 and upload 1 where its file is open already; otherwise upload
+2 (the open, then everything else). With `replace` 3: the temporary file, its content, the rename.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class SftpUploads:
     # --- making ---------------------------------------------------------------------------------
 
     async def create(self, place: SftpPath, mode: int, handle: int) -> Entry:
-        """A new empty file. Its permissions and group are what the server gave it."""
+        """Make an empty file. Its permissions and group are what the server gave it."""
         target = await open_new(place, mode)
         if handle == NO_HANDLE:
             request = _nothing(place.path, mode)
@@ -136,8 +136,9 @@ class SftpUploads:
     async def _open_for_pieces(
         self, place: SftpPath, request: UploadPieceRequest, source: UploadSource
     ) -> WritableFile:
-        """Of an unknown handle, another process may have sent something ahead. Then the file has
-        another version than its base: bytes of ours, which would count as sent."""
+        """Open the file for pieces. Another process may have sent some under a handle that is not
+        known here: then the file has another version than its base, and bytes of ours, which would
+        count as sent."""
         anew = self._begin_anew.pop(place.path, None)
         attempt = UploadAttempt.of_piece(request, source, checked=not anew)
         target = await open_target(place, attempt, request.mode, self._unfinished)
@@ -161,7 +162,8 @@ class SftpUploads:
     async def upload(
         self, place: SftpPath, request: UploadRequest, source: UploadSource, report: ReportProgress
     ) -> Entry:
-        """Raises Changed when the remote lost bytes that are still meant to be there."""
+        """Carry an upload out. Raises Changed when the remote lost bytes that are still meant to be
+        there."""
         if request.size < 0 or request.base_size < 0:
             raise InvalidRequest("a size can't be negative")
         if request.append:
@@ -190,14 +192,15 @@ class SftpUploads:
         return place.entry_of(appended.attrs)
 
     def _remember(self, place: SftpPath, request: UploadRequest, source: UploadSource) -> None:
-        """After a failure that is being reported already."""
+        """Remember an upload after a failure, which is reported already."""
         try:
             self._unfinished.begin(place.path, UploadAttempt.of(request, source))
         except (OSError, RemoteError) as error:
             log.warning("what is uploaded to %s can't be read here: %s", place, error)
 
     def _taken(self, place: SftpPath, request: UploadRequest) -> SftpStreamingUpload | None:
-        """The file that is held for this upload. Raises PiecesLost when bytes of it may be lost."""
+        """Return the streaming upload that this one completes, or None. Raises PiecesLost when
+        pieces of it may be lost."""
         file = self._streams.take(request.handle)
         if file is not None and file.is_usable:
             return file
@@ -275,8 +278,9 @@ class SftpUploads:
 
     @contextmanager
     def _temporary_for(self, place: SftpPath, source: UploadSource) -> Iterator[SftpPath]:
-        """A name that no other upload takes: it is made of the source's (`UploadSource.name`).
-        Only one that is still being given up here makes another name necessary."""
+        """Yield a name that no other upload takes: it is made of the source's
+        (`UploadSource.name`). Only one that is still being given up here makes another name
+        necessary."""
         name = renaming.name_beside(paths.name(place.path), source.name)
         temporary = place.beside(name)
         if temporary.path in self._temporaries:
@@ -333,7 +337,7 @@ class SftpUploads:
         return True
 
     async def _remove_temporary(self, temporary: SftpPath) -> None:
-        """After a failure that is being reported already."""
+        """Remove the temporary file after a failure, which is reported already."""
         try:
             with temporary.asking():
                 await answers([send(temporary.session.meta.remove(temporary.full))])
@@ -343,7 +347,7 @@ class SftpUploads:
             log.warning("the temporary file %s could not be removed: %s", temporary, error.message)
 
     async def _remove_leftovers(self, place: SftpPath) -> None:
-        """What an earlier connection could not remove."""
+        """Remove what an earlier connection could not remove."""
         leftovers, self._leftovers = self._leftovers, []
         for leftover in leftovers:
             here = SftpPath(place.session, leftover.path, leftover.full)
@@ -357,7 +361,7 @@ class SftpUploads:
 
 
 async def _open_temporary(temporary: SftpPath, mode: int) -> WritableFile:
-    """A process that was killed may have left it."""
+    """Open the temporary file, which a process that was killed may have left."""
     try:
         return await open_new(temporary, mode)
     except AlreadyExists:
@@ -386,7 +390,7 @@ async def _send_piece(
 async def _compare(
     place: SftpPath, request: UploadRequest, source: UploadSource, report: ReportProgress
 ) -> None:
-    """Where nothing of the old content counts, all of the file is here."""
+    """Compare hashes. Where nothing of the old content counts, all of the file is here."""
     ranges = request.ranges if request.base_size else [(0, request.size)]
     same = await place.session.hasher.is_same(place.full, ranges, source, report)
     if same is None and place.session.lost:
@@ -437,7 +441,7 @@ def _covered(start: int, end: int, ranges: Ranges) -> bool:
 
 
 class _Empty:
-    """A source of nothing."""
+    """The source of an empty file."""
 
     size = 0
     name = ""

@@ -1,8 +1,8 @@
-"""Bringing bytes and attributes to a file that is open on the server, in few round trips.
+"""Brings bytes and attributes to a file that is open on the server, in few round trips.
 
 SFTP servers treat the requests about one file in the order in which they come, so nothing has to
 wait for the answer to what goes before it: what is small travels with everything that completes
-the file (its size, attributes, fsync, a look, the close) in one flight. What is large is bounded by
+the file (its size, attributes, fsync, a look, the close) in one flight. A large file is bounded by
 what may be under way, and completed once its last byte is there: only a small file can for a moment
 have its final size and time without all of its bytes, and is touched again when that happens.
 
@@ -114,7 +114,7 @@ async def _completed(
 
 
 def _sent(requests: Iterable[Coroutine[Any, Any, Any]]) -> list[Sent]:
-    """They leave in this order, once the event loop comes to it."""
+    """Send the requests in this order, once the event loop comes to it."""
     sent = [asyncio.ensure_future(request) for request in requests]
     for task in sent:
         task.add_done_callback(_observe)
@@ -122,7 +122,8 @@ def _sent(requests: Iterable[Coroutine[Any, Any, Any]]) -> list[Sent]:
 
 
 def send(request: Coroutine[Any, Any, Any]) -> Sent:
-    """Its failure is known to whoever waits for it, if anybody does."""
+    """Send a request in the background. Its failure is known to whoever waits for it, if anybody
+    does."""
     return _sent([request])[0]
 
 
@@ -132,8 +133,8 @@ def _observe(task: Sent) -> None:
 
 
 async def answers(sent: Sequence[Sent]) -> list[Any]:
-    """All results, or the failure of the first that failed; in any case once all are answered, as
-    the server goes on with what it was sent, whatever becomes of who sent it."""
+    """Return all results, or raise the failure of the first that failed; in any case once all are
+    answered, as the server goes on with what it was sent, whatever becomes of the caller."""
     if not sent:
         return []
     try:
@@ -145,7 +146,7 @@ async def answers(sent: Sequence[Sent]) -> list[Any]:
 
 
 class _Room:
-    """For a small file: it need not wait for large ones."""
+    """Admits a small file, which need not wait for large ones."""
 
     def __init__(self, session: SftpSession, size: int) -> None:
         self._flow = session.writing
@@ -179,8 +180,8 @@ def _writes(
 def _tail(
     target: WritableFile, request: UploadRequest, keep: int
 ) -> list[Coroutine[Any, Any, Any]]:
-    """What completes the file: its owner first, since that clears mode bits; then its size, mode
-    and times in one request, so that none is there without the others."""
+    """Return the requests that complete the file: its owner first, since that clears mode bits;
+    then its size, mode and times in one request, so that none is there without the others."""
     bulk, handle = target.session.bulk, target.handle
     now = target.now or SFTPAttrs()
     tail: list[Coroutine[Any, Any, Any]] = []
@@ -200,8 +201,7 @@ def _tail(
 
 
 async def _set_rest(target: WritableFile, attrs: SFTPAttrs) -> None:
-    """Who may write to a file of somebody else's may not say when it was written: then the server
-    does."""
+    """Set mode, times and size. Only the owner may set times; on EPERM the server's stay."""
     try:
         await target.session.bulk.fsetstat(target.handle, attrs)
     except SFTPPermissionDenied:
@@ -218,13 +218,14 @@ async def _sync(target: WritableFile) -> None:
 
 
 async def close_quietly(place: SftpPath, handle: bytes) -> None:
-    """After a failure that is being reported already; returns once the server is through with all
-    that was sent on the handle."""
+    """Close a handle after a failure, which is reported already; returns once the server is through
+    with all that was sent on it."""
     await _quietly(place, place.session.bulk.close(handle))
 
 
 async def wait_quietly(target: WritableFile) -> None:
-    """The same, and the file stays open."""
+    """Wait, after a failure, until the server is through with all that was sent on the handle,
+    which stays open."""
     await _quietly(target.place, target.session.bulk.fstat(target.handle, 0))
 
 
@@ -237,8 +238,8 @@ async def _quietly(place: SftpPath, request: Coroutine[Any, Any, Any]) -> None:
 
 
 async def touch(place: SftpPath, failure: RemoteError) -> None:
-    """What failed may have the size and time it was meant to have, and not the bytes: it must not
-    be taken for that version."""
+    """Give a file that failed half-way the time of now: it may have the size and time that it was
+    meant to have, and must not be taken for that version."""
     if isinstance(failure, Unreachable):
         return
     now = int(time.time())
@@ -280,8 +281,8 @@ async def write_ranges(
     *,
     wide: bool,
 ) -> None:
-    """All pieces pipelined. They are read inline: a source that was written a moment ago is in the
-    page cache, and a thread per piece would cost more than the copy."""
+    """Write the ranges, all pieces pipelined. They are read inline: a source that was written a
+    moment ago is in the page cache, and a thread per piece would cost more than the copy."""
     session = target.session
     channels = await target.channels.for_writing(_length(ranges) if wide else 0)
     turn = session.writing.turn()

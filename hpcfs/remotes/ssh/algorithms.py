@@ -1,8 +1,9 @@
-"""Which algorithms a connection offers: those of the user's ssh, as far as asyncssh has them.
+"""Chooses the algorithms that a connection offers: those of the user's ssh, as far as asyncssh has
+them.
 
-What a configuration names is offered in its order. What ssh would offer by itself is offered
-without SHA-1 and MD5, which old versions of it still have among their defaults, and with AES-GCM
-first, since it is what saturates a link from Python.
+Algorithms that a configuration names are offered in its order. Those that ssh offers by itself are
+offered without SHA-1 and MD5, which old versions of it still have among their defaults, and with
+AES-GCM first, since it is what saturates a link from Python.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def macs(options: SshOptions) -> list[str]:
 
 
 def key_exchanges(options: SshOptions) -> list[str]:
-    """Kerberos' first, where they are asked for: asyncssh passes them over without a ticket."""
+    """Return the key exchanges to offer, Kerberos' first where they are asked for: asyncssh passes
+    them over without a ticket."""
     plain = [name for name in get_default_kex_algs() if not name.startswith(_GSS.encode())]
     found = _offered(options, "KexAlgorithms", get_kex_algs(), plain)
     if not options.is_on("gssapikeyexchange"):
@@ -50,7 +52,7 @@ def key_exchanges(options: SshOptions) -> list[str]:
 
 
 def signatures(options: SshOptions) -> list[str]:
-    """Of the user's keys."""
+    """Return the signature algorithms for the user's keys."""
     option = "PubkeyAcceptedAlgorithms"
     if option.lower() not in options.options and "pubkeyacceptedkeytypes" in options.options:
         option = "PubkeyAcceptedKeyTypes"  # its name before OpenSSH 8.5
@@ -59,7 +61,8 @@ def signatures(options: SshOptions) -> list[str]:
 
 
 def host_keys(options: SshOptions) -> list[str]:
-    """In ssh's order, which the known keys of a host change (hostkeys.py). Certificates too."""
+    """Return the host key algorithms in ssh's order, which the known keys of a host change
+    (hostkeys.py). Certificates too."""
     defaults = [name for name in get_default_public_key_algs() if name != b"ssh-rsa"]
     known = [*get_certificate_algs(), *get_public_key_algs()]
     return _offered(options, "HostKeyAlgorithms", known, [*get_certificate_algs(), *defaults])
@@ -68,7 +71,8 @@ def host_keys(options: SshOptions) -> list[str]:
 def _offered(
     options: SshOptions, option: str, known: Iterable[bytes], defaults: Iterable[bytes]
 ) -> list[str]:
-    """Raises WrongSettings when asyncssh has none of what the configuration names."""
+    """Return the algorithms to offer. Raises WrongSettings when asyncssh has none of what the
+    configuration names."""
     have = {name.decode() for name in known}
     named: Sequence[str] = options.names(option.lower()) or [name.decode() for name in defaults]
     found = [name for name in named if name in have]

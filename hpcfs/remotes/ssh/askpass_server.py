@@ -1,4 +1,4 @@
-"""The questions of a child `ssh`, brought to the user: SSH_ASKPASS with a socket behind it.
+"""Brings the questions of a child `ssh` to the user: SSH_ASKPASS with a socket behind it.
 
 ssh runs a program for each question (askpass.py), which hands it over through a socket in a
 directory that only this user may enter, and gets the answer back. Nothing typed is stored, logged
@@ -31,7 +31,7 @@ _DECISION = re.compile(r"\(yes/no|[Pp]lease type 'yes'")
 
 
 class AskpassServer:
-    """`unanswered` is the question that nobody was there to answer."""
+    """Answers the questions of one ssh. `unanswered` is the one that nobody was there to answer."""
 
     def __init__(self, clock: LoginClock, folder: Path) -> None:
         self._clock = clock
@@ -99,7 +99,8 @@ def is_decision(question: str) -> bool:
 
 @asynccontextmanager
 async def asking(clock: LoginClock) -> AsyncIterator[AskpassServer]:
-    """Raises WrongSettings where there is no place for a socket and a program."""
+    """Yield a server for the questions of one ssh. Raises WrongSettings where there is no place for
+    a socket and a program."""
     with ExitStack() as stack:
         try:
             folder = stack.enter_context(temporary.directory("hpcfs-ssh-"))

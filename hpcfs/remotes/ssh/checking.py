@@ -1,4 +1,4 @@
-"""`hpcfs check`: what a login would do, found without one."""
+"""Finds what a login would do, without one, for `hpcfs check`."""
 
 from __future__ import annotations
 

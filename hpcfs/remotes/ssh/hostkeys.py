@@ -1,4 +1,4 @@
-"""Which host keys are trusted: OpenSSH's rules, asked about and remembered as ssh does it.
+"""Decides which host keys are trusted: OpenSSH's rules, asked about and remembered as ssh does it.
 
 Owns the only trust decision for SSH. A key that known_hosts has is trusted; a host that it does not
 name is shown to the user, whose "yes" is written down; a host that it names with another key is
@@ -36,7 +36,7 @@ TrustedKeys = tuple[Sequence[asyncssh.SSHKey], Sequence[asyncssh.SSHKey], Sequen
 
 @dataclass(frozen=True)
 class Rules:
-    """How the keys of one host are judged."""
+    """The rules by which the keys of one host are judged."""
 
     host: str
     port: int = DEFAULT_PORT
@@ -62,7 +62,8 @@ class Rules:
 
     @property
     def names(self) -> list[str]:
-        """A key that is known for the host on port 22 is known on another port too."""
+        """Return the names under which the host may be known: a key that is known for port 22 is
+        known on another port too."""
         return [self.name] if self.alias else list(dict.fromkeys([self.name, self.host]))
 
     @property
@@ -78,7 +79,8 @@ class Rules:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Of a key that a server showed. `text` says why it is refused, or what to ask about."""
+    """The judgement of a key that a server showed. `text` says why it is refused, or what to ask
+    about."""
 
     key: asyncssh.SSHKey
     kind: Literal["trusted", "unproved", "unknown", "refused"]
@@ -93,12 +95,12 @@ class Judgement:
 
 @dataclass
 class HostKeys:
-    """The judge of one login."""
+    """Judges the host keys of one login."""
 
     rules: Rules
     _accepted: list[asyncssh.SSHKey] = field(default_factory=list)
     _found: dict[tuple[Path, str], list[KnownHost]] = field(default_factory=dict)
-    """What the files say, read once: a file of thousands of hashed names takes a while."""
+    """Lines of the files, read once: a file of thousands of hashed names takes a while."""
 
     def trusted(self, _host: str, _address: str, _port: int | None) -> TrustedKeys:
         """asyncssh's callback. It learns what it needs to judge certificates; each plain key comes
@@ -109,8 +111,8 @@ class HostKeys:
         return (), authorities, [*self._revoked(), *self._listed_as_revoked()]
 
     def algorithms(self, offered: Sequence[str], *, reorder: bool) -> list[str]:
-        """Those to ask for: first the kinds of key that are known for the host. Certificates only
-        where an authority is known that could have signed them."""
+        """Return the algorithms to ask for: first the kinds of key that are known for the host.
+        Certificates only where an authority is known that could have signed them."""
         plain = [name for name in offered if "-cert-" not in name]
         has_authority = bool(self._authorities())
         if has_authority and not all(map(_is_plain_list, self.rules.revoked_files)):
@@ -225,7 +227,7 @@ class HostKeys:
         return Judgement(key, "trusted")
 
     def _at_own_risk(self, key: asyncssh.SSHKey, text: str) -> Judgement:
-        """A changed or revoked key, which StrictHostKeyChecking no lets pass as ssh does."""
+        """Let a changed or revoked key pass where StrictHostKeyChecking no does, as ssh does."""
         if self.rules.strict != "no":
             return Judgement(key, "refused", text)
         log.warning("%s; StrictHostKeyChecking is no, so it goes on without passwords", text)
@@ -242,7 +244,7 @@ class HostKeys:
     # --- what is known --------------------------------------------------------------------------
 
     def _entries(self, marker: knownhosts.Marker) -> Iterator[KnownHost]:
-        """For the host, on its port or on any."""
+        """Return the entries for the host, on its port or on any."""
         for name in self.rules.names:
             yield from (entry for entry in self._find(name) if entry.marker == marker)
 
@@ -256,7 +258,8 @@ class HostKeys:
             yield from self._found[path, name]
 
     def _authorities(self) -> list[asyncssh.SSHKey]:
-        """None where a revoked key may be let pass: asyncssh lets none pass."""
+        """Return the authorities; none where a revoked key may be let pass: asyncssh lets none
+        pass."""
         if self.rules.strict == "no" and self._revoked():
             return []
         return [entry.key for entry in self._entries("@cert-authority")]
@@ -265,7 +268,8 @@ class HostKeys:
         return [entry.key for entry in self._entries("@revoked")]
 
     def _listed_as_revoked(self) -> list[asyncssh.SSHKey]:
-        """For certificates, which asyncssh judges. A list that can't be read is no list of keys."""
+        """Return the revoked keys for certificates, which asyncssh judges. A list that can't be
+        read is no list of keys."""
         lists = [path for path in self.rules.revoked_files if _is_plain_list(path)]
         return [key for path in lists for key in revoked.keys(path)]
 
@@ -306,7 +310,7 @@ class HostKeys:
 
 
 def spelt(host: str, port: int) -> str:
-    """As known_hosts has it."""
+    """Return a host and port as known_hosts has them."""
     return host if port == DEFAULT_PORT else f"[{host}]:{port}"
 
 

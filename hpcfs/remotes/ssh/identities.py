@@ -70,7 +70,7 @@ class Identities:
 
 @asynccontextmanager
 async def _connected(place: str) -> AsyncIterator[Sequence[asyncssh.SSHKeyPair]]:
-    """What an agent holds. One that does not answer has nothing, as with ssh."""
+    """Return the keys of an agent. One that does not answer has nothing, as with ssh."""
     if not place:
         yield ()
         return
@@ -96,8 +96,8 @@ async def _held(agent: asyncssh.SSHAgentClient) -> Sequence[asyncssh.SSHKeyPair]
 
 
 def read(site: SshSite, answer: SshOptions, tokens: Tokens) -> Identities:
-    """Raises WrongSettings when the mount's own identity_file is not there; what ssh_config names
-    and is not there is passed over, as ssh does."""
+    """Return the user's keys for a host. Raises WrongSettings when the mount's own identity_file is
+    not there; what ssh_config names and is not there is passed over, as ssh does."""
     named = _named(site, answer, tokens)
     existing = [path for path in named if path.is_file() and os.access(path, os.R_OK)]
     private = [path for path in existing if b"PRIVATE KEY" in _beginning(path)]
@@ -132,7 +132,8 @@ def _named(site: SshSite, answer: SshOptions, tokens: Tokens) -> list[Path]:
 def _unlocked(
     files: Sequence[Path], certificates: Sequence[asyncssh.SSHCertificate]
 ) -> Iterator[asyncssh.SSHKeyPair]:
-    """Those that need no passphrase; for the others the user is asked when all else was refused."""
+    """Return the keys that need no passphrase; for the others the user is asked when all else was
+    refused."""
     for path in files:
         try:
             yield from load_keypairs([str(path)], None, certificates, ignore_encrypted=True)
@@ -153,7 +154,7 @@ def _certificates(files: Sequence[Path]) -> Iterator[asyncssh.SSHCertificate]:
 def _public(
     named: Sequence[Path], certificates: Sequence[asyncssh.SSHCertificate]
 ) -> Iterator[bytes]:
-    """By which an agent's keys are told to be those of the files."""
+    """Return the public keys by which an agent's keys are told to be those of the files."""
     for path in named:
         for name in (path.with_name(f"{path.name}.pub"), path):
             try:

@@ -49,7 +49,7 @@ def find(path: Path, name: str) -> list[KnownHost]:
 
 
 def add(path: Path, name: str, key: asyncssh.SSHKey, *, hashed: bool) -> None:
-    """Raises OSError."""
+    """Add a line to a file, which is made if need be. Raises OSError."""
     shown = _hashed(name.lower()) if hashed else name.lower()
     line = f"{shown} {key.export_public_key().decode().strip()}\n"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def add(path: Path, name: str, key: asyncssh.SSHKey, *, hashed: bool) -> None:
 
 
 def _is_unfinished(descriptor: int) -> bool:
-    """Its last line has no end. A device has no lines."""
+    """Return whether its last line has no end. A device has no lines."""
     size = os.fstat(descriptor).st_size
     return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
 

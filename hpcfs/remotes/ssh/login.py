@@ -1,4 +1,4 @@
-"""One SSH connection made: jump hosts, host keys, keys, passphrases, passwords and second factors.
+"""Makes an SSH connection: jump hosts, host keys, keys, passphrases, passwords and second factors.
 
 Owns the conversation with the user during a login. Nothing typed is stored or logged. Each
 question is asked a bounded number of times within one connection, as ssh does, and never again by
@@ -59,8 +59,8 @@ class SshLogin:
 
     @property
     def said(self) -> Sequence[str]:
-        """What the server told for debugging: OpenSSH's gives its reason for refusing a forward
-        nowhere else."""
+        """Return what the server told for debugging: OpenSSH's gives its reason for refusing a
+        forward nowhere else."""
         return cast(Sequence[str], self.connection.get_extra_info(_SAID, []))
 
     async def open_shell(self) -> Shell:
@@ -114,8 +114,8 @@ async def _connect_jumps(
     reach_seconds: float | None,
     depth: int = 0,
 ) -> None:
-    """Fills `jumps` as it goes, so that the caller can close them whatever happens. One that is
-    lost takes the connections through it down, which is noticed there.
+    """Fill `jumps` as it goes, so that the caller can close them whatever happens. One that is lost
+    takes the connections through it down, which is noticed there.
 
     The first host of a ProxyJump is reached as its own configuration says, by jumps or not.
     """
@@ -137,7 +137,7 @@ def _last(jumps: list[asyncssh.SSHClientConnection]) -> asyncssh.SSHClientConnec
 
 
 class _Nobody:
-    """Who is asked with BatchMode."""
+    """Answers no question: for BatchMode."""
 
     async def ask(self, text: str, *, echo: bool = False) -> str | None:
         return None
@@ -178,7 +178,7 @@ class _HopLogin:
                 return connection, client.ended
 
     async def _log_in(self, client: _LoginClient, **way: Any) -> asyncssh.SSHClientConnection:
-        """Raises RemoteErrors, and HostKeyNotVerifiable."""
+        """Log in. Raises RemoteErrors, and HostKeyNotVerifiable."""
         hop = self._hop
         try:
             async with self._clock.running(), hop.identities.options() as keys:
@@ -219,7 +219,7 @@ class _HopLogin:
             raise
 
     async def _reach(self) -> socket.socket:
-        """A socket at an address that answers."""
+        """Return a socket at an address that answers."""
         hop, seconds = self._hop, self._reach_seconds
         try:
             host = Destination(hop.host, hop.port, hop.family, hop.bind_address)

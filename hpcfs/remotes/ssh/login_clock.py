@@ -1,7 +1,6 @@
-"""What one login may take: its time, which stands still while the user is asked, and how often and
-how long the user is asked. The questions may be a server's, who must not make them look like
-somebody else's.
-"""
+"""Bounds what one login may take: its time, which stands still while the user is asked, and how
+often and how long the user is asked. The questions may be a server's, who must not make them look
+like somebody else's."""
 
 from __future__ import annotations
 
@@ -37,8 +36,8 @@ class LoginClock:
             self._timeout = None
 
     async def ask(self, text: str, *, echo: bool = False) -> str | None:
-        """None where nobody answers, or where there were enough questions: who is asked without
-        end would at last type anything."""
+        """Ask the user; None where nobody answers, or where there were enough questions: whoever is
+        asked without end would at last type anything."""
         if self._questions_left == 0:
             return None
         self._questions_left -= 1
@@ -57,6 +56,7 @@ class LoginClock:
 
 
 def said_by(who: str, text: str) -> str:
-    """Each line with the name of who says it: a line without one would pass for another program's
-    question, for the passphrase of a key or another host's password. `who` is user@host."""
+    """Put the name of who says it before each line: a line without one would pass for another
+    program's question, for the passphrase of a key or another host's password. `who` is
+    user@host."""
     return "\n".join(f"({who}) {line}" for line in _LINE_END.split(text))

@@ -1,4 +1,4 @@
-"""The user's own `ssh` as the way to a site: its command line, and what it says beforehand.
+"""The command line of the user's own `ssh` as the way to a site, and what it says beforehand.
 
 For what asyncssh can't do and ssh can: ControlMaster connections, ProxyCommand, hardware keys,
 whatever else ~/.ssh/config has. An existing master is used, but none is made: a connection that
@@ -51,12 +51,14 @@ class OpenSshTarget:
 
 
 def command(site: SshSite, *more: str, options: tuple[str, ...] = ()) -> list[str]:
-    """`ssh ... HOST sftp`, with `more` before the host; the first of several options counts."""
+    """Return the command line `ssh ... HOST sftp`, with `more` before the host; the first of
+    several options counts."""
     return [*_beginning(site, options), *more, "-s", "--", site.host, "sftp"]
 
 
 def shell_command(site: SshSite) -> list[str]:
-    """A shell that reads a script, over an existing connection that needs no questions."""
+    """Return the command line of a shell that reads a script, over an existing connection that
+    needs no questions."""
     return [*_beginning(site, ("BatchMode=yes",)), "--", site.host, COMMAND]
 
 
@@ -84,7 +86,8 @@ def _existing(identity_file: str, host: str) -> Path:
 
 
 async def read_target(site: SshSite) -> OpenSshTarget:
-    """Raises WrongSettings when ssh is missing or does not understand its configuration."""
+    """Return the site as ssh understands it. Raises WrongSettings when ssh is missing or does not
+    understand its configuration."""
     found = options.parse(await options.ask_ssh(command(site, "-G"), site))
     return OpenSshTarget(
         site,
@@ -96,7 +99,7 @@ async def read_target(site: SshSite) -> OpenSshTarget:
 
 
 async def has_master(target: OpenSshTarget) -> bool:
-    """Whether a ControlMaster connection is there, over which more channels cost nothing."""
+    """Return whether a ControlMaster connection is there, over which more channels cost nothing."""
     if target.control_path is None:
         return False
     site = target.site
@@ -108,7 +111,7 @@ async def has_master(target: OpenSshTarget) -> bool:
 
 
 async def start(line: list[str], environ: Mapping[str, str] | None = None) -> Program:
-    """Raises WrongSettings where there is no ssh."""
+    """Start a child ssh. Raises WrongSettings where there is no ssh."""
     try:
         return await Program.start("ssh", line, environ)
     except OSError as error:

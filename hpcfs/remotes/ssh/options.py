@@ -1,4 +1,4 @@
-"""What ssh itself makes of a host: the answer of `ssh -G HOST`, option by option.
+"""Reads the options of a host as ssh itself understands them: the answer of `ssh -G HOST`.
 
 ssh_config has quoting, tokens, `Match exec`, includes and a second pass, and a file that is read
 nearly as ssh reads it logs in as somebody else. So wherever there is an `ssh` it decides. Where
@@ -38,7 +38,7 @@ class SshOptions:
     defaults: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
 
     def one(self, option: str) -> str | None:
-        """Its value; None where it has none, or "none"."""
+        """Return its value; None where it has none, or "none"."""
         value = next(iter(self.options.get(option, ())), "none")
         return None if value.lower() == "none" else value
 
@@ -51,16 +51,17 @@ class SshOptions:
         return (self.one(option) or "").lower() in ("yes", "true")
 
     def is_chosen(self, option: str) -> bool:
-        """A configuration says something else than ssh would do by itself."""
+        """Return whether a configuration says something else than ssh would do by itself."""
         return option in self.options and self.all(option) != list(self.defaults.get(option, ()))
 
     def names(self, option: str) -> list[str]:
-        """Of algorithms, in order."""
+        """Return the algorithms that an option names, in order."""
         return [name for name in (self.one(option) or "").split(",") if name]
 
     def files(self, option: str) -> list[str] | None:
-        """Of an option that takes several in one line, of which `ssh -G` does not show the quotes:
-        a word that begins no path belongs to the one before. None where the line is not there."""
+        """Return the files of an option that takes several in one line, of which `ssh -G` does not
+        show the quotes: a word that begins no path belongs to the one before. None where the line
+        is not there."""
         values = self.options.get(option)
         if values is None:
             return None
@@ -74,8 +75,9 @@ class SshOptions:
 
 
 async def read(site: SshSite) -> SshOptions:
-    """Raises WrongSettings when the configuration can't be read or understood, and Unreachable when
-    that takes longer than the site's connect_timeout (a `Match exec` may wait for something)."""
+    """Read the options of a site. Raises WrongSettings when the configuration can't be read or
+    understood, and Unreachable when that takes longer than the site's connect_timeout (a `Match
+    exec` may wait for something)."""
     _must_be_readable(site.ssh_config)
     ssh = shutil.which("ssh")
     if ssh is None or home_of_ssh() is None:
@@ -89,7 +91,7 @@ async def read(site: SshSite) -> SshOptions:
 
 
 def parse(answer: str) -> SshOptions:
-    """The lines of `ssh -G`."""
+    """Parse the lines of `ssh -G`."""
     options: dict[str, list[str]] = {}
     for line in answer.splitlines():
         option, _, value = line.partition(" ")
@@ -98,7 +100,8 @@ def parse(answer: str) -> SshOptions:
 
 
 async def ask_ssh(line: list[str], site: SshSite, given: int = DEVNULL) -> str:
-    """What `ssh -G` answers. Raises WrongSettings with ssh's own words when it does not."""
+    """Return the answer of `ssh -G`. Raises WrongSettings with ssh's own words when there is
+    none."""
     try:
         code, answer, complaint = await program.ask(line, site.connect_timeout, given)
     except TimeoutError:
@@ -123,7 +126,8 @@ def no_ssh(error: OSError) -> WrongSettings:
 
 
 def _reason(complaint: str) -> str:
-    """Its first line says what is wrong, with file and line; the last only that it ends."""
+    """Return what is wrong: the first line says it, with file and line; the last only that ssh
+    ends."""
     lines = [one_line(line) for line in complaint.splitlines() if line.strip()]
     shown = [line for line in lines if "terminating, " not in line] or lines
     text = "; ".join(shown[:3]) or "ssh says nothing"
@@ -142,8 +146,9 @@ def _must_be_readable(name: str | None) -> None:
 
 
 def home_of_ssh() -> str | None:
-    """ssh asks the user database, whatever HOME says; the rest of hpcfs goes by HOME. None where
-    the database does not have this user, as in some containers: then no ssh works."""
+    """Return the home directory by the user database, which is what ssh asks, whatever HOME says;
+    the rest of hpcfs goes by HOME. None where the database does not have this user, as in some
+    containers: then no ssh works."""
     try:
         return pwd.getpwuid(os.getuid()).pw_dir
     except KeyError:
@@ -151,8 +156,8 @@ def home_of_ssh() -> str | None:
 
 
 def at_home(path: Path) -> Path:
-    """A path in ssh's own home as one in HOME, where that is another directory, unless only the
-    first is there."""
+    """Return a path in ssh's own home as one in HOME, where that is another directory, unless only
+    the first is there."""
     home = home_of_ssh()
     if home is None or not is_moved() or not path.is_relative_to(home):
         return path
@@ -161,7 +166,7 @@ def at_home(path: Path) -> Path:
 
 
 def is_moved() -> bool:
-    """HOME is another directory than ssh's."""
+    """Return whether HOME is another directory than ssh's."""
     return os.path.realpath(Path("~").expanduser()) != os.path.realpath(home_of_ssh() or "~")
 
 
@@ -196,7 +201,8 @@ _known_defaults: dict[str, Mapping[str, Sequence[str]]] = {}
 
 
 async def _defaults(ssh: str) -> Mapping[str, Sequence[str]]:
-    """Of this ssh, without any file: by it a user's own list of algorithms is told from ssh's."""
+    """Return the options of this ssh without any file: by them a user's own list of algorithms is
+    told from ssh's."""
     if ssh not in _known_defaults:
         site = SshSite("localhost", connect_timeout=_DEFAULTS_SECONDS)
         line = [ssh, "-G", "-T", "-F", "none", "-s", "--", site.host, "sftp"]

@@ -1,8 +1,9 @@
-"""ssh_config where there is no ssh to ask: what is plain is read, the rest is refused by its line.
+"""Reads an ssh_config where there is no ssh to ask: what is plain is read, the rest is refused by
+its line.
 
 Understood are `Host`, `Match all`, `Include`, and options whose values mean the same in every
 version. All else would be guessed, and a guess logs in as somebody else, elsewhere, or with less
-care than the user asked for. What only concerns terminals and forwards is passed over.
+care than the user asked for. Options of terminals and forwards are passed over.
 """
 
 from __future__ import annotations
@@ -159,8 +160,9 @@ def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def check_owner(path: Path, found: os.stat_result) -> None:
-    """As ssh looks at ~/.ssh/config; that an ssh of one's own could be named with -F, and is not
-    looked at then, makes a ProxyCommand of somebody else's no safer. Raises WrongSettings."""
+    """Check who may write to a configuration, as ssh looks at ~/.ssh/config; that an ssh of one's
+    own could be named with -F, and is not looked at then, makes a ProxyCommand of somebody else's
+    no safer. Raises WrongSettings."""
     if reason := ownership.untrusted_reason(found):
         raise WrongSettings(
             f"{path} may be somebody else's word ({reason}), and an SSH configuration runs "
@@ -169,7 +171,7 @@ def check_owner(path: Path, found: os.stat_result) -> None:
 
 
 def _raw(line: str) -> list[str]:
-    """A command is the rest of its line, quotes and all."""
+    """Return a command: the rest of its line, quotes and all."""
     rest = line.strip()[len("proxycommand") :].lstrip(" \t").removeprefix("=").strip()
     return [rest] if rest else []
 
@@ -180,6 +182,7 @@ def _glob(pattern: str) -> str:
 
 
 def _included(pattern: str, file: Path) -> str:
-    """A relative one is below ~/.ssh, or /etc/ssh in the system's file."""
+    """Return the files of an Include. A relative one is below ~/.ssh, or /etc/ssh in the system's
+    file."""
     base = "/etc/ssh" if str(file).startswith("/etc/ssh/") else os.path.expanduser("~/.ssh")
     return os.path.join(base, os.path.expanduser(pattern))

@@ -1,4 +1,4 @@
-"""A program of the user's that a login needs: `ssh`, or a ProxyCommand, and how it ends.
+"""Runs a program of the user's that a login needs: `ssh`, or a ProxyCommand.
 
 It runs in a session of its own: no terminal but ours asks, and what it starts can end with it. No
 secret is on a command line.
@@ -33,7 +33,7 @@ async def run(
     ends: tuple[int, int, int],
     environ: Mapping[str, str] | None = None,
 ) -> Process:
-    """Raises OSError where it can't be started."""
+    """Start a program in a process group of its own. Raises OSError where it can't be started."""
     stdin, stdout, stderr = ends
     return await asyncio.create_subprocess_exec(
         *line, stdin=stdin, stdout=stdout, stderr=stderr, env=environ, start_new_session=True
@@ -43,7 +43,7 @@ async def run(
 async def ask(
     line: list[str], seconds: float, given: int = DEVNULL
 ) -> tuple[int | None, bytes, bytes]:
-    """A program that answers and ends: its exit code, and what it says on stdout and stderr.
+    """Run a program to its end -> its exit code, and what it said on stdout and stderr.
 
     Raises TimeoutError after `seconds`, and OSError where it can't be started. It writes to files:
     a process that a `Match exec` left in the background may hold a pipe open for ever.
@@ -91,7 +91,8 @@ class Program:
     async def start(
         cls, name: str, line: list[str], environ: Mapping[str, str] | None = None
     ) -> Program:
-        """Raises OSError where it can't be started.
+        """Start a program with a socket at its stdin and stdout. Raises OSError where it can't be
+        started.
 
         asyncio's own pipe for stderr would not do: asyncio waits for its end too, and a process
         that a ProxyCommand left in the background may hold it open for ever.
@@ -128,8 +129,8 @@ class Program:
             self._lines.append(text)
 
     async def last_words(self) -> tuple[int | None, list[str]]:
-        """Its exit code and what it wrote on stderr, once it has ended; where it does not, it is
-        ended, and the code is None."""
+        """Return its exit code and what it wrote on stderr, once it has ended; where it does not,
+        it is ended, and the code is None."""
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._process.wait()

@@ -1,4 +1,4 @@
-"""A ProxyCommand as the way to a host: run as ssh runs it, by the user's shell.
+"""Runs a ProxyCommand as the way to a host: as ssh runs it, by the user's shell.
 
 The socket pair at its stdin and stdout is the connection. With ProxyUseFdpass it hands a connected
 socket over that, and ends.
@@ -31,7 +31,7 @@ class Proxy:
 
     @classmethod
     async def open(cls, hop: Hop) -> Proxy:
-        """Raises WrongSettings and Unreachable. The caller's clock bounds it."""
+        """Start the command. Raises WrongSettings and Unreachable. The caller's clock bounds it."""
         assert hop.proxy_command is not None
         shell = os.environ.get("SHELL") or _DEFAULT_SHELL
         try:
@@ -51,7 +51,7 @@ class Proxy:
             raise
 
     async def last_words(self) -> str:
-        """What the command wrote on stderr, once the connection through it broke."""
+        """Return what the command wrote on stderr, once the connection through it broke."""
         _, lines = await self._program.last_words()
         return "; ".join(lines[-3:])
 

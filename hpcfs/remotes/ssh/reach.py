@@ -1,4 +1,4 @@
-"""A TCP connection to a host whose name may have several addresses.
+"""Makes a TCP connection to a host whose name may have several addresses.
 
 Login nodes share a name, and one of them may be down. So the addresses are tried side by side, each
 a moment after the one before it (RFC 8305), each with a clock of its own. One that takes the
@@ -27,12 +27,12 @@ AddressInfo = tuple[int, int, int, str, Any]
 
 
 class NoneAnswers(Exception):
-    """None of several addresses; says what became of each."""
+    """Raised when none of several addresses answers; says what became of each."""
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where to connect to. `family` is a socket.AF_; `local` an address of ours to come from."""
+    """A host to connect to. `family` is a socket.AF_; `local` an address of ours to come from."""
 
     name: str
     port: int
@@ -43,7 +43,7 @@ class Destination:
 async def reach(
     host: Destination, seconds: float, only: AddressInfo | None = None
 ) -> socket.socket:
-    """A connected socket; each address has so many seconds. With `only`, no other is tried.
+    """Return a connected socket; each address has so many seconds. With `only`, no other is tried.
 
     Raises OSError (TimeoutError, socket.gaierror) where there is one address, or NoneAnswers.
     """
@@ -57,7 +57,7 @@ async def reach(
 
 
 def address_of(sock: socket.socket) -> AddressInfo:
-    """Where a connected socket leads: for another connection to the same node."""
+    """Return where a connected socket leads: for another connection to the same node."""
     return sock.family, sock.type, sock.proto, "", sock.getpeername()
 
 

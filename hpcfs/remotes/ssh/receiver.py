@@ -1,4 +1,4 @@
-"""A shorter way for the bytes of a channel, from the socket to its session.
+"""Shortens the way of a channel's bytes from the socket to its session.
 
 Asyncssh takes a packet apart by slicing: what waits in its buffer is copied twice per packet, and a
 packet's own bytes six times more, in all 1 CPU second per GB. This receiver takes the socket over
@@ -70,7 +70,7 @@ def shorten(connection: asyncssh.SSHClientConnection) -> PacketReceiver | None:
 
 
 class PacketReceiver(asyncio.BufferedProtocol):
-    """Between a transport and an SSH connection that is logged in."""
+    """Stands between a transport and an SSH connection that is logged in."""
 
     def __init__(self, connection: asyncssh.SSHClientConnection) -> None:
         self._connection: Any = connection
@@ -104,7 +104,7 @@ class PacketReceiver(asyncio.BufferedProtocol):
         self._filled = rest
 
     def data_received(self, data: bytes | memoryview, datatype: int | None = None) -> None:
-        """From a jump host's channel, which has no buffer of ours to fill."""
+        """Take bytes from a jump host's channel, which has no buffer of ours to fill."""
         rest = memoryview(data)
         while rest:
             room = self.get_buffer(len(rest))
@@ -132,7 +132,7 @@ class PacketReceiver(asyncio.BufferedProtocol):
     # --- packets --------------------------------------------------------------------------------
 
     def _step(self, waiting: memoryview) -> int:
-        """How much of what waits was dealt with; 0 when more has to come."""
+        """Deal with some of what waits; return how much, 0 when more has to come."""
         if not waiting:
             return 0
         cipher = self._current_cipher()
@@ -153,8 +153,8 @@ class PacketReceiver(asyncio.BufferedProtocol):
         return length
 
     def _lacking(self) -> int:
-        """How much asyncssh needs of a packet that it has begun with; all of it while it is busy
-        with one and only stores what comes."""
+        """Return how much asyncssh needs of a packet that it has begun with; all of it while it is
+        busy with one and only stores what comes."""
         connection = self._connection
         stored = len(connection._inpbuf)
         if connection._recv_handler == connection._recv_pkthdr:

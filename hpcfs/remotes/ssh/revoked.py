@@ -13,12 +13,12 @@ SECONDS = 5.0
 
 
 def is_list_of_keys(path: Path) -> bool:
-    """Raises OSError."""
+    """Return whether the file is a list of public keys, and no revocation list. Raises OSError."""
     return not path.read_bytes().startswith(_KRL)
 
 
 def keys(path: Path) -> Iterator[asyncssh.SSHKey]:
-    """Of a list of public keys. Raises OSError."""
+    """Return the keys of a list of public keys. Raises OSError."""
     for line in path.read_text(errors="replace").splitlines():
         if line.strip() and not line.lstrip().startswith("#"):
             try:
@@ -28,7 +28,8 @@ def keys(path: Path) -> Iterator[asyncssh.SSHKey]:
 
 
 def is_revoked(path: Path, key: asyncssh.SSHKey) -> bool:
-    """Raises OSError when that can't be told: then no key may be believed."""
+    """Return whether the key is revoked. Raises OSError when that can't be told: then no key may be
+    believed."""
     if is_list_of_keys(path):
         return any(one == key for one in keys(path))
     try:

@@ -1,4 +1,4 @@
-"""Half as many packets on the way out.
+"""Sends half as many packets: leaves out the empty ones that protect nothing.
 
 Before each packet asyncssh sends an empty SSH_MSG_IGNORE, against an attack on ciphers in CBC mode
 whose next initialisation vector can be predicted (RFC 4251, section 9.3.1). AES-GCM and
@@ -21,7 +21,8 @@ NAMES = ("_send_encryption", "send_packet")
 
 
 def shorten_sending(connection: asyncssh.SSHClientConnection) -> bool:
-    """From now on empty packets are left out where they protect nothing; whether it can be done."""
+    """Leave out empty packets from now on where they protect nothing; returns whether it can be
+    done."""
     inside: Any = connection
     if not all(hasattr(connection, name) for name in NAMES):
         return False

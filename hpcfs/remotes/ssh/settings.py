@@ -1,7 +1,7 @@
-"""What ssh says about one host (options.py), as the options of a connection.
+"""Turns what ssh says about one host (options.py) into the options of a connection.
 
 Owns the choice of connection options. asyncssh reads no file of its own here: it is told
-everything. What of a configuration it can't do is refused by name, where that would lead elsewhere,
+everything. Options that it can't obey are refused by name, where that would lead elsewhere,
 log in as another or trust more or less; what concerns terminals, forwards and ControlMaster is
 passed over.
 Jump hosts are ours to connect (their keys and prompts matter as much as the target's), and so is a
@@ -36,8 +36,8 @@ KEEPALIVES_MISSED = 3
 KEY_EXCHANGE = "curve25519-sha256"
 """Between a mount and a laptop, which are both ours."""
 CHANNEL_WINDOW_BYTES = 80 * 1024 * 1024
-"""What one channel may carry before we say that we have it, which asyncssh says at half of it. So
-more than twice what is ever asked for at once (sftp/flow.py), and that is what bounds memory.
+"""How many bytes one channel may carry before we confirm them, which asyncssh does at half of it.
+So more than twice what is ever asked for at once (sftp/flow.py), and that is what bounds memory.
 Asyncssh's own 2 MiB is 35 MB/s at 20 ms."""
 
 PROMPTS = 3
@@ -53,7 +53,7 @@ _NOT_OBEYED = {
     "SecurityKeyProvider": "keys on security keys need the package fido2",
     "LocalCommand": "hpcfs runs none",
 }
-"""What is passed over and somebody may miss."""
+"""Options that are passed over and that somebody may miss."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Hop:
 
 
 async def read_hop(site: SshSite, *, is_behind: bool = False) -> Hop:
-    """What the configuration says about `site`. With `is_behind` its own ProxyJump or ProxyCommand
-    do not count: the hosts of a chain before it lead there.
+    """Read what the configuration says about `site`. With `is_behind` its own ProxyJump or
+    ProxyCommand do not count: the hosts of a chain before it lead there.
 
     Raises WrongSettings when it can't be read, understood or obeyed, and Unreachable when ssh does
     not answer.
@@ -112,8 +112,8 @@ async def read_hop(site: SshSite, *, is_behind: bool = False) -> Hop:
 
 
 def jump_site(jump: str, site: SshSite) -> SshSite:
-    """One element of ProxyJump, "[user@]host[:port]" or "ssh://[user@]host[:port]", as a site of
-    its own. Raises WrongSettings."""
+    """Return one element of ProxyJump, "[user@]host[:port]" or "ssh://[user@]host[:port]", as a
+    site of its own. Raises WrongSettings."""
     place = jump.partition("://")[2].rstrip("/") if jump.lower().startswith("ssh://") else jump
     user, _, address = place.rpartition("@")
     host, colon, port = address.rpartition(":")
@@ -203,7 +203,7 @@ def _options(answer: SshOptions, hop: Hop, host_keys: HostKeys) -> dict[str, Any
 
 
 def _ways_in(answer: SshOptions, hop: Hop) -> dict[str, Any]:
-    """What of a login is tried, and in which order."""
+    """Return the ways to authenticate that are tried, in order."""
 
     def is_off(option: str) -> bool:
         return answer.one(option) in ("no", "false")
@@ -284,7 +284,8 @@ def _jumps(answer: SshOptions, tokens: Tokens) -> tuple[str, ...]:
 
 
 def _proxy_command(answer: SshOptions, tokens: Tokens, host: str, user: str) -> str | None:
-    """Raises WrongSettings where a name would mean more to the shell than itself."""
+    """Return the ProxyCommand. Raises WrongSettings where a name would mean more to the shell than
+    itself."""
     text = answer.one("proxycommand")
     if text is None:
         return None

@@ -1,4 +1,4 @@
-"""One connection per site, kept: made on first use, shared, noticed when lost, made anew.
+"""Keeps one connection per site: made on first use, shared, noticed when lost, made anew.
 
 `SharedSession` owns when to connect and what to answer while there is no connection; how one is
 made is given to it (sftp/session.open_session). Three rules, each from invariant 4 of the design:
@@ -44,7 +44,7 @@ S = TypeVar("S", bound=AnySession)
 
 
 class SharedSession(Generic[S]):
-    """The site's one session, whoever asks for it."""
+    """The one session of a site, whoever asks for it. `clock` is in seconds."""
 
     def __init__(
         self, open_session: Callable[[], Awaitable[S]], clock: Callable[[], float] = time.monotonic
@@ -59,7 +59,7 @@ class SharedSession(Generic[S]):
         self._has_worked = False
 
     async def get(self) -> S:
-        """The session; connects if there is none.
+        """Return the session; connects if there is none.
 
         Raises what the last attempt failed with, at once, while it makes no sense to try again.
         """
@@ -74,7 +74,7 @@ class SharedSession(Generic[S]):
 
     @property
     def session(self) -> S | None:
-        """The one that is there now."""
+        """The session that is there now, or None."""
         return None if self._session is None or self._session.lost else self._session
 
     @property
@@ -83,7 +83,7 @@ class SharedSession(Generic[S]):
         return "" if self.session or self._failure is None else self._failure.message
 
     async def tend(self, worth_trying: Callable[[RemoteError], Awaitable[None]]) -> None:
-        """Until cancelled, connect whenever there is no connection, so that no request has to wait
+        """Connect whenever there is no connection, until cancelled, so that no request has to wait
         for an attempt after one has failed. `worth_trying` returns when there may be another one;
         it decides that for lasting failures too."""
         self._tended = True
@@ -96,7 +96,7 @@ class SharedSession(Generic[S]):
                 await session.ended.wait()
 
     def try_now(self) -> None:
-        """The pause after a failed attempt is over; what only the user can mend stays as it is."""
+        """End the pause after a failed attempt; what only the user can mend stays as it is."""
         self._backoff.try_now()
 
     def _attempting(self) -> asyncio.Task[S]:
@@ -154,8 +154,8 @@ class SharedSession(Generic[S]):
 
 
 def _again(error: RemoteError) -> RemoteError:
-    """A fresh exception: raising one object from many requests would pile up their tracebacks. It
-    says that nothing was sent."""
+    """Return a fresh exception: raising one object from many requests would pile up their
+    tracebacks. It says that nothing was sent."""
     kind = NotConnected if type(error) is Unreachable else type(error)
     return kind(error.message)
 

@@ -1,6 +1,6 @@
-"""A shell on the server, in a channel of its own: for what SFTP can't be asked.
+"""A shell on the server, in a channel of its own, for what SFTP can't be asked.
 
-What is sent to it is a script on its standard input, whatever the user's login shell is: a command
+It gets scripts on its standard input, whatever the user's login shell is: a command
 line would be read by that one first, and not all of them quote as sh does.
 """
 
@@ -33,7 +33,7 @@ class Shell(Protocol):
 
 
 class _ShellSession(asyncssh.SSHClientSession[bytes]):
-    """What comes is copied: receiver.py decrypts the next packet to where it lies."""
+    """Copies what comes: receiver.py decrypts the next packet to where it lies."""
 
     def __init__(self) -> None:
         self.reader = asyncio.StreamReader()
@@ -59,7 +59,7 @@ class ChannelShell:
 
     @classmethod
     async def start(cls, connection: asyncssh.SSHClientConnection) -> ChannelShell:
-        """Raises asyncssh's errors and OSError."""
+        """Start a shell. Raises asyncssh's errors and OSError."""
         channel, session = await connection.create_session(
             _ShellSession, command=COMMAND, request_pty=False, encoding=None
         )
@@ -81,7 +81,7 @@ class ChannelShell:
 
 @dataclass(frozen=True)
 class StreamShell:
-    """At the other end of a child `ssh`."""
+    """A shell at the other end of a child `ssh`."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -100,5 +100,5 @@ class StreamShell:
 
 
 def quoted(path: bytes) -> bytes:
-    """One word for sh, whatever bytes it has."""
+    """Return a path as one word for sh, whatever bytes it has."""
     return b"'" + path.replace(b"'", b"'\\''") + b"'"

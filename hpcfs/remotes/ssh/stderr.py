@@ -1,4 +1,4 @@
-"""What a child `ssh` wrote before it ended, as sentences of our own: the only such table.
+"""Turns what a child `ssh` wrote before it ended into sentences of our own: the only such table.
 
 Its exit code is 255 for everything that it could not do itself; its words decide then. The last of
 them is in the sentence.

@@ -1,5 +1,5 @@
-"""The tokens of ssh_config (%h, %r, ...) where `ssh -G` leaves them to the connection: in the names
-of key files, in ProxyCommand and in ProxyJump."""
+"""Expands the tokens of ssh_config (%h, %r, ...) where `ssh -G` leaves them to the connection: in
+the names of files and in commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _IN_COMMANDS = "hknpr"
 
 @dataclass(frozen=True)
 class Tokens:
-    """What each stands for, for one host (ssh_config(5), TOKENS)."""
+    """The values of the tokens for one host (ssh_config(5), TOKENS)."""
 
     values: Mapping[str, str]
 
@@ -56,7 +56,7 @@ class Tokens:
         return cls(values | {"C": digest} if digest else values)
 
     def path(self, text: str) -> Path:
-        """A file's name, with ~ and ${VARIABLES} too."""
+        """Expand the tokens of a file's name, and ~ and ${VARIABLES} too."""
         return Path(_VARIABLE.sub(_variable, self._expand(os.path.expanduser(text), self.values)))
 
     def command(self, text: str) -> str:

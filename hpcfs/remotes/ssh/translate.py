@@ -1,4 +1,5 @@
-"""What asyncssh and the network raise while a connection is made, as sentences of our own.
+"""Translates what asyncssh and the network raise while a connection is made into sentences of our
+own.
 
 One table, used by nothing else than the login and its first steps: after them, errors belong to
 SFTP (sftp/translate.py).
@@ -26,7 +27,7 @@ SHOWN_LETTERS = 150
 
 
 def quoted(text: bytes | str) -> str:
-    """What somebody there said, on one line; empty where there is nothing to show."""
+    """Return what somebody there said, on one line; empty where there is nothing to show."""
     said = text if isinstance(text, str) else text.decode(errors="replace")
     words = one_line(said)
     return f"'{words[:SHOWN_LETTERS]}'" if words else ""

@@ -1,4 +1,4 @@
-"""`hpcfs check`, on the cluster: connects to a laptop as a mount would, and tells who is there."""
+"""Connects to a laptop as a mount would, and tells who is there, for `hpcfs check` on a cluster."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Laptop:
-    """Who answered. `shares` is what it shows, `obstacle` why the namespace's folder can't be
-    mounted, or empty."""
+    """The laptop that answered. `shares` is what it shows, `obstacle` why the namespace's folder
+    can't be mounted, or empty."""
 
     rendezvous: Rendezvous
     is_private: bool
@@ -34,7 +34,7 @@ class Laptop:
 
 
 def look(site: TunnelSite, root: SftpRoot) -> Laptop:
-    """Raises RemoteErrors: what a mount would be told."""
+    """Return the laptop behind a tunnel. Raises RemoteErrors: those that a mount would meet."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_look(site, root))
 

@@ -1,6 +1,7 @@
-"""A stream to the laptop that finds its own way back: connect, notice a break, connect again.
+"""A stream to the laptop that finds its own way back: it connects, notices a break and connects
+again.
 
-What breaks is noticed in three ways: the connection ends; nothing is heard though the laptop was
+A break is noticed in three ways: the connection ends; nothing is heard though the laptop was
 asked (it sleeps, or its network is gone); or the rendezvous file changed, which the tunnel writes
 anew when it is back. For a while requests then wait and nothing above notices; after that the
 stream is given up, and they fail.
@@ -45,13 +46,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RendezvousFile:
-    """Where a tunnel's rendezvous file is."""
+    """The rendezvous file of a tunnel, by its directory and name."""
 
     directory: Path
     name: str
 
     def read(self) -> Rendezvous:
-        """Raises Unreachable or WrongSettings."""
+        """Read the file. Raises Unreachable or WrongSettings."""
         return file.read(self.directory, self.name)
 
     def stamp(self) -> file.Stamp | None:
@@ -59,7 +60,7 @@ class RendezvousFile:
         return file.stamp(self.directory, self.name)
 
     async def changed(self, known: file.Stamp | None, every: float = LOOK_SECONDS) -> None:
-        """Returns when the file is another one than when it had that stamp."""
+        """Wait until the file is another one than when it had that stamp."""
         now = self.stamp()
         while now == known:
             await asyncio.sleep(every)
@@ -75,11 +76,11 @@ class Pulse:
 
 
 class _StreamGone(Exception):
-    """The laptop has no such stream any more."""
+    """Raised when the laptop has no such stream any more."""
 
 
 class Line:
-    """A stream and the pipe that carries it at the moment."""
+    """A stream, and the pipe that carries it at the moment."""
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class Line:
 
     @classmethod
     async def open(cls, rendezvous_file: RendezvousFile, pulse: Pulse) -> Line:
-        """Raises Unreachable or WrongSettings."""
+        """Open a stream to the laptop. Raises Unreachable or WrongSettings."""
         stamp = rendezvous_file.stamp()
         opening = cls._open(rendezvous_file, pulse, stamp, rendezvous_file.read())
         return await _unless_moved(rendezvous_file, stamp, opening)
@@ -133,7 +134,7 @@ class Line:
         await asyncio.wait([self._tending])
 
     async def _tend(self, pipe: PipeEnd) -> None:
-        """Until the stream is over."""
+        """Keep the stream on a pipe until it is over."""
         while not await self._until_broken(pipe):
             self.stream.detach(pipe)
             pipe.close()
@@ -173,7 +174,7 @@ class Line:
         return self.stream.ended
 
     async def _again(self) -> PipeEnd:
-        """A new pipe that carries the stream. Raises _Over where that can't be."""
+        """Return a new pipe that carries the stream. Raises _StreamGone where that can't be."""
         while True:
             self._stamp = self._rendezvous_file.stamp()
             try:
@@ -228,7 +229,8 @@ async def _meet(
 async def _unless_moved(
     rendezvous_file: RendezvousFile, stamp: file.Stamp | None, attempt: Coroutine[Any, Any, T]
 ) -> T:
-    """What the attempt brings. Raises Unreachable when the tunnel is meanwhile somewhere else."""
+    """Return what the attempt brings. Raises Unreachable when the tunnel is meanwhile somewhere
+    else."""
     trying = asyncio.ensure_future(attempt)
     moved = asyncio.ensure_future(rendezvous_file.changed(stamp))
     try:

@@ -1,4 +1,4 @@
-"""One connection to a place where a tunnel's forward listens, up to where a stream goes on.
+"""Connects to a place where a tunnel's forward listens, up to where a stream goes on.
 
 Whoever answers there must show first that it is the tunnel (tunnel/knock.py): after one has
 ended, its port may be another program's, or another user's who would like to be it.
@@ -30,16 +30,18 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 class NoAnswer(Exception):
-    """Nobody is at that place, or not the tunnel; the end of a sentence."""
+    """Raised when nobody is at that place, or not the tunnel; the message is the end of a
+    sentence."""
 
 
 class Silent(NoAnswer):
-    """The forward is there and the laptop says nothing: it sleeps, or has no network."""
+    """Raised when the forward is there and the laptop says nothing: it sleeps, or has no
+    network."""
 
 
 class TurnedAway(NoAnswer):
-    """Somebody listens there, and closed the connection before it said who it is: where strangers
-    flood a port, that happens to mounts too."""
+    """Raised when somebody listens there and closes the connection before it says who it is: where
+    strangers flood a port, that happens to mounts too."""
 
 
 class PipeEnd(asyncio.Protocol):
@@ -77,8 +79,8 @@ class PipeEnd(asyncio.Protocol):
             self._transport.write(data)
 
     def close(self) -> None:
-        """At once: the other end may take nothing any more, and what it has not got stays with the
-        stream."""
+        """Close at once: the other end may take nothing any more, and what it has not got stays
+        with the stream."""
         self._transport.abort()
         self.broken.set()
 
@@ -107,7 +109,7 @@ class PipeEnd(asyncio.Protocol):
         await self._more.wait()
 
     def carry(self, stream: TunnelStream, seen: int) -> None:
-        """From now on this is the stream's pipe."""
+        """Carry this stream from now on."""
         stream.attach(self, seen)
         self._stream = stream
         rest, self._came = bytes(self._came), bytearray()
@@ -124,8 +126,8 @@ class PipeEnd(asyncio.Protocol):
 
 @dataclass(frozen=True)
 class OpenedPipe:
-    """`stream_id` is zeros where the tunnel has no such stream, `seen` how many of our bytes have
-    come there."""
+    """A pipe that is open. `stream_id` is zeros where the tunnel has no such stream, `seen` how
+    many of our bytes have come there."""
 
     pipe: PipeEnd
     stream_id: bytes
@@ -135,8 +137,8 @@ class OpenedPipe:
 async def connect(
     place: Endpoint, handshake: TunnelHandshake, stream_id: bytes, received: int
 ) -> OpenedPipe:
-    """A pipe to that tunnel, on which the stream of that id goes on, of which so many bytes have
-    come. Raises NoAnswer."""
+    """Return a pipe to that tunnel, on which the stream of that id goes on, of which `received`
+    bytes have come. Raises NoAnswer."""
     try:
         async with asyncio.timeout(PLACE_SECONDS):
             pipe = await _open(place)
@@ -177,9 +179,9 @@ async def _open(place: Endpoint) -> PipeEnd:
 
 
 async def _open_port(place: TcpEndpoint) -> PipeEnd:
-    """Where strangers flood the port, the system drops who comes: then a further connection is
-    quicker than waiting until the first one is tried again (1 s, tcp(7)). The first to stand is
-    used."""
+    """Connect to a port. Where strangers flood it, the system drops who comes: then a further
+    connection is quicker than waiting until the first one is tried again (1 s, tcp(7)). The first
+    to stand is used."""
     loop = asyncio.get_running_loop()
     trying: set[asyncio.Future[tuple[asyncio.Transport, PipeEnd]]] = set()
     done: set[asyncio.Future[tuple[asyncio.Transport, PipeEnd]]] = set()
@@ -211,7 +213,7 @@ def _check_socket(path: str) -> None:
 
 
 def _check_peer(sock: socket.socket) -> None:
-    """Who listens there. What goes over it is not encrypted."""
+    """Raise NoAnswer where another user listens there: what goes over it is not encrypted."""
     with contextlib.suppress(AttributeError):  # Linux only; elsewhere the file's owner must do
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         _, uid, _ = _CREDENTIALS.unpack(raw)
@@ -220,7 +222,7 @@ def _check_peer(sock: socket.socket) -> None:
 
 
 async def _answer(reading: Coroutine[object, object, bytes]) -> bytes:
-    """What the laptop says, in time. Raises NoAnswer."""
+    """Return what the laptop says, in time. Raises NoAnswer."""
     try:
         async with asyncio.timeout(PLACE_SECONDS):
             return await reading

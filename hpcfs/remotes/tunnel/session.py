@@ -1,4 +1,4 @@
-"""An SFTP session with the laptop at the other end of a tunnel.
+"""Opens an SFTP session with the laptop at the other end of a tunnel.
 
 Over a Unix socket each channel is a stream of its own, and SFTP's packets travel on it as they are;
 over TCP there is one stream with an SSH connection on it. In both cases the keys in the rendezvous
@@ -43,7 +43,7 @@ READERS = 6
 
 
 class StreamCarrier:
-    """An SFTP channel on a stream: what Requests travels on."""
+    """An SFTP channel on a stream of the tunnel: a Carrier."""
 
     def __init__(self, stream: TunnelStream, on_lost: Callable[[], None]) -> None:
         self._stream = stream
@@ -94,7 +94,7 @@ class TunnelLogin:
         return len(self.lines)
 
     async def open_shell(self) -> Shell | None:
-        """There is none: the laptop serves files only."""
+        """Return None: the laptop serves files only."""
         return None
 
     async def close(self) -> None:
@@ -106,7 +106,7 @@ class TunnelLogin:
 
 
 async def open_session(spec: SiteSpec, rendezvous_file: RendezvousFile) -> SftpSession:
-    """Raises RemoteErrors only."""
+    """Open a session with the laptop. Raises RemoteErrors only."""
     pulse = Pulse()
     line = await Line.open(rendezvous_file, pulse)
     login = TunnelLogin(line.rendezvous.user, line.shown, [line])
@@ -119,7 +119,7 @@ async def open_session(spec: SiteSpec, rendezvous_file: RendezvousFile) -> SftpS
 async def _private_channels(
     login: TunnelLogin, rendezvous_file: RendezvousFile, pulse: Pulse
 ) -> list[Requests]:
-    """One for small requests and some for bytes."""
+    """Open one channel for small requests and some for bytes."""
     opened = await asyncio.gather(
         *(Line.open(rendezvous_file, pulse) for _ in range(READERS)), return_exceptions=True
     )

@@ -23,7 +23,7 @@ network: nobody bans for that."""
 
 
 class TunnelSiteConnection(SftpSite):
-    """One tunnel."""
+    """All namespaces behind one tunnel, connected whenever the laptop is there."""
 
     def __init__(self, spec: SiteSpec):
         assert isinstance(spec.site, TunnelSite)
@@ -38,7 +38,8 @@ class TunnelSiteConnection(SftpSite):
         return await open_session(self._spec, self._rendezvous_file)
 
     async def _worth_trying(self, failure: RemoteError) -> None:
-        """What the file's keys or its owner forbid is not tried again before it is another file."""
+        """Wait until another attempt is worth while: what the file's keys or its owner forbid is
+        not tried again before it is another file."""
         if failure.lasting:
             await self._rendezvous_file.changed(self._tried, PAUSE_SECONDS)
             return
