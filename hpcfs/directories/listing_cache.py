@@ -20,9 +20,9 @@ MAX_INDEXED = 40_000
 MAX_OLD_BYTES = 4 * 1024 * 1024
 """Encoded listings of laptops, kept for when the laptop is away."""
 GUESS_SECONDS = 5.0
-"""For which a directory that was made here counts as empty while a program fills it: rsync makes
-directories some time before. Who makes a file there that others just made hears of it: the remote
-makes only new files."""
+"""For so long a directory that was made here counts as empty while a program fills it: rsync makes
+directories some time before. A program that creates a file there which others have just created is
+told so: the remote creates only new files."""
 UNLISTED_NAMES = frozenset({b".snapshot", b".snapshots", b".zfs", b".ckpt"})
 """Directories that file servers have and do not list."""
 

@@ -2,8 +2,8 @@
 
 They go by path, for their directories may have no node yet. Whatever is changed here in or above
 such a directory drops what was listed of it; so does the end of the walk, a second of age, and
-another way taken by the program. One that fails is nobody's error: who opens the directory asks
-again.
+another way taken by the program. One that fails is no program's error: opening the directory
+asks again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Coherence: which name, attributes and version of a file a program is shown, and who says so.
+"""Coherence: which names, attributes and versions of files programs are shown, and on whose word.
 
 ========================  ==========================  ======================  =====================
  asked for                 believed unasked            otherwise asked         overridden by
@@ -277,7 +277,7 @@ class Lookup:
         """Make the node's entry what the remote has now, unless that was asked a moment ago.
 
         Raises Stale if the remote has another file: the kernel then looks the name up again, and
-        opens that one. `own` was made by the caller, whom the entry tells whether it is current.
+        opens that one. `own` is a content that the caller made, and judges by the entry itself.
         """
         self.check_name(node)
         if self._tree.is_named(node, OPEN_FRESH_SECONDS) or (

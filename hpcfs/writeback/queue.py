@@ -350,7 +350,7 @@ class UploadQueue:
                 self.schedule.hurry(content, trio.current_time())
         self._wake.set()
 
-    # --- who waits ------------------------------------------------------------------------------
+    # --- waiting ------------------------------------------------------------------------------
 
     async def wait_for(
         self,
