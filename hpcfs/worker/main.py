@@ -46,6 +46,10 @@ KEPT_PIECE_BYTES = 32 * 1024 * 1024
 KEPT_BYTES = 64 * 1024 * 1024
 
 
+class DaemonGone(Exception):
+    """The daemon closed its end or was killed: nobody is left to be told anything."""
+
+
 class DaemonConnection:
     """The process's side of the socket."""
 
@@ -61,9 +65,14 @@ class DaemonConnection:
         return msgspec.msgpack.decode(await self._reader.readexactly(length), type=kind)
 
     async def send(self, message: msgspec.Struct) -> None:
-        """Send a message, and wait until the socket takes it."""
+        """Send a message, and wait until the socket takes it. Raises DaemonGone."""
+        if self._writer.is_closing():  # uvloop has a RuntimeError for who writes now
+            raise DaemonGone
         self._writer.write(m.frame(message))
-        await self._writer.drain()
+        try:
+            await self._writer.drain()
+        except ConnectionError:
+            raise DaemonGone from None
 
     def send_soon(self, message: msgspec.Struct) -> None:
         """Send a message without waiting; nothing happens where the daemon is gone."""
@@ -128,18 +137,22 @@ class Worker:
             self._connection.send_soon(_given_up(call_id))
 
     async def _answer(self, call: m.Call) -> None:
+        with contextlib.suppress(DaemonGone):
+            await self._connection.send(await self._outcome(call))
+
+    async def _outcome(self, call: m.Call) -> m.Reply:
         try:
-            reply = await self._reply(call)
+            return await self._reply(call)
+        except DaemonGone:
+            raise
         except RemoteError as error:
-            reply = m.Reply(call.id, failure=m.Failure.of(error))
+            return m.Reply(call.id, failure=m.Failure.of(error))
         except asyncio.CancelledError:  # the daemon waits to hear that nothing is written any more
-            reply = _given_up(call.id)
+            return _given_up(call.id)
         except Exception:  # a bug of ours must not take the other calls with it
             log.exception("%s failed in an unexpected way", type(call.request).__name__)
             failure = RemoteFailure("an unexpected failure in hpcfs; the log has details")
-            reply = m.Reply(call.id, failure=m.Failure.of(failure))
-        with contextlib.suppress(ConnectionError):
-            await self._connection.send(reply)
+            return m.Reply(call.id, failure=m.Failure.of(failure))
 
     async def _reply(self, call: m.Call) -> m.Reply:
         if isinstance(call.request, m.GetTraffic):

@@ -41,6 +41,8 @@ text { font: 13px -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; fill:
 
 @dataclass(frozen=True)
 class Bar:
+    """One bar: `seconds` are its length, `text` stands beside it."""
+
     program: str
     seconds: float
     text: str

@@ -78,6 +78,8 @@ GOALS = [
 
 @dataclass(frozen=True)
 class Outcome:
+    """What became of one goal, as the report shows it."""
+
     goal: str
     place: str
     workload: str

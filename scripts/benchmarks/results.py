@@ -36,6 +36,8 @@ class Cell:
 
 @dataclass
 class Results:
+    """All measurements of one run, with what they were made on. `size` is in bytes."""
+
     size: int
     rate_mbits: float
     timeout: float

@@ -25,6 +25,8 @@ PIECE_BYTES = {"whole": WHOLE_BYTES, "append": APPEND_BYTES}
 
 @dataclass
 class Writing:
+    """When a writer began and ended, in seconds of its clock."""
+
     started: float
     ended: float
 

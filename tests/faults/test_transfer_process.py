@@ -8,9 +8,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -25,7 +26,9 @@ from hpcfs.protocol.messages import Fetch, Fetched, Stat
 from hpcfs.site import client as client_module
 from hpcfs.site.client import SiteClient
 from hpcfs.site.worker_process import WorkerProcess
-from hpcfs.worker.main import DaemonConnection
+from hpcfs.worker.cache_io import CacheDisk
+from hpcfs.worker.main import DaemonConnection, DaemonGone, Worker
+from tests.support.memory_remote import MemoryRemote
 
 SECONDS = 30.0
 NOBODY = "http://127.0.0.1:1"
@@ -163,5 +166,38 @@ def test_what_ends_after_the_daemon_was_killed_tells_nobody() -> None:
         writer.transport.abort()
         await asyncio.sleep(0)
         connection.send_soon(m.Reply(1))
+        with pytest.raises(DaemonGone):
+            await connection.send(m.Reply(1))
 
     uvloop.run(story())
+
+
+def test_a_listing_goes_on_quietly_after_the_daemon_was_killed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The daemon is gone between two pages."""
+
+    class Remote(MemoryRemote):
+        async def list(self, path: bytes) -> AsyncGenerator[Sequence[Entry], None]:
+            yield [await self.stat(b"")]
+            theirs.close()
+            writer.transport.abort()
+            await asyncio.sleep(0)
+            yield [await self.stat(b"")]
+
+    class OneRemote:
+        def remote(self, namespace: str) -> Remote:
+            return remote
+
+    async def story() -> None:
+        nonlocal writer
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        worker = Worker(DaemonConnection(reader, writer), OneRemote(), CacheDisk())  # type: ignore[arg-type]
+        await worker._answer(m.Call(1, "ns", m.List(b"")))
+
+    remote = Remote("sftp")
+    ours, theirs = socket.socketpair()
+    writer: Any = None
+    with caplog.at_level(logging.ERROR):
+        uvloop.run(story())
+    assert not caplog.records
