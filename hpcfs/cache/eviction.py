@@ -163,19 +163,24 @@ class Eviction:
                     registry.record_cache.invalidate(record.origin, record.key)
                 # Forgotten at once: the index may fail to record the eviction.
                 known = {one.name: registry.verified_blocks.forget(one.name) for one in victims}
-                last, some = await registry.change(self._evict_records, victims, wanted - freed)
-                for name, verified in known.items():
-                    registry.verified_blocks.put_back(name, verified)
+                last, some, deleted = await registry.change(
+                    self._evict_records, victims, wanted - freed
+                )
+                for name in known.keys() - deleted:
+                    registry.verified_blocks.put_back(name, known[name])
                 last = last or oldest[-1]
                 after = (last.last_used, last.row)
                 freed += some
         return freed
 
-    def _evict_records(self, records: list[Record], wanted: int) -> tuple[Record | None, int]:
+    def _evict_records(
+        self, records: list[Record], wanted: int
+    ) -> tuple[Record | None, int, set[str]]:
         """Evict idle files, in a thread; not for long, since opening a file waits for it.
 
-        Returns the last record looked at (None if there was none) and the bytes evicted. Files are
-        deleted before their records: a full disk takes no change of the index.
+        Returns the last record looked at (None if there was none), the bytes evicted and the names
+        of the files that are gone whole. Files are deleted before their records: a full disk takes
+        no change of the index.
         """
         freed, last = 0, None
         whole = []
@@ -194,7 +199,7 @@ class Eviction:
             self._registry.index.delete(whole)
         except sqlite3.Error as error:
             log.warning("the cache's index still names evicted files: %s", error)
-        return last, freed
+        return last, freed, set(whole)
 
     def _can_cut(self, record: Record) -> bool:
         """Return whether the file exists, and is not also a file of kept/ that a kill left with two

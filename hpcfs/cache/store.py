@@ -19,6 +19,7 @@ import fcntl
 import logging
 import os
 import secrets
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -341,6 +342,9 @@ class Store:
         self.registry.is_saving = True
         try:
             replaced = await self._save_changes()
+        except (OSError, sqlite3.Error):
+            self.eviction.recount()  # perhaps for want of room, which others took
+            raise
         finally:
             self.registry.is_saving = False
         for file in list(self.registry.files.values()):

@@ -170,8 +170,11 @@ class BaseVersion:
             await self.let_go()
         version = self.version
         if self._remote.capabilities.handles:
-            return await self.hold_open() is not None
-        try:
+            if await self.hold_open() is not None:
+                return True
+            if self.version != version:
+                return False
+        try:  # by its name: the server may have let the open file go
             entry = await self._remote.namespace.stat(self._remote.place.path)
         except NotFound:
             return False

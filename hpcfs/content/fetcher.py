@@ -41,7 +41,7 @@ class BlockSource(Protocol):
         """Store a range of bytes in the cache file. Raises RemoteError."""
         ...
 
-    def note_fetched(self, fetched: Fetched, offset: int) -> None:
+    def note_fetched(self, fetched: Fetched) -> None:
         """What was stored counts as present now."""
         ...
 
@@ -219,7 +219,7 @@ class Fetcher:
             with flight.scope:
                 fetched = await self._source.fetch(offset, length, urgent=flight.urgent)
                 self._landed(flight, offset + fetched.length, fetched.checksums)
-                self._source.note_fetched(fetched, offset)
+                self._source.note_fetched(fetched)
         except RemoteError as error:
             flight.error = error
             log.debug("fetch of %d bytes at %d: %s", length, offset, error.message)

@@ -197,6 +197,8 @@ class Reader:
             try:
                 fetched = await self.base.fetch(offset, length, urgent=urgent)
                 if self.base.version == version and file.path == cache_file:
+                    if file.in_memory:  # older blocks make room before these are present
+                        self._store.memory.arrived(file, offset, fetched.length)
                     return fetched
             except (Changed, NotFound):
                 attempts += 1
@@ -225,11 +227,10 @@ class Reader:
                 if file.path == cache_file:
                     raise
 
-    def note_fetched(self, fetched: m.Fetched, offset: int) -> None:
-        """Count what came against the cache's size, or the memory's, and measure the disk."""
+    def note_fetched(self, fetched: m.Fetched) -> None:
+        """Count what is present now against the cache's size, and measure the disk."""
         memory = self._store.memory
         if self._file.in_memory:
-            memory.arrived(self._file, offset, fetched.length)
             return
         self._store.note_added(fetched.length)
         if memory.slow_disk.stored(fetched.length, fetched.fetch_seconds, fetched.store_seconds):

@@ -68,6 +68,8 @@ class Unconfirmed(
         """What an upload brings beside bytes."""
         if self.resized:
             changes = Changes.RESIZED
+        elif not self.ranges and self.remote_side is RemoteSide.PRESENT:
+            changes = Changes.NONE  # noted before the first byte was written, and none was
         else:
             changes = Changes.APPENDED if self.appended and not self.new else Changes.ANY
         return Unsent(changes, self.pending)
@@ -88,9 +90,10 @@ def flags_of(state: State, base_size: int) -> Flags:
     """Of a file of which `base_size` bytes of the remote's content still count."""
     remote, unsent = state.remote, state.unconfirmed
     is_partial = remote is RemoteSide.PARTIAL
+    is_begun_anew = is_partial and not base_size and unsent.changes is not Changes.APPENDED
     return Flags(
         pending=unsent.attributes,
-        new=remote in (RemoteSide.ABSENT, RemoteSide.REPLACES) or (is_partial and not base_size),
+        new=remote in (RemoteSide.ABSENT, RemoteSide.REPLACES) or is_begun_anew,
         replace=remote is RemoteSide.REPLACES,
         resized=unsent.changes is Changes.RESIZED,
         attempted=is_partial or remote is RemoteSide.CREATED or state.taken is not None,

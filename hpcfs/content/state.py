@@ -15,9 +15,11 @@ Towards the remote: what is there under the file's name (RemoteSide).
 
 Towards the journal: whether a row survives the daemon, and all of the file with it (Durability).
 
+         +----------------------------+
+         |                            v
     UNJOURNALED --> JOURNALED --> PERSISTING --> PERSISTED        refused: STRANDED, for good
          ^              ^              |             |
-         |              +--- written, or renamed ----+
+         |              +- written, renamed, failed -+
          +----------------- confirmed, or removed ---+
 
 Towards its name (Name).
@@ -134,11 +136,17 @@ _COUNTS = (Name.LINKED, Name.SUPERSEDED)
 class State:
     """The states of one file. Readable by everybody, changed by the content that has it."""
 
-    __slots__ = ("attributes", "changes", "durability", "motion", "name", "remote", "taken")
+    __slots__ = (
+        *("attributes", "changes", "durability", "motion", "name", "remote", "rows_removed"),
+        "taken",
+    )
 
     def __init__(self) -> None:
         self.remote = RemoteSide.PRESENT
         self.durability = Durability.UNJOURNALED
+        self.rows_removed = 0
+        """How often the journal was told to remove the row: what it was told to note before is
+        gone with it."""
         self.name = Name.LINKED
         self.changes = Changes.NONE
         self.attributes = NO_ATTRIBUTES
@@ -171,7 +179,7 @@ class State:
     @property
     def is_unlinked(self) -> bool:
         """Whether nothing that is written from now on will be uploaded."""
-        return self.name is Name.UNLINKED or self.name is Name.DISCARDED
+        return self.name not in _COUNTS
 
     @property
     def is_superseded(self) -> bool:
@@ -328,7 +336,8 @@ class State:
             self.durability = Durability.JOURNALED
 
     def note_no_row(self) -> None:
-        """The journal has no row of the content's any more."""
+        """The journal has no row of the content's any more, once it has done what it was told."""
+        self.rows_removed += 1
         if self.durability is not Durability.STRANDED:
             self.durability = Durability.UNJOURNALED
 
@@ -349,7 +358,7 @@ class State:
 
     def note_not_persisted(self, *, had_row: bool) -> None:
         """The disk failed. `had_row`: there was a row before, which is still there."""
-        if self.durability is not Durability.STRANDED:
+        if self.durability is Durability.PERSISTING:
             self.durability = Durability.JOURNALED if had_row else Durability.UNJOURNALED
 
     def strand(self) -> None:

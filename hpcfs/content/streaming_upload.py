@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
 import trio
 
@@ -28,6 +29,16 @@ SendPiece = Callable[[int, int], Awaitable[None]]
 """(handle, offset): returns once the remote has the piece. Raises RemoteError."""
 
 
+@dataclass(eq=False)
+class _PieceUnderWay:
+    """`counts` is false once the file was changed where the piece is, or cut."""
+
+    offset: int
+    handle: int
+    ended: trio.Event = field(default_factory=trio.Event)
+    counts: bool = True
+
+
 class StreamingUpload:
     """Sends the pieces of one file. Offsets are bytes; a piece is PIECE_BYTES long and starts at a
     multiple of that."""
@@ -41,9 +52,8 @@ class StreamingUpload:
         self._failed = False
         self._stopped = False
         self._next = 0
-        self._under_way: dict[int, trio.Event] = {}
-        self._again: set[int] = set()
-        """Pieces under way that were written to meanwhile."""
+        self.under_way: set[_PieceUnderWay] = set()
+        """Also those that are of no use any more: they still write to the remote."""
         self.sent = RangeSet()
         """The bytes that the remote has as they are here."""
         self.handle = NO_HANDLE
@@ -54,45 +64,50 @@ class StreamingUpload:
         if self.handle == NO_HANDLE:
             return
         self.sent.remove(offset - offset % PIECE_BYTES, -(-end // PIECE_BYTES) * PIECE_BYTES)
-        for piece in self._under_way:
-            if piece < end and offset < piece + PIECE_BYTES:
-                self._again.add(piece)
+        for piece in self.under_way:
+            if piece.offset < end and offset < piece.offset + PIECE_BYTES:
+                piece.counts = False
 
     def advance(self, dirty: RangeSet, end: int) -> None:
-        """The writer is at `end`: send what it left behind."""
+        """The writer is at `end`: send what it left behind. A piece that was sent before a cut may
+        write to the remote still, or cut the file there: it ends first."""
         while (
             not (self._failed or self._stopped)
-            and len(self._under_way) < MOST_PIECES
+            and len(self.under_way) < MOST_PIECES
             and self._next + 2 * PIECE_BYTES <= end
             and dirty.covers(self._next, self._next + PIECE_BYTES)
+            and all(piece.handle == self.handle for piece in self.under_way)
         ):
             if self.handle == NO_HANDLE:
                 self.handle = self._new_handle()
-            self._under_way[self._next] = trio.Event()
-            self._nursery.start_soon(self._fly, self._next)
+            piece = _PieceUnderWay(self._next, self.handle)
+            self.under_way.add(piece)
+            self._nursery.start_soon(self._fly, piece)
             self._next += PIECE_BYTES
 
-    async def _fly(self, offset: int) -> None:
+    async def _fly(self, piece: _PieceUnderWay) -> None:
         try:
-            await self._send(self.handle, offset)
-            if offset not in self._again and not self._failed:
-                self.sent.add(offset, offset + PIECE_BYTES)
+            await self._send(piece.handle, piece.offset)
+            if piece.counts and not self._failed:
+                self.sent.add(piece.offset, piece.offset + PIECE_BYTES)
         except RemoteError as error:
             log.info("a file is not sent while it is written: %s", error.message)
-            self._failed = True
+            self._failed = self._failed or piece.handle == self.handle
         finally:
-            self._again.discard(offset)
-            self._under_way.pop(offset).set()
+            self.under_way.discard(piece)
+            piece.ended.set()
 
     async def wait_idle(self) -> None:
         """Return once nothing is under way. From then on nothing more is sent until `reset`."""
         self._stopped = True
-        while self._under_way:
-            await next(iter(self._under_way.values())).wait()
+        while self.under_way:
+            await next(iter(self.under_way)).ended.wait()
 
     def reset(self) -> int:
         """What was sent is complete, or of no use; returns the handle that it was sent under."""
         handle, self.handle = self.handle, NO_HANDLE
+        for piece in self.under_way:
+            piece.counts = False
         self.sent = RangeSet()
         self._next = 0
         self._failed = self._stopped = False

@@ -219,10 +219,11 @@ class FileUpload:
 
     async def begin(self) -> Snapshot:
         """What is dirty now is on its way; what is written from now on is dirty anew."""
-        fetcher = self._reader.fetcher
+        fetcher, has_stopped = self._reader.fetcher, False
         while True:
-            if self._sending.handle != NO_HANDLE:
+            if self._sending.handle != NO_HANDLE or self._sending.under_way:
                 await self._sending.wait_idle()
+                has_stopped = True
             if not fetcher.flights:
                 break
             await fetcher.wait_idle()
@@ -239,9 +240,9 @@ class FileUpload:
             SentPieces(sent, sent_under if sent else self._write_handle),
             append,
         )
-        if sent_under != NO_HANDLE:
+        if has_stopped:
             self._sending.reset()
-            if sent_under != snapshot.pieces.handle:
+            if sent_under not in (NO_HANDLE, snapshot.pieces.handle):
                 self._abandon(sent_under)
         self._write_handle = NO_HANDLE
         self._file.dirty = RangeSet()

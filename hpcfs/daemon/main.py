@@ -26,7 +26,7 @@ from hpcfs.daemon.questions import Questions
 from hpcfs.daemon.status import StatusReporter
 from hpcfs.daemon.write_commands import WriteCommands
 from hpcfs.kernel import operations as kernel
-from hpcfs.model.errors import RemoteError, SetupError
+from hpcfs.model.errors import CacheFull, RemoteError, SetupError
 from hpcfs.site.client import Ask
 from hpcfs.site.namespace import Namespace
 from hpcfs.system import dumps, logs, mountinfo, signals
@@ -241,7 +241,7 @@ class _Daemon:
                 await self._mount.fs.closer.note_dirty()
                 await self._mount.journal.sync()
                 await self._mount.store.save()
-            except (OSError, sqlite3.Error) as error:
+            except (OSError, sqlite3.Error, CacheFull) as error:
                 if not failing:
                     log.error("the cache's index can't be saved: %s", error)  # noqa: TRY400
                 failing = True

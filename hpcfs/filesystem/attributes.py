@@ -31,7 +31,7 @@ class AttributeChanges:
     async def change(self, namespace: Namespace, node: Node, attributes: Attributes) -> None:
         """Set the attributes that are not None.
 
-        Raises NotOwner, Stale, other FilesystemErrors, and RemoteError.
+        Raises NotOwner, Stale, other RemoteErrors, and FilesystemError.
         """
         if not attributes:
             return
@@ -81,7 +81,7 @@ class AttributeChanges:
         first."""
         content = node.content
         assert content
-        if content.may_be_missing:
+        if content.may_be_missing and not content.reader.base.size:
             await self._closer.flush(content)
         entry = await namespace.entry(m.SetAttributes(node.path, attributes))
         if attributes.gid is not None:

@@ -79,7 +79,7 @@ class Files:
     async def open(self, node: Node, flags: int) -> OpenReply:
         """Open the node's file as open(2) does with these flags.
 
-        Raises Stale if another file has its name by now, other FilesystemErrors, and RemoteError.
+        Raises Stale if another file has its name by now, other RemoteErrors, and FilesystemError.
         """
         namespace = self._regular(node)
         writing = flags & os.O_ACCMODE != os.O_RDONLY

@@ -2,8 +2,8 @@
 namespace's remote is behind site/namespace.py).
 
 Operations take inode numbers and handles, and return nodes, bytes or numbers. They raise
-FilesystemError (model/errors.py) or RemoteError (protocol/messages.py) and nothing else that
-is expected. Open files are files.py's, open directories directories/directories.py's.
+FilesystemError or RemoteError (model/errors.py) and nothing else that is expected. Open files are
+files.py's, open directories directories/directories.py's.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class Lookup:
     async def find(self, parent_ino: int, name: bytes, process: int = UNKNOWN_PROCESS) -> Node:
         """Return the node of this name in a directory, for this process.
 
-        Raises NotFound where there is no such name, other FilesystemErrors, and RemoteError.
+        Raises NotFound where there is no such name, other RemoteErrors, and FilesystemError.
         """
         parent = self._tree.directory(parent_ino)
         if len(name) > MAX_NAME_BYTES:
@@ -191,7 +191,7 @@ class Lookup:
     async def getattr(self, ino: int) -> Node:
         """Return the node with its attributes as they are now.
 
-        Raises NotFound where the file is gone, other FilesystemErrors, and RemoteError.
+        Raises NotFound where the file is gone, other RemoteErrors, and FilesystemError.
         """
         node = self._tree.get(ino)
         if node.namespace is None or node.is_ahead or self._tree.is_fresh(node):

@@ -41,7 +41,7 @@ class Renamer:
     ) -> None:
         """Give `node`, named `old` (directory, name), the name of `target`, if that is not None.
 
-        Raises AlreadyExists without `replace`, other FilesystemErrors, and RemoteError.
+        Raises AlreadyExists without `replace`, other RemoteErrors, and FilesystemError.
         """
         if target and target.content and target.content.may_be_missing and not replace:
             raise AlreadyExists("the name is taken")
@@ -122,8 +122,12 @@ class Renamer:
             await self._closer.keep_readable(target)
         await self.flush_below(node)
         async with AsyncExitStack() as locks:
-            for content in _open_below(node, target):
-                await locks.enter_async_context(content.upload.lock)
+            locked = set[Content]()
+            while more := [one for one in _open_below(node, target) if one not in locked]:
+                for content in more:  # others may be opened while a lock is waited for
+                    await locks.enter_async_context(content.upload.lock)
+                locked.update(more)
+            # No await from here until all are in motion.
             with ExitStack() as motion:
                 linked = target if target and target.extra_links else None
                 for content in _open_below(node, linked):

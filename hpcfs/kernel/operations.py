@@ -49,7 +49,7 @@ def _answering(
             if number is None:
                 log.exception("%s failed in an unexpected way", handler.__name__)
                 number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
-            elif isinstance(error, RemoteError) and _deserves_line(number, error.message):
+            elif isinstance(error, RemoteError) and _deserves_line(number, error):
                 log.warning("%s: %s", handler.__name__, error.message)
             raise pyfuse3.FUSEError(number) from None
 
@@ -61,10 +61,12 @@ _MESSAGES_KNOWN = 100
 _logged: dict[str, float] = {}
 
 
-def _deserves_line(number: int, message: str) -> bool:
+def _deserves_line(number: int, error: RemoteError) -> bool:
     """Programs that poll a dead namespace must not fill the log with one sentence."""
-    now = time.monotonic()
-    if number in _EVERYDAY or now - _logged.get(message, -_REPEAT_SECONDS) < _REPEAT_SECONDS:
+    now, message = time.monotonic(), error.message
+    if number in _EVERYDAY or (number in _PLAIN and not error.is_told):
+        return False
+    if now - _logged.get(message, -_REPEAT_SECONDS) < _REPEAT_SECONDS:
         return False
     if len(_logged) >= _MESSAGES_KNOWN:
         _logged.clear()
@@ -72,11 +74,13 @@ def _deserves_line(number: int, message: str) -> bool:
     return True
 
 
-_EVERYDAY = frozenset(
-    {errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTSUP, errno.EXDEV}
-    | {errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENAMETOOLONG, errno.EROFS}
-)
+_EVERYDAY = frozenset({errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTSUP, errno.EXDEV})
 """Answers that programs provoke all the time, whoever gave them; the log is for the others."""
+_PLAIN = frozenset(
+    {errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENAMETOOLONG}
+)
+"""Answers that need no words where the mount gives them: its modes and settings can be seen. Where
+the remote does, its reason is in the log."""
 
 
 def _attributes(node: Node, ino: int | None = None) -> pyfuse3.EntryAttributes:

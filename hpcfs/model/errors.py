@@ -117,6 +117,8 @@ class RemoteError(HpcfsError):
     """
 
     lasting: ClassVar[bool] = False
+    is_told = False
+    """Whether a remote said so, or the way to it; otherwise the mount did."""
 
 
 class NotFound(RemoteError):
@@ -242,7 +244,7 @@ class ProtocolError(RemoteError):
 
 
 class CacheFull(RemoteError):
-    """Raised when the local disk takes no more of the bytes that were fetched."""
+    """Raised when the local disk takes no more bytes of the cache or of the journal."""
 
 
 class CacheFileGone(RemoteError):

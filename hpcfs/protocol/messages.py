@@ -231,7 +231,9 @@ class Failure(msgspec.Struct, frozen=True):
 
     def error(self) -> RemoteError:
         """Unpack it; a class that is not known becomes RemoteFailure."""
-        return ERRORS.get(self.kind, RemoteFailure)(self.message)
+        error = ERRORS.get(self.kind, RemoteFailure)(self.message)
+        error.is_told = True
+        return error
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):

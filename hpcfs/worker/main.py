@@ -80,7 +80,7 @@ class DaemonConnection:
             self._writer.write(m.frame(message))
 
     async def ask(self, text: str, *, echo: bool = False) -> str | None:
-        """Ask whoever is at the daemon's terminal (base.Prompter)."""
+        """Ask whoever is at the daemon's terminal (base.Prompter); nobody is where it is gone."""
         number = len(self._questions)
         while number in self._questions:
             number += 1
@@ -89,6 +89,8 @@ class DaemonConnection:
         try:
             await self.send(m.Question(number, text, echo))
             return await future
+        except DaemonGone:
+            return None
         finally:
             del self._questions[number]
 

@@ -168,17 +168,24 @@ class Closer:
         """
         if not content.leave():
             return
-        self._in_use.pop(content, None)
         content.reader.fetcher.cancel_all()
-        if content.namespace.writes_back and content.is_dirty():
-            await self._leave_to_queue(content)
-            return
-        with content.last_close():
-            uploaded = await self._last_close(content)
+        try:
+            uploaded = await self._close_for_good(content)
+        finally:
+            if not content.users:
+                self._in_use.pop(content, None)
         if not uploaded:
             self._retire(content)
         else:
             self._retire_if_done(content)
+
+    async def _close_for_good(self, content: Content) -> bool:
+        """Return whether nothing had to be stranded."""
+        if content.namespace.writes_back and content.is_dirty():
+            await self._leave_to_queue(content)
+            return True
+        with content.last_close():
+            return await self._last_close(content)
 
     async def _leave_to_queue(self, content: Content) -> None:
         """Leave the upload to the queue.
@@ -190,7 +197,6 @@ class Closer:
                 await self.queue.persist(content)
         except RemoteError as error:
             log.warning("%r: %s", content.place.path, error.message)
-        self._retire_if_done(content)
 
     def _retire_if_done(self, content: Content) -> None:
         """Retire the content if that was its last use."""

@@ -110,6 +110,9 @@ class Pending:
             if namespace is None
             or (content.namespace.name == namespace and paths.is_below(content.place.path, path))
         ]
+        for content in wanted:
+            if content.closing is not None:  # close(2) has returned, and its bytes may be stranded
+                await content.closing.wait()
         await self._queue.wait_for(wanted, on_progress, patience)
 
     async def retry(self, ids: Sequence[str]) -> None:
@@ -150,6 +153,8 @@ class Pending:
 
     async def _give_up(self, content: Content) -> None:
         async with content.upload.lock:
+            if not content.is_dirty():  # uploaded, or removed, while the lock was waited for
+                return
             content.discard()
             self._store.forget(content.file)
             node = content.place

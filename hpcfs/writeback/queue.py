@@ -243,9 +243,11 @@ class UploadQueue:
 
     async def _upload(self, content: Content) -> None:
         outage = self._outages.get(content.namespace)
+        if outage is not None and outage.is_silent:
+            self._failed(content, NotConnected(outage.reason))
+            self._upload_ended(content)
+            return
         try:
-            if outage is not None and outage.is_silent:
-                raise NotConnected(outage.reason)
             await self._flush(content)
         except Conflict:
             self.schedule.gone(content)  # it is beside the other one, or kept
@@ -253,6 +255,10 @@ class UploadQueue:
             self._failed(content, error)
         except OSError as error:
             self._failed(content, CacheFull(f"the cache's disk failed: {error.strerror}"))
+        except Exception:  # a bug of ours, or a journal that fails, must not end the mount
+            log.exception("uploading %r failed in an unexpected way", content.place.path)
+            reason = "uploading failed in an unexpected way; the log has details"
+            self._failed(content, RemoteFailure(reason))
         else:
             self.schedule.ended(content, trio.current_time())
             self._answers(content.namespace)

@@ -67,12 +67,14 @@ class Uploader:
         mount."""
         if not file.state.needs_row:
             return
+        removed = file.state.rows_removed
         try:
             row = row or file.unconfirmed()
             await self.journal.note(row, durable=durable, instead_of=instead_of)
         except (sqlite3.Error, OSError) as error:
             raise CacheFull(f"the journal in the cache can't be written: {error}") from None
-        file.note_row()
+        if file.state.rows_removed == removed:
+            file.note_row()
 
     async def upload(
         self, file: Content, confirmed: Callable[[Entry], None], *, sync: bool = False

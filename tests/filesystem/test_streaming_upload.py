@@ -177,3 +177,36 @@ async def test_an_existing_file_that_is_written_anew_is_sent_too(w: World) -> No
     await w.kernel.close(handle)
     assert w.remote.get(b"f") == piece(0) + piece(1) + piece(2)
     await trio.lowlevel.checkpoint()
+
+
+@live()
+async def test_a_piece_that_is_on_its_way_when_the_file_is_cut_harms_nothing(w: World) -> None:
+    """The upload waits until the piece is written; what it brings is what the file is by then."""
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    held = w.cues.hold(m.UploadPiece)
+    await write_pieces(w, handle, 2)
+    await held.reached.wait()
+    await w.kernel.ftruncate(handle, 0)
+    await w.kernel.pwrite(handle, 0, b"short")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(w.kernel.close, handle)
+        await wait_all_tasks_blocked()
+        assert w.cues.count(m.Upload) == 0
+        held.go.set()
+    assert w.remote.get(b"f") == b"short"
+
+
+@live()
+async def test_what_is_written_again_after_a_cut_is_sent_again(w: World) -> None:
+    """Once the older piece has landed, which may still cut the file there."""
+    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
+    held = w.cues.hold(m.UploadPiece)
+    await write_pieces(w, handle, 2)
+    await held.reached.wait()
+    await w.kernel.ftruncate(handle, 0)
+    for number in (7, 8, 9):
+        await w.kernel.pwrite(handle, (number - 7) * PIECE_BYTES, piece(number))
+    assert w.cues.count(m.UploadPiece) == 1
+    held.go.set()
+    await w.kernel.close(handle)
+    assert w.remote.get(b"f") == piece(7) + piece(8) + piece(9)

@@ -40,7 +40,7 @@ def row_of(state: State, base_size: int = 0) -> Unconfirmed:
         b"f",
         0,
         base_size,
-        [],
+        [(0, 1)] if state.unconfirmed.changes in (Changes.APPENDED, Changes.ANY) else [],
         "data",
         b"",
         ENTRY,
@@ -299,8 +299,11 @@ class Walk(RuleBasedStateMachine):
 
     @invariant()
     def the_next_mount_takes_up_the_same(self) -> None:
-        """From a row noted now: the states are the same, or such that more is brought."""
-        if not (self.counts and self.state.is_dirty):
+        """From a row noted now: the states are the same, or such that more is brought. A file that
+        the remote is only renaming brings nothing."""
+        state = self.state
+        waits = state.unconfirmed or state.taken is not None
+        if not self.counts or not (waits or state.remote is not RemoteSide.PRESENT):
             return
         row = row_of(self.state)
         again = resumed(row.remote_side, row.unsent)

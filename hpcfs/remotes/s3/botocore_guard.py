@@ -83,7 +83,11 @@ _handing_out: Any = AIOHTTPSession._get_session
 
 
 async def _guarded(self: AIOHTTPSession, proxy_url: str | None) -> _BoundedSession:
-    return _BoundedSession(await _handing_out(self, proxy_url))
+    session = await _handing_out(self, proxy_url)
+    # aiohttp would repeat a request by itself, PUT too, and tell the last attempt's error only:
+    # botocore repeats it, and tells each (sent_writes.py).
+    session._retry_connection = False
+    return _BoundedSession(session)
 
 
 def guard() -> None:

@@ -25,9 +25,9 @@ from botocore.parsers import create_parser
 from botocore.utils import get_environ_proxies
 
 from hpcfs.remotes.s3.http import ERROR_BYTES, HttpRequest, HttpResponse, UnusualResponse
-from hpcfs.remotes.s3.pool import HostAddress, Pool
+from hpcfs.remotes.s3.pool import HostAddress, NotOpened, Pool
 from hpcfs.remotes.s3.responses import is_fit_to_parse, parse_copy, parse_listing, parse_object
-from hpcfs.remotes.s3.sent_writes import note_attempt
+from hpcfs.remotes.s3.sent_writes import note_sent
 from hpcfs.remotes.s3.signing import ALGORITHM, EMPTY_SHA256, UNSIGNED, Keys, Signer
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class Direct:
             head = _head(route, operation, bucket, parameters, keys, payload)
             bodiless = _METHODS[operation] == "HEAD"
             found = await route.pool.ask(HttpRequest(head, bodiless, limit, body, sent))
-            note_attempt(operation, None)
+            note_sent(operation)
             if found.status < 300:
                 parsed = _parsed(operation, found)
                 self._strange.pop(bucket, None)
@@ -165,11 +165,12 @@ class Direct:
         except TimeoutError:
             raise
         except (UnusualResponse, ValueError) as error:
-            note_attempt(operation, None)
+            note_sent(operation)
             self._note_strange(bucket, error)
             return None
         except OSError as error:
-            note_attempt(operation, error)
+            if not isinstance(error, NotOpened):
+                note_sent(operation)
             log.debug("%s by way of botocore: %s", operation, error)
             return None
         if found.status in _FINAL or any(code in (found.body or b"") for code in _FINAL_CODES):

@@ -78,6 +78,8 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._waiter: asyncio.Future[HttpResponse] | None = None
         self._room: asyncio.Future[None] | None = None
         """While the transport holds as much as it should."""
+        self.was_asked = False
+        """Whether the last request was sent, or a part of it."""
         self.began = False
         """Whether a byte of the present answer has come."""
         self.asked = self.heard = self._loop.time()
@@ -94,13 +96,14 @@ class HttpConnection(asyncio.BufferedProtocol):
         Raises UnusualResponse, ConnectionLost, or TimeoutError after `expire`. A caller that is
         cancelled loses the connection: the rest of the response would take as long as it takes.
         """
-        self.began = False
+        self.began = self.was_asked = False
         if self._transport is None or not self.reusable:
             raise ConnectionLost("the connection is closed")
         self._request, self._filled, self._response = request, 0, None
         self._interim = 0
         self._waiter = self._loop.create_future()
         self.asked = self.heard = self._loop.time()
+        self.was_asked = True
         try:
             await self._send(self._transport, request)
             return await self._waiter

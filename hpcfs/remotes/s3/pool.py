@@ -25,6 +25,10 @@ SECOND_ADDRESS_SECONDS = 0.25
 """When an address does not answer, the next one is tried beside it (RFC 8305)."""
 
 
+class NotOpened(OSError):
+    """No connection could be made, and none had taken the request: nothing was sent."""
+
+
 @dataclass(frozen=True)
 class HostAddress:
     """The host and port of a pool's connections. `tls` is None for plain HTTP."""
@@ -65,8 +69,9 @@ class Pool:
     async def ask(self, request: HttpRequest) -> HttpResponse:
         """Send a request over a connection, and return the response.
 
-        Raises UnusualResponse, ConnectionLost, and what connecting raises: OSError, TimeoutError.
+        Raises UnusualResponse, ConnectionLost, NotOpened and TimeoutError.
         """
+        was_sent = False
         while self._idle:
             connection = self._idle.pop()
             try:
@@ -76,8 +81,16 @@ class Pool:
                 # time. All the idle ones are as old: the next to try is a new one.
                 if connection.began:
                     raise
+                was_sent = was_sent or connection.was_asked
                 self._drop_idle()
-        return await self._ask(await self._connect(), request)
+        try:
+            connection = await self._connect()
+        except TimeoutError:
+            raise
+        except OSError as error:
+            kind = ConnectionLost if was_sent else NotOpened
+            raise kind(f"no connection: {error}") from error
+        return await self._ask(connection, request)
 
     async def _ask(self, connection: HttpConnection, request: HttpRequest) -> HttpResponse:
         response = await connection.ask(request)

@@ -44,17 +44,18 @@ def tracing_writes() -> Iterator[None]:
         _current.reset(token)
 
 
-def note_attempt(operation: str, error: Exception | None) -> None:
-    """A request was answered, or failed with `error`; `operation` is the client's method."""
+def note_sent(operation: str) -> None:
+    """Note that a request may have reached the server; `operation` is the client's method."""
     trace = _current.get()
     if trace is not None and operation in _WRITING:
-        trace.sent = trace.sent or error is None or not is_of_connecting(error)
+        trace.sent = True
 
 
 def note_client_attempt(
     operation: Any = None, caught_exception: Exception | None = None, **_: object
 ) -> None:
-    """The same as botocore tells it after each of its attempts (the event "needs-retry")."""
+    """Note an attempt of botocore, which tells each one (the event "needs-retry")."""
     name = getattr(operation, "name", "")
-    if name in _WRITING_NAMES:
-        note_attempt(_WRITING[_WRITING_NAMES.index(name)], caught_exception)
+    not_sent = caught_exception is not None and is_of_connecting(caught_exception)
+    if name in _WRITING_NAMES and not not_sent:
+        note_sent(_WRITING[_WRITING_NAMES.index(name)])

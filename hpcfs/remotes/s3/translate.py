@@ -195,7 +195,9 @@ def translate(error: Exception, subject: str) -> RemoteError:
 
 def is_of_connecting(error: Exception) -> bool:
     """Whether nothing was sent: there was no connection to send it over. botocore wraps those that
-    broke in the same exception, and the one inside tells."""
+    broke in the same exception, and the one inside tells; a proxy was asked for a way only."""
+    if isinstance(error, boto.ProxyConnectionError):
+        return True
     inner = _inner(error)
     return isinstance(inner if isinstance(inner, Exception) else error, _NOT_CONNECTED)
 
@@ -295,7 +297,7 @@ def is_throttling(error: boto.ClientError) -> bool:
 
 def s3_code(error: RemoteError) -> str:
     """Return the server's code of a failure that `translate` made of its answer."""
-    answer = getattr(error.__cause__, "response", {})
+    answer = getattr(error.__cause__, "response", None) or {}  # None: there was no answer
     code = str(answer.get("Error", {}).get("Code", ""))
     return _SAME.get(code, code)
 
