@@ -204,7 +204,11 @@ def _ask_for_everything(port: int) -> None:
 
 
 def _remove_objects(client: Any, name: str) -> None:
-    for upload in client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", ()):
+    try:
+        uploads = client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", ())
+    except client.exceptions.NoSuchUpload:  # rclone's server: none was ever begun
+        return
+    for upload in uploads:
         client.abort_multipart_upload(Bucket=BUCKET, Key=upload["Key"], UploadId=upload["UploadId"])
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=name):
         for found in page.get("Contents", ()):
