@@ -156,12 +156,11 @@ class BaseVersion:
         """What is there now may be open on the remote under our handle."""
         self.held = True
         entry = await self._stat_open()
-        if entry is None or self._is_taken(version) or not stat.S_ISREG(entry.mode):
-            self.held = False
-            await self.let_go()
-            return None
-        self.adopt(entry)
-        return entry
+        if entry is not None and self._adopt_if_unread(entry, version):
+            return entry
+        self.held = False
+        await self.let_go()
+        return None
 
     async def follow_name(self) -> bool:
         """Whether it goes on as what has the name now, of which this was nothing but a look."""
@@ -178,14 +177,15 @@ class BaseVersion:
             entry = await self._remote.namespace.stat(self._remote.place.path)
         except NotFound:
             return False
-        if self._is_taken(version) or not stat.S_ISREG(entry.mode):
+        return self._adopt_if_unread(entry, version)
+
+    def _adopt_if_unread(self, entry: Entry, version: bytes) -> bool:
+        """Go on with what is there now, unless what is here is more than a look at `version`."""
+        is_taken = self.served or self._state.is_ahead or self.version != version
+        if is_taken or not stat.S_ISREG(entry.mode):
             return False
         self.adopt(entry)
         return True
-
-    def _is_taken(self, version: bytes) -> bool:
-        """Whether what is here is more than a look at this version."""
-        return self.served or self._state.is_ahead or self.version != version
 
     def adopt(self, entry: Entry) -> None:
         """Go on with this version: what is cached of the other is dropped, not mixed."""

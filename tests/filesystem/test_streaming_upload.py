@@ -14,6 +14,7 @@ from hpcfs.model.uploads import PIECE_BYTES, UploadRequest
 from hpcfs.protocol import messages as m
 from tests.filesystem.test_back import back
 from tests.filesystem.world import RW, World, live, until
+from tests.support.memory_remote import Held
 
 MIB = 1024 * 1024
 
@@ -179,14 +180,20 @@ async def test_an_existing_file_that_is_written_anew_is_sent_too(w: World) -> No
     await trio.lowlevel.checkpoint()
 
 
-@live()
-async def test_a_piece_that_is_on_its_way_when_the_file_is_cut_harms_nothing(w: World) -> None:
-    """The upload waits until the piece is written; what it brings is what the file is by then."""
+async def cut_while_a_piece_is_on_its_way(w: World) -> tuple[int, Held]:
+    """-> (handle, the piece)."""
     handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
     held = w.cues.hold(m.UploadPiece)
     await write_pieces(w, handle, 2)
     await held.reached.wait()
     await w.kernel.ftruncate(handle, 0)
+    return handle, held
+
+
+@live()
+async def test_a_piece_that_is_on_its_way_when_the_file_is_cut_harms_nothing(w: World) -> None:
+    """The upload waits until the piece is written; what it brings is what the file is by then."""
+    handle, held = await cut_while_a_piece_is_on_its_way(w)
     await w.kernel.pwrite(handle, 0, b"short")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(w.kernel.close, handle)
@@ -199,11 +206,7 @@ async def test_a_piece_that_is_on_its_way_when_the_file_is_cut_harms_nothing(w: 
 @live()
 async def test_what_is_written_again_after_a_cut_is_sent_again(w: World) -> None:
     """Once the older piece has landed, which may still cut the file there."""
-    handle = await w.kernel.open("ns/f", RW | os.O_CREAT)
-    held = w.cues.hold(m.UploadPiece)
-    await write_pieces(w, handle, 2)
-    await held.reached.wait()
-    await w.kernel.ftruncate(handle, 0)
+    handle, held = await cut_while_a_piece_is_on_its_way(w)
     for number in (7, 8, 9):
         await w.kernel.pwrite(handle, (number - 7) * PIECE_BYTES, piece(number))
     assert w.cues.count(m.UploadPiece) == 1

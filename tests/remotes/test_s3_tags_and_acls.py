@@ -125,18 +125,24 @@ def full(server: S3Server, prefix: str) -> None:
     put(server, f"{prefix}/d/f", b"content", Tagging=TAGGING, **extra)
 
 
+def done(server: S3Server, prefix: str, cache: Path, work: Work) -> str:
+    """Do it through a remote; the key of what it made."""
+
+    async def story() -> str:
+        async with remote_of(server, prefix, cache=str(cache)) as remote:
+            await remote.connect()
+            return f"{prefix}/{(await work(remote)).decode()}"
+
+    return asyncio.run(story())
+
+
 @pytest.mark.parametrize("work", ALL.values(), ids=ALL)
 def test_they_stay_whatever_is_done(
     moto: S3Server, prefix: str, tmp_path: Path, work: Work
 ) -> None:
     full(moto, prefix)
 
-    async def test() -> str:
-        async with remote_of(moto, prefix, cache=str(tmp_path)) as remote:
-            await remote.connect()
-            return f"{prefix}/{(await work(remote)).decode()}"
-
-    assert tags_and_acls(moto, asyncio.run(test())) == EXPECTED
+    assert tags_and_acls(moto, done(moto, prefix, tmp_path, work)) == EXPECTED
 
 
 @pytest.mark.parametrize("work", OVER.values(), ids=OVER)
@@ -146,12 +152,7 @@ def test_another_file_that_takes_the_name_takes_the_tags_only(
     """Who may read the old file need not be meant to read that one."""
     full(moto, prefix)
 
-    async def test() -> str:
-        async with remote_of(moto, prefix, cache=str(tmp_path)) as remote:
-            await remote.connect()
-            return f"{prefix}/{(await work(remote)).decode()}"
-
-    tags, public, _ = tags_and_acls(moto, asyncio.run(test()))
+    tags, public, _ = tags_and_acls(moto, done(moto, prefix, tmp_path, work))
     assert (tags, public) == (TAGS, [])
 
 
