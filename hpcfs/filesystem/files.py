@@ -98,8 +98,8 @@ class Files:
             await self.release(handle)
             raise
         keep = node.pages_version == content.version
-        if keep:
-            content.note_served()
+        if keep and flags & os.O_ACCMODE != os.O_WRONLY:
+            content.note_served()  # the kernel has pages of this version for it
         node.pages_version = content.version
         return OpenReply(handle, keep, not node.kernel_is_behind)
 

@@ -275,3 +275,31 @@ async def test_a_file_that_was_removed_is_not_made_again(w: World) -> None:
     with pytest.raises(Conflict):
         await w.kernel.close(handle)
     assert b"log" not in w.remote.paths()
+
+
+@in_both_modes
+def test_writers_of_one_file_follow_it_together(write: WriteMode, tmp_path: Path) -> None:
+    """A descriptor that stays open, and one for each line, in turns with others: what only writes
+    has read nothing, so that nothing keeps it from following the file."""
+
+    async def story() -> None:
+        async with world(tmp_path, "sftp", write=write) as w:
+            w.remote.put(b"log", b"")
+            kept = await w.kernel.open("ns/log", APPEND)
+            for _ in range(2):  # nobody else appends meanwhile
+                await _append(w, "ns/log")
+                await _synced(w)
+            held = w.cues.hold(m.Upload)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_append, w, "ns/log")
+                await held.reached.wait()
+                w.remote.append(b"log", SHORT)
+                held.go.set()
+            await _synced(w)
+            w.remote.append(b"log", SHORT)
+            await w.kernel.pwrite(kept, 0, LINE)
+            await w.kernel.close(kept)
+            await _synced(w)
+            assert w.remote.get(b"log") == LINE * 2 + SHORT + LINE + SHORT + LINE
+
+    trio.run(story)
