@@ -86,7 +86,6 @@ def _namespaces(settings: Settings, sites: Mapping[AnySite, SiteClient]) -> list
                 read_only=chosen.read_only,
                 write=chosen.write,
                 keeps_xattrs=chosen.keeps_xattrs,
-                sleeps=isinstance(chosen.site, TunnelSite),
                 symlinks=chosen.symlinks,
             ),
             bandwidths[chosen.site],

@@ -26,8 +26,8 @@ from hpcfs.model.errors import (
     AlreadyExists,
     BadHandle,
     IsADirectory,
-    NotConnected,
     NotSupported,
+    RemoteError,
     Stale,
     Unreachable,
 )
@@ -143,10 +143,10 @@ class Files:
             await self._lookup.revalidate(node)
         try:
             entry = await content.reader.hold()
-        except NotConnected:
-            if not namespace.sleeps:
+        except RemoteError as error:
+            if not namespace.absence_explains(error):
                 raise
-            log.debug("%r is opened as it was when the laptop was there", node.path)
+            log.debug("%r is opened as it was last seen: %s", node.path, error.message)
             return True
         if entry is None:
             return False
