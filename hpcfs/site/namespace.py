@@ -1,6 +1,6 @@
 """A namespace as the filesystem sees it: typed calls to its site, and what the remote can do.
 
-`SiteCalls` is all that the filesystem needs of site/client.py; tests put a remote in memory
+`SiteCalls` is all that the filesystem needs of a site (site/calls.py); tests put a remote in memory
 behind it.
 """
 
@@ -41,6 +41,17 @@ _entries = msgspec.msgpack.Decoder(list[Entry])
 
 class SiteCalls(Protocol):
     """Calls to one site's transfer process."""
+
+    @property
+    def is_away(self) -> bool:
+        """Whether calls fail at once, as there was no answer for too long, or the login is
+        refused."""
+        ...
+
+    @property
+    def patience(self) -> float:
+        """For how many seconds an outage is only a pause."""
+        ...
 
     async def call(
         self,
@@ -150,6 +161,17 @@ class Namespace:
         self._empty[path, version] = None
         if len(self._empty) > _EMPTY_NOTED:
             self._empty.popitem(last=False)
+
+    @property
+    def is_away(self) -> bool:
+        """Whether calls fail at once: there was no answer for longer than the patience, or the site
+        refuses the login. A look for it goes on in the background."""
+        return self._site.is_away
+
+    @property
+    def patience(self) -> float:
+        """For how many seconds an outage is only a pause."""
+        return self._site.patience
 
     def new_handle(self) -> int:
         """Return a number that identifies an open file to the transfer process."""
