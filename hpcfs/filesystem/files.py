@@ -83,10 +83,13 @@ class Files:
         """
         namespace = self._regular(node)
         writing = flags & os.O_ACCMODE != os.O_RDONLY
-        if writing or flags & os.O_TRUNC:
+        changes = writing or bool(flags & os.O_TRUNC)
+        if changes:
             namespace.check_writable()
         await self._permissions.check_open(node, flags)
         await self._closer.wait_closed(node)
+        if changes and namespace.is_away and not namespace.writes_back and not node.is_ahead:
+            await self._lookup.compare(node)  # raises why: close(2) could not bring it there
         if not writing:
             self._file_prefetcher.opened(node)
         content = await self._current(node, namespace, flags)
