@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar, cast
 
+import msgspec
 import trio
 
 from hpcfs.model.capabilities import Capabilities
@@ -41,6 +42,9 @@ LOOK_SECONDS = 10.0
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 1.0
 """Between the attempts of one call to a namespace that answers others, in seconds."""
+MOST_PAGES_AGAIN = 20
+"""A listing that breaks off later is an error. A page has 1,000 entries (model/entries.py)."""
+_entries = msgspec.msgpack.Decoder(list[Entry])
 _ASKED_AT_ONCE = (m.Connect, m.Release)
 """A login has deadlines of its own, as somebody may be looking for a token; and a handle is given
 back whatever the remote does. Neither is repeated."""
@@ -110,20 +114,21 @@ class PatientCalls:
         on_page: Callable[[bytes], None],
         timeout: float = CALL_TIMEOUT,
     ) -> None:
-        """Do what SiteClient.call_pages does, through outages that come before the first page.
+        """Do what SiteClient.call_pages does, through outages that come before a listing is long.
 
         Raises RemoteError.
         """
-        has_begun = False
+        given = _GivenPages()
 
         def received(page: bytes) -> None:
-            nonlocal has_begun
-            has_begun = True
             self._patience.heard()
-            on_page(page)
+            on_page(given.without_repeated(page))
 
-        ask = partial(self._site.call_pages, namespace, request, received, timeout)
-        await self._through_outages(request, ask, lambda error: not has_begun)
+        async def ask() -> None:
+            given.begin()
+            await self._site.call_pages(namespace, request, received, timeout)
+
+        await self._through_outages(request, ask, lambda error: given.are_few)
 
     def _progressed(self, on_progress: Callable[[int], None] | None, done: int) -> None:
         self._patience.heard()
@@ -240,6 +245,7 @@ class PatientCalls:
                 elif self._scopes and self._patience.has_ended():
                     for scope in self._scopes:
                         scope.cancel()
+                    self._site.note_silence(self._patience.reason)
                     self._tell_waiting()
                     self._look_for_it()
                     return
@@ -272,7 +278,7 @@ class PatientCalls:
         except Unreachable as error:
             if isinstance(error, Throttled):
                 self._answered()
-            else:
+            elif not isinstance(error, TimedOut):
                 self._patience.reason = error.message
         except RemoteError as error:
             self._judge(error, trio.current_time())
@@ -319,6 +325,38 @@ class PatientCalls:
             return await self.call(self._namespace, m.Stat(path), Entry)
         except NotFound:
             return None
+
+
+class _GivenPages:
+    """The pages of a listing that its reader already has, in case it is asked for once more."""
+
+    def __init__(self) -> None:
+        self._pages: list[bytes] = []
+        self._names: frozenset[bytes] = frozenset()
+        self._count = 0
+
+    @property
+    def are_few(self) -> bool:
+        """Whether the names in them are known."""
+        return self._count <= MOST_PAGES_AGAIN
+
+    def begin(self) -> None:
+        """The listing is asked for."""
+        if self._pages:
+            entries = (entry for page in self._pages for entry in _entries.decode(page))
+            self._names = frozenset(entry.name for entry in entries)
+
+    def without_repeated(self, page: bytes) -> bytes:
+        """Return the page without names that were given before."""
+        if self._names:
+            new = [entry for entry in _entries.decode(page) if entry.name not in self._names]
+            page = msgspec.msgpack.encode(new)
+        self._count += 1
+        if self.are_few:
+            self._pages.append(page)
+        else:
+            self._pages.clear()
+        return page
 
 
 def _may_repeat(request: m.Request, error: Unreachable) -> bool:

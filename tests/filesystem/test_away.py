@@ -144,8 +144,8 @@ async def test_what_was_changed_here_since_a_listing_is_as_it_became(w: World) -
             w.kernel.forget_all()
         async with away(w):
             assert set(await w.kernel.listdir("ns")) == shown
-            for name in ("removed", "renamed", "old", "empty"):
-                assert not await w.kernel.exists(f"ns/{name}")
+            for gone in ("removed", "renamed", "old", "empty"):
+                assert not await w.kernel.exists(f"ns/{gone}")
             assert (await w.kernel.stat("ns/made")).size == 3
             assert (await w.kernel.stat("ns/better")).size == 7
             assert set(await w.kernel.listdir("ns/young")) == {b"file"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -21,7 +22,7 @@ from hpcfs.model.errors import (
     Unreachable,
 )
 from hpcfs.protocol import messages as m
-from hpcfs.site.calls import PatientCalls
+from hpcfs.site.calls import MOST_PAGES_AGAIN, PatientCalls
 from hpcfs.site.patience import Patience
 
 PATIENCE = 30.0
@@ -44,8 +45,13 @@ class Site:
         """What others put under the name "new" when an answer was lost."""
         self.refuses: RemoteError | None = None
         self.calls: list[m.Request] = []
-        self.asking = False
+        self.asking = self.is_silent = False
         self.pages: list[bytes] = []
+        self.breaks_at = 0
+        """After so many pages the link breaks."""
+
+    def note_silence(self, reason: str) -> None:
+        self.is_silent = True
 
     def asked_within(self, seconds: float) -> bool:
         return self.asking
@@ -79,9 +85,9 @@ class Site:
     ) -> None:
         self.calls.append(request)
         await self._reach()
-        for page in self.pages:
+        for number, page in enumerate(self.pages):
             on_page(page)
-            if self.loses_answer:
+            if self.loses_answer or number + 1 == self.breaks_at:
                 self.loses_answer = False
                 raise Unreachable("the connection was lost")
 
@@ -209,6 +215,7 @@ async def test_silence_ends_all_who_wait_together(site: Site, calls: PatientCall
         for number in range(50):
             nursery.start_soon(ask, number * 0.9)
     assert len(ended) == 50
+    assert site.is_silent, "as the status tells"
     assert sum(at <= PATIENCE + 0.1 for at in ended) > 30, "counted from the last answer"
     assert sorted(ended)[-1] < 49 * 0.9 + 0.1, "who came later was answered at once"
 
@@ -318,19 +325,35 @@ async def test_what_may_have_been_done_is_not_told_as_not_sent(
     assert not isinstance(told.value, NotConnected)
 
 
+def page(*names: int) -> bytes:
+    return msgspec.msgpack.encode([msgspec.structs.replace(FILE, name=b"%d" % n) for n in names])
+
+
 @story
-async def test_a_listing_is_repeated_before_its_first_page_only(
-    site: Site, calls: PatientCalls
-) -> None:
-    site.pages = [b"one", b"two"]
+async def test_a_listing_that_breaks_off_goes_on(site: Site, calls: PatientCalls) -> None:
+    """Each name comes once."""
+    site.pages = [page(1, 2), page(3)]
     site.down = outage(5)
-    pages: list[bytes] = []
-    await calls.call_pages("ns", m.List(b""), pages.append)
-    assert pages == [b"one", b"two"]
     site.loses_answer = True
+    found: list[bytes] = []
+
+    def add(one: bytes) -> None:
+        found.extend(entry.name for entry in msgspec.msgpack.decode(one, type=list[Entry]))
+
+    await calls.call_pages("ns", m.List(b""), add)
+    assert not site.loses_answer
+    assert found == [b"1", b"2", b"3"]
+
+
+@story
+async def test_a_long_listing_that_breaks_off_is_an_error(site: Site, calls: PatientCalls) -> None:
+    """Else all its names would have to be kept."""
+    site.pages = [page(n) for n in range(MOST_PAGES_AGAIN + 2)]
+    site.breaks_at = MOST_PAGES_AGAIN + 1
+    found: list[bytes] = []
     with pytest.raises(Unreachable):
-        await calls.call_pages("ns", m.List(b""), pages.append)
-    assert pages == [b"one", b"two", b"one"]
+        await calls.call_pages("ns", m.List(b""), found.append)
+    assert len(found) == MOST_PAGES_AGAIN + 1
 
 
 @story
