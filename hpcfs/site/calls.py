@@ -245,6 +245,7 @@ class PatientCalls:
                 elif self._scopes and self._patience.has_ended():
                     for scope in self._scopes:
                         scope.cancel()
+                    self._site.note_silence(self._patience.reason)
                     self._tell_waiting()
                     self._look_for_it()
                     return
@@ -277,7 +278,7 @@ class PatientCalls:
         except Unreachable as error:
             if isinstance(error, Throttled):
                 self._answered()
-            else:
+            elif not isinstance(error, TimedOut):
                 self._patience.reason = error.message
         except RemoteError as error:
             self._judge(error, trio.current_time())

@@ -184,7 +184,7 @@ class SiteClient:
         if reply is None or (pending.given_up and reply.failure):
             what = type(request).__name__
             error = TimedOut(f"no answer to {what} within {pending.timeout:g} s")
-            if not pending.heard and pending.asks_site:
+            if not pending.heard and pending.asks_site and self._state != "failed":
                 self._state, self._reason = "failed", error.message
             raise error
         if reply.failure is None:
@@ -198,6 +198,10 @@ class SiteClient:
         elif failure.lasting or isinstance(request, m.Connect):
             self._namespace_reasons[namespace] = failure.message
         raise failure
+
+    def note_silence(self, reason: str) -> None:
+        """Note for the status that the site does not answer."""
+        self._state, self._reason = "failed", reason
 
     def asked_within(self, seconds: float) -> bool:
         """Whether the user is being asked something for this site, or was just now."""

@@ -17,7 +17,7 @@ import msgspec
 
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import Entry
-from hpcfs.model.errors import NotFound, ReadOnly
+from hpcfs.model.errors import NotFound, ReadOnly, RemoteError, Unreachable
 from hpcfs.model.uploads import UploadRequest
 from hpcfs.protocol import messages as m
 from hpcfs.site.bandwidth import Bandwidth
@@ -111,7 +111,6 @@ class UploadRate:
 class NamespacePolicy:
     """How the mount treats a remote.
 
-    `sleeps` says that it is a laptop, away at times: what was seen of it is believed meanwhile.
     `keeps_xattrs` is known without asking the remote: the kernel asks with the first write.
     """
 
@@ -119,7 +118,6 @@ class NamespacePolicy:
     write: WriteMode = "through"
     symlinks: SymlinkMode = "contain"
     keeps_xattrs: bool = False
-    sleeps: bool = False
 
 
 class Namespace:
@@ -142,7 +140,6 @@ class Namespace:
         self.read_only = policy.read_only
         self.writes_back = policy.write == "back"
         self.symlinks = policy.symlinks
-        self.sleeps = policy.sleeps
         self.keeps_xattrs = policy.keeps_xattrs
         self.bandwidth = bandwidth or Bandwidth()
         self._site = site
@@ -167,6 +164,14 @@ class Namespace:
         """Whether calls fail at once: there was no answer for longer than the patience, or the site
         refuses the login. A look for it goes on in the background."""
         return self._site.is_away
+
+    def absence_explains(self, error: Exception) -> bool:
+        """Whether a request failed because the namespace is away: what was seen of it before is
+        believed instead."""
+        is_no_answer = isinstance(error, RemoteError) and (
+            error.lasting or isinstance(error, Unreachable)
+        )
+        return self.is_away and is_no_answer
 
     @property
     def patience(self) -> float:
