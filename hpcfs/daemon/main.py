@@ -22,6 +22,7 @@ from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint, server as control_server
 from hpcfs.daemon.assembly import Mount, assemble
 from hpcfs.daemon.cache_commands import CacheCommands
+from hpcfs.daemon.logins import Logins
 from hpcfs.daemon.questions import Questions
 from hpcfs.daemon.status import StatusReporter
 from hpcfs.daemon.write_commands import WriteCommands
@@ -105,6 +106,7 @@ class _Daemon:
         self._mount: Mount
         self._cache: CacheCommands
         self._writes: WriteCommands
+        self._logins: Logins
         self._status: StatusReporter
 
     # --- from start to end ----------------------------------------------------------------------
@@ -120,9 +122,14 @@ class _Daemon:
             self._mount, closer = mount, mount.fs.closer
             self._cache = CacheCommands(settings, store, mount.fs, mount.origins)
             self._writes = WriteCommands(settings, mount.pending)
+            self._logins = Logins(settings, mount)
             self._status = StatusReporter(settings, mount, self._writes.summary)
             await services.start(
-                control_server.serve, settings.socket, self._status.live_status, self._answer
+                control_server.serve,
+                settings.socket,
+                self._status.live_status,
+                self._answer,
+                self._logins.answer,
             )
             await self._resume()
             services.start_soon(store.evict_forever)

@@ -159,8 +159,11 @@ class Worker:
     async def _reply(self, call: m.Call) -> m.Reply:
         if isinstance(call.request, m.GetTraffic):
             return m.Reply(call.id, m.pack(self._site.traffic()))
-        if isinstance(call.request, m.Connect) and call.request.now:
-            self._site.try_now()
+        if isinstance(call.request, m.Connect):
+            if call.request.renew:
+                await self._site.renew()
+            elif call.request.now:
+                self._site.try_now()
         remote = self._site.remote(call.namespace)
         match call.request:
             case m.List(path):
