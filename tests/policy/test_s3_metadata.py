@@ -279,7 +279,7 @@ def test_one_denied_object_does_not_close_the_site() -> None:
 
 def test_a_dead_endpoint_is_asked_less_and_less_often() -> None:
     now = 100.0
-    health = Health(lambda: now)
+    health = Health(lambda: now, draw=lambda: 0.0)
     delays = []
     for _ in range(8):
         with pytest.raises(Unreachable, match="can't be reached"), health.watching("x"):
