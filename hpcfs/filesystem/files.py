@@ -98,7 +98,7 @@ class Files:
             if flags & os.O_TRUNC:
                 await self._cut(node, content, 0, stamp=True)
         except BaseException:
-            await self.release(handle)
+            self.release(handle)
             raise
         keep = node.pages_version == content.version
         if keep and flags & os.O_ACCMODE != os.O_WRONLY:
@@ -133,9 +133,9 @@ class Files:
                 if is_current:
                     return content
             except BaseException:
-                await self._closer.leave(content)
+                self._closer.leave(content)
                 raise
-            await self._closer.leave(content)
+            self._closer.leave(content)
             await self._lookup.compare(node)
         raise Stale("the file is replaced on the remote again and again")
 
@@ -326,7 +326,7 @@ class Files:
             changed = await self._cut(node, content, size)
             await self._closer.closed(content)
         finally:
-            await self._closer.leave(content)
+            self._closer.leave(content)
         return not changed
 
     async def _cut(self, node: Node, content: Content, size: int, *, stamp: bool = False) -> bool:
@@ -359,8 +359,12 @@ class Files:
     async def close_all(self) -> None:
         """Close what the kernel left open when it unmounted."""
         for handle in list(self._open):
-            await self.release(handle)
+            self.release(handle)
+        await self._closer.wait_ended()
 
-    async def release(self, handle: int) -> None:
-        """Close the handle; upload errors nobody heard of are logged, and the bytes kept."""
-        await self._closer.leave(self._open.pop(handle).content)
+    def release(self, handle: int) -> None:
+        """Close the handle. What the last one leaves to do goes on by itself; upload errors nobody
+        heard of are logged, and the bytes kept. Raises BadHandle."""
+        content = self.get(handle).content
+        del self._open[handle]
+        self._closer.leave(content)

@@ -297,7 +297,7 @@ class Filesystem:
         try:
             await self.files.flush_handle(handle)
         finally:
-            await self.files.release(handle)
+            self.files.release(handle)
             node.lookups -= 1
         return node
 
