@@ -110,15 +110,15 @@ class Content:
         self.users -= 1
         return not self.users
 
-    @contextmanager
-    def last_close(self) -> Iterator[None]:
-        """While the last handle closes; `closing` is set once it is through."""
+    def begin_last_close(self) -> None:
+        """The last handle closes, until `end_last_close`."""
         self.closing = trio.Event()
-        try:
-            yield
-        finally:
-            self.closing.set()
-            self.closing = None
+
+    def end_last_close(self) -> None:
+        """The last close is through; whoever waited for that goes on."""
+        assert self.closing is not None
+        self.closing.set()
+        self.closing = None
 
     @contextmanager
     def write_under_way(self) -> Iterator[None]:

@@ -23,7 +23,8 @@ from hpcfs.model.errors import (
     WrongSettings,
 )
 from hpcfs.model.sites import SftpRoot, SiteSpec, SshSite
-from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
+from hpcfs.remotes.sftp.remote import SftpRemote
+from hpcfs.remotes.sftp.site import SshSiteConnection
 from hpcfs.remotes.sftp.stdio import OpenSshLogin
 from hpcfs.remotes.ssh.openssh import OpenSshTarget, command, read_target
 from hpcfs.remotes.ssh.stderr import ending

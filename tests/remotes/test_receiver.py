@@ -15,7 +15,8 @@ from hypothesis import given, strategies as st
 from hpcfs.model.errors import Unreachable
 from hpcfs.model.sites import SiteSpec, SshSite
 from hpcfs.remotes.sftp.decoder import DataSink, Malformed, MessageDecoder
-from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
+from hpcfs.remotes.sftp.remote import SftpRemote
+from hpcfs.remotes.sftp.site import SshSiteConnection
 from hpcfs.remotes.ssh.login import log_in
 from hpcfs.remotes.ssh.receiver import PacketReceiver, shorten
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES

@@ -23,7 +23,8 @@ from hpcfs.model.errors import (
     WrongSettings,
 )
 from hpcfs.model.sites import SiteSpec, SshSite
-from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
+from hpcfs.remotes.sftp.remote import SftpRemote
+from hpcfs.remotes.sftp.site import SshSiteConnection
 from hpcfs.remotes.ssh.hostkeys import HostKeys, Rules
 from hpcfs.remotes.ssh.login_clock import MOST_LETTERS, MOST_QUESTIONS
 from hpcfs.remotes.ssh.settings import FAST_CIPHER, jump_site, read_hop

@@ -14,7 +14,7 @@ import pytest
 from hpcfs.laptop.tunnel import Tunnel, TunnelPlan
 from hpcfs.model.errors import NoService, RemoteError, Unreachable
 from hpcfs.model.sites import SiteSpec, SshSite
-from hpcfs.remotes.sftp.remote import SshSiteConnection
+from hpcfs.remotes.sftp.site import SshSiteConnection
 from hpcfs.remotes.ssh.shared_session import SharedSession
 from tests.support.sshd import (
     ALIAS,

@@ -7,6 +7,7 @@ reader waits in line for a dead server.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,10 +20,15 @@ from hpcfs.remotes.s3.translate import CAUGHT, translate
 
 
 class Health:
-    """The failures of one site. `clock` is in seconds and never goes back."""
+    """The failures of one site. `clock` is in seconds and never goes back; `draw` as in
+    `Backoff`."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._backoff = Backoff(clock)
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._backoff = Backoff(clock, draw)
         self._lasting: RemoteError | None = None
         self._down: RemoteError | None = None
         self.under_way = 0
@@ -39,6 +45,11 @@ class Health:
     def try_now(self) -> None:
         """End the pause: the next request asks the server."""
         self._backoff.try_now()
+
+    def forget(self) -> None:
+        """Forget all failures: the next request asks the server."""
+        self._lasting = None
+        self.answered()
 
     def failed(self, error: RemoteError, *, answered: bool) -> None:
         """Remember an error that concerns the whole site. `answered`: it is in the words of the

@@ -65,6 +65,10 @@ class S3SiteConnection:
         """End the pause after a failure (see `Site.try_now`)."""
         self.health.try_now()
 
+    async def renew(self) -> None:
+        """Forget refused credentials (see `Site.renew`)."""
+        self.health.forget()
+
     async def close(self) -> None:
         """Give up what is under way and close all connections."""
         with contextlib.suppress(TimeoutError):
