@@ -46,6 +46,7 @@ class Options:
     cache_size: int | None
     write: config_values.WriteMode | None
     symlinks: config_values.SymlinkMode | None
+    patience: float | None
 
     def load(self, named_urls: Sequence[tuple[str | None, str]]) -> Config:
         """Return the configuration, changed by the options. Raises SetupError."""
@@ -58,6 +59,7 @@ class Options:
         )
         chosen = config.writing(chosen, self.write) if self.write else chosen
         chosen = config.with_symlinks(chosen, self.symlinks) if self.symlinks else chosen
+        chosen = config.with_patience(chosen, self.patience) if self.patience else chosen
         return config.read_only(chosen) if self.read_only else chosen
 
 
@@ -80,6 +82,12 @@ def options(command: Callable[..., object]) -> Callable[..., object]:
             metavar="contain|follow|hide",
             callback=read_by(config_values.symlink_mode),
             help="Where symbolic links of the remotes may lead: into their folder, or anywhere.",
+        ),
+        click.option(
+            "--patience",
+            metavar="TIME",
+            callback=read_by(config_values.duration),
+            help='For how long an outage is only a pause, as in "15 min".',
         ),
     ]
     for option in reversed(declared):

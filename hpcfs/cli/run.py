@@ -23,7 +23,7 @@ from hpcfs.cli.main import Invocation
 from hpcfs.cli.mount import Options
 from hpcfs.cli.output import complain
 from hpcfs.cli.progress import ProgressBar
-from hpcfs.config.config import Settings
+from hpcfs.config.config import Settings, unattended
 from hpcfs.control import control, mountpoint
 from hpcfs.control.control import ControlRequest
 from hpcfs.model.errors import SetupError
@@ -114,7 +114,7 @@ class _Run:
     def __init__(
         self, options: Options, named_urls: list[tuple[str | None, str]], place: Path
     ) -> None:
-        config = options.load(named_urls)
+        config = unattended(options.load(named_urls))
         if os.getuid() != 0 and not shutil.which("fusermount3"):
             user_namespace.enter()
         self._place = place

@@ -30,14 +30,20 @@ DEFAULT_JOURNAL_SIZE = 10 * 1024**3
 DEFAULT_WRITE: WriteMode = "through"
 DEFAULT_SYMLINKS: SymlinkMode = "contain"
 DEFAULT_CONNECT_TIMEOUT = 10.0
+DEFAULT_IDLE_TIMEOUT = 600.0
 
 TOP_KEYS = (
     "mountpoint", "cache_dir", "cache_size", "cache_min_free", "journal_size", "log_level",
     "namespaces", "tunnel",
 )  # fmt: skip
-COMMON_KEYS = ("type", "read_only", "write", "verify", "connect_timeout", "symlinks")
+DEFAULT_PATIENCE = 30.0
+UNATTENDED_PATIENCE = 15 * 60.0
+"""Of commands that nobody watches, such as those of a batch job."""
+
+COMMON_KEYS = ("type", "read_only", "write", "verify", "connect_timeout", "symlinks", "patience")
 SFTP_KEYS = (
     *COMMON_KEYS, "host", "path", "user", "port", "identity_file", "ssh_config", "transport",
+    "idle_timeout",
 )  # fmt: skip
 TUNNEL_KEYS = (*COMMON_KEYS, "tunnel", "path", "directory")
 S3_KEYS = (
@@ -64,7 +70,8 @@ class NamespaceConfig:
 
     `url` is for display and holds no secret. `write` names what close(2) waits for: the remote, or
     the local journal. `xattrs` says whether extended attributes are wanted, `symlinks` where
-    symbolic links may lead.
+    symbolic links may lead. `patience_set` is for how many seconds an outage is only a pause, if
+    the user said so.
     """
 
     name: str
@@ -74,6 +81,12 @@ class NamespaceConfig:
     write: WriteMode = DEFAULT_WRITE
     xattrs: bool = True
     symlinks: SymlinkMode = DEFAULT_SYMLINKS
+    patience_set: float | None = None
+
+    @property
+    def patience(self) -> float:
+        """For how many seconds an outage is only a pause."""
+        return DEFAULT_PATIENCE if self.patience_set is None else self.patience_set
 
     @property
     def read_only(self) -> bool:
@@ -235,6 +248,24 @@ def writing(config: Config, mode: WriteMode) -> Config:
     )
 
 
+def with_patience(config: Config, seconds: float) -> Config:
+    """Return the configuration with this patience in every namespace."""
+    namespaces = {
+        name: replace(one, patience_set=seconds) for name, one in config.namespaces.items()
+    }
+    return replace(config, namespaces=namespaces)
+
+
+def unattended(config: Config) -> Config:
+    """Return the configuration with the patience of a command that nobody watches, in every
+    namespace for which the user set none."""
+    namespaces = {
+        name: replace(one, patience_set=UNATTENDED_PATIENCE) if one.patience_set is None else one
+        for name, one in config.namespaces.items()
+    }
+    return replace(config, namespaces=namespaces)
+
+
 def parse(text: str, file: Path, *, needs_namespaces: bool = True) -> Config:
     """Parse a configuration. Raises SetupError with file and line of the first mistake."""
     top = _top_table(text, file)
@@ -359,8 +390,9 @@ def _namespace(table: _Table) -> NamespaceConfig:
     write = table.get("write", values.write_mode, DEFAULT_WRITE)
     xattrs = kind == "s3" and table.get("xattrs", values.boolean, True)
     symlinks = table.get("symlinks", values.symlink_mode, DEFAULT_SYMLINKS)
+    patience = table.get("patience", values.duration, None)
     name, url = str(table.path[-1]), urls.show(site, root)
-    return NamespaceConfig(name, site, root, url, write, xattrs, symlinks)
+    return NamespaceConfig(name, site, root, url, write, xattrs, symlinks, patience)
 
 
 def _sftp(table: _Table) -> tuple[AnySite, AnyRoot]:
@@ -381,6 +413,7 @@ def _ssh_site(table: _Table) -> SshSite:
         identity_file=table.get("identity_file", values.file_text, None),
         connect_timeout=table.get("connect_timeout", values.seconds, DEFAULT_CONNECT_TIMEOUT),
         transport=table.get("transport", values.transport, "asyncssh"),
+        idle_timeout=table.get("idle_timeout", values.seconds, DEFAULT_IDLE_TIMEOUT),
     )
 
 

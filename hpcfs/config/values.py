@@ -30,6 +30,9 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)(b?)", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|seconds?|min|minutes?|h|hours?|d|days?)?")
+_SECONDS_OF = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_LONGEST_DURATION = 7 * 86400.0
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
@@ -124,6 +127,21 @@ def seconds(value: object) -> float:
     if not is_number or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise BadValue(f"must be a number of seconds above 0, not {_shown(value)}")
     return float(value)
+
+
+def duration(value: object) -> float:
+    """Read a time from 1 second to 7 days: a number of seconds, or as in "30 s", "15 min", "2 h".
+    Returns seconds."""
+    found = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
+    if found:
+        length = float(found[1]) * _SECONDS_OF[(found[2] or "s")[0]]
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        length = float(value)
+    else:
+        length = 0.0
+    if not 1 <= length <= _LONGEST_DURATION:
+        raise BadValue(f'must be a time of 1 s to 7 d, as in "15 min", not {_shown(value)}')
+    return length
 
 
 def log_level(value: object) -> str:

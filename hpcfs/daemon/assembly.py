@@ -23,8 +23,10 @@ from hpcfs.model.sites import (
 )
 from hpcfs.protocol.messages import Start
 from hpcfs.site.bandwidth import Bandwidth
+from hpcfs.site.calls import PatientCalls
 from hpcfs.site.client import Ask, SiteClient
 from hpcfs.site.namespace import Namespace, NamespacePolicy
+from hpcfs.site.patience import Patience
 from hpcfs.writeback.journal import Journal
 from hpcfs.writeback.pending import Pending
 from hpcfs.writeback.recovery import Recovery
@@ -62,7 +64,7 @@ def assemble(
         )
         for spec in _site_specs(settings)
     }
-    namespaces = _namespaces(settings, sites)
+    namespaces = _namespaces(settings, sites, nursery)
     options = MountOptions(
         single=settings.root_namespace is not None,
         mountpoint=os.fsencode(settings.mountpoint),
@@ -74,19 +76,26 @@ def assemble(
     return Mount(store, journal, sites, namespaces, fs, recovery, pending)
 
 
-def _namespaces(settings: Settings, sites: Mapping[AnySite, SiteClient]) -> list[Namespace]:
+def _namespaces(
+    settings: Settings, sites: Mapping[AnySite, SiteClient], nursery: trio.Nursery
+) -> list[Namespace]:
     """Namespaces of one site share its connection, and so its bandwidth."""
     bandwidths = {site: Bandwidth() for site in sites}
     return [
         Namespace(
             chosen.name,
             _origin(chosen.site, chosen.root),
-            sites[chosen.site],
+            PatientCalls(
+                sites[chosen.site],
+                chosen.name,
+                Patience(chosen.patience, trio.current_time),
+                nursery,
+                waits_itself=isinstance(chosen.site, TunnelSite),
+            ),
             NamespacePolicy(
                 read_only=chosen.read_only,
                 write=chosen.write,
                 keeps_xattrs=chosen.keeps_xattrs,
-                sleeps=isinstance(chosen.site, TunnelSite),
                 symlinks=chosen.symlinks,
             ),
             bandwidths[chosen.site],

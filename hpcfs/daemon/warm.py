@@ -37,7 +37,7 @@ async def _warm(fs: Filesystem, store: Store, path: bytes, tell: ReportBytes) ->
         try:
             return await _read(fs, store, handle, tell)
         finally:
-            await fs.files.release(handle)
+            fs.files.release(handle)
     finally:
         for node in nodes:
             fs.tree.forget(node.ino, 1)

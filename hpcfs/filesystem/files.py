@@ -26,8 +26,8 @@ from hpcfs.model.errors import (
     AlreadyExists,
     BadHandle,
     IsADirectory,
-    NotConnected,
     NotSupported,
+    RemoteError,
     Stale,
     Unreachable,
 )
@@ -83,10 +83,13 @@ class Files:
         """
         namespace = self._regular(node)
         writing = flags & os.O_ACCMODE != os.O_RDONLY
-        if writing or flags & os.O_TRUNC:
+        changes = writing or bool(flags & os.O_TRUNC)
+        if changes:
             namespace.check_writable()
         await self._permissions.check_open(node, flags)
         await self._closer.wait_closed(node)
+        if changes and namespace.is_away and not namespace.writes_back and not node.is_ahead:
+            await self._lookup.compare(node)  # raises why: close(2) could not bring it there
         if not writing:
             self._file_prefetcher.opened(node)
         content = await self._current(node, namespace, flags)
@@ -95,7 +98,7 @@ class Files:
             if flags & os.O_TRUNC:
                 await self._cut(node, content, 0, stamp=True)
         except BaseException:
-            await self.release(handle)
+            self.release(handle)
             raise
         keep = node.pages_version == content.version
         if keep and flags & os.O_ACCMODE != os.O_WRONLY:
@@ -130,9 +133,9 @@ class Files:
                 if is_current:
                     return content
             except BaseException:
-                await self._closer.leave(content)
+                self._closer.leave(content)
                 raise
-            await self._closer.leave(content)
+            self._closer.leave(content)
             await self._lookup.compare(node)
         raise Stale("the file is replaced on the remote again and again")
 
@@ -143,10 +146,10 @@ class Files:
             await self._lookup.revalidate(node)
         try:
             entry = await content.reader.hold()
-        except NotConnected:
-            if not namespace.sleeps:
+        except RemoteError as error:
+            if not namespace.absence_explains(error):
                 raise
-            log.debug("%r is opened as it was when the laptop was there", node.path)
+            log.debug("%r is opened as it was last seen: %s", node.path, error.message)
             return True
         if entry is None:
             return False
@@ -323,7 +326,7 @@ class Files:
             changed = await self._cut(node, content, size)
             await self._closer.closed(content)
         finally:
-            await self._closer.leave(content)
+            self._closer.leave(content)
         return not changed
 
     async def _cut(self, node: Node, content: Content, size: int, *, stamp: bool = False) -> bool:
@@ -356,8 +359,12 @@ class Files:
     async def close_all(self) -> None:
         """Close what the kernel left open when it unmounted."""
         for handle in list(self._open):
-            await self.release(handle)
+            self.release(handle)
+        await self._closer.wait_ended()
 
-    async def release(self, handle: int) -> None:
-        """Close the handle; upload errors nobody heard of are logged, and the bytes kept."""
-        await self._closer.leave(self._open.pop(handle).content)
+    def release(self, handle: int) -> None:
+        """Close the handle. What the last one leaves to do goes on by itself; upload errors nobody
+        heard of are logged, and the bytes kept. Raises BadHandle."""
+        content = self.get(handle).content
+        del self._open[handle]
+        self._closer.leave(content)

@@ -297,7 +297,7 @@ class Filesystem:
         try:
             await self.files.flush_handle(handle)
         finally:
-            await self.files.release(handle)
+            self.files.release(handle)
             node.lookups -= 1
         return node
 
@@ -306,6 +306,7 @@ class Filesystem:
         parent, namespace = await self._about_to_change(parent_ino, name)
         node = self.tree.child(parent, name)
         await self._renamer.unlink(namespace, node, parent, name)
+        self.lister.removed(parent, name)
 
     async def rmdir(self, parent_ino: int, name: bytes) -> None:
         """Remove an empty directory. Raises DirectoryNotEmpty."""
@@ -315,6 +316,7 @@ class Filesystem:
             check_empty(node)
         await namespace.do(m.RemoveDirectory(join(parent, name)))
         self.tree.note_gone(parent, name)
+        self.lister.removed(parent, name)
         self.tree.expire(parent)
 
     # --- rename -----------------------------------------------------------------------------------
@@ -348,7 +350,11 @@ class Filesystem:
         await self._renamer.rename(
             namespace, node, (parent, name), new_parent, new_name, target, replace=replace
         )
-        self._symlinks.moved(namespace, join(parent, name), join(new_parent, new_name))
+        self.lister.removed(parent, name)
+        old, new = join(parent, name), join(new_parent, new_name)
+        if node.is_directory:
+            self.lister.moved(namespace, old, new)
+        self._symlinks.moved(namespace, old, new)
         self.create_predictor.created(process, (new_parent, new_name))
 
     async def _target_of(self, parent: Node, name: bytes, node: Node, process: int) -> Node | None:

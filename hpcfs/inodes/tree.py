@@ -35,6 +35,8 @@ ATTRIBUTE_SECONDS = 1.0
 NameWatcher = Callable[["Node", bytes, bool], None]
 """(directory, name, whether what is below that name may be another too): the mount changed it, so
 that older answers of the remote don't speak for it."""
+ForgottenWatcher = Callable[["Node", bytes, Entry], None]
+"""(directory, name, entry): the kernel forgets a name that is still there."""
 
 
 class Node:
@@ -183,6 +185,7 @@ class Tree:
         self.moves = 0
         """Counts renames of directories: paths may mean others since."""
         self._watchers: list[NameWatcher] = []
+        self._forgotten_watchers: list[ForgottenWatcher] = []
         self._nodes: dict[int, Node] = {root.ino: root}
         self._prefix: tuple[Node | None, bytes] = (None, b"")
         """(directory, prefix with which the names in it are hashed)"""
@@ -197,6 +200,10 @@ class Tree:
         A node that was changed here and still exists needs none: it knows when that was.
         """
         self._watchers.append(watcher)
+
+    def watch_forgotten(self, watcher: ForgottenWatcher) -> None:
+        """Call `watcher` for each name whose node is dropped though the name is there."""
+        self._forgotten_watchers.append(watcher)
 
     def _tell(self, parent: Node, name: bytes, *, below: bool) -> None:
         for watcher in self._watchers:
@@ -404,4 +411,6 @@ class Tree:
                     del parent.children[name]
                     if node.changed_here:
                         self._tell(parent, name, below=False)
+                    for watcher in self._forgotten_watchers:
+                        watcher(parent, name, node.entry)
                     todo.append(parent)

@@ -326,7 +326,7 @@ class KernelOperations(pyfuse3.Operations):
     @_answering
     async def release(self, fh: int) -> None:
         """The last descriptor of the handle was closed; nobody hears of errors."""
-        await self._fs.files.release(fh)
+        self._fs.files.release(fh)
 
     # --- directories ----------------------------------------------------------------------------
 

@@ -39,8 +39,6 @@ def ask_nobody(text: str, echo: bool) -> str | None:
 
 CALL_TIMEOUT = 30.0
 """Seconds without an answer or progress. A login that waits for the user does not count."""
-_SILENT_TIMEOUT = 5.0
-"""The same, once the site has left a call without an answer and said nothing since."""
 _ANSWERED_HERE = (m.Release, m.StatOpen, m.GetDiskUsage, m.GetTraffic)
 """The transfer process may answer these without the site: they don't tell that it is there."""
 _RESTART_PAUSE = 1.0
@@ -96,7 +94,8 @@ class SiteClient:
         self._pending: dict[int, _Pending] = {}
         self._next_id = 0
         self._questions = 0
-        self._is_silent = False
+        self._asked_at = -math.inf
+        """When the user last answered a question."""
         self._remarks: dict[str, str] = {}
 
     # --- calls --------------------------------------------------------------------------------
@@ -144,8 +143,6 @@ class SiteClient:
         child = self._child or await self._start_process()
         self._next_id += 1
         call_id = self._next_id
-        if self._is_silent and not isinstance(request, m.Fetch | m.Upload | m.UploadPiece):
-            timeout = min(timeout, _SILENT_TIMEOUT)
         with trio.CancelScope() as scope:
             asks_site = not isinstance(request, _ANSWERED_HERE)
             pending = _Pending(scope, timeout, on_page, on_progress, trio.Event(), asks_site)
@@ -187,8 +184,7 @@ class SiteClient:
         if reply is None or (pending.given_up and reply.failure):
             what = type(request).__name__
             error = TimedOut(f"no answer to {what} within {pending.timeout:g} s")
-            if not pending.heard and pending.asks_site:
-                self._is_silent = True
+            if not pending.heard and pending.asks_site and self._state != "failed":
                 self._state, self._reason = "failed", error.message
             raise error
         if reply.failure is None:
@@ -202,6 +198,14 @@ class SiteClient:
         elif failure.lasting or isinstance(request, m.Connect):
             self._namespace_reasons[namespace] = failure.message
         raise failure
+
+    def note_silence(self, reason: str) -> None:
+        """Note for the status that the site does not answer."""
+        self._state, self._reason = "failed", reason
+
+    def asked_within(self, seconds: float) -> bool:
+        """Whether the user is being asked something for this site, or was just now."""
+        return self._questions > 0 or trio.current_time() - self._asked_at < seconds
 
     def namespace_state(self, namespace: str) -> tuple[SiteState, str]:
         """Return the state for the status, and why where it failed."""
@@ -243,7 +247,12 @@ class SiteClient:
                 raise NotConnected(gone().message)
             self._last_start = trio.current_time()
             self._state = "connecting"
-            self._child = await WorkerProcess.start(self._start_message, self._log_file, self._lend)
+            try:
+                self._child = await WorkerProcess.start(
+                    self._start_message, self._log_file, self._lend
+                )
+            except OSError as error:
+                raise NotConnected(f"no worker process can be started: {error}") from None
             self._nursery.start_soon(self._supervise, self._child)
             return self._child
 
@@ -282,7 +291,6 @@ class SiteClient:
     def _heard(self, answered: _Pending) -> None:
         """Note that the site is there, unless the process answered by itself."""
         if answered.asks_site and not answered.given_up:
-            self._is_silent = False
             for waiting in self._pending.values():
                 waiting.heard = True
 
@@ -306,6 +314,7 @@ class SiteClient:
             )
         finally:
             self._questions -= 1
+            self._asked_at = trio.current_time()
             for pending in self._pending.values():
                 pending.renew()
         if not child.ended:

@@ -8,7 +8,9 @@ remote in both.
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections import deque
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import msgspec
@@ -50,6 +52,8 @@ class Closer:
         self.uploader = uploader
         self._nursery = nursery
         self._in_use: dict[Content, None] = {}
+        self._endings: dict[Content, trio.Event] = {}
+        """What is under way after the last close of a content; set once it is through."""
         self.queue = UploadQueue(uploader, self.flush, self._retire_if_done, nursery, limit)
         self.notices: deque[str] = deque(maxlen=MOST_NOTICES)
         """The last conflicts, as sentences for the user."""
@@ -160,34 +164,62 @@ class Closer:
         while node.content and node.content.closing is not None:
             await node.content.closing.wait()
 
-    async def leave(self, content: Content) -> None:
-        """Count one user less. After the last one, a fetch under way still writes to the cache
-        file: until it has ended the content stays the node's, for the next open(2).
+    def leave(self, content: Content) -> None:
+        """Count one user less. After the last one, what is dirty is uploaded or stored elsewhere in
+        a task of its own: nobody waits for that, and who leaves may have been interrupted.
 
-        Raises OSError or sqlite3.Error where it can be neither uploaded nor stored elsewhere.
+        A fetch under way still writes to the cache file: until it has ended the content stays the
+        node's, for the next open(2).
         """
         if not content.leave():
             return
         content.reader.fetcher.cancel_all()
-        try:
-            uploaded = await self._close_for_good(content)
-        finally:
-            if not content.users:
-                self._in_use.pop(content, None)
-        if not uploaded:
-            self._retire(content)
-        else:
-            self._retire_if_done(content)
-
-    async def _close_for_good(self, content: Content) -> bool:
-        """Return whether nothing had to be stranded."""
         if content.namespace.writes_back and content.is_dirty():
-            await self._leave_to_queue(content)
-            return True
-        with content.last_close():
-            return await self._last_close(content)
+            self._end_with(self._leave_to_queue, content)
+        elif content.is_dirty() or content.state.has_row:
+            content.begin_last_close()
+            self._end_with(self._last_close, content)
+        else:
+            self._ended(content)
 
-    async def _leave_to_queue(self, content: Content) -> None:
+    def _end_with(self, work: Callable[[Content], Awaitable[bool]], content: Content) -> None:
+        """Do in a task what the last close leaves to do; it says whether the content is done for,
+        whatever is dirty in it."""
+        through = self._endings[content] = trio.Event()
+
+        async def end() -> None:
+            is_over = False
+            try:
+                is_over = await work(content)
+            except (OSError, sqlite3.Error) as error:
+                log.error(  # noqa: TRY400 - no bug: the message says it all
+                    "%r can be neither uploaded nor kept: %s", content.place.path, error
+                )
+            finally:
+                if self._endings.get(content) is through:
+                    del self._endings[content]
+                if content.closing is not None:
+                    content.end_last_close()
+                through.set()
+            if is_over:
+                self._in_use.pop(content, None)
+                self._retire(content)
+            else:
+                self._ended(content)
+
+        self._nursery.start_soon(end)
+
+    def _ended(self, content: Content) -> None:
+        if not content.users:
+            self._in_use.pop(content, None)
+        self._retire_if_done(content)
+
+    async def wait_ended(self, content: Content | None = None) -> None:
+        """Return once what the last close of this content (of any, if None) left to do is done."""
+        while self._endings and (content is None or content in self._endings):
+            await self._endings[content or next(iter(self._endings))].wait()
+
+    async def _leave_to_queue(self, content: Content) -> bool:
         """Leave the upload to the queue.
 
         An error of the journal is nobody's: the file stays dirty.
@@ -197,6 +229,7 @@ class Closer:
                 await self.queue.persist(content)
         except RemoteError as error:
             log.warning("%r: %s", content.place.path, error.message)
+        return False
 
     def _retire_if_done(self, content: Content) -> None:
         """Retire the content if that was its last use."""
@@ -208,7 +241,7 @@ class Closer:
             self._nursery.start_soon(self._retire_when_idle, content)
 
     async def _last_close(self, content: Content) -> bool:
-        """Upload until nothing is dirty, or strand it; return whether it was uploaded.
+        """Upload until nothing is dirty, or strand it; return whether it was stranded.
 
         What can be neither uploaded nor stranded raises OSError or sqlite3.Error, and stays the
         node's.
@@ -225,9 +258,9 @@ class Closer:
                 node.entry = msgspec.structs.replace(node.entry, version=b"")  # it was this mount's
                 self._tree.expire(node)
                 node.pages_version = None
-                return False
+                return True
         await self.uploader.forget(content)
-        return True
+        return False
 
     async def _retire_when_idle(self, content: Content) -> None:
         await content.reader.fetcher.wait_idle()

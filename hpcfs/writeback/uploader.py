@@ -11,14 +11,19 @@ import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import trio
+
 from hpcfs.content.content import Content
 from hpcfs.content.record import Unconfirmed
 from hpcfs.content.state import RemoteSide
 from hpcfs.model.entries import Entry
-from hpcfs.model.errors import CacheFull, Conflict, NotConnected, NotSupported
+from hpcfs.model.errors import CacheFull, Conflict, NotConnected, NotSupported, Unreachable
 from hpcfs.writeback.journal import Journal
 
 log = logging.getLogger(__name__)
+
+AGAIN_SECONDS = 0.1
+"""Before an upload whose connection broke is made again; a lost namespace is waited for besides."""
 
 
 class Uploader:
@@ -53,6 +58,10 @@ class Uploader:
             return
         file.reader.use_disk()
         with file.persisting():
+            try:
+                await file.sum_written()
+            except OSError as error:
+                raise CacheFull(f"the cache's disk can't be read: {error.strerror}") from None
             await self._note(file, durable=True, instead_of=instead_of)
 
     async def _note(
@@ -98,13 +107,27 @@ class Uploader:
                 await self.forget(file)
 
     async def _send_somehow(self, file: Content, *, sync: bool) -> Entry:
+        """Send it, in another way where the remote can't do the first, and again after an outage:
+        what may have arrived is no longer compared with."""
+        namespace = file.namespace
+        failing_since: float | None = None
         while True:
             await file.upload.complete()
+            began = trio.current_time()
             try:
                 return await self._send(file, sync=sync)
             except NotSupported:
                 if not file.upload.falls_back():
                     raise
+            except Unreachable as error:
+                now = trio.current_time()
+                if failing_since is None or now - began > namespace.patience:  # there was progress
+                    failing_since = now
+                is_over = now - failing_since >= namespace.patience
+                if is_over or namespace.is_away or isinstance(error, NotConnected):
+                    raise
+                log.info("%r is uploaded again: %s", file.place.path, error.message)
+                await trio.sleep(AGAIN_SECONDS)
 
     async def _send(self, file: Content, *, sync: bool) -> Entry:
         snapshot = await file.upload.begin()

@@ -110,7 +110,7 @@ async def test_the_kernel_drops_what_others_moved(w: World) -> None:
         await w.kernel.fsync(handle)
         opened = await w.fs.files.open(node, os.O_RDONLY)
         assert opened.keep_pages == opened.keep_attributes == (not theirs)
-        await w.fs.files.release(opened.handle)
+        await w.kernel.release(opened.handle)
     await w.kernel.close(handle)
 
 
@@ -257,7 +257,7 @@ def test_what_is_not_only_appended_is_a_conflict(
             with pytest.raises(Conflict):
                 await w.kernel.fsync(appender)
             for handle in (writer, appender):
-                await w.fs.files.release(handle)
+                await w.kernel.release(handle)
             assert w.remote.get(b"log") == LONG + b"theirs\n"
             (beside,) = w.remote.paths().keys() - {b"log"}
             changed = b"A" + LONG[1:] if w.remote.is_sftp else LONG

@@ -71,7 +71,7 @@ async def test_a_sync_waits_for_last_closes(w: World) -> None:
         has_returned = True
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(w.fs.files.release, handle)
+        nursery.start_soon(w.kernel.release, handle)
         await held.reached.wait()
         assert [row.path for row in w.pending.pending()] == [b"f"]
         nursery.start_soon(sync)

@@ -214,7 +214,7 @@ class Walk:
         if self.draw(st.booleans()) and not ref.lost:
             await self.k.close(handle)
         else:
-            await self.w.fs.files.release(handle)
+            await self.w.kernel.release(handle)
 
     # --- names ----------------------------------------------------------------------------------
 
@@ -423,7 +423,7 @@ class Walk:
 
     async def finish(self) -> None:
         for handle in list(self.handles):
-            await self.w.fs.files.release(handle)
+            await self.w.kernel.release(handle)
         self.handles.clear()
         await self.sync()
         await self.check()

@@ -197,14 +197,14 @@ async def test_open_tells_that_the_kernels_attributes_are_old(w: World) -> None:
         for flags in (os.O_RDONLY, os.O_WRONLY | os.O_APPEND):
             opened = await w.fs.files.open(node, flags)
             assert opened.keep_attributes
-            await w.fs.files.release(opened.handle)
+            await w.kernel.release(opened.handle)
         w.remote.put(b"f", new)
         w.clock.seconds += 0.3
         for flags in (os.O_RDONLY, os.O_WRONLY | os.O_APPEND):
             opened = await w.fs.files.open(node, flags)
             assert not opened.keep_attributes
             assert node.entry.size == w.fs.files.get(opened.handle).content.size == len(new)
-            await w.fs.files.release(opened.handle)
+            await w.kernel.release(opened.handle)
 
 
 @live("sftp")

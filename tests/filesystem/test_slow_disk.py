@@ -111,7 +111,7 @@ async def test_what_is_written_is_on_the_disk(w: World) -> None:
     w.cues.fail(m.Upload, PermissionDenied("no"), times=9)
     with pytest.raises(PermissionDenied):
         await w.kernel.close(writer)
-    await w.fs.files.release(reader)
+    await w.kernel.release(reader)
     (kept,) = w.kept_bytes()
     assert kept[BLOCK_BYTES + 7 : BLOCK_BYTES + 14] == b"written"
 

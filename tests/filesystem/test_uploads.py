@@ -184,7 +184,7 @@ async def test_what_is_dirty_only_at_the_last_close_is_uploaded_and_the_node_kno
     w.remote.put(b"f", b"old")
     handle = await w.kernel.open("ns/f")
     await w.kernel.pwrite(handle, 0, b"new")
-    await w.fs.files.release(handle)
+    await w.kernel.release(handle)
     assert w.remote.get(b"f") == b"new"
     assert await w.kernel.read_file("ns/f") == b"new"
 
@@ -202,7 +202,7 @@ async def test_open_during_a_failing_last_close_sees_the_remotes_truth(w: World)
         found.append(await w.kernel.read_file("ns/f"))
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(w.fs.files.release, handle)
+        nursery.start_soon(w.kernel.release, handle)
         await held.reached.wait()
         nursery.start_soon(read)
         await wait_all_tasks_blocked()
@@ -297,7 +297,7 @@ async def test_what_others_wrote_since_the_open_is_not_overwritten(w: World) -> 
     with pytest.raises(Stale):  # the kernel may still believe that the name is this file's
         await w.fs.files.open(node, os.O_RDONLY)
     assert await w.kernel.pread(handle, 0, 4) == b"mine"
-    await w.fs.files.release(handle)
+    await w.kernel.release(handle)
     assert w.remote.get(b"f") == NEW
     (beside,) = w.remote.paths().keys() - {b"f"}
     assert w.remote.get(beside) == b"mine" + (OLD * 2)[4:]

@@ -177,7 +177,7 @@ async def test_a_program_that_could_not_make_what_others_made_finds_it(w: World)
     w.remote.put(b"f", b"content")
     handle, node = await w.fs.create((await w.kernel.walk("ns")).ino, b"f", 0o644, os.O_RDWR)
     assert node.entry.size == 7
-    await w.fs.files.release(handle)
+    await w.kernel.release(handle)
 
 
 @live()

@@ -127,7 +127,7 @@ async def world(
     store = Store.open(directory, max_bytes, "a test")
     for site in sites.values():
         site.lend = store.in_memory
-    journal = Journal.open(directory)
+    journal = Journal.open(directory, store.troubles)
     clock = Clock()
     async with trio.open_nursery() as nursery:
         namespaces = [
@@ -290,7 +290,13 @@ class Kernel:
         try:
             await self._fs.files.flush_handle(handle)
         finally:
-            await self._fs.files.release(handle)
+            await self.release(handle)
+
+    async def release(self, handle: int) -> None:
+        """What follows the last close(2), and all that it leaves to do."""
+        content = self._fs.files.get(handle).content
+        self._fs.files.release(handle)
+        await self._fs.closer.wait_ended(content)
 
     async def write_file(self, path: str, data: bytes) -> None:
         handle = await self.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)

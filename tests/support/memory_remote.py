@@ -556,7 +556,11 @@ class Cues:
 
 
 class MemorySite:
-    """Satisfies SiteCalls (site/namespace.py)."""
+    """Satisfies SiteCalls (site/namespace.py). It has no patience: what fails, fails."""
+
+    is_away = False
+    failing = ""
+    patience = 0.0
 
     def __init__(self, remotes: dict[str, MemoryRemote]) -> None:
         self.remotes = remotes

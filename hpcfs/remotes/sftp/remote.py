@@ -43,7 +43,6 @@ from hpcfs.model.usage import DiskUsage, Traffic
 from hpcfs.remotes.base import (
     MAX_FILE_BYTES,
     MAX_NAME_BYTES,
-    Prompter,
     ReportProgress,
     UploadSource,
     no_report,
@@ -64,7 +63,7 @@ from hpcfs.remotes.sftp.explain import (
 from hpcfs.remotes.sftp.long_paths import LongPaths
 from hpcfs.remotes.sftp.path import SftpPath, below, learn_user
 from hpcfs.remotes.sftp.root import find_root
-from hpcfs.remotes.sftp.session import SftpSession, open_session, together, traffic_of
+from hpcfs.remotes.sftp.session import SftpSession, together, traffic_of
 from hpcfs.remotes.sftp.translate import MAX_PATH_BYTES, shown
 from hpcfs.remotes.sftp.uploads import SftpUploads
 from hpcfs.remotes.ssh.shared_session import SharedSession
@@ -108,16 +107,13 @@ class SftpSite:
         """End the pause after a failure (see `Site.try_now`)."""
         self._shared.try_now()
 
+    async def renew(self) -> None:
+        """Forget a refused login (see `Site.renew`)."""
+        await self._shared.renew()
+
     async def close(self) -> None:
         """Give up what is under way and close all connections."""
         await self._shared.close()
-
-
-class SshSiteConnection(SftpSite):
-    """All namespaces behind one SSH login."""
-
-    def __init__(self, spec: SiteSpec, prompter: Prompter):
-        super().__init__(spec, SharedSession(lambda: open_session(spec, prompter)))
 
 
 class SftpRemote:
