@@ -88,6 +88,12 @@ class PatientCalls:
         return self._refused or self._patience.state is Reachability.AWAY
 
     @property
+    def failing(self) -> str:
+        """Why there is no answer now; empty while there is."""
+        is_there = self._patience.state is Reachability.ANSWERING
+        return "" if is_there else self._patience.reason
+
+    @property
     def patience(self) -> float:
         """For how many seconds an outage is only a pause."""
         return self._patience.seconds

@@ -364,6 +364,11 @@ class UploadQueue:
         if self._outages.pop(namespace, None) is not None:
             self._hurry_after(namespace)
 
+    def _why_not(self, namespace: Namespace) -> str:
+        """Why nothing arrives there now; empty where something may."""
+        outage = self._outages.get(namespace)
+        return outage.reason if outage else namespace.failing
+
     def _hurry_after(self, namespace: Namespace) -> None:
         """Try again now what failed for want of the site."""
         for content in self.schedule:
@@ -426,7 +431,7 @@ class UploadQueue:
                 if on_progress is not None:
                     bytes_left = sum(content.upload.bytes_left for content in left)
                     done = max(0, total_bytes - bytes_left)
-                    away = next((o.reason for n in namespaces if (o := self._outages.get(n))), "")
+                    away = next((why for n in namespaces if (why := self._why_not(n))), "")
                     files = total_files - len(left)
                     await on_progress(SyncProgress(files, total_files, done, total_bytes, away))
                 ended = self._ended

@@ -27,7 +27,7 @@ from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.stdio import log_in_by_ssh
 from hpcfs.remotes.sftp.translate import translated
 from hpcfs.remotes.ssh.login import log_in
-from hpcfs.remotes.ssh.offer import Offer
+from hpcfs.remotes.ssh.offer import LoginOffer
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
 from hpcfs.remotes.ssh.shared_session import SharedSession
@@ -195,7 +195,7 @@ def traffic_of(shared: SharedSession[SftpSession]) -> Traffic:
 
 
 async def open_session(
-    spec: SiteSpec, prompter: Prompter, offer: Offer | None = None
+    spec: SiteSpec, prompter: Prompter, offer: LoginOffer | None = None
 ) -> SftpSession:
     """Log in and start SFTP; `offer` remembers what was offered. Raises RemoteErrors only."""
     site = spec.site
