@@ -96,6 +96,7 @@ def _describe(found: MountStatus | UnansweredMount) -> str:
         lines.append(f"  memory: {size(found.memory)}")
     lines += [f"  log: {found.log_file}", *pending.lines(found)]
     lines += [f"  conflict: {notice}" for notice in found.notices[-MAX_NOTICES:]]
+    lines += [f"  trouble: {one}" for one in found.troubles[-MAX_NOTICES:]]
     return "\n".join(printable(line) for line in lines)
 
 

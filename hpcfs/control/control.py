@@ -155,6 +155,8 @@ class MountStatus(msgspec.Struct, frozen=True):
     """Files that an earlier mount had not uploaded and this one resumed."""
     root_namespace: str | None = None
     sites: list[SiteStatus] = []
+    troubles: list[str] = []
+    """What went wrong in the daemon itself, such as a damaged file of the cache directory."""
 
 
 class CacheFolder(msgspec.Struct, frozen=True):

@@ -149,7 +149,7 @@ class _Daemon:
                 settings.cache_dir, settings.cache_size, holder, settings.cache_min_free
             )
             stack.push_async_callback(_close_store, store)
-            journal = Journal.open(settings.cache_dir)
+            journal = Journal.open(settings.cache_dir, store.troubles)
             stack.push_async_callback(journal.close)
         except CacheUnusable as error:
             raise MountFailed(str(error)) from None
@@ -257,7 +257,7 @@ class _Daemon:
 
     async def _remove_strays(self) -> None:
         try:
-            await self._mount.store.remove_strays()
+            await self._mount.store.remove_strays_forever()
         except OSError as error:
             log.warning("old cache files could not be removed: %s", error)
 

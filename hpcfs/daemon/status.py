@@ -62,6 +62,7 @@ class StatusReporter:
             notices=list(mount.fs.closer.notices),
             resumed_files=self.resumed_files,
             root_namespace=settings.root_namespace,
+            troubles=mount.store.troubles.sentences,
         )
 
     async def live_status(self) -> MountStatus:
