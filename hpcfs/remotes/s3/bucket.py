@@ -81,7 +81,7 @@ class Bucket:
             return await self._by_client(operation, parameters)
 
         with self._watching(subject):
-            return await self._access.pacing.asked(ask)
+            return await self._access.ask(ask)
 
     async def _directly(
         self,
@@ -100,7 +100,7 @@ class Bucket:
             return answer
 
         with self._watching(subject):
-            return await self._access.pacing.asked(ask)
+            return await self._access.ask(ask)
 
     async def _by_client(self, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
         client = await self._access.login.client()
@@ -124,6 +124,10 @@ class Bucket:
         """Raise what can't be cured by asking again."""
         if self._lasting is not None:
             raise type(self._lasting)(*self._lasting.args)
+
+    def forget(self) -> None:
+        """Forget what was remembered: the user has mended it."""
+        self._lasting = None
 
     def remember(self, error: RemoteError) -> RemoteError:
         """Answer every later request with this error. Returns it."""

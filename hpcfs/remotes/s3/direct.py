@@ -238,6 +238,10 @@ class Direct:
             log.warning("bucket %s is read by way of botocore from now on: %s", bucket, error)
             self._routes[bucket] = None
 
+    def forget_routes(self) -> None:
+        """Find the ways to the buckets anew: whether requests are signed is a part of them."""
+        self._routes.clear()
+
     @property
     def connections(self) -> int:
         """How many connections are open now."""

@@ -42,6 +42,7 @@ class S3SiteConnection:
 
         self._direct = Direct(self._login, answered_in, spec.site.connect_timeout)
         self._login.send_by(self._direct.send)
+        self._login.when_renewed(self._direct.forget_routes)
         self.health = Health()
         access = Access(self._login, self._direct, gate, sending, self.health)
         self._remotes = {
@@ -66,8 +67,11 @@ class S3SiteConnection:
         self.health.try_now()
 
     async def renew(self) -> None:
-        """Forget refused credentials (see `Site.renew`)."""
+        """Forget refused credentials and read them anew (see `Site.renew`)."""
+        await self._login.renew()
         self.health.forget()
+        for remote in self._remotes.values():
+            remote.forget_failures()
 
     async def close(self) -> None:
         """Give up what is under way and close all connections."""
