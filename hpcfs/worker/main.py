@@ -36,7 +36,7 @@ from hpcfs.model.errors import (
 from hpcfs.protocol import messages as m
 from hpcfs.remotes.base import MAX_FILE_BYTES, Remote, ReportProgress, Site, no_report
 from hpcfs.remotes.open import open_site
-from hpcfs.system import dumps, logs, signals
+from hpcfs.system import dumps, limits, logs, signals
 from hpcfs.worker.cache_io import Borrower, CacheDisk, CacheSource
 
 log = logging.getLogger(__name__)
@@ -338,6 +338,7 @@ def keep_freed_memory() -> None:
 def main() -> None:
     """Run the worker process on the two sockets whose numbers are its arguments."""
     dumps.forbid()
+    limits.raise_open_files()
     signals.outlive_job()  # a shutdown sends SIGTERM to all, while the daemon has yet to upload
     keep_freed_memory()
     messages, files = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
