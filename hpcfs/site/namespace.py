@@ -49,6 +49,11 @@ class SiteCalls(Protocol):
         ...
 
     @property
+    def failing(self) -> str:
+        """Why there is no answer now, for whatever time; empty while there is."""
+        ...
+
+    @property
     def patience(self) -> float:
         """For how many seconds an outage is only a pause."""
         ...
@@ -172,6 +177,11 @@ class Namespace:
             error.lasting or isinstance(error, Unreachable)
         )
         return self.is_away and is_no_answer
+
+    @property
+    def failing(self) -> str:
+        """Why there is no answer now; empty while there is. An outage may be a pause, or longer."""
+        return self._site.failing
 
     @property
     def patience(self) -> float:

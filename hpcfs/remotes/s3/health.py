@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from hpcfs.model.backoff import Backoff
-from hpcfs.model.errors import AccessRefused, NotConnected, RemoteError, Throttled, Unreachable
-from hpcfs.remotes.s3.translate import translating
+from botocore.exceptions import ClientError
+
+from hpcfs.model.backoff import UNREACHED, Backoff
+from hpcfs.model.errors import AccessRefused, NotConnected, RemoteError, Unreachable
+from hpcfs.remotes.s3.translate import CAUGHT, translate
 
 
 class Health:
@@ -49,17 +51,17 @@ class Health:
         self._lasting = None
         self.answered()
 
-    def failed(self, error: RemoteError) -> RemoteError:
-        """Remember an error that concerns the whole site. Returns the error."""
+    def failed(self, error: RemoteError, *, answered: bool) -> None:
+        """Remember an error that concerns the whole site. `answered`: it is in the words of the
+        server, which is there then, whatever it says."""
         if isinstance(error, AccessRefused):
             self._lasting = error
-        elif isinstance(error, Unreachable) and not isinstance(error, Throttled):
+        elif isinstance(error, Unreachable) and not answered:
             if not self._backoff.is_waiting:  # requests that fail together count once
-                self._backoff.failed()
+                self._backoff.failed(UNREACHED)
             self._down = error
         else:
             self.answered()
-        return error
 
     def answered(self) -> None:
         """Note that the server answered: it can be reached."""
@@ -72,8 +74,11 @@ class Health:
         self.check()
         self.under_way += 1
         try:
-            with translating(subject, self.failed):
-                yield
+            yield
+        except CAUGHT as error:
+            found = translate(error, subject)
+            self.failed(found, answered=isinstance(error, ClientError))
+            raise found from error
         finally:
             self.under_way -= 1
         self.answered()
