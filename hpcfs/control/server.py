@@ -6,6 +6,7 @@ client's connection and nothing else.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -32,6 +33,8 @@ from hpcfs.control.control import (
 from hpcfs.model.errors import SetupError
 from hpcfs.system import ownership, paths
 
+_LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # accept(2)
+ACCEPT_PAUSE_SECONDS = 1.0
 REQUEST_SECONDS = 10.0
 STEP_INTERVAL = 0.1
 """Seconds between two progress lines."""
@@ -77,9 +80,36 @@ async def serve(
     listener = _listen(path)
     try:
         task_status.started()
-        await trio.serve_listeners(partial(_answer, status, work, log_in), [listener])
+        answer = partial(_answer, status, work, log_in)
+        async with listener, trio.open_nursery() as nursery:
+            while True:
+                nursery.start_soon(_answer_safely, answer, await _accept(listener))
     finally:
         _remove(path)
+
+
+async def _accept(listener: trio.SocketListener) -> trio.SocketStream:
+    """Accept a client; where no descriptor is left for it, wait for one."""
+    while True:
+        try:
+            return await listener.accept()
+        except OSError as error:
+            if error.errno not in _LACKING:
+                raise
+            logger.warning("a control request has to wait: %s", error.strerror)
+            await trio.sleep(ACCEPT_PAUSE_SECONDS)
+
+
+async def _answer_safely(
+    answer: Callable[[trio.SocketStream], Awaitable[None]], stream: trio.SocketStream
+) -> None:
+    """Answer a client; nothing that goes wrong with it ends the mount."""
+    try:
+        await answer(stream)
+    except OSError as error:
+        logger.warning("a control request was not answered: %s", error)
+    except Exception:
+        logger.exception("a control request failed in an unexpected way")
 
 
 def _remove(path: Path) -> None:

@@ -33,6 +33,7 @@ from hpcfs.model.errors import (
 from hpcfs.protocol import messages as m
 from hpcfs.site.client import CALL_TIMEOUT, SiteClient
 from hpcfs.site.patience import Patience, Reachability
+from hpcfs.site.tasks import Tasks
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -67,7 +68,7 @@ class PatientCalls:
         site: SiteClient,
         namespace: str,
         patience: Patience,
-        nursery: trio.Nursery,
+        nursery: Tasks,
         *,
         waits_itself: bool = False,
     ) -> None:

@@ -30,6 +30,7 @@ from hpcfs.model.errors import (
 from hpcfs.model.sites import Secret
 from hpcfs.model.usage import Traffic
 from hpcfs.protocol import messages as m
+from hpcfs.site.tasks import Tasks
 from hpcfs.site.worker_process import Lend, WorkerProcess, gone, lend_nothing
 
 T = TypeVar("T")
@@ -83,7 +84,7 @@ class SiteClient:
         self,
         start: m.Start,
         log_file: Path,
-        nursery: trio.Nursery,
+        nursery: Tasks,
         lend: Lend = lend_nothing,
         ask: Ask = ask_nobody,
     ) -> None:
