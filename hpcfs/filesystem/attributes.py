@@ -145,7 +145,11 @@ class AttributeChanges:
             times.put(node, attributes)
         try:
             entry = await namespace.entry(m.SetAttributes(node.path, attributes))
-        except RemoteError:
+        except RemoteError as error:
+            if times.has(node) and _is_only_times(attributes) and namespace.absence_explains(error):
+                capabilities = await namespace.capabilities()
+                self._show(node, attributes, capabilities.mtime_resolution_ns)
+                return  # the uploads that wait in the directory bring them along
             times.forget(node)
             raise
         self._tree.set_local(node, entry)
@@ -157,3 +161,9 @@ class AttributeChanges:
             node.content.renew_version(entry.version)
         elif not node.content:
             await self._store.renew_version(namespace.origin, node.path, before, entry.version)
+
+
+def _is_only_times(attributes: Attributes) -> bool:
+    """Whether nothing but times is to be set."""
+    times = Attributes(atime_ns=attributes.atime_ns, mtime_ns=attributes.mtime_ns)
+    return attributes == times

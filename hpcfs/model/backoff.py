@@ -12,7 +12,7 @@ LONGEST_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Pauses:
+class PauseRange:
     """The pauses after one kind of failure, in seconds: each is twice as long as the one before, up
     to `longest`. The share `random_part` of a pause is drawn at random, so that many who lost the
     same server do not come back at the same moment."""
@@ -22,17 +22,17 @@ class Pauses:
     random_part: float = 0.5
 
 
-UNREACHED = Pauses(0.5, 2.0)
+UNREACHED = PauseRange(0.5, 2.0)
 """Nobody answered, so nobody is troubled by the next attempt: an outage ends for the user within a
 second or two of the link's return."""
-REACHED = Pauses(1.0, LONGEST_SECONDS)
+REACHED = PauseRange(1.0, LONGEST_SECONDS)
 """The server answered and something failed: it has trouble, and is asked less and less often."""
-REFUSED = Pauses(60.0, 240.0, random_part=0.0)
+REFUSED = PauseRange(60.0, 240.0, random_part=0.0)
 """The login was refused. Sites ban who tries five times in ten minutes (fail2ban's defaults), which
 these pauses never do."""
 
 
-def pause_after(failures: int, pauses: Pauses = REACHED) -> float:
+def pause_after(failures: int, pauses: PauseRange = REACHED) -> float:
     """Return the longest pause, in seconds, after so many failures in a row."""
     doublings = min(failures - 1, 10)  # the longest pause is reached long before
     return min(pauses.first * 2.0**doublings, pauses.longest)
@@ -61,7 +61,7 @@ class Backoff:
         """Whether it is too early for another attempt."""
         return self._clock() < self.retry_at
 
-    def failed(self, pauses: Pauses = REACHED) -> None:
+    def failed(self, pauses: PauseRange = REACHED) -> None:
         """Begin the next pause of this kind; one after a failure of another kind is the first."""
         self._failures = self._failures + 1 if pauses is self._pauses else 1
         self._pauses = pauses

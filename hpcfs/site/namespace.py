@@ -49,6 +49,11 @@ class SiteCalls(Protocol):
         ...
 
     @property
+    def failing(self) -> str:
+        """Why there is no answer now, for whatever time; empty while there is."""
+        ...
+
+    @property
     def patience(self) -> float:
         """For how many seconds an outage is only a pause."""
         ...
@@ -174,6 +179,11 @@ class Namespace:
         return self.is_away and is_no_answer
 
     @property
+    def failing(self) -> str:
+        """Why there is no answer now; empty while there is. An outage may be a pause, or longer."""
+        return self._site.failing
+
+    @property
     def patience(self) -> float:
         """For how many seconds an outage is only a pause."""
         return self._site.patience
@@ -244,6 +254,12 @@ class Namespace:
         Raises RemoteError.
         """
         await self.call(m.Connect(now=True), Capabilities, timeout=LOGIN_TIMEOUT)
+
+    async def log_in(self) -> None:
+        """Log in anew, whatever was refused before. Raises RemoteError."""
+        self._capabilities = await self.call(
+            m.Connect(renew=True), Capabilities, timeout=LOGIN_TIMEOUT
+        )
 
     async def stat(self, path: bytes) -> Entry:
         """Return the entry of a path. Raises RemoteError."""

@@ -271,6 +271,7 @@ def test_a_journal_of_another_format_is_refused_and_left_alone(home: Path) -> No
     run(home, lambda journal: journal.note(row(home)))
     db = sqlite3.connect(home / "journal.db")
     db.execute("PRAGMA user_version = 99")
+    db.execute(f"PRAGMA application_id = {0x68706600 | 99}")
     db.close()
     with pytest.raises(sqlite3.DatabaseError, match="format is 99"):
         Journal.open(home)

@@ -281,7 +281,7 @@ def test_one_denied_object_does_not_close_the_site() -> None:
 def test_a_dead_endpoint_is_asked_again_soon() -> None:
     """An outage ends for the user within two seconds of the link's return."""
     now = 100.0
-    health = Health(lambda: now, lambda: 0.0)
+    health = Health(lambda: now, draw=lambda: 0.0)
     delays = []
     for _ in range(5):
         with pytest.raises(Unreachable, match="can't be reached"), health.watching("x"):

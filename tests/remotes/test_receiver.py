@@ -88,7 +88,8 @@ def test_no_empty_packets_are_sent_where_they_protect_nothing(served: SshServer)
 
 
 def test_where_a_cipher_needs_them_empty_packets_are_sent(tmp_path: Path) -> None:
-    async def main(site: SshSiteConnection) -> None:
+    async def main(spec: SiteSpec) -> None:
+        site = SshSiteConnection(spec, ScriptedPrompter())
         try:
             remote = site.remote("ns")
             await remote.connect()
@@ -103,7 +104,7 @@ def test_where_a_cipher_needs_them_empty_packets_are_sent(tmp_path: Path) -> Non
             await site.close()
 
     with ssh_server(tmp_path / "s", "Ciphers aes128-ctr") as server:
-        asyncio.run(main(SshSiteConnection(server.site_spec(), ScriptedPrompter())))
+        asyncio.run(main(server.site_spec()))
 
 
 @pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])

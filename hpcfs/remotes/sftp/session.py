@@ -27,7 +27,7 @@ from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.stdio import log_in_by_ssh
 from hpcfs.remotes.sftp.translate import translated
 from hpcfs.remotes.ssh.login import log_in
-from hpcfs.remotes.ssh.offer import Offer
+from hpcfs.remotes.ssh.offer import LoginOffer
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
 from hpcfs.remotes.ssh.shared_session import SharedSession
@@ -82,6 +82,7 @@ class SftpSession:
     login: AnyLogin
     channels: list[Requests]
     home: bytes
+    """The remote user's home directory, an absolute path."""
     owners: Owners
     reading: Flow = field(default_factory=Flow)
     writing: Flow = field(default_factory=lambda: Flow(UPLOAD_BYTES_UNDER_WAY))
@@ -195,7 +196,7 @@ def traffic_of(shared: SharedSession[SftpSession]) -> Traffic:
 
 
 async def open_session(
-    spec: SiteSpec, prompter: Prompter, offer: Offer | None = None
+    spec: SiteSpec, prompter: Prompter, offer: LoginOffer | None = None
 ) -> SftpSession:
     """Log in and start SFTP; `offer` remembers what was offered. Raises RemoteErrors only."""
     site = spec.site
@@ -249,15 +250,22 @@ async def begin(
 async def _look_around(requests: Requests, login: AnyLogin, spec: SiteSpec) -> tuple[bytes, Owners]:
     """The home directory, and who owns it: that is the remote user."""
     with translated(b"~", login.shown):
-        (names, _), attrs = await together(requests.realpath(b"."), requests.stat(b".", 0))
-        if not names or not isinstance(names[0].filename, bytes):
-            raise ProtocolError(f"{login.shown} does not tell its home directory")
-        home = names[0].filename
+        home, attrs = await together(find_home(requests, login.shown), requests.stat(b".", 0))
     uid, gid = attrs.uid, attrs.gid
     if uid == 0 and login.user != "root":
         # A chroot's top belongs to root by sshd's own rule: it does not tell who we are.
         uid = gid = None
     return home, Owners(spec.uid, spec.gid, uid, gid)
+
+
+async def find_home(requests: Requests, shown: str) -> bytes:
+    """Ask for the home directory. Raises ProtocolError where the answer is no absolute path, and
+    asyncssh's errors."""
+    names, _ = await requests.realpath(b".")
+    home = names[0].filename if names else None
+    if not isinstance(home, bytes) or not home.startswith(b"/") or b"\0" in home:
+        raise ProtocolError(f"{shown} does not tell its home directory")
+    return home
 
 
 async def together(*requests: Coroutine[Any, Any, Any]) -> list[Any]:

@@ -12,7 +12,7 @@ from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.machine_changes import MachineChange
 from hpcfs.remotes.sftp.remote import SftpSite
 from hpcfs.remotes.sftp.session import open_session
-from hpcfs.remotes.ssh.offer import Offer
+from hpcfs.remotes.ssh.offer import LoginOffer
 from hpcfs.remotes.ssh.shared_session import SharedSession
 
 
@@ -23,7 +23,7 @@ class SshSiteConnection(SftpSite):
     def __init__(self, spec: SiteSpec, prompter: Prompter):
         if not isinstance(spec.site, SshSite):
             raise WrongSettings("an SSH site was expected")
-        offer = Offer(spec.site)
+        offer = LoginOffer(spec.site)
         super().__init__(
             spec,
             SharedSession(lambda: open_session(spec, prompter, offer), offers_else=offer.is_else),

@@ -23,7 +23,7 @@ from hpcfs.remotes.sftp.handshake import shake_hands
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.ssh.askpass_server import asking
 from hpcfs.remotes.ssh.login_clock import LoginClock
-from hpcfs.remotes.ssh.offer import Offer
+from hpcfs.remotes.ssh.offer import LoginOffer
 from hpcfs.remotes.ssh.openssh import (
     OpenSshTarget,
     command,
@@ -160,11 +160,11 @@ class OpenSshLogin:
 
 
 async def log_in_by_ssh(
-    site: SshSite, prompter: Prompter, offer: Offer | None = None
+    site: SshSite, prompter: Prompter, offer: LoginOffer | None = None
 ) -> OpenSshLogin:
     """Log in and open the first channel; `offer` remembers what ssh could offer. Raises
     RemoteErrors only."""
-    offer = offer or Offer(site)
+    offer = offer or LoginOffer(site)
     offer.begin()
     login = OpenSshLogin(await read_target(site))
     await offer.note(login.target.sources, login.target.agent)

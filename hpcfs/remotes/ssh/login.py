@@ -27,7 +27,7 @@ from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.ssh.hostkeys import Judgement
 from hpcfs.remotes.ssh.liveness import Liveness
 from hpcfs.remotes.ssh.login_clock import LoginClock, said_by
-from hpcfs.remotes.ssh.offer import Offer, with_halves
+from hpcfs.remotes.ssh.offer import LoginOffer, with_halves
 from hpcfs.remotes.ssh.proxy import Proxy
 from hpcfs.remotes.ssh.reach import AddressInfo, Destination, NoneAnswers, address_of, reach
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES, Hop, jump_site, read_hop
@@ -103,7 +103,7 @@ async def log_in(
     site: SshSite,
     prompter: Prompter,
     reach_seconds: float | None = None,
-    offer: Offer | None = None,
+    offer: LoginOffer | None = None,
 ) -> SshLogin:
     """Connect to the site.
 
@@ -113,7 +113,7 @@ async def log_in(
     Raises AccessRefused, HostKeyRefused, WrongSettings or Unreachable: NotConnected where nobody
     was logged in anywhere.
     """
-    offer = offer or Offer(site)
+    offer = offer or LoginOffer(site)
     offer.begin()
     attempt = _Attempt(prompter, reach_seconds, offer)
     try:
@@ -138,7 +138,7 @@ class _Attempt:
 
     prompter: Prompter
     reach_seconds: float | None
-    offer: Offer
+    offer: LoginOffer
     jumps: list[asyncssh.SSHClientConnection] = field(default_factory=list)
     attended: bool = False
 

@@ -21,7 +21,7 @@ AGENT_SECONDS = 2.0
 _Stamp = tuple[int, int, int] | None
 
 
-class Offer:
+class LoginOffer:
     """What was offered at the last attempt to log in to a site, at its jump hosts too."""
 
     def __init__(self, site: SshSite) -> None:

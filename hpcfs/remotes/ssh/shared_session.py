@@ -20,7 +20,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
-from hpcfs.model.backoff import REACHED, REFUSED, UNREACHED, Backoff, Pauses
+from hpcfs.model.backoff import REACHED, REFUSED, UNREACHED, Backoff, PauseRange
 from hpcfs.model.errors import (
     HostKeyRefused,
     LoginNeeded,
@@ -256,7 +256,7 @@ class SharedSession(Generic[S]):
         self._backoff.failed(_pauses(error))
 
 
-def _pauses(error: RemoteError) -> Pauses:
+def _pauses(error: RemoteError) -> PauseRange:
     """Return how long to wait after an attempt that ended in this way."""
     if error.lasting:
         return REFUSED

@@ -83,7 +83,7 @@ def login_error(
         said = f" (it says {quoted(progress.banner)})" if quoted(progress.banner) else ""
         return NoService(
             f"{hop.user}@{hop.host} port {hop.port} ended the connection during the login{said}: "
-            f"check that `ssh {hop.alias}` works, then try again"
+            f"check that `ssh {hop.alias}` works, then run 'hpcfs login'"
         )
     if isinstance(error, asyncssh.ConnectionLost):
         return NotConnected(f"{where} ended the connection during the login: {error.reason}")
