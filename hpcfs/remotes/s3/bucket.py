@@ -125,7 +125,7 @@ class Bucket:
 
     def forget(self) -> None:
         """Forget what was remembered: the user has mended it."""
-        self._lasting = None
+        self._lasting.succeeded()
 
     def remember(self, error: RemoteError) -> RemoteError:
         """Answer the next requests with this error (see LastingFailure). Returns it."""

@@ -36,7 +36,7 @@ class LastingFailure:
     def check(self) -> None:
         """Raise the error, unless it is time to look again."""
         if self._error is not None and self._backoff.is_waiting:
-            raise _again(self._error)
+            raise type(self._error)(*self._error.args)
 
     def failed(self, error: RemoteError) -> RemoteError:
         """Remember an error. Returns it."""
