@@ -66,6 +66,11 @@ class S3SiteConnection:
         """End the pause after a failure (see `Site.try_now`)."""
         self.health.try_now()
 
+    def network_changed(self) -> None:
+        """Use no connection again that may be dead (see `Site.network_changed`)."""
+        self.health.try_now()
+        self._direct.drop_idle()
+
     async def renew(self) -> None:
         """Forget refused credentials and read them anew (see `Site.renew`)."""
         await self._login.renew()
