@@ -27,6 +27,7 @@ from hpcfs.site.calls import PatientCalls
 from hpcfs.site.client import Ask, SiteClient
 from hpcfs.site.namespace import Namespace, NamespacePolicy
 from hpcfs.site.patience import Patience
+from hpcfs.site.tasks import Tasks
 from hpcfs.writeback.journal import Journal
 from hpcfs.writeback.pending import Pending
 from hpcfs.writeback.recovery import Recovery
@@ -51,9 +52,7 @@ class Mount:
         return {namespace.name: namespace.origin for namespace in self.namespaces}
 
 
-def assemble(
-    settings: Settings, store: Store, journal: Journal, ask: Ask, nursery: trio.Nursery
-) -> Mount:
+def assemble(settings: Settings, store: Store, journal: Journal, ask: Ask, nursery: Tasks) -> Mount:
     """Build a mount on an open cache and journal; nothing is started.
 
     Its tasks run in the nursery. `ask` answers the questions of its sites, in a thread.
@@ -77,7 +76,7 @@ def assemble(
 
 
 def _namespaces(
-    settings: Settings, sites: Mapping[AnySite, SiteClient], nursery: trio.Nursery
+    settings: Settings, sites: Mapping[AnySite, SiteClient], nursery: Tasks
 ) -> list[Namespace]:
     """Namespaces of one site share its connection, and so its bandwidth."""
     bandwidths = {site: Bandwidth() for site in sites}

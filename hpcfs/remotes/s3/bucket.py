@@ -354,7 +354,7 @@ class Bucket:
         subject = prefix or f"bucket {self.name}"
         asked = {"Prefix": prefix, **parameters}
         async with self._access.gate.turn(0, urgent=True):
-            with deadlines.silence(deadlines.LISTING):
+            with deadlines.silence(deadlines.SILENCE if "MaxKeys" in asked else deadlines.LISTING):
                 answer = await self._directly("list_objects_v2", subject, asked)
         objects = [summary_of(found) for found in answer.get("Contents", [])]
         prefixes = [str(found.get("Prefix", "")) for found in answer.get("CommonPrefixes", [])]
