@@ -190,6 +190,9 @@ class BlockMap:
         chunk without blocks."""
         taken = {}
         for number in self._changed:
+            if number in self._packed:
+                taken[number] = self._packed[number]
+                continue
             sums = self._sums.get(number)
             taken[number] = b"" if sums is None else pack_sums(sums)
             if not taken[number] and not any(self._flags.get(number, b"")):
@@ -209,6 +212,10 @@ class BlockMap:
         """Return the chunks whose present blocks are all trusted."""
         looked_at = (number for number, flags in self._flags.items() if _PRESENT not in flags)
         return *looked_at, *(self._packed_trust & self._packed.keys())
+
+    def touch_all(self) -> None:
+        """Mark all chunks changed, because the index that had them is gone."""
+        self._changed.update(self._flags.keys() | self._packed.keys())
 
     def touch(self, numbers: Iterable[int]) -> None:
         """Mark these chunks changed again, because what `take_changed` returned was not saved."""

@@ -36,6 +36,7 @@ class CacheFile:
 
     __slots__ = (
         "blocks",
+        "changes",
         "dirty",
         "evictions",
         "fd",
@@ -52,6 +53,7 @@ class CacheFile:
         "size",
         "users",
         "version",
+        "written_sums",
     )
 
     def __init__(
@@ -65,6 +67,10 @@ class CacheFile:
         self.size = size
         self.blocks = BlockMap()
         self.dirty = RangeSet()
+        self.changes = 0
+        """Counts the writes and resizes: checksums that were computed during one are of no use."""
+        self.written_sums: dict[int, int] = {}
+        """Checksums of dirty blocks, as far as they were computed since the last write to them."""
         self.users = 0
         self.evictions = 0
         """The number of evictions: a read in a thread during one may have found a hole."""
@@ -100,6 +106,7 @@ class CacheFile:
         self.name, self.path, self.in_memory = name, path, in_memory
         self.evictions += 1
         self.blocks = BlockMap()
+        self.written_sums.clear()
 
     def read_now(self, offset: int, length: int) -> bytes | bytearray | None:
         """Return the bytes, or None where the disk must be waited for. Bytes past the local end are
@@ -138,11 +145,20 @@ class CacheFile:
 
         Raises OSError (ENOSPC, EDQUOT, EFBIG) where the cache's disk is full or refuses.
         """
+        self._note_change(offset // BLOCK_BYTES, -(-(offset + len(data)) // BLOCK_BYTES))
         view = memoryview(data)
         while view:
             count = os.pwrite(self.fd, view, offset)
             view = view[count:]
             offset += count
+
+    def _note_change(self, first: int, stop: int | None = None) -> None:
+        """Forget the checksums of dirty blocks from `first` to `stop`, or to the last one."""
+        self.changes += 1
+        if self.written_sums:
+            end = stop if stop is not None else max(self.written_sums) + 1
+            for block in range(first, end):
+                self.written_sums.pop(block, None)
 
     def mark_written(self, offset: int, end: int) -> None:
         """Mark [offset, end) as written by a program: present, dirty, checksums unknown."""
@@ -157,6 +173,7 @@ class CacheFile:
         """
         if size > max(self.size, _ALWAYS_POSSIBLE_BYTES):
             os.ftruncate(self.fd, size)
+        self._note_change(min(self.size, size) // BLOCK_BYTES)
         old, self.size = self.size, size
         if size < old:
             os.ftruncate(self.fd, size)
@@ -184,6 +201,16 @@ class CacheFile:
         """Read the blocks and return their checksums; may wait for the disk, so call it in a
         thread."""
         return [self.compute_checksum(block) for block in blocks]
+
+    def checksums_now(self, blocks: list[int]) -> list[int] | None:
+        """Return the checksums of a few blocks, or None where the disk must be waited for."""
+        found = []
+        for block in blocks:
+            data = self.read_now(block * BLOCK_BYTES, self.block_length(block))
+            if data is None:
+                return None
+            found.append(checksum(data))
+        return found
 
     def compute_checksum(self, block: int) -> int:
         """Read the block and return its checksum; may wait for the disk, so call it in a thread."""

@@ -3,7 +3,10 @@
 Every call blocks on the disk and runs in a thread (cache/registry.py sees to it), except
 `is_pinned`, which is answered from memory. The index may lag behind the cache files: a block that
 it doesn't know is fetched again, and a block that it knows is returned only after its checksum was
-compared. So nothing here needs to be synced, and a damaged index is thrown away.
+compared. So nothing here needs to be synced. Where anything is wrong with it, when it is opened or
+at any later call, it is put aside as `index.db.damaged`, and an empty one takes its place; in
+memory, if the disk has no room for one. The pins stay. A change for which the disk has no room is
+the one error that callers see.
 
 Only renaming a directory, or pinning it, costs more in a large cache than in a small one: triggers
 keep the totals, and long lists are read in pages.
@@ -13,77 +16,24 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import msgspec
 
+from hpcfs.cache import database
+from hpcfs.cache.index_format import check_record, checked_chunk, checked_total, prepare
 from hpcfs.model import paths
+from hpcfs.model.troubles import Troubles
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 3
-_SCHEMA = """
-CREATE TABLE origins (
-    id INTEGER PRIMARY KEY,
-    origin TEXT NOT NULL UNIQUE,
-    files INTEGER NOT NULL DEFAULT 0,
-    bytes INTEGER NOT NULL DEFAULT 0,
-    pinned_files INTEGER NOT NULL DEFAULT 0,
-    pinned_bytes INTEGER NOT NULL DEFAULT 0
-);
-CREATE TABLE files (
-    id INTEGER PRIMARY KEY,
-    name TEXT NOT NULL UNIQUE,
-    origin INTEGER NOT NULL,
-    key BLOB NOT NULL,
-    version BLOB NOT NULL,
-    size INTEGER NOT NULL,
-    blocks INTEGER NOT NULL,
-    cached_bytes INTEGER NOT NULL,
-    last_used REAL NOT NULL,
-    pinned INTEGER NOT NULL
-);
-CREATE UNIQUE INDEX files_by_key ON files (origin, key);
-CREATE INDEX files_by_use ON files (last_used, id) WHERE pinned = 0;
-CREATE TABLE chunks (
-    file INTEGER NOT NULL,
-    number INTEGER NOT NULL,
-    checksums BLOB NOT NULL,
-    PRIMARY KEY (file, number)
-) WITHOUT ROWID;
-CREATE TABLE pins (
-    origin TEXT NOT NULL,
-    key BLOB NOT NULL,
-    PRIMARY KEY (origin, key)
-) WITHOUT ROWID;
-CREATE TRIGGER file_added AFTER INSERT ON files BEGIN
-    UPDATE origins SET
-        files = files + 1,
-        bytes = bytes + NEW.cached_bytes,
-        pinned_files = pinned_files + NEW.pinned,
-        pinned_bytes = pinned_bytes + NEW.pinned * NEW.cached_bytes
-    WHERE id = NEW.origin;
-END;
-CREATE TRIGGER file_removed AFTER DELETE ON files BEGIN
-    UPDATE origins SET
-        files = files - 1,
-        bytes = bytes - OLD.cached_bytes,
-        pinned_files = pinned_files - OLD.pinned,
-        pinned_bytes = pinned_bytes - OLD.pinned * OLD.cached_bytes
-    WHERE id = OLD.origin;
-    DELETE FROM chunks WHERE file = OLD.id;
-END;
-CREATE TRIGGER file_changed AFTER UPDATE OF cached_bytes, pinned ON files BEGIN
-    UPDATE origins SET
-        bytes = bytes - OLD.cached_bytes + NEW.cached_bytes,
-        pinned_files = pinned_files - OLD.pinned + NEW.pinned,
-        pinned_bytes = pinned_bytes - OLD.pinned * OLD.cached_bytes + NEW.pinned * NEW.cached_bytes
-    WHERE id = NEW.origin;
-END;
-"""
 _COLUMNS = (
     "name, origins.origin, key, version, size, cached_bytes, last_used, blocks, pinned, files.id"
 )
@@ -125,41 +75,74 @@ class OriginTotals(msgspec.Struct, frozen=True):
     pinned_bytes: int
 
 
-class Index:
-    """One SQLite database. Not thread-safe: one call at a time."""
+def _mended(
+    method: Callable[Concatenate[Index, P], T],
+) -> Callable[Concatenate[Index, P], T]:
+    """Call a method of Index once more on an empty index, where it fails for another reason than a
+    full disk."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    @wraps(method)
+    def mended(self: Index, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            self._db = self._open()
-        except sqlite3.DatabaseError as error:
-            log.warning("the cache index %s is unusable (%s); starting an empty one", path, error)
-            self._remove_files()
-            self._db = self._open()
-        self._pins = set(self.pins())
+            return method(self, *args, **kwargs)
+        except sqlite3.Error as error:
+            if database.is_full(error) or database.is_misuse(error):
+                raise
+            self.begin_anew(str(error))
+            return method(self, *args, **kwargs)
 
-    def _open(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+    return mended
+
+
+class Index:
+    """One SQLite database. Not thread-safe: one call at a time.
+
+    `generation` counts how often an empty index took the place of another one: then nothing counts
+    that it was told before. `troubles` hears of that.
+    """
+
+    def __init__(self, path: Path, troubles: Troubles | None = None) -> None:
+        self._path = path
+        self._troubles = troubles or Troubles()
+        self._pins: set[tuple[str, bytes]] = set()
+        self.generation = 0
+        try:
+            self._db = self._open(path)
+            self._pins = set(self._read_pins())
+        except (sqlite3.Error, OSError) as error:
+            self.begin_anew(str(error))
+
+    def begin_anew(self, reason: str) -> None:
+        """Put the index aside, if there is one, and continue with an empty one that has the same
+        pins."""
+        if hasattr(self, "_db"):
+            self._db.close()
+        self.generation += 1
+        sentence = f"the cache's index was unusable ({reason}): the cache begins anew"
+        try:
+            database.move(self._path, self._path.with_name(self._path.name + ".damaged"))
+            self._db = self._open(self._path)
+        except (sqlite3.Error, OSError) as error:
+            sentence += f", and forgets all with this mount ({error})"
+            self._db = self._open(":memory:")
+        self._troubles.tell(sentence)
+        pins, self._pins = self._pins, set()
+        try:
+            self._write_pins(pins)
+        except sqlite3.Error as error:
+            self._pins = pins
+            log.warning("the pins are not saved: %s", error)
+
+    def _open(self, path: Path | str) -> sqlite3.Connection:
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = OFF")  # see the module's docstring
-            self._prepare(db)
+            prepare(db)
         except BaseException:
             db.close()
             raise
         return db
-
-    def _prepare(self, db: sqlite3.Connection) -> None:
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, _SCHEMA_VERSION):
-            raise sqlite3.DatabaseError(f"its format is {version}, not {_SCHEMA_VERSION}")
-        if version == 0:
-            db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_SCHEMA_VERSION};COMMIT;")
-        db.execute("SELECT name FROM files LIMIT 1").fetchone()
-
-    def _remove_files(self) -> None:
-        for suffix in ("", "-wal", "-shm"):
-            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the database."""
@@ -167,20 +150,26 @@ class Index:
 
     # --- looking --------------------------------------------------------------------------------
 
+    @_mended
     def find(self, origin: str, key: bytes) -> Record | None:
         """Return the record of a file, or None."""
         row = self._db.execute(
             f"{_FILES} WHERE origins.origin = ? AND key = ?", (origin, key)
         ).fetchone()
-        return None if row is None else self._record(row, self.chunks(row[-1]))
+        return None if row is None else self._record(row, self._chunks(row[-1]))
 
+    @_mended
     def chunks(self, row: int) -> dict[int, bytes]:
         """Return the packed chunks of a file by number."""
+        return self._chunks(row)
+
+    def _chunks(self, row: int) -> dict[int, bytes]:
         found = self._db.execute("SELECT number, checksums FROM chunks WHERE file = ?", (row,))
-        return dict(found.fetchall())
+        return dict(map(checked_chunk, found.fetchall()))
 
     def _record(self, row: tuple[Any, ...], chunks: Mapping[int, bytes] | None) -> Record:
         name, origin, key, version, size, cached, used, blocks, pinned, number = row
+        check_record(name, (size, cached, blocks), row)
         return Record(
             name,
             origin,
@@ -196,6 +185,7 @@ class Index:
             chunks is not None,
         )
 
+    @_mended
     def directory(self, origin: str, directory: bytes, limit: int) -> dict[bytes, Record] | None:
         """Return all files below this directory by key, those of more than SMALL_BLOCKS without
         chunks; None if there are more than `limit`."""
@@ -209,9 +199,10 @@ class Index:
         records = {}
         for row in rows:
             small = row[-3] <= SMALL_BLOCKS
-            records[row[2]] = self._record(row, self.chunks(row[-1]) if small else None)
+            records[row[2]] = self._record(row, self._chunks(row[-1]) if small else None)
         return records
 
+    @_mended
     def oldest(self, after: tuple[float, int], limit: int) -> list[Record]:
         """Return a page of files that are not pinned, without chunks, least recently used first.
         `after` is the (last_used, row) of the last one of the page before."""
@@ -222,6 +213,7 @@ class Index:
         )
         return [self._record(row, None) for row in rows.fetchall()]
 
+    @_mended
     def page(self, after: int, limit: int) -> list[Record]:
         """Return a page of all files, without chunks: those whose row is greater than `after`."""
         rows = self._db.execute(
@@ -229,6 +221,7 @@ class Index:
         )
         return [self._record(row, None) for row in rows.fetchall()]
 
+    @_mended
     def page_under(self, origin: str, key: bytes, after: bytes, limit: int) -> list[Record]:
         """Return a page of `key` and all files below it; `after` is the last key of the page
         before."""
@@ -238,23 +231,26 @@ class Index:
         )
         return [self._record(row, None) for row in rows.fetchall()]
 
+    @_mended
     def last_chunks(self, row: int, limit: int) -> list[tuple[int, bytes]]:
         """Return (number, checksums) of a file's last chunks, the last one first."""
         found = self._db.execute(
             "SELECT number, checksums FROM chunks WHERE file = ? ORDER BY number DESC LIMIT ?",
             (row, limit),
         )
-        return found.fetchall()
+        return list(map(checked_chunk, found.fetchall()))
 
+    @_mended
     def chunk_after(self, row: int, after: int) -> tuple[int, bytes] | None:
         """Return (number, checksums) of the file's first chunk with a greater number, or None."""
-        found: tuple[int, bytes] | None = self._db.execute(
+        found = self._db.execute(
             "SELECT number, checksums FROM chunks WHERE file = ? AND number > ?"
             " ORDER BY number LIMIT 1",
             (row, after),
         ).fetchone()
-        return found
+        return None if found is None else checked_chunk(found)
 
+    @_mended
     def totals(self) -> list[OriginTotals]:
         """Return the totals of all remote folders."""
         rows = self._db.execute(
@@ -262,11 +258,13 @@ class Index:
         )
         return [OriginTotals(*row) for row in rows.fetchall()]
 
+    @_mended
     def total_bytes(self) -> int:
         """Return the cached bytes of all files."""
-        total: int = self._db.execute("SELECT coalesce(sum(bytes), 0) FROM origins").fetchone()[0]
-        return total
+        total = self._db.execute("SELECT coalesce(sum(bytes), 0) FROM origins").fetchone()[0]
+        return checked_total(total)
 
+    @_mended
     def known(self, names: Iterable[str]) -> set[str]:
         """Return those of these cache files that the index has."""
         found = set()
@@ -277,6 +275,7 @@ class Index:
 
     # --- changing -------------------------------------------------------------------------------
 
+    @_mended
     def save(self, records: Iterable[Record]) -> list[str]:
         """Save these records; return the names of the cache files that they replace."""
         replaced: list[str] = []
@@ -332,6 +331,7 @@ class Index:
             [(row, number) for number, sums in chunks.items() if not sums],
         )
 
+    @_mended
     def change_blocks(
         self, row: int, chunks: Mapping[int, bytes], blocks: int, cached_bytes: int
     ) -> None:
@@ -344,6 +344,7 @@ class Index:
                 (blocks, cached_bytes, row),
             )
 
+    @_mended
     def delete(self, names: Sequence[str]) -> None:
         """Delete the records of these cache files."""
         with self._transaction():
@@ -353,6 +354,7 @@ class Index:
     def _delete(self, name: str) -> None:
         self._db.execute("DELETE FROM files WHERE name = ?", (name,))
 
+    @_mended
     def move(self, origin: str, key: bytes, target: bytes) -> list[str]:
         """Record that `key` and everything below it was renamed; return the names of cache files
         replaced. Pinned files stay pinned under their new names, and the target's own pin stays
@@ -371,6 +373,7 @@ class Index:
             self._mark_pinned(origin, target)
         return replaced
 
+    @_mended
     def renew_version(self, origin: str, key: bytes, old: bytes, new: bytes) -> None:
         """Replace the version `old` of a file by `new`."""
         self._db.execute(
@@ -379,6 +382,7 @@ class Index:
             (new, old, key, origin),
         )
 
+    @_mended
     def remove(self, origin: str, key: bytes) -> list[str]:
         """Delete the records of `key` and everything below it; return the names of their cache
         files."""
@@ -399,8 +403,12 @@ class Index:
 
     # --- pins -----------------------------------------------------------------------------------
 
+    @_mended
     def pins(self) -> list[tuple[str, bytes]]:
         """Return all pins as (origin, key)."""
+        return self._read_pins()
+
+    def _read_pins(self) -> list[tuple[str, bytes]]:
         rows = self._db.execute("SELECT origin, key FROM pins ORDER BY origin, key")
         return [(origin, bytes(key)) for origin, key in rows.fetchall()]
 
@@ -418,12 +426,14 @@ class Index:
             key = paths.parent(key)
         return key
 
+    @_mended
     def pin(self, origin: str, key: bytes) -> None:
         """Pin a path, with all files that are or will be below it."""
         with self._transaction():
             self._write_pins(self._pins | {(origin, key)})
             self._mark_pinned(origin, key)
 
+    @_mended
     def unpin(self, origin: str, key: bytes) -> int:
         """Remove the pins at and below a path; return how many there were."""
         found = self._pins_under(origin, key)

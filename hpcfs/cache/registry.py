@@ -24,6 +24,7 @@ from hpcfs.cache.file import CacheFile
 from hpcfs.cache.index import Index, Record
 from hpcfs.cache.record_cache import RecordCache
 from hpcfs.cache.verified_blocks import VerifiedBlocks
+from hpcfs.model.troubles import Troubles
 
 T = TypeVar("T")
 
@@ -50,8 +51,9 @@ class Row:
 class Registry:
     """The open files and the index of one cache directory."""
 
-    def __init__(self, directory: Path, index: Index) -> None:
+    def __init__(self, directory: Path, index: Index, troubles: Troubles | None = None) -> None:
         self.directory = directory
+        self.troubles = troubles or Troubles()
         self.index = index
         self.files: dict[str, CacheFile] = {}
         """All open files, by name."""
@@ -59,6 +61,10 @@ class Registry:
         """The index's rows of open files, by name."""
         self.indexed_bytes = index.total_bytes()
         """The index's last total of cached bytes, open files included."""
+        self._generation = index.generation
+        self.index_was_lost = trio.Event()
+        """Set, and replaced, when an empty index took the place of another one while it was in use:
+        the idle files are strays then."""
         self.spooled_bytes = 0
         """Bytes of long listings, in temporary files beside the cache's."""
         self.lookup = trio.Lock()
@@ -74,7 +80,22 @@ class Registry:
 
     async def in_thread(self, work: Callable[..., T], *args: object) -> T:
         """Run disk work in a thread, one piece at a time: the index serves one caller."""
-        return await trio.to_thread.run_sync(work, *args, limiter=self._limiter)
+        try:
+            return await trio.to_thread.run_sync(work, *args, limiter=self._limiter)
+        finally:
+            if self._generation != self.index.generation:
+                self._note_lost_index()
+
+    def _note_lost_index(self) -> None:
+        """The index is empty now: what is open is saved anew, the rest is forgotten."""
+        self._generation = self.index.generation
+        self.rows.clear()
+        self.indexed_bytes = 0
+        self.record_cache.invalidate_all()
+        for file in self.files.values():
+            file.blocks.touch_all()
+        self.index_was_lost.set()
+        self.index_was_lost = trio.Event()
 
     async def change(self, work: Callable[..., T], *args: object) -> T:
         """Run work in a thread that may change the index's totals, also if it fails."""

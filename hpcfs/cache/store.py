@@ -35,6 +35,7 @@ from hpcfs.cache.record_cache import MAX_FILES
 from hpcfs.cache.registry import Registry, Row
 from hpcfs.model import paths
 from hpcfs.model.entries import BLOCK_BYTES
+from hpcfs.model.troubles import Troubles
 from hpcfs.system.disk import MinFree
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Store:
         self.eviction = eviction
         self.max_bytes = eviction.max_bytes
         self.directory = registry.directory
+        self.troubles = registry.troubles
         self._index = registry.index
         self._lock_fd = lock_fd
         self._active: dict[tuple[str, bytes], CacheFile] = {}
@@ -93,7 +95,8 @@ class Store:
         try:
             os.ftruncate(lock_fd, 0)
             os.pwrite(lock_fd, holder.encode(), 0)
-            registry = Registry(directory, Index(directory / "index.db"))
+            troubles = Troubles()
+            registry = Registry(directory, Index(directory / "index.db", troubles), troubles)
         except OSError as error:
             os.close(lock_fd)
             raise CacheUnusable(
@@ -442,6 +445,16 @@ class Store:
                 self._close_file(file)
             self._index.close()
             os.close(self._lock_fd)
+
+    async def remove_strays_forever(self) -> None:
+        """Delete cache files that the index doesn't know, now and whenever it lost them all.
+
+        Raises OSError.
+        """
+        while True:
+            was_lost = self.registry.index_was_lost
+            await self.remove_strays()
+            await was_lost.wait()
 
     async def remove_strays(self) -> None:
         """Delete cache files that the index doesn't know, which a killed daemon left. Those that

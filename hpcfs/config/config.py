@@ -30,6 +30,7 @@ DEFAULT_JOURNAL_SIZE = 10 * 1024**3
 DEFAULT_WRITE: WriteMode = "through"
 DEFAULT_SYMLINKS: SymlinkMode = "contain"
 DEFAULT_CONNECT_TIMEOUT = 10.0
+DEFAULT_IDLE_TIMEOUT = 600.0
 
 TOP_KEYS = (
     "mountpoint", "cache_dir", "cache_size", "cache_min_free", "journal_size", "log_level",
@@ -42,6 +43,7 @@ UNATTENDED_PATIENCE = 15 * 60.0
 COMMON_KEYS = ("type", "read_only", "write", "verify", "connect_timeout", "symlinks", "patience")
 SFTP_KEYS = (
     *COMMON_KEYS, "host", "path", "user", "port", "identity_file", "ssh_config", "transport",
+    "idle_timeout",
 )  # fmt: skip
 TUNNEL_KEYS = (*COMMON_KEYS, "tunnel", "path", "directory")
 S3_KEYS = (
@@ -411,6 +413,7 @@ def _ssh_site(table: _Table) -> SshSite:
         identity_file=table.get("identity_file", values.file_text, None),
         connect_timeout=table.get("connect_timeout", values.seconds, DEFAULT_CONNECT_TIMEOUT),
         transport=table.get("transport", values.transport, "asyncssh"),
+        idle_timeout=table.get("idle_timeout", values.seconds, DEFAULT_IDLE_TIMEOUT),
     )
 
 

@@ -16,7 +16,7 @@ from hpcfs.cache.file import CacheFile
 from hpcfs.content.shared import Place, RemoteFile
 from hpcfs.content.state import State
 from hpcfs.model.entries import NO_HANDLE, Entry
-from hpcfs.model.errors import Changed, NotConnected, NotFound, RemoteError, Stale
+from hpcfs.model.errors import Changed, NotFound, RemoteError, Stale
 from hpcfs.protocol import messages as m
 
 log = logging.getLogger(__name__)
@@ -223,12 +223,12 @@ class BaseVersion:
         )
         try:
             data = await namespace.call(request, bytes)
-        except NotConnected:
-            if not namespace.sleeps:
-                raise
-            return b""
         except NotFound as error:
             raise Stale(error.message) from None
+        except RemoteError as error:
+            if not namespace.absence_explains(error):
+                raise
+            return b""
         self.held = True
         if data:
             await self._look_again()

@@ -21,6 +21,7 @@ import trio
 
 from hpcfs.cache.file import CacheFile
 from hpcfs.cache.ranges import RangeSet
+from hpcfs.content import sums
 from hpcfs.content.reader import Reader, blocks_of
 from hpcfs.content.record import Unconfirmed, flags_of
 from hpcfs.content.shared import RemoteFile, Shared
@@ -32,6 +33,10 @@ from hpcfs.model.errors import CacheFull, Stale, TooLarge
 
 APPEND_ATTEMPTS = 20
 """How often an append starts again because others changed the file meanwhile."""
+_SUMMED_HERE = 4
+"""Blocks whose checksums are computed without a thread: that takes 20 us for each."""
+_SUMMED_AT_ONCE = 128
+"""Blocks that one thread reads at once: 8 MiB."""
 
 
 class Content:
@@ -143,6 +148,7 @@ class Content:
     def resume(self, row: Unconfirmed) -> None:
         """Go on with what an earlier mount left: it is written as far as the row says."""
         self.reader.base.size = row.base_size
+        self.file.written_sums = sums.unpack(row)
         self.state.resume(row.remote_side, row.unsent)
         self.reader.use_disk()
 
@@ -196,6 +202,8 @@ class Content:
     def unconfirmed(self, reason: str = "", *, writing: bool = False) -> Unconfirmed:
         """The journal's row of it. `writing` says that more will be written."""
         base_size = self.upload.base_size
+        ranges = self.upload.unconfirmed_blocks()
+        is_at_rest = self.state.is_at_rest and not (writing or self.writers)
         return Unconfirmed(
             self.file.name,
             self.namespace.name,
@@ -203,15 +211,31 @@ class Content:
             self.place.path,
             self.size,
             base_size,
-            self.upload.unconfirmed_blocks(),
+            ranges,
             self.file.path,
             self.version,
             self.place.entry,
             self.capabilities,
             writing=writing,
             reason=reason,
+            sums=sums.pack(ranges, self.file.written_sums) if is_at_rest else b"",
             **flags_of(self.state, base_size),
         )
+
+    async def sum_written(self) -> None:
+        """Compute the checksums of what is dirty, for the journal; of a file that is written to
+        meanwhile they stay unknown. Raises OSError."""
+        file = self.file
+        blocks = sums.blocks_in(self.upload.unconfirmed_blocks())
+        missing = [block for block in blocks if block not in file.written_sums]
+        for first in range(0, len(missing), _SUMMED_AT_ONCE):
+            some, changes = missing[first : first + _SUMMED_AT_ONCE], file.changes
+            found = file.checksums_now(some) if len(missing) <= _SUMMED_HERE else None
+            if found is None:
+                found = await trio.to_thread.run_sync(file.compute_checksums, some)
+            if file.changes != changes:
+                return
+            file.written_sums.update(zip(some, found, strict=True))
 
     def cut_to(self, size: int) -> Unconfirmed | None:
         """The journal's row for it once it is cut. None where the row that it has stays true if

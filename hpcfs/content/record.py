@@ -25,7 +25,8 @@ class Unconfirmed(
     to be replaced in one step (`replace`), an upload may have begun to write (`attempted`), the
     size changed (`resized`), what is dirty was appended, and belongs to the remote's end
     (`appended`). It was open and more was to come (`writing`). `reason` is empty while nothing was
-    refused. Names and meaning are those of a format: journals outlive the version of hpcfs.
+    refused. `sums` has checksums of the blocks of `ranges` (content/sums.py), as far as they are
+    known. Names and meaning are those of a format: journals outlive the version of hpcfs.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Unconfirmed(
     writing: bool = False
     reason: str = ""
     since: float = 0.0
+    sums: bytes = b""
 
     @property
     def is_stranded(self) -> bool:

@@ -212,6 +212,11 @@ class State:
         return self.durability is Durability.PERSISTED
 
     @property
+    def is_at_rest(self) -> bool:
+        """Whether nothing was written since the row with everything was made, or begun."""
+        return self.durability in (Durability.PERSISTING, Durability.PERSISTED)
+
+    @property
     def may_be_missing(self) -> bool:
         """Whether the remote may have nothing of this name that is the file's."""
         return self.remote not in (RemoteSide.PRESENT, RemoteSide.CREATED)

@@ -315,6 +315,8 @@ class FileUpload:
         self.failure = None
         self._arrived(snapshot, entry)
         self._state.confirm_upload()
+        if not self._file.dirty:
+            self._file.written_sums.clear()
         self._end()
 
     def _arrived(self, snapshot: Snapshot, entry: Entry) -> None:

@@ -96,7 +96,6 @@ def _namespaces(
                 read_only=chosen.read_only,
                 write=chosen.write,
                 keeps_xattrs=chosen.keeps_xattrs,
-                sleeps=isinstance(chosen.site, TunnelSite),
                 symlinks=chosen.symlinks,
             ),
             bandwidths[chosen.site],

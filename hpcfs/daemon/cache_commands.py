@@ -219,7 +219,7 @@ async def unmounted(directory: Path, command: str) -> AsyncIterator[Store]:
     except CacheUnusable as error:
         raise SetupError(str(error)) from None
     try:
-        journal = Journal.open(directory)
+        journal = Journal.open(directory, store.troubles)
         for row in journal.rows:
             if not row.is_stranded:
                 await store.resume(

@@ -22,10 +22,11 @@ from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint, server as control_server
 from hpcfs.daemon.assembly import Mount, assemble
 from hpcfs.daemon.cache_commands import CacheCommands
+from hpcfs.daemon.logins import Logins
 from hpcfs.daemon.questions import Questions
 from hpcfs.daemon.status import StatusReporter
 from hpcfs.daemon.write_commands import WriteCommands
-from hpcfs.kernel import operations as kernel
+from hpcfs.kernel.mount import KernelMount
 from hpcfs.model.errors import CacheFull, RemoteError, SetupError
 from hpcfs.site.client import Ask
 from hpcfs.site.namespace import Namespace
@@ -38,8 +39,8 @@ OnReady = Callable[[control.MountStatus], None]
 
 SAVE_SECONDS = 2.0
 """How far the cache's index may lag behind; a killed daemon's last blocks are fetched again."""
-MAX_KERNEL_REQUESTS = 512
-"""A dead namespace can't use these up before its requests fail."""
+MAX_KERNEL_REQUESTS = 4096
+"""Of all namespaces; one that does not answer can't use these up (kernel/requests.py)."""
 UNMOUNT_CHECK_SECONDS = 1.0
 UNMOUNT_PATIENCE = 3.0
 """Seconds that the kernel's last requests may take after an unmount, before they are cancelled."""
@@ -105,7 +106,9 @@ class _Daemon:
         self._mount: Mount
         self._cache: CacheCommands
         self._writes: WriteCommands
+        self._logins: Logins
         self._status: StatusReporter
+        self._kernel: KernelMount
 
     # --- from start to end ----------------------------------------------------------------------
 
@@ -120,9 +123,14 @@ class _Daemon:
             self._mount, closer = mount, mount.fs.closer
             self._cache = CacheCommands(settings, store, mount.fs, mount.origins)
             self._writes = WriteCommands(settings, mount.pending)
+            self._logins = Logins(settings, mount)
             self._status = StatusReporter(settings, mount, self._writes.summary)
             await services.start(
-                control_server.serve, settings.socket, self._status.live_status, self._answer
+                control_server.serve,
+                settings.socket,
+                self._status.live_status,
+                self._answer,
+                self._logins.answer,
             )
             await self._resume()
             services.start_soon(store.evict_forever)
@@ -142,7 +150,7 @@ class _Daemon:
                 settings.cache_dir, settings.cache_size, holder, settings.cache_min_free
             )
             stack.push_async_callback(_close_store, store)
-            journal = Journal.open(settings.cache_dir)
+            journal = Journal.open(settings.cache_dir, store.troubles)
             stack.push_async_callback(journal.close)
         except CacheUnusable as error:
             raise MountFailed(str(error)) from None
@@ -167,8 +175,9 @@ class _Daemon:
     async def _serve_kernel(self) -> None:
         """Mounted from the first line to the last."""
         place = self._settings.mountpoint.resolve()
+        kernel = self._kernel = KernelMount(self._mount.fs)
         try:
-            kernel.mount(self._mount.fs, str(self._settings.mountpoint))
+            kernel.mount(str(self._settings.mountpoint))
         except RuntimeError as error:
             raise MountFailed(
                 f"{self._settings.mountpoint} could not be mounted ({error}); "
@@ -212,7 +221,7 @@ class _Daemon:
 
     async def _stop(self) -> None:
         await self._mount.fs.closer.flush_all()
-        kernel.stop()
+        self._kernel.stop()
 
     async def _get_ready(self) -> None:
         """The first logins, all sites at once; a site out of reach stops nobody."""
@@ -250,7 +259,7 @@ class _Daemon:
 
     async def _remove_strays(self) -> None:
         try:
-            await self._mount.store.remove_strays()
+            await self._mount.store.remove_strays_forever()
         except OSError as error:
             log.warning("old cache files could not be removed: %s", error)
 

@@ -62,6 +62,7 @@ class StatusReporter:
             notices=list(mount.fs.closer.notices),
             resumed_files=self.resumed_files,
             root_namespace=settings.root_namespace,
+            troubles=mount.store.troubles.sentences,
         )
 
     async def live_status(self) -> MountStatus:
@@ -86,7 +87,8 @@ class StatusReporter:
 
     def _namespace_status(self, name: str) -> NamespaceStatus:
         chosen = self._settings.namespaces[name]
-        state, reason = self._mount.sites[chosen.site].namespace_state(name)
+        site = self._mount.sites[chosen.site]
+        state, reason = site.namespace_state(name)
         return NamespaceStatus(
             name,
             _KINDS[type(chosen.site)],
@@ -95,6 +97,7 @@ class StatusReporter:
             reason,
             chosen.read_only,
             chosen.write,
+            site.needs_login(name),
         )
 
     def _memory(self) -> int:

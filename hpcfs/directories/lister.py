@@ -4,6 +4,7 @@ A listing is asked for when a program reads a directory from its beginning, unle
 ahead (listing_prefetcher.py). For a second it also answers lookups (listing_cache.py), and where
 names in a directory are asked for one after another (lookup_rate.py) it is listed for that, in the
 background. Names that the mount changes are noted in the listings that were asked for before.
+While a namespace is away, the last listing of a directory stands in (last_listings.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 
 import trio
 
+from hpcfs.directories.last_listings import LastListings
 from hpcfs.directories.listing import Listing
 from hpcfs.directories.listing_cache import ListingCache
 from hpcfs.directories.listing_prefetcher import Flight, ListingPrefetcher
@@ -59,11 +61,13 @@ class DirectoryLister:
             self.new_listing, number_of, tree.now, file_prefetcher.listed_ahead, nursery
         )
         self._cache = ListingCache()
+        self._last = LastListings()
         self._rate = LookupRate()
         self._under_way: dict[Node, list[Listing]] = {}
         """Listings that have a node and are not complete: changes made here are noted in them."""
         self._renewals = 0
         tree.watch_names(self._changed)
+        tree.watch_forgotten(self._last.forgotten)
 
     def new_listing(self) -> Listing:
         """Return an empty listing, asked for now."""
@@ -73,6 +77,7 @@ class DirectoryLister:
 
     async def list_directory(self, node: Node, namespace: Namespace) -> Listing:
         """Return the listing that was made ahead, or a new one; a long one is still being filled.
+        While the namespace is away, it is the last one.
 
         Raises RemoteError and FilesystemError.
         """
@@ -91,7 +96,16 @@ class DirectoryLister:
             raise
         if listing.error is not None:
             listing.release()
-            raise listing.error
+            return self._last_or_raise(node, namespace, listing.error)
+        return listing
+
+    def _last_or_raise(
+        self, node: Node, namespace: Namespace, error: RemoteError | FilesystemError
+    ) -> Listing:
+        listing = self.new_listing()
+        if not namespace.absence_explains(error) or not self._last.fill(node, listing):
+            raise error
+        log.debug("%r is shown as it was: %s", node.path, error.message)
         return listing
 
     async def _fill(
@@ -133,11 +147,21 @@ class DirectoryLister:
         listing.is_guess = True
         listing.end()
         self._cache.put(node, listing, self._tree.now())
+        self._last.put(node, listing)
+
+    def removed(self, parent: Node, name: bytes) -> None:
+        """Note that the mount removed a name, or gave what had it another one."""
+        self._last.removed(parent, name)
+
+    def moved(self, namespace: Namespace, old: bytes, new: bytes) -> None:
+        """Note that the mount renamed a directory, from one path to another."""
+        self._last.moved(namespace, old, new)
 
     def _is_complete(self, node: Node, listing: Listing) -> None:
         listing.end()
         now = self._tree.now()
         self._cache.put(node, listing, now)
+        self._last.put(node, listing)
         self._rate.listed(node, listing, now)
 
     @contextmanager
@@ -155,6 +179,7 @@ class DirectoryLister:
         """Note a change of this name, or of the attributes of what has it; with `below`, of what is
         below it, too."""
         self._cache.changed(parent, name)
+        self._last.changed(parent, name)
         for listing in self._under_way.get(parent, ()):
             listing.changed.add(name)
         if self._ahead.flights and parent.namespace:
@@ -176,12 +201,9 @@ class DirectoryLister:
         self._note_use(parent)
         return found
 
-    def was_missing(self, parent: Node, name: bytes) -> bool:
-        """Whether the last listing of this directory, however old, did not have the name.
-
-        Old listings are kept of remotes that sleep only.
-        """
-        return self._cache.was_missing(parent, name)
+    def last_seen(self, parent: Node, name: bytes) -> tuple[float, Entry | None] | None:
+        """Return what the last listing told of this name, however old it is: see `find`."""
+        return self._last.find(parent, name)
 
     def _take_ahead(self, node: Node) -> bool:
         """Take the listing that was made ahead of a program that asks for names in one directory

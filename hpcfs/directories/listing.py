@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from tempfile import TemporaryFile
 from typing import IO
@@ -205,6 +205,11 @@ class Listing:
         _, offset, length = self._pages[index]
         self._file.seek(offset)
         return self._file.read(length)
+
+    @property
+    def pages(self) -> Sequence[bytes]:
+        """The pages of a small listing, each a MessagePack list[Entry]."""
+        return self._memory
 
     def find(self, name: bytes) -> Entry | None:
         """Return the entry of a name. The first call decodes all of a small listing."""

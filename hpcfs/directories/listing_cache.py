@@ -17,8 +17,6 @@ MAX_BYTES = 16 * 1024 * 1024
 """Encoded listings that are kept: some 200,000 entries."""
 MAX_INDEXED = 40_000
 """Entries of listings that were decoded to find names in them, some 500 bytes each."""
-MAX_OLD_BYTES = 4 * 1024 * 1024
-"""Encoded listings of laptops, kept for when the laptop is away."""
 GUESS_SECONDS = 5.0
 """For so long a directory that was made here counts as empty while a program fills it: rsync makes
 directories some time before. A program that creates a file there which others have just created is
@@ -34,8 +32,6 @@ class ListingCache:
         self._listings: OrderedDict[Node, Listing] = OrderedDict()
         """In the order in which they came."""
         self._size = 0
-        self._old: OrderedDict[Node, Listing] = OrderedDict()
-        self._old_size = 0
 
     def __len__(self) -> int:
         return len(self._listings)
@@ -55,45 +51,17 @@ class ListingCache:
             self._remove(next(iter(self._listings)))
 
     def expire(self, now: float) -> None:
-        """Drop what is not believed any more at `now`, or keep it as an old listing of a laptop."""
+        """Drop what is not believed any more at `now`."""
         while self._listings:
             node, listing = next(iter(self._listings.items()))
             if now - listing.asked <= _lifetime(listing):
                 return
-            self._grow_old(node)
-
-    def _grow_old(self, node: Node) -> None:
-        listing = self._listings[node]
-        self._remove(node)
-        if node.namespace is None or not node.namespace.sleeps or listing.is_guess:
-            return
-        self._forget_old(node)
-        self._old[node] = listing
-        self._old_size += listing.size
-        while self._old_size > MAX_OLD_BYTES:
-            self._forget_old(next(iter(self._old)))
-
-    def _forget_old(self, node: Node) -> None:
-        if listing := self._old.pop(node, None):
-            self._old_size -= listing.size
-            listing.drop_index()
-
-    def was_missing(self, node: Node, name: bytes) -> bool:
-        """Whether the last listing, however old, did not have the name."""
-        listing = self._listings.get(node) or self._old.get(node)
-        if listing is None or name in listing.changed or name in UNLISTED_NAMES:
-            return False
-        if listing.is_guess:
-            return False
-        if not listing.has_index:
-            self._make_room(listing.count)
-        return listing.find(name) is None
+            self._remove(node)
 
     def changed(self, node: Node, name: bytes) -> None:
         """Note that the directory's listing does not speak for that name any more."""
-        for listing in (self._listings.get(node), self._old.get(node)):
-            if listing is not None:
-                listing.changed.add(name)
+        if listing := self._listings.get(node):
+            listing.changed.add(name)
 
     def find(self, node: Node, name: bytes, now: float) -> tuple[float, Entry | None] | None:
         """Return (when it was asked, the entry or None for no such name).
@@ -104,7 +72,7 @@ class ListingCache:
         if listing is None or name in listing.changed or name in UNLISTED_NAMES:
             return None
         if now - listing.asked > _lifetime(listing):
-            self._grow_old(node)
+            self._remove(node)
             return None
         if not listing.has_index:
             self._make_room(listing.count)

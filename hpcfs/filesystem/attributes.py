@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 
 import msgspec
+import trio
 
 from hpcfs.cache.store import Store
 from hpcfs.inodes.tree import Node, Tree
@@ -145,8 +146,16 @@ class AttributeChanges:
             times.put(node, attributes)
         try:
             entry = await namespace.entry(m.SetAttributes(node.path, attributes))
-        except RemoteError:
+        except RemoteError as error:
+            if times.has(node) and _is_only_times(attributes) and namespace.absence_explains(error):
+                capabilities = await namespace.capabilities()
+                self._show(node, attributes, capabilities.mtime_resolution_ns)
+                return  # the uploads that wait in the directory bring them along
             times.forget(node)
+            raise
+        except trio.Cancelled:  # the remote may have done it
+            times.forget(node)
+            self._tree.expire(node)
             raise
         self._tree.set_local(node, entry)
         if entry.version == before or not fresh:
@@ -156,4 +165,11 @@ class AttributeChanges:
         if node.content and node.content.version == before:
             node.content.renew_version(entry.version)
         elif not node.content:
-            await self._store.renew_version(namespace.origin, node.path, before, entry.version)
+            with trio.CancelScope(shield=True):
+                await self._store.renew_version(namespace.origin, node.path, before, entry.version)
+
+
+def _is_only_times(attributes: Attributes) -> bool:
+    """Whether nothing but times is to be set."""
+    times = Attributes(atime_ns=attributes.atime_ns, mtime_ns=attributes.mtime_ns)
+    return attributes == times

@@ -12,6 +12,7 @@ import stat
 import time
 
 import msgspec
+import trio
 
 from hpcfs.content.content import Content
 from hpcfs.content.shared import RemoteFile, Shared
@@ -26,8 +27,8 @@ from hpcfs.model.errors import (
     AlreadyExists,
     BadHandle,
     IsADirectory,
-    NotConnected,
     NotSupported,
+    RemoteError,
     Stale,
     Unreachable,
 )
@@ -83,10 +84,13 @@ class Files:
         """
         namespace = self._regular(node)
         writing = flags & os.O_ACCMODE != os.O_RDONLY
-        if writing or flags & os.O_TRUNC:
+        changes = writing or bool(flags & os.O_TRUNC)
+        if changes:
             namespace.check_writable()
         await self._permissions.check_open(node, flags)
         await self._closer.wait_closed(node)
+        if changes and namespace.is_away and not namespace.writes_back and not node.is_ahead:
+            await self._lookup.compare(node)  # raises why: close(2) could not bring it there
         if not writing:
             self._file_prefetcher.opened(node)
         content = await self._current(node, namespace, flags)
@@ -143,10 +147,10 @@ class Files:
             await self._lookup.revalidate(node)
         try:
             entry = await content.reader.hold()
-        except NotConnected:
-            if not namespace.sleeps:
+        except RemoteError as error:
+            if not namespace.absence_explains(error):
                 raise
-            log.debug("%r is opened as it was when the laptop was there", node.path)
+            log.debug("%r is opened as it was last seen: %s", node.path, error.message)
             return True
         if entry is None:
             return False
@@ -202,7 +206,11 @@ class Files:
             entry = self._entry_made_here(parent, name, mode, capabilities)
         else:
             handle = namespace.new_handle()
-            entry = await namespace.entry(m.Create(path, stat.S_IMODE(mode), handle))
+            try:
+                entry = await namespace.entry(m.Create(path, stat.S_IMODE(mode), handle))
+            except (trio.Cancelled, Unreachable):
+                self._shared.nursery.start_soon(self._release_there, namespace, handle)
+                raise
         if (known := self._tree.child(parent, name)) is not None:
             if known.content is not None and known.content.may_be_missing:
                 raise AlreadyExists("another program is just creating this file")
@@ -220,6 +228,13 @@ class Files:
         node.content = content
         node.pages_version = content.version
         return self._add(OpenFile(node, content, flags)), node
+
+    async def _release_there(self, namespace: Namespace, handle: int) -> None:
+        """The remote may have opened a file under this handle, of which nobody heard."""
+        try:
+            await namespace.do(m.Release(handle))
+        except RemoteError as error:
+            log.debug("a new file of %s stays open: %s", namespace.name, error.message)
 
     async def _look_once(self, directory: Node, namespace: Namespace) -> None:
         """Its group is that of what is made in it, if it has the set-group-ID bit."""
@@ -253,6 +268,10 @@ class Files:
         return self._open[handle]
 
     # --- read and write -------------------------------------------------------------------------
+
+    def has(self, handle: int, offset: int, length: int) -> bool:
+        """Return whether these bytes are here, so that reading them asks no remote."""
+        return self.get(handle).content.reader.has(offset, length)
 
     async def read(self, handle: int, offset: int, length: int) -> bytes | bytearray:
         """Return up to `length` bytes from `offset` on, fewer only at the end of the file.
@@ -313,10 +332,14 @@ class Files:
         await self._closer.wait_closed(node)
         content = node.content
         if content is None:
-            entry = await namespace.entry(m.Truncate(node.path, size))
-            await self._store.invalidate(namespace.origin, node.path)
+            try:
+                entry = await namespace.entry(m.Truncate(node.path, size))
+            finally:
+                node.pages_version = None
+                self._tree.expire(node)
+                with trio.CancelScope(shield=True):
+                    await self._store.invalidate(namespace.origin, node.path)
             self._tree.set_local(node, entry)
-            node.pages_version = None
             return False
         self._closer.use(content)
         try:

@@ -24,6 +24,7 @@ from hpcfs.directories.directories import Directories
 from hpcfs.directories.lister import DirectoryLister
 from hpcfs.filesystem.attributes import AttributeChanges
 from hpcfs.filesystem.create_predictor import UNKNOWN_PROCESS, CreatePredictor
+from hpcfs.filesystem.doubt import doubting
 from hpcfs.filesystem.files import Files
 from hpcfs.filesystem.lookup import MAX_NAME_BYTES, Lookup
 from hpcfs.filesystem.rename import Renamer, check_empty
@@ -217,7 +218,9 @@ class Filesystem:
         asked = self.tree.now()
         self._refuse_pending(parent, name)
         request = m.MakeDirectory(join(parent, name), stat.S_IMODE(mode))
-        node = self._made(parent, name, await namespace.entry(request), asked, process)
+        with doubting(self.tree, (parent, name)):
+            entry = await namespace.entry(request)
+        node = self._made(parent, name, entry, asked, process)
         self.lister.made(node)
         return node
 
@@ -231,7 +234,9 @@ class Filesystem:
         self._refuse_pending(parent, name)
         asked = self.tree.now()
         request = m.MakeSymlink(join(parent, name), target)
-        node = self._made(parent, name, await namespace.entry(request), asked, process)
+        with doubting(self.tree, (parent, name)):
+            entry = await namespace.entry(request)
+        node = self._made(parent, name, entry, asked, process)
         self._symlinks.made(node, target)
         return node
 
@@ -245,7 +250,8 @@ class Filesystem:
         await self._renamer.flush_below(node)
         asked = self.tree.now()
         try:
-            entry = await namespace.entry(m.MakeLink(node.path, join(parent, name)))
+            with doubting(self.tree, (parent, name)):
+                entry = await namespace.entry(m.MakeLink(node.path, join(parent, name)))
         except NotSupported as error:
             raise NoSuchKind(error.message) from None
         if not node.is_attached or node.is_ahead:
@@ -271,7 +277,8 @@ class Filesystem:
                 raise AlreadyExists("the file exists")
             return (await self.files.open(known, flags))[0], known
         try:
-            handle, node = await self.files.create(parent, name, mode, flags)
+            with doubting(self.tree, (parent, name)):
+                handle, node = await self.files.create(parent, name, mode, flags)
             self.tree.note_made(parent, name)
             self.create_predictor.created(process, (parent, name))
         except AlreadyExists:
@@ -305,7 +312,9 @@ class Filesystem:
         """Remove a name that is no directory; the file stays readable where it is open."""
         parent, namespace = await self._about_to_change(parent_ino, name)
         node = self.tree.child(parent, name)
-        await self._renamer.unlink(namespace, node, parent, name)
+        with doubting(self.tree, (parent, name)):
+            await self._renamer.unlink(namespace, node, parent, name)
+        self.lister.removed(parent, name)
 
     async def rmdir(self, parent_ino: int, name: bytes) -> None:
         """Remove an empty directory. Raises DirectoryNotEmpty."""
@@ -313,8 +322,10 @@ class Filesystem:
         node = self.tree.child(parent, name)
         if node:
             check_empty(node)
-        await namespace.do(m.RemoveDirectory(join(parent, name)))
+        with doubting(self.tree, (parent, name)):
+            await namespace.do(m.RemoveDirectory(join(parent, name)))
         self.tree.note_gone(parent, name)
+        self.lister.removed(parent, name)
         self.tree.expire(parent)
 
     # --- rename -----------------------------------------------------------------------------------
@@ -345,10 +356,15 @@ class Filesystem:
             return  # two links of one file: rename(2) leaves both
         self.tree.note_made(parent, name)
         self.tree.note_made(new_parent, new_name)
-        await self._renamer.rename(
-            namespace, node, (parent, name), new_parent, new_name, target, replace=replace
-        )
-        self._symlinks.moved(namespace, join(parent, name), join(new_parent, new_name))
+        with doubting(self.tree, (parent, name), (new_parent, new_name)):
+            await self._renamer.rename(
+                namespace, node, (parent, name), new_parent, new_name, target, replace=replace
+            )
+        self.lister.removed(parent, name)
+        old, new = join(parent, name), join(new_parent, new_name)
+        if node.is_directory:
+            self.lister.moved(namespace, old, new)
+        self._symlinks.moved(namespace, old, new)
         self.create_predictor.created(process, (new_parent, new_name))
 
     async def _target_of(self, parent: Node, name: bytes, node: Node, process: int) -> Node | None:

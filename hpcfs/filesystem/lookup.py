@@ -17,7 +17,7 @@
  unlinked while open
  a namespace's own folder  1 s                         the remote, for 1 s     nothing: the last
                                                        at most                 answer stays
- a remote out of reach     an open file's attributes; of a laptop that is away all that was seen
+ a remote out of reach     an open file's attributes; once it is away, all that was seen of it
 ========================  ==========================  ======================  =====================
 
 An answer counts from when the question was asked (`asked`, in the tree's seconds): what the mount
@@ -42,7 +42,6 @@ from hpcfs.inodes.tree import ROOT_INO, Node, Tree, join
 from hpcfs.model.entries import Entry
 from hpcfs.model.errors import (
     NameTooLong,
-    NotConnected,
     NotFound,
     RemoteError,
     Stale,
@@ -137,12 +136,6 @@ class Lookup:
         assert parent.namespace
         try:
             entry = await parent.namespace.stat(join(parent, name))
-        except NotConnected:
-            if parent.namespace.sleeps and child:
-                return child
-            if parent.namespace.sleeps and self._lister.was_missing(parent, name):
-                raise NotFound("this name was not there when the laptop was") from None
-            raise
         except NotFound:
             child = self._tree.child(parent, name)
             if child and not child.is_ahead and child.named <= asked:
@@ -150,11 +143,30 @@ class Lookup:
             elif child:
                 return child
             raise
+        except RemoteError as error:
+            if not parent.namespace.absence_explains(error):
+                raise
+            return self._as_last_seen(parent, name, error)
         if child and child.content and not child.extra_links and not child.is_ahead:
             if await self._is_same(child.content, entry):
                 self._tree.update(child, entry, asked)
             elif not child.is_ahead and child.named <= asked:
                 self._closer.supersede(child)
+        return self.adopt(parent, name, entry, asked)
+
+    def _as_last_seen(self, parent: Node, name: bytes, error: RemoteError) -> Node:
+        """Return the node of a name in a namespace that is away, which `error` says. No await.
+
+        Raises NotFound where the last listing did not have it, and `error` where none can tell.
+        """
+        if (child := self._tree.child(parent, name)) is not None:
+            return child
+        seen = self._lister.last_seen(parent, name)
+        if seen is None:
+            raise error
+        asked, entry = seen
+        if entry is None:
+            raise NotFound("this name was not there when the directory was last listed")
         return self.adopt(parent, name, entry, asked)
 
     def _lose(self, parent: Node, name: bytes, child: Node) -> None:
@@ -217,14 +229,14 @@ class Lookup:
 
     async def _refresh_or_keep(self, node: Node) -> None:
         """An open file keeps its last attributes while the remote is out of reach: what is cached
-        of it stays readable, and `tail -f` outlives a cut link. All that was seen of a laptop does
-        once it is away."""
+        of it stays readable, and `tail -f` outlives a cut link. All that was seen of a namespace
+        does once it is away."""
+        assert node.namespace
         try:
             await self._refresh(node)
-        except Unreachable as error:
-            assert node.namespace
-            is_away = node.namespace.sleeps and isinstance(error, NotConnected)
-            if node.content is None and not is_away:
+        except RemoteError as error:
+            is_open = node.content is not None and isinstance(error, Unreachable)
+            if not is_open and not node.namespace.absence_explains(error):
                 raise
             log.debug("attributes of %r are old: %s", node.path, error.message)
 
@@ -288,10 +300,10 @@ class Lookup:
             return
         try:
             await self.compare(node, own)
-        except NotConnected:
-            if node.namespace is None or not node.namespace.sleeps:
+        except RemoteError as error:
+            if node.namespace is None or not node.namespace.absence_explains(error):
                 raise
-            log.debug("%r is opened as it was when the laptop was there", node.path)
+            log.debug("%r is opened as it was last seen: %s", node.path, error.message)
 
     async def compare(self, node: Node, own: Content | None = None) -> None:
         """Ask the remote for the node's entry; Stale if that is another file (see revalidate)."""

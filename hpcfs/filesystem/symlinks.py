@@ -19,14 +19,16 @@ from collections.abc import Iterable
 from hpcfs.filesystem.lookup import Lookup
 from hpcfs.inodes.tree import Node, Tree
 from hpcfs.model import paths
-from hpcfs.model.errors import LeadsOut, NotADirectory, NotFound
+from hpcfs.model.errors import LeadsOut, NotADirectory, NotFound, RemoteError
 from hpcfs.protocol import messages as m
 from hpcfs.site.namespace import Namespace
 
 MAX_LINKS = 40
 """That one target leads through, as Linux allows (MAXSYMLINKS in linux/namei.h)."""
+_Targets = OrderedDict[tuple[str, bytes], bytes]
+"""By (namespace, path)."""
 REMEMBERED = 10_000
-"""Symlinks made here."""
+"""Symlinks made here, and targets read for when the namespace is away."""
 
 
 class Symlinks:
@@ -36,24 +38,20 @@ class Symlinks:
         self._tree = tree
         self._lookup = lookup
         self._mountpoint = mountpoint
-        self._made: OrderedDict[tuple[str, bytes], bytes] = OrderedDict()
-        """Targets by (namespace, path)."""
+        self._made: _Targets = OrderedDict()
+        self._read_last: _Targets = OrderedDict()
 
     def made(self, node: Node, target: bytes) -> None:
         """Note that a link was made here with this target."""
-        self._note(_key(node), target)
-
-    def _note(self, key: tuple[str, bytes], target: bytes) -> None:
-        self._made[key] = target
-        self._made.move_to_end(key)
-        if len(self._made) > REMEMBERED:
-            self._made.popitem(last=False)
+        for targets in (self._made, self._read_last):
+            _note(targets, _key(node), target)
 
     def moved(self, namespace: Namespace, old: bytes, new: bytes) -> None:
         """Note that a name was renamed here, and all below it."""
-        for name, path in list(self._made):
-            if name == namespace.name and paths.is_below(path, old):
-                self._note((name, new + path[len(old) :]), self._made.pop((name, path)))
+        for targets in (self._made, self._read_last):
+            for name, path in list(targets):
+                if name == namespace.name and paths.is_below(path, old):
+                    _note(targets, (name, new + path[len(old) :]), targets.pop((name, path)))
 
     async def target(self, node: Node) -> bytes:
         """Return the target that readlink(2) answers. Raises LeadsOut, RemoteError."""
@@ -64,9 +62,18 @@ class Symlinks:
         return await self._contained(node, target)
 
     async def _read(self, node: Node) -> bytes:
-        """Return the target as the remote has it."""
-        assert node.namespace
-        return await node.namespace.call(m.ReadLink(node.path), bytes)
+        """Return the target as the remote has it, or had it if it is away."""
+        namespace, key = node.namespace, _key(node)
+        assert namespace
+        try:
+            target = await namespace.call(m.ReadLink(node.path), bytes)
+        except RemoteError as error:
+            known = self._read_last.get(key)
+            if known is None or not namespace.absence_explains(error):
+                raise
+            return known
+        _note(self._read_last, key, target)
+        return target
 
     async def _contained(self, node: Node, target: bytes) -> bytes:
         """Return a target that means the same place, in the form that leads nowhere else."""
@@ -146,6 +153,13 @@ class Symlinks:
             return None
         seen.append(child)
         return child
+
+
+def _note(targets: _Targets, key: tuple[str, bytes], target: bytes) -> None:
+    targets[key] = target
+    targets.move_to_end(key)
+    if len(targets) > REMEMBERED:
+        targets.popitem(last=False)
 
 
 def _key(node: Node) -> tuple[str, bytes]:

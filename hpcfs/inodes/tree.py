@@ -35,6 +35,8 @@ ATTRIBUTE_SECONDS = 1.0
 NameWatcher = Callable[["Node", bytes, bool], None]
 """(directory, name, whether what is below that name may be another too): the mount changed it, so
 that older answers of the remote don't speak for it."""
+ForgottenWatcher = Callable[["Node", bytes, Entry], None]
+"""(directory, name, entry): the kernel forgets a name that is still there."""
 
 
 class Node:
@@ -183,6 +185,7 @@ class Tree:
         self.moves = 0
         """Counts renames of directories: paths may mean others since."""
         self._watchers: list[NameWatcher] = []
+        self._forgotten_watchers: list[ForgottenWatcher] = []
         self._nodes: dict[int, Node] = {root.ino: root}
         self._prefix: tuple[Node | None, bytes] = (None, b"")
         """(directory, prefix with which the names in it are hashed)"""
@@ -198,9 +201,17 @@ class Tree:
         """
         self._watchers.append(watcher)
 
+    def watch_forgotten(self, watcher: ForgottenWatcher) -> None:
+        """Call `watcher` for each name whose node is dropped though the name is there."""
+        self._forgotten_watchers.append(watcher)
+
     def _tell(self, parent: Node, name: bytes, *, below: bool) -> None:
         for watcher in self._watchers:
             watcher(parent, name, below)
+
+    def find(self, ino: int) -> Node | None:
+        """Return the node of an inode number; None if it was forgotten."""
+        return self._nodes.get(ino)
 
     def get(self, ino: int) -> Node:
         """Return the node of an inode number. Raises Stale if it was forgotten."""
@@ -303,6 +314,14 @@ class Tree:
         node.validated_at = node.named = self.now() - ATTRIBUTE_SECONDS
         self.note_attributes(node)
 
+    def doubt(self, parent: Node, name: bytes) -> None:
+        """Believe nothing of this name: the remote may have something else under it by now."""
+        node = self.child(parent, name)
+        if node is not None:
+            self.expire(node)
+        self.expire(parent)
+        self.note_made(parent, name)
+
     def note_attributes(self, node: Node) -> None:
         """Tell the watchers that older listings don't know the node's attributes any more."""
         for parent, name in node.names:
@@ -404,4 +423,6 @@ class Tree:
                     del parent.children[name]
                     if node.changed_here:
                         self._tell(parent, name, below=False)
+                    for watcher in self._forgotten_watchers:
+                        watcher(parent, name, node.entry)
                     todo.append(parent)

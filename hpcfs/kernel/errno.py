@@ -43,6 +43,7 @@ ERRNO: dict[type[Exception], int] = {
     errors.TimedOut: errno.ETIMEDOUT,
     errors.Throttled: errno.EBUSY,
     errors.AccessRefused: errno.EACCES,
+    errors.LoginNeeded: errno.EACCES,
     errors.HostKeyRefused: errno.EACCES,
     errors.WrongSettings: errno.ENXIO,  # readdir(3) takes ENOENT for the end of an empty folder
     errors.NoService: errno.ENXIO,

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 import asyncssh
 
 from hpcfs import __version__
-from hpcfs.laptop import changes, forwards, publishing
-from hpcfs.laptop.changes import MachineChange
+from hpcfs.laptop import forwards, publishing
 from hpcfs.laptop.connected_mounts import ConnectedMounts
 from hpcfs.laptop.forwards import ForwardEnds, Forwards
 from hpcfs.laptop.identity import TunnelIdentity
@@ -40,7 +39,9 @@ from hpcfs.model.errors import (
     WrongSettings,
 )
 from hpcfs.model.sites import SshSite
+from hpcfs.remotes import machine_changes
 from hpcfs.remotes.base import Prompter
+from hpcfs.remotes.machine_changes import MachineChange
 from hpcfs.remotes.sftp.channels import check_service
 from hpcfs.remotes.sftp.translate import translated
 from hpcfs.remotes.ssh.login import SshLogin, log_in
@@ -114,7 +115,7 @@ class Tunnel:
         pauses = Pauses()
         sampling = asyncio.create_task(self._sample())
         try:
-            async with changes.watched(self._changed):
+            async with machine_changes.watched(self._changed):
                 while not self._stopping.is_set():
                     error = await self._try_once(pauses)
                     if error is not None and not self._stopping.is_set():

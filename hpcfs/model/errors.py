@@ -34,6 +34,7 @@
                 TimedOut
                 Throttled
             AccessRefused
+                LoginNeeded
             HostKeyRefused
             WrongSettings
                 NoService
@@ -112,8 +113,8 @@ class RemoteError(HpcfsError):
     """Raised for a request that the remote, or the way to it, did not carry out. The mount raises
     the same errors where it knows the answer without asking.
 
-    `lasting` errors are not cured by trying again: a refused credential must not be retried on its
-    own.
+    `lasting` errors are not cured by trying again soon: a refused credential is offered again once
+    it is another one, or rarely.
     """
 
     lasting: ClassVar[bool] = False
@@ -203,7 +204,8 @@ class Unreachable(RemoteError):
 
 
 class NotConnected(Unreachable):
-    """Raised when no connection could be made, so that nothing was sent."""
+    """Raised when no connection could be made, so that nothing was sent. While logging in: nobody
+    answered, so that nobody minds another attempt soon."""
 
 
 class TimedOut(Unreachable):
@@ -215,9 +217,15 @@ class Throttled(Unreachable):
 
 
 class AccessRefused(RemoteError):
-    """Raised when the site refuses the login or the credentials; only the user can mend that."""
+    """Raised when the site refuses the login or the credentials; only the user can mend that.
+    `hpcfs login` tries again at once."""
 
     lasting = True
+
+
+class LoginNeeded(AccessRefused):
+    """Raised when only somebody at a terminal can log in: the site asks for a password or a second
+    factor, or refused the one that was typed. Never tried again by itself."""
 
 
 class HostKeyRefused(RemoteError):

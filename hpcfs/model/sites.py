@@ -17,7 +17,8 @@ class Secret(msgspec.Struct, frozen=True):
 class SshSite(msgspec.Struct, frozen=True, tag="ssh"):
     """One SSH login. `host` may be an alias of ~/.ssh/config, and None leaves a value to that file.
     `transport` is "asyncssh", or "openssh" for the user's own ssh as a child process.
-    `connect_timeout` is in seconds."""
+    `connect_timeout` is in seconds, and so is `idle_timeout`, after which a connection that nobody
+    uses is closed."""
 
     host: str
     user: str | None = None
@@ -26,6 +27,7 @@ class SshSite(msgspec.Struct, frozen=True, tag="ssh"):
     identity_file: str | None = None
     connect_timeout: float = 10.0
     transport: str = "asyncssh"
+    idle_timeout: float = 600.0
 
 
 class S3Site(msgspec.Struct, frozen=True, tag="s3"):

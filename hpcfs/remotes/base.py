@@ -230,6 +230,11 @@ class Site(Protocol):
         """End the pause in which requests fail at once after a failed connection."""
         ...
 
+    async def renew(self) -> None:
+        """Forget refused credentials and read them anew, since the user is there to answer: the
+        next request logs in. A connection that gives no sign of life is given up."""
+        ...
+
     async def close(self) -> None:
         """Give up what is under way and close all connections."""
         ...

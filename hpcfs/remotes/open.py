@@ -32,7 +32,7 @@ def open_site(spec: SiteSpec, prompter: Prompter = NO_PROMPTER) -> Site:
 
 
 def _open_ssh(spec: SiteSpec, prompter: Prompter) -> Site:
-    from hpcfs.remotes.sftp.remote import SshSiteConnection
+    from hpcfs.remotes.sftp.site import SshSiteConnection
 
     return SshSiteConnection(spec, prompter)
 

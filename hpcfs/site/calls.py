@@ -42,6 +42,8 @@ LOOK_SECONDS = 10.0
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 1.0
 """Between the attempts of one call to a namespace that answers others, in seconds."""
+STOPPED_SECONDS = 2.0
+"""A clock that runs so late shows that this process was stopped: then nobody was listening."""
 MOST_PAGES_AGAIN = 20
 """A listing that breaks off later is an error. A page has 1,000 entries (model/entries.py)."""
 _entries = msgspec.msgpack.Decoder(list[Entry])
@@ -86,6 +88,12 @@ class PatientCalls:
     def is_away(self) -> bool:
         """Whether calls fail at once: it was silent for too long, or refuses the login."""
         return self._refused or self._patience.state is Reachability.AWAY
+
+    @property
+    def failing(self) -> str:
+        """Why there is no answer now; empty while there is."""
+        is_there = self._patience.state is Reachability.ANSWERING
+        return "" if is_there else self._patience.reason
 
     @property
     def patience(self) -> float:
@@ -239,12 +247,15 @@ class PatientCalls:
         """End the calls that wait when the patience ends. No task for each call: most end soon."""
         try:
             while self._scopes:
-                await trio.sleep_until(self._patience.deadline)
-                if self._site.asked_within(self._patience.seconds):
+                deadline = self._patience.deadline
+                await trio.sleep_until(deadline)
+                was_stopped = trio.current_time() - deadline > STOPPED_SECONDS
+                if was_stopped or self._site.asked_within(self._patience.seconds):
                     self._patience.heard()
                 elif self._scopes and self._patience.has_ended():
                     for scope in self._scopes:
                         scope.cancel()
+                    self._site.note_silence(self._patience.reason)
                     self._tell_waiting()
                     self._look_for_it()
                     return
@@ -277,7 +288,7 @@ class PatientCalls:
         except Unreachable as error:
             if isinstance(error, Throttled):
                 self._answered()
-            else:
+            elif not isinstance(error, TimedOut):
                 self._patience.reason = error.message
         except RemoteError as error:
             self._judge(error, trio.current_time())

@@ -8,7 +8,8 @@ progress renews; a call that nobody waits for any more is cancelled in the proce
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,14 @@ import msgspec
 import trio
 
 from hpcfs.model.capabilities import Capabilities
-from hpcfs.model.errors import NotConnected, RemoteError, TimedOut, Unreachable
+from hpcfs.model.errors import (
+    AccessRefused,
+    HostKeyRefused,
+    NotConnected,
+    RemoteError,
+    TimedOut,
+    Unreachable,
+)
 from hpcfs.model.sites import Secret
 from hpcfs.model.usage import Traffic
 from hpcfs.protocol import messages as m
@@ -83,7 +91,8 @@ class SiteClient:
         self._state: SiteState = "idle"
         self._reason = ""
         self._away = ""
-        self._namespace_reasons: dict[str, str] = {}
+        self._refusals: dict[str, RemoteError] = {}
+        """By namespace: what fails there, though the site answers."""
         self._start_message = start
         self._log_file = log_file
         self._lend = lend
@@ -184,20 +193,24 @@ class SiteClient:
         if reply is None or (pending.given_up and reply.failure):
             what = type(request).__name__
             error = TimedOut(f"no answer to {what} within {pending.timeout:g} s")
-            if not pending.heard and pending.asks_site:
+            if not pending.heard and pending.asks_site and self._state != "failed":
                 self._state, self._reason = "failed", error.message
             raise error
         if reply.failure is None:
             if pending.asks_site:
                 self._state, self._reason = "connected", ""
-                self._namespace_reasons.pop(namespace, None)
+                self._refusals.pop(namespace, None)
             return reply
         failure = reply.failure.error()
         if isinstance(failure, Unreachable):
             self._state, self._reason = "failed", failure.message
         elif failure.lasting or isinstance(request, m.Connect):
-            self._namespace_reasons[namespace] = failure.message
+            self._refusals[namespace] = failure
         raise failure
+
+    def note_silence(self, reason: str) -> None:
+        """Note for the status that the site does not answer."""
+        self._state, self._reason = "failed", reason
 
     def asked_within(self, seconds: float) -> bool:
         """Whether the user is being asked something for this site, or was just now."""
@@ -205,10 +218,23 @@ class SiteClient:
 
     def namespace_state(self, namespace: str) -> tuple[SiteState, str]:
         """Return the state for the status, and why where it failed."""
-        if reason := self._namespace_reasons.get(namespace):
-            return "failed", reason
+        if refusal := self._refusals.get(namespace):
+            return "failed", refusal.message
         remark = self._remarks.get(namespace, "") if self._state == "connected" else ""
         return self._state, self._reason or remark
+
+    def needs_login(self, namespace: str) -> bool:
+        """Return whether the login was refused, or its host key: `hpcfs login` tries again."""
+        return isinstance(self._refusals.get(namespace), AccessRefused | HostKeyRefused)
+
+    @contextmanager
+    def asking(self, ask: Ask) -> Iterator[None]:
+        """Put the site's questions to somebody else in the meantime."""
+        before, self._ask = self._ask, ask
+        try:
+            yield
+        finally:
+            self._ask = before
 
     async def traffic(self) -> Traffic | None:
         """Return what is under way, for the status; nothing is connected or started for it.

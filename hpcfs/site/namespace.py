@@ -17,7 +17,7 @@ import msgspec
 
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import Entry
-from hpcfs.model.errors import NotFound, ReadOnly
+from hpcfs.model.errors import NotFound, ReadOnly, RemoteError, Unreachable
 from hpcfs.model.uploads import UploadRequest
 from hpcfs.protocol import messages as m
 from hpcfs.site.bandwidth import Bandwidth
@@ -46,6 +46,11 @@ class SiteCalls(Protocol):
     def is_away(self) -> bool:
         """Whether calls fail at once, as there was no answer for too long, or the login is
         refused."""
+        ...
+
+    @property
+    def failing(self) -> str:
+        """Why there is no answer now, for whatever time; empty while there is."""
         ...
 
     @property
@@ -111,7 +116,6 @@ class UploadRate:
 class NamespacePolicy:
     """How the mount treats a remote.
 
-    `sleeps` says that it is a laptop, away at times: what was seen of it is believed meanwhile.
     `keeps_xattrs` is known without asking the remote: the kernel asks with the first write.
     """
 
@@ -119,7 +123,6 @@ class NamespacePolicy:
     write: WriteMode = "through"
     symlinks: SymlinkMode = "contain"
     keeps_xattrs: bool = False
-    sleeps: bool = False
 
 
 class Namespace:
@@ -142,7 +145,6 @@ class Namespace:
         self.read_only = policy.read_only
         self.writes_back = policy.write == "back"
         self.symlinks = policy.symlinks
-        self.sleeps = policy.sleeps
         self.keeps_xattrs = policy.keeps_xattrs
         self.bandwidth = bandwidth or Bandwidth()
         self._site = site
@@ -167,6 +169,19 @@ class Namespace:
         """Whether calls fail at once: there was no answer for longer than the patience, or the site
         refuses the login. A look for it goes on in the background."""
         return self._site.is_away
+
+    def absence_explains(self, error: Exception) -> bool:
+        """Whether a request failed because the namespace is away: what was seen of it before is
+        believed instead."""
+        is_no_answer = isinstance(error, RemoteError) and (
+            error.lasting or isinstance(error, Unreachable)
+        )
+        return self.is_away and is_no_answer
+
+    @property
+    def failing(self) -> str:
+        """Why there is no answer now; empty while there is. An outage may be a pause, or longer."""
+        return self._site.failing
 
     @property
     def patience(self) -> float:
@@ -239,6 +254,12 @@ class Namespace:
         Raises RemoteError.
         """
         await self.call(m.Connect(now=True), Capabilities, timeout=LOGIN_TIMEOUT)
+
+    async def log_in(self) -> None:
+        """Log in anew, whatever was refused before. Raises RemoteError."""
+        self._capabilities = await self.call(
+            m.Connect(renew=True), Capabilities, timeout=LOGIN_TIMEOUT
+        )
 
     async def stat(self, path: bytes) -> Entry:
         """Return the entry of a path. Raises RemoteError."""

@@ -34,6 +34,7 @@ from hpcfs.model.errors import (
     TimedOut,
 )
 from hpcfs.protocol import messages as m
+from hpcfs.remotes import life
 from hpcfs.remotes.base import MAX_FILE_BYTES, Remote, ReportProgress, Site, no_report
 from hpcfs.remotes.open import open_site
 from hpcfs.system import dumps, logs, signals
@@ -159,23 +160,30 @@ class Worker:
     async def _reply(self, call: m.Call) -> m.Reply:
         if isinstance(call.request, m.GetTraffic):
             return m.Reply(call.id, m.pack(self._site.traffic()))
-        if isinstance(call.request, m.Connect) and call.request.now:
-            self._site.try_now()
+        if isinstance(call.request, m.Connect):
+            if call.request.renew:
+                await self._site.renew()
+            elif call.request.now:
+                self._site.try_now()
         remote = self._site.remote(call.namespace)
+        progress = CallProgress(self._connection, call.id)
+        with life.reported_to(progress.renew):
+            return m.Reply(call.id, m.pack(await self._result(remote, call, progress.report)))
+
+    async def _result(self, remote: Remote, call: m.Call, report: ReportProgress) -> object:
         match call.request:
             case m.List(path):
                 await self._send_pages(call.id, remote.list(path))
-                result: object = []
+                return []
             case m.Fetch():
-                result = await fetch(remote, call.request, self._disk)
+                return await fetch(remote, call.request, self._disk)
             case m.Upload():
-                result = await self._upload(remote, call.id, call.request)
+                return await upload(remote, call.request, report)
             case m.UploadPiece():
                 await upload_piece(remote, call.request)
-                result = None
+                return None
             case _:
-                result = await perform(remote, call.request, self._reporter(call.id))
-        return m.Reply(call.id, m.pack(result))
+                return await perform(remote, call.request, report)
 
     async def _send_pages(self, call_id: int, pages: AsyncIterator[Sequence[Entry]]) -> None:
         async for page in pages:
@@ -183,15 +191,30 @@ class Worker:
                 part = page[start : start + LIST_PAGE_ENTRIES]
                 await self._connection.send(m.Reply(call_id, m.pack(part), more=True))
 
-    async def _upload(self, remote: Remote, call_id: int, request: m.Upload) -> Entry:
-        source = CacheSource(request.cache_file, request.request.size)
-        try:
-            return await remote.upload(request.request, source, self._reporter(call_id))
-        finally:
-            source.close()
 
-    def _reporter(self, call_id: int) -> ReportProgress:
-        return lambda done: self._connection.send_soon(m.Advance(call_id, done))
+class CallProgress:
+    """Tells the daemon how far a call is, and that it goes on."""
+
+    def __init__(self, connection: DaemonConnection, call_id: int) -> None:
+        self._connection, self._call_id, self._done = connection, call_id, 0
+
+    def report(self, done: int) -> None:
+        """Tell that so much is done (see `ReportProgress`)."""
+        self._done = done
+        self.renew()
+
+    def renew(self) -> None:
+        """Tell that the remote is there, and no more is done."""
+        self._connection.send_soon(m.Advance(self._call_id, self._done))
+
+
+async def upload(remote: Remote, request: m.Upload, report: ReportProgress) -> Entry:
+    """Upload a file from the cache file."""
+    source = CacheSource(request.cache_file, request.request.size)
+    try:
+        return await remote.upload(request.request, source, report)
+    finally:
+        source.close()
 
 
 async def upload_piece(remote: Remote, request: m.UploadPiece) -> None:

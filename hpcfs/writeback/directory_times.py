@@ -51,6 +51,10 @@ class DirectoryTimes:
         else:
             self._wanted.pop(directory, None)
 
+    def has(self, directory: Node) -> bool:
+        """Whether times are to be set on this directory once more."""
+        return directory in self._wanted
+
     def forget(self, directory: Node) -> None:
         """Forget the times: something was created or removed in the directory here."""
         self._wanted.pop(directory, None)

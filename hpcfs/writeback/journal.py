@@ -6,10 +6,15 @@ confirmed it. The bytes themselves are in the cache file that the row names. Wha
 left is taken up by the next one (writeback/recovery.py). A file that can be neither uploaded nor
 shown is *kept*: its bytes move to `kept/`, and `hpcfs status` lists it with the reason.
 
-SQLite in WAL mode. A row survives the daemon's death at any moment. Loss of power survives what was
-noted as `durable`: its bytes, then its row, are on the disk before the call returns. That is what
-close(2) promises in `back` mode; in `through` mode no program was told that its bytes are safe
-before the remote had them.
+A row survives the daemon's death at any moment. Loss of power survives what was noted as `durable`:
+its bytes, then its row, are on the disk before the call returns. That is what close(2) promises in
+`back` mode; in `through` mode no program was told that its bytes are safe before the remote had
+them.
+
+Nothing of what is on the disk is believed without a check: rows have checksums
+(writeback/journal_file.py), those of closed files have checksums of the bytes (content/sums.py),
+and closed files have second names that outlive their row (writeback/acknowledged.py). What fails a
+check is kept, told, and never uploaded by itself.
 """
 
 from __future__ import annotations
@@ -26,22 +31,25 @@ from typing import TypeVar
 import msgspec
 import trio
 
+from hpcfs.cache import database
 from hpcfs.content.record import Unconfirmed
+from hpcfs.model import paths
+from hpcfs.model.capabilities import Capabilities
+from hpcfs.model.entries import Entry
+from hpcfs.model.troubles import Troubles
+from hpcfs.writeback.acknowledged import Acknowledged, Identity
+from hpcfs.writeback.journal_file import Contents, JournalFile
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE unconfirmed (
-    name TEXT PRIMARY KEY,
-    row BLOB NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE synced (times INTEGER NOT NULL);
-INSERT INTO synced VALUES (0);
-"""
 _COPY_BYTES = 1024 * 1024
+_REVERTED = "the journal is damaged, and has an older state of it than was noted last"
+_NOTHING_KNOWN = Capabilities(
+    partial_writes=False, creates_on_upload=True, handles=False, mtime_resolution_ns=10**9
+)
+_LOST = "its row in the journal is damaged or lost: what was not written anew of it is zeros"
 
 
 class Journal:
@@ -50,41 +58,105 @@ class Journal:
     SQLite runs one call at a time: in a thread where the disk must be waited for.
     """
 
-    def __init__(self, directory: Path, db: sqlite3.Connection) -> None:
+    def __init__(
+        self, directory: Path, file: JournalFile, links: Acknowledged, troubles: Troubles
+    ) -> None:
         self._directory = directory
-        self._db = db
+        self._file = file
+        self._links = links
+        self._troubles = troubles
         self._limiter = trio.CapacityLimiter(1)
         self._rows: dict[str, Unconfirmed] = {}
         self._has_unsynced = False
         """Since the last commit that was synced, something was confirmed."""
 
     @classmethod
-    def open(cls, directory: Path) -> Journal:
-        """`directory` is the cache's, whose lock is held. Raises sqlite3.Error or OSError."""
+    def open(cls, directory: Path, troubles: Troubles | None = None) -> Journal:
+        """`directory` is the cache's, whose lock is held. `troubles` hears of what is damaged.
+
+        Raises sqlite3.Error or OSError.
+        """
         (directory / "kept").mkdir(mode=0o700, exist_ok=True)
-        db = sqlite3.connect(
-            directory / "journal.db", isolation_level=None, check_same_thread=False
-        )
+        links = Acknowledged.open(directory / "pending")
+        file, contents = JournalFile.open(directory / "journal.db")
         try:
-            db.execute("PRAGMA journal_mode = WAL")
-            _prepare(db)
-            journal = cls(directory, db)
-            journal._load()
+            journal = cls(directory, file, links, troubles or Troubles())
+            journal._load(contents)
         except BaseException:
-            db.close()
+            file.close()
             raise
         return journal
 
-    def _load(self) -> None:
-        found = self._db.execute("SELECT name, row FROM unconfirmed").fetchall()
-        for name, packed in found:
-            row = self._mended(msgspec.msgpack.decode(packed, type=Unconfirmed))
-            if Path(row.data).exists():
-                self._rows[name] = row
+    # --- opening ----------------------------------------------------------------------------------
+
+    def _load(self, contents: Contents) -> None:
+        if contents.aside is not None:
+            self._troubles.tell(
+                f"the journal was damaged: {len(contents.rows)} of its rows could be read, and it"
+                f" was put aside as {contents.aside}"
+            )
+        for name, row in contents.rows.items():
+            if self._find_data(row):
+                self._rows[name] = self._mended(row)
             else:
-                log.error("the bytes of %r are gone: %s", row.path, row.data)
-                self._delete([name])
+                self._troubles.tell(f"the bytes of {_shown(row)} are gone: {row.data}")
+                self._file.delete(name)
+        for name, decoded in contents.damaged.items():
+            self._keep_damaged(name, decoded)
+        for name in self._links.names - self._rows.keys():
+            self._keep_lost(name)
+        for row in list(self._rows.values()):
+            self._check_link(row, is_certain=contents.aside is None)
         self._remove_second_names()
+
+    def _find_data(self, row: Unconfirmed) -> bool:
+        """Whether the row's bytes are there, perhaps under their second name only."""
+        data = Path(self._mended(row).data)
+        if not data.exists() and row.name in self._links.names:
+            data.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            data.hardlink_to(self._links.path(row.name))
+        return data.exists()
+
+    def _mended(self, row: Unconfirmed) -> Unconfirmed:
+        """The cache directory may have been moved since."""
+        data = Path(row.data)
+        inside = data.parts[-2:] if row.is_stranded else data.parts[-3:]
+        return msgspec.structs.replace(row, data=str(self._directory.joinpath(*inside)))
+
+    def _check_link(self, row: Unconfirmed, *, is_certain: bool) -> None:
+        """Keep a file whose row is older than its link. Where the database was damaged (not
+        `is_certain`), a row without a link may stand for what was uploaded since."""
+        if row.is_stranded:
+            self._links.remove(row.name)
+            return
+        is_old = self._links.is_closed(row.name) and row.writing
+        is_old = is_old or not (is_certain or row.writing or row.name in self._links.names)
+        if is_old:
+            self._keep(msgspec.structs.replace(row, reason=_REVERTED))
+
+    def _keep_damaged(self, name: str, row: Unconfirmed | None) -> None:
+        """Keep the bytes of a row whose checksum is wrong, if there are any. The row says at most
+        which file it is."""
+        self._file.delete(name)
+        if name in self._links.names:
+            return  # told when the links are looked at
+        place = self._directory / "data" / name[:2] / name
+        kept = self._directory / "kept" / name
+        if name != os.path.basename(name) or not (place.is_file() or kept.is_file()):
+            self._troubles.tell(f"a row of the journal is damaged, its bytes are gone: {name!r}")
+            return
+        identity = Identity(row.namespace, row.origin, row.path) if row else None
+        self._keep(_lost_row(name, kept if kept.is_file() else place, identity))
+
+    def _keep_lost(self, name: str) -> None:
+        """Keep bytes that were acknowledged, and that no row tells of any more."""
+        link = self._links.path(name)
+        self._keep(_lost_row(name, link, self._links.identity(name)))
+        (self._directory / "data" / name[:2] / name).unlink(missing_ok=True)
+
+    def _keep(self, row: Unconfirmed) -> None:
+        kept = self._strand_now(msgspec.structs.replace(row, sums=b""))
+        self._troubles.tell(f"{_shown(row)} is not uploaded but kept as {kept.data}: {row.reason}")
 
     def _remove_second_names(self) -> None:
         """A kill between the steps of keeping left bytes in kept/ that a row names elsewhere."""
@@ -92,12 +164,6 @@ class Journal:
         for place in (self._directory / "kept").iterdir():
             if str(place) not in known and place.stat().st_nlink > 1:
                 place.unlink()
-
-    def _mended(self, row: Unconfirmed) -> Unconfirmed:
-        """The cache directory may have been moved since."""
-        data = Path(row.data)
-        inside = data.parts[-2:] if row.is_stranded else data.parts[-3:]
-        return msgspec.structs.replace(row, data=str(self._directory.joinpath(*inside)))
 
     @property
     def rows(self) -> list[Unconfirmed]:
@@ -132,7 +198,7 @@ class Journal:
 
     async def confirm(self, name: str) -> None:
         """Delete a row: the remote has it all, or nobody wants it any more."""
-        await self._run_quick(self._forget, [name])
+        await self._run_quick(self._forget, name)
 
     async def strand(self, row: Unconfirmed) -> Unconfirmed:
         """Move the bytes of what can be neither uploaded nor shown to kept/; return the new row."""
@@ -156,10 +222,13 @@ class Journal:
 
     async def close(self) -> None:
         """Close the database."""
-        await self._run(self._db.close)
+        await self._run(self._file.close)
 
     async def _run(self, work: Callable[..., T], *args: object) -> T:
-        return await trio.to_thread.run_sync(work, *args, limiter=self._limiter)
+        """Run it to its end, also if the caller is interrupted: row and state must agree."""
+        with trio.CancelScope(shield=True):
+            done = await trio.to_thread.run_sync(work, *args, limiter=self._limiter)
+        return done  # noqa: RET504 - mypy takes the block for one that may end early
 
     async def _run_quick(self, work: Callable[..., T], *args: object) -> T:
         """Run what waits for no disk here: SQLite takes 0.015 ms, a thread as much six times."""
@@ -175,38 +244,50 @@ class Journal:
 
     def _sync(self) -> None:
         self._has_unsynced = False
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._db.execute("UPDATE synced SET times = times + 1")
+        self._change(lambda file: file.sync())
+
+    def _change(self, change: Callable[[JournalFile], None]) -> None:
+        """Change the database; if that turns out to be damaged, a new one gets all rows first."""
+        try:
+            change(self._file)
+        except sqlite3.Error as error:
+            if not database.is_damage(error) or database.is_misuse(error):
+                raise
+            self._write_anew(str(error))
+            change(self._file)
+
+    def _write_anew(self, reason: str) -> None:
+        path = self._directory / "journal.db"
+        self._file.close()
+        aside = database.put_aside(path)
+        self._file, _ = JournalFile.open(path)
+        for row in self._rows.values():
+            self._file.write(row, durable=True)
+        self._troubles.tell(f"the journal was damaged ({reason}): it was written anew, see {aside}")
 
     def _write(
         self, row: Unconfirmed, instead_of: str | None = None, *, durable: bool = False
     ) -> None:
-        # In WAL mode FULL syncs at each commit, OFF never (sqlite.org/pragma.html).
-        self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            if instead_of is not None:
-                self._delete([instead_of])
-            packed = msgspec.msgpack.encode(row)
-            self._db.execute("INSERT OR REPLACE INTO unconfirmed VALUES (?, ?)", (row.name, packed))
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
+        is_closed = durable and not row.writing and not row.is_stranded
+        known = self._rows.get(row.name)
+        if row.writing:
+            self._links.reopen(row.name)
+        elif is_closed and (known is None or known.path != row.path or known.writing):
+            self._links.identify(row)
+        if instead_of is not None:
+            self._links.remove(instead_of)
+        self._change(lambda file: file.write(row, instead_of, durable=durable))
+        if is_closed:
+            self._links.add(row)
         if instead_of is not None:
             self._rows.pop(instead_of, None)
         self._rows[row.name] = row
 
-    def _delete(self, names: list[str]) -> None:
-        self._db.executemany("DELETE FROM unconfirmed WHERE name = ?", [(name,) for name in names])
-
-    def _forget(self, names: list[str]) -> None:
-        self._db.execute("PRAGMA synchronous = OFF")
-        self._delete(names)
+    def _forget(self, name: str) -> None:
+        self._links.remove(name)
+        self._change(lambda file: file.delete(name))
         self._has_unsynced = True
-        for name in names:
-            self._rows.pop(name, None)
+        self._rows.pop(name, None)
 
     def _strand_now(self, row: Unconfirmed) -> Unconfirmed:
         """At every moment the row names a place where the bytes are."""
@@ -220,6 +301,7 @@ class Journal:
             Path(row.data).unlink()
         else:
             self._write(stranded, durable=True)
+        self._links.remove(row.name)
         return stranded
 
     def _take_back(self, row: Unconfirmed, data: str) -> Unconfirmed:
@@ -233,17 +315,45 @@ class Journal:
 
     def _discard(self, name: str) -> None:
         row = self._rows.get(name)
-        self._forget([name])
+        self._forget(name)
         if row is not None and row.is_stranded:
             Path(row.data).unlink(missing_ok=True)
 
 
-def _prepare(db: sqlite3.Connection) -> None:
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version == 0:
-        db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_SCHEMA_VERSION};COMMIT;")
-    elif version != _SCHEMA_VERSION:
-        raise sqlite3.DatabaseError(f"the journal's format is {version}: use a newer hpcfs")
+def _shown(row: Unconfirmed) -> str:
+    return f"{row.namespace or '?'}/{row.path.decode(errors='replace')}"
+
+
+def _lost_row(name: str, place: Path, identity: Identity | None) -> Unconfirmed:
+    """Return a row for bytes of which the journal has none that can be believed."""
+    found = place.stat()
+    identity = identity or Identity("", "", name.encode())
+    entry = Entry(
+        paths.name(identity.path),
+        found.st_mode,
+        found.st_size,
+        found.st_mtime_ns,
+        found.st_atime_ns,
+        found.st_uid,
+        found.st_gid,
+        b"",
+    )
+    return Unconfirmed(
+        name,
+        identity.namespace,
+        identity.origin,
+        identity.path,
+        found.st_size,
+        0,
+        [(0, found.st_size)] if found.st_size else [],
+        str(place),
+        b"",
+        entry,
+        _NOTHING_KNOWN,
+        new=True,
+        resized=True,
+        reason=_LOST,
+    )
 
 
 def _sync_file(path: str) -> None:

@@ -140,7 +140,11 @@ class Pending:
         if node is not None:
             self._closer.supersede(node)
         await self._recovery.restore([msgspec.structs.replace(row, reason="")])
-        return self._contents([row.name])[row.name]
+        content = self._contents([row.name]).get(row.name)
+        if content is None:  # told and kept again
+            kept = self._journal.find(row.name)
+            raise InvalidRequest(f"{_text(row.path)}: {kept.reason if kept else 'it is gone'}")
+        return content
 
     async def discard(self, ids: Sequence[str]) -> None:
         """Forget these. The mount shows what the remote has."""

@@ -49,7 +49,9 @@ TELL_SECONDS = 0.25
 ASK_SECONDS = 1.0
 LONGEST_ASK_SECONDS = 5.0
 """Where somebody waits, a site that is out of reach is asked again after this, doubling up to that;
-where nobody does, files are tried again as schedule.py says."""
+where nobody does, files are tried again as schedule.py says, and once it is back."""
+RETURN_SECONDS = 1.0
+"""How often to see whether a namespace that is away has come back, while files wait for it."""
 LAST_PATIENCE = 10.0
 """Seconds for which a site may have been out of reach when the mount has ended."""
 MIB = 1024 * 1024
@@ -269,7 +271,10 @@ class UploadQueue:
         again = isinstance(error, Unreachable)
         self.schedule.failed(content, now, error.message, again=again)
         if again:
-            outage = self._outages.setdefault(content.namespace, Outage(now, ""))
+            outage = self._outages.get(content.namespace)
+            if outage is None:
+                outage = self._outages[content.namespace] = Outage(now, "")
+                self._nursery.start_soon(self._await_return, content.namespace, outage)
             outage.reason = error.message
             if self._waits[content.namespace]:
                 self._ask_site(content.namespace)
@@ -332,6 +337,18 @@ class UploadQueue:
             pause = min(2 * pause, LONGEST_ASK_SECONDS)
         outage.is_asked = outage.is_silent = False
 
+    async def _await_return(self, namespace: Namespace, outage: Outage) -> None:
+        """Try again what waits for a namespace once it is back: site/calls.py looks for it."""
+        was_away = False
+        while self._outages.get(namespace) is outage:
+            if not any(content.namespace is namespace for content in self.schedule):
+                del self._outages[namespace]
+                return
+            if was_away and not namespace.is_away:
+                self._hurry_after(namespace)
+            was_away = namespace.is_away
+            await trio.sleep(RETURN_SECONDS)
+
     async def _is_silent(self, namespace: Namespace, outage: Outage) -> bool:
         try:
             await namespace.try_now()
@@ -346,6 +363,11 @@ class UploadQueue:
         """Note that the site took an upload."""
         if self._outages.pop(namespace, None) is not None:
             self._hurry_after(namespace)
+
+    def _why_not(self, namespace: Namespace) -> str:
+        """Why nothing arrives there now; empty where something may."""
+        outage = self._outages.get(namespace)
+        return outage.reason if outage else namespace.failing
 
     def _hurry_after(self, namespace: Namespace) -> None:
         """Try again now what failed for want of the site."""
@@ -409,7 +431,7 @@ class UploadQueue:
                 if on_progress is not None:
                     bytes_left = sum(content.upload.bytes_left for content in left)
                     done = max(0, total_bytes - bytes_left)
-                    away = next((o.reason for n in namespaces if (o := self._outages.get(n))), "")
+                    away = next((why for n in namespaces if (why := self._why_not(n))), "")
                     files = total_files - len(left)
                     await on_progress(SyncProgress(files, total_files, done, total_bytes, away))
                 ended = self._ended

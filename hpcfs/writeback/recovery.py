@@ -14,9 +14,11 @@ import stat
 from collections.abc import Iterable, Sequence
 
 import msgspec
+import trio
 
 from hpcfs.cache.file import CacheFile
 from hpcfs.cache.ranges import RangeSet
+from hpcfs.content import sums
 from hpcfs.content.content import Content
 from hpcfs.content.record import Unconfirmed
 from hpcfs.content.shared import RemoteFile, Shared
@@ -60,9 +62,21 @@ class Recovery:
             if namespace is None:
                 why = "is not in the configuration any more, or read-only now"
                 await self._strand(row, f"its namespace {row.namespace} {why}")
-            elif await self._restore(row, namespace):
+            elif await self._is_sound(row) and await self._restore(row, namespace):
                 count += not row.reason
         return count
+
+    async def _is_sound(self, row: Unconfirmed) -> bool:
+        """Whether the bytes are those that were closed; if not, they are kept and told of."""
+        try:
+            damaged = await trio.to_thread.run_sync(sums.damaged_blocks, row)
+            reason = f"{damaged} of its blocks were damaged on the local disk" if damaged else ""
+        except OSError as error:
+            reason = f"its bytes can't be read from the local disk: {error.strerror}"
+        if reason:
+            advice = "'hpcfs retry' uploads it as it is"
+            await self._strand(msgspec.structs.replace(row, sums=b""), f"{reason}; {advice}")
+        return not reason
 
     def namespace_of(self, row: Unconfirmed) -> Namespace | None:
         """Return the namespace that a row can be uploaded to, if there is one."""

@@ -58,6 +58,10 @@ class Uploader:
             return
         file.reader.use_disk()
         with file.persisting():
+            try:
+                await file.sum_written()
+            except OSError as error:
+                raise CacheFull(f"the cache's disk can't be read: {error.strerror}") from None
             await self._note(file, durable=True, instead_of=instead_of)
 
     async def _note(

@@ -4,7 +4,8 @@ of their steps; and then there is exactly what was acknowledged.
 Each point has a folder of its own and a story, see support/promises.py for what must hold. The
 mount, its cache and its journal live on from point to point, as a user's would. A short run takes
 the middle step of each kind; HPCFS_FULL=1 in the environment has all stories and victims, and up to
-60 steps of each kind (hours), HPCFS_KILLS=10 fewer of them.
+60 steps of each kind (hours), HPCFS_KILLS=10 fewer of them. HPCFS_RANDOM_KILLS=250 makes so many
+kills in random stories for each kind of remote and each mode, HPCFS_KILLS_SEED=x other ones.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from hpcfs.control import control
 from hpcfs.control.control import ControlRequest
 from hpcfs.model.errors import SetupError
 from hpcfs.system import paths
+from tests.support import random_stories
 from tests.support.mounts import (
     Mount,
     Served,
@@ -43,6 +46,9 @@ from tests.support.steps import DAEMON, Steps, is_gone, spread
 FULL = os.environ.get("HPCFS_FULL") == "1"
 MOST = int(os.environ.get("HPCFS_KILLS", "60" if FULL else "1"))
 MIB = 1 << 20
+RANDOM = int(os.environ.get("HPCFS_RANDOM_KILLS", "0"))
+"""Of each kind of remote and each mode."""
+SEED = os.environ.get("HPCFS_KILLS_SEED", "kills")
 TRANSIENT = "the transfer process of this site ended"
 """Is tried again a second later."""
 _folders = itertools.count()
@@ -105,6 +111,28 @@ def _large(program: Program) -> None:
     program.rename("big", "big2")
 
 
+def _edges(program: Program) -> None:
+    """Nothing but names, attributes and sizes of 0."""
+    program.write("new", [])
+    program.write("emptied", [])
+    program.write("filled", [(0, content(1, 5_000))])
+    program.set_attributes("attributes", 0o600, 1_111_111_111)
+    program.set_attributes("new", 0o640, 1_222_222_222)
+    program.rename("renamed", "renamed2")
+    program.rename("new", "taken")
+    program.write("cut", [(10, b"more")], os.O_CREAT)
+    program.truncate("cut", 0)
+    time.sleep(0.4)  # uploads begin, and some end
+    program.write("taken", [(0, content(2, 3_000))])
+    program.write("taken", [])
+    program.rename("taken", "attributes")
+    program.write("filled", [])
+    program.set_attributes("filled", 0o600, 1_333_333_333)
+    program.write("emptied", [(0, b"again")])
+    program.unlink("emptied")
+    program.write("emptied", [])
+
+
 STORIES = {
     "small": Story(
         {name: content(n, 300_000) for n, name in enumerate(("old", "log", "old2", "over", "cut"))},
@@ -119,8 +147,25 @@ STORIES = {
         },
         _names,
     ),
+    "edges": Story(
+        {
+            **{name: content(n, 9_000) for n, name in enumerate(("emptied", "attributes", "cut"))},
+            "filled": b"",
+            "renamed": b"",
+            "taken": content(4, 70_000),
+        },
+        _edges,
+    ),
     "large": Story({"big": content(9, 20 * MIB)}, _large),
 }
+
+
+def story_of(name: str) -> Story:
+    """By its name; "random-7" is the random story with that seed."""
+    if name not in STORIES:
+        seed = int(name.removeprefix("random-"))
+        return Story(random_stories.seeds_of(seed), partial(random_stories.tell, seed))
+    return STORIES[name]
 
 
 # --- the places -----------------------------------------------------------------------------------
@@ -193,16 +238,17 @@ class Place:
 
     def begin(self, story: str) -> Program:
         name = f"p{next(_folders)}"
-        self.folder.fill(name, STORIES[story].seeds)
+        told = story_of(story)
+        self.folder.fill(name, told.seeds)
         top = self.mount.path / "ns" / name
         until(lambda: errno_of(os.stat, top) is None and self.mount.transfer_processes())
-        return Program(top, STORIES[story].seeds, back=self.mode == "back", s3=self.kind != "sftp")
+        return Program(top, told.seeds, back=self.mode == "back", s3=self.kind != "sftp")
 
     def count(self, story: str, victim: str) -> dict[str, int]:
         """The steps of an undisturbed run."""
         program = self.begin(story)
         self.steps.watch(self._pid(victim))
-        STORIES[story].tell(program)
+        story_of(story).tell(program)
         self.sync()
         counts = self.steps.stop()
         self.check(program, set())
@@ -219,7 +265,7 @@ class Place:
         pid = self._pid(point.victim)
         self.steps.watch(pid, point.kind, point.nth, also)
         try:
-            STORIES[point.story].tell(program)
+            story_of(point.story).tell(program)
             self.sync()
         except OSError:
             assert self.steps.has_killed, "a call failed though nothing was killed"
@@ -332,7 +378,7 @@ def place(directory: Path, kind: str, mode: str) -> Iterator[Place]:
 
 
 CASES = [(story, victim) for story in STORIES for victim in ("daemon", "transfer", "both")]
-SOME_CASES = [("small", "daemon"), ("names", "transfer")]
+SOME_CASES = [("small", "daemon"), ("names", "transfer"), ("edges", "both")]
 
 
 @pytest.mark.parametrize("mode", ["through", "back"])
@@ -345,7 +391,8 @@ def test_what_was_acknowledged_outlives_kills(
         counts = here.count(story, victim)
         print(counts)
         points = [Point(story, victim, kind, nth) for kind, nth in spread(counts, MOST)]
-        _try_all(here, {str(point): partial(here.kill, point) for point in points})
+        tries = {str(point): partial(here.kill, point) for point in points}
+        assert try_all(here, tries) > len(tries) / 2
 
 
 @pytest.mark.parametrize("mode", ["through", "back"])
@@ -364,16 +411,35 @@ def test_so_it_does_when_the_next_daemon_is_killed_too(
         print(first, here.recovery)
         kinds = set(here.recovery) - {"tell"} if FULL else {"journal"}
         counts = {kind: here.recovery[kind] for kind in sorted(kinds)}
-        _try_all(
-            here,
-            {
-                f"{first}, then {second}": partial(here.kill, first, second=second)
-                for second in spread(counts, MOST)
-            },
-        )
+        tries = {
+            f"{first}, then {second}": partial(here.kill, first, second=second)
+            for second in spread(counts, MOST)
+        }
+        assert try_all(here, tries) > len(tries) / 2
 
 
-def _try_all(here: Place, tries: dict[str, Callable[[], bool]]) -> None:
+@pytest.mark.parametrize("mode", ["back", "through"] if FULL or RANDOM else ["back"])
+@pytest.mark.parametrize("kind", ["sftp", "s3-moto"])
+def test_random_changes_outlive_kills(kind: str, mode: str, tmp_path: Path) -> None:
+    """The daemon is killed before any step of a random story, and in every other one the next
+    daemon too, while it takes up what was left."""
+    draw = random.Random(SEED)
+    with place(tmp_path, kind, mode) as here:
+        counts = here.count("random-0", "daemon")
+        tries: dict[str, Callable[[], bool]] = {}
+        for number in range(RANDOM or 2):
+            step = draw.choice([one for one, count in counts.items() if count])
+            victim = draw.choice(("daemon", "both"))
+            point = Point(f"random-{draw.randrange(10**9)}", victim, step, 0)
+            point = replace(point, nth=1 + draw.randrange(-(-counts[step] * 2 // 3)))
+            second = (draw.choice(("journal", "cache", "sync")), draw.randrange(1, 12))
+            again = second if number % 2 else None
+            tries[f"{point}, then {again}"] = partial(here.kill, point, second=again)
+        assert try_all(here, tries), "no kill took place"
+
+
+def try_all(here: Place, tries: dict[str, Callable[[], bool]]) -> int:
+    """How many of the points were reached; none may have a problem."""
     failed: list[str] = []
     passed = missed = 0
     for name, attempt in tries.items():
@@ -391,5 +457,5 @@ def _try_all(here: Place, tries: dict[str, Callable[[], bool]]) -> None:
             if not here.is_alive():
                 here.mount.mount()
     print(f"{passed} points passed, {missed} were not reached")
-    assert passed > missed
     assert not failed, "\n\n".join(failed)
+    return passed

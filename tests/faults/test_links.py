@@ -23,6 +23,8 @@ CLEAR = (errno.EHOSTUNREACH, errno.ETIMEDOUT)
 DEADLINE = 20.0
 """For a link that is cut; a lost connection is noticed at once, a new one is tried."""
 PROMPT = 1.5
+IMPATIENT = ("--patience", "2")
+"""For errors; tests/faults/test_pauses.py has outages that end before the patience does."""
 EXPECTED = ("reach|nothing answers|connection|ended|no answer|kept|lost|closed|not uploaded",)
 
 Starts = Callable[[str], Linked]
@@ -45,7 +47,7 @@ def test_cut_in_the_middle_of_a_read(kind: str, linked: Starts, real_home: RealH
     data = random.Random(1).randbytes(40_000_000)
     far = linked(kind)
     far.served.inside.write("file", data)
-    with mounted(real_home, {"ns": far.served}, expected=EXPECTED) as mount:
+    with mounted(real_home, {"ns": far.served}, *IMPATIENT, expected=EXPECTED) as mount:
         os.stat(mount.path / "ns" / "file")
         far.link.fail_after(12_000_000)
         started = time.monotonic()
@@ -72,7 +74,7 @@ def test_a_reader_goes_on_after_the_links_return(
     far = linked(kind)
     far.served.inside.write("file", data)
     with (
-        mounted(real_home, {"ns": far.served}, expected=EXPECTED) as mount,
+        mounted(real_home, {"ns": far.served}, *IMPATIENT, expected=EXPECTED) as mount,
         (mount.path / "ns" / "file").open("rb", buffering=0) as file,
     ):
         assert os.pread(file.fileno(), 1000, 0) == data[:1000]
@@ -88,7 +90,7 @@ def test_a_reader_goes_on_after_the_links_return(
 def test_cut_in_the_middle_of_a_write(kind: str, linked: Starts, real_home: RealHome) -> None:
     data = random.Random(3).randbytes(24_000_000)
     far = linked(kind)
-    with mounted(real_home, {"ns": far.served}, expected=EXPECTED) as mount:
+    with mounted(real_home, {"ns": far.served}, *IMPATIENT, expected=EXPECTED) as mount:
         far.link.fail_after(8_000_000)
         file = os.open(mount.path / "ns" / "file", os.O_CREAT | os.O_WRONLY)
         view = memoryview(data)
@@ -120,7 +122,7 @@ def test_an_old_file_survives_a_failed_overwrite_on_s3(linked: Starts, real_home
     """S3 writes whole objects: the old one stays until the new one is there."""
     old, new = bytes(10_000_000), random.Random(4).randbytes(20_000_000)
     far = linked("s3-rclone")
-    with mounted(real_home, {"ns": far.served}, expected=EXPECTED) as mount:
+    with mounted(real_home, {"ns": far.served}, *IMPATIENT, expected=EXPECTED) as mount:
         (mount.path / "ns" / "file").write_bytes(old)
         far.link.fail_after(3_000_000)
         assert errno_of((mount.path / "ns" / "file").write_bytes, new) in CLEAR
@@ -133,7 +135,7 @@ def test_an_old_file_survives_a_failed_overwrite_on_s3(linked: Starts, real_home
 
 def test_sshd_restarts(sshd: SshServer, real_home: RealHome) -> None:
     data = random.Random(5).randbytes(3_000_000)
-    with mounted(real_home, {"ns": served_by_ssh(sshd)}, expected=EXPECTED) as mount:
+    with mounted(real_home, {"ns": served_by_ssh(sshd)}, *IMPATIENT, expected=EXPECTED) as mount:
         (mount.path / "ns" / "before").write_bytes(data)
         for _ in range(2):
             sshd.kill()
@@ -149,7 +151,7 @@ def test_polling_a_dead_namespace_does_not_fill_the_log(
     linked: Starts, real_home: RealHome
 ) -> None:
     far = linked("sftp")
-    with mounted(real_home, {"ns": far.served}, expected=EXPECTED) as mount:
+    with mounted(real_home, {"ns": far.served}, *IMPATIENT, expected=EXPECTED) as mount:
         far.link.cut()
         for _ in range(200):
             assert errno_of(os.listdir, mount.path / "ns") in CLEAR
@@ -212,21 +214,21 @@ def test_a_server_that_stops_delays_no_other(
 
 
 def test_a_silent_link_is_given_up_in_time(linked: Starts, real_home: RealHome) -> None:
-    """30 s for a request without an answer. What the process says by itself is no sign of life."""
+    """What the process says by itself is no sign of life."""
     far = linked("s3-rclone")
-    with mounted(real_home, {"ns": far.served}, expected=EXPECTED) as mount:
+    with mounted(real_home, {"ns": far.served}, "--patience", "5", expected=EXPECTED) as mount:
         (mount.path / "ns" / "file").write_bytes(b"content")
         far.link.freeze()
         started = time.monotonic()
         with _reading(mount.path / "ns" / "file"):
             assert os.statvfs(mount.path).f_blocks
             assert errno_of(os.stat, mount.path / "ns" / "other") in CLEAR
-        assert time.monotonic() - started < 60
+        assert time.monotonic() - started < 10
         found = mount.namespace("ns")
-        assert (found.state, found.reason) == ("failed", "no answer to Stat within 30 s")
+        assert (found.state, found.reason) == ("failed", "no answer within 5 s")
         started = time.monotonic()
         assert errno_of(os.listdir, mount.path / "ns") in CLEAR
-        assert time.monotonic() - started < 10, "a site that fell silent is given less time"
+        assert time.monotonic() - started < PROMPT, "a site that fell silent is given no time"
         started = time.monotonic()
         far.link.mend()
         _works_again(mount, "ns")

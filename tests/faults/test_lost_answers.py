@@ -86,7 +86,8 @@ def test_after_the_answer_was_lost(
     kind: str, write: str, way: str, linked: Callable[[str], Linked], real_home: RealHome
 ) -> None:
     far = linked(kind)
-    with mounted(real_home, {"ns": far.served.but(write=write)}, expected=EXPECTED) as mount:
+    served, impatient = {"ns": far.served.but(write=write)}, ("--patience", "2")
+    with mounted(real_home, served, *impatient, expected=EXPECTED) as mount:
         with _answer_lost(far, mount):
             _remove_or_rename(way, mount)
             assert not far.served.inside.exists("f")

@@ -9,7 +9,7 @@ import trio
 
 from hpcfs.model.errors import AccessRefused, NoSpace, NotConnected, RemoteError, Unreachable
 from hpcfs.protocol import messages as m
-from hpcfs.writeback import queue
+from hpcfs.writeback import queue, schedule
 from tests.filesystem.world import KINDS, World, live, until, world
 from tests.support.memory_remote import MemoryRemote
 
@@ -130,6 +130,22 @@ async def test_what_nobody_waits_for_goes_up_with_the_first_that_does(w: World) 
     w.cues.clear()
     await until(lambda: not len(files.schedule))
     assert len(w.remote.paths()) == 10
+
+
+@back()
+async def test_what_nobody_waits_for_goes_up_once_the_namespace_is_back(w: World) -> None:
+    await go_away(w)
+    w.sites["ns"].is_away = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "pause_after", lambda attempts: 3600.0)
+        names = await write_files(w, 3)
+        await until(lambda: w.cues.count(m.Upload) >= 3)
+        await trio.sleep(2 * queue.RETURN_SECONDS)
+        assert w.cues.count(m.Upload) == 3
+        w.cues.clear()
+        w.sites["ns"].is_away = False
+        await until(lambda: not len(w.queue.schedule))
+    assert set(w.remote.paths()) == names
 
 
 @back()

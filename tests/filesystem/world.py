@@ -127,7 +127,7 @@ async def world(
     store = Store.open(directory, max_bytes, "a test")
     for site in sites.values():
         site.lend = store.in_memory
-    journal = Journal.open(directory)
+    journal = Journal.open(directory, store.troubles)
     clock = Clock()
     async with trio.open_nursery() as nursery:
         namespaces = [

@@ -130,7 +130,7 @@ def test_what_is_durable_is_synced_before_its_row_is(
         real(fd)
 
     async def story(journal: Journal) -> None:
-        journal._db.set_trace_callback(steps.append)
+        journal._file._db.set_trace_callback(steps.append)
         await journal.note(noted, durable=True)
 
     monkeypatch.setattr(os, "fsync", fsync)
@@ -146,7 +146,7 @@ def test_what_was_confirmed_is_synced_too(home: Path) -> None:
     async def story(journal: Journal) -> None:
         await journal.note(row(home), durable=True)
         await journal.confirm("cafe")
-        journal._db.set_trace_callback(steps.append)
+        journal._file._db.set_trace_callback(steps.append)
         await journal.sync()
         assert "PRAGMA synchronous = FULL" in steps
         steps.clear()
@@ -271,6 +271,7 @@ def test_a_journal_of_another_format_is_refused_and_left_alone(home: Path) -> No
     run(home, lambda journal: journal.note(row(home)))
     db = sqlite3.connect(home / "journal.db")
     db.execute("PRAGMA user_version = 99")
+    db.execute(f"PRAGMA application_id = {0x68706600 | 99}")
     db.close()
     with pytest.raises(sqlite3.DatabaseError, match="format is 99"):
         Journal.open(home)

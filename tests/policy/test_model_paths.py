@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from hpcfs.model import paths
-from hpcfs.model.backoff import Backoff, pause_after
+from hpcfs.model.backoff import REFUSED, UNREACHED, Backoff, pause_after
 
 names = st.binary(min_size=1, max_size=4).filter(lambda name: b"/" not in name)
 some_paths = st.lists(names, max_size=5).map(b"/".join)
@@ -51,7 +51,7 @@ def test_pauses_double_up_to_half_a_minute_for_however_many_failures() -> None:
 
 def test_a_pause_that_is_ended_early_is_still_followed_by_a_longer_one() -> None:
     now = 0.0
-    backoff = Backoff(lambda: now)
+    backoff = Backoff(lambda: now, draw=lambda: 0.0)
     assert not backoff.is_waiting
     backoff.failed()
     assert backoff.is_waiting
@@ -60,5 +60,40 @@ def test_a_pause_that_is_ended_early_is_still_followed_by_a_longer_one() -> None
     backoff.failed()
     assert backoff.retry_at == 2
     backoff.succeeded()
+    backoff.failed()
+    assert backoff.retry_at == 1
+
+
+def test_where_nobody_answers_it_is_tried_again_soon_and_at_random() -> None:
+    now, drawn = 0.0, 0.0
+    backoff = Backoff(lambda: now, draw=lambda: drawn)
+    longest = []
+    for _ in range(5):
+        backoff.failed(UNREACHED)
+        longest.append(backoff.retry_at)
+    assert longest == [0.5, 1, 2, 2, 2], "an outage ends for the user soon after it has ended"
+    drawn = 0.999
+    backoff.failed(UNREACHED)
+    assert 1 <= backoff.retry_at < 1.01, "a drawn part is taken off"
+
+
+def test_a_refused_login_is_repeated_after_a_minute_at_the_soonest() -> None:
+    backoff = Backoff(lambda: 0.0, draw=lambda: 0.999)
+    backoff.failed(UNREACHED)
+    waits = []
+    for _ in range(4):
+        backoff.failed(REFUSED)
+        waits.append(backoff.retry_at)
+    assert waits == [60, 120, 240, 240]
+    attempts = [0.0]
+    while attempts[-1] < 600:
+        attempts.append(attempts[-1] + waits[min(len(attempts) - 1, 3)])
+    assert sum(at <= 600 for at in attempts) < 5, "fail2ban bans after five in ten minutes"
+
+
+def test_a_failure_of_another_kind_begins_with_its_shortest_pause() -> None:
+    backoff = Backoff(lambda: 0.0, draw=lambda: 0.0)
+    for _ in range(4):
+        backoff.failed(UNREACHED)
     backoff.failed()
     assert backoff.retry_at == 1

@@ -45,10 +45,13 @@ class Site:
         """What others put under the name "new" when an answer was lost."""
         self.refuses: RemoteError | None = None
         self.calls: list[m.Request] = []
-        self.asking = False
+        self.asking = self.is_silent = False
         self.pages: list[bytes] = []
         self.breaks_at = 0
         """After so many pages the link breaks."""
+
+    def note_silence(self, reason: str) -> None:
+        self.is_silent = True
 
     def asked_within(self, seconds: float) -> bool:
         return self.asking
@@ -212,6 +215,7 @@ async def test_silence_ends_all_who_wait_together(site: Site, calls: PatientCall
         for number in range(50):
             nursery.start_soon(ask, number * 0.9)
     assert len(ended) == 50
+    assert site.is_silent, "as the status tells"
     assert sum(at <= PATIENCE + 0.1 for at in ended) > 30, "counted from the last answer"
     assert sorted(ended)[-1] < 49 * 0.9 + 0.1, "who came later was answered at once"
 

@@ -11,7 +11,7 @@ import pytest
 from botocore import exceptions as boto
 from hypothesis import given, strategies as st
 
-from hpcfs.model.backoff import LONGEST_SECONDS
+from hpcfs.model.backoff import UNREACHED
 from hpcfs.model.entries import Attributes
 from hpcfs.model.errors import (
     AccessRefused,
@@ -277,28 +277,37 @@ def test_one_denied_object_does_not_close_the_site() -> None:
     health.check()
 
 
-def test_a_dead_endpoint_is_asked_less_and_less_often() -> None:
+def test_a_dead_endpoint_is_asked_again_soon() -> None:
+    """An outage ends for the user within two seconds of the link's return."""
     now = 100.0
-    health = Health(lambda: now)
+    health = Health(lambda: now, draw=lambda: 0.0)
     delays = []
-    for _ in range(8):
+    for _ in range(5):
         with pytest.raises(Unreachable, match="can't be reached"), health.watching("x"):
             raise ConnectionResetError
-        health.failed(Unreachable("a second request failed at the same time"))
+        health.failed(Unreachable("a second request failed at the same time"), answered=False)
         start = now
         while True:
             try:
                 health.check()
                 break
             except Unreachable:
-                now += 0.5
+                now += 0.25
         delays.append(now - start)
-    assert delays == [1, 2, 4, 8, 16, 30, 30, LONGEST_SECONDS]
+    assert delays == [0.5, 1, 2, 2, UNREACHED.longest]
     health.answered()
     with pytest.raises(Unreachable), health.watching("x"):
         raise ConnectionResetError
-    now += 1
+    now += UNREACHED.first
     health.check()
+
+
+def test_a_server_that_answers_is_there_whatever_it_says() -> None:
+    health = Health()
+    for status in (500, 502, 503, 504, 429):
+        with pytest.raises(RemoteError), health.watching("x"):
+            raise refusal("", status)
+        health.check()
 
 
 @given(st.integers(1, 5 * 2**40))

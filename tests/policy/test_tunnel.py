@@ -12,11 +12,12 @@ import pytest
 
 from hpcfs.config import tunnel as tunnel_config
 from hpcfs.config.tunnel import TunnelSettings
-from hpcfs.laptop import changes, listening
+from hpcfs.laptop import listening
 from hpcfs.laptop.pauses import Pauses
 from hpcfs.laptop.rates import Rate
 from hpcfs.model.errors import RemoteError, SetupError, Unreachable
 from hpcfs.model.sites import SshSite
+from hpcfs.remotes import machine_changes
 from hpcfs.tunnel.file import is_valid_name
 
 
@@ -217,19 +218,19 @@ def test_who_listens_is_read_from_proc() -> None:
 
 
 def test_waking_up_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(changes, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(machine_changes, "LOOK_SECONDS", 0.01)
     asleep = iter([100.0, 100.5, 101.0, 160.0])
     seen: list[str] = []
 
     async def main() -> None:
         woke = asyncio.Event()
 
-        def note(change: changes.MachineChange) -> None:
+        def note(change: machine_changes.MachineChange) -> None:
             if change == "slept":
                 seen.append(change)
                 woke.set()
 
-        async with changes.watched(note, lambda: next(asleep, 160.0)), asyncio.timeout(10):
+        async with machine_changes.watched(note, lambda: next(asleep, 160.0)), asyncio.timeout(10):
             await woke.wait()
             await asyncio.sleep(0.05)
 

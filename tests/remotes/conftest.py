@@ -13,7 +13,7 @@ from hpcfs.laptop.acceptor import EndpointKind
 from hpcfs.laptop.shares import Share
 from hpcfs.model.sites import S3Root, S3Site, Secret, SiteSpec
 from hpcfs.remotes.s3.site import S3SiteConnection
-from hpcfs.remotes.sftp.remote import SshSiteConnection
+from hpcfs.remotes.sftp.site import SshSiteConnection
 from hpcfs.remotes.tunnel.site import TunnelSiteConnection
 from tests.remotes.contract import Subject
 from tests.support.laptop import Laptop, laptop

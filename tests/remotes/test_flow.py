@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from hpcfs.remotes.sftp.flow import FEW_WAITING_BYTES, FIRST_BYTES, MOST_BYTES, Depth, Flow
-from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
+from hpcfs.remotes.sftp.remote import SftpRemote
 from hpcfs.remotes.sftp.session import SftpSession
+from hpcfs.remotes.sftp.site import SshSiteConnection
 from tests.support import evil_sftp
 from tests.support.evil_sftp import evil_site
 from tests.support.sshd import ScriptedPrompter

@@ -17,13 +17,16 @@ import pytest
 from hpcfs.model.errors import (
     AccessRefused,
     HostKeyRefused,
+    LoginNeeded,
     NoService,
+    NotConnected,
     RemoteError,
     Unreachable,
     WrongSettings,
 )
 from hpcfs.model.sites import SftpRoot, SiteSpec, SshSite
-from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
+from hpcfs.remotes.sftp.remote import SftpRemote
+from hpcfs.remotes.sftp.site import SshSiteConnection
 from hpcfs.remotes.sftp.stdio import OpenSshLogin
 from hpcfs.remotes.ssh.openssh import OpenSshTarget, command, read_target
 from hpcfs.remotes.ssh.stderr import ending
@@ -517,7 +520,7 @@ TARGET = OpenSshTarget(SshSite(ALIAS), LOOPBACK, "22", "me", None)
         ("subsystem request failed on channel 0", NoService),
         ("ssh_askpass: exec(/tmp/x): Permission denied", WrongSettings),
         ("Unable to negotiate with 1.2.3.4 port 22: no matching cipher found", WrongSettings),
-        ("ssh: connect to host x port 22: Connection timed out", Unreachable),
+        ("ssh: connect to host x port 22: Connection timed out", NotConnected),
         ("Connection closed by 1.2.3.4 port 22", Unreachable),
     ],
 )
@@ -525,6 +528,12 @@ def test_what_ssh_says_last_decides(line: str, error: type[RemoteError]) -> None
     found = ending(TARGET, ["something before", line], None)
     assert type(found) is error
     assert line in found.message
+
+
+def test_what_was_typed_in_vain_is_not_offered_again_by_itself() -> None:
+    line = "me@127.0.0.1: Permission denied (password)."
+    assert type(ending(TARGET, [line], None, answered=True)) is LoginNeeded
+    assert type(ending(TARGET, [], "Password: ")) is LoginNeeded
 
 
 def test_an_end_without_a_word() -> None:

@@ -15,7 +15,8 @@ from hypothesis import given, strategies as st
 from hpcfs.model.errors import Unreachable
 from hpcfs.model.sites import SiteSpec, SshSite
 from hpcfs.remotes.sftp.decoder import DataSink, Malformed, MessageDecoder
-from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
+from hpcfs.remotes.sftp.remote import SftpRemote
+from hpcfs.remotes.sftp.site import SshSiteConnection
 from hpcfs.remotes.ssh.login import log_in
 from hpcfs.remotes.ssh.receiver import PacketReceiver, shorten
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES
@@ -87,7 +88,8 @@ def test_no_empty_packets_are_sent_where_they_protect_nothing(served: SshServer)
 
 
 def test_where_a_cipher_needs_them_empty_packets_are_sent(tmp_path: Path) -> None:
-    async def main(site: SshSiteConnection) -> None:
+    async def main(spec: SiteSpec) -> None:
+        site = SshSiteConnection(spec, ScriptedPrompter())
         try:
             remote = site.remote("ns")
             await remote.connect()
@@ -102,7 +104,7 @@ def test_where_a_cipher_needs_them_empty_packets_are_sent(tmp_path: Path) -> Non
             await site.close()
 
     with ssh_server(tmp_path / "s", "Ciphers aes128-ctr") as server:
-        asyncio.run(main(SshSiteConnection(server.site_spec(), ScriptedPrompter())))
+        asyncio.run(main(server.site_spec()))
 
 
 @pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])

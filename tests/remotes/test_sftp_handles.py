@@ -17,7 +17,8 @@ from hpcfs.model.errors import NotSupported, PiecesLost, RemoteFailure
 from hpcfs.model.sites import SiteSpec
 from hpcfs.model.uploads import PIECE_BYTES
 from hpcfs.remotes.sftp.parallel_channels import WIDE_BYTES
-from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
+from hpcfs.remotes.sftp.remote import SftpRemote
+from hpcfs.remotes.sftp.site import SshSiteConnection
 from hpcfs.remotes.tunnel.site import TunnelSiteConnection
 from tests.remotes.contract import get, listed, put, put_ahead
 from tests.support.evil_sftp import EvilSite, Plain, evil_site

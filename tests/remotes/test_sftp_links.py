@@ -12,7 +12,8 @@ import pytest
 
 from hpcfs.model.errors import AlreadyExists, NotADirectory, NotFound, RemoteError, RemoteFailure
 from hpcfs.model.sites import SftpRoot, SiteSpec
-from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
+from hpcfs.remotes.sftp.remote import SftpRemote
+from hpcfs.remotes.sftp.site import SshSiteConnection
 from tests.support.evil_sftp import (
     EvilSite,
     NoLinks,

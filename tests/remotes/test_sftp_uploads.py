@@ -33,8 +33,9 @@ from hpcfs.model.sites import SftpRoot, SiteSpec
 from hpcfs.model.uploads import PIECE_BYTES, UploadRequest
 from hpcfs.remotes.sftp.opening import NEW
 from hpcfs.remotes.sftp.parallel_channels import WIDE_BYTES
-from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
+from hpcfs.remotes.sftp.remote import SftpRemote
 from hpcfs.remotes.sftp.session import SftpSession
+from hpcfs.remotes.sftp.site import SshSiteConnection
 from hpcfs.remotes.sftp.streaming_upload import MAX_STREAMS
 from hpcfs.remotes.sftp.uploads import SftpUploads
 from hpcfs.remotes.sftp.write import WritableFile, write_ranges

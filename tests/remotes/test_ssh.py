@@ -6,28 +6,25 @@ import asyncio
 import contextlib
 import stat
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import asyncssh
 import msgspec
 import pytest
 
-from hpcfs.model.backoff import LONGEST_SECONDS
 from hpcfs.model.errors import (
     AccessRefused,
     HostKeyRefused,
     RemoteError,
-    RemoteFailure,
     Unreachable,
     WrongSettings,
 )
 from hpcfs.model.sites import SiteSpec, SshSite
-from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
+from hpcfs.remotes.sftp.remote import SftpRemote
+from hpcfs.remotes.sftp.site import SshSiteConnection
 from hpcfs.remotes.ssh.hostkeys import HostKeys, Rules
 from hpcfs.remotes.ssh.login_clock import MOST_LETTERS, MOST_QUESTIONS
 from hpcfs.remotes.ssh.settings import FAST_CIPHER, jump_site, read_hop
-from hpcfs.remotes.ssh.shared_session import SharedSession
 from tests.remotes.contract import get, listed, put
 from tests.support.evil_sftp import USER, EvilSite, Login, Plain, evil_site
 from tests.support.sshd import (
@@ -98,7 +95,7 @@ def test_an_unknown_host_key_without_a_terminal_is_refused(
     fresh: SiteSpec, sshd: SshServer
 ) -> None:
     fingerprint = asyncssh.read_public_key(f"{sshd.host_key}.pub").get_fingerprint()
-    refused(fresh, HostKeyRefused, "connect once with ssh")
+    refused(fresh, HostKeyRefused, "run 'hpcfs login' on one")
     refused(fresh, HostKeyRefused, fingerprint.replace("+", r"\+"))
 
 
@@ -587,94 +584,5 @@ def run(spec: SiteSpec, story: Callable[[SftpRemote], Awaitable[None]]) -> None:
             await story(site.remote("ns"))
         finally:
             await site.close()
-
-    asyncio.run(main())
-
-
-# --- keeping, without a network -----------------------------------------------------------------
-
-
-@dataclass
-class FakeSession:
-    lost: bool = False
-    closed: bool = False
-
-    async def close(self) -> None:
-        self.closed = True
-
-
-class Opener:
-    """Opens sessions, or fails with what it is told, one after the other."""
-
-    def __init__(self, *failures: Exception) -> None:
-        self._failures = list(failures)
-        self.attempts = 0
-
-    async def __call__(self) -> FakeSession:
-        self.attempts += 1
-        await asyncio.sleep(0)
-        if self._failures:
-            raise self._failures.pop(0)
-        return FakeSession()
-
-
-def test_pauses_double_up_to_a_limit_and_start_anew() -> None:
-    async def main() -> None:
-        now = 100.0
-        opener = Opener(*(Unreachable("down") for _ in range(7)))
-        kept = SharedSession(opener, lambda: now)
-        pauses = []
-        for attempt in range(1, 8):
-            for _ in range(3):
-                with pytest.raises(Unreachable, match="down"):
-                    await kept.get()
-            assert opener.attempts == attempt, "during the pause nothing is tried"
-            pauses.append(kept._backoff.retry_at - now)
-            now = kept._backoff.retry_at
-        assert pauses == [1, 2, 4, 8, 16, LONGEST_SECONDS, LONGEST_SECONDS]
-        session = await kept.get()
-        assert await kept.get() is session
-        session.lost = True
-        assert await kept.get() is not session, "a lost connection is replaced at once"
-        assert session.closed
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("error", [AccessRefused, HostKeyRefused, WrongSettings])
-def test_what_only_the_user_can_mend_is_never_tried_again(error: type[RemoteError]) -> None:
-    async def main() -> None:
-        now = 0.0
-        opener = Opener(error("no"))
-        kept = SharedSession(opener, lambda: now)
-        for now in (0.0, 10.0, 10.0**9):  # noqa: B007 (read by the clock)
-            with pytest.raises(error, match="no"):
-                await kept.get()
-        assert opener.attempts == 1
-
-    asyncio.run(main())
-
-
-def test_a_cancelled_request_does_not_cancel_the_attempt() -> None:
-    async def main() -> None:
-        opener = Opener()
-        kept = SharedSession(opener)
-        first = asyncio.ensure_future(kept.get())
-        second = asyncio.ensure_future(kept.get())
-        await asyncio.sleep(0)
-        first.cancel()
-        session = await second
-        assert opener.attempts == 1
-        await kept.close()
-        assert session.closed
-
-    asyncio.run(main())
-
-
-def test_a_failure_that_nobody_foresaw_is_reported_as_one() -> None:
-    async def main() -> None:
-        kept = SharedSession(Opener(KeyError("surprise")))
-        with pytest.raises(RemoteFailure, match="surprise"):
-            await kept.get()
 
     asyncio.run(main())

@@ -17,7 +17,7 @@ import pytest
 
 from hpcfs.model.errors import RemoteError, Unreachable, WrongSettings
 from hpcfs.model.sites import SshSite
-from hpcfs.remotes.sftp.remote import SshSiteConnection
+from hpcfs.remotes.sftp.site import SshSiteConnection
 from hpcfs.remotes.ssh import options
 from hpcfs.remotes.ssh.settings import read_hop
 from tests.support.mounts import until

@@ -18,7 +18,7 @@ import pytest
 
 from hpcfs.model.errors import HostKeyRefused, RemoteError
 from hpcfs.model.sites import SshSite
-from hpcfs.remotes.sftp.remote import SshSiteConnection
+from hpcfs.remotes.sftp.site import SshSiteConnection
 from hpcfs.remotes.ssh import knownhosts
 from hpcfs.remotes.ssh.hostkeys import HostKeys, Rules
 from tests.support.evil_sftp import Login, Plain, evil_site

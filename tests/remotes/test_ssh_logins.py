@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from hpcfs.model.sites import SiteSpec, SshSite
-from hpcfs.remotes.sftp.remote import SshSiteConnection
+from hpcfs.remotes.sftp.site import SshSiteConnection
 from tests.support.evil_sftp import Login, Plain, evil_site
 from tests.support.sshd import ALIAS, ScriptedPrompter, SshServer, ssh_server
 

@@ -17,7 +17,7 @@ import uvloop
 
 from hpcfs.model.errors import AccessRefused, HostKeyRefused, Unreachable
 from hpcfs.model.sites import SshSite
-from hpcfs.remotes.sftp.remote import SshSiteConnection
+from hpcfs.remotes.sftp.site import SshSiteConnection
 from hpcfs.remotes.ssh import reach
 from hpcfs.remotes.ssh.login import log_in
 from tests.support.mounts import until

@@ -4,7 +4,6 @@ to log in, and not tried again and again."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,7 @@ import pytest
 from hpcfs.laptop.tunnel import Tunnel, TunnelPlan
 from hpcfs.model.errors import NoService, RemoteError, Unreachable
 from hpcfs.model.sites import SiteSpec, SshSite
-from hpcfs.remotes.sftp.remote import SshSiteConnection
-from hpcfs.remotes.ssh.shared_session import SharedSession
+from hpcfs.remotes.sftp.site import SshSiteConnection
 from tests.support.sshd import (
     ALIAS,
     LOOPBACK,
@@ -221,46 +219,3 @@ def test_a_connection_that_the_server_ends(
 
     asyncio.run(main())
     assert kind.logins == 1, "no further login within the moment after one that failed"
-
-
-# --- what worked before ---------------------------------------------------------------------------
-
-
-class Opener:
-    def __init__(self, *outcomes: RemoteError | None) -> None:
-        self._outcomes = list(outcomes)
-
-    async def __call__(self) -> FakeSession:
-        outcome = self._outcomes.pop(0)
-        if outcome is not None:
-            raise outcome
-        return FakeSession()
-
-
-@dataclass
-class FakeSession:
-    lost: bool = False
-
-    def __post_init__(self) -> None:
-        self.ended = asyncio.Event()
-
-    async def close(self) -> None:
-        self.lost = True
-
-
-def test_where_it_worked_before_it_is_tried_again() -> None:
-    """A site in maintenance ends each login at once, and an end to that comes by itself."""
-    now = 0.0
-    clock: Callable[[], float] = lambda: now  # noqa: E731
-
-    async def main() -> None:
-        nonlocal now
-        kept = SharedSession(Opener(None, NoService("Back at noon"), None), clock)
-        (await kept.get()).lost = True
-        for _ in range(2):
-            with pytest.raises(Unreachable, match="Back at noon"):
-                await kept.get()
-        now += 60
-        assert not (await kept.get()).lost
-
-    asyncio.run(main())

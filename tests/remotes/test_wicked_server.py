@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from hpcfs.model.errors import RemoteError
-from hpcfs.remotes.sftp.remote import SftpRemote, SshSiteConnection
+from hpcfs.remotes.sftp.remote import SftpRemote
+from hpcfs.remotes.sftp.site import SshSiteConnection
 from tests.remotes.contract import put
 from tests.support.sshd import ScriptedPrompter
 from tests.support.wicked import (

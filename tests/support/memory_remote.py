@@ -559,6 +559,7 @@ class MemorySite:
     """Satisfies SiteCalls (site/namespace.py). It has no patience: what fails, fails."""
 
     is_away = False
+    failing = ""
     patience = 0.0
 
     def __init__(self, remotes: dict[str, MemoryRemote]) -> None:

@@ -169,7 +169,8 @@ class Program:
             states.append({path: data, target: data})
         with self._doing(f"rename {path} to {target}", {path, target}, _one_of(*states)):
             os.rename(self.top / path, self.top / target)
-        account.remote.pop(target, None)
+        for known in (account.remote, account.attributes):
+            known.pop(target, None)
         for known in (account.files, account.remote, account.attributes):
             if path in known:
                 known[target] = known.pop(path)  # type: ignore[index,assignment]

@@ -28,6 +28,7 @@ from hpcfs.model.errors import (
     WrongSettings,
 )
 from hpcfs.remotes.base import checked_size
+from hpcfs.remotes.s3 import deadlines
 from hpcfs.remotes.s3.access import Access
 from hpcfs.remotes.s3.checksums import CRC32, PartSent, UploadChecks, proof_of
 from hpcfs.remotes.s3.metadata import Metadata, encode
@@ -280,7 +281,8 @@ class Bucket:
         }
 
         async def send(asked: dict[str, Any]) -> dict[str, Any]:
-            return await self._directly("copy_object", key, asked)
+            with deadlines.silence(deadlines.for_bytes(source.size)):
+                return await self._directly("copy_object", key, asked)
 
         try:
             answer = await _with_belongings(asked, send)
@@ -322,7 +324,8 @@ class Bucket:
                 refusal = ClientError({"Error": about}, "DeleteObjects")
                 raise refusal if is_throttling(refusal) else translate(refusal, key)
 
-        with self._watching(keys[0]):
+        longest = deadlines.SILENCE + deadlines.DELETION * len(keys)
+        with self._watching(keys[0]), deadlines.silence(longest):
             await self._access.pacing.asked(ask)
 
     async def first(self, prefix: str, count: int, *, delimiter: str = "") -> Page:
@@ -349,10 +352,10 @@ class Bucket:
         if delimiter:
             parameters = {**parameters, "Delimiter": delimiter}
         subject = prefix or f"bucket {self.name}"
+        asked = {"Prefix": prefix, **parameters}
         async with self._access.gate.turn(0, urgent=True):
-            answer = await self._directly(
-                "list_objects_v2", subject, {"Prefix": prefix, **parameters}
-            )
+            with deadlines.silence(deadlines.SILENCE if "MaxKeys" in asked else deadlines.LISTING):
+                answer = await self._directly("list_objects_v2", subject, asked)
         objects = [summary_of(found) for found in answer.get("Contents", [])]
         prefixes = [str(found.get("Prefix", "")) for found in answer.get("CommonPrefixes", [])]
         page = Page(
@@ -418,16 +421,17 @@ class Bucket:
     ) -> PartSent:
         """Copy a range on the server as a part. Raises NotSupported where the server does not copy:
         some take it for an empty part."""
-        answer = await self.call(
-            "upload_part_copy",
-            key,
-            Key=key,
-            UploadId=upload.id,
-            PartNumber=number,
-            CopySource={"Bucket": self.name, "Key": source.key},
-            CopySourceRange=f"bytes={offset}-{offset + length - 1}",
-            **if_match(source),
-        )
+        with deadlines.silence(deadlines.for_bytes(length)):
+            answer = await self.call(
+                "upload_part_copy",
+                key,
+                Key=key,
+                UploadId=upload.id,
+                PartNumber=number,
+                CopySource={"Bucket": self.name, "Key": source.key},
+                CopySourceRange=f"bytes={offset}-{offset + length - 1}",
+                **if_match(source),
+            )
         copied = answer.get("CopyPartResult", {})
         etag = plain_etag(copied.get("ETag"))
         if not etag:

@@ -3,8 +3,11 @@
 botocore prepares one request for each bucket, which is not sent: it says which host, path, region
 and kind of signature this bucket has, so nothing of AWS's rules is repeated here. Credentials come
 from its chain at every request, fresh ones when they expire. Anything out of the ordinary (a proxy,
-another signature, a redirect, a refusal to be retried, anything that is not understood) is left to
-botocore: `answer` returns None, and the caller asks again by way of the client.
+another signature, a redirect, anything that is not understood) is left to botocore: `answer`
+returns None, and the caller asks again by way of the client.
+
+botocore's own requests go over the same connections (`send`), so that one set of deadlines holds
+for all. What goes through a proxy, and bodies that are streamed, take aiohttp's.
 """
 
 from __future__ import annotations
@@ -14,17 +17,33 @@ import hashlib
 import logging
 import re
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
-from botocore.exceptions import ClientError
+from aiobotocore.awsrequest import AioAWSResponse
+from botocore.exceptions import (
+    ClientError,
+    ConnectionClosedError,
+    EndpointConnectionError,
+    HTTPClientError,
+    ReadTimeoutError,
+)
 from botocore.httpsession import create_urllib3_context, get_cert_path
 from botocore.parsers import create_parser
 from botocore.utils import get_environ_proxies
 
-from hpcfs.remotes.s3.http import ERROR_BYTES, HttpRequest, HttpResponse, UnusualResponse
+from hpcfs.remotes.s3 import botocore_guard, deadlines
+from hpcfs.remotes.s3.botocore_guard import UnfitResponse
+from hpcfs.remotes.s3.http import (
+    ERROR_BYTES,
+    HttpRequest,
+    HttpResponse,
+    OversizedResponse,
+    UnusualResponse,
+)
 from hpcfs.remotes.s3.pool import HostAddress, NotOpened, Pool
 from hpcfs.remotes.s3.responses import is_fit_to_parse, parse_copy, parse_listing, parse_object
 from hpcfs.remotes.s3.sent_writes import note_sent
@@ -34,8 +53,6 @@ log = logging.getLogger(__name__)
 _SCOPE = re.compile(
     re.escape(ALGORITHM) + r" Credential=[^,]+/\d{8}/([^/,]+)/([^/,]+)/aws4_request,"
 )
-LISTING_BYTES = 16 * 1024 * 1024
-"""A page has 1000 keys of at most 1 KiB, thrice that when quoted."""
 STRANGE_IN_A_ROW = 10
 THREAD_BYTES = 256 * 1024
 """Hashing more than this is left to a thread."""
@@ -72,12 +89,13 @@ _HEADERS = {
 }
 _ELSEWHERE = frozenset({"Key", "Body", "Metadata", "CopySource", *_QUERY})
 """Parameters that have a place of their own in a request."""
-_FINAL = frozenset({401, 403, 404, 412, 416, 429, 503})
-"""Refusals that asking again at once does not change: a refused credential must not be tried twice,
-and a server that is asked too much (429, 503) not sooner than pacing.py lets it."""
 _FINAL_CODES = (b"<Code>BadDigest</Code>", b"<Code>InvalidDigest</Code>")
-"""Among those with 400, as for botocore. rclone's server has ended the upload with this answer, and
-would say of the same part that there is no such upload."""
+"""Refusals with status 400 that asking again by way of botocore does not change. rclone's server
+has ended the upload with this answer, and would say of the same part that there is no such upload.
+"""
+_PORTS = {"http": 80, "https": 443}
+_NOT_SENT_ON = frozenset({"accept-encoding", "connection", "expect", "host", "user-agent"})
+"""Headers of botocore's requests that are made anew, or have no meaning here."""
 
 
 class DirectLogin(Protocol):
@@ -108,19 +126,25 @@ class Route:
     """None where requests are not signed."""
 
 
+class _Body:
+    """A body that is there, for botocore to read."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+
+    async def read(self) -> bytes:
+        """Return all of it."""
+        return self._body
+
+
 class Direct:
-    """Timeouts are in seconds: for a connection, and without a byte. `answered_in` hears how far
-    away the server is."""
+    """`connect_timeout` is in seconds. `answered_in` hears how far away the server is."""
 
     def __init__(
-        self,
-        login: DirectLogin,
-        answered_in: Callable[[float], None],
-        connect_timeout: float,
-        read_timeout: float,
+        self, login: DirectLogin, answered_in: Callable[[float], None], connect_timeout: float
     ) -> None:
         self._login, self._answered_in = login, answered_in
-        self._timeouts = connect_timeout, read_timeout
+        self._connect_timeout = connect_timeout
         self._routes: dict[str, Route | None] = {}
         self._pools: dict[tuple[str, str, int], Pool] = {}
         self._strange: dict[str, int] = {}
@@ -140,8 +164,8 @@ class Direct:
 
         One of _METHODS: asking all of them twice does what asking once does. `limit` is how many
         bytes of an object may come; more are not read, and then there is no "Body". `sent` is
-        called as a large body is on its way. Raises ClientError for refusals, TimeoutError, and
-        what finding the credentials raises.
+        called as a large body is on its way. Raises botocore's exceptions: ClientError for
+        refusals, others for connections that fail, and what finding the credentials raises.
         """
         route = await self._route(bucket)
         if route is None or not parameters.keys() <= _HEADERS.keys() | _ELSEWHERE:
@@ -149,35 +173,61 @@ class Direct:
         if "CopySource" in parameters and ":" in bucket:  # a tenant's, or an access point's
             return None
         if operation != "get_object":
-            limit = LISTING_BYTES if operation == "list_objects_v2" else ERROR_BYTES
+            limit = botocore_guard.ANSWER_BYTES if operation == "list_objects_v2" else ERROR_BYTES
         body = parameters.get("Body", b"")
         payload = await _payload(body, route)
         keys = await self._login.keys()
         try:
             head = _head(route, operation, bucket, parameters, keys, payload)
             bodiless = _METHODS[operation] == "HEAD"
-            found = await route.pool.ask(HttpRequest(head, bodiless, limit, body, sent))
+            silence = deadlines.current() + len(body) / deadlines.STORED_PER_SECOND
+            request = HttpRequest(head, bodiless, limit, body, sent, silence)
+            with _in_words_of_botocore(route.pool, operation):
+                found = await route.pool.ask(request)
             note_sent(operation)
             if found.status < 300:
                 parsed = _parsed(operation, found)
                 self._strange.pop(bucket, None)
                 return parsed
-        except TimeoutError:
-            raise
         except (UnusualResponse, ValueError) as error:
             note_sent(operation)
             self._note_strange(bucket, error)
             return None
-        except OSError as error:
-            if not isinstance(error, NotOpened):
-                note_sent(operation)
-            log.debug("%s by way of botocore: %s", operation, error)
-            return None
-        if found.status in _FINAL or any(code in (found.body or b"") for code in _FINAL_CODES):
+        if found.status >= 401 or any(code in (found.body or b"") for code in _FINAL_CODES):
             refusal: Any = self._refusal(found)
             raise ClientError(refusal, operation)
         self._routes.pop(bucket, None)  # it may have been the wrong region's
         return None
+
+    async def send(self, request: Any, **_: object) -> AioAWSResponse | None:
+        """Answer a request of botocore's, as a handler of its event "before-send". None where it is
+        to send the request itself."""
+        request.context["read_timeout"] = deadlines.current()
+        parts = urlsplit(request.url)
+        body = request.body or b""
+        streamed = request.stream_output or not isinstance(body, bytes | bytearray | str)
+        if streamed or _is_proxied(request.url) or not parts.hostname:
+            return None
+        pool = await self._pool(parts)
+        body = body.encode() if isinstance(body, str) else bytes(body)
+        try:
+            head, bodiless = _head_of(request, parts, body), request.method == "HEAD"
+            with _in_words_of_botocore(pool):
+                limit = botocore_guard.ANSWER_BYTES
+                found = await pool.ask(HttpRequest(head, bodiless, limit, body))
+        except OversizedResponse as error:
+            raise _unfit("too long") from error
+        except (UnusualResponse, ValueError) as error:
+            log.debug("a request to %s is left to botocore: %s", pool.host, error)
+            return None
+        content = found.body
+        if content is None:
+            raise _unfit("too long")
+        if not is_fit_to_parse(content):
+            if found.status < 300:
+                raise _unfit("not safe to parse")
+            content = bytearray()  # the status says enough, and proxies send HTML beside it
+        return AioAWSResponse(request.url, found.status, found.headers, _Body(bytes(content)))
 
     def _note_strange(self, bucket: str, error: Exception) -> None:
         """Count an answer that was not understood: a server that gives only such ones is not asked
@@ -228,31 +278,85 @@ class Direct:
         parts = urlsplit(request.url)
         headers = {name.lower(): _text(value) for name, value in request.headers.items()}
         scope = _SCOPE.match(headers.get("authorization", ""))
-        proxied = parts.scheme in get_environ_proxies(request.url)
         unsigned = await self._login.keys() is None and "authorization" not in headers
-        if (scope is None and not unsigned) or parts.query or proxied or not parts.hostname:
-            log.info("S3 objects are read by way of botocore: a proxy, or another signature")
+        if (scope is None and not unsigned) or parts.query or not parts.hostname:
+            log.info("S3 objects are read by way of botocore: another signature")
             return None
-        default = {"http": 80, "https": 443}[parts.scheme]
-        port = parts.port or default
-        name = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        if _is_proxied(request.url):
+            log.info("S3 objects are read by way of botocore: a proxy")
+            return None
         return Route(
-            pool=await self._pool(parts.scheme, parts.hostname, port),
-            host=name if port == default else f"{name}:{port}",
+            pool=await self._pool(parts),
+            host=_host_header(parts),
             path=parts.path.rstrip("/") + "/",
             user_agent=headers.get("user-agent", "hpcfs"),
             signer=Signer(scope[1], scope[2]) if scope is not None else None,
         )
 
-    async def _pool(self, scheme: str, name: str, port: int) -> Pool:
-        pool = self._pools.get((scheme, name, port))
+    async def _pool(self, parts: SplitResult) -> Pool:
+        """Return the connections to a URL's host, which it has."""
+        name, port = parts.hostname or "", parts.port or _PORTS[parts.scheme]
+        pool = self._pools.get((parts.scheme, name, port))
         if pool is None:
             tls = None
-            if scheme == "https":
+            if parts.scheme == "https":
                 tls = await asyncio.to_thread(_tls_context, self._login.trusted())
-            pool = Pool(HostAddress(name, port, tls), *self._timeouts, self._answered_in)
-            self._pools[scheme, name, port] = pool
+            made = Pool(HostAddress(name, port, tls), self._connect_timeout, self._answered_in)
+            pool = self._pools.setdefault((parts.scheme, name, port), made)
         return pool
+
+
+def _unfit(how: str) -> HTTPClientError:
+    return HTTPClientError(error=UnfitResponse(f"the answer of the S3 server is {how}"))
+
+
+def _is_proxied(url: str) -> bool:
+    return urlsplit(url).scheme in get_environ_proxies(url)
+
+
+def _host_header(parts: SplitResult) -> str:
+    name = parts.hostname or ""
+    shown = f"[{name}]" if ":" in name else name
+    return shown if parts.port in (None, _PORTS[parts.scheme]) else f"{shown}:{parts.port}"
+
+
+@contextmanager
+def _in_words_of_botocore(pool: Pool, operation: str = "") -> Iterator[None]:
+    """Raise what fails on a connection as botocore does, which names the endpoint too; note that
+    `operation` may have reached the server."""
+    where = str(pool.host)
+    try:
+        yield
+    except UnusualResponse:
+        raise
+    except NotOpened as error:
+        raise EndpointConnectionError(endpoint_url=where, error=error) from error
+    except OSError as error:
+        note_sent(operation)
+        kind = ReadTimeoutError if isinstance(error, TimeoutError) else ConnectionClosedError
+        raise kind(endpoint_url=where, error=error) from error
+
+
+def _head_of(request: Any, parts: SplitResult, body: bytes) -> bytes:
+    """Return all of a request of botocore's but its body. Raises ValueError for what can't be
+    sent."""
+    headers = {name.lower(): _text(value) for name, value in request.headers.items()}
+    if "transfer-encoding" in headers or int(headers.get("content-length", len(body))) != len(body):
+        raise ValueError("a body of unknown length")
+    lines = [
+        f"{request.method} {parts.path or '/'}{'?' if parts.query else ''}{parts.query} HTTP/1.1",
+        f"host: {_host_header(parts)}",
+        f"user-agent: {headers.get('user-agent', 'hpcfs')}",
+        "accept-encoding: identity",
+    ]
+    for name, value in headers.items():
+        if name not in _NOT_SENT_ON and name != "content-length":
+            if not _is_sendable(name) or not _is_sendable(value):
+                raise ValueError("a header that can't be sent")
+            lines.append(f"{name}: {value}")
+    if request.method in ("PUT", "POST"):
+        lines.append(f"content-length: {len(body)}")
+    return "\r\n".join([*lines, "\r\n"]).encode()
 
 
 def _tls_context(trusted: Any) -> ssl.SSLContext:

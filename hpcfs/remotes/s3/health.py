@@ -7,20 +7,28 @@ reader waits in line for a dead server.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from hpcfs.model.backoff import Backoff
-from hpcfs.model.errors import AccessRefused, NotConnected, RemoteError, Throttled, Unreachable
-from hpcfs.remotes.s3.translate import translating
+from botocore.exceptions import ClientError
+
+from hpcfs.model.backoff import UNREACHED, Backoff
+from hpcfs.model.errors import AccessRefused, NotConnected, RemoteError, Unreachable
+from hpcfs.remotes.s3.translate import CAUGHT, translate
 
 
 class Health:
-    """The failures of one site. `clock` is in seconds and never goes back."""
+    """The failures of one site. `clock` is in seconds and never goes back; `draw` as in
+    `Backoff`."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._backoff = Backoff(clock)
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._backoff = Backoff(clock, draw)
         self._lasting: RemoteError | None = None
         self._down: RemoteError | None = None
         self.under_way = 0
@@ -38,17 +46,22 @@ class Health:
         """End the pause: the next request asks the server."""
         self._backoff.try_now()
 
-    def failed(self, error: RemoteError) -> RemoteError:
-        """Remember an error that concerns the whole site. Returns the error."""
+    def forget(self) -> None:
+        """Forget all failures: the next request asks the server."""
+        self._lasting = None
+        self.answered()
+
+    def failed(self, error: RemoteError, *, answered: bool) -> None:
+        """Remember an error that concerns the whole site. `answered`: it is in the words of the
+        server, which is there then, whatever it says."""
         if isinstance(error, AccessRefused):
             self._lasting = error
-        elif isinstance(error, Unreachable) and not isinstance(error, Throttled):
+        elif isinstance(error, Unreachable) and not answered:
             if not self._backoff.is_waiting:  # requests that fail together count once
-                self._backoff.failed()
+                self._backoff.failed(UNREACHED)
             self._down = error
         else:
             self.answered()
-        return error
 
     def answered(self) -> None:
         """Note that the server answered: it can be reached."""
@@ -61,8 +74,11 @@ class Health:
         self.check()
         self.under_way += 1
         try:
-            with translating(subject, self.failed):
-                yield
+            yield
+        except CAUGHT as error:
+            found = translate(error, subject)
+            self.failed(found, answered=isinstance(error, ClientError))
+            raise found from error
         finally:
             self.under_way -= 1
         self.answered()

@@ -12,10 +12,16 @@ asks again through botocore. Nothing that a server sends makes it hold more than
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import re
+import struct
+import termios
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
+
+from hpcfs.remotes import life
+from hpcfs.remotes.s3 import deadlines
 
 HEAD_BYTES = 32 * 1024
 """S3 allows 2 KiB of metadata, and 8 KiB of headers in all."""
@@ -24,6 +30,10 @@ MOST_INTERIM = 100
 """Interim answers (1xx) to one question: S3 sends at most one, before a body."""
 PIECE_BYTES = 512 * 1024
 """How much of a body is handed to the loop at once: over TLS it is encrypted there and then."""
+WORKING_SECONDS = 30.0
+"""Whoever may wait for longer reports life meanwhile: the connection stands, and only the server's
+work is waited for."""
+REPORT_SECONDS = 10.0
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: |\Z)")
 _LENGTH = re.compile(r"[0-9]{1,19}\Z")
 _CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;|\Z)")
@@ -31,6 +41,10 @@ _CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;|\Z)")
 
 class UnusualResponse(ConnectionError):
     """An answer that this module does not understand."""
+
+
+class OversizedResponse(UnusualResponse):
+    """An answer that is longer than it may be, and does not say so before."""
 
 
 class ConnectionLost(ConnectionError):
@@ -58,6 +72,10 @@ class HttpRequest:
     """How long the answer's body may be; those of errors may be ERROR_BYTES."""
     body: bytes = b""
     sent: Callable[[], None] | None = None
+    silence: float = field(default_factory=deadlines.current)
+    """Seconds without a byte, in either direction, after which it is given up."""
+    alive: life.Report = field(default_factory=life.listener)
+    """Called now and then while a server may work for long."""
 
 
 class HttpConnection(asyncio.BufferedProtocol):
@@ -82,7 +100,8 @@ class HttpConnection(asyncio.BufferedProtocol):
         """Whether the last request was sent, or a part of it."""
         self.began = False
         """Whether a byte of the present answer has come."""
-        self.asked = self.heard = self._loop.time()
+        self.asked = self.heard = self._reported = self._loop.time()
+        self._unsent = 0
         self.reusable = True
 
     @property
@@ -102,7 +121,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._request, self._filled, self._response = request, 0, None
         self._interim = 0
         self._waiter = self._loop.create_future()
-        self.asked = self.heard = self._loop.time()
+        self.asked = self.heard = self._reported = self._loop.time()
         self.was_asked = True
         try:
             await self._send(self._transport, request)
@@ -132,9 +151,32 @@ class HttpConnection(asyncio.BufferedProtocol):
             if request.sent is not None:
                 request.sent()
 
-    def expire(self) -> None:
-        """The answer has taken too long."""
-        self._fail(TimeoutError("no answer in time"))
+    def check(self) -> bool:
+        """Give up an answer that has taken too long, and return whether that is so. To be called
+        every second or so."""
+        if not self.busy:
+            return False
+        now = self._loop.time()
+        if self._has_sent_more():
+            self.heard = now
+        silent = now - self.heard
+        if silent > self._request.silence:
+            self._fail(TimeoutError("no answer in time"))
+            return True
+        if self._request.silence > WORKING_SECONDS and now - self._reported > REPORT_SECONDS:
+            self._reported = now
+            self._request.alive()
+        return False
+
+    def _has_sent_more(self) -> bool:
+        """Whether the other side has taken more of what the system holds for it: a slow link may
+        be busy with that for longer than an answer may take."""
+        if not self._request.body or self._transport is None:
+            return False
+        sock = self._transport.get_extra_info("socket")
+        found = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, struct.pack("i", 0))
+        before, self._unsent = self._unsent, struct.unpack("i", found)[0]
+        return self._unsent < before
 
     def abort(self) -> None:
         """Close the connection at once."""
@@ -302,7 +344,7 @@ class _Chunks:
         """Whether the body has ended."""
         self._raw += data
         if len(self._raw) + len(self.body) > self._limit + HEAD_BYTES:
-            raise UnusualResponse("the answer is too long")
+            raise OversizedResponse("the answer is too long")
         begin = 0
         while not self._in_trailer:
             line_end = self._raw.find(b"\r\n", begin)

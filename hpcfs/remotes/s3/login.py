@@ -11,7 +11,7 @@ import asyncio
 import ipaddress
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
@@ -31,14 +31,13 @@ from botocore.handlers import validate_bucket_name
 
 from hpcfs.model.errors import Unreachable, WrongSettings
 from hpcfs.model.sites import S3Site
+from hpcfs.remotes.s3 import deadlines
 from hpcfs.remotes.s3.botocore_guard import guard
+from hpcfs.remotes.s3.pool import new_socket
 from hpcfs.remotes.s3.sent_writes import note_client_attempt
 from hpcfs.remotes.s3.signing import Keys
 
 log = logging.getLogger(__name__)
-READ_TIMEOUT = 60.0
-"""Without a byte. Completing a large object takes longer, but S3 sends blanks meanwhile."""
-ATTEMPTS = 3
 CONNECTIONS = 96
 """Of botocore's, at most: for the rarer requests, and for all where there is no direct way."""
 DEFAULT_REGION = "us-east-1"
@@ -118,9 +117,14 @@ class S3Login:
         self._session: AioSession | None = None
         self._made: Any = None
         self._closed = False
+        self._send: Callable[..., Awaitable[Any]] | None = None
         self.anonymous = site.anonymous
         """Known once there is a client; so is `remark`, for the status."""
         self.remark = ""
+
+    def send_by(self, send: Callable[..., Awaitable[Any]]) -> None:
+        """Give the client's requests to `send`, a handler of botocore's event "before-send"."""
+        self._send = send
 
     async def close(self) -> None:
         """Close the client and its connections."""
@@ -147,7 +151,9 @@ class S3Login:
         said.append(check_secrecy(client.meta.endpoint_url, keys))
         self.remark = ", ".join(filter(None, said))
         events = client.meta.events
-        events.register(f"before-send.s3.{PREPARED}", _stop)
+        events.register_first(f"before-send.s3.{PREPARED}", _stop)
+        if self._send is not None:
+            events.register("before-send.s3", self._send)
         events.register("needs-retry.s3", note_client_attempt)
         events.unregister("before-parameter-build.s3", validate_bucket_name)  # servers know better
         return client
@@ -228,8 +234,9 @@ class S3Login:
             }
         return AioConfig(
             connect_timeout=self._site.connect_timeout,
-            read_timeout=READ_TIMEOUT,
+            read_timeout=deadlines.SILENCE,
             max_pool_connections=CONNECTIONS,
-            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+            connector_args={"socket_factory": new_socket},
+            retries={"mode": "standard", "total_max_attempts": 1},  # pacing.py asks again
             **compatible,
         )

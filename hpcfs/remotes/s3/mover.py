@@ -17,6 +17,7 @@ import os
 import struct
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -63,7 +64,9 @@ class Mover:
         """`report` is told how many objects were copied or removed."""
         lock = self._locks.setdefault((source, target), asyncio.Lock())
         progress = TransferProgress(report)
-        async with renewed(progress), lock:
+        async with AsyncExitStack() as stack:
+            async with renewed(progress):
+                await stack.enter_async_context(lock)
             with tempfile.TemporaryFile(dir=self._state_dir) as spool:
                 move = _Move(self._bucket, self._transfer, source, target, spool, progress)
                 await self._run(move, self._note(source, target))

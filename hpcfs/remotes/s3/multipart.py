@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from hpcfs.model.errors import Changed, Conflict, NotSupported, RemoteError, RemoteFailure
 from hpcfs.remotes.base import ReportProgress, UploadSource
+from hpcfs.remotes.s3 import deadlines
 from hpcfs.remotes.s3.bucket import Bucket, MultipartSession
 from hpcfs.remotes.s3.checksums import PartSent
 from hpcfs.remotes.s3.metadata import Metadata
@@ -77,8 +78,8 @@ class TransferProgress:
 
 @asynccontextmanager
 async def renewed(progress: TransferProgress) -> AsyncIterator[None]:
-    """While the server works: what waits for it must not count as stuck. It is the connection that
-    must show a sign of life in time (login.READ_TIMEOUT), and S3 sends blanks meanwhile."""
+    """Report every few seconds, while something else of this process is waited for that ends by
+    itself."""
     beat = asyncio.create_task(progress.beat())
     try:
         yield
@@ -256,7 +257,7 @@ class Multipart:
         found = await self._bucket.parts(self.target.key, self._upload)
         return all(found.get(part.number) == part.length for part in parts)
 
-    async def complete(self, size: int, count: int, progress: TransferProgress) -> Info:
+    async def complete(self, size: int, count: int) -> Info:
         """The object of parts 1 to `count`, as it is then.
 
         The server is asked for the present version just before, because some that honour conditions
@@ -267,7 +268,7 @@ class Multipart:
             check_base(target.key, await bucket.head(target.key), target.base)
         parts = [self._parts[number][1] for number in range(1, count + 1)]
         try:
-            async with renewed(progress):
+            with deadlines.silence(deadlines.for_bytes(size)):
                 etag = await self._complete(parts)
         except (Conflict, Changed) as error:
             return await self._completed_before(error, size, count)

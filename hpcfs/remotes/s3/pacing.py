@@ -5,7 +5,9 @@ made again. A request that is refused makes all others of the site wait, for twi
 until somebody gets through: so what nobody limited comes a little later, and does not fail. Beside
 that a request that was refused waits for a time of its own, which doubles, too, and of which a part
 is drawn at random, as Amazon's SDKs do
-(aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter).
+(aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter). What the server failed
+to do (500 and the like) is asked for again, too, a few times. Connections that fail are not: the
+mount knows for how long, and which requests may be made again.
 """
 
 from __future__ import annotations
@@ -19,15 +21,21 @@ from typing import TypeVar
 
 from botocore.exceptions import ClientError
 
-from hpcfs.remotes.s3.translate import is_throttling
+from hpcfs.remotes import life
+from hpcfs.remotes.s3.translate import is_passing_fault, is_rate_limit, is_throttling
 
 T = TypeVar("T")
 SHORTEST = 0.1
 LONGEST = 4.0
 LONGEST_ASKED = 10.0
 """The longest pause that a server may ask for (Retry-After)."""
-PATIENCE = 20.0
-"""Of one request. Less than what the mount waits for an answer (site/client.py)."""
+PATIENCE = 120.0
+"""Of one request with a server that says that it is asked too often; each such answer is reported
+as a sign of life."""
+UNAVAILABLE_SECONDS = 20.0
+"""The same, where it may as well be down. Less than what the mount waits for an answer."""
+FAULTS = 2
+"""Answers to one request that say that the server failed, after which it is asked again."""
 
 
 class Pacing:
@@ -40,23 +48,29 @@ class Pacing:
         self._raised = 0.0
 
     async def asked(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """Return what `ask` returns, once the server does not want it later. Raises its refusal
-        when that has gone on for PATIENCE."""
-        deadline = self._clock() + PATIENCE
-        most = 0.0
+        """Return what `ask` returns, once the server does not want it later, nor fails in passing.
+        Raises its refusal when that has gone on for too long."""
+        began_asking = self._clock()
+        deadline, most, faults = began_asking + UNAVAILABLE_SECONDS, 0.0, 0
         while True:
             await self._turn(deadline, random.uniform(0, most))  # noqa: S311 - no secret
             began = self._clock()
             try:
                 answer = await ask()
             except ClientError as error:
-                if not is_throttling(error):
+                if is_throttling(error):
+                    if is_rate_limit(error):
+                        deadline = began_asking + PATIENCE
+                        life.report()
+                    self._refused(began, retry_after(error))
+                    if max(self._until, self._clock()) >= deadline:
+                        raise
+                else:
                     self._accepted(began)
-                    raise
-                self._refused(began, retry_after(error))
+                    faults += 1
+                    if faults > FAULTS or not is_passing_fault(error):
+                        raise
                 most = _longer(most)
-                if max(self._until, self._clock()) >= deadline:
-                    raise
             else:
                 self._accepted(began)
                 return answer

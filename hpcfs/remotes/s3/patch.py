@@ -75,7 +75,7 @@ class Patcher:
             await self._copy_all(upload, copied, copy)
             limit = self._limits.parts_in_flight
             await each([part for part in parts if not part.copied], send, limit)
-            return await upload.complete(request.size, len(parts), progress)
+            return await upload.complete(request.size, len(parts))
         except Changed as error:
             await asyncio.shield(upload.abort())
             raise Conflict(error.message) from error

@@ -10,6 +10,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,25 @@ from hpcfs.remotes.s3.http import ConnectionLost, HttpConnection, HttpRequest, H
 IDLE_SECONDS = 30.0
 """Many servers close idle connections earlier, which is noticed; routers forget them in silence,
 but only after minutes."""
-TICK_SECONDS = 3.0
+TICK_SECONDS = 1.0
 SECOND_ADDRESS_SECONDS = 0.25
 """When an address does not answer, the next one is tried beside it (RFC 8305)."""
+ATTEMPT_SECONDS = 3.0
+"""For one attempt to connect. The system asks again after 1, 3, 7, 15 s: a new attempt finds a link
+that is back sooner."""
+LOOKUP_SECONDS = 2.0
+"""For the host's addresses, where they are known from before."""
+DEAD_SECONDS = 15
+"""Without a sign of life of the other side's system, a connection is dead."""
+KEEPALIVE_SECONDS = 5
+_DEATH = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_SECONDS),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, DEAD_SECONDS // KEEPALIVE_SECONDS),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_SECONDS * 1000),
+)
+"""By which the system ends a connection whose other side is gone (tcp(7))."""
 
 
 class NotOpened(OSError):
@@ -37,21 +54,69 @@ class HostAddress:
     port: int
     tls: ssl.SSLContext | None
 
+    def __str__(self) -> str:
+        scheme = "https" if self.tls else "http"
+        name = f"[{self.name}]" if ":" in self.name else self.name
+        return f"{scheme}://{name}:{self.port}"
+
+
+def new_socket(address: Any) -> socket.socket:
+    """Return a socket for an address in the form of `getaddrinfo`, by which a dead link is noticed
+    within DEAD_SECONDS."""
+    family, kind, protocol, _, _ = address
+    sock = socket.socket(family, kind, protocol)
+    for option in _DEATH:
+        sock.setsockopt(*option)
+    return sock
+
+
+class HostLookup:
+    """The addresses of a host: as they are now, or as they were last where the answer takes too
+    long. One question at a time, which holds a thread until it is answered."""
+
+    def __init__(self, name: str, port: int) -> None:
+        self._name, self._port = name, port
+        self._known: Any = None
+        self._asking: asyncio.Task[Any] | None = None
+
+    async def addresses(self) -> Any:
+        """Return them in the form of `getaddrinfo`. Raises OSError where none was ever known."""
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._ask())
+            self._asking.add_done_callback(self._answered)
+        asking = asyncio.shield(self._asking)
+        if self._known is None:
+            return await asking
+        with suppress(OSError):  # TimeoutError is one
+            return await asyncio.wait_for(asking, LOOKUP_SECONDS)
+        return self._known
+
+    async def _ask(self) -> Any:
+        loop = asyncio.get_running_loop()
+        return await loop.getaddrinfo(self._name, self._port, type=socket.SOCK_STREAM)
+
+    def _answered(self, asking: asyncio.Task[Any]) -> None:
+        self._asking = None
+        if not asking.cancelled() and asking.exception() is None:
+            self._known = asking.result()
+
+    def close(self) -> None:
+        """Wait for no answer any more."""
+        if self._asking is not None:
+            self._asking.cancel()
+
 
 class Pool:
-    """Times are in seconds: `connect_timeout` for a connection, `read_timeout` without a byte.
-    `answered_in` is told how long a HEAD took."""
+    """`connect_timeout` is in seconds, for a connection. `answered_in` is told how long a HEAD
+    took."""
 
     def __init__(
-        self,
-        host: HostAddress,
-        connect_timeout: float,
-        read_timeout: float,
-        answered_in: Callable[[float], None],
+        self, host: HostAddress, connect_timeout: float, answered_in: Callable[[float], None]
     ) -> None:
-        self._host = host
+        self.host = host
         self._answered_in = answered_in
-        self._connect_timeout, self._read_timeout = connect_timeout, read_timeout
+        self._connect_timeout = connect_timeout
+        self._lookup = HostLookup(host.name, host.port)
         self._all: set[HttpConnection] = set()
         self._idle: list[HttpConnection] = []
         self._ticker: asyncio.TimerHandle | None = None
@@ -64,12 +129,13 @@ class Pool:
     @property
     def secure(self) -> bool:
         """Whether it is TLS that is spoken."""
-        return self._host.tls is not None
+        return self.host.tls is not None
 
     async def ask(self, request: HttpRequest) -> HttpResponse:
         """Send a request over a connection, and return the response.
 
-        Raises UnusualResponse, ConnectionLost, NotOpened and TimeoutError.
+        Raises UnusualResponse, ConnectionLost, NotOpened and TimeoutError, which says that the
+        request was sent.
         """
         was_sent = False
         while self._idle:
@@ -85,11 +151,9 @@ class Pool:
                 self._drop_idle()
         try:
             connection = await self._connect()
-        except TimeoutError:
-            raise
         except OSError as error:
             kind = ConnectionLost if was_sent else NotOpened
-            raise kind(f"no connection: {error}") from error
+            raise kind(_reason(error)) from error
         return await self._ask(connection, request)
 
     async def _ask(self, connection: HttpConnection, request: HttpRequest) -> HttpResponse:
@@ -104,12 +168,9 @@ class Pool:
         if self._closed:
             raise ConnectionLost("the connections are closed")
         loop = asyncio.get_running_loop()
-        host = self._host
+        host = self.host
         async with asyncio.timeout(self._connect_timeout):
-            found: Any = await loop.getaddrinfo(host.name, host.port, type=socket.SOCK_STREAM)
-            sock = await aiohappyeyeballs.start_connection(
-                found, happy_eyeballs_delay=SECOND_ADDRESS_SECONDS
-            )
+            sock = await self._connected()
             try:
                 _, connection = await loop.create_connection(
                     lambda: HttpConnection(self._all.discard),
@@ -125,15 +186,26 @@ class Pool:
             self._ticker = loop.call_later(TICK_SECONDS, self._tick)
         return connection
 
+    async def _connected(self) -> socket.socket:
+        while True:
+            addresses = await self._lookup.addresses()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ATTEMPT_SECONDS):
+                    return await aiohappyeyeballs.start_connection(
+                        addresses,
+                        happy_eyeballs_delay=SECOND_ADDRESS_SECONDS,
+                        socket_factory=new_socket,
+                    )
+
     def _tick(self) -> None:
-        """Ends what is idle, and what has waited too long for a byte."""
+        """Ends what is idle, and what has waited too long for a byte: then those that are idle may
+        be as dead."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         for connection in list(self._all):
-            silent = now - connection.heard
-            if connection.busy and silent > self._read_timeout:
-                connection.expire()
-            elif not connection.busy and silent > IDLE_SECONDS:
+            if connection.check():
+                self._drop_idle()
+            elif not connection.busy and now - connection.heard > IDLE_SECONDS:
                 connection.abort()
         self._idle = [connection for connection in self._idle if connection.reusable]
         self._ticker = loop.call_later(TICK_SECONDS, self._tick) if self._all else None
@@ -149,5 +221,11 @@ class Pool:
         for connection in list(self._all):
             connection.abort()
         self._idle.clear()
+        self._lookup.close()
         if self._ticker is not None:
             self._ticker.cancel()
+
+
+def _reason(error: OSError) -> str:
+    """Return why there is no connection: TimeoutError has no words of its own."""
+    return error.strerror or str(error) or "nothing answers"

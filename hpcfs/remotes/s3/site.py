@@ -13,7 +13,7 @@ from hpcfs.remotes.s3.access import Access
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.direct import Direct
 from hpcfs.remotes.s3.health import Health
-from hpcfs.remotes.s3.login import READ_TIMEOUT, S3Login
+from hpcfs.remotes.s3.login import S3Login
 from hpcfs.remotes.s3.parts import MIB, Limits
 from hpcfs.remotes.s3.remote import S3Remote
 from hpcfs.remotes.s3.request_gate import Bounds, RequestGate
@@ -40,7 +40,8 @@ class S3SiteConnection:
             gate.answered_in(seconds)
             sending.answered_in(seconds)
 
-        self._direct = Direct(self._login, answered_in, spec.site.connect_timeout, READ_TIMEOUT)
+        self._direct = Direct(self._login, answered_in, spec.site.connect_timeout)
+        self._login.send_by(self._direct.send)
         self.health = Health()
         access = Access(self._login, self._direct, gate, sending, self.health)
         self._remotes = {
@@ -63,6 +64,10 @@ class S3SiteConnection:
     def try_now(self) -> None:
         """End the pause after a failure (see `Site.try_now`)."""
         self.health.try_now()
+
+    async def renew(self) -> None:
+        """Forget refused credentials (see `Site.renew`)."""
+        self.health.forget()
 
     async def close(self) -> None:
         """Give up what is under way and close all connections."""

@@ -135,7 +135,7 @@ class S3StreamingUploads:
         missing = [part for part in parts if part.number in again or not upload.has(part)]
         try:
             await each(missing, send, self._limits.parts_in_flight)
-            found = await upload.complete(source.size, len(parts), progress)
+            found = await upload.complete(source.size, len(parts))
         except (Changed, NotSupported, RemoteFailure) as error:
             # Gone, or the server does not take a part again (rclone's), or wants equal ones (R2).
             log.info("the parts that were sent are of no use: %s", error.message)

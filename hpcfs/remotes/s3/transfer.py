@@ -236,7 +236,7 @@ class Transfer:
 
         try:
             await each(parts, one, self._limits.parts_in_flight)
-            return await upload.complete(size, len(parts), progress)
+            return await upload.complete(size, len(parts))
         except BaseException:
             await asyncio.shield(upload.abort())
             raise

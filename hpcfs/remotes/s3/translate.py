@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,6 +36,7 @@ from hpcfs.model.errors import (
     WrongSettings,
 )
 from hpcfs.remotes.s3.botocore_guard import UnfitResponse
+from hpcfs.remotes.s3.pool import NotOpened
 from hpcfs.system.text import printable
 
 CAUGHT = (
@@ -129,6 +129,7 @@ _SAME = {
     "504": "ServiceUnavailable",
 }
 
+_PASSING = frozenset({"InternalError", "RequestTimeout", "RequestTimeoutException"})
 _REDIRECTS = frozenset({300, 301, 302, 303, 305, 307, 308})
 
 _NO_CREDENTIALS = (
@@ -156,13 +157,15 @@ _UNREACHABLE = (
     OSError,
 )
 _NOT_CONNECTED = (
+    NotOpened,
     boto.EndpointConnectionError,
     boto.ProxyConnectionError,
+    boto.ConnectTimeoutError,
     aiohttp.ClientConnectorError,
     ConnectionRefusedError,
     socket.gaierror,
 )
-_TIMEOUTS = (boto.ConnectTimeoutError, boto.ReadTimeoutError, TimeoutError, asyncio.TimeoutError)
+_TIMEOUTS = (boto.ReadTimeoutError, TimeoutError)
 
 
 def translate(error: Exception, subject: str) -> RemoteError:
@@ -196,7 +199,7 @@ def translate(error: Exception, subject: str) -> RemoteError:
 def is_of_connecting(error: Exception) -> bool:
     """Whether nothing was sent: there was no connection to send it over. botocore wraps those that
     broke in the same exception, and the one inside tells; a proxy was asked for a way only."""
-    if isinstance(error, boto.ProxyConnectionError):
+    if isinstance(error, boto.ProxyConnectionError | boto.ConnectTimeoutError):
         return True
     inner = _inner(error)
     return isinstance(inner if isinstance(inner, Exception) else error, _NOT_CONNECTED)
@@ -286,6 +289,23 @@ def is_fault(error: RemoteError) -> bool:
     return status >= 500 and status != 501
 
 
+def is_passing_fault(error: boto.ClientError) -> bool:
+    """Whether the server failed in a way that the next attempt may not meet, as Amazon's SDKs see
+    it (docs.aws.amazon.com/sdkref/latest/guide/feature-retry-behavior.html)."""
+    if str(error.response.get("Error", {}).get("Code", "")) in _PASSING:
+        return True
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status in (500, 502, 504)
+
+
+def is_rate_limit(error: boto.ClientError) -> bool:
+    """Whether a throttling answer says that the server is there, and asked too often: other than a
+    503 that may come from whatever stands before a server that is down."""
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status == 429 or _SAME.get(code, code) == "SlowDown"
+
+
 def is_throttling(error: boto.ClientError) -> bool:
     """Whether the same request is to be made again, later. A 503 without a word is one, too: an
     answer to HEAD has no words."""
@@ -303,12 +323,10 @@ def s3_code(error: RemoteError) -> str:
 
 
 @contextmanager
-def translating(
-    subject: str, note: Callable[[RemoteError], RemoteError] = lambda error: error
-) -> Iterator[None]:
-    """Turn their exceptions into RemoteErrors, and give each to `note`. Also used while a body is
-    read: one that breaks off says nothing of the site."""
+def translating(subject: str) -> Iterator[None]:
+    """Turn their exceptions into RemoteErrors while a body is read: one that breaks off says
+    nothing of the site."""
     try:
         yield
     except CAUGHT as error:
-        raise note(translate(error, subject)) from error
+        raise translate(error, subject) from error

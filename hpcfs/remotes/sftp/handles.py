@@ -56,6 +56,11 @@ class Handles:
         self._looking = asyncio.Lock()
 
     @property
+    def open_count(self) -> int:
+        """How many handles are open, in use or not."""
+        return self._granted
+
+    @property
     def limit(self) -> int | None:
         """How many handles the server grants; None as long as it granted all that were asked
         for."""

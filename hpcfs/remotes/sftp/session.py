@@ -27,6 +27,7 @@ from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.sftp.stdio import log_in_by_ssh
 from hpcfs.remotes.sftp.translate import translated
 from hpcfs.remotes.ssh.login import log_in
+from hpcfs.remotes.ssh.offer import LoginOffer
 from hpcfs.remotes.ssh.receiver import shorten
 from hpcfs.remotes.ssh.sender import shorten_sending
 from hpcfs.remotes.ssh.shared_session import SharedSession
@@ -65,6 +66,10 @@ class AnyLogin(Protocol):
         OSError."""
         ...
 
+    async def check(self, *, doubted: bool = False) -> None:
+        """Ask for a sign of life (see `AnySession.check`)."""
+        ...
+
     async def close(self) -> None:
         """Close the connections."""
         ...
@@ -77,6 +82,7 @@ class SftpSession:
     login: AnyLogin
     channels: list[Requests]
     home: bytes
+    """The remote user's home directory, an absolute path."""
     owners: Owners
     reading: Flow = field(default_factory=Flow)
     writing: Flow = field(default_factory=lambda: Flow(UPLOAD_BYTES_UNDER_WAY))
@@ -91,6 +97,8 @@ class SftpSession:
     """A handle counts on all channels, so that a file can be read over several."""
     open_channel: Callable[[], Awaitable[Requests]] | None = None
     """One more; None where that would be a login of its own."""
+    attended: bool = False
+    """Whether the user took part in the login, and would have to again."""
     _more: asyncio.Task[list[Requests]] | None = None
 
     def __post_init__(self) -> None:
@@ -168,6 +176,15 @@ class SftpSession:
         """The largest write that the server takes, in bytes."""
         return self.bulk.limits.max_write_len
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is open or under way (see `AnySession.is_idle`)."""
+        return not self.handles.open_count and not self.traffic().requests
+
+    async def check(self, *, doubted: bool = False) -> None:
+        """Ask for a sign of life (see `AnySession.check`)."""
+        await self.login.check(doubted=doubted)
+
     async def close(self) -> None:
         """Close the connection with all channels."""
         await self.login.close()
@@ -178,20 +195,25 @@ def traffic_of(shared: SharedSession[SftpSession]) -> Traffic:
     return Traffic() if shared.session is None else shared.session.traffic()
 
 
-async def open_session(spec: SiteSpec, prompter: Prompter) -> SftpSession:
-    """Log in and start SFTP. Raises RemoteErrors only."""
+async def open_session(
+    spec: SiteSpec, prompter: Prompter, offer: LoginOffer | None = None
+) -> SftpSession:
+    """Log in and start SFTP; `offer` remembers what was offered. Raises RemoteErrors only."""
     site = spec.site
     if not isinstance(site, SshSite):
         raise WrongSettings("an SSH site was expected")
     if site.transport == "openssh":
-        login = await log_in_by_ssh(site, prompter)
-        return await begin(login, spec, login.open_channels())
-    connected = await log_in(site, prompter)
+        login = await log_in_by_ssh(site, prompter, offer)
+        session = await begin(login, spec, login.open_channels())
+        session.attended = login.attended
+        return session
+    connected = await log_in(site, prompter, offer=offer)
     for connection in (*connected.jumps, connected.connection):
         shorten(connection)
         shorten_sending(connection)
     session = await begin(connected, spec, of_service(open_channels(connected), connected))
     session.open_channel = lambda: open_channel(connected)
+    session.attended = connected.attended
     return session
 
 
@@ -228,15 +250,22 @@ async def begin(
 async def _look_around(requests: Requests, login: AnyLogin, spec: SiteSpec) -> tuple[bytes, Owners]:
     """The home directory, and who owns it: that is the remote user."""
     with translated(b"~", login.shown):
-        (names, _), attrs = await together(requests.realpath(b"."), requests.stat(b".", 0))
-        if not names or not isinstance(names[0].filename, bytes):
-            raise ProtocolError(f"{login.shown} does not tell its home directory")
-        home = names[0].filename
+        home, attrs = await together(find_home(requests, login.shown), requests.stat(b".", 0))
     uid, gid = attrs.uid, attrs.gid
     if uid == 0 and login.user != "root":
         # A chroot's top belongs to root by sshd's own rule: it does not tell who we are.
         uid = gid = None
     return home, Owners(spec.uid, spec.gid, uid, gid)
+
+
+async def find_home(requests: Requests, shown: str) -> bytes:
+    """Ask for the home directory. Raises ProtocolError where the answer is no absolute path, and
+    asyncssh's errors."""
+    names, _ = await requests.realpath(b".")
+    home = names[0].filename if names else None
+    if not isinstance(home, bytes) or not home.startswith(b"/") or b"\0" in home:
+        raise ProtocolError(f"{shown} does not tell its home directory")
+    return home
 
 
 async def together(*requests: Coroutine[Any, Any, Any]) -> list[Any]:

@@ -23,6 +23,7 @@ from hpcfs.remotes.sftp.handshake import shake_hands
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.ssh.askpass_server import asking
 from hpcfs.remotes.ssh.login_clock import LoginClock
+from hpcfs.remotes.ssh.offer import LoginOffer
 from hpcfs.remotes.ssh.openssh import (
     OpenSshTarget,
     command,
@@ -96,6 +97,8 @@ class OpenSshLogin:
     begun: list[Requests] = field(default_factory=list)
     channels: list[Requests] = field(default_factory=list)
     """Those that speak SFTP."""
+    attended: bool = False
+    """Whether the user typed something, which the next login would ask for again."""
 
     @property
     def user(self) -> str:
@@ -146,6 +149,9 @@ class OpenSshLogin:
         stdio.on_lost = self.ended.set
         self.channels.append(stdio.requests)
 
+    async def check(self, *, doubted: bool = False) -> None:
+        """Leave it to ssh, which asks by itself and ends (ServerAliveInterval)."""
+
     async def close(self) -> None:
         """End all children."""
         for channel in self.begun:
@@ -153,9 +159,15 @@ class OpenSshLogin:
         await asyncio.gather(*(program.close() for program in self.programs))
 
 
-async def log_in_by_ssh(site: SshSite, prompter: Prompter) -> OpenSshLogin:
-    """Log in and open the first channel. Raises RemoteErrors only."""
+async def log_in_by_ssh(
+    site: SshSite, prompter: Prompter, offer: LoginOffer | None = None
+) -> OpenSshLogin:
+    """Log in and open the first channel; `offer` remembers what ssh could offer. Raises
+    RemoteErrors only."""
+    offer = offer or LoginOffer(site)
+    offer.begin()
     login = OpenSshLogin(await read_target(site))
+    await offer.note(login.target.sources, login.target.agent)
     try:
         await _log_in(login, prompter)
     except BaseException:
@@ -177,4 +189,7 @@ async def _log_in(login: OpenSshLogin, prompter: Prompter) -> None:
         except (asyncssh.SFTPError, OSError) as error:
             code, lines = await program.last_words()
             lines = lines or [login.begun[-1].beginning.decode(errors="replace")]
-            raise ending(login.target, lines, questions.unanswered, code) from error
+            raise ending(
+                login.target, lines, questions.unanswered, code, answered=clock.was_answered
+            ) from error
+    login.attended = clock.was_answered

@@ -238,7 +238,7 @@ class HostKeys:
             f"the host key of {self.rules.name} is not the one in {offending.path} line "
             f"{offending.line} (it is now {self._shown(key)}): someone may be intercepting the "
             "connection; if the site confirms the new key, run "
-            f"ssh-keygen -R '{self.rules.name}' -f {offending.path} and try again"
+            f"ssh-keygen -R '{self.rules.name}' -f {offending.path} and then 'hpcfs login'"
         )
 
     # --- what is known --------------------------------------------------------------------------
@@ -299,7 +299,7 @@ class HostKeys:
             if answer is None:
                 raise HostKeyRefused(
                     f"the host key of {self.rules.name} is unknown ({kind} {fingerprint}) and "
-                    "there is no terminal to ask on: connect once with ssh, or add what "
+                    "there is no terminal to ask on: run 'hpcfs login' on one, or add what "
                     "ssh-keyscan prints to known_hosts after checking it"
                 )
             answer = answer.strip()

@@ -48,13 +48,15 @@ class Identities:
     agent: str = ""
     only: bool = False
     provider: str | None = None
+    sources: tuple[Path, ...] = field(default=(), repr=False)
+    """All files that the configuration names for keys and certificates, there or not."""
 
     @asynccontextmanager
     async def options(self) -> AsyncIterator[dict[str, Any]]:
         """asyncssh's, for one login. The keys come in ssh's order, which counts where a server ends
         the connection after a few: certificates, those of the agent that are also named, its other
         ones, then what only files have."""
-        async with _connected(self.agent) as held:
+        async with shown_by(self.agent) as held:
             named = [pair for pair in held if pair.public_data in self.public]
             others = [] if self.only else [pair for pair in held if pair not in named]
             certified = [pair for pair in self.pairs if pair.public_data != pair.key_public_data]
@@ -69,8 +71,9 @@ class Identities:
 
 
 @asynccontextmanager
-async def _connected(place: str) -> AsyncIterator[Sequence[asyncssh.SSHKeyPair]]:
-    """Return the keys of an agent. One that does not answer has nothing, as with ssh."""
+async def shown_by(place: str) -> AsyncIterator[Sequence[asyncssh.SSHKeyPair]]:
+    """Yield the keys of the agent at this socket. One that does not answer has nothing, as with
+    ssh."""
     if not place:
         yield ()
         return
@@ -107,9 +110,10 @@ def read(site: SshSite, answer: SshOptions, tokens: Tokens) -> Identities:
         key_files=tuple(private),
         pairs=tuple(_unlocked(private, certificates)),
         public=frozenset(_public(named, certificates)),
-        agent=_agent(answer),
+        agent=agent_of(answer),
         only=answer.is_on("identitiesonly"),
         provider=_provider(answer),
+        sources=(*named, *paths),
     )
 
 
@@ -187,8 +191,8 @@ def _public_half(path: Path) -> Iterator[bytes]:
         return
 
 
-def _agent(answer: SshOptions) -> str:
-    """The agent's socket, or nothing. IdentityAgent may name a variable in its old form."""
+def agent_of(answer: SshOptions) -> str:
+    """Return the agent's socket, or nothing. IdentityAgent may name a variable in its old form."""
     values = answer.all("identityagent")
     if not values or values[0] == "SSH_AUTH_SOCK":
         return os.environ.get("SSH_AUTH_SOCK", "")

@@ -21,16 +21,18 @@ from typing import Any, cast
 import asyncssh
 from asyncssh.public_key import KeyPairListArg
 
-from hpcfs.model.errors import Unreachable, WrongSettings
+from hpcfs.model.errors import NotConnected, Unreachable, WrongSettings
 from hpcfs.model.sites import SshSite
 from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.ssh.hostkeys import Judgement
+from hpcfs.remotes.ssh.liveness import Liveness
 from hpcfs.remotes.ssh.login_clock import LoginClock, said_by
+from hpcfs.remotes.ssh.offer import LoginOffer, with_halves
 from hpcfs.remotes.ssh.proxy import Proxy
 from hpcfs.remotes.ssh.reach import AddressInfo, Destination, NoneAnswers, address_of, reach
 from hpcfs.remotes.ssh.settings import CHANNEL_WINDOW_BYTES, Hop, jump_site, read_hop
 from hpcfs.remotes.ssh.shell import ChannelShell, Shell
-from hpcfs.remotes.ssh.translate import login_error
+from hpcfs.remotes.ssh.translate import LoginProgress, login_error
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,9 @@ class SshLogin:
     user: str
     shown: str
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    attended: bool = False
+    """Whether the user typed something, which the next login would ask for again."""
+    liveness: Liveness | None = None
 
     @property
     def connections(self) -> int:
@@ -67,8 +72,16 @@ class SshLogin:
         """Start a shell in a channel of its own. Raises asyncssh's errors and OSError."""
         return await ChannelShell.start(self.connection)
 
+    async def check(self, *, doubted: bool = False) -> None:
+        """Ask for a sign of life now, and end the connection where none comes soon; one that was
+        `attended` only if it is `doubted`."""
+        if self.liveness is not None:
+            await self.liveness.check(doubted=doubted)
+
     async def close(self) -> None:
         """Close the connection, then those that carry it."""
+        if self.liveness is not None:
+            self.liveness.end()
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await _end([self.connection, *reversed(self.jumps)])
@@ -86,54 +99,79 @@ async def _end(connections: Sequence[asyncssh.SSHClientConnection]) -> None:
             await proxy.close()
 
 
-async def log_in(site: SshSite, prompter: Prompter, reach_seconds: float | None = None) -> SshLogin:
+async def log_in(
+    site: SshSite,
+    prompter: Prompter,
+    reach_seconds: float | None = None,
+    offer: LoginOffer | None = None,
+) -> SshLogin:
     """Connect to the site.
 
     An address of the first host must take the TCP connection within `reach_seconds`, where that is
-    given: who tries again anyway waits for no packet that the network lost.
+    given. `offer` remembers what was offered.
 
-    Raises AccessRefused, HostKeyRefused, WrongSettings or Unreachable.
+    Raises AccessRefused, HostKeyRefused, WrongSettings or Unreachable: NotConnected where nobody
+    was logged in anywhere.
     """
-    jumps: list[asyncssh.SSHClientConnection] = []
+    offer = offer or LoginOffer(site)
+    offer.begin()
+    attempt = _Attempt(prompter, reach_seconds, offer)
     try:
-        target = await read_hop(site)
-        await _connect_jumps(target, site, prompter, jumps, reach_seconds)
-        hop = _HopLogin(target, site, prompter, reach_seconds)
-        connection, ended = await hop.connect(_last(jumps))
+        target = await attempt.read(site)
+        await attempt.connect_jumps(target, site)
+        connection, ended = await attempt.connect(target, site)
+    except NotConnected as error:
+        await _end(attempt.jumps[::-1])
+        raise (Unreachable(error.message) if attempt.jumps else error) from error
     except BaseException:
-        await _end(jumps[::-1])
+        await _end(attempt.jumps[::-1])
         raise
-    return SshLogin(connection, tuple(jumps), target.user, target.shown, ended)
+    jumps, attended = tuple(attempt.jumps), attempt.attended
+    liveness = Liveness([*jumps, connection], attended=attended)
+    return SshLogin(connection, jumps, target.user, target.shown, ended, attended, liveness)
 
 
-async def _connect_jumps(
-    target: Hop,
-    site: SshSite,
-    prompter: Prompter,
-    jumps: list[asyncssh.SSHClientConnection],
-    reach_seconds: float | None,
-    depth: int = 0,
-) -> None:
-    """Fill `jumps` as it goes, so that the caller can close them whatever happens. One that is lost
-    takes the connections through it down, which is noticed there.
+@dataclass
+class _Attempt:
+    """One login. `jumps` fills as it goes, so that the caller can close them whatever happens. One
+    that is lost takes the connections through it down, which is noticed there."""
 
-    The first host of a ProxyJump is reached as its own configuration says, by jumps or not.
-    """
-    depth += len(target.jumps)
-    if depth > MAX_JUMPS:
-        raise WrongSettings(f"ProxyJump of {site.host} has more than {MAX_JUMPS} hosts or a loop")
-    for number, jump in enumerate(target.jumps):
-        hop_site = jump_site(jump, site)
-        hop = await read_hop(hop_site, is_behind=number > 0)
-        if number == 0:
-            await _connect_jumps(hop, hop_site, prompter, jumps, reach_seconds, depth)
-        login = _HopLogin(hop, hop_site, prompter, reach_seconds)
-        connection, _ = await login.connect(_last(jumps))
-        jumps.append(connection)
+    prompter: Prompter
+    reach_seconds: float | None
+    offer: LoginOffer
+    jumps: list[asyncssh.SSHClientConnection] = field(default_factory=list)
+    attended: bool = False
 
+    async def read(self, site: SshSite, *, is_behind: bool = False) -> Hop:
+        hop = await read_hop(site, is_behind=is_behind)
+        files = [half for path in hop.identities.sources for half in with_halves(path)]
+        await self.offer.note([*files, *hop.host_keys.rules.files], hop.identities.agent)
+        return hop
 
-def _last(jumps: list[asyncssh.SSHClientConnection]) -> asyncssh.SSHClientConnection | None:
-    return jumps[-1] if jumps else None
+    async def connect(
+        self, hop: Hop, site: SshSite
+    ) -> tuple[asyncssh.SSHClientConnection, asyncio.Event]:
+        login = _HopLogin(hop, site, self.prompter, self.reach_seconds)
+        try:
+            return await login.connect(self.jumps[-1] if self.jumps else None)
+        finally:
+            self.attended = self.attended or login.attended
+
+    async def connect_jumps(self, target: Hop, site: SshSite, depth: int = 0) -> None:
+        """The first host of a ProxyJump is reached as its own configuration says, by jumps or
+        not."""
+        depth += len(target.jumps)
+        if depth > MAX_JUMPS:
+            raise WrongSettings(
+                f"ProxyJump of {site.host} has more than {MAX_JUMPS} hosts or a loop"
+            )
+        for number, jump in enumerate(target.jumps):
+            hop_site = jump_site(jump, site)
+            hop = await self.read(hop_site, is_behind=number > 0)
+            if number == 0:
+                await self.connect_jumps(hop, hop_site, depth)
+            connection, _ = await self.connect(hop, hop_site)
+            self.jumps.append(connection)
 
 
 class _Nobody:
@@ -156,6 +194,11 @@ class _HopLogin:
         self._reach_seconds = reach_seconds or site.connect_timeout
         self._clock = LoginClock(site.connect_timeout, self._prompter)
         self._address: AddressInfo | None = None
+
+    @property
+    def attended(self) -> bool:
+        """Whether the user typed something."""
+        return self._clock.was_answered
 
     async def connect(
         self, tunnel: asyncssh.SSHClientConnection | None
@@ -189,15 +232,18 @@ class _HopLogin:
         except asyncssh.HostKeyNotVerifiable:
             raise
         except TimeoutError:
-            raise self._no_answer(self._seconds) from None
+            error = self._no_answer(self._seconds)
+            raise (Unreachable(error.message) if client.authenticating else error) from None
         except (asyncssh.Error, OSError, ValueError) as error:
-            raise login_error(
-                error,
-                hop,
-                nobody_to_ask=client.nobody_to_ask,
-                authenticating=client.authenticating,
-                banner=client.banner,
-            ) from error
+            raise login_error(error, hop, self._progress(client)) from error
+
+    def _progress(self, client: _LoginClient) -> LoginProgress:
+        return LoginProgress(
+            authenticating=client.authenticating,
+            nobody_to_ask=client.nobody_to_ask,
+            answered=self._clock.was_answered,
+            banner=client.banner,
+        )
 
     async def _through_proxy(self, client: _LoginClient) -> asyncssh.SSHClientConnection:
         """The ProxyCommand ends with the connection."""
@@ -205,7 +251,7 @@ class _HopLogin:
             async with asyncio.timeout(self._seconds):
                 proxy = await Proxy.open(self._hop)
         except TimeoutError:
-            raise self._no_answer(self._seconds) from None
+            raise Unreachable(self._no_answer(self._seconds).message) from None
         client.proxy = proxy
         try:
             return await self._log_in(client, sock=proxy.socket)
@@ -227,17 +273,17 @@ class _HopLogin:
         except TimeoutError:
             raise self._no_answer(seconds) from None
         except NoneAnswers as error:
-            raise Unreachable(f"no address of {hop.shown} port {hop.port} answers: {error}") from (
-                None
-            )
+            raise NotConnected(
+                f"no address of {hop.shown} port {hop.port} answers: {error}"
+            ) from None
         except (OSError, ValueError) as error:
             raise login_error(error, hop) from error
         self._address = address_of(sock)
         return sock
 
-    def _no_answer(self, seconds: float) -> Unreachable:
+    def _no_answer(self, seconds: float) -> NotConnected:
         where = f"{self._hop.shown} port {self._hop.port}"
-        return Unreachable(f"{where} did not answer within {seconds:g} s")
+        return NotConnected(f"{where} did not answer within {seconds:g} s")
 
 
 class _Tunnel:

@@ -25,6 +25,8 @@ class LoginClock:
         self._prompter = prompter
         self._timeout: asyncio.Timeout | None = None
         self._questions_left = MOST_QUESTIONS
+        self.was_answered = False
+        """Whether the user typed anything, which the next login would ask for again."""
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -46,7 +48,9 @@ class LoginClock:
             text = f"{text[:half]} [...] {text[-half:]}"
         self._set(None)
         try:
-            return await self._prompter.ask(text, echo=echo)
+            answer = await self._prompter.ask(text, echo=echo)
+            self.was_answered = self.was_answered or answer is not None
+            return answer
         finally:
             self._set(asyncio.get_running_loop().time() + self._seconds)
 

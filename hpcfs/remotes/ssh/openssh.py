@@ -9,13 +9,15 @@ no secret is on a command line.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcfs.model.errors import Unreachable, WrongSettings
 from hpcfs.model.sites import SshSite
-from hpcfs.remotes.ssh import options, program
+from hpcfs.remotes.ssh import identities, options, program
+from hpcfs.remotes.ssh.offer import with_halves
+from hpcfs.remotes.ssh.options import SshOptions
 from hpcfs.remotes.ssh.program import Program
 from hpcfs.remotes.ssh.settings import KEEPALIVE_SECONDS, KEEPALIVES_MISSED
 from hpcfs.remotes.ssh.shell import COMMAND
@@ -42,6 +44,9 @@ class OpenSshTarget:
     port: str
     user: str
     control_path: str | None
+    sources: tuple[Path, ...] = ()
+    """The files that ssh takes keys, certificates and known hosts from, there or not."""
+    agent: str = ""
 
     @property
     def shown(self) -> str:
@@ -95,7 +100,16 @@ async def read_target(site: SshSite) -> OpenSshTarget:
         found.one("port") or "22",
         found.one("user") or "",
         found.one("controlpath"),
+        tuple(_sources(found)),
+        identities.agent_of(found),
     )
+
+
+def _sources(found: SshOptions) -> Iterator[Path]:
+    for option in ("identityfile", "certificatefile"):
+        for name in found.all(option):
+            yield from with_halves(name)
+    yield from (Path(name).expanduser() for name in found.files("userknownhostsfile") or ())
 
 
 async def has_master(target: OpenSshTarget) -> bool:

@@ -5,13 +5,16 @@ a moment after the one before it (RFC 8305), each with a clock of its own. One t
 connection and then says nothing, as a node does that hangs, is not reached: SSH servers speak first
 (RFC 4253, 4.2), so the first byte decides. Of a single address nothing is expected that the login
 would not wait for anyway.
+
+The kernel repeats a packet that was lost later and later: a link that is back after 8 s is noticed
+after 15. So while an address does not answer, one attempt after the other is begun beside it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -21,6 +24,10 @@ import aiohappyeyeballs
 
 NEXT_ADDRESS_SECONDS = 0.25
 MOST_ADDRESSES = 16
+AGAIN_SECONDS = 2.0
+"""The kernel sends one packet at the beginning of an attempt and one a second later."""
+MOST_ATTEMPTS = 5
+"""At one address, at a time: the oldest makes room."""
 
 AddressInfo = tuple[int, int, int, str, Any]
 """As getaddrinfo(3) gives it."""
@@ -53,7 +60,7 @@ async def reach(
     if len(addresses) > 1:
         return await _race(addresses, local, seconds)
     async with asyncio.timeout(seconds):
-        return await aiohappyeyeballs.start_connection(addresses, local_addr_infos=local)
+        return await _dial(addresses[0], local)
 
 
 def address_of(sock: socket.socket) -> AddressInfo:
@@ -100,7 +107,31 @@ async def _race(
     raise NoneAnswers(", ".join(f"{name} ({reason})" for name, reason in failures.items()))
 
 
-async def _end(racing: dict[asyncio.Task[socket.socket], AddressInfo]) -> None:
+async def _dial(address: AddressInfo, local: Sequence[AddressInfo] | None) -> socket.socket:
+    """Connect to one address, for as long as the caller's clock lets it."""
+    dialling: list[asyncio.Task[socket.socket]] = []
+    try:
+        while True:
+            if len(dialling) == MOST_ATTEMPTS:
+                await _end([dialling.pop(0)])
+            dialling.append(
+                asyncio.create_task(
+                    aiohappyeyeballs.start_connection([address], local_addr_infos=local)
+                )
+            )
+            ended, _ = await asyncio.wait(
+                dialling, timeout=AGAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
+            if ended:
+                first = ended.pop()
+                dialling.remove(first)
+                return first.result()
+    finally:
+        await _end(dialling)
+
+
+async def _end(racing: Iterable[asyncio.Task[socket.socket]]) -> None:
+    racing = list(racing)
     for task in racing:
         task.cancel()
     for result in await asyncio.gather(*racing, return_exceptions=True):
@@ -114,7 +145,7 @@ async def _greeted(
     sock: socket.socket | None = None
     try:
         async with asyncio.timeout(seconds):
-            sock = await aiohappyeyeballs.start_connection([address], local_addr_infos=local)
+            sock = await _dial(address, local)
             await _first_byte(sock)
     except BaseException:
         if sock is not None:

@@ -2,10 +2,14 @@
 
 `SharedSession` owns when to connect and what to answer while there is no connection; how one is
 made is given to it (sftp/session.open_session). Three rules, each from invariant 4 of the design:
-all requests share one attempt; what only the user can mend is never tried again on its own; after a
-failed attempt requests are answered at once for a while (1 s, doubling to 30 s) instead of each
-waiting for its own timeout. An account behind which there is no service is the user's to mend, too,
-unless there was one before: then it is the site that is being mended.
+all requests share one attempt; a refused login is repeated rarely and, where the user is needed for
+it, never by itself; after a failed attempt requests are answered at once for a while, instead of
+each waiting for its own timeout. How long is in model/backoff.py: short where nobody answered, long
+where the server did and refused. An account behind which there is no service counts as refused,
+too, unless there was one before: then it is the site that is being mended.
+
+What the login would offer (keys, an agent's, certificates) is looked at on use: once that is
+something else, a refusal counts no more.
 """
 
 from __future__ import annotations
@@ -16,10 +20,22 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
-from hpcfs.model.backoff import Backoff
-from hpcfs.model.errors import NoService, NotConnected, RemoteError, RemoteFailure, Unreachable
+from hpcfs.model.backoff import REACHED, REFUSED, UNREACHED, Backoff, PauseRange
+from hpcfs.model.errors import (
+    HostKeyRefused,
+    LoginNeeded,
+    NoService,
+    NotConnected,
+    RemoteError,
+    RemoteFailure,
+    Unreachable,
+)
 
 log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 2.0
+"""Between looks at what a login that was refused would offer now: some files' times, and the keys
+of an agent."""
 
 
 class AnySession(Protocol):
@@ -35,6 +51,21 @@ class AnySession(Protocol):
         """Set when it is lost."""
         ...
 
+    @property
+    def attended(self) -> bool:
+        """Whether the user took part in the login, and would have to in the next one."""
+        ...
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is open or under way on it."""
+        ...
+
+    async def check(self, *, doubted: bool = False) -> None:
+        """Ask the other end for a sign of life, and end the session where none comes soon; one that
+        is attended only if it is `doubted`."""
+        ...
+
     async def close(self) -> None:
         """End it."""
         ...
@@ -43,26 +74,44 @@ class AnySession(Protocol):
 S = TypeVar("S", bound=AnySession)
 
 
+async def never() -> bool:
+    """Tell that a login would offer the same as before: there is nothing to offer."""
+    return False
+
+
 class SharedSession(Generic[S]):
-    """The one session of a site, whoever asks for it. `clock` is in seconds."""
+    """The one session of a site, whoever asks for it. `clock` is in seconds.
+
+    `offers_else` tells whether a login would offer something else now than at the last attempt.
+    """
 
     def __init__(
-        self, open_session: Callable[[], Awaitable[S]], clock: Callable[[], float] = time.monotonic
+        self,
+        open_session: Callable[[], Awaitable[S]],
+        clock: Callable[[], float] = time.monotonic,
+        offers_else: Callable[[], Awaitable[bool]] = never,
     ):
         self._open_session = open_session
+        self._offers_else = offers_else
+        self._clock = clock
         self._session: S | None = None
         self._attempt: asyncio.Task[S] | None = None
         self._failure: RemoteError | None = None
         self._backoff = Backoff(clock)
+        self._look_at = 0.0
+        self._used_at = clock()
         self._closed = False
         self._tended = False
         self._has_worked = False
+        self._worked_unattended = False
+        """Whether keys were enough the last time: then a server that asks for more has trouble."""
 
     async def get(self) -> S:
         """Return the session; connects if there is none.
 
         Raises what the last attempt failed with, at once, while it makes no sense to try again.
         """
+        self._used_at = self._clock()
         if self.session is not None:
             return self.session
         if self._attempt is None or self._tended:
@@ -96,12 +145,43 @@ class SharedSession(Generic[S]):
                 await session.ended.wait()
 
     def try_now(self) -> None:
-        """End the pause after a failed attempt; what only the user can mend stays as it is."""
-        self._backoff.try_now()
+        """End the pause after a failed attempt; that after a refused login stays as it is."""
+        if self._failure is None or not self._failure.lasting:
+            self._backoff.try_now()
+
+    async def check(self) -> None:
+        """Find out now whether the connection is still alive, and whether one can be had: the
+        machine woke up, or its network changed."""
+        self.try_now()
+        if self.session is not None:
+            await self.session.check()
+
+    async def renew(self) -> None:
+        """Forget a refused login, since the user is there to answer, and a session that gives no
+        sign of life. The next request logs in."""
+        if self._attempt is None:
+            self._failure = None
+            self._backoff.succeeded()
+        if self.session is not None:
+            await self.session.check(doubted=True)
+
+    async def close_if_idle(self, seconds: float) -> float:
+        """Close a session that nobody has used for so many seconds; the next request connects
+        again. Returns when to look again, in seconds."""
+        left = self._used_at + seconds - self._clock()
+        session = self.session
+        if session is None or self._attempt is not None:
+            return seconds
+        if left > 0 or session.attended or not session.is_idle:
+            return max(left, seconds / 10)
+        log.info("the connection is closed: nobody has used it for %.0f s", seconds)
+        self._session = None
+        await session.close()
+        return seconds
 
     def _attempting(self) -> asyncio.Task[S]:
         if self._attempt is None:
-            self._attempt = asyncio.create_task(self._connect())
+            self._attempt = asyncio.create_task(self._try())
             self._attempt.add_done_callback(_observe)
         return self._attempt
 
@@ -119,8 +199,31 @@ class SharedSession(Generic[S]):
             raise Unreachable("the connection to this site is being closed")
         if self._failure is None:
             return
-        if self._failure.lasting or self._tended or self._backoff.is_waiting:
+        if self._failure.lasting and not self._tended:
+            waits = self._clock() < self._look_at and not self._may_repeat()
+        else:
+            waits = self._tended or self._backoff.is_waiting
+        if waits:
             raise _again(self._failure)
+
+    def _may_repeat(self) -> bool:
+        """Whether the time has come to repeat a refused login by itself; what the user is needed
+        for is left to the user."""
+        if isinstance(self._failure, LoginNeeded | HostKeyRefused) and not self._worked_unattended:
+            return False
+        return not self._backoff.is_waiting
+
+    async def _try(self) -> S:
+        """Connect, unless it was refused and would be refused again."""
+        try:
+            failure = self._failure
+            if failure is not None and failure.lasting and not self._tended:
+                self._look_at = self._clock() + LOOK_SECONDS
+                if not self._may_repeat() and not await self._offers_else():
+                    raise _again(failure)
+            return await self._connect()
+        finally:
+            self._attempt = None
 
     async def _connect(self) -> S:
         try:
@@ -140,9 +243,8 @@ class SharedSession(Generic[S]):
             unforeseen = RemoteFailure(f"connecting failed: {error}")
             self._remember(unforeseen)
             raise unforeseen from error
-        finally:
-            self._attempt = None
         self._failure, self._has_worked = None, True
+        self._worked_unattended = not self._session.attended
         self._backoff.succeeded()
         return self._session
 
@@ -150,7 +252,15 @@ class SharedSession(Generic[S]):
         is_news = self._failure is None or self._failure.message != error.message
         log.log(logging.WARNING if is_news else logging.DEBUG, "%s", error.message)
         self._failure = error
-        self._backoff.failed()
+        self._look_at = self._clock() + LOOK_SECONDS
+        self._backoff.failed(_pauses(error))
+
+
+def _pauses(error: RemoteError) -> PauseRange:
+    """Return how long to wait after an attempt that ended in this way."""
+    if error.lasting:
+        return REFUSED
+    return UNREACHED if isinstance(error, NotConnected) else REACHED
 
 
 def _again(error: RemoteError) -> RemoteError:

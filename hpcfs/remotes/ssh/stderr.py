@@ -11,7 +11,9 @@ import re
 from hpcfs.model.errors import (
     AccessRefused,
     HostKeyRefused,
+    LoginNeeded,
     NoService,
+    NotConnected,
     RemoteError,
     Unreachable,
     WrongSettings,
@@ -25,15 +27,22 @@ _HOST_KEY = re.compile(
 )
 _REFUSED = re.compile(r"Permission denied \(|Too many authentication failures")
 _NO_SFTP = re.compile(r"subsystem request failed")
+_UNREACHED = re.compile(r"^ssh: (connect to host|Could not resolve hostname) ", re.MULTILINE)
 _WRONG = re.compile(r"[Bb]ad configuration option|[Uu]nable to negotiate|ssh_askpass: exec")
 SSH_FAILED = 255
 """The exit code of ssh(1) for its own failures; others are those of what ran on the server."""
 
 
 def ending(
-    target: OpenSshTarget, lines: list[str], unanswered: str | None, code: int | None = None
+    target: OpenSshTarget,
+    lines: list[str],
+    unanswered: str | None,
+    code: int | None = None,
+    *,
+    answered: bool = False,
 ) -> RemoteError:
-    """The error to raise when ssh ended before SFTP began, with that exit code if it is known."""
+    """The error to raise when ssh ended before SFTP began, with that exit code if it is known.
+    `answered` says that the user had typed something."""
     if unanswered is not None:
         return _nobody(target, unanswered)
     words = "\n".join(lines)
@@ -44,12 +53,14 @@ def ending(
     if _HOST_KEY.search(words):
         return HostKeyRefused(
             f"the host key of {target.shown} is not one that ssh trusts ({said}): "
-            f"connect once with 'ssh {alias}', which says why and what to do, then mount again"
+            f"connect once with 'ssh {alias}', which says why and what to do, then run "
+            "'hpcfs login'"
         )
     if _REFUSED.search(words):
-        return AccessRefused(
+        kind = LoginNeeded if answered else AccessRefused
+        return kind(
             f"{target.shown} refused the login ({said}): "
-            f"check that 'ssh {alias}' works, then mount again"
+            f"check that 'ssh {alias}' works, then run 'hpcfs login'"
         )
     if _NO_SFTP.search(words):
         return NoService(
@@ -58,7 +69,8 @@ def ending(
         )
     if _WRONG.search(words):
         return WrongSettings(f"ssh can't reach {target.shown} with these settings: {said}")
-    return Unreachable(f"ssh does not reach {target.shown}: {said}")
+    kind_of_loss = NotConnected if _UNREACHED.search(words) else Unreachable
+    return kind_of_loss(f"ssh does not reach {target.shown}: {said}")
 
 
 def _nobody(target: OpenSshTarget, question: str) -> RemoteError:
@@ -66,10 +78,10 @@ def _nobody(target: OpenSshTarget, question: str) -> RemoteError:
     if is_decision(question):
         return HostKeyRefused(
             f"the host key of {target.shown} is unknown and there is no terminal to ask on: "
-            f"connect once with 'ssh {alias}', and compare its fingerprint, then mount again"
+            "run 'hpcfs login' on one, and compare its fingerprint"
         )
-    return AccessRefused(
+    return LoginNeeded(
         f"{target.shown} asks for a password, passphrase or second factor and there is no "
-        f"terminal to ask on: mount from a terminal, or log in before with 'ssh -MNf {alias}' "
+        f"terminal to ask on: run 'hpcfs login' on one, or log in before with 'ssh -MNf {alias}' "
         "and a ControlPath in ~/.ssh/config"
     )

@@ -8,13 +8,16 @@ SFTP (sftp/translate.py).
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 
 import asyncssh
 
 from hpcfs.model.errors import (
     AccessRefused,
     HostKeyRefused,
+    LoginNeeded,
     NoService,
+    NotConnected,
     RemoteError,
     RemoteFailure,
     Unreachable,
@@ -44,66 +47,81 @@ def no_service(shown: str, how: str, said: bytes | str) -> NoService:
     )
 
 
+@dataclass(frozen=True)
+class LoginProgress:
+    """How far a login had come: whether the server was asked to let us in, whether a question found
+    nobody to answer it, whether the user answered one, and what the server's `banner` said."""
+
+    authenticating: bool = False
+    nobody_to_ask: bool = False
+    answered: bool = False
+    banner: str = ""
+
+
 def login_error(
-    error: Exception,
-    hop: Hop,
-    *,
-    nobody_to_ask: bool = False,
-    authenticating: bool = False,
-    banner: str = "",
+    error: Exception, hop: Hop, progress: LoginProgress = LoginProgress()
 ) -> RemoteError:
     """The error to raise when the connection to `hop` could not be made.
 
     A server that says goodbye while we authenticate ("Too many authentication failures") has
-    refused us: trying again on our own would be what sites ban addresses for. So has, as far as we
-    can know, one that ends the connection then without a word, as sshd does with an account that
-    has expired, or is not let in (PAM); the `banner` may say why.
+    refused us: trying again soon on our own would be what sites ban addresses for. So has, as far
+    as we can know, one that ends the connection then without a word, as sshd does with an account
+    that has expired, or is not let in (PAM); the `banner` may say why.
     """
     where = f"{hop.shown} port {hop.port}"
     if isinstance(error, asyncssh.PermissionDenied):
-        return AccessRefused(_refusal(hop, nobody_to_ask))
+        return _refused(hop, progress)
     if isinstance(error, asyncssh.HostKeyNotVerifiable):
         return HostKeyRefused(f"the host key of {where} is not acceptable: {error.reason}")
     if isinstance(error, asyncssh.KeyExchangeFailed):
         return _no_common_algorithm(error, where)
     if isinstance(error, asyncssh.ChannelOpenError):
         return Unreachable(f"the jump host could not reach {where}: {error.reason}")
-    if isinstance(error, asyncssh.ConnectionLost | ConnectionResetError) and authenticating:
-        said = f" (it says {quoted(banner)})" if quoted(banner) else ""
+    if isinstance(error, asyncssh.ConnectionLost | ConnectionResetError) and (
+        progress.authenticating
+    ):
+        said = f" (it says {quoted(progress.banner)})" if quoted(progress.banner) else ""
         return NoService(
             f"{hop.user}@{hop.host} port {hop.port} ended the connection during the login{said}: "
-            f"check that `ssh {hop.alias}` works, then try again"
+            f"check that `ssh {hop.alias}` works, then run 'hpcfs login'"
         )
     if isinstance(error, asyncssh.ConnectionLost):
-        return Unreachable(f"{where} ended the connection during the login: {error.reason}")
-    if isinstance(error, asyncssh.DisconnectError) and authenticating:
-        return AccessRefused(f"{_refusal(hop, nobody_to_ask)} (it says: {error.reason})")
+        return NotConnected(f"{where} ended the connection during the login: {error.reason}")
+    if isinstance(error, asyncssh.DisconnectError) and progress.authenticating:
+        return _refused(hop, progress, f" (it says: {error.reason})")
     if isinstance(error, asyncssh.DisconnectError):
         return Unreachable(f"{where} ended the connection during the login: {error.reason}")
     if isinstance(error, socket.gaierror):
-        return Unreachable(f"the host name {hop.host} is not known: {error.strerror}")
+        return NotConnected(f"the host name {hop.host} is not known: {error.strerror}")
     if isinstance(error, ConnectionRefusedError):
-        return Unreachable(f"nothing answers at {where} (connection refused)")
+        return NotConnected(f"nothing answers at {where} (connection refused)")
     if isinstance(error, OSError):
-        return Unreachable(f"{where} can't be reached: {error.strerror or error}")
+        kind = Unreachable if progress.authenticating else NotConnected
+        return kind(f"{where} can't be reached: {error.strerror or error}")
     if isinstance(error, ValueError):
         return WrongSettings(f"the SSH settings for {hop.shown} are not usable: {error}")
     return RemoteFailure(f"the login to {where} failed: {error}")
 
 
-def _refusal(hop: Hop, nobody_to_ask: bool) -> str:
+def _refused(hop: Hop, progress: LoginProgress, said: str = "") -> AccessRefused:
+    """Only keys may be offered again by themselves, as nobody has to type them."""
     login = f"{hop.user}@{hop.host} port {hop.port}"
-    if nobody_to_ask and not hop.asks:
-        return (
+    if progress.nobody_to_ask and not hop.asks:
+        return LoginNeeded(
             f"{login} asks for a password, passphrase or second factor and BatchMode of the SSH "
-            "configuration forbids to ask: use a key that ssh-agent holds, or take BatchMode out"
+            f"configuration forbids to ask: use a key that ssh-agent holds, or take BatchMode out"
+            f"{said}"
         )
-    if nobody_to_ask:
-        return (
+    if progress.nobody_to_ask:
+        return LoginNeeded(
             f"{login} asks for a password, passphrase or second factor and there is no terminal "
-            "to ask on: start from a terminal, or use a key that ssh-agent holds"
+            f"to ask on: run 'hpcfs login' on one, or use a key that ssh-agent holds{said}"
         )
-    return f"{login} refused the login: check that `ssh {hop.alias}` works, then try again"
+    kind = LoginNeeded if progress.answered else AccessRefused
+    return kind(
+        f"{login} refused the login: check that `ssh {hop.alias}` works, then run 'hpcfs login'"
+        f"{said}"
+    )
 
 
 def _no_common_algorithm(error: asyncssh.KeyExchangeFailed, where: str) -> RemoteError:

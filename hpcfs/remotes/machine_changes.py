@@ -1,4 +1,4 @@
-"""Detects that the machine woke up or its network addresses changed.
+"""Detects that the machine woke up or its network addresses or routes changed.
 
 Then a connection that did not survive is tested at once, not when its keepalives have run out, and
 a pause before the next attempt ends.
@@ -20,8 +20,9 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 ASLEEP_SECONDS = 2.0
-_IPV4_ADDRESS, _IPV6_ADDRESS = 0x10, 0x100
-"""Multicast groups RTMGRP_IPV4_IFADDR and RTMGRP_IPV6_IFADDR of rtnetlink(7)."""
+_GROUPS = 0x10 | 0x100 | 0x40
+"""Multicast groups RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR and RTMGRP_IPV4_ROUTE of rtnetlink(7).
+The routes of IPv6 are renewed by every router's advertisement, which means no change."""
 
 
 def slept() -> float:
@@ -66,7 +67,7 @@ async def _watch_sleep(
 def _open_netlink() -> socket.socket | None:
     found = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
     try:
-        found.bind((0, _IPV4_ADDRESS | _IPV6_ADDRESS))
+        found.bind((0, _GROUPS))
     except OSError as error:
         log.info("changes of the network are not told here: %s", error)
         found.close()

@@ -1,0 +1,122 @@
+"""Notices that the other end of an SSH connection is gone.
+
+Asyncssh asks after every KEEPALIVE_SECONDS of silence (receiver.py tells it of whatever comes). Two
+things it can't see are seen here. Bytes that leave our side show that the other one is there, too:
+over a slow link, the answer to a question waits behind megabytes that are sent. And where the
+machine woke up, or has another network, the question is put at once, and answered soon or never.
+
+A login for which the user typed something is not given up as easily: TCP carries it over an outage
+of minutes, and nobody may be there to type again. Meanwhile its requests wait as long as their own
+deadlines let them.
+
+This leans on names inside of asyncssh: where one is missing, its own keepalive is all there is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import socket
+import struct
+import termios
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import asyncssh
+from asyncssh.channel import SSHChannel
+
+from hpcfs.remotes.ssh.settings import SILENCE_SECONDS
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 2.5
+"""Between looks at what is still to be sent."""
+SENT_BYTES = 1024
+"""What must have left at least: a question of ours is shorter, and a kernel takes it for a program
+that hangs."""
+CHECK_SECONDS = 3.0
+"""For an answer after a change of the machine or the network."""
+ATTENDED_KEEPALIVES = (60, 9)
+"""Of a login that the user took part in: seconds, and how many may stay without an answer."""
+_INT = struct.Struct("i")
+_NAMES = ("_transport", "_keepalive_count", "_reset_keepalive_timer", "_make_global_request")
+
+
+class Liveness:
+    """Watches the connections of one login: the target's, and those to jump hosts.
+
+    `attended` says that the user took part in the login.
+    """
+
+    def __init__(
+        self, connections: Sequence[asyncssh.SSHClientConnection], *, attended: bool
+    ) -> None:
+        self._connections: list[Any] = list(connections)
+        self._attended = attended
+        for connection in connections:
+            if attended:
+                connection.set_keepalive(*ATTENDED_KEEPALIVES)
+            _bound_unconfirmed(connection, 0 if attended else SILENCE_SECONDS)
+        is_known = all(hasattr(one, name) for one in connections for name in _NAMES)
+        self._watching = asyncio.create_task(self._watch()) if is_known else None
+
+    async def _watch(self) -> None:
+        left = [0] * len(self._connections)
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            before, left = left, [_to_send(one) for one in self._connections]
+            for connection, then, now in zip(self._connections, before, left, strict=True):
+                if then - now > SENT_BYTES:
+                    connection._reset_keepalive_timer()
+                    connection._keepalive_count = 0
+
+    async def check(self, *, doubted: bool = False) -> None:
+        """Ask for a sign of life now; end the connections that give none within CHECK_SECONDS. One
+        that the user logged in is ended only if it is `doubted`."""
+        if self._watching is not None:
+            await asyncio.gather(*(self._check(one, doubted) for one in self._connections))
+
+    async def _check(self, connection: Any, doubted: bool) -> None:
+        connection._keepalive_count = max(1, connection._keepalive_count)
+        with suppress(TimeoutError, asyncssh.Error, OSError):
+            async with asyncio.timeout(CHECK_SECONDS):
+                await connection._make_global_request(b"keepalive@openssh.com")
+                connection._keepalive_count = 0
+        if connection._keepalive_count and (doubted or not self._attended):
+            connection.connection_lost(asyncssh.ConnectionLost("no sign of life"))
+
+    def end(self) -> None:
+        """Watch no more."""
+        if self._watching is not None:
+            self._watching.cancel()
+
+
+def _to_send(connection: Any) -> int:
+    """Return how many bytes wait to be sent or confirmed, on the way through jump hosts too."""
+    transport = connection._transport
+    if transport is None or transport.is_closing():
+        return 0
+    waiting: int = transport.get_write_buffer_size()
+    if isinstance(transport, SSHChannel):
+        return waiting + _to_send(transport.get_connection())
+    found = transport.get_extra_info("socket")
+    if found is None:
+        return waiting
+    try:
+        unsent = fcntl.ioctl(found.fileno(), termios.TIOCOUTQ, bytes(_INT.size))
+    except OSError:  # it was closed just now
+        return waiting
+    return waiting + int(_INT.unpack(unsent)[0])
+
+
+def _bound_unconfirmed(connection: asyncssh.SSHClientConnection, seconds: float) -> None:
+    """Have the kernel give a connection up whose bytes nobody confirms for so long (tcp(7),
+    TCP_USER_TIMEOUT); 0 leaves it to the kernel's own patience. Ways without TCP have none."""
+    found = connection.get_extra_info("socket")
+    if found is None:
+        return
+    with suppress(OSError), socket.socket(fileno=os.dup(found.fileno())) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(seconds * 1000))
