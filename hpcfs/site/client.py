@@ -23,6 +23,7 @@ from hpcfs.model.errors import (
     AccessRefused,
     HostKeyRefused,
     NotConnected,
+    ProtocolError,
     RemoteError,
     TimedOut,
     Unreachable,
@@ -50,6 +51,8 @@ CALL_TIMEOUT = 30.0
 """Seconds without an answer or progress. A login that waits for the user does not count."""
 _ANSWERED_HERE = (m.Release, m.StatOpen, m.GetDiskUsage, m.GetTraffic)
 """The transfer process may answer these without the site: they don't tell that it is there."""
+MOST_QUESTIONS = 10
+"""Of one site at the same time. Each waits in a thread, as do reads of cached files."""
 _RESTART_PAUSE = 1.0
 _CONFIRM_SECONDS = 5.0
 _TRAFFIC_SECONDS = 0.5
@@ -123,8 +126,13 @@ class SiteClient:
         `on_progress` is called with the bytes of a long one that are done. Without an answer or
         progress for `timeout` seconds it fails. Raises RemoteError.
         """
-        reply = await self._exchange(namespace, request, timeout, None, on_progress)
-        answer = msgspec.msgpack.decode(reply.result, type=kind)
+        child = self._child or await self._start_process()
+        reply = await self._exchange(child, namespace, request, timeout, None, on_progress)
+        try:
+            answer = msgspec.msgpack.decode(reply.result, type=kind)
+        except msgspec.DecodeError as error:
+            child.is_not_understood(error)
+            raise ProtocolError(f"the answer to {type(request).__name__} is none") from None
         if isinstance(answer, Capabilities):
             self._remarks[namespace] = answer.remark
         return answer
@@ -140,17 +148,18 @@ class SiteClient:
 
         Raises RemoteError.
         """
-        await self._exchange(namespace, request, timeout, on_page)
+        child = self._child or await self._start_process()
+        await self._exchange(child, namespace, request, timeout, on_page)
 
     async def _exchange(
         self,
+        child: WorkerProcess,
         namespace: str,
         request: m.Request,
         timeout: float,
         on_page: Callable[[bytes], None] | None,
         on_progress: Callable[[int], None] | None = None,
     ) -> m.Reply:
-        child = self._child or await self._start_process()
         self._next_id += 1
         call_id = self._next_id
         with trio.CancelScope() as scope:
@@ -299,6 +308,9 @@ class SiteClient:
     def _dispatch(self, child: WorkerProcess, message: m.FromWorker) -> None:
         match message:
             case m.Question():
+                if self._questions >= MOST_QUESTIONS:
+                    raise ProtocolError("questions without end")
+                self._questions += 1
                 self._nursery.start_soon(self._put_question, child, message)
             case m.Advance():
                 if pending := self._pending.get(message.id):
@@ -327,8 +339,7 @@ class SiteClient:
         pending.done.set()
 
     async def _put_question(self, child: WorkerProcess, question: m.Question) -> None:
-        """While the user thinks, no deadline runs."""
-        self._questions += 1
+        """While the user thinks, no deadline runs. The question is counted already."""
         for pending in self._pending.values():
             pending.scope.deadline = math.inf
         try:

@@ -35,6 +35,7 @@ from botocore.httpsession import create_urllib3_context, get_cert_path
 from botocore.parsers import create_parser
 from botocore.utils import get_environ_proxies
 
+from hpcfs.remotes.rate import UNLIMITED, RateLimit
 from hpcfs.remotes.s3 import botocore_guard, deadlines
 from hpcfs.remotes.s3.botocore_guard import UnfitResponse
 from hpcfs.remotes.s3.http import (
@@ -147,11 +148,17 @@ class _Body:
 
 
 class Direct:
-    """`connect_timeout` is in seconds. `answered_in` hears how far away the server is."""
+    """`connect_timeout` is in seconds. `answered_in` hears how far away the server is, and `pace`
+    is that of what is sent."""
 
     def __init__(
-        self, login: DirectLogin, answered_in: Callable[[float], None], connect_timeout: float
+        self,
+        login: DirectLogin,
+        answered_in: Callable[[float], None],
+        connect_timeout: float,
+        pace: RateLimit = UNLIMITED,
     ) -> None:
+        self._pace = pace
         self._login, self._answered_in = login, answered_in
         self._connect_timeout = connect_timeout
         self._routes: dict[str, Route | None] = {}
@@ -190,7 +197,7 @@ class Direct:
             head = _head(route, operation, bucket, parameters, keys, payload)
             bodiless = _METHODS[operation] == "HEAD"
             silence = deadlines.current() + len(body) / deadlines.STORED_PER_SECOND
-            request = HttpRequest(head, bodiless, limit, body, sent, silence)
+            request = HttpRequest(head, bodiless, limit, body, sent, silence, pace=self._pace)
             with _in_words_of_botocore(route.pool, operation):
                 found = await route.pool.ask(request)
             note_sent(operation)
