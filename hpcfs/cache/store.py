@@ -35,7 +35,9 @@ from hpcfs.cache.record_cache import MAX_FILES
 from hpcfs.cache.registry import Registry, Row
 from hpcfs.model import paths
 from hpcfs.model.entries import BLOCK_BYTES
+from hpcfs.model.errors import TooManyOpen
 from hpcfs.model.troubles import Troubles
+from hpcfs.system import limits
 from hpcfs.system.disk import MinFree
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,12 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 _SUMS_AT_ONCE = 32
 """Blocks summed by one call of a thread: 2 MiB."""
+
+
+def _most_files(limit: int) -> int:
+    """Return how many of the process's descriptors may be cache files: sockets, databases, logs and
+    listings need some."""
+    return limit - max(64, min(512, limit // 4))
 
 
 class CacheUnusable(Exception):
@@ -135,6 +143,7 @@ class Store:
         """
         file = self._in_use(origin, key, version, size)
         if file is None:
+            await self.make_descriptor()
             lookup = self.registry.lookup
             known = None if lookup.locked() else self.registry.record_cache.find(origin, key)
             if known is not None:
@@ -147,6 +156,22 @@ class Store:
         file.users += 1
         file.last_used = time.time()
         return file
+
+    async def make_descriptor(self) -> None:
+        """Return once one more cache file may be open: files without users are closed for that.
+
+        Raises TooManyOpen.
+        """
+        most = _most_files(limits.open_files())
+        if len(self.registry.files) < most:
+            return
+        if any(not file.users for file in self.registry.files.values()):
+            try:
+                await self.save()
+            except (OSError, sqlite3.Error) as error:
+                log.warning("files that nobody uses are not closed: %s", error)
+        if len(self.registry.files) >= most:
+            raise TooManyOpen(f"{most} files are open: raise the limit of open files (ulimit -Hn)")
 
     async def _look_up(self, origin: str, key: bytes) -> Record | None:
         record_cache = self.registry.record_cache

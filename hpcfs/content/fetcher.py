@@ -20,6 +20,7 @@ from hpcfs.cache.file import CacheFile
 from hpcfs.model.entries import BLOCK_BYTES
 from hpcfs.model.errors import RemoteError, RemoteFailure
 from hpcfs.protocol.messages import Fetched
+from hpcfs.site.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class Fetcher:
     """Brings blocks from `source` into `file`, each in a task of `nursery`."""
 
     def __init__(
-        self, file: CacheFile, source: BlockSource, nursery: trio.Nursery, budget: Budget
+        self, file: CacheFile, source: BlockSource, nursery: Tasks, budget: Budget
     ) -> None:
         self._file = file
         self._source = source

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TypedDict
 
 import msgspec
+import xxhash
 
 from hpcfs.content.state import Changes, RemoteSide, State, Unsent
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import Attributes, Entry
+
+log = logging.getLogger(__name__)
+
+_SUM_BYTES = 8
 
 
 class Unconfirmed(
@@ -75,6 +81,32 @@ class Unconfirmed(
         else:
             changes = Changes.APPENDED if self.appended and not self.new else Changes.ANY
         return Unsent(changes, self.pending)
+
+
+def pack(row: Unconfirmed) -> bytes:
+    """Pack a row for the journal: 8 bytes, the xxh3_64 of what follows (little-endian), and the row
+    as MessagePack."""
+    payload = msgspec.msgpack.encode(row)
+    return _sum(payload) + payload
+
+
+def unpack(packed: bytes) -> tuple[Unconfirmed | None, bool]:
+    """Return a row, as far as it can be decoded, and whether its checksum is right."""
+    payload = packed[_SUM_BYTES:]
+    return decode(payload), packed[:_SUM_BYTES] == _sum(payload)
+
+
+def decode(payload: bytes) -> Unconfirmed | None:
+    """Return the row of a journal of format 1, which had no checksums; None if it is damaged."""
+    try:
+        return msgspec.msgpack.decode(payload, type=Unconfirmed)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        log.info("a row of the journal can't be decoded: %s", error)
+        return None
+
+
+def _sum(payload: bytes) -> bytes:
+    return xxhash.xxh3_64_intdigest(payload).to_bytes(_SUM_BYTES, "little")
 
 
 class Flags(TypedDict):

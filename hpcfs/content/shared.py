@@ -6,13 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import trio
-
 from hpcfs.cache.store import Store
 from hpcfs.content.fetcher import Budget
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import Entry
 from hpcfs.site.namespace import Namespace
+from hpcfs.site.tasks import Tasks
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Shared:
     the bytes that may be under way ahead of readers."""
 
     store: Store
-    nursery: trio.Nursery
+    nursery: Tasks
     now: Callable[[], float]
     budget: Budget = field(default_factory=Budget)
 

@@ -19,6 +19,7 @@ from hpcfs.cache.ranges import RangeSet
 from hpcfs.model.entries import NO_HANDLE
 from hpcfs.model.errors import RemoteError
 from hpcfs.model.uploads import PIECE_BYTES
+from hpcfs.site.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +44,7 @@ class StreamingUpload:
     """Sends the pieces of one file. Offsets are bytes; a piece is PIECE_BYTES long and starts at a
     multiple of that."""
 
-    def __init__(
-        self, send: SendPiece, new_handle: Callable[[], int], nursery: trio.Nursery
-    ) -> None:
+    def __init__(self, send: SendPiece, new_handle: Callable[[], int], nursery: Tasks) -> None:
         self._send = send
         self._new_handle = new_handle
         self._nursery = nursery

@@ -6,6 +6,7 @@ client's connection and nothing else.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -23,6 +24,8 @@ from hpcfs.control.control import (
     ControlReply,
     ControlRequest,
     DaemonNotRunning,
+    LoginAnswer,
+    LoginQuestion,
     MountStatus,
     WorkProgress,
     open_wait,
@@ -30,6 +33,8 @@ from hpcfs.control.control import (
 from hpcfs.model.errors import SetupError
 from hpcfs.system import ownership, paths
 
+_LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # accept(2)
+ACCEPT_PAUSE_SECONDS = 1.0
 REQUEST_SECONDS = 10.0
 STEP_INTERVAL = 0.1
 """Seconds between two progress lines."""
@@ -58,19 +63,53 @@ Work = Callable[[ControlRequest, ReportProgress], Awaitable[ControlReply]]
 """Executes a request. Raises SetupError with a sentence for the user."""
 
 
+AskClient = Callable[[str, bool], Awaitable[str | None]]
+"""Puts a question to whoever runs the command: text and echo. None where nobody answers."""
+LogIn = Callable[[ControlRequest, AskClient], Awaitable[ControlReply]]
+"""Logs in, with somebody to ask."""
+
+
 async def serve(
     path: Path,
     status: Callable[[], Awaitable[MountStatus]],
     work: Work | None = None,
+    log_in: LogIn | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer at this path until cancelled. Raises SetupError where it can't listen there."""
     listener = _listen(path)
     try:
         task_status.started()
-        await trio.serve_listeners(partial(_answer, status, work), [listener])
+        answer = partial(_answer, status, work, log_in)
+        async with listener, trio.open_nursery() as nursery:
+            while True:
+                nursery.start_soon(_answer_safely, answer, await _accept(listener))
     finally:
         _remove(path)
+
+
+async def _accept(listener: trio.SocketListener) -> trio.SocketStream:
+    """Accept a client; where no descriptor is left for it, wait for one."""
+    while True:
+        try:
+            return await listener.accept()
+        except OSError as error:
+            if error.errno not in _LACKING:
+                raise
+            logger.warning("a control request has to wait: %s", error.strerror)
+            await trio.sleep(ACCEPT_PAUSE_SECONDS)
+
+
+async def _answer_safely(
+    answer: Callable[[trio.SocketStream], Awaitable[None]], stream: trio.SocketStream
+) -> None:
+    """Answer a client; nothing that goes wrong with it ends the mount."""
+    try:
+        await answer(stream)
+    except OSError as error:
+        logger.warning("a control request was not answered: %s", error)
+    except Exception:
+        logger.exception("a control request failed in an unexpected way")
 
 
 def _remove(path: Path) -> None:
@@ -113,7 +152,10 @@ def _remove_stale(path: Path) -> None:
 
 
 async def _answer(
-    status: Callable[[], Awaitable[MountStatus]], work: Work | None, stream: trio.SocketStream
+    status: Callable[[], Awaitable[MountStatus]],
+    work: Work | None,
+    log_in: LogIn | None,
+    stream: trio.SocketStream,
 ) -> None:
     async with stream:
         if _peer_uid(stream) not in (0, os.getuid()):
@@ -131,6 +173,8 @@ async def _answer(
             return
         if request.command == "wait":
             await _hold(stream)
+        elif request.command == "login" and log_in is not None:
+            await _log_in(stream, request, log_in)
         elif work is None:
             await _send(stream, ControlReply(error="this daemon can only tell its status"))
         else:
@@ -187,6 +231,36 @@ async def _work(stream: trio.SocketStream, request: ControlRequest, work: Work) 
             logger.exception("%s failed in an unexpected way", request.command)
             reply = ControlReply(error="it failed in an unexpected way; the mount's log says more")
         await sender.send(reply)
+        nursery.cancel_scope.cancel()
+
+
+async def _log_in(stream: trio.SocketStream, request: ControlRequest, log_in: LogIn) -> None:
+    """Log in until that is done, or the client has left. Its lines are answers to questions."""
+    outbox, answers = trio.open_memory_channel[str | None](0)
+
+    async def ask(text: str, echo: bool) -> str | None:
+        await _send(stream, ControlReply(question=LoginQuestion(text, echo)))
+        try:
+            return await answers.receive()
+        except trio.EndOfChannel:
+            return None
+
+    async def read_answers(scope: trio.CancelScope) -> None:
+        async with outbox:
+            with suppress(trio.BrokenResourceError, msgspec.MsgspecError):
+                while (line := await _read_line(stream)) is not None:
+                    answer = msgspec.json.decode(line, type=LoginAnswer).text
+                    await outbox.send(None if answer is None else answer.value)
+        scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read_answers, nursery.cancel_scope)
+        try:
+            reply = await log_in(request, ask)
+        except Exception:  # a user's request must not end the mount
+            logger.exception("a login failed in an unexpected way")
+            reply = ControlReply(error="it failed in an unexpected way; the mount's log says more")
+        await _send(stream, reply)
         nursery.cancel_scope.cancel()
 
 

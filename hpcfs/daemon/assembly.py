@@ -10,6 +10,7 @@ import trio
 
 from hpcfs.cache.store import Store
 from hpcfs.config.config import Settings
+from hpcfs.config.values import Rates
 from hpcfs.filesystem.filesystem import Filesystem, MountOptions
 from hpcfs.model.sites import (
     AnyRoot,
@@ -27,6 +28,7 @@ from hpcfs.site.calls import PatientCalls
 from hpcfs.site.client import Ask, SiteClient
 from hpcfs.site.namespace import Namespace, NamespacePolicy
 from hpcfs.site.patience import Patience
+from hpcfs.site.tasks import Tasks
 from hpcfs.writeback.journal import Journal
 from hpcfs.writeback.pending import Pending
 from hpcfs.writeback.recovery import Recovery
@@ -51,9 +53,7 @@ class Mount:
         return {namespace.name: namespace.origin for namespace in self.namespaces}
 
 
-def assemble(
-    settings: Settings, store: Store, journal: Journal, ask: Ask, nursery: trio.Nursery
-) -> Mount:
+def assemble(settings: Settings, store: Store, journal: Journal, ask: Ask, nursery: Tasks) -> Mount:
     """Build a mount on an open cache and journal; nothing is started.
 
     Its tasks run in the nursery. `ask` answers the questions of its sites, in a thread.
@@ -77,7 +77,7 @@ def assemble(
 
 
 def _namespaces(
-    settings: Settings, sites: Mapping[AnySite, SiteClient], nursery: trio.Nursery
+    settings: Settings, sites: Mapping[AnySite, SiteClient], nursery: Tasks
 ) -> list[Namespace]:
     """Namespaces of one site share its connection, and so its bandwidth."""
     bandwidths = {site: Bandwidth() for site in sites}
@@ -110,7 +110,17 @@ def _site_specs(settings: Settings) -> list[SiteSpec]:
     for namespace in settings.namespaces.values():
         roots.setdefault(namespace.site, {})[namespace.name] = namespace.root
     uid, gid, directory = os.getuid(), os.getgid(), str(settings.cache_dir)
-    return [SiteSpec(site, its_roots, directory, uid, gid) for site, its_roots in roots.items()]
+    return [
+        SiteSpec(site, its_roots, directory, uid, gid, *_limit(settings, site))
+        for site, its_roots in roots.items()
+    ]
+
+
+def _limit(settings: Settings, site: AnySite) -> Rates:
+    """Return the lowest limits of the site's namespaces: they share its link."""
+    limits = [one.bandwidth_limit for one in settings.namespaces.values() if one.site == site]
+    down = min((one.down for one in limits if one.down), default=0)
+    return Rates(down, min((one.up for one in limits if one.up), default=0))
 
 
 def _origin(site: AnySite, root: AnyRoot) -> str:

@@ -22,14 +22,16 @@ from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint, server as control_server
 from hpcfs.daemon.assembly import Mount, assemble
 from hpcfs.daemon.cache_commands import CacheCommands
+from hpcfs.daemon.logins import Logins
 from hpcfs.daemon.questions import Questions
+from hpcfs.daemon.services import Services
 from hpcfs.daemon.status import StatusReporter
 from hpcfs.daemon.write_commands import WriteCommands
 from hpcfs.kernel import operations as kernel
-from hpcfs.model.errors import CacheFull, RemoteError, SetupError
+from hpcfs.model.errors import RemoteError, SetupError
 from hpcfs.site.client import Ask
 from hpcfs.site.namespace import Namespace
-from hpcfs.system import dumps, logs, mountinfo, signals
+from hpcfs.system import dumps, limits, logs, mountinfo, signals
 from hpcfs.writeback.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -63,6 +65,7 @@ def serve(
     it do so once it is mounted. Raises MountFailed before `on_ready` was called.
     """
     dumps.forbid()
+    limits.raise_open_files()
     try:
         logs.set_up(settings.log_file, settings.log_level, "mount", to_stderr=foreground)
     except SetupError as refused:
@@ -105,6 +108,7 @@ class _Daemon:
         self._mount: Mount
         self._cache: CacheCommands
         self._writes: WriteCommands
+        self._logins: Logins
         self._status: StatusReporter
 
     # --- from start to end ----------------------------------------------------------------------
@@ -114,21 +118,27 @@ class _Daemon:
         settings = self._settings
         async with AsyncExitStack() as stack:
             store, journal = self._open_cache(stack)
-            services = await stack.enter_async_context(trio.open_nursery())
-            stack.callback(services.cancel_scope.cancel)
+            nursery = await stack.enter_async_context(trio.open_nursery())
+            stack.callback(nursery.cancel_scope.cancel)
+            services = Services(nursery, store.troubles)
             mount = assemble(settings, store, journal, self._questions.ask, services)
             self._mount, closer = mount, mount.fs.closer
             self._cache = CacheCommands(settings, store, mount.fs, mount.origins)
             self._writes = WriteCommands(settings, mount.pending)
+            self._logins = Logins(settings, mount)
             self._status = StatusReporter(settings, mount, self._writes.summary)
             await services.start(
-                control_server.serve, settings.socket, self._status.live_status, self._answer
+                control_server.serve,
+                settings.socket,
+                self._status.live_status,
+                self._answer,
+                self._logins.answer,
             )
             await self._resume()
-            services.start_soon(store.evict_forever)
-            services.start_soon(closer.queue.run)
-            services.start_soon(self._save_forever)
-            services.start_soon(self._remove_strays)
+            services.keep_running("keeping the cache small", store.evict_forever)
+            services.keep_running("the queue of uploads", closer.queue.run)
+            services.keep_running("saving the cache's index", self._save_forever)
+            services.keep_running("removing old cache files", store.remove_strays_forever)
             await self._serve_kernel()
             log.info("unmounted; finishing what is open")
             await mount.fs.files.close_all()
@@ -176,12 +186,15 @@ class _Daemon:
             ) from None
         try:
             async with trio.open_nursery() as nursery:
+                services = Services(nursery, self._mount.store.troubles)
                 if self._owner is None:
-                    nursery.start_soon(self._stop_on_signal)
+                    services.keep_running("waiting for signals", self._stop_on_signal)
                 else:
-                    nursery.start_soon(self._stop_with, self._owner)
+                    services.keep_running("waiting for the end", self._stop_with, self._owner)
                 nursery.start_soon(self._get_ready)
-                nursery.start_soon(self._end_when_unmounted, place, nursery.cancel_scope)
+                services.keep_running(
+                    "looking at the mount", self._end_when_unmounted, place, nursery.cancel_scope
+                )
                 await kernel.serve(MAX_KERNEL_REQUESTS)
                 nursery.cancel_scope.cancel()
         finally:
@@ -211,8 +224,10 @@ class _Daemon:
         await self._stop()
 
     async def _stop(self) -> None:
-        await self._mount.fs.closer.flush_all()
-        kernel.stop()
+        try:
+            await self._mount.fs.closer.flush_all()
+        finally:
+            kernel.stop()
 
     async def _get_ready(self) -> None:
         """The first logins, all sites at once; a site out of reach stops nobody."""
@@ -234,25 +249,11 @@ class _Daemon:
     # --- services ---------------------------------------------------------------------------------
 
     async def _save_forever(self) -> None:
-        failing = False
         while True:
             await trio.sleep(SAVE_SECONDS)
-            try:
-                await self._mount.fs.closer.note_dirty()
-                await self._mount.journal.sync()
-                await self._mount.store.save()
-            except (OSError, sqlite3.Error, CacheFull) as error:
-                if not failing:
-                    log.error("the cache's index can't be saved: %s", error)  # noqa: TRY400
-                failing = True
-            else:
-                failing = False
-
-    async def _remove_strays(self) -> None:
-        try:
-            await self._mount.store.remove_strays_forever()
-        except OSError as error:
-            log.warning("old cache files could not be removed: %s", error)
+            await self._mount.fs.closer.note_dirty()
+            await self._mount.journal.sync()
+            await self._mount.store.save()
 
     async def _answer(
         self, request: control.ControlRequest, tell: control_server.ReportProgress

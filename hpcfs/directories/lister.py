@@ -26,6 +26,7 @@ from hpcfs.model.entries import Entry
 from hpcfs.model.errors import FilesystemError, RemoteError, TimedOut
 from hpcfs.prefetch.file_prefetcher import FilePrefetcher
 from hpcfs.site.namespace import Namespace
+from hpcfs.site.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class DirectoryLister:
         file_prefetcher: FilePrefetcher,
         spool_directory: str,
         spool: Callable[[int], bool],
-        nursery: trio.Nursery,
+        nursery: Tasks,
     ) -> None:
         self._tree = tree
         self._spool_directory = spool_directory

@@ -21,6 +21,7 @@ from hpcfs.model import paths
 from hpcfs.model.entries import Entry
 from hpcfs.model.errors import FilesystemError, RemoteError
 from hpcfs.site.namespace import Namespace
+from hpcfs.site.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class ListingPrefetcher:
         number: Callable[[bytes], int],
         now: Callable[[], float],
         on_next: OnNext,
-        nursery: trio.Nursery,
+        nursery: Tasks,
     ) -> None:
         self._on_next = on_next
         self._new_listing = new_listing

@@ -198,6 +198,7 @@ class Files:
         path = paths.join(parent.path, name)
         asked = self._tree.now()
         handle = NO_HANDLE
+        await self._store.make_descriptor()
         if namespace.writes_back:
             await namespace.check_takes_writes()
             await self._queue.make_room(None, 0)

@@ -47,6 +47,7 @@ from hpcfs.model.usage import DiskUsage
 from hpcfs.prefetch.file_prefetcher import FilePrefetcher
 from hpcfs.protocol import messages as m
 from hpcfs.site.namespace import Namespace
+from hpcfs.site.tasks import Tasks
 from hpcfs.writeback.close import Closer
 from hpcfs.writeback.queue import DEFAULT_LIMIT
 from hpcfs.writeback.uploader import Uploader
@@ -95,7 +96,7 @@ class Filesystem:
         namespaces: Iterable[Namespace],
         store: Store,
         uploader: Uploader,
-        nursery: trio.Nursery,
+        nursery: Tasks,
         options: MountOptions | None = None,
     ) -> None:
         options = options or MountOptions()

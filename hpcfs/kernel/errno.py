@@ -19,6 +19,7 @@ ERRNO: dict[type[Exception], int] = {
     errors.NoAttribute: errno.ENODATA,
     errors.AttributesFull: errno.ENOSPC,
     errors.BadHandle: errno.EBADF,
+    errors.TooManyOpen: errno.EMFILE,
     errors.RemoteError: errno.EIO,
     errors.NotFound: errno.ENOENT,
     errors.AlreadyExists: errno.EEXIST,
@@ -52,6 +53,21 @@ ERRNO: dict[type[Exception], int] = {
     errors.CacheFileGone: errno.EIO,
     errors.RemoteFailure: errno.EIO,
 }
+
+
+_SHORTAGES = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
+)
+"""What the machine, or its disk with the cache, may lack at any moment."""
+
+
+def shortage(error: Exception) -> int | None:
+    """Return the errno for an error that the daemon's own machine is to blame for, else None."""
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    if isinstance(error, OSError) and error.errno in _SHORTAGES:
+        return error.errno
+    return None
 
 
 def errno_of(error: Exception) -> int | None:

@@ -19,7 +19,7 @@ import pyfuse3
 from hpcfs.filesystem.filesystem import Filesystem
 from hpcfs.filesystem.lookup import OPEN_FRESH_SECONDS
 from hpcfs.inodes.tree import ATTRIBUTE_SECONDS, Node
-from hpcfs.kernel.errno import errno_of
+from hpcfs.kernel.errno import errno_of, shortage
 from hpcfs.model.entries import Attributes
 from hpcfs.model.errors import InvalidRequest, NotFound, RemoteError
 
@@ -46,7 +46,10 @@ def _answering(
             raise
         except Exception as error:
             number = errno_of(error)
-            if number is None:
+            if number is None and (number := shortage(error)) is not None:
+                if _is_new(sentence := f"{handler.__name__}: {error or 'no memory is left'}"):
+                    log.warning("%s", sentence)
+            elif number is None:
                 log.exception("%s failed in an unexpected way", handler.__name__)
                 number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
             elif isinstance(error, RemoteError) and _deserves_line(number, error):
@@ -63,9 +66,14 @@ _logged: dict[str, float] = {}
 
 def _deserves_line(number: int, error: RemoteError) -> bool:
     """Programs that poll a dead namespace must not fill the log with one sentence."""
-    now, message = time.monotonic(), error.message
     if number in _EVERYDAY or (number in _PLAIN and not error.is_told):
         return False
+    return _is_new(error.message)
+
+
+def _is_new(message: str) -> bool:
+    """Whether the message was not logged a short while ago; it counts as logged then."""
+    now = time.monotonic()
     if now - _logged.get(message, -_REPEAT_SECONDS) < _REPEAT_SECONDS:
         return False
     if len(_logged) >= _MESSAGES_KNOWN:

@@ -10,6 +10,7 @@
             NoAttribute
             AttributesFull
             BadHandle
+            TooManyOpen
         RemoteError
             NotFound
             AlreadyExists
@@ -104,6 +105,10 @@ class AttributesFull(FilesystemError):
 
 class BadHandle(FilesystemError):
     """Raised for a read or write on a file that was not opened for it."""
+
+
+class TooManyOpen(FilesystemError):
+    """Raised when the daemon may not have more cache files open at once."""
 
 
 # --- what a remote, or the way to it, refuses -----------------------------------------------------

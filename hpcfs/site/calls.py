@@ -33,6 +33,7 @@ from hpcfs.model.errors import (
 from hpcfs.protocol import messages as m
 from hpcfs.site.client import CALL_TIMEOUT, SiteClient
 from hpcfs.site.patience import Patience, Reachability
+from hpcfs.site.tasks import Tasks
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -42,6 +43,8 @@ LOOK_SECONDS = 10.0
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 1.0
 """Between the attempts of one call to a namespace that answers others, in seconds."""
+STOPPED_SECONDS = 2.0
+"""A clock that runs so late shows that this process was stopped: then nobody was listening."""
 MOST_PAGES_AGAIN = 20
 """A listing that breaks off later is an error. A page has 1,000 entries (model/entries.py)."""
 _entries = msgspec.msgpack.Decoder(list[Entry])
@@ -65,7 +68,7 @@ class PatientCalls:
         site: SiteClient,
         namespace: str,
         patience: Patience,
-        nursery: trio.Nursery,
+        nursery: Tasks,
         *,
         waits_itself: bool = False,
     ) -> None:
@@ -245,8 +248,10 @@ class PatientCalls:
         """End the calls that wait when the patience ends. No task for each call: most end soon."""
         try:
             while self._scopes:
-                await trio.sleep_until(self._patience.deadline)
-                if self._site.asked_within(self._patience.seconds):
+                deadline = self._patience.deadline
+                await trio.sleep_until(deadline)
+                was_stopped = trio.current_time() - deadline > STOPPED_SECONDS
+                if was_stopped or self._site.asked_within(self._patience.seconds):
                     self._patience.heard()
                 elif self._scopes and self._patience.has_ended():
                     for scope in self._scopes:

@@ -37,7 +37,7 @@ from hpcfs.protocol import messages as m
 from hpcfs.remotes import life
 from hpcfs.remotes.base import MAX_FILE_BYTES, Remote, ReportProgress, Site, no_report
 from hpcfs.remotes.open import open_site
-from hpcfs.system import dumps, logs, signals
+from hpcfs.system import dumps, limits, logs, signals
 from hpcfs.worker.cache_io import Borrower, CacheDisk, CacheSource
 
 log = logging.getLogger(__name__)
@@ -160,8 +160,11 @@ class Worker:
     async def _reply(self, call: m.Call) -> m.Reply:
         if isinstance(call.request, m.GetTraffic):
             return m.Reply(call.id, m.pack(self._site.traffic()))
-        if isinstance(call.request, m.Connect) and call.request.now:
-            self._site.try_now()
+        if isinstance(call.request, m.Connect):
+            if call.request.renew:
+                await self._site.renew()
+            elif call.request.now:
+                self._site.try_now()
         remote = self._site.remote(call.namespace)
         progress = CallProgress(self._connection, call.id)
         with life.reported_to(progress.renew):
@@ -358,6 +361,7 @@ def keep_freed_memory() -> None:
 def main() -> None:
     """Run the worker process on the two sockets whose numbers are its arguments."""
     dumps.forbid()
+    limits.raise_open_files()
     signals.outlive_job()  # a shutdown sends SIGTERM to all, while the daemon has yet to upload
     keep_freed_memory()
     messages, files = (socket.socket(fileno=int(number)) for number in sys.argv[1:])

@@ -41,7 +41,7 @@ class Acknowledged:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._names: dict[str, str] = {}
+        self.links: dict[str, str] = {}
         """The links' names by the names of the cache files."""
         self._is_possible = True
         """False once the file system refused a hard link."""
@@ -51,23 +51,18 @@ class Acknowledged:
         """Read what an earlier mount left in this directory, which is made if needed. Raises
         OSError."""
         directory.mkdir(mode=0o700, exist_ok=True)
-        links = cls(directory)
+        made = cls(directory)
         for found in os.listdir(directory):
-            links._names[found.removesuffix(_OPEN)] = found
-        return links
-
-    @property
-    def names(self) -> set[str]:
-        """The names of all cache files that have a link."""
-        return set(self._names)
+            made.links[found.removesuffix(_OPEN)] = found
+        return made
 
     def is_closed(self, name: str) -> bool:
         """Return whether the file has a link, and was not being written to again."""
-        return self._names.get(name) == name
+        return self.links.get(name) == name
 
     def path(self, name: str) -> Path:
         """Return the path of a link that exists."""
-        return self._directory / self._names[name]
+        return self._directory / self.links[name]
 
     def add(self, row: Unconfirmed) -> None:
         """Note that the journal has everything of a file. A file system without hard links, or
@@ -75,11 +70,11 @@ class Acknowledged:
         if not self._is_possible:
             return
         try:
-            if row.name not in self._names:
+            if row.name not in self.links:
                 self._link(row.data, self._directory / row.name)
-            elif self._names[row.name] != row.name:
+            elif self.links[row.name] != row.name:
                 self.path(row.name).rename(self._directory / row.name)
-            self._names[row.name] = row.name
+            self.links[row.name] = row.name
         except OSError as error:
             self._is_possible = error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV)
             log.warning("%s: no second name for what is pending: %s", row.data, error)
@@ -112,10 +107,9 @@ class Acknowledged:
         """Note that the file is about to be written to again. Raises OSError."""
         if self.is_closed(name):
             self.path(name).rename(self._directory / (name + _OPEN))
-            self._names[name] = name + _OPEN
+            self.links[name] = name + _OPEN
 
     def remove(self, name: str) -> None:
-        """Remove the link, if there is one. Raises OSError."""
-        if name in self._names:
-            self.path(name).unlink(missing_ok=True)
-            del self._names[name]
+        """Remove a link that exists. Raises OSError."""
+        self.path(name).unlink(missing_ok=True)
+        del self.links[name]

@@ -22,6 +22,7 @@ from hpcfs.content.state import Durability
 from hpcfs.inodes.tree import Node, Tree
 from hpcfs.model.entries import Entry
 from hpcfs.model.errors import CacheFull, Changed, Conflict, RemoteError, Stale
+from hpcfs.site.tasks import Tasks
 from hpcfs.writeback import conflict
 from hpcfs.writeback.queue import DEFAULT_LIMIT, UploadQueue
 from hpcfs.writeback.uploader import Uploader
@@ -44,7 +45,7 @@ class Closer:
         tree: Tree,
         store: Store,
         uploader: Uploader,
-        nursery: trio.Nursery,
+        nursery: Tasks,
         limit: int = DEFAULT_LIMIT,
     ) -> None:
         self._tree = tree

@@ -16,6 +16,7 @@ from hpcfs.inodes.tree import Node
 from hpcfs.model.entries import Attributes
 from hpcfs.model.errors import RemoteError
 from hpcfs.protocol import messages as m
+from hpcfs.site.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class DirectoryTimes:
     `has_pending` says whether something in this directory still waits to be uploaded.
     """
 
-    def __init__(self, has_pending: Callable[[Node], bool], nursery: trio.Nursery) -> None:
+    def __init__(self, has_pending: Callable[[Node], bool], nursery: Tasks) -> None:
         self._has_pending = has_pending
         self._nursery = nursery
         self._wanted: dict[Node, Attributes] = {}

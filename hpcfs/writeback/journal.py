@@ -26,22 +26,23 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import msgspec
 import trio
 
 from hpcfs.cache import database
-from hpcfs.content.record import Unconfirmed
+from hpcfs.content.record import Unconfirmed, pack
 from hpcfs.model import paths
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import Entry
 from hpcfs.model.troubles import Troubles
 from hpcfs.writeback.acknowledged import Acknowledged, Identity
-from hpcfs.writeback.journal_file import Contents, JournalFile
+from hpcfs.writeback.journal_file import Contents, open_database
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _COPY_BYTES = 1024 * 1024
@@ -59,10 +60,10 @@ class Journal:
     """
 
     def __init__(
-        self, directory: Path, file: JournalFile, links: Acknowledged, troubles: Troubles
+        self, directory: Path, db: sqlite3.Connection, links: Acknowledged, troubles: Troubles
     ) -> None:
         self._directory = directory
-        self._file = file
+        self._db = db
         self._links = links
         self._troubles = troubles
         self._limiter = trio.CapacityLimiter(1)
@@ -78,12 +79,12 @@ class Journal:
         """
         (directory / "kept").mkdir(mode=0o700, exist_ok=True)
         links = Acknowledged.open(directory / "pending")
-        file, contents = JournalFile.open(directory / "journal.db")
+        db, contents = open_database(directory / "journal.db")
         try:
-            journal = cls(directory, file, links, troubles or Troubles())
+            journal = cls(directory, db, links, troubles or Troubles())
             journal._load(contents)
         except BaseException:
-            file.close()
+            db.close()
             raise
         return journal
 
@@ -95,15 +96,17 @@ class Journal:
                 f"the journal was damaged: {len(contents.rows)} of its rows could be read, and it"
                 f" was put aside as {contents.aside}"
             )
+            for row in contents.rows.values():
+                self._insert(row, durable=True)
         for name, row in contents.rows.items():
             if self._find_data(row):
                 self._rows[name] = self._mended(row)
             else:
                 self._troubles.tell(f"the bytes of {_shown(row)} are gone: {row.data}")
-                self._file.delete(name)
+                self._delete_unsynced(name)
         for name, decoded in contents.damaged.items():
             self._keep_damaged(name, decoded)
-        for name in self._links.names - self._rows.keys():
+        for name in self._links.links.keys() - self._rows.keys():
             self._keep_lost(name)
         for row in list(self._rows.values()):
             self._check_link(row, is_certain=contents.aside is None)
@@ -112,7 +115,7 @@ class Journal:
     def _find_data(self, row: Unconfirmed) -> bool:
         """Whether the row's bytes are there, perhaps under their second name only."""
         data = Path(self._mended(row).data)
-        if not data.exists() and row.name in self._links.names:
+        if not data.exists() and row.name in self._links.links:
             data.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             data.hardlink_to(self._links.path(row.name))
         return data.exists()
@@ -127,18 +130,19 @@ class Journal:
         """Keep a file whose row is older than its link. Where the database was damaged (not
         `is_certain`), a row without a link may stand for what was uploaded since."""
         if row.is_stranded:
-            self._links.remove(row.name)
+            if row.name in self._links.links:
+                self._links.remove(row.name)
             return
         is_old = self._links.is_closed(row.name) and row.writing
-        is_old = is_old or not (is_certain or row.writing or row.name in self._links.names)
+        is_old = is_old or not (is_certain or row.writing or row.name in self._links.links)
         if is_old:
             self._keep(msgspec.structs.replace(row, reason=_REVERTED))
 
     def _keep_damaged(self, name: str, row: Unconfirmed | None) -> None:
         """Keep the bytes of a row whose checksum is wrong, if there are any. The row says at most
         which file it is."""
-        self._file.delete(name)
-        if name in self._links.names:
+        self._delete_unsynced(name)
+        if name in self._links.links:
             return  # told when the links are looked at
         place = self._directory / "data" / name[:2] / name
         kept = self._directory / "kept" / name
@@ -182,12 +186,20 @@ class Journal:
     # --- changing ---------------------------------------------------------------------------------
 
     async def note(
-        self, row: Unconfirmed, *, durable: bool = False, instead_of: str | None = None
+        self,
+        row: Unconfirmed,
+        *,
+        durable: bool = False,
+        closed: bool = False,
+        instead_of: str | None = None,
     ) -> None:
         """The file is dirty; called again when more is known. `durable`: it survives a loss of
-        power. `instead_of` is a row that this one replaces in the same step."""
+        power. `closed`: so it does, and a program will be told that. `instead_of` is a row that
+        this one replaces in the same step."""
         row = msgspec.structs.replace(row, since=row.since or self._since(row.name))
-        if durable:
+        if closed:
+            await self._run(self._note_closed, row, instead_of)
+        elif durable:
             await self._run(self._note_durably, row, instead_of)
         else:
             await self._run_quick(self._write, row, instead_of)
@@ -222,7 +234,7 @@ class Journal:
 
     async def close(self) -> None:
         """Close the database."""
-        await self._run(self._file.close)
+        await self._run(self._db.close)
 
     async def _run(self, work: Callable[..., T], *args: object) -> T:
         return await trio.to_thread.run_sync(work, *args, limiter=self._limiter)
@@ -241,48 +253,77 @@ class Journal:
 
     def _sync(self) -> None:
         self._has_unsynced = False
-        self._change(lambda file: file.sync())
+        self._change(self._count_sync)
 
-    def _change(self, change: Callable[[JournalFile], None]) -> None:
+    def _change(self, change: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Change the database; if that turns out to be damaged, a new one gets all rows first."""
         try:
-            change(self._file)
+            change(*args, **kwargs)
         except sqlite3.Error as error:
             if not database.is_damage(error) or database.is_misuse(error):
                 raise
             self._write_anew(str(error))
-            change(self._file)
+            change(*args, **kwargs)
+
+    def _insert(self, row: Unconfirmed, instead_of: str | None = None, *, durable: bool) -> None:
+        # In WAL mode FULL syncs at each commit, OFF never (sqlite.org/pragma.html).
+        self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            if instead_of is not None:
+                self._delete(instead_of)
+            self._db.execute(
+                "INSERT OR REPLACE INTO unconfirmed VALUES (?, ?)", (row.name, pack(row))
+            )
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    def _delete(self, name: str) -> None:
+        self._db.execute("DELETE FROM unconfirmed WHERE name = ?", (name,))
+
+    def _delete_unsynced(self, name: str) -> None:
+        self._db.execute("PRAGMA synchronous = OFF")
+        self._delete(name)
+
+    def _count_sync(self) -> None:
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("UPDATE synced SET times = times + 1")
 
     def _write_anew(self, reason: str) -> None:
         path = self._directory / "journal.db"
-        self._file.close()
+        self._db.close()
         aside = database.put_aside(path)
-        self._file, _ = JournalFile.open(path)
+        self._db, _ = open_database(path)
         for row in self._rows.values():
-            self._file.write(row, durable=True)
+            self._insert(row, durable=True)
         self._troubles.tell(f"the journal was damaged ({reason}): it was written anew, see {aside}")
+
+    def _note_closed(self, row: Unconfirmed, instead_of: str | None) -> None:
+        known = self._rows.get(row.name)
+        if row.name not in self._links.links or known is None or known.path != row.path:
+            self._links.identify(row)
+        self._note_durably(row, instead_of)
+        self._links.add(row)
 
     def _write(
         self, row: Unconfirmed, instead_of: str | None = None, *, durable: bool = False
     ) -> None:
-        is_closed = durable and not row.writing and not row.is_stranded
-        known = self._rows.get(row.name)
-        if row.writing:
+        if row.writing and row.name in self._links.links:
             self._links.reopen(row.name)
-        elif is_closed and (known is None or known.path != row.path or known.writing):
-            self._links.identify(row)
-        if instead_of is not None:
+        if instead_of in self._links.links:
             self._links.remove(instead_of)
-        self._change(lambda file: file.write(row, instead_of, durable=durable))
-        if is_closed:
-            self._links.add(row)
+        self._change(self._insert, row, instead_of, durable=durable)
         if instead_of is not None:
             self._rows.pop(instead_of, None)
         self._rows[row.name] = row
 
     def _forget(self, name: str) -> None:
-        self._links.remove(name)
-        self._change(lambda file: file.delete(name))
+        if name in self._links.links:
+            self._links.remove(name)
+        self._change(self._delete_unsynced, name)
         self._has_unsynced = True
         self._rows.pop(name, None)
 
@@ -298,7 +339,8 @@ class Journal:
             Path(row.data).unlink()
         else:
             self._write(stranded, durable=True)
-        self._links.remove(row.name)
+        if row.name in self._links.links:
+            self._links.remove(row.name)
         return stranded
 
     def _take_back(self, row: Unconfirmed, data: str) -> Unconfirmed:

@@ -1,9 +1,8 @@
 """The journal's database: its format, and what can be read of one that is damaged.
 
-`journal.db` is SQLite in WAL mode, with one table. A row is 8 bytes, the xxh3_64 of what follows
-(little-endian), and the `Unconfirmed` as MessagePack. Format 1 had no checksums; its rows get them
-when it is taken up. `user_version` is the format, and `application_id` repeats it, so that a
-flipped bit is not taken for a newer hpcfs.
+`journal.db` is SQLite in WAL mode, with one table of packed rows (content/record.py). Format 1 had
+no checksums; its rows get them when it is taken up. `user_version` is the format, and
+`application_id` repeats it, so that a flipped bit is not taken for a newer hpcfs.
 
 A database that SQLite can't read, or that fails its integrity check, is put aside, and the rows
 that still can be read move to a new one.
@@ -18,10 +17,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
-import xxhash
-
 from hpcfs.cache import database
+from hpcfs.content import record
 from hpcfs.content.record import Unconfirmed
 
 log = logging.getLogger(__name__)
@@ -37,7 +34,6 @@ CREATE TABLE synced (times INTEGER NOT NULL);
 INSERT INTO synced VALUES (0);
 """
 _STAMP = "PRAGMA user_version = {0}; PRAGMA application_id = {1};"
-_SUM_BYTES = 8
 
 
 class NewerFormat(sqlite3.DatabaseError):
@@ -55,103 +51,49 @@ class Contents:
 
     def add(self, name: str, packed: bytes) -> None:
         """Sort a row of the table into one of the two."""
-        row = _decoded(packed[_SUM_BYTES:]) if isinstance(packed, bytes) else None
-        is_sound = row is not None and packed[:_SUM_BYTES] == _sum(packed[_SUM_BYTES:])
+        row, is_sound = record.unpack(packed) if isinstance(packed, bytes) else (None, False)
         if row is not None and is_sound and row.name == name:
             self.rows[name] = row
         elif isinstance(name, str):
             self.damaged[name] = row
 
 
-class JournalFile:
-    """The rows of one `journal.db`. Not thread-safe: one call at a time."""
+def open_database(path: Path) -> tuple[sqlite3.Connection, Contents]:
+    """Open a journal, make one where there is none, put a damaged one aside: then the rows are yet
+    to be written to the new one.
 
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    @classmethod
-    def open(cls, path: Path) -> tuple[JournalFile, Contents]:
-        """Open the database, make one where there is none, put a damaged one aside. Raises
-        NewerFormat, and sqlite3.Error or OSError where the disk fails."""
-        try:
-            return cls._open(path)
-        except sqlite3.Error as error:
-            if isinstance(error, NewerFormat) or not database.is_damage(error):
-                raise
-            log.warning("the journal %s is damaged: %s", path, error)
-        contents = _salvage(path)
-        contents.aside = database.put_aside(path)
-        made, _ = cls._open(path)
-        for row in contents.rows.values():
-            made.write(row, durable=True)
-        return made, contents
-
-    @classmethod
-    def _open(cls, path: Path) -> tuple[JournalFile, Contents]:
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-            _prepare(db)
-            _check(db)
-            contents = Contents()
-            for name, packed in db.execute("SELECT name, row FROM unconfirmed"):
-                contents.add(name, packed)
-        except BaseException:
-            db.close()
-            raise
-        return cls(db), contents
-
-    def close(self) -> None:
-        """Close the database."""
-        self._db.close()
-
-    def write(
-        self, row: Unconfirmed, instead_of: str | None = None, *, durable: bool = False
-    ) -> None:
-        """Write a row, and delete the one named `instead_of` in the same step. Raises
-        sqlite3.Error."""
-        # In WAL mode FULL syncs at each commit, OFF never (sqlite.org/pragma.html).
-        self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
-        with _transaction(self._db):
-            if instead_of is not None:
-                self._delete(instead_of)
-            self._db.execute(
-                "INSERT OR REPLACE INTO unconfirmed VALUES (?, ?)", (row.name, _packed(row))
-            )
-
-    def delete(self, name: str) -> None:
-        """Delete a row. Raises sqlite3.Error."""
-        self._db.execute("PRAGMA synchronous = OFF")
-        self._delete(name)
-
-    def _delete(self, name: str) -> None:
-        self._db.execute("DELETE FROM unconfirmed WHERE name = ?", (name,))
-
-    def sync(self) -> None:
-        """Make all changes survive a loss of power. Raises sqlite3.Error."""
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._db.execute("UPDATE synced SET times = times + 1")
-
-
-def _packed(row: Unconfirmed) -> bytes:
-    payload = msgspec.msgpack.encode(row)
-    return _sum(payload) + payload
-
-
-def _sum(payload: bytes) -> bytes:
-    return xxhash.xxh3_64_intdigest(payload).to_bytes(_SUM_BYTES, "little")
-
-
-def _decoded(payload: bytes) -> Unconfirmed | None:
+    Raises NewerFormat, and sqlite3.Error or OSError where the disk fails.
+    """
     try:
-        return msgspec.msgpack.decode(payload, type=Unconfirmed)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        log.info("a row of the journal can't be decoded: %s", error)
-        return None
+        return _open(path)
+    except sqlite3.Error as error:
+        if isinstance(error, NewerFormat) or not database.is_damage(error):
+            raise
+        log.warning("the journal %s is damaged: %s", path, error)
+    contents = _salvage(path)
+    contents.aside = database.put_aside(path)
+    db, _ = _open(path)
+    return db, contents
+
+
+def _open(path: Path) -> tuple[sqlite3.Connection, Contents]:
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        _prepare(db)
+        _check(db)
+        contents = Contents()
+        for name, packed in db.execute("SELECT name, row FROM unconfirmed"):
+            contents.add(name, packed)
+    except BaseException:
+        db.close()
+        raise
+    return db, contents
 
 
 @contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """Run the block in a transaction: COMMIT at its end, ROLLBACK where it raises."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -188,13 +130,13 @@ def _check(db: sqlite3.Connection) -> None:
 
 
 def _take_up_format_1(db: sqlite3.Connection, stamp: str) -> None:
-    """Give checksums to its rows; one that can't be decoded gets none that is right."""
-    with _transaction(db):
+    """Give checksums to its rows; one that can't be decoded stays as it is, and so gets none."""
+    with transaction(db):
         found = db.execute("SELECT name, row FROM unconfirmed").fetchall()
         packed = [
-            ((_sum(row) if _decoded(row) else bytes(_SUM_BYTES)) + row, name)
+            (record.pack(decoded), name)
             for name, row in found
-            if isinstance(row, bytes)
+            if isinstance(row, bytes) and (decoded := record.decode(row))
         ]
         db.executemany("UPDATE unconfirmed SET row = ? WHERE name = ?", packed)
         for pragma in stamp.split(";"):
@@ -210,7 +152,7 @@ def _salvage(path: Path) -> Contents:
             for order in ("ASC", "DESC"):
                 for name, packed in _readable(db, order):
                     if is_format_1 and isinstance(packed, bytes):
-                        contents.damaged[str(name)] = _decoded(packed)
+                        contents.damaged[str(name)] = record.decode(packed)
                     else:
                         contents.add(name, packed)
         except sqlite3.Error as error:

@@ -30,6 +30,7 @@ from hpcfs.model.errors import (
     Unreachable,
 )
 from hpcfs.site.namespace import Namespace
+from hpcfs.site.tasks import Tasks
 from hpcfs.writeback.directory_times import DirectoryTimes
 from hpcfs.writeback.schedule import Schedule
 from hpcfs.writeback.uploader import Uploader
@@ -103,7 +104,7 @@ class UploadQueue:
         uploader: Uploader,
         flush: Callable[[Content], Awaitable[None]],
         done: Callable[[Content], None],
-        nursery: trio.Nursery,
+        nursery: Tasks,
         limit: int = DEFAULT_LIMIT,
     ) -> None:
         self._uploader = uploader

@@ -62,7 +62,7 @@ class Uploader:
                 await file.sum_written()
             except OSError as error:
                 raise CacheFull(f"the cache's disk can't be read: {error.strerror}") from None
-            await self._note(file, durable=True, instead_of=instead_of)
+            await self._note(file, closed=True, instead_of=instead_of)
 
     async def _note(
         self,
@@ -70,6 +70,7 @@ class Uploader:
         row: Unconfirmed | None = None,
         *,
         durable: bool = False,
+        closed: bool = False,
         instead_of: str | None = None,
     ) -> None:
         """Write a row, except for what nobody will upload: it would come back with the next
@@ -79,7 +80,7 @@ class Uploader:
         removed = file.state.rows_removed
         try:
             row = row or file.unconfirmed()
-            await self.journal.note(row, durable=durable, instead_of=instead_of)
+            await self.journal.note(row, durable=durable, closed=closed, instead_of=instead_of)
         except (sqlite3.Error, OSError) as error:
             raise CacheFull(f"the journal in the cache can't be written: {error}") from None
         if file.state.rows_removed == removed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import signal
 import subprocess
 import threading
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Linked
-from tests.support.mounts import Mount, RealHome, errno_of, mounted
+from tests.support.mounts import Mount, RealHome, errno_of, mounted, until
 
 Starts = Callable[[str], Linked]
 CLEAR = (errno.EHOSTUNREACH, errno.ETIMEDOUT)
@@ -139,6 +140,33 @@ def test_programs_outlast_a_cut(
             else:
                 found = {name: far.served.inside.read(f"{folder}/{name}") for name in files}
                 assert found == files
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_suspended_machine_goes_on(
+    kind: str, linked: Starts, real_home: RealHome, tmp_path: Path
+) -> None:
+    """All of a mount's processes are stopped for longer than the patience; the server has ended the
+    connections meanwhile."""
+    far = linked(kind)
+    data = random.Random(5).randbytes(LARGE)
+    far.served.inside.write("file", data)
+    with mounted(real_home, {"ns": far.served}, "--patience", "5", expected=(".",)) as mount:
+        pids = [mount.status.pid, *mount.transfer_processes()]
+        far.link.fail_after(LARGE // 3, "frozen")
+        with subprocess.Popen(["cp", str(mount.path / "ns" / "file"), str(tmp_path)]) as copying:
+            until(lambda: far.link.is_down)
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            try:
+                far.link.cut()
+                time.sleep(8)  # the time itself is what is tested
+            finally:
+                far.link.mend()
+                for pid in pids:
+                    os.kill(pid, signal.SIGCONT)
+            assert copying.wait(60) == 0
+        assert (tmp_path / "file").read_bytes() == data
 
 
 def _calls(mount: Mount) -> dict[str, Callable[[], object]]:

@@ -130,7 +130,7 @@ def test_what_is_durable_is_synced_before_its_row_is(
         real(fd)
 
     async def story(journal: Journal) -> None:
-        journal._file._db.set_trace_callback(steps.append)
+        journal._db.set_trace_callback(steps.append)
         await journal.note(noted, durable=True)
 
     monkeypatch.setattr(os, "fsync", fsync)
@@ -146,7 +146,7 @@ def test_what_was_confirmed_is_synced_too(home: Path) -> None:
     async def story(journal: Journal) -> None:
         await journal.note(row(home), durable=True)
         await journal.confirm("cafe")
-        journal._file._db.set_trace_callback(steps.append)
+        journal._db.set_trace_callback(steps.append)
         await journal.sync()
         assert "PRAGMA synchronous = FULL" in steps
         steps.clear()

@@ -36,7 +36,8 @@ from hpcfs.model.errors import (
 from hpcfs.model.sites import S3Root, SftpRoot, SiteSpec
 from hpcfs.remotes.sftp.attrs import Owners
 from hpcfs.remotes.sftp.read import MAX_OPEN_HANDLES
-from hpcfs.remotes.sftp.remote import SftpRemote, _root_path
+from hpcfs.remotes.sftp.remote import SftpRemote
+from hpcfs.remotes.sftp.root import full_path
 from hpcfs.remotes.sftp.site import SshSiteConnection
 from tests.remotes.contract import get, listed, put
 from tests.support import evil_sftp
@@ -102,7 +103,7 @@ def on_evil(
     ],
 )  # fmt: skip
 def test_root_paths(path: str, full: bytes) -> None:
-    assert _root_path(path, b"/home/u") == full
+    assert full_path(path, b"/home/u") == full
 
 
 def test_a_missing_root_names_host_and_path(sshd: SshServer) -> None:

@@ -21,6 +21,15 @@ MAX_SECONDS = 2**32 - 1
 DEFAULT_FILE_MODE = stat.S_IFREG | 0o644
 DEFAULT_DIRECTORY_MODE = stat.S_IFDIR | 0o755
 DEFAULT_LINK_MODE = stat.S_IFLNK | 0o777
+_TYPES = {
+    stat.S_IFREG,
+    stat.S_IFDIR,
+    stat.S_IFLNK,
+    stat.S_IFBLK,
+    stat.S_IFCHR,
+    stat.S_IFIFO,
+    stat.S_IFSOCK,
+}
 
 
 @dataclass(slots=True)
@@ -69,16 +78,17 @@ def _swapped(given: int | None, remote: int | None, local: int) -> int:
 
 
 def full_mode(attrs: AnyAttrs, default: int = DEFAULT_FILE_MODE) -> int:
-    """Return st_mode with its type bits; those of `default` where the server leaves them out."""
+    """Return st_mode with its type bits; those of `default` where the server leaves them out, or
+    has bits there that are no type."""
     mode = attrs.permissions
     if mode is None:
         return default
-    return mode if stat.S_IFMT(mode) else mode | stat.S_IFMT(default)
+    return mode if tells_type(attrs) else stat.S_IMODE(mode) | stat.S_IFMT(default)
 
 
 def tells_type(attrs: AnyAttrs) -> bool:
-    """Return whether the mode has type bits."""
-    return attrs.permissions is not None and bool(stat.S_IFMT(attrs.permissions))
+    """Return whether the mode has the bits of a type."""
+    return attrs.permissions is not None and stat.S_IFMT(attrs.permissions) in _TYPES
 
 
 def version_of(attrs: AnyAttrs, path: bytes) -> bytes:

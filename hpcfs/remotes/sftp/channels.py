@@ -102,7 +102,7 @@ async def open_channel(login: SshLogin) -> Requests:
     try:
         await shake_hands(session.requests, login.shown)
     except asyncssh.SFTPConnectionLost as error:
-        if login.ended.is_set():
+        if login.ended.is_set() or session.requests.made_no_sense:
             raise
         raise await session.last_words() from error
     return session.requests

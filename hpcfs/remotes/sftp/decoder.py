@@ -57,6 +57,13 @@ class MessageDecoder:
         self._next_look = LENGTH_BYTES
         self._bytes: DataSink | None = None
         self._bytes_left = 0
+        self.begun = 0
+        """How many messages have begun."""
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a message has begun and not ended."""
+        return bool(self._message or self._bytes_left)
 
     def feed(self, received: bytes | memoryview) -> None:
         """Take the next bytes. Raises Malformed; nothing can be made of what comes after that."""
@@ -67,6 +74,7 @@ class MessageDecoder:
                 until = min(at + self._bytes_left, len(view))
                 self._pass_on(view[at:until])
             else:
+                self.begun += not self._message
                 until = min(at + self._next_look - len(self._message), len(view))
                 self._message += view[at:until]
                 if len(self._message) == self._next_look:

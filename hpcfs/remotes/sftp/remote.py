@@ -62,6 +62,7 @@ from hpcfs.remotes.sftp.explain import (
 )
 from hpcfs.remotes.sftp.long_paths import LongPaths
 from hpcfs.remotes.sftp.path import SftpPath, below, learn_user
+from hpcfs.remotes.sftp.root import find_root
 from hpcfs.remotes.sftp.session import SftpSession, together, traffic_of
 from hpcfs.remotes.sftp.translate import MAX_PATH_BYTES, shown
 from hpcfs.remotes.sftp.uploads import SftpUploads
@@ -174,20 +175,10 @@ class SftpRemote:
             raise explained from error
 
     async def _find_root(self, session: SftpSession) -> bytes:
-        full = _root_path(self._root.path, session.home)
-        place = SftpPath(session, b"", full)
-        try:
-            attrs, real = await together(place.attrs(), _real_path(place))
-            kind = stat.S_IFMT(full_mode(attrs, stat.S_IFDIR))
-        except NotFound:
-            raise WrongSettings(f"the folder {place} does not exist") from None
-        except PermissionDenied:
-            raise WrongSettings(f"the folder {place} may not be entered by that user") from None
-        if kind != stat.S_IFDIR:
-            raise WrongSettings(f"{place} is not a folder")
+        found = await find_root(session, self._root.path)
         if not self._is_virtual:
-            self._roots = (full, real) if real not in (None, full) else (full,)
-        return full
+            self._roots = found.paths
+        return found.full
 
     async def connect(self) -> Capabilities:
         """Log in if need be, and look at the namespace's root."""
@@ -465,25 +456,3 @@ class SftpRemote:
     async def _refuse_link(self, place: SftpPath) -> None:
         if stat.S_ISLNK(full_mode(await place.attrs())):
             raise InvalidRequest(f"{place} is a symbolic link")
-
-
-async def _real_path(place: SftpPath) -> bytes | None:
-    """Return the path without links; None where the server does not tell."""
-    try:
-        with place.asking():
-            names, _ = await place.session.meta.realpath(place.full)
-    except RemoteError as error:
-        log.debug("%s: %s", place, error.message)
-        return None
-    real = names[0].filename if names else None
-    return real if isinstance(real, bytes) and real.startswith(b"/") else None
-
-
-def _root_path(path: str, home: bytes) -> bytes:
-    """ "~", "~/x" and relative paths start at the remote home."""
-    given = path.encode(errors="surrogateescape")
-    if given == b"~" or given.startswith(b"~/"):
-        given = given[2:]
-    if given.startswith(b"/"):
-        return given
-    return below(home, given.rstrip(b"/")) if given else home

@@ -41,6 +41,9 @@ SHOWN_ERRORS = "replace"
 LARGE_BYTES = 16 * 1024
 """A message from this size on is not copied together with others."""
 BEGINNING_BYTES = 300
+MESSAGE_SECONDS = 60.0
+"""The longest that a message may take from its first byte to its last. After a length that was
+wrong, a server's further answers count as the rest of that message, and nobody would get any."""
 
 _HEAD = struct.Struct(">IB")
 _READ = struct.Struct(">QI")
@@ -97,6 +100,7 @@ class Requests(SFTPClientHandler):
         end = cast(Any, carrier)  # of a reader and a writer, what the base class uses of them
         super().__init__(loop, SHOWN_ERRORS, end, end, SFTP_VERSION)
         self._decoder = MessageDecoder(self)
+        self._message_began = 0.0
         self._pieces: dict[int, _Piece] = {}
         self.bytes_asked_for = 0
         """Of files, and not here yet."""
@@ -106,6 +110,8 @@ class Requests(SFTPClientHandler):
         self.beginning = b""
         """The first bytes that came: they may be text of a login script."""
         self.ended = False
+        self.made_no_sense = False
+        """Whether the channel ended because of what the server sent."""
         self.handles = Handles()
         """Those of all channels of a session, once it is one of them."""
 
@@ -256,10 +262,23 @@ class Requests(SFTPClientHandler):
         """Take bytes that came; what makes no sense ends the channel."""
         if not self._first_message.done() and len(self.beginning) < BEGINNING_BYTES:
             self.beginning += bytes(data[:BEGINNING_BYTES])
+        now, begun = self._loop.time(), self._decoder.begun
         try:
             self._decoder.feed(data)
         except (Malformed, PacketDecodeError) as error:
-            self.lost(SFTPBadMessage(str(error)))
+            self._give_up(str(error))
+        if self._decoder.begun != begun:
+            self._message_began = now
+        elif self._decoder.is_inside and now - self._message_began > MESSAGE_SECONDS:
+            self._give_up(f"a message does not end within {MESSAGE_SECONDS:g} s")
+
+    def _give_up(self, reason: str) -> None:
+        """End a channel on which nothing can be made of what comes. Requests that wait are not to
+        blame: they may be made again on another one."""
+        self.made_no_sense = True
+        if not self._first_message.done():
+            self._first_message.set_exception(SFTPBadMessage(reason))
+        self.lost(SFTPConnectionLost(f"it sent what makes no sense: {reason}"))
 
     def message(self, message: bytes) -> None:
         """Take a whole message (the decoder calls this)."""
@@ -270,11 +289,11 @@ class Requests(SFTPClientHandler):
             self._first_message.set_result(packet)
             return
         kind, number = packet.get_byte(), packet.get_uint32()
-        waiter: asyncio.Future[Any] | None = self._requests.pop(number, None)
+        if number not in self._requests:
+            raise Malformed("an answer that nobody waits for")
+        waiter = self._requests.pop(number)
         piece = self._answered(number)
-        if waiter is None:
-            self.lost(SFTPBadMessage("Invalid response id"))
-        elif waiter.done():
+        if waiter.done():
             pass  # given up meanwhile
         elif piece is None:
             waiter.set_result((kind, packet))
@@ -284,9 +303,9 @@ class Requests(SFTPClientHandler):
     def data(self, request: int, length: int) -> DataSink | None:
         """Say where the bytes of a read go (the decoder calls this)."""
         piece = self._answered(request)
-        waiter = self._requests.pop(request, None)
-        if piece is None or waiter is None:
+        if piece is None:
             raise Malformed("bytes that nobody asked for")
+        del self._requests[request]
         if piece.future.done():
             return None
         if length > piece.wanted:
@@ -326,5 +345,8 @@ def _refusal(kind: int, packet: SSHPacket) -> Exception:
     """Why there is nothing."""
     if kind != FXP_STATUS:
         return SFTPBadMessage(f"Unexpected response type: {kind}")
-    error = SFTPError.construct(packet, SHOWN_ERRORS)
+    try:
+        error = SFTPError.construct(packet, SHOWN_ERRORS)
+    except (SFTPBadMessage, PacketDecodeError) as bad:
+        return SFTPBadMessage(str(bad))
     return error or SFTPBadMessage("Unexpected FX_OK response")

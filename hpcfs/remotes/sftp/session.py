@@ -18,6 +18,7 @@ from hpcfs.model.errors import ProtocolError, Unreachable, WrongSettings
 from hpcfs.model.sites import SiteSpec, SshSite
 from hpcfs.model.usage import Traffic
 from hpcfs.remotes.base import Prompter
+from hpcfs.remotes.rate import RateLimit
 from hpcfs.remotes.sftp.attrs import Owners
 from hpcfs.remotes.sftp.channels import of_service, open_channel, open_channels, open_more
 from hpcfs.remotes.sftp.flow import Flow
@@ -82,6 +83,7 @@ class SftpSession:
     login: AnyLogin
     channels: list[Requests]
     home: bytes
+    """The remote user's home directory, an absolute path."""
     owners: Owners
     reading: Flow = field(default_factory=Flow)
     writing: Flow = field(default_factory=lambda: Flow(UPLOAD_BYTES_UNDER_WAY))
@@ -243,21 +245,36 @@ async def begin(
                 f"{login.shown} let us in, and ended the connection before SFTP began"
             ) from error
         raise
-    return SftpSession(login, channels, home, owners, shared_handles=shared_handles)
+    return SftpSession(
+        login,
+        channels,
+        home,
+        owners,
+        Flow(rate=RateLimit(spec.download_limit)),
+        Flow(UPLOAD_BYTES_UNDER_WAY, rate=RateLimit(spec.upload_limit)),
+        shared_handles=shared_handles,
+    )
 
 
 async def _look_around(requests: Requests, login: AnyLogin, spec: SiteSpec) -> tuple[bytes, Owners]:
     """The home directory, and who owns it: that is the remote user."""
     with translated(b"~", login.shown):
-        (names, _), attrs = await together(requests.realpath(b"."), requests.stat(b".", 0))
-        if not names or not isinstance(names[0].filename, bytes):
-            raise ProtocolError(f"{login.shown} does not tell its home directory")
-        home = names[0].filename
+        home, attrs = await together(find_home(requests, login.shown), requests.stat(b".", 0))
     uid, gid = attrs.uid, attrs.gid
     if uid == 0 and login.user != "root":
         # A chroot's top belongs to root by sshd's own rule: it does not tell who we are.
         uid = gid = None
     return home, Owners(spec.uid, spec.gid, uid, gid)
+
+
+async def find_home(requests: Requests, shown: str) -> bytes:
+    """Ask for the home directory. Raises ProtocolError where the answer is no absolute path, and
+    asyncssh's errors."""
+    names, _ = await requests.realpath(b".")
+    home = names[0].filename if names else None
+    if not isinstance(home, bytes) or not home.startswith(b"/") or b"\0" in home:
+        raise ProtocolError(f"{shown} does not tell its home directory")
+    return home
 
 
 async def together(*requests: Coroutine[Any, Any, Any]) -> list[Any]:

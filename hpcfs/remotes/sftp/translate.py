@@ -90,7 +90,8 @@ def translated(path: bytes, site: str) -> Iterator[None]:
 
 def _by_code(error: asyncssh.SFTPError, path: bytes, site: str) -> RemoteError:
     if error.code in (FX_NO_CONNECTION, FX_CONNECTION_LOST):
-        return Unreachable(f"the connection to {site} was lost")
+        why = "" if error.reason == "Connection closed" else f" ({_reason(error)})"
+        return Unreachable(f"the connection to {site} was lost{why}")
     if error.code in (FX_BAD_MESSAGE, FX_INVALID_FILENAME) and is_too_long(path):
         return NameTooLong(f"{shown(path)[:80]}… is too long for {site}")
     if error.code == FX_BAD_MESSAGE:

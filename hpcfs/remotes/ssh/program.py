@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import BinaryIO
 
+from hpcfs.system import limits
 from hpcfs.system.text import one_line
 
 log = logging.getLogger(__name__)
@@ -35,9 +36,11 @@ async def run(
 ) -> Process:
     """Start a program in a process group of its own. Raises OSError where it can't be started."""
     stdin, stdout, stderr = ends
-    return await asyncio.create_subprocess_exec(
+    process = await asyncio.create_subprocess_exec(
         *line, stdin=stdin, stdout=stdout, stderr=stderr, env=environ, start_new_session=True
     )
+    limits.give_back(process.pid)
+    return process
 
 
 async def ask(
