@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,31 +112,27 @@ Calls = dict[str, Callable[[], Awaitable[object]]]
 def _calls(w: World, reader: int, writers: list[int]) -> Calls:
     """Those that wait for the same things, several of each."""
     kernel = w.kernel
-
-    async def make(name: str) -> None:
-        await kernel.write_file(f"ns/{name}", b"new")
-
     calls: Calls = {}
     for n in range(4):
         calls |= {
-            f"read {n}": lambda: kernel.pread(reader, 0, 100),
-            f"read elsewhere {n}": lambda n=n: kernel.pread(reader, (n % 3) * BLOCK_BYTES, 10),
-            f"stat {n}": lambda: kernel.stat("ns/set"),
-            f"stat what is missing {n}": lambda n=n: kernel.stat(f"ns/missing{n}"),
-            f"ls {n}": lambda: kernel.listdir("ns"),
-            f"open {n}": lambda: kernel.read_file("ns/listed"),
-            f"make {n}": lambda n=n: make(f"made{n}"),
-            f"close {n}": lambda n=n: w.fs.files.flush_handle(writers[n]),
-            f"fsync {n}": lambda n=n: kernel.fsync(writers[n]),
-            f"chmod {n}": lambda n=n: kernel.setattr("ns/set", Attributes(mode=0o600 + n)),
-            f"truncate {n}": lambda n=n: kernel.truncate("ns/set", n),
+            f"read {n}": partial(kernel.pread, reader, 0, 100),
+            f"read elsewhere {n}": partial(kernel.pread, reader, (n % 3) * BLOCK_BYTES, 10),
+            f"stat {n}": partial(kernel.stat, "ns/set"),
+            f"stat what is missing {n}": partial(kernel.stat, f"ns/missing{n}"),
+            f"ls {n}": partial(kernel.listdir, "ns"),
+            f"open {n}": partial(kernel.read_file, "ns/listed"),
+            f"make {n}": partial(kernel.write_file, f"ns/made{n}", b"new"),
+            f"close {n}": partial(w.fs.files.flush_handle, writers[n]),
+            f"fsync {n}": partial(kernel.fsync, writers[n]),
+            f"chmod {n}": partial(kernel.setattr, "ns/set", Attributes(mode=0o600 + n)),
+            f"truncate {n}": partial(kernel.truncate, "ns/set", n),
         }
     return calls | {
-        "rename": lambda: kernel.rename("ns/renamed", "ns/replaced"),
-        "rename what is written": lambda: kernel.rename("ns/written", "ns/other"),
-        "remove": lambda: kernel.unlink("ns/removed"),
-        "remove what is written": lambda: kernel.unlink("ns/written"),
-        "mkdir": lambda: kernel.mkdir("ns/directory"),
+        "rename": partial(kernel.rename, "ns/renamed", "ns/replaced"),
+        "rename what is written": partial(kernel.rename, "ns/written", "ns/other"),
+        "remove": partial(kernel.unlink, "ns/removed"),
+        "remove what is written": partial(kernel.unlink, "ns/written"),
+        "mkdir": partial(kernel.mkdir, "ns/directory"),
     }
 
 
