@@ -85,7 +85,7 @@ class NamespaceConfig:
     xattrs: bool = True
     symlinks: SymlinkMode = DEFAULT_SYMLINKS
     patience_set: float | None = None
-    bandwidth_limit: values.Rates = values.UNLIMITED
+    bandwidth_limit: values.BandwidthLimit = values.UNLIMITED
 
     @property
     def patience(self) -> float:

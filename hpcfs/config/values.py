@@ -45,14 +45,14 @@ SymlinkMode = Literal["contain", "follow", "hide"]
 hidden."""
 
 
-class Rates(NamedTuple):
+class BandwidthLimit(NamedTuple):
     """Limits of transfers in bytes per second; 0 is none."""
 
     down: int = 0
     up: int = 0
 
 
-UNLIMITED = Rates()
+UNLIMITED = BandwidthLimit()
 
 
 class BadValue(ValueError):
@@ -156,15 +156,15 @@ def duration(value: object) -> float:
     return length
 
 
-def rates(value: object) -> Rates:
+def rates(value: object) -> BandwidthLimit:
     """Read limits of transfers, in bytes per second: "10 MB" for both directions, or a table such
     as { up = "2 MB", down = "20 MB" }, where what is missing is not limited."""
     if isinstance(value, dict):
         unknown = sorted(set(value) - {"up", "down"})
         if unknown or not value:
             raise BadValue('must be a rate, or a table with "up", "down" or both')
-        return Rates(_rate(value.get("down", 0)), _rate(value.get("up", 0)))
-    return Rates(_rate(value), _rate(value))
+        return BandwidthLimit(_rate(value.get("down", 0)), _rate(value.get("up", 0)))
+    return BandwidthLimit(_rate(value), _rate(value))
 
 
 def _rate(value: object) -> int:

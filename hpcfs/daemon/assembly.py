@@ -10,7 +10,7 @@ import trio
 
 from hpcfs.cache.store import Store
 from hpcfs.config.config import Settings
-from hpcfs.config.values import Rates
+from hpcfs.config.values import BandwidthLimit
 from hpcfs.filesystem.filesystem import Filesystem, MountOptions
 from hpcfs.model.sites import (
     AnyRoot,
@@ -116,11 +116,11 @@ def _site_specs(settings: Settings) -> list[SiteSpec]:
     ]
 
 
-def _limit(settings: Settings, site: AnySite) -> Rates:
+def _limit(settings: Settings, site: AnySite) -> BandwidthLimit:
     """Return the lowest limits of the site's namespaces: they share its link."""
     limits = [one.bandwidth_limit for one in settings.namespaces.values() if one.site == site]
     down = min((one.down for one in limits if one.down), default=0)
-    return Rates(down, min((one.up for one in limits if one.up), default=0))
+    return BandwidthLimit(down, min((one.up for one in limits if one.up), default=0))
 
 
 def _origin(site: AnySite, root: AnyRoot) -> str:
