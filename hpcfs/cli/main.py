@@ -34,6 +34,7 @@ COMMANDS = {
     "run": LazyCommand("hpcfs.cli.run", "run", "Mount for one command."),
     "umount": LazyCommand("hpcfs.cli.umount", "umount", "Unmount, after pending uploads."),
     "status": LazyCommand("hpcfs.cli.status", "status", "Show mounts, and what is not uploaded."),
+    "login": LazyCommand("hpcfs.cli.login", "login", "Log in where a login was refused."),
     "sync": LazyCommand("hpcfs.cli.sync", "sync", "Wait until all is uploaded."),
     "retry": LazyCommand("hpcfs.cli.retry", "retry", "Try again what could not be uploaded."),
     "recover": LazyCommand("hpcfs.cli.recover", "recover", "Copy out what is not uploaded."),

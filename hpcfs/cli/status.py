@@ -108,4 +108,5 @@ def _namespace_lines(namespaces: list[NamespaceStatus]) -> list[str]:
 def _namespace_line(found: NamespaceStatus, width: int) -> str:
     mode = ", read-only" if found.read_only else ", write back" if found.write == "back" else ""
     reason = f": {found.reason}" if found.reason else ""
-    return f"  {found.name:<{width}}  {found.url}  {found.state}{mode}{reason}"
+    state = f"needs login ('hpcfs login {found.name}')" if found.needs_login else found.state
+    return f"  {found.name:<{width}}  {found.url}  {state}{mode}{reason}"

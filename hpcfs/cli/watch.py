@@ -137,7 +137,8 @@ def _namespace_lines(found: list[NamespaceStatus]) -> Iterator[str]:
     for one in found:
         mode = "read-only" if one.read_only else f"write {one.write}"
         reason = f": {one.reason}" if one.reason else ""
-        line = printable(f"  {one.name:<{width}}  {one.state:<10}  {mode:<13}  {one.url}{reason}")
+        state = "needs login" if one.needs_login else one.state
+        line = printable(f"  {one.name:<{width}}  {state:<10}  {mode:<13}  {one.url}{reason}")
         yield click.style(line, fg="red") if one.state == "failed" else line
 
 

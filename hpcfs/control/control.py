@@ -20,6 +20,7 @@ from typing import Literal
 import msgspec
 
 from hpcfs.model.errors import SetupError
+from hpcfs.model.sites import Secret
 from hpcfs.system import ownership
 
 MAX_REQUEST_BYTES = 16 * 1024
@@ -46,7 +47,8 @@ class OutOfTime(SetupError):
 
 class NamespaceStatus(msgspec.Struct, frozen=True):
     """The state of one namespace. `reason` says why it failed, or what is special about its
-    connection. `url` holds no secret. `write` is "through" or "back" mode."""
+    connection. `url` holds no secret. `write` is "through" or "back" mode. With `needs_login`, it
+    failed because the login was refused: `hpcfs login` tries again."""
 
     name: str
     kind: str
@@ -55,6 +57,7 @@ class NamespaceStatus(msgspec.Struct, frozen=True):
     reason: str = ""
     read_only: bool = False
     write: str = "through"
+    needs_login: bool = False
 
 
 class SiteStatus(msgspec.Struct, frozen=True):
@@ -203,6 +206,19 @@ class Outcome(msgspec.Struct, frozen=True):
     damaged_bytes: int = 0
 
 
+class LoginQuestion(msgspec.Struct, frozen=True):
+    """A question of a login, for whoever runs `hpcfs login`. `echo` is false for secrets."""
+
+    text: str
+    echo: bool
+
+
+class LoginAnswer(msgspec.Struct, frozen=True):
+    """The line that answers a question; None where nobody answers it."""
+
+    text: Secret | None
+
+
 WRITE_COMMANDS = ("pending", "sync", "retry", "discard", "recover")
 """Commands about files that are not uploaded (daemon/write_commands.py); the others are about the
 cache."""
@@ -212,24 +228,28 @@ class ControlRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     """One line from the client.
 
     `path` is below the mount point, without slashes at its ends; b"" is the mount itself. `to` is
-    the local directory for "recover". "discard" affects only files that were pending `before` that
-    time. For "sync" a site may be out of reach for `patience` seconds.
+    the local directory for "recover", `name` the namespace for "login". "discard" affects only
+    files that were pending `before` that time. For "sync" a site may be out of reach for `patience`
+    seconds.
     """
 
     command: Literal[
         "status", "wait",
         "cache", "clear", "verify", "warm", "pin", "unpin",
         "pending", "sync", "retry", "discard", "recover",
+        "login",
     ]  # fmt: skip
     path: bytes = b""
     pinned: bool = False
     to: bytes = b""
     before: float = 0.0
     patience: float = 30.0
+    name: str = ""
 
 
 class ControlReply(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One line from the daemon. Exactly one field is set, but none in the answer to "wait"."""
+    """One line from the daemon. Exactly one field is set, but none in the answer to "wait", and
+    none where a login is done."""
 
     status: MountStatus | None = None
     error: str | None = None
@@ -237,6 +257,7 @@ class ControlReply(msgspec.Struct, frozen=True, omit_defaults=True):
     step: WorkProgress | None = None
     outcome: Outcome | None = None
     pending: PendingList | None = None
+    question: LoginQuestion | None = None
 
 
 class DaemonRefused(SetupError):
@@ -297,6 +318,21 @@ def work(
     return reply.outcome
 
 
+def log_in(path: Path, namespace: str, ask: Callable[[str, bool], str | None]) -> None:
+    """Have the daemon log a namespace in anew, and put its questions to `ask`: text and echo.
+
+    Raises DaemonNotRunning, DaemonNotAnswering, or DaemonRefused where the login failed.
+    """
+    with _connect(path, ANSWER_SECONDS) as connection:
+        reply = _ask(connection, ControlRequest("login", name=namespace), STEP_SECONDS)
+        while (question := reply.question) is not None:
+            text = ask(question.text, question.echo)
+            answer = LoginAnswer(None if text is None else Secret(text))
+            reply = _ask(connection, answer, STEP_SECONDS)
+    if reply.error is not None:
+        raise DaemonRefused(reply.error)
+
+
 def open_wait(path: Path, timeout: float = ANSWER_SECONDS) -> socket.socket:
     """Return a connection for `wait_until_gone`; call it while the daemon still listens.
 
@@ -336,7 +372,10 @@ def _connect(path: Path, timeout: float) -> socket.socket:
 
 
 def _ask(
-    connection: socket.socket, request: ControlRequest, timeout: float, end: float | None = None
+    connection: socket.socket,
+    request: ControlRequest | LoginAnswer,
+    timeout: float,
+    end: float | None = None,
 ) -> ControlReply:
     try:
         connection.sendall(msgspec.json.encode(request) + b"\n")

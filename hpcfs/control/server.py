@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +24,8 @@ from hpcfs.control.control import (
     ControlReply,
     ControlRequest,
     DaemonNotRunning,
+    LoginAnswer,
+    LoginQuestion,
     MountStatus,
     WorkProgress,
     open_wait,
@@ -60,20 +63,27 @@ Work = Callable[[ControlRequest, ReportProgress], Awaitable[ControlReply]]
 """Executes a request. Raises SetupError with a sentence for the user."""
 
 
+AskClient = Callable[[str, bool], Awaitable[str | None]]
+"""Puts a question to whoever runs the command: text and echo. None where nobody answers."""
+LogIn = Callable[[ControlRequest, AskClient], Awaitable[ControlReply]]
+"""Logs in, with somebody to ask."""
+
+
 async def serve(
     path: Path,
     status: Callable[[], Awaitable[MountStatus]],
     work: Work | None = None,
+    log_in: LogIn | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer at this path until cancelled. Raises SetupError where it can't listen there."""
     listener = _listen(path)
     try:
         task_status.started()
+        answer = partial(_answer, status, work, log_in)
         async with listener, trio.open_nursery() as nursery:
             while True:
-                stream = await _accept(listener)
-                nursery.start_soon(_answer_safely, status, work, stream)
+                nursery.start_soon(_answer_safely, answer, await _accept(listener))
     finally:
         _remove(path)
 
@@ -91,11 +101,11 @@ async def _accept(listener: trio.SocketListener) -> trio.SocketStream:
 
 
 async def _answer_safely(
-    status: Callable[[], Awaitable[MountStatus]], work: Work | None, stream: trio.SocketStream
+    answer: Callable[[trio.SocketStream], Awaitable[None]], stream: trio.SocketStream
 ) -> None:
     """Answer a client; nothing that goes wrong with it ends the mount."""
     try:
-        await _answer(status, work, stream)
+        await answer(stream)
     except OSError as error:
         logger.warning("a control request was not answered: %s", error)
     except Exception:
@@ -142,7 +152,10 @@ def _remove_stale(path: Path) -> None:
 
 
 async def _answer(
-    status: Callable[[], Awaitable[MountStatus]], work: Work | None, stream: trio.SocketStream
+    status: Callable[[], Awaitable[MountStatus]],
+    work: Work | None,
+    log_in: LogIn | None,
+    stream: trio.SocketStream,
 ) -> None:
     async with stream:
         if _peer_uid(stream) not in (0, os.getuid()):
@@ -160,6 +173,8 @@ async def _answer(
             return
         if request.command == "wait":
             await _hold(stream)
+        elif request.command == "login" and log_in is not None:
+            await _log_in(stream, request, log_in)
         elif work is None:
             await _send(stream, ControlReply(error="this daemon can only tell its status"))
         else:
@@ -216,6 +231,36 @@ async def _work(stream: trio.SocketStream, request: ControlRequest, work: Work) 
             logger.exception("%s failed in an unexpected way", request.command)
             reply = ControlReply(error="it failed in an unexpected way; the mount's log says more")
         await sender.send(reply)
+        nursery.cancel_scope.cancel()
+
+
+async def _log_in(stream: trio.SocketStream, request: ControlRequest, log_in: LogIn) -> None:
+    """Log in until that is done, or the client has left. Its lines are answers to questions."""
+    outbox, answers = trio.open_memory_channel[str | None](0)
+
+    async def ask(text: str, echo: bool) -> str | None:
+        await _send(stream, ControlReply(question=LoginQuestion(text, echo)))
+        try:
+            return await answers.receive()
+        except trio.EndOfChannel:
+            return None
+
+    async def read_answers(scope: trio.CancelScope) -> None:
+        async with outbox:
+            with suppress(trio.BrokenResourceError, msgspec.MsgspecError):
+                while (line := await _read_line(stream)) is not None:
+                    answer = msgspec.json.decode(line, type=LoginAnswer).text
+                    await outbox.send(None if answer is None else answer.value)
+        scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read_answers, nursery.cancel_scope)
+        try:
+            reply = await log_in(request, ask)
+        except Exception:  # a user's request must not end the mount
+            logger.exception("a login failed in an unexpected way")
+            reply = ControlReply(error="it failed in an unexpected way; the mount's log says more")
+        await _send(stream, reply)
         nursery.cancel_scope.cancel()
 
 

@@ -24,11 +24,12 @@ from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint, server as control_server
 from hpcfs.daemon.assembly import Mount, assemble
 from hpcfs.daemon.cache_commands import CacheCommands
+from hpcfs.daemon.logins import Logins
 from hpcfs.daemon.questions import Questions
 from hpcfs.daemon.services import Services
 from hpcfs.daemon.status import StatusReporter
 from hpcfs.daemon.write_commands import WriteCommands
-from hpcfs.kernel import operations as kernel
+from hpcfs.kernel.mount import KernelMount
 from hpcfs.model.errors import RemoteError, SetupError
 from hpcfs.site.client import Ask
 from hpcfs.site.namespace import Namespace
@@ -41,9 +42,11 @@ OnReady = Callable[[control.MountStatus], None]
 
 SAVE_SECONDS = 2.0
 """How far the cache's index may lag behind; a killed daemon's last blocks are fetched again."""
-MAX_KERNEL_REQUESTS = 512
-"""A dead namespace can't use these up before its requests fail."""
-UNMOUNT_CHECK_SECONDS = 1.0
+MAX_KERNEL_REQUESTS = 4096
+"""Of all namespaces; one that does not answer can't use these up (kernel/requests.py)."""
+UNMOUNT_CHECK_SECONDS = 0.5
+"""After each change of the table of mounts, which may change often."""
+LONGEST_UNCHECKED_SECONDS = 30.0
 UNMOUNT_PATIENCE = 3.0
 """Seconds that the kernel's last requests may take after an unmount, before they are cancelled."""
 
@@ -109,7 +112,9 @@ class _Daemon:
         self._mount: Mount
         self._cache: CacheCommands
         self._writes: WriteCommands
+        self._logins: Logins
         self._status: StatusReporter
+        self._kernel: KernelMount
 
     # --- from start to end ----------------------------------------------------------------------
 
@@ -125,9 +130,14 @@ class _Daemon:
             self._mount, closer = mount, mount.fs.closer
             self._cache = CacheCommands(settings, store, mount.fs, mount.origins)
             self._writes = WriteCommands(settings, mount.pending)
+            self._logins = Logins(settings, mount)
             self._status = StatusReporter(settings, mount, self._writes.summary)
             await services.start(
-                control_server.serve, settings.socket, self._status.live_status, self._answer
+                control_server.serve,
+                settings.socket,
+                self._status.live_status,
+                self._answer,
+                self._logins.answer,
             )
             await self._resume()
             services.keep_running("keeping the cache small", store.evict_forever)
@@ -172,8 +182,9 @@ class _Daemon:
     async def _serve_kernel(self) -> None:
         """Mounted from the first line to the last."""
         place = self._settings.mountpoint.resolve()
+        kernel = self._kernel = KernelMount(self._mount.fs)
         try:
-            kernel.mount(self._mount.fs, str(self._settings.mountpoint))
+            kernel.mount(str(self._settings.mountpoint))
         except RuntimeError as error:
             raise MountFailed(
                 f"{self._settings.mountpoint} could not be mounted ({error}); "
@@ -201,8 +212,12 @@ class _Daemon:
         Nobody waits for answers then, but a request may still wait for a dead link, and another
         mount namespace (a container) may hold what the user took away.
         """
-        while mountinfo.at(place, mountpoint.mounts()):  # noqa: ASYNC110 - nobody tells of it
-            await trio.sleep(UNMOUNT_CHECK_SECONDS)
+        with mountinfo.watched() as wait_for_change:
+            while mountinfo.at(place, mountpoint.mounts()):
+                await trio.to_thread.run_sync(
+                    wait_for_change, LONGEST_UNCHECKED_SECONDS, abandon_on_cancel=True
+                )
+                await trio.sleep(UNMOUNT_CHECK_SECONDS)
         await trio.sleep(UNMOUNT_PATIENCE)
         log.info("unmounted; %d files were still open", self._mount.fs.files.open_count)
         serving.cancel()
@@ -222,7 +237,7 @@ class _Daemon:
         try:
             await self._mount.fs.closer.flush_all()
         finally:
-            kernel.stop()
+            self._kernel.stop()
 
     async def _get_ready(self) -> None:
         """The first logins, all sites at once; a site out of reach stops nobody."""

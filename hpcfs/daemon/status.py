@@ -87,7 +87,8 @@ class StatusReporter:
 
     def _namespace_status(self, name: str) -> NamespaceStatus:
         chosen = self._settings.namespaces[name]
-        state, reason = self._mount.sites[chosen.site].namespace_state(name)
+        site = self._mount.sites[chosen.site]
+        state, reason = site.namespace_state(name)
         return NamespaceStatus(
             name,
             _KINDS[type(chosen.site)],
@@ -96,6 +97,7 @@ class StatusReporter:
             reason,
             chosen.read_only,
             chosen.write,
+            site.needs_login(name),
         )
 
     def _memory(self) -> int:

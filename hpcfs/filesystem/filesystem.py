@@ -14,6 +14,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 import trio
@@ -24,7 +25,9 @@ from hpcfs.directories.directories import Directories
 from hpcfs.directories.lister import DirectoryLister
 from hpcfs.filesystem.attributes import AttributeChanges
 from hpcfs.filesystem.create_predictor import UNKNOWN_PROCESS, CreatePredictor
+from hpcfs.filesystem.doubt import doubting
 from hpcfs.filesystem.files import Files
+from hpcfs.filesystem.glances import Glances
 from hpcfs.filesystem.lookup import MAX_NAME_BYTES, Lookup
 from hpcfs.filesystem.rename import Renamer, check_empty
 from hpcfs.filesystem.symlinks import Symlinks
@@ -54,7 +57,8 @@ from hpcfs.writeback.uploader import Uploader
 
 log = logging.getLogger(__name__)
 
-USAGE_PATIENCE = 2.0
+USAGE_PATIENCE = 1.0
+"""Seconds that df(1) waits for a remote."""
 UNLIMITED = DiskUsage(1 << 50, 1 << 50, 1 << 50, 1 << 32, 1 << 32)
 """Shown by df for a remote that knows no limit: 1 PiB free."""
 
@@ -101,6 +105,8 @@ class Filesystem:
     ) -> None:
         options = options or MountOptions()
         self._namespaces = list(namespaces)
+        self._usages: dict[Namespace, DiskUsage] = {}
+        self._usage_glances = Glances(USAGE_PATIENCE, options.now)
         self.tree = _make_tree(self._namespaces, options)
         self.permissions = Permissions(options.uid, options.gid)
         self.shared = Shared(store, nursery, options.now)
@@ -154,22 +160,21 @@ class Filesystem:
         await self.permissions.check_access(node, mask)
 
     async def disk_usage(self) -> DiskUsage:
-        """Return the roomiest namespace's usage: the statfs of FUSE names no file."""
-        found: list[DiskUsage] = []
+        """Return the roomiest namespace's usage, as last told: the statfs of FUSE names no file."""
+        async with trio.open_nursery() as nursery:
+            for namespace in self._namespaces:
+                ask = partial(self._ask_usage, namespace)
+                nursery.start_soon(self._usage_glances.take, namespace, ask)
+        known = self._usages.values()
+        return max(known, key=lambda usage: usage.available, default=UNLIMITED)
 
-        async def ask(namespace: Namespace) -> None:
-            try:
-                usage = await namespace.call(m.GetDiskUsage(), DiskUsage | None)  # type: ignore[arg-type]
-            except RemoteError as error:
-                log.debug("disk usage of %s: %s", namespace.name, error.message)
-            else:
-                found.append(usage or UNLIMITED)
-
-        with trio.move_on_after(USAGE_PATIENCE):
-            async with trio.open_nursery() as nursery:
-                for namespace in self._namespaces:
-                    nursery.start_soon(ask, namespace)
-        return max(found, key=lambda usage: usage.available, default=UNLIMITED)
+    async def _ask_usage(self, namespace: Namespace) -> None:
+        try:
+            usage = await namespace.call(m.GetDiskUsage(), DiskUsage | None)  # type: ignore[arg-type]
+        except RemoteError as error:
+            log.debug("disk usage of %s: %s", namespace.name, error.message)
+        else:
+            self._usages[namespace] = usage or UNLIMITED
 
     # --- names ----------------------------------------------------------------------------------
 
@@ -218,7 +223,9 @@ class Filesystem:
         asked = self.tree.now()
         self._refuse_pending(parent, name)
         request = m.MakeDirectory(join(parent, name), stat.S_IMODE(mode))
-        node = self._made(parent, name, await namespace.entry(request), asked, process)
+        with doubting(self.tree, (parent, name)):
+            entry = await namespace.entry(request)
+        node = self._made(parent, name, entry, asked, process)
         self.lister.made(node)
         return node
 
@@ -232,7 +239,9 @@ class Filesystem:
         self._refuse_pending(parent, name)
         asked = self.tree.now()
         request = m.MakeSymlink(join(parent, name), target)
-        node = self._made(parent, name, await namespace.entry(request), asked, process)
+        with doubting(self.tree, (parent, name)):
+            entry = await namespace.entry(request)
+        node = self._made(parent, name, entry, asked, process)
         self._symlinks.made(node, target)
         return node
 
@@ -246,7 +255,8 @@ class Filesystem:
         await self._renamer.flush_below(node)
         asked = self.tree.now()
         try:
-            entry = await namespace.entry(m.MakeLink(node.path, join(parent, name)))
+            with doubting(self.tree, (parent, name)):
+                entry = await namespace.entry(m.MakeLink(node.path, join(parent, name)))
         except NotSupported as error:
             raise NoSuchKind(error.message) from None
         if not node.is_attached or node.is_ahead:
@@ -272,7 +282,8 @@ class Filesystem:
                 raise AlreadyExists("the file exists")
             return (await self.files.open(known, flags))[0], known
         try:
-            handle, node = await self.files.create(parent, name, mode, flags)
+            with doubting(self.tree, (parent, name)):
+                handle, node = await self.files.create(parent, name, mode, flags)
             self.tree.note_made(parent, name)
             self.create_predictor.created(process, (parent, name))
         except AlreadyExists:
@@ -306,7 +317,8 @@ class Filesystem:
         """Remove a name that is no directory; the file stays readable where it is open."""
         parent, namespace = await self._about_to_change(parent_ino, name)
         node = self.tree.child(parent, name)
-        await self._renamer.unlink(namespace, node, parent, name)
+        with doubting(self.tree, (parent, name)):
+            await self._renamer.unlink(namespace, node, parent, name)
         self.lister.removed(parent, name)
 
     async def rmdir(self, parent_ino: int, name: bytes) -> None:
@@ -315,7 +327,8 @@ class Filesystem:
         node = self.tree.child(parent, name)
         if node:
             check_empty(node)
-        await namespace.do(m.RemoveDirectory(join(parent, name)))
+        with doubting(self.tree, (parent, name)):
+            await namespace.do(m.RemoveDirectory(join(parent, name)))
         self.tree.note_gone(parent, name)
         self.lister.removed(parent, name)
         self.tree.expire(parent)
@@ -348,9 +361,10 @@ class Filesystem:
             return  # two links of one file: rename(2) leaves both
         self.tree.note_made(parent, name)
         self.tree.note_made(new_parent, new_name)
-        await self._renamer.rename(
-            namespace, node, (parent, name), new_parent, new_name, target, replace=replace
-        )
+        with doubting(self.tree, (parent, name), (new_parent, new_name)):
+            await self._renamer.rename(
+                namespace, node, (parent, name), new_parent, new_name, target, replace=replace
+            )
         self.lister.removed(parent, name)
         old, new = join(parent, name), join(new_parent, new_name)
         if node.is_directory:

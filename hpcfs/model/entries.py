@@ -7,6 +7,7 @@ root. Sizes and offsets are bytes, times are nanoseconds since the epoch.
 from __future__ import annotations
 
 import stat
+from typing import Annotated
 
 import msgspec
 
@@ -25,8 +26,13 @@ NO_HANDLE = 0
 """No file is kept open on the remote."""
 
 
+_Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_Time = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+_Number = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+
+
 class Entry(msgspec.Struct, frozen=True, array_like=True):
-    """A name with its attributes.
+    """A name with its attributes. What does not fit into a struct stat is not decoded.
 
     `mode` is a full st_mode, type included. `uid` and `gid` are local ids: the remote user has
     already become the local one. `version` identifies a regular file's content on the remote and
@@ -34,12 +40,12 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     """
 
     name: bytes
-    mode: int
-    size: int
-    mtime_ns: int
-    atime_ns: int
-    uid: int
-    gid: int
+    mode: _Number
+    size: _Size
+    mtime_ns: _Time
+    atime_ns: _Time
+    uid: _Number
+    gid: _Number
     version: bytes = b""
     xattrs: Xattrs = ()
 

@@ -28,9 +28,11 @@ MAX_FRAME_BYTES = 16 * 1024 * 1024
 
 class Connect(msgspec.Struct, frozen=True, tag=True):
     """Connect if need be and look at the root -> Capabilities. With `now`, the pause after an
-    attempt that failed is over: somebody waits."""
+    attempt that failed is over: somebody waits. With `renew`, a refused login is forgotten and
+    credentials are read anew: somebody is there to answer questions."""
 
     now: bool = False
+    renew: bool = False
 
 
 class Stat(msgspec.Struct, frozen=True, tag=True):

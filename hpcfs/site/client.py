@@ -8,7 +8,8 @@ progress renews; a call that nobody waits for any more is cancelled in the proce
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,15 @@ import msgspec
 import trio
 
 from hpcfs.model.capabilities import Capabilities
-from hpcfs.model.errors import NotConnected, RemoteError, TimedOut, Unreachable
+from hpcfs.model.errors import (
+    AccessRefused,
+    HostKeyRefused,
+    NotConnected,
+    ProtocolError,
+    RemoteError,
+    TimedOut,
+    Unreachable,
+)
 from hpcfs.model.sites import Secret
 from hpcfs.model.usage import Traffic
 from hpcfs.protocol import messages as m
@@ -42,6 +51,8 @@ CALL_TIMEOUT = 30.0
 """Seconds without an answer or progress. A login that waits for the user does not count."""
 _ANSWERED_HERE = (m.Release, m.StatOpen, m.GetDiskUsage, m.GetTraffic)
 """The transfer process may answer these without the site: they don't tell that it is there."""
+MOST_QUESTIONS = 10
+"""Of one site at the same time. Each waits in a thread, as do reads of cached files."""
 _RESTART_PAUSE = 1.0
 _CONFIRM_SECONDS = 5.0
 _TRAFFIC_SECONDS = 0.5
@@ -84,7 +95,8 @@ class SiteClient:
         self._state: SiteState = "idle"
         self._reason = ""
         self._away = ""
-        self._namespace_reasons: dict[str, str] = {}
+        self._refusals: dict[str, RemoteError] = {}
+        """By namespace: what fails there, though the site answers."""
         self._start_message = start
         self._log_file = log_file
         self._lend = lend
@@ -114,8 +126,13 @@ class SiteClient:
         `on_progress` is called with the bytes of a long one that are done. Without an answer or
         progress for `timeout` seconds it fails. Raises RemoteError.
         """
-        reply = await self._exchange(namespace, request, timeout, None, on_progress)
-        answer = msgspec.msgpack.decode(reply.result, type=kind)
+        child = self._child or await self._start_process()
+        reply = await self._exchange(child, namespace, request, timeout, None, on_progress)
+        try:
+            answer = msgspec.msgpack.decode(reply.result, type=kind)
+        except msgspec.DecodeError as error:
+            child.is_not_understood(error)
+            raise ProtocolError(f"the answer to {type(request).__name__} is none") from None
         if isinstance(answer, Capabilities):
             self._remarks[namespace] = answer.remark
         return answer
@@ -131,17 +148,18 @@ class SiteClient:
 
         Raises RemoteError.
         """
-        await self._exchange(namespace, request, timeout, on_page)
+        child = self._child or await self._start_process()
+        await self._exchange(child, namespace, request, timeout, on_page)
 
     async def _exchange(
         self,
+        child: WorkerProcess,
         namespace: str,
         request: m.Request,
         timeout: float,
         on_page: Callable[[bytes], None] | None,
         on_progress: Callable[[int], None] | None = None,
     ) -> m.Reply:
-        child = self._child or await self._start_process()
         self._next_id += 1
         call_id = self._next_id
         with trio.CancelScope() as scope:
@@ -191,13 +209,13 @@ class SiteClient:
         if reply.failure is None:
             if pending.asks_site:
                 self._state, self._reason = "connected", ""
-                self._namespace_reasons.pop(namespace, None)
+                self._refusals.pop(namespace, None)
             return reply
         failure = reply.failure.error()
         if isinstance(failure, Unreachable):
             self._state, self._reason = "failed", failure.message
         elif failure.lasting or isinstance(request, m.Connect):
-            self._namespace_reasons[namespace] = failure.message
+            self._refusals[namespace] = failure
         raise failure
 
     def note_silence(self, reason: str) -> None:
@@ -210,10 +228,23 @@ class SiteClient:
 
     def namespace_state(self, namespace: str) -> tuple[SiteState, str]:
         """Return the state for the status, and why where it failed."""
-        if reason := self._namespace_reasons.get(namespace):
-            return "failed", reason
+        if refusal := self._refusals.get(namespace):
+            return "failed", refusal.message
         remark = self._remarks.get(namespace, "") if self._state == "connected" else ""
         return self._state, self._reason or remark
+
+    def needs_login(self, namespace: str) -> bool:
+        """Return whether the login was refused, or its host key: `hpcfs login` tries again."""
+        return isinstance(self._refusals.get(namespace), AccessRefused | HostKeyRefused)
+
+    @contextmanager
+    def asking(self, ask: Ask) -> Iterator[None]:
+        """Put the site's questions to somebody else in the meantime."""
+        before, self._ask = self._ask, ask
+        try:
+            yield
+        finally:
+            self._ask = before
 
     async def traffic(self) -> Traffic | None:
         """Return what is under way, for the status; nothing is connected or started for it.
@@ -277,6 +308,9 @@ class SiteClient:
     def _dispatch(self, child: WorkerProcess, message: m.FromWorker) -> None:
         match message:
             case m.Question():
+                if self._questions >= MOST_QUESTIONS:
+                    raise ProtocolError("questions without end")
+                self._questions += 1
                 self._nursery.start_soon(self._put_question, child, message)
             case m.Advance():
                 if pending := self._pending.get(message.id):
@@ -305,8 +339,7 @@ class SiteClient:
         pending.done.set()
 
     async def _put_question(self, child: WorkerProcess, question: m.Question) -> None:
-        """While the user thinks, no deadline runs."""
-        self._questions += 1
+        """While the user thinks, no deadline runs. The question is counted already."""
         for pending in self._pending.values():
             pending.scope.deadline = math.inf
         try:

@@ -255,6 +255,12 @@ class Namespace:
         """
         await self.call(m.Connect(now=True), Capabilities, timeout=LOGIN_TIMEOUT)
 
+    async def log_in(self) -> None:
+        """Log in anew, whatever was refused before. Raises RemoteError."""
+        self._capabilities = await self.call(
+            m.Connect(renew=True), Capabilities, timeout=LOGIN_TIMEOUT
+        )
+
     async def stat(self, path: bytes) -> Entry:
         """Return the entry of a path. Raises RemoteError."""
         asked = self.bandwidth.now()

@@ -114,6 +114,12 @@ class WorkerProcess:
             log.warning("the transfer process %d does not answer: it is killed", self.pid)
             self._process.kill()
 
+    def is_not_understood(self, error: Exception) -> None:
+        """Kill the process, which said something that makes no sense; another one takes over."""
+        if not self.ended:
+            log.error("the transfer process %d said what can't be understood: %s", self.pid, error)
+            self._process.kill()
+
     async def run(self, dispatch: Callable[[m.FromWorker], None]) -> None:
         """Give every message to `dispatch`, until the process ends."""
         try:
@@ -162,8 +168,11 @@ class WorkerProcess:
             try:
                 for body in _take_frames(buffer):
                     dispatch(decoder.decode(body))
+            except (msgspec.DecodeError, ProtocolError) as error:
+                self.is_not_understood(error)
+                return
             except Exception:
-                log.exception("the transfer process %d said what can't be understood", self.pid)
+                log.exception("a message of the transfer process %d failed here", self.pid)
                 return
 
     async def _receive(self) -> bytes:

@@ -110,3 +110,35 @@ def test_new_files_in_known_directories_wait_here(
         if kind == "sftp":  # buckets keep no times of directories
             assert int(os.stat(known).st_mtime) == int(os.stat(source).st_mtime)
         assert (os.stat(known / "n3").st_mode & 0o777, os.stat(known / "n3").st_mtime) == (0o600, 1)
+
+
+@pytest.mark.parametrize(("kind", "how"), WAYS)
+def test_a_mount_begins_without_a_namespace_that_is_away(
+    kind: str, how: str, linked: Starts, real_home: RealHome
+) -> None:
+    """`hpcfs mount` answers, and the namespace is there once its link is; what an earlier mount has
+    cached of it is then read from the cache."""
+    far = linked(kind)
+    content = os.urandom(200_000)
+    far.served.inside.write("file", content)
+    options = ("--patience", f"{PATIENCE:g}")
+    with mounted(real_home, {"ns": far.served}, *options, expected=(".",)) as mount:
+        file = mount.path / "ns" / "file"
+        assert file.read_bytes() == content
+        mount.umount()
+        lose(far, how)
+        began = time.monotonic()
+        mount.mount(*options)
+        assert time.monotonic() - began < 15 + MARGIN  # seconds in which a dead link is noticed
+        began = time.monotonic()
+        assert os.listdir(mount.path) == ["ns"]
+        assert errno_of(file.read_bytes) in CLEAR
+        assert errno_of(os.listdir, file.parent) in CLEAR
+        assert time.monotonic() - began < MARGIN
+        far.link.mend()
+        deadline = time.monotonic() + 30
+        while errno_of(os.stat, file):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        far.link.fail_after(100_000)  # too little for the content
+        assert file.read_bytes() == content

@@ -59,6 +59,7 @@ def serving(
     path: Path,
     status: Callable[[], MountStatus] = lambda: STATUS,
     work: control_server.Work | None = None,
+    log_in: control_server.LogIn | None = None,
 ) -> Iterator[None]:
     """The server in a thread of its own, listening before this returns."""
     ready = threading.Event()
@@ -69,7 +70,7 @@ def serving(
 
     async def run() -> None:
         async with trio.open_nursery() as nursery:
-            await nursery.start(control_server.serve, path, told, work)
+            await nursery.start(control_server.serve, path, told, work, log_in)
             token = trio.lowlevel.current_trio_token()
             stop.append(lambda: token.run_sync_soon(nursery.cancel_scope.cancel))
             ready.set()
@@ -260,6 +261,48 @@ def test_work_ends_when_its_client_leaves(path: Path) -> None:
             client.sendall(b'{"command": "warm"}\n')
             assert control.query_status(path) == STATUS
             assert not ended.is_set()
+        assert ended.wait(10)
+
+
+async def ask_twice(request: ControlRequest, ask: control_server.AskClient) -> ControlReply:
+    answers = [await ask("Password: ", False), await ask("Code: ", True)]
+    if answers == ["secret", None]:
+        return ControlReply()
+    return ControlReply(error=f"{request.name} got {answers}")
+
+
+def test_the_questions_of_a_login_travel_to_its_client(path: Path) -> None:
+    asked = []
+
+    def ask(text: str, echo: bool) -> str | None:
+        asked.append((text, echo))
+        return None if echo else "secret"
+
+    with serving(path, log_in=ask_twice):
+        control.log_in(path, "home", ask)
+        assert asked == [("Password: ", False), ("Code: ", True)]
+        with pytest.raises(control.DaemonRefused, match=r"home got \['x', 'x'\]"):
+            control.log_in(path, "home", lambda text, echo: "x")
+    assert "secret" not in repr(control.LoginAnswer(control.Secret("secret")))
+
+
+@pytest.mark.parametrize("last_words", [b"", b"no answer\n"])
+def test_a_login_ends_when_its_client_leaves(path: Path, last_words: bytes) -> None:
+    ended = threading.Event()
+
+    async def log_in(request: ControlRequest, ask: control_server.AskClient) -> ControlReply:
+        try:
+            return await ask_twice(request, ask)
+        finally:
+            ended.set()
+
+    with serving(path, log_in=log_in):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.connect(str(path))
+            client.sendall(b'{"command": "login", "name": "home"}\n')
+            assert b"Password" in client.recv(65536)
+            assert control.query_status(path) == STATUS, "it delays nobody"
+            client.sendall(last_words)
         assert ended.wait(10)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import re
 import stat
 from typing import Any
@@ -20,6 +22,7 @@ from hpcfs.model.errors import (
     NotConnected,
     NotFound,
     PermissionDenied,
+    ProtocolError,
     RemoteError,
     Throttled,
     TimedOut,
@@ -27,10 +30,11 @@ from hpcfs.model.errors import (
     WrongSettings,
 )
 from hpcfs.remotes.s3.caches import ExpiringCache, MetadataCache
-from hpcfs.remotes.s3.health import Health
+from hpcfs.remotes.s3.health import Health, LastingFailure
 from hpcfs.remotes.s3.metadata import MAX_TIME_NS, Metadata, decode, encode, format_time, parse_time
 from hpcfs.remotes.s3.objects import Info, Summary
 from hpcfs.remotes.s3.parts import Limits
+from hpcfs.remotes.s3.refusal import LOOK_SECONDS
 from hpcfs.remotes.s3.translate import translate
 
 SECOND = 1_000_000_000
@@ -237,7 +241,7 @@ def refusal(code: str, status: int = 400) -> boto.ClientError:
         (boto.NoCredentialsError(), AccessRefused),
         (boto.UnauthorizedSSOTokenError(), AccessRefused),
         (boto.ProfileNotFound(profile="x"), WrongSettings),
-        (ValueError("Invalid endpoint: x"), WrongSettings),
+        (ValueError("could not convert string to float: 'x'"), ProtocolError),
         (refusal("NoSuchBucket", 404), WrongSettings),
         (refusal("301", 301), WrongSettings),
         (refusal("AuthorizationHeaderMalformed"), WrongSettings),
@@ -260,14 +264,51 @@ def test_every_failure_has_its_class_and_a_sentence(
     assert not found.message.endswith(".")
 
 
-def test_a_refused_credential_is_never_tried_again() -> None:
-    health = Health()
-    with pytest.raises(AccessRefused), health.watching("x"):
-        raise refusal("InvalidAccessKeyId", 403)
-    asked = []
-    with pytest.raises(AccessRefused), health.watching("x"):
-        asked.append(1)
-    assert asked == []
+def test_refused_credentials_are_offered_again_once_they_are_others_or_rarely() -> None:
+    now, others, looks = 100.0, False, 0
+
+    async def renew() -> bool:
+        nonlocal looks
+        looks += 1
+        return others
+
+    async def ask(health: Health, answer: Exception | None) -> str:
+        try:
+            with health.watching("x"):
+                async with health.refusal.outlived(renew):
+                    await asyncio.sleep(0)
+                    asked.append(now)
+                    if answer is not None:
+                        raise answer
+        except AccessRefused:
+            return "refused"
+        return "answered"
+
+    asked: list[float] = []
+
+    async def main() -> None:
+        nonlocal now, others
+        health = Health(lambda: now)
+        while now < 700:
+            refused = refusal("InvalidAccessKeyId", 403)
+            assert (
+                await asyncio.gather(*(ask(health, refused) for _ in range(3))) == ["refused"] * 3
+            )
+            now += 1
+        waits = [later - at for at, later in itertools.pairwise(sorted(set(asked)))]
+        assert waits == [60, 120, 240]
+        assert len(asked) == 6, "of those that ask together one tries, but for the first time"
+        assert 500 / LOOK_SECONDS < looks < 600 / LOOK_SECONDS, "on use, and not too often"
+        now += 240
+        assert await asyncio.gather(*(ask(health, None) for _ in range(3))) == ["answered"] * 3
+
+        assert await ask(health, refusal("InvalidAccessKeyId", 403)) == "refused"
+        others = True
+        assert await ask(health, None) == "refused", "that was a moment ago"
+        now += LOOK_SECONDS
+        assert await asyncio.gather(*(ask(health, None) for _ in range(3))) == ["answered"] * 3
+
+    asyncio.run(main())
 
 
 def test_one_denied_object_does_not_close_the_site() -> None:
@@ -300,6 +341,28 @@ def test_a_dead_endpoint_is_asked_again_soon() -> None:
         raise ConnectionResetError
     now += UNREACHED.first
     health.check()
+
+
+def test_what_only_a_person_mends_is_looked_at_again_rarely() -> None:
+    now = 0.0
+    failure = LastingFailure(lambda: now, lambda: 0.0)
+    failure.failed(WrongSettings("no such bucket"))
+    failure.check()  # one answer may be damaged
+    asked = []
+    while now < 100:
+        try:
+            failure.check()
+        except WrongSettings:
+            now += 0.25
+        else:
+            asked.append(now)
+            failure.failed(WrongSettings("no such bucket"))
+    assert asked == [0, 1, 3, 7, 15, 31, 61, 91]
+    now += 30
+    failure.check()
+    failure.succeeded()
+    failure.failed(WrongSettings("again"))
+    failure.check()
 
 
 def test_a_server_that_answers_is_there_whatever_it_says() -> None:

@@ -24,9 +24,15 @@ _TEXTS = {
     "content-type": "ContentType",
     "etag": "ETag",
     "x-amz-checksum-crc32": "ChecksumCRC32",
+    "x-amz-checksum-crc32c": "ChecksumCRC32C",
+    "x-amz-checksum-crc64nvme": "ChecksumCRC64NVME",
+    "x-amz-checksum-sha1": "ChecksumSHA1",
+    "x-amz-checksum-sha256": "ChecksumSHA256",
+    "x-amz-checksum-type": "ChecksumType",
     "x-amz-object-lock-legal-hold": "ObjectLockLegalHoldStatus",
     "x-amz-object-lock-mode": "ObjectLockMode",
     "x-amz-server-side-encryption": "ServerSideEncryption",
+    "x-amz-server-side-encryption-customer-algorithm": "SSECustomerAlgorithm",
     "x-amz-server-side-encryption-aws-kms-key-id": "SSEKMSKeyId",
     "x-amz-storage-class": "StorageClass",
     "x-amz-website-redirect-location": "WebsiteRedirectLocation",
@@ -98,6 +104,11 @@ def _xml_time(text: str) -> datetime:
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
+def is_page(headers: Mapping[str, str]) -> bool:
+    """Whether an answer is a page for people."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower() == "text/html"
+
+
 MOST_MARKS = 300_000
 """Tags, and attributes, of one answer: a page has 1000 keys, with some ten elements each. In memory
 an element takes a hundred times its shortest text."""
@@ -139,7 +150,7 @@ def parse_listing(body: bytes | bytearray) -> dict[str, Any]:
         if name == "Contents":
             contents.append(_listed(dict(_texts(child))))
         elif name == "CommonPrefixes":
-            prefixes.append(dict(_texts(child)))
+            prefixes.append(_common(dict(_texts(child))))
         elif name in ("IsTruncated", "EncodingType", "NextContinuationToken"):
             answer[name] = child.text or ""
     answer["IsTruncated"] = answer.get("IsTruncated", "").strip().lower() == "true"
@@ -149,6 +160,12 @@ def parse_listing(body: bytes | bytearray) -> dict[str, Any]:
         for found in prefixes:
             found["Prefix"] = unquote_str(found["Prefix"])
     return {**answer, "Contents": contents, "CommonPrefixes": prefixes}
+
+
+def _common(texts: dict[str, str]) -> dict[str, str]:
+    if "Prefix" not in texts:
+        raise ValueError("a common prefix without a name")
+    return texts
 
 
 def _listed(texts: dict[str, str]) -> dict[str, Any]:

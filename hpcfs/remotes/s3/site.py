@@ -9,6 +9,7 @@ from dataclasses import replace
 from hpcfs.model.errors import WrongSettings
 from hpcfs.model.sites import S3Root, S3Site, SiteSpec
 from hpcfs.model.usage import Traffic
+from hpcfs.remotes.rate import RateLimit
 from hpcfs.remotes.s3.access import Access
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.direct import Direct
@@ -34,14 +35,18 @@ class S3SiteConnection:
         assert isinstance(spec.site, S3Site)
         bounds = bounds or Bounds()
         self._login = S3Login(spec.site)
-        gate, sending = RequestGate(bounds), RequestGate(replace(bounds, bulk_bytes=SENT_BYTES))
+        gate = RequestGate(bounds, RateLimit(spec.download_limit))
+        sending = RequestGate(replace(bounds, bulk_bytes=SENT_BYTES))
 
         def answered_in(seconds: float) -> None:
             gate.answered_in(seconds)
             sending.answered_in(seconds)
 
-        self._direct = Direct(self._login, answered_in, spec.site.connect_timeout)
+        self._direct = Direct(
+            self._login, answered_in, spec.site.connect_timeout, RateLimit(spec.upload_limit)
+        )
         self._login.send_by(self._direct.send)
+        self._login.when_renewed(self._direct.forget_routes)
         self.health = Health()
         access = Access(self._login, self._direct, gate, sending, self.health)
         self._remotes = {
@@ -65,9 +70,17 @@ class S3SiteConnection:
         """End the pause after a failure (see `Site.try_now`)."""
         self.health.try_now()
 
+    def network_changed(self) -> None:
+        """Use no connection again that may be dead (see `Site.network_changed`)."""
+        self.health.try_now()
+        self._direct.drop_idle()
+
     async def renew(self) -> None:
-        """Forget refused credentials (see `Site.renew`)."""
+        """Forget refused credentials and read them anew (see `Site.renew`)."""
+        await self._login.renew()
         self.health.forget()
+        for remote in self._remotes.values():
+            remote.forget_failures()
 
     async def close(self) -> None:
         """Give up what is under way and close all connections."""

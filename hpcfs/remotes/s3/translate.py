@@ -44,9 +44,12 @@ CAUGHT = (
     ResponseParserError,
     RecursionError,  # botocore's parsers, and json's, call themselves for what is inside
 )
-"""ValueError is what botocore raises for an endpoint that is no URL; TimeoutError is an OSError."""
+"""ValueError is what botocore raises for numbers and times that are none; TimeoutError is an
+OSError."""
 
-LOGIN_ADVICE = "check the profile or keys (for single sign-on: run `aws sso login`), then remount"
+LOGIN_ADVICE = (
+    "check the profile or keys (for single sign-on: run `aws sso login`), then 'hpcfs login'"
+)
 
 _CODES: dict[str, tuple[type[RemoteError], str]] = {
     "InvalidAccessKeyId": (AccessRefused, f"S3 does not know the access key: {LOGIN_ADVICE}"),
@@ -55,7 +58,8 @@ _CODES: dict[str, tuple[type[RemoteError], str]] = {
     "InvalidToken": (AccessRefused, f"S3 refused the session token: {LOGIN_ADVICE}"),
     "RequestTimeTooSkewed": (
         AccessRefused,
-        "S3 refused the request because this machine's clock is wrong: set it, then remount",
+        "S3 refused the request because this machine's clock is wrong: set it, then run "
+        "'hpcfs login'",
     ),
     "NoSuchBucket": (WrongSettings, "there is no such bucket: check `bucket` and `endpoint_url`"),
     "InvalidBucketName": (WrongSettings, "this is no bucket name: check `bucket`"),
@@ -178,11 +182,11 @@ def translate(error: Exception, subject: str) -> RemoteError:
         return AccessRefused(f"no usable S3 credentials were found ({error}): {LOGIN_ADVICE}")
     if isinstance(error, _WRONG_SETTINGS):
         return WrongSettings(f"the S3 settings can't be used: {error}")
-    if isinstance(error, boto.ParamValidationError | ValueError):
+    if isinstance(error, boto.ParamValidationError):
         text = " ".join(str(error).split())
-        wrong = not isinstance(error, boto.ParamValidationError) or "bucket" in text.lower()
+        wrong = "invalid bucket name" in text.lower()
         return (WrongSettings if wrong else InvalidRequest)(f"{subject}: S3 can't be asked: {text}")
-    if isinstance(error, ResponseParserError):
+    if isinstance(error, ResponseParserError | ValueError):
         return ProtocolError(f"{subject}: the answer of the S3 server can't be understood")
     if isinstance(error, RecursionError):
         return ProtocolError(f"{subject}: the answer of the S3 server is nested too deep")
@@ -315,6 +319,13 @@ def is_throttling(error: boto.ClientError) -> bool:
     return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (429, 503)
 
 
+def is_expiry(error: boto.ClientError) -> bool:
+    """Whether other credentials may help, as these have expired. An answer to HEAD does not say
+    why: S3's is a plain 400."""
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    return _SAME.get(code, code) in ("ExpiredToken", "InvalidToken", "400")
+
+
 def s3_code(error: RemoteError) -> str:
     """Return the server's code of a failure that `translate` made of its answer."""
     answer = getattr(error.__cause__, "response", None) or {}  # None: there was no answer
@@ -330,3 +341,15 @@ def translating(subject: str) -> Iterator[None]:
         yield
     except CAUGHT as error:
         raise translate(error, subject) from error
+
+
+@contextmanager
+def unparsable_refused() -> Iterator[None]:
+    """Raise ValueError for whatever an answer makes botocore's parsers fail with: they take it to
+    have the form that it should."""
+    try:
+        yield
+    except (*CAUGHT, RemoteError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
