@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
+from hypothesis import given, settings, strategies as st
 
 from hpcfs.control import control, server as control_server
 from hpcfs.control.control import (
@@ -128,6 +130,34 @@ def test_garbage_harms_nobody(path: Path, garbage: bytes) -> None:
     with serving(path):
         answer = talk(path, garbage)
         assert answer == b"" or "error" in json.loads(answer)
+        assert control.query_status(path) == STATUS
+
+
+@pytest.mark.slow
+def test_mutated_requests_harm_nobody(path: Path) -> None:
+    """HPCFS_EXAMPLES sets how many are tried."""
+    lines = st.sampled_from(
+        [
+            b'{"command": "status"}\n',
+            b'{"command": "sync", "path": "bnMvYQ==", "patience": 3.5}\n',
+            b'{"command": "discard", "path": "", "before": 1e9}\n{"command": "wait"}\n',
+        ]
+    )
+    cuts = st.lists(
+        st.tuples(st.floats(0, 1), st.integers(0, 8), st.binary(max_size=8)), min_size=1, max_size=4
+    )
+
+    @settings(max_examples=int(os.environ.get("HPCFS_EXAMPLES", "200")), deadline=None)
+    @given(lines, cuts)
+    def mutate(line: bytes, changes: list[tuple[float, int, bytes]]) -> None:
+        for part, length, instead in changes:
+            at = int(part * len(line))
+            line = line[:at] + instead + line[at + length :]
+        for answer in talk(path, line).splitlines():
+            assert msgspec.json.decode(answer, type=ControlReply)
+
+    with serving(path, work=count_to_three):
+        mutate()
         assert control.query_status(path) == STATUS
 
 
