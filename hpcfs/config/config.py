@@ -40,7 +40,10 @@ DEFAULT_PATIENCE = 30.0
 UNATTENDED_PATIENCE = 15 * 60.0
 """Of commands that nobody watches, such as those of a batch job."""
 
-COMMON_KEYS = ("type", "read_only", "write", "verify", "connect_timeout", "symlinks", "patience")
+COMMON_KEYS = (
+    "type", "read_only", "write", "verify", "connect_timeout", "symlinks", "patience",
+    "bandwidth_limit",
+)  # fmt: skip
 SFTP_KEYS = (
     *COMMON_KEYS, "host", "path", "user", "port", "identity_file", "ssh_config", "transport",
     "idle_timeout",
@@ -71,7 +74,7 @@ class NamespaceConfig:
     `url` is for display and holds no secret. `write` names what close(2) waits for: the remote, or
     the local journal. `xattrs` says whether extended attributes are wanted, `symlinks` where
     symbolic links may lead. `patience_set` is for how many seconds an outage is only a pause, if
-    the user said so.
+    the user said so. `bandwidth_limit` counts for all namespaces of its site together.
     """
 
     name: str
@@ -82,6 +85,7 @@ class NamespaceConfig:
     xattrs: bool = True
     symlinks: SymlinkMode = DEFAULT_SYMLINKS
     patience_set: float | None = None
+    bandwidth_limit: values.BandwidthLimit = values.UNLIMITED
 
     @property
     def patience(self) -> float:
@@ -391,8 +395,9 @@ def _namespace(table: _Table) -> NamespaceConfig:
     xattrs = kind == "s3" and table.get("xattrs", values.boolean, True)
     symlinks = table.get("symlinks", values.symlink_mode, DEFAULT_SYMLINKS)
     patience = table.get("patience", values.duration, None)
+    limit = table.get("bandwidth_limit", values.rates, values.UNLIMITED)
     name, url = str(table.path[-1]), urls.show(site, root)
-    return NamespaceConfig(name, site, root, url, write, xattrs, symlinks, patience)
+    return NamespaceConfig(name, site, root, url, write, xattrs, symlinks, patience, limit)
 
 
 def _sftp(table: _Table) -> tuple[AnySite, AnyRoot]:

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from hpcfs.config import urls
 from hpcfs.model import ssh_syntax
@@ -23,6 +23,8 @@ from hpcfs.tunnel import file as rendezvous
 MIN_DISK_SIZE = 16 * 1024**2
 """The smallest cache: below this a few files that are read at once would evict each other. The
 smallest journal: below this a few files that are written at once would wait for each other."""
+MIN_RATE = 64 * 1000
+"""Bytes per second; with less, 1 MiB would take longer than an answer is waited for."""
 TRANSPORTS = ("asyncssh", "openssh")
 WRITE_MODES = ("through", "back")
 SYMLINK_MODES = ("contain", "follow", "hide")
@@ -41,6 +43,16 @@ WriteMode = Literal["through", "back"]
 SymlinkMode = Literal["contain", "follow", "hide"]
 """Symbolic links of a remote may lead into their namespace only, or anywhere; or they are
 hidden."""
+
+
+class BandwidthLimit(NamedTuple):
+    """Limits of transfers in bytes per second; 0 is none."""
+
+    down: int = 0
+    up: int = 0
+
+
+UNLIMITED = BandwidthLimit()
 
 
 class BadValue(ValueError):
@@ -142,6 +154,25 @@ def duration(value: object) -> float:
     if not 1 <= length <= _LONGEST_DURATION:
         raise BadValue(f'must be a time of 1 s to 7 d, as in "15 min", not {_shown(value)}')
     return length
+
+
+def rates(value: object) -> BandwidthLimit:
+    """Read limits of transfers, in bytes per second: "10 MB" for both directions, or a table such
+    as { up = "2 MB", down = "20 MB" }, where what is missing is not limited."""
+    if isinstance(value, dict):
+        unknown = sorted(set(value) - {"up", "down"})
+        if unknown or not value:
+            raise BadValue('must be a rate, or a table with "up", "down" or both')
+        return BandwidthLimit(_rate(value.get("down", 0)), _rate(value.get("up", 0)))
+    return BandwidthLimit(_rate(value), _rate(value))
+
+
+def _rate(value: object) -> int:
+    text = value.strip().removesuffix("/s") if isinstance(value, str) else value
+    found = size(text)
+    if 0 < found < MIN_RATE:
+        raise BadValue(f"must be at least 64 kB a second, not {_shown(value)}")
+    return found
 
 
 def log_level(value: object) -> str:

@@ -67,6 +67,11 @@ class Reader:
 
     # --- reading ----------------------------------------------------------------------------------
 
+    def has(self, offset: int, length: int) -> bool:
+        """Whether these bytes, at least one, are in the cache file and known to be right."""
+        end = min(offset + length, self._file.size)
+        return offset < end and self._file.blocks.are_trusted(blocks_of(offset, end))
+
     async def read(self, offset: int, length: int) -> bytes | bytearray:
         """Up to `length` bytes; fewer only at the end of the file."""
         file = self._file

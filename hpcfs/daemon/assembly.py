@@ -10,6 +10,7 @@ import trio
 
 from hpcfs.cache.store import Store
 from hpcfs.config.config import Settings
+from hpcfs.config.values import BandwidthLimit
 from hpcfs.filesystem.filesystem import Filesystem, MountOptions
 from hpcfs.model.sites import (
     AnyRoot,
@@ -109,7 +110,17 @@ def _site_specs(settings: Settings) -> list[SiteSpec]:
     for namespace in settings.namespaces.values():
         roots.setdefault(namespace.site, {})[namespace.name] = namespace.root
     uid, gid, directory = os.getuid(), os.getgid(), str(settings.cache_dir)
-    return [SiteSpec(site, its_roots, directory, uid, gid) for site, its_roots in roots.items()]
+    return [
+        SiteSpec(site, its_roots, directory, uid, gid, *_limit(settings, site))
+        for site, its_roots in roots.items()
+    ]
+
+
+def _limit(settings: Settings, site: AnySite) -> BandwidthLimit:
+    """Return the lowest limits of the site's namespaces: they share its link."""
+    limits = [one.bandwidth_limit for one in settings.namespaces.values() if one.site == site]
+    down = min((one.down for one in limits if one.down), default=0)
+    return BandwidthLimit(down, min((one.up for one in limits if one.up), default=0))
 
 
 def _origin(site: AnySite, root: AnyRoot) -> str:

@@ -27,7 +27,7 @@ from hpcfs.daemon.questions import Questions
 from hpcfs.daemon.services import Services
 from hpcfs.daemon.status import StatusReporter
 from hpcfs.daemon.write_commands import WriteCommands
-from hpcfs.kernel import operations as kernel
+from hpcfs.kernel.mount import KernelMount
 from hpcfs.model.errors import RemoteError, SetupError
 from hpcfs.site.client import Ask
 from hpcfs.site.namespace import Namespace
@@ -40,8 +40,8 @@ OnReady = Callable[[control.MountStatus], None]
 
 SAVE_SECONDS = 2.0
 """How far the cache's index may lag behind; a killed daemon's last blocks are fetched again."""
-MAX_KERNEL_REQUESTS = 512
-"""A dead namespace can't use these up before its requests fail."""
+MAX_KERNEL_REQUESTS = 4096
+"""Of all namespaces; one that does not answer can't use these up (kernel/requests.py)."""
 UNMOUNT_CHECK_SECONDS = 1.0
 UNMOUNT_PATIENCE = 3.0
 """Seconds that the kernel's last requests may take after an unmount, before they are cancelled."""
@@ -110,6 +110,7 @@ class _Daemon:
         self._writes: WriteCommands
         self._logins: Logins
         self._status: StatusReporter
+        self._kernel: KernelMount
 
     # --- from start to end ----------------------------------------------------------------------
 
@@ -177,8 +178,9 @@ class _Daemon:
     async def _serve_kernel(self) -> None:
         """Mounted from the first line to the last."""
         place = self._settings.mountpoint.resolve()
+        kernel = self._kernel = KernelMount(self._mount.fs)
         try:
-            kernel.mount(self._mount.fs, str(self._settings.mountpoint))
+            kernel.mount(str(self._settings.mountpoint))
         except RuntimeError as error:
             raise MountFailed(
                 f"{self._settings.mountpoint} could not be mounted ({error}); "
@@ -227,7 +229,7 @@ class _Daemon:
         try:
             await self._mount.fs.closer.flush_all()
         finally:
-            kernel.stop()
+            self._kernel.stop()
 
     async def _get_ready(self) -> None:
         """The first logins, all sites at once; a site out of reach stops nobody."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 
 import msgspec
+import trio
 
 from hpcfs.cache.store import Store
 from hpcfs.inodes.tree import Node, Tree
@@ -152,6 +153,10 @@ class AttributeChanges:
                 return  # the uploads that wait in the directory bring them along
             times.forget(node)
             raise
+        except trio.Cancelled:  # the remote may have done it
+            times.forget(node)
+            self._tree.expire(node)
+            raise
         self._tree.set_local(node, entry)
         if entry.version == before or not fresh:
             return
@@ -160,7 +165,8 @@ class AttributeChanges:
         if node.content and node.content.version == before:
             node.content.renew_version(entry.version)
         elif not node.content:
-            await self._store.renew_version(namespace.origin, node.path, before, entry.version)
+            with trio.CancelScope(shield=True):
+                await self._store.renew_version(namespace.origin, node.path, before, entry.version)
 
 
 def _is_only_times(attributes: Attributes) -> bool:

@@ -12,6 +12,7 @@ import stat
 import time
 
 import msgspec
+import trio
 
 from hpcfs.content.content import Content
 from hpcfs.content.shared import RemoteFile, Shared
@@ -206,7 +207,11 @@ class Files:
             entry = self._entry_made_here(parent, name, mode, capabilities)
         else:
             handle = namespace.new_handle()
-            entry = await namespace.entry(m.Create(path, stat.S_IMODE(mode), handle))
+            try:
+                entry = await namespace.entry(m.Create(path, stat.S_IMODE(mode), handle))
+            except (trio.Cancelled, Unreachable):
+                self._shared.nursery.start_soon(self._release_there, namespace, handle)
+                raise
         if (known := self._tree.child(parent, name)) is not None:
             if known.content is not None and known.content.may_be_missing:
                 raise AlreadyExists("another program is just creating this file")
@@ -224,6 +229,13 @@ class Files:
         node.content = content
         node.pages_version = content.version
         return self._add(OpenFile(node, content, flags)), node
+
+    async def _release_there(self, namespace: Namespace, handle: int) -> None:
+        """The remote may have opened a file under this handle, of which nobody heard."""
+        try:
+            await namespace.do(m.Release(handle))
+        except RemoteError as error:
+            log.debug("a new file of %s stays open: %s", namespace.name, error.message)
 
     async def _look_once(self, directory: Node, namespace: Namespace) -> None:
         """Its group is that of what is made in it, if it has the set-group-ID bit."""
@@ -257,6 +269,10 @@ class Files:
         return self._open[handle]
 
     # --- read and write -------------------------------------------------------------------------
+
+    def has(self, handle: int, offset: int, length: int) -> bool:
+        """Return whether these bytes are here, so that reading them asks no remote."""
+        return self.get(handle).content.reader.has(offset, length)
 
     async def read(self, handle: int, offset: int, length: int) -> bytes | bytearray:
         """Return up to `length` bytes from `offset` on, fewer only at the end of the file.
@@ -317,10 +333,14 @@ class Files:
         await self._closer.wait_closed(node)
         content = node.content
         if content is None:
-            entry = await namespace.entry(m.Truncate(node.path, size))
-            await self._store.invalidate(namespace.origin, node.path)
+            try:
+                entry = await namespace.entry(m.Truncate(node.path, size))
+            finally:
+                node.pages_version = None
+                self._tree.expire(node)
+                with trio.CancelScope(shield=True):
+                    await self._store.invalidate(namespace.origin, node.path)
             self._tree.set_local(node, entry)
-            node.pages_version = None
             return False
         self._closer.use(content)
         try:

@@ -24,6 +24,7 @@ from hpcfs.directories.directories import Directories
 from hpcfs.directories.lister import DirectoryLister
 from hpcfs.filesystem.attributes import AttributeChanges
 from hpcfs.filesystem.create_predictor import UNKNOWN_PROCESS, CreatePredictor
+from hpcfs.filesystem.doubt import doubting
 from hpcfs.filesystem.files import Files
 from hpcfs.filesystem.lookup import MAX_NAME_BYTES, Lookup
 from hpcfs.filesystem.rename import Renamer, check_empty
@@ -218,7 +219,9 @@ class Filesystem:
         asked = self.tree.now()
         self._refuse_pending(parent, name)
         request = m.MakeDirectory(join(parent, name), stat.S_IMODE(mode))
-        node = self._made(parent, name, await namespace.entry(request), asked, process)
+        with doubting(self.tree, (parent, name)):
+            entry = await namespace.entry(request)
+        node = self._made(parent, name, entry, asked, process)
         self.lister.made(node)
         return node
 
@@ -232,7 +235,9 @@ class Filesystem:
         self._refuse_pending(parent, name)
         asked = self.tree.now()
         request = m.MakeSymlink(join(parent, name), target)
-        node = self._made(parent, name, await namespace.entry(request), asked, process)
+        with doubting(self.tree, (parent, name)):
+            entry = await namespace.entry(request)
+        node = self._made(parent, name, entry, asked, process)
         self._symlinks.made(node, target)
         return node
 
@@ -246,7 +251,8 @@ class Filesystem:
         await self._renamer.flush_below(node)
         asked = self.tree.now()
         try:
-            entry = await namespace.entry(m.MakeLink(node.path, join(parent, name)))
+            with doubting(self.tree, (parent, name)):
+                entry = await namespace.entry(m.MakeLink(node.path, join(parent, name)))
         except NotSupported as error:
             raise NoSuchKind(error.message) from None
         if not node.is_attached or node.is_ahead:
@@ -272,7 +278,8 @@ class Filesystem:
                 raise AlreadyExists("the file exists")
             return (await self.files.open(known, flags))[0], known
         try:
-            handle, node = await self.files.create(parent, name, mode, flags)
+            with doubting(self.tree, (parent, name)):
+                handle, node = await self.files.create(parent, name, mode, flags)
             self.tree.note_made(parent, name)
             self.create_predictor.created(process, (parent, name))
         except AlreadyExists:
@@ -306,7 +313,8 @@ class Filesystem:
         """Remove a name that is no directory; the file stays readable where it is open."""
         parent, namespace = await self._about_to_change(parent_ino, name)
         node = self.tree.child(parent, name)
-        await self._renamer.unlink(namespace, node, parent, name)
+        with doubting(self.tree, (parent, name)):
+            await self._renamer.unlink(namespace, node, parent, name)
         self.lister.removed(parent, name)
 
     async def rmdir(self, parent_ino: int, name: bytes) -> None:
@@ -315,7 +323,8 @@ class Filesystem:
         node = self.tree.child(parent, name)
         if node:
             check_empty(node)
-        await namespace.do(m.RemoveDirectory(join(parent, name)))
+        with doubting(self.tree, (parent, name)):
+            await namespace.do(m.RemoveDirectory(join(parent, name)))
         self.tree.note_gone(parent, name)
         self.lister.removed(parent, name)
         self.tree.expire(parent)
@@ -348,9 +357,10 @@ class Filesystem:
             return  # two links of one file: rename(2) leaves both
         self.tree.note_made(parent, name)
         self.tree.note_made(new_parent, new_name)
-        await self._renamer.rename(
-            namespace, node, (parent, name), new_parent, new_name, target, replace=replace
-        )
+        with doubting(self.tree, (parent, name), (new_parent, new_name)):
+            await self._renamer.rename(
+                namespace, node, (parent, name), new_parent, new_name, target, replace=replace
+            )
         self.lister.removed(parent, name)
         old, new = join(parent, name), join(new_parent, new_name)
         if node.is_directory:

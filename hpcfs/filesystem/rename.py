@@ -3,12 +3,15 @@ they are here.
 
 What the remote has is renamed there, once what is dirty in it has been uploaded. A file that the
 remote never had (`back` mode, and new files on S3) is renamed here alone: it goes up once, under
-its last name, and if it replaces another one there, in one step.
+its last name, and if it replaces another one there, in one step. What follows locally, once the
+remote has done it, is done also if the caller is interrupted.
 """
 
 from __future__ import annotations
 
 from contextlib import AsyncExitStack, ExitStack, suppress
+
+import trio
 
 from hpcfs.cache.store import Store
 from hpcfs.content.content import Content
@@ -95,9 +98,10 @@ class Renamer:
                 doomed.note_no_row()
         if target is not None:
             self._tree.note_changed(target)
-        if lost is not None:
-            await self._closer.forget_unlinked(lost)
-        await self._store.move(content.namespace.origin, old_path, node.path)
+        with trio.CancelScope(shield=True):
+            if lost is not None:
+                await self._closer.forget_unlinked(lost)
+            await self._store.move(content.namespace.origin, old_path, node.path)
         return True
 
     # --- what the remote has ----------------------------------------------------------------------
@@ -144,9 +148,10 @@ class Renamer:
         for changed in (node, target):
             if changed:
                 self._tree.note_changed(changed)
-        if target and not target.is_attached:
-            await self._closer.forget_unlinked(target)
-        await self._store.move(namespace.origin, path, new_path)
+        with trio.CancelScope(shield=True):
+            if target and not target.is_attached:
+                await self._closer.forget_unlinked(target)
+            await self._store.move(namespace.origin, path, new_path)
 
     # --- removal ----------------------------------------------------------------------------------
 
@@ -170,9 +175,10 @@ class Renamer:
                 self._closer.unlink(node)
             self._tree.note_gone(parent, name)
             self._tree.expire(parent)
-        if node:
-            await self._closer.forget_unlinked(node)
-        await self._store.remove(namespace.origin, join(parent, name))
+        with trio.CancelScope(shield=True):
+            if node:
+                await self._closer.forget_unlinked(node)
+            await self._store.remove(namespace.origin, join(parent, name))
 
     async def _remove_there(self, namespace: Namespace, path: bytes, node: Node | None) -> None:
         """Remove it on the remote, which after an interrupted upload may have the file or not."""
@@ -203,12 +209,13 @@ class Renamer:
                 self._closer.unlink(node)
         self._tree.expire(parent)
         self._tree.note_changed(node)
-        if node.is_attached and went_by:
-            await self._store.move(namespace.origin, path, node.path)
-            return
-        if not node.is_attached:
-            await self._closer.forget_unlinked(node)
-        await self._store.remove(namespace.origin, path)
+        with trio.CancelScope(shield=True):
+            if node.is_attached and went_by:
+                await self._store.move(namespace.origin, path, node.path)
+                return
+            if not node.is_attached:
+                await self._closer.forget_unlinked(node)
+            await self._store.remove(namespace.origin, path)
 
     async def flush_below(self, node: Node) -> None:
         """Upload what is dirty in the node, before the remote renames or links it."""

@@ -209,6 +209,10 @@ class Tree:
         for watcher in self._watchers:
             watcher(parent, name, below)
 
+    def find(self, ino: int) -> Node | None:
+        """Return the node of an inode number; None if it was forgotten."""
+        return self._nodes.get(ino)
+
     def get(self, ino: int) -> Node:
         """Return the node of an inode number. Raises Stale if it was forgotten."""
         node = self._nodes.get(ino)
@@ -309,6 +313,14 @@ class Tree:
         """Ask the remote before believing the attributes again; answers under way don't count."""
         node.validated_at = node.named = self.now() - ATTRIBUTE_SECONDS
         self.note_attributes(node)
+
+    def doubt(self, parent: Node, name: bytes) -> None:
+        """Believe nothing of this name: the remote may have something else under it by now."""
+        node = self.child(parent, name)
+        if node is not None:
+            self.expire(node)
+        self.expire(parent)
+        self.note_made(parent, name)
 
     def note_attributes(self, node: Node) -> None:
         """Tell the watchers that older listings don't know the node's attributes any more."""

@@ -1,7 +1,7 @@
 """The kernel's requests: convert, delegate to the filesystem, convert back. Nothing else.
 
-The only importer of pyfuse3. Each handler ends within the remote's deadlines, and no exception but
-FUSEError leaves one: pyfuse3 would end the mount.
+Each handler ends within the remote's deadlines, or as soon as its caller is interrupted, and no
+exception but FUSEError leaves one: pyfuse3 would end the mount.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import pyfuse3
 
@@ -20,8 +20,10 @@ from hpcfs.filesystem.filesystem import Filesystem
 from hpcfs.filesystem.lookup import OPEN_FRESH_SECONDS
 from hpcfs.inodes.tree import ATTRIBUTE_SECONDS, Node
 from hpcfs.kernel.errno import errno_of, shortage
+from hpcfs.kernel.requests import KernelRequest, KernelRequests
 from hpcfs.model.entries import Attributes
 from hpcfs.model.errors import InvalidRequest, NotFound, RemoteError
+from hpcfs.site.namespace import Namespace
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,54 @@ def _answering(
     return wrapped
 
 
+def _interruptible(
+    handler: Callable[P, Coroutine[Any, Any, R]],
+) -> Callable[P, Coroutine[Any, Any, R]]:
+    """Of (self, inode, ..., ctx): the thread that called may be interrupted while it waits."""
+
+    @wraps(handler)
+    async def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        self, inode, ctx = cast("tuple[KernelOperations, int, Any]", (*args[:2], args[-1]))
+        request = self.requests.begin(self.namespace_of(inode), ctx.pid, by_handle=False)
+        return await _until_given_up(self.requests, request, handler(*args, **kwargs))
+
+    return wrapped
+
+
+def _interruptible_by_opener(
+    handler: Callable[P, Coroutine[Any, Any, R]],
+) -> Callable[P, Coroutine[Any, Any, R]]:
+    """Of (self, handle, ...): pyfuse3 does not tell who calls, which is mostly who opened it."""
+
+    @wraps(handler)
+    async def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        self, handle = cast("tuple[KernelOperations, int]", args[:2])
+        opener = self.opener_of(handler.__name__, handle)
+        request = self.requests.begin(opener.namespace, opener.thread, by_handle=True)
+        return await _until_given_up(self.requests, request, handler(*args, **kwargs))
+
+    return wrapped
+
+
+async def _until_given_up(
+    requests: KernelRequests, request: KernelRequest, answer: Coroutine[Any, Any, R]
+) -> R:
+    try:
+        with request.scope:
+            return await answer
+    finally:
+        requests.end(request)
+    raise pyfuse3.FUSEError(request.errno)
+
+
+class _Opener(NamedTuple):
+    """Who opened a handle, and of which namespace it is."""
+
+    thread: int
+    namespace: Namespace | None
+
+
+_NOBODY = _Opener(0, None)
 _REPEAT_SECONDS = 10.0
 _MESSAGES_KNOWN = 100
 _logged: dict[str, float] = {}
@@ -133,13 +183,31 @@ class KernelOperations(pyfuse3.Operations):
     supports_dot_lookup = True
     enable_writeback_cache = False  # it hides the remote's size changes: tail -f would break
 
-    def __init__(self, filesystem: Filesystem) -> None:
+    def __init__(self, filesystem: Filesystem, requests: KernelRequests) -> None:
         super().__init__()
         self._fs = filesystem
+        self.requests = requests
+        self._file_openers: dict[int, _Opener] = {}
+        self._directory_openers: dict[int, _Opener] = {}
+
+    # --- who waits ------------------------------------------------------------------------------
+
+    def namespace_of(self, inode: int) -> Namespace | None:
+        """Return the namespace of an inode; None for the mount's top, and for what is gone."""
+        node = self._fs.tree.find(inode)
+        return None if node is None else node.namespace
+
+    def opener_of(self, handler: str, handle: int) -> _Opener:
+        """Return who opened the handle that this handler got."""
+        is_directory = handler == "readdir"
+        return (self._directory_openers if is_directory else self._file_openers).get(
+            handle, _NOBODY
+        )
 
     # --- looking --------------------------------------------------------------------------------
 
     @_answering
+    @_interruptible
     async def lookup(self, parent: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
         """Find a name in a directory; the kernel counts the answer as a lookup."""
         try:
@@ -160,11 +228,13 @@ class KernelOperations(pyfuse3.Operations):
             self._fs.tree.forget(ino, lookups)
 
     @_answering
+    @_interruptible
     async def getattr(self, inode: int, ctx: Any) -> pyfuse3.EntryAttributes:
         """stat(2): the attributes of an inode."""
         return _told(await self._fs.lookup.getattr(inode))
 
     @_answering
+    @_interruptible
     async def setattr(
         self, inode: int, attr: Any, fields: Any, fh: int | None, ctx: Any
     ) -> pyfuse3.EntryAttributes:
@@ -180,11 +250,13 @@ class KernelOperations(pyfuse3.Operations):
         return _told(await self._fs.setattr(inode, wanted, size, fh))
 
     @_answering
+    @_interruptible
     async def readlink(self, inode: int, ctx: Any) -> bytes:
         """readlink(2): the target of a symbolic link."""
         return await self._fs.readlink(inode)
 
     @_answering
+    @_interruptible
     async def access(self, inode: int, mode: int, ctx: Any) -> bool:
         """access(2); True, or an error."""
         await self._fs.access(inode, mode)
@@ -213,24 +285,28 @@ class KernelOperations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.ENOSYS)
 
     @_answering
+    @_interruptible
     async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
         """getxattr(2)."""
         self._check_xattrs()
         return await self._fs.xattrs.get(inode, name)
 
     @_answering
+    @_interruptible
     async def listxattr(self, inode: int, ctx: Any) -> Sequence[bytes]:
         """listxattr(2)."""
         self._check_xattrs()
         return await self._fs.xattrs.list(inode)
 
     @_answering
+    @_interruptible
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Any) -> None:
         """setxattr(2)."""
         self._check_xattrs()
         await self._fs.xattrs.set(inode, name, value)
 
     @_answering
+    @_interruptible
     async def removexattr(self, inode: int, name: bytes, ctx: Any) -> None:
         """removexattr(2)."""
         self._check_xattrs()
@@ -239,38 +315,45 @@ class KernelOperations(pyfuse3.Operations):
     # --- names ----------------------------------------------------------------------------------
 
     @_answering
+    @_interruptible
     async def mkdir(self, parent: int, name: bytes, mode: int, ctx: Any) -> Any:
         """mkdir(2)."""
         return self._counted(await self._fs.mkdir(parent, name, mode & ~ctx.umask, ctx.pid))
 
     @_answering
+    @_interruptible
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Any) -> Any:
         """mknod(2), for regular files only."""
         return self._counted(await self._fs.mknod(parent, name, mode & ~ctx.umask))
 
     @_answering
+    @_interruptible
     async def symlink(self, parent: int, name: bytes, target: bytes, ctx: Any) -> Any:
         """symlink(2)."""
         return self._counted(await self._fs.symlink(parent, name, target, ctx.pid))
 
     @_answering
+    @_interruptible
     async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: Any) -> Any:
         """link(2)."""
         return self._counted(await self._fs.link(inode, new_parent, new_name))
 
     @_answering
+    @_interruptible
     async def unlink(self, parent: int, name: bytes, ctx: Any) -> None:
         """unlink(2)."""
         self._fs.create_predictor.does_else(ctx.pid)
         await self._fs.unlink(parent, name)
 
     @_answering
+    @_interruptible
     async def rmdir(self, parent: int, name: bytes, ctx: Any) -> None:
         """rmdir(2)."""
         self._fs.create_predictor.does_else(ctx.pid)
         await self._fs.rmdir(parent, name)
 
     @_answering
+    @_interruptible
     async def rename(
         self,
         parent_old: int,
@@ -291,11 +374,13 @@ class KernelOperations(pyfuse3.Operations):
     # --- files ----------------------------------------------------------------------------------
 
     @_answering
+    @_interruptible
     async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
         """open(2) of a file that exists."""
         node = self._fs.tree.get(inode)
         self._fs.create_predictor.does_else(ctx.pid)
         opened = await self._fs.files.open(node, flags)
+        self._file_openers[opened.handle] = _Opener(ctx.pid, node.namespace)
         if not opened.keep_attributes:
             _drop_attributes(node)
         return pyfuse3.FileInfo(
@@ -305,28 +390,40 @@ class KernelOperations(pyfuse3.Operations):
         )
 
     @_answering
+    @_interruptible
     async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
         """open(2) with O_CREAT: a handle and the attributes."""
         handle, node = await self._fs.create(parent, name, mode & ~ctx.umask, flags, ctx.pid)
+        self._file_openers[handle] = _Opener(ctx.pid, node.namespace)
         return pyfuse3.FileInfo(fh=handle), self._counted(node)
 
     @_answering
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """read(2), in bytes."""
-        data = await self._fs.files.read(fh, off, size)
+        if self._fs.files.has(fh, off, size):  # nobody can be stuck in this one
+            data = await self._fs.files.read(fh, off, size)
+        else:
+            data = await self._read_remote(fh, off, size)
         return cast(bytes, data)  # any buffer will do, whatever pyfuse3's types say
 
+    @_interruptible_by_opener
+    async def _read_remote(self, fh: int, off: int, size: int) -> bytes | bytearray:
+        return await self._fs.files.read(fh, off, size)
+
     @_answering
+    @_interruptible_by_opener
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """write(2): the number of bytes written."""
         return await self._fs.files.write(fh, off, buf)
 
     @_answering
+    @_interruptible_by_opener
     async def flush(self, fh: int) -> None:
         """close(2) of one descriptor: what was written is uploaded, or journaled."""
         await self._fs.files.flush_handle(fh)
 
     @_answering
+    @_interruptible_by_opener
     async def fsync(self, fh: int, datasync: bool) -> None:
         """fsync(2): what was written is on the remote."""
         await self._fs.files.flush_handle(fh, sync=True)
@@ -334,19 +431,24 @@ class KernelOperations(pyfuse3.Operations):
     @_answering
     async def release(self, fh: int) -> None:
         """The last descriptor of the handle was closed; nobody hears of errors."""
+        self._file_openers.pop(fh, None)
         self._fs.files.release(fh)
 
     # --- directories ----------------------------------------------------------------------------
 
     @_answering
+    @_interruptible
     async def opendir(self, inode: int, ctx: Any) -> int:
         """opendir(3)."""
         node = self._fs.tree.get(inode)
         self._fs.create_predictor.does_else(ctx.pid)
         await self._fs.permissions.check_directory(node, os.R_OK)
-        return self._fs.directories.open(node)
+        handle = self._fs.directories.open(node)
+        self._directory_openers[handle] = _Opener(ctx.pid, node.namespace)
+        return handle
 
     @_answering
+    @_interruptible_by_opener
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
         """readdir(3) from this entry on: names with attributes, as many as fit."""
         for following, name, node, counts in await self._fs.directories.read(fh, start_id):
@@ -361,32 +463,9 @@ class KernelOperations(pyfuse3.Operations):
     @_answering
     async def releasedir(self, fh: int) -> None:
         """closedir(3)."""
+        self._directory_openers.pop(fh, None)
         self._fs.directories.close(fh)
 
     @_answering
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Do nothing: names are on the remote when the call that made them returns."""
-
-
-def mount(filesystem: Filesystem, mountpoint: str) -> None:
-    """Mount the filesystem. Raises RuntimeError when the kernel or fusermount3 refuses."""
-    options = set(pyfuse3.default_options)
-    options.discard("default_permissions")  # cluster groups are unknown here: the remote decides
-    options.add("fsname=hpcfs")
-    options.add("subtype=hpcfs")
-    pyfuse3.init(KernelOperations(filesystem), mountpoint, options)
-
-
-async def serve(max_requests: int) -> None:
-    """Answer the kernel until unmounted; at most `max_requests` at once."""
-    await pyfuse3.main(max_tasks=max_requests)
-
-
-def unmount() -> None:
-    """Unmount, and close the connection to the kernel."""
-    pyfuse3.close(unmount=True)
-
-
-def stop() -> None:
-    """Make `serve` return."""
-    pyfuse3.terminate()

@@ -82,7 +82,8 @@ class SiteSpec(msgspec.Struct, frozen=True):
     `roots` are the folders to show, by the name under which `Site.remote` gives them. `uid` and
     `gid` are the local ids that stand for the remote user as owner of files. `state_dir` is a local
     directory of the caller's own that outlives this process: S3 notes there which renames of
-    directories were begun, and spools what does not fit in memory.
+    directories were begun, and spools what does not fit in memory. `download_limit` and
+    `upload_limit` bound the rates of transfers, in bytes per second; 0 is no limit.
     """
 
     site: AnySite
@@ -90,3 +91,5 @@ class SiteSpec(msgspec.Struct, frozen=True):
     state_dir: str
     uid: int
     gid: int
+    download_limit: int = 0
+    upload_limit: int = 0

@@ -14,6 +14,8 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from hpcfs.remotes.rate import UNLIMITED, RateLimit
+
 
 class Capacity(Protocol):
     """Decides how much may be under way. Sizes are in bytes; lane 0 is the most urgent one."""
@@ -42,8 +44,9 @@ class _Waiter:
 class AdmissionQueue:
     """Admits requests to a `Capacity`."""
 
-    def __init__(self, capacity: Capacity, lanes: int) -> None:
+    def __init__(self, capacity: Capacity, lanes: int, rate: RateLimit = UNLIMITED) -> None:
         self._capacity = capacity
+        self._rate = rate
         self._lanes: list[list[_Waiter]] = [[] for _ in range(lanes)]
         self._numbers = itertools.count()
 
@@ -58,6 +61,14 @@ class AdmissionQueue:
 
     async def enter(self, lane: int, size: int, turn: int | None = None) -> None:
         """Wait until a request of `size` bytes may go; `leave` has to follow, once it has ended."""
+        await self._wait_for_room(lane, size, turn)
+        try:
+            await self._rate.take(size)
+        except asyncio.CancelledError:
+            self.leave(size)
+            raise
+
+    async def _wait_for_room(self, lane: int, size: int, turn: int | None) -> None:
         waiting = self._lanes[lane]
         if self._first(waiting) is None and self._capacity.fits(lane, size):
             self._capacity.took(size)

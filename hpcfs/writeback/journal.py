@@ -237,7 +237,10 @@ class Journal:
         await self._run(self._db.close)
 
     async def _run(self, work: Callable[..., T], *args: object) -> T:
-        return await trio.to_thread.run_sync(work, *args, limiter=self._limiter)
+        """Run it to its end, also if the caller is interrupted: row and state must agree."""
+        with trio.CancelScope(shield=True):
+            done = await trio.to_thread.run_sync(work, *args, limiter=self._limiter)
+        return done  # noqa: RET504 - mypy takes the block for one that may end early
 
     async def _run_quick(self, work: Callable[..., T], *args: object) -> T:
         """Run what waits for no disk here: SQLite takes 0.015 ms, a thread as much six times."""

@@ -401,3 +401,48 @@ def test_settings_of_two_mounts_share_no_file(tmp_path: Path) -> None:
     for name in ("log_file", "socket", "cache_dir", "mountpoint"):
         assert getattr(first, name) != getattr(second, name)
         assert getattr(first, name).is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("text", "down", "up"),
+    [
+        ('"10 MB"', 10_000_000, 10_000_000),
+        ('"1 MiB/s"', 1024**2, 1024**2),
+        ('{ up = "2 MB", down = "20 MB" }', 20_000_000, 2_000_000),
+        ('{ up = "100k" }', 0, 102_400),
+    ],
+)
+def test_a_limit_of_transfers(text: str, down: int, up: int) -> None:
+    text = f'[namespaces.a]\ntype = "sftp"\nhost = "h"\nbandwidth_limit = {text}\n'
+    assert parse(text).namespaces["a"].bandwidth_limit == (down, up)
+
+
+@pytest.mark.parametrize("text", ['"1 kB"', "{}", '{ upwards = "1 MB" }', "true", '"fast"'])
+def test_no_limit_of_transfers(text: str) -> None:
+    text = f'[namespaces.a]\ntype = "sftp"\nhost = "h"\nbandwidth_limit = {text}\n'
+    with pytest.raises(SetupError, match=r"4: .*bandwidth_limit must"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [('"30 s"', 30), ('"15 min"', 900), ('"2h"', 7200), ("45", 45), ("1.5", 1.5), ('"1 d"', 86400)],
+)
+def test_patience_is_a_time(text: str, seconds: float) -> None:
+    text = f'[namespaces.a]\ntype = "sftp"\nhost = "h"\npatience = {text}\n'
+    found = parse(text)
+    assert found.namespaces["a"].patience == seconds
+    assert config.unattended(found).namespaces["a"].patience == seconds, "the user said so"
+
+
+@pytest.mark.parametrize("text", ['"0.5 s"', "-1", '"8 d"', '"soon"', "true", "[]", '"15 parsec"'])
+def test_no_patience(text: str) -> None:
+    text = f'[namespaces.a]\ntype = "sftp"\nhost = "h"\npatience = {text}\n'
+    with pytest.raises(SetupError, match=r"4: .*patience must be a time"):
+        parse(text)
+
+
+def test_the_patience_of_what_nobody_watches() -> None:
+    found = parse('[namespaces.a]\ntype = "sftp"\nhost = "h"\n')
+    assert found.namespaces["a"].patience == 30
+    assert config.unattended(found).namespaces["a"].patience == 900

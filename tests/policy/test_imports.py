@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "writeback": {"model", "protocol", "cache", "site", "content", "inodes"},
     "filesystem": {"model", "protocol", "cache", "site", "content", "inodes", "prefetch"}
     | {"directories", "writeback"},
-    "kernel": {"model", "inodes", "filesystem"},
+    "kernel": {"model", "site", "inodes", "filesystem"},
     "daemon": {"model", "system", "protocol", "control", "config", "cache", "site", "content"}
     | {"inodes", "writeback", "filesystem", "kernel"},
     "demo": {"model", "system", "remotes", "laptop"},

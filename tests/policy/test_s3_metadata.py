@@ -20,6 +20,7 @@ from hpcfs.model.errors import (
     NotConnected,
     NotFound,
     PermissionDenied,
+    ProtocolError,
     RemoteError,
     Throttled,
     TimedOut,
@@ -27,7 +28,7 @@ from hpcfs.model.errors import (
     WrongSettings,
 )
 from hpcfs.remotes.s3.caches import ExpiringCache, MetadataCache
-from hpcfs.remotes.s3.health import Health
+from hpcfs.remotes.s3.health import Health, LastingFailure
 from hpcfs.remotes.s3.metadata import MAX_TIME_NS, Metadata, decode, encode, format_time, parse_time
 from hpcfs.remotes.s3.objects import Info, Summary
 from hpcfs.remotes.s3.parts import Limits
@@ -237,7 +238,7 @@ def refusal(code: str, status: int = 400) -> boto.ClientError:
         (boto.NoCredentialsError(), AccessRefused),
         (boto.UnauthorizedSSOTokenError(), AccessRefused),
         (boto.ProfileNotFound(profile="x"), WrongSettings),
-        (ValueError("Invalid endpoint: x"), WrongSettings),
+        (ValueError("could not convert string to float: 'x'"), ProtocolError),
         (refusal("NoSuchBucket", 404), WrongSettings),
         (refusal("301", 301), WrongSettings),
         (refusal("AuthorizationHeaderMalformed"), WrongSettings),
@@ -300,6 +301,28 @@ def test_a_dead_endpoint_is_asked_again_soon() -> None:
         raise ConnectionResetError
     now += UNREACHED.first
     health.check()
+
+
+def test_what_only_a_person_mends_is_looked_at_again_rarely() -> None:
+    now = 0.0
+    failure = LastingFailure(lambda: now, lambda: 0.0)
+    failure.failed(WrongSettings("no such bucket"))
+    failure.check()  # one answer may be damaged
+    asked = []
+    while now < 100:
+        try:
+            failure.check()
+        except WrongSettings:
+            now += 0.25
+        else:
+            asked.append(now)
+            failure.failed(WrongSettings("no such bucket"))
+    assert asked == [0, 1, 3, 7, 15, 31, 61, 91]
+    now += 30
+    failure.check()
+    failure.succeeded()
+    failure.failed(WrongSettings("again"))
+    failure.check()
 
 
 def test_a_server_that_answers_is_there_whatever_it_says() -> None:

@@ -77,18 +77,28 @@ def test_a_public_bucket_is_read_without_credentials(
 
 
 def test_a_bucket_that_is_not_public_says_so(rclone: S3Server, tmp_path: Path) -> None:
-    """Once: what was refused is not asked for again."""
+    """What was refused twice is not asked for again soon: one answer may be damaged."""
 
     async def test() -> None:
         async with relay_before(rclone) as relay:
             site = S3Site(relay.server.endpoint_url)
             async with remote_at(site, rclone.bucket, tmp_path) as remote:
-                with pytest.raises(AccessRefused, match=r"no usable.*is not public"):
-                    await remote.connect()
+                for _ in range(2):
+                    with pytest.raises(AccessRefused, match=r"no usable.*is not public"):
+                        await remote.connect()
                 asked = len(relay.asked)
                 with pytest.raises(AccessRefused, match=r"no usable.*is not public"):
                     await remote.connect()
                 assert len(relay.asked) == asked
+
+    asyncio.run(test())
+
+
+def test_an_endpoint_that_is_no_url_is_told_of(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with remote_at(S3Site("nonsense"), "bucket", tmp_path) as remote:
+            with pytest.raises(WrongSettings, match="Invalid endpoint: nonsense"):
+                await remote.connect()
 
     asyncio.run(test())
 

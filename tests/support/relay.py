@@ -31,6 +31,8 @@ class Relay:
     asked: list[Asked] = field(default_factory=list)
     rewrite: Callable[[str], str] = lambda text: text
     """Of what goes on to the server: the head."""
+    spoil: Callable[[Asked, bytes], bytes] = lambda asked, answer: answer
+    """Of what comes back from the server: head and body."""
 
     def count(self, *words: str) -> int:
         """The requests in whose first line all of these are."""
@@ -61,7 +63,7 @@ async def relay_before(server: S3Server) -> AsyncIterator[Relay]:
         if answer is None:
             back, forth = await asyncio.open_connection(LOOPBACK, port)
             forth.write(relay.rewrite(head.decode()).encode() + asked.body)
-            answer = await back.read()
+            answer = relay.spoil(asked, await back.read())
             forth.close()
         writer.write(answer.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
         await writer.drain()

@@ -14,7 +14,7 @@ from typing import Any
 
 from aiobotocore.httpsession import AIOHTTPSession
 
-from hpcfs.remotes.s3.responses import is_fit_to_parse
+from hpcfs.remotes.s3.responses import is_fit_to_parse, is_page
 
 ANSWER_BYTES = 16 * 1024 * 1024
 """Of listings, refusals and credentials; a page has 1000 keys of at most 1 KiB, thrice that when
@@ -39,22 +39,23 @@ class _BoundedResponse:
     async def read(self) -> bytes:
         if self._body is None:
             try:
-                body = await _bounded(self._answer.content)
-                if not is_fit_to_parse(body):
-                    body = self._without()
-                self._body = body
+                self._body = self._fit(await _bounded(self._answer.content))
             except BaseException:
                 self._answer.close()
                 raise
             self._answer.release()
         return self._body
 
-    def _without(self) -> bytes:
-        """Leave the body out: a refusal's status says enough, and proxies send pages of HTML beside
-        it."""
-        if self._answer.status < 300:
+    def _fit(self, body: bytes) -> bytes:
+        """Return a body that may be parsed. Of a refusal the status says enough, and proxies send
+        pages of HTML beside it. Raises UnfitResponse."""
+        if self._answer.status >= 300:
+            return body if is_fit_to_parse(body) else b""
+        if body and is_page(self._answer.headers):
+            raise UnfitResponse("the answer of the S3 server is a web page")
+        if not is_fit_to_parse(body):
             raise UnfitResponse("the answer of the S3 server is not safe to parse")
-        return b""
+        return body
 
 
 async def _bounded(content: Any) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 
@@ -31,6 +31,7 @@ from hpcfs.remotes.base import checked_size
 from hpcfs.remotes.s3 import deadlines
 from hpcfs.remotes.s3.access import Access
 from hpcfs.remotes.s3.checksums import CRC32, PartSent, UploadChecks, proof_of
+from hpcfs.remotes.s3.health import LastingFailure
 from hpcfs.remotes.s3.metadata import Metadata, encode
 from hpcfs.remotes.s3.names import checked_key
 from hpcfs.remotes.s3.objects import (
@@ -38,16 +39,15 @@ from hpcfs.remotes.s3.objects import (
     Info,
     Page,
     Summary,
-    check_range,
     condition,
     if_match,
     info_of,
     plain_etag,
-    read_body,
     settable,
     summary_of,
 )
-from hpcfs.remotes.s3.translate import is_throttling, s3_code, translate, translating
+from hpcfs.remotes.s3.reading import RangeRead, ReadChecks, range_of
+from hpcfs.remotes.s3.translate import is_throttling, s3_code, translate, unparsable_refused
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -72,7 +72,8 @@ class Bucket:
         self._access = access
         self.login, self.server = access.login, access.server
         self._checks = UploadChecks(access.server)
-        self._lasting: RemoteError | None = None
+        self._read_checks = ReadChecks(access.server)
+        self._lasting = LastingFailure()
 
     async def call(self, operation: str, subject: str, **parameters: Any) -> dict[str, Any]:
         """Make one request of S3's API, by botocore's name of the operation. Raises RemoteError."""
@@ -107,28 +108,24 @@ class Bucket:
         body: Any = parameters.get("Body")
         if hasattr(body, "seek"):  # it may have been sent before
             body.seek(0)
-        answer: dict[str, Any] = await getattr(client, operation)(Bucket=self.name, **parameters)
-        return answer
+        with unparsable_refused():
+            made: dict[str, Any] = await getattr(client, operation)(Bucket=self.name, **parameters)
+        return made
 
     @contextmanager
     def _watching(self, subject: str) -> Iterator[None]:
-        self.check()
+        self._lasting.check()
         try:
             with self._access.health.watching(subject):
                 yield
         except WrongSettings as error:
-            self._lasting = error
+            self._lasting.failed(error)
             raise
-
-    def check(self) -> None:
-        """Raise what can't be cured by asking again."""
-        if self._lasting is not None:
-            raise type(self._lasting)(*self._lasting.args)
+        self._lasting.succeeded()
 
     def remember(self, error: RemoteError) -> RemoteError:
-        """Answer every later request with this error. Returns it."""
-        self._lasting = error
-        return error
+        """Answer the next requests with this error (see LastingFailure). Returns it."""
+        return self._lasting.failed(error)
 
     async def head(self, key: str, *, urgent: bool = True) -> Info | None:
         """Return what the object's headers say, or None where there is no such object. `urgent`
@@ -143,37 +140,32 @@ class Bucket:
     async def get(
         self, key: str, version: bytes, offset: int, length: int, *, urgent: bool = True
     ) -> bytes | bytearray:
-        """Return `length` bytes of one version. Raises Changed when another one is there."""
-        parameters = {"Key": key, "Range": f"bytes={offset}-{offset + length - 1}"}
+        """Return `length` bytes of one version, compared with what the server says of them.
+
+        Raises Changed when another version is there.
+        """
+        parameters = {
+            "Key": key,
+            "Range": f"bytes={offset}-{offset + length - 1}",
+            "ChecksumMode": "ENABLED",
+        }
         if b":" not in version:
             parameters["IfMatch"] = f'"{version.decode()}"'
-        try:
+
+        async def ask() -> RangeRead:
             async with self._access.gate.turn(length, urgent=urgent):
                 answer = await self._directly("get_object", key, parameters, length)
-                return await self._range_of(answer, key, version, offset, length)
+                return await range_of(answer, key, version, offset, length)
+
+        try:
+            found = await ask()
+            if not await self._read_checks.holds(found):
+                log.warning("%s arrived damaged: it is read again over another connection", key)
+                self._access.direct.drop_idle()
+                found = await self._read_checks.settled(key, found, await ask())
+            return found.data
         except NotFound:
             raise Changed(f"{key} was removed on the server: it can't be read on") from None
-
-    async def _range_of(
-        self, answer: dict[str, Any], key: str, version: bytes, offset: int, length: int
-    ) -> bytes | bytearray:
-        """The bytes of an answer, which is checked first. A body left unread would break the
-        connection for whoever comes next: leaving its context closes it."""
-        body = answer.get("Body")
-        async with AsyncExitStack() as stack:
-            if body is not None and not isinstance(body, bytearray):
-                await stack.enter_async_context(body)
-            total = check_range(key, answer, offset, length)
-            info = info_of(key, {**answer, "ContentLength": total})
-            if not info.has_version(version):
-                raise Changed(f"{key} has changed on the server: open it again")
-            if isinstance(body, bytearray):
-                return body
-            with translating(key):
-                data = await read_body(body, length) if body is not None else b""
-        if len(data) != length:
-            raise Changed(f"{key} ended after {len(data)} of {length} bytes: open it again")
-        return data
 
     @asynccontextmanager
     async def sending(self, size: int) -> AsyncIterator[None]:
@@ -385,11 +377,8 @@ class Bucket:
                     if not self._checks.refused_crc(error):
                         raise
                 else:
-                    return MultipartSession(
-                        str(answer["UploadId"]), answer.get("ChecksumAlgorithm") == CRC32
-                    )
-            answer = await self.call(operation, key, **asked)
-            return MultipartSession(str(answer["UploadId"]))
+                    return _session(key, answer, answer.get("ChecksumAlgorithm") == CRC32)
+            return _session(key, await self.call(operation, key, **asked))
 
         return await _with_belongings(asked, begin)
 
@@ -445,7 +434,8 @@ class Bucket:
         while True:
             answer = await self.call("list_parts", key, Key=key, UploadId=upload.id, **more)
             for part in answer.get("Parts", []):
-                found[int(part["PartNumber"])] = checked_size(part.get("Size"), key.encode())
+                size = checked_size(part.get("Size"), key.encode())
+                found[int(part.get("PartNumber") or 0)] = size
             marker = answer.get("NextPartNumberMarker")
             if (
                 not answer.get("IsTruncated")
@@ -483,6 +473,12 @@ class Bucket:
     async def abort_upload(self, key: str, upload: MultipartSession) -> None:
         """End a multipart upload, and free its parts. Raises RemoteError."""
         await self.call("abort_multipart_upload", key, Key=key, UploadId=upload.id)
+
+
+def _session(key: str, answer: Mapping[str, Any], with_crc: bool = False) -> MultipartSession:
+    if not answer.get("UploadId"):
+        raise ProtocolError(f"{key}: the S3 server began an upload without a name")
+    return MultipartSession(str(answer["UploadId"]), with_crc)
 
 
 async def _with_belongings(

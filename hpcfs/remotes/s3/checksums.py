@@ -107,6 +107,8 @@ class UploadChecks:
         differs = proof.crc is not None and answered not in (None, proof.crc)
         if differs or (self._etags_tell and etag != proof.md5.hex()):
             raise RemoteFailure(f"{key}: what S3 stored is not what was sent: write it again")
+        if self._etags_tell:
+            self._server.md5_etags = True
         return PartSent(etag, proof.md5, answered)
 
     def compare_joined(

@@ -35,6 +35,7 @@ from botocore.httpsession import create_urllib3_context, get_cert_path
 from botocore.parsers import create_parser
 from botocore.utils import get_environ_proxies
 
+from hpcfs.remotes.rate import UNLIMITED, RateLimit
 from hpcfs.remotes.s3 import botocore_guard, deadlines
 from hpcfs.remotes.s3.botocore_guard import UnfitResponse
 from hpcfs.remotes.s3.http import (
@@ -45,7 +46,13 @@ from hpcfs.remotes.s3.http import (
     UnusualResponse,
 )
 from hpcfs.remotes.s3.pool import HostAddress, NotOpened, Pool
-from hpcfs.remotes.s3.responses import is_fit_to_parse, parse_copy, parse_listing, parse_object
+from hpcfs.remotes.s3.responses import (
+    is_fit_to_parse,
+    is_page,
+    parse_copy,
+    parse_listing,
+    parse_object,
+)
 from hpcfs.remotes.s3.sent_writes import note_sent
 from hpcfs.remotes.s3.signing import ALGORITHM, EMPTY_SHA256, UNSIGNED, Keys, Signer
 
@@ -54,6 +61,8 @@ _SCOPE = re.compile(
     re.escape(ALGORITHM) + r" Credential=[^,]+/\d{8}/([^/,]+)/([^/,]+)/aws4_request,"
 )
 STRANGE_IN_A_ROW = 10
+STRANGE_SECONDS = 60.0
+"""For how long a server that was not understood so often in a row is left to botocore."""
 THREAD_BYTES = 256 * 1024
 """Hashing more than this is left to a thread."""
 _METHODS = {
@@ -83,6 +92,7 @@ _HEADERS = {
     "ContentMD5": "content-md5",
     "ContentType": "content-type",
     "ChecksumCRC32": "x-amz-checksum-crc32",
+    "ChecksumMode": "x-amz-checksum-mode",
     "CopySourceIfMatch": "x-amz-copy-source-if-match",
     "MetadataDirective": "x-amz-metadata-directive",
     "StorageClass": "x-amz-storage-class",
@@ -138,11 +148,17 @@ class _Body:
 
 
 class Direct:
-    """`connect_timeout` is in seconds. `answered_in` hears how far away the server is."""
+    """`connect_timeout` is in seconds. `answered_in` hears how far away the server is, and `pace`
+    is that of what is sent."""
 
     def __init__(
-        self, login: DirectLogin, answered_in: Callable[[float], None], connect_timeout: float
+        self,
+        login: DirectLogin,
+        answered_in: Callable[[float], None],
+        connect_timeout: float,
+        pace: RateLimit = UNLIMITED,
     ) -> None:
+        self._pace = pace
         self._login, self._answered_in = login, answered_in
         self._connect_timeout = connect_timeout
         self._routes: dict[str, Route | None] = {}
@@ -181,7 +197,7 @@ class Direct:
             head = _head(route, operation, bucket, parameters, keys, payload)
             bodiless = _METHODS[operation] == "HEAD"
             silence = deadlines.current() + len(body) / deadlines.STORED_PER_SECOND
-            request = HttpRequest(head, bodiless, limit, body, sent, silence)
+            request = HttpRequest(head, bodiless, limit, body, sent, silence, pace=self._pace)
             with _in_words_of_botocore(route.pool, operation):
                 found = await route.pool.ask(request)
             note_sent(operation)
@@ -223,6 +239,8 @@ class Direct:
         content = found.body
         if content is None:
             raise _unfit("too long")
+        if found.status < 300 and content and is_page(found.headers):
+            raise _unfit("a web page")  # of a proxy, or of a network that wants a login
         if not is_fit_to_parse(content):
             if found.status < 300:
                 raise _unfit("not safe to parse")
@@ -234,14 +252,21 @@ class Direct:
         each time in vain."""
         log.debug("an answer for %s is left to botocore: %s", bucket, error)
         self._strange[bucket] = self._strange.get(bucket, 0) + 1
-        if self._strange[bucket] >= STRANGE_IN_A_ROW:
-            log.warning("bucket %s is read by way of botocore from now on: %s", bucket, error)
+        if self._strange[bucket] >= STRANGE_IN_A_ROW and self._routes.get(bucket) is not None:
+            log.warning("bucket %s is read by way of botocore for a while: %s", bucket, error)
             self._routes[bucket] = None
+            loop = asyncio.get_running_loop()
+            loop.call_later(STRANGE_SECONDS, self._routes.pop, bucket, None)
 
     @property
     def connections(self) -> int:
         """How many connections are open now."""
         return sum(map(len, self._pools.values()))
+
+    def drop_idle(self) -> None:
+        """Close the connections that nobody uses now: the next requests take new ones."""
+        for pool in self._pools.values():
+            pool.drop_idle()
 
     def close(self) -> None:
         """Close all connections."""

@@ -14,9 +14,40 @@ from contextlib import contextmanager
 
 from botocore.exceptions import ClientError
 
-from hpcfs.model.backoff import UNREACHED, Backoff
+from hpcfs.model.backoff import REACHED, UNREACHED, Backoff
 from hpcfs.model.errors import AccessRefused, NotConnected, RemoteError, Unreachable
 from hpcfs.remotes.s3.translate import CAUGHT, translate
+
+
+class LastingFailure:
+    """An error that only the user can mend, so that asking again is mostly in vain. Once it came
+    twice in a row, since one answer may be damaged, it is the answer for the pauses of `Backoff`,
+    between which one request looks whether it was mended. Times as in `Backoff`."""
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._backoff = Backoff(clock, draw)
+        self._error: RemoteError | None = None
+
+    def check(self) -> None:
+        """Raise the error, unless it is time to look again."""
+        if self._error is not None and self._backoff.is_waiting:
+            raise _again(self._error)
+
+    def failed(self, error: RemoteError) -> RemoteError:
+        """Remember an error. Returns it."""
+        if self._error is not None and not self._backoff.is_waiting:
+            self._backoff.failed(REACHED)
+        self._error = error
+        return error
+
+    def succeeded(self) -> None:
+        """Forget the error: the server answered as it should."""
+        self._error = None
+        self._backoff.succeeded()
 
 
 class Health:

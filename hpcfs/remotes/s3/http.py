@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from hpcfs.remotes import life
+from hpcfs.remotes.rate import UNLIMITED, RateLimit
 from hpcfs.remotes.s3 import deadlines
 
 HEAD_BYTES = 32 * 1024
@@ -29,6 +30,7 @@ ERROR_BYTES = 64 * 1024
 MOST_INTERIM = 100
 """Interim answers (1xx) to one question: S3 sends at most one, before a body."""
 PIECE_BYTES = 512 * 1024
+PACED_BYTES = 64 * 1024
 """How much of a body is handed to the loop at once: over TLS it is encrypted there and then."""
 WORKING_SECONDS = 30.0
 """Whoever may wait for longer reports life meanwhile: the connection stands, and only the server's
@@ -76,6 +78,8 @@ class HttpRequest:
     """Seconds without a byte, in either direction, after which it is given up."""
     alive: life.Report = field(default_factory=life.listener)
     """Called now and then while a server may work for long."""
+    pace: RateLimit = UNLIMITED
+    """Of the body."""
 
 
 class HttpConnection(asyncio.BufferedProtocol):
@@ -136,6 +140,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         """An answer that comes before the body was sent is a refusal: the rest is not wanted, and
         nothing else can follow on this connection."""
         if len(request.body) <= HEAD_BYTES:
+            await request.pace.take(len(request.body))
             transport.write(request.data + request.body)
             return
         transport.write(request.data)
@@ -144,7 +149,11 @@ class HttpConnection(asyncio.BufferedProtocol):
             if self._waiter is None or self._waiter.done():
                 self.abort()
                 return
-            transport.write(body[start : start + PIECE_BYTES])
+            piece = body[start : start + PIECE_BYTES]
+            for paced in range(0, len(piece), PACED_BYTES):
+                await request.pace.take(min(PACED_BYTES, len(piece) - paced))
+                self.heard = self._loop.time()
+            transport.write(piece)
             if self._room is not None:
                 await self._room
             self.heard = self._loop.time()

@@ -146,7 +146,10 @@ class S3Login:
     async def _make(self) -> Any:
         keys = await self._find_keys()
         self.anonymous = keys is None
-        client = await self._stack.enter_async_context(self._creation())
+        try:
+            client = await self._stack.enter_async_context(self._creation())
+        except ValueError as error:  # an endpoint that is no URL
+            raise WrongSettings(f"the S3 settings can't be used: {error}") from error
         said = ["without credentials, as anybody may"] if self.anonymous else []
         said.append(check_secrecy(client.meta.endpoint_url, keys))
         self.remark = ", ".join(filter(None, said))

@@ -168,8 +168,11 @@ def summary_of(found: Mapping[str, Any]) -> Summary:
 
 
 def info_of(key: str, answer: Mapping[str, Any]) -> Info:
-    """Return what the headers of an object say, checked. Raises ProtocolError."""
+    """Return what the headers of an object say, checked. Raises ProtocolError, for those of a web
+    page too, which have neither an ETag nor a time."""
     http_headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    if not answer.get("ETag") and not answer.get("LastModified"):
+        raise ProtocolError(f"{key}: the S3 server's answer is not that of an object")
     return Info(
         key=key,
         size=checked_size(answer.get("ContentLength"), key.encode()),

@@ -148,7 +148,7 @@ class Pool:
                 if connection.began:
                     raise
                 was_sent = was_sent or connection.was_asked
-                self._drop_idle()
+                self.drop_idle()
         try:
             connection = await self._connect()
         except OSError as error:
@@ -204,13 +204,14 @@ class Pool:
         now = loop.time()
         for connection in list(self._all):
             if connection.check():
-                self._drop_idle()
+                self.drop_idle()
             elif not connection.busy and now - connection.heard > IDLE_SECONDS:
                 connection.abort()
         self._idle = [connection for connection in self._idle if connection.reusable]
         self._ticker = loop.call_later(TICK_SECONDS, self._tick) if self._all else None
 
-    def _drop_idle(self) -> None:
+    def drop_idle(self) -> None:
+        """Close the idle connections."""
         for connection in self._idle:
             connection.abort()
         self._idle.clear()

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from hpcfs.remotes.admission import AdmissionQueue
+from hpcfs.remotes.rate import UNLIMITED, RateLimit
 from hpcfs.remotes.s3.parts import MIB
 
 MILLISECOND = 0.001
@@ -39,15 +40,16 @@ class Bounds:
 
 
 class RequestGate:
-    """Admits the requests of a site, by their number and the bytes of the large ones."""
+    """Admits the requests of a site, by their number and the bytes of the large ones, and none
+    faster than `rate`."""
 
-    def __init__(self, bounds: Bounds) -> None:
+    def __init__(self, bounds: Bounds, rate: RateLimit = UNLIMITED) -> None:
         self._bounds = bounds
         self.slots = bounds.fewest_slots
         """How many requests may be under way now, urgent ones apart."""
         self._quickest = 0.0
         self._busy = self._bulk = self._bulk_bytes = 0
-        self._admission = AdmissionQueue(self, lanes=3)
+        self._admission = AdmissionQueue(self, lanes=3, rate=rate)
 
     @asynccontextmanager
     async def turn(self, size: int, *, urgent: bool) -> AsyncIterator[None]:

@@ -24,9 +24,15 @@ _TEXTS = {
     "content-type": "ContentType",
     "etag": "ETag",
     "x-amz-checksum-crc32": "ChecksumCRC32",
+    "x-amz-checksum-crc32c": "ChecksumCRC32C",
+    "x-amz-checksum-crc64nvme": "ChecksumCRC64NVME",
+    "x-amz-checksum-sha1": "ChecksumSHA1",
+    "x-amz-checksum-sha256": "ChecksumSHA256",
+    "x-amz-checksum-type": "ChecksumType",
     "x-amz-object-lock-legal-hold": "ObjectLockLegalHoldStatus",
     "x-amz-object-lock-mode": "ObjectLockMode",
     "x-amz-server-side-encryption": "ServerSideEncryption",
+    "x-amz-server-side-encryption-customer-algorithm": "SSECustomerAlgorithm",
     "x-amz-server-side-encryption-aws-kms-key-id": "SSEKMSKeyId",
     "x-amz-storage-class": "StorageClass",
     "x-amz-website-redirect-location": "WebsiteRedirectLocation",
@@ -96,6 +102,11 @@ def _xml_time(text: str) -> datetime:
         raise ValueError("a time that is too long")
     found = datetime.fromisoformat(text)
     return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def is_page(headers: Mapping[str, str]) -> bool:
+    """Whether an answer is a page for people."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower() == "text/html"
 
 
 MOST_MARKS = 300_000

@@ -21,6 +21,8 @@ class ServerCapabilities:
     deletes_many: bool | None = None
     answers_crcs: bool | None = None
     """A CRC-32 that goes with a body is compared, and answered."""
+    md5_etags: bool | None = None
+    """The ETag of an object sent in one piece, and not encrypted, is the MD5 of its content."""
     joins_md5s: bool | None = None
     """The ETag of an object sent in parts is made of theirs."""
 

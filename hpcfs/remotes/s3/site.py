@@ -9,6 +9,7 @@ from dataclasses import replace
 from hpcfs.model.errors import WrongSettings
 from hpcfs.model.sites import S3Root, S3Site, SiteSpec
 from hpcfs.model.usage import Traffic
+from hpcfs.remotes.rate import RateLimit
 from hpcfs.remotes.s3.access import Access
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.direct import Direct
@@ -34,13 +35,16 @@ class S3SiteConnection:
         assert isinstance(spec.site, S3Site)
         bounds = bounds or Bounds()
         self._login = S3Login(spec.site)
-        gate, sending = RequestGate(bounds), RequestGate(replace(bounds, bulk_bytes=SENT_BYTES))
+        gate = RequestGate(bounds, RateLimit(spec.download_limit))
+        sending = RequestGate(replace(bounds, bulk_bytes=SENT_BYTES))
 
         def answered_in(seconds: float) -> None:
             gate.answered_in(seconds)
             sending.answered_in(seconds)
 
-        self._direct = Direct(self._login, answered_in, spec.site.connect_timeout)
+        self._direct = Direct(
+            self._login, answered_in, spec.site.connect_timeout, RateLimit(spec.upload_limit)
+        )
         self._login.send_by(self._direct.send)
         self.health = Health()
         access = Access(self._login, self._direct, gate, sending, self.health)

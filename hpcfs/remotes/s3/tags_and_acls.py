@@ -101,7 +101,8 @@ class TagsAndAcls:
         except RemoteError as error:
             log.warning("%s loses its tags, which can't be read: %s", key, error.message)
             return {}
-        pairs = [(str(tag["Key"]), str(tag["Value"])) for tag in answer.get("TagSet", [])]
+        tags = answer.get("TagSet", [])
+        pairs = [(str(tag.get("Key", "")), str(tag.get("Value", ""))) for tag in tags]
         return {"Tagging": urlencode(pairs, quote_via=quote)} if pairs else {}
 
     async def _access(self, found: Info) -> dict[str, Any]:

@@ -44,7 +44,8 @@ CAUGHT = (
     ResponseParserError,
     RecursionError,  # botocore's parsers, and json's, call themselves for what is inside
 )
-"""ValueError is what botocore raises for an endpoint that is no URL; TimeoutError is an OSError."""
+"""ValueError is what botocore raises for numbers and times that are none; TimeoutError is an
+OSError."""
 
 LOGIN_ADVICE = "check the profile or keys (for single sign-on: run `aws sso login`), then remount"
 
@@ -178,11 +179,11 @@ def translate(error: Exception, subject: str) -> RemoteError:
         return AccessRefused(f"no usable S3 credentials were found ({error}): {LOGIN_ADVICE}")
     if isinstance(error, _WRONG_SETTINGS):
         return WrongSettings(f"the S3 settings can't be used: {error}")
-    if isinstance(error, boto.ParamValidationError | ValueError):
+    if isinstance(error, boto.ParamValidationError):
         text = " ".join(str(error).split())
-        wrong = not isinstance(error, boto.ParamValidationError) or "bucket" in text.lower()
+        wrong = "invalid bucket name" in text.lower()
         return (WrongSettings if wrong else InvalidRequest)(f"{subject}: S3 can't be asked: {text}")
-    if isinstance(error, ResponseParserError):
+    if isinstance(error, ResponseParserError | ValueError):
         return ProtocolError(f"{subject}: the answer of the S3 server can't be understood")
     if isinstance(error, RecursionError):
         return ProtocolError(f"{subject}: the answer of the S3 server is nested too deep")
@@ -330,3 +331,15 @@ def translating(subject: str) -> Iterator[None]:
         yield
     except CAUGHT as error:
         raise translate(error, subject) from error
+
+
+@contextmanager
+def unparsable_refused() -> Iterator[None]:
+    """Raise ValueError for whatever an answer makes botocore's parsers fail with: they take it to
+    have the form that it should."""
+    try:
+        yield
+    except (*CAUGHT, RemoteError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 
 from hpcfs.remotes.admission import AdmissionQueue
+from hpcfs.remotes.rate import UNLIMITED, RateLimit
 
 FIRST_BYTES = 4 * 1024 * 1024
 LEAST_BYTES = 2 * 1024 * 1024
@@ -64,14 +65,19 @@ class Flow:
     """Admits reads or writes of a site by their bytes. Sizes are in bytes.
 
     The limit is `fixed`, or follows the link; requests for which a program waits (urgent ones) may
-    exceed it by `urgent`.
+    exceed it by `urgent`. None goes faster than `rate`.
     """
 
-    def __init__(self, fixed: int | None = None, urgent: int = URGENT_BYTES) -> None:
+    def __init__(
+        self,
+        fixed: int | None = None,
+        urgent: int = URGENT_BYTES,
+        rate: RateLimit = UNLIMITED,
+    ) -> None:
         self._fixed = fixed
         self._urgent = urgent
         self._depth = Depth()
-        self._admission = AdmissionQueue(self, lanes=2)
+        self._admission = AdmissionQueue(self, lanes=2, rate=rate)
         self.under_way = 0
 
     def turn(self) -> int:

@@ -18,6 +18,7 @@ from hpcfs.model.errors import ProtocolError, Unreachable, WrongSettings
 from hpcfs.model.sites import SiteSpec, SshSite
 from hpcfs.model.usage import Traffic
 from hpcfs.remotes.base import Prompter
+from hpcfs.remotes.rate import RateLimit
 from hpcfs.remotes.sftp.attrs import Owners
 from hpcfs.remotes.sftp.channels import of_service, open_channel, open_channels, open_more
 from hpcfs.remotes.sftp.flow import Flow
@@ -244,7 +245,15 @@ async def begin(
                 f"{login.shown} let us in, and ended the connection before SFTP began"
             ) from error
         raise
-    return SftpSession(login, channels, home, owners, shared_handles=shared_handles)
+    return SftpSession(
+        login,
+        channels,
+        home,
+        owners,
+        Flow(rate=RateLimit(spec.download_limit)),
+        Flow(UPLOAD_BYTES_UNDER_WAY, rate=RateLimit(spec.upload_limit)),
+        shared_handles=shared_handles,
+    )
 
 
 async def _look_around(requests: Requests, login: AnyLogin, spec: SiteSpec) -> tuple[bytes, Owners]:
