@@ -44,8 +44,8 @@ MODES = ("through", "back")
 PATIENCE = 30.0
 MARGIN = 25.0
 """On top of the patience: a loaded machine, and a read of several requests."""
-QUIET_SECONDS = (1.0, 6.0)
-"""Between two faults: now and then so short that the next comes before all is well."""
+QUIET_SECONDS = (5.0, 9.0)
+"""Between two faults: a namespace must answer meanwhile, so that outages don't add up."""
 DISK_MEGABYTES = 600
 SYNC_SECONDS = 240.0
 GROWTH = 1.3
