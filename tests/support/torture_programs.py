@@ -255,23 +255,26 @@ class Sqlite(Program):
         super().begin()
         self.file = self.folder / "rows.db"
         self.committed: list[int] = []
-        with closing(sqlite3.connect(self.file, timeout=60)) as base:
+        with self._open() as base:
             base.execute("create table rows (number integer primary key, data blob)")
             base.commit()
         self.ledger.checks.append(self._check(self.file, self.committed))
 
-    def round(self) -> None:
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
         try:
             with closing(sqlite3.connect(self.file, timeout=60)) as base:
-                for _ in range(3):
-                    number = len(self.committed)
-                    base.execute(
-                        "insert into rows values (?, ?)", (number, self.luck.randbytes(500))
-                    )
-                    base.commit()
-                    self.committed.append(number)
+                yield base
         except sqlite3.Error as error:
             raise Failed(f"sqlite3: {error}") from error
+
+    def round(self) -> None:
+        with self._open() as base:
+            for _ in range(3):
+                number = len(self.committed)
+                base.execute("insert into rows values (?, ?)", (number, self.luck.randbytes(500)))
+                base.commit()
+                self.committed.append(number)
 
     @staticmethod
     def _check(file: Path, committed: list[int]) -> Callable[[], str]:
