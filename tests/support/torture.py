@@ -291,8 +291,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--modes", default=",".join(MODES), help="of writing")
     parser.add_argument("--faults", default=",".join(FAULTS), help="that may happen")
     given = parser.parse_args(arguments)
-    lists = {name: tuple(getattr(given, name).split(",")) for name in ("kinds", "modes", "faults")}
-    torture = Torture(given.seed, given.seconds, **lists)
+    kinds, modes, faults = (
+        tuple(str(names).split(",")) for names in (given.kinds, given.modes, given.faults)
+    )
+    torture = Torture(given.seed, given.seconds, kinds, modes, faults)
     with tempfile.TemporaryDirectory(prefix="hpcfs-torture-") as directory:
         base = Path(directory).resolve()
         lock = leftovers.hold(base)
