@@ -42,7 +42,9 @@ SAVE_SECONDS = 2.0
 """How far the cache's index may lag behind; a killed daemon's last blocks are fetched again."""
 MAX_KERNEL_REQUESTS = 4096
 """Of all namespaces; one that does not answer can't use these up (kernel/requests.py)."""
-UNMOUNT_CHECK_SECONDS = 1.0
+UNMOUNT_CHECK_SECONDS = 0.5
+"""After each change of the table of mounts, which may change often."""
+LONGEST_UNCHECKED_SECONDS = 30.0
 UNMOUNT_PATIENCE = 3.0
 """Seconds that the kernel's last requests may take after an unmount, before they are cancelled."""
 
@@ -208,8 +210,12 @@ class _Daemon:
         Nobody waits for answers then, but a request may still wait for a dead link, and another
         mount namespace (a container) may hold what the user took away.
         """
-        while mountinfo.at(place, mountpoint.mounts()):  # noqa: ASYNC110 - nobody tells of it
-            await trio.sleep(UNMOUNT_CHECK_SECONDS)
+        with mountinfo.watched() as wait_for_change:
+            while mountinfo.at(place, mountpoint.mounts()):
+                await trio.to_thread.run_sync(
+                    wait_for_change, LONGEST_UNCHECKED_SECONDS, abandon_on_cancel=True
+                )
+                await trio.sleep(UNMOUNT_CHECK_SECONDS)
         await trio.sleep(UNMOUNT_PATIENCE)
         log.info("unmounted; %d files were still open", self._mount.fs.files.open_count)
         serving.cancel()

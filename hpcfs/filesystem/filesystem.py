@@ -14,6 +14,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 import trio
@@ -26,6 +27,7 @@ from hpcfs.filesystem.attributes import AttributeChanges
 from hpcfs.filesystem.create_predictor import UNKNOWN_PROCESS, CreatePredictor
 from hpcfs.filesystem.doubt import doubting
 from hpcfs.filesystem.files import Files
+from hpcfs.filesystem.glances import Glances
 from hpcfs.filesystem.lookup import MAX_NAME_BYTES, Lookup
 from hpcfs.filesystem.rename import Renamer, check_empty
 from hpcfs.filesystem.symlinks import Symlinks
@@ -55,7 +57,8 @@ from hpcfs.writeback.uploader import Uploader
 
 log = logging.getLogger(__name__)
 
-USAGE_PATIENCE = 2.0
+USAGE_PATIENCE = 1.0
+"""Seconds that df(1) waits for a remote."""
 UNLIMITED = DiskUsage(1 << 50, 1 << 50, 1 << 50, 1 << 32, 1 << 32)
 """Shown by df for a remote that knows no limit: 1 PiB free."""
 
@@ -102,6 +105,8 @@ class Filesystem:
     ) -> None:
         options = options or MountOptions()
         self._namespaces = list(namespaces)
+        self._usages: dict[Namespace, DiskUsage] = {}
+        self._usage_glances = Glances(USAGE_PATIENCE, options.now)
         self.tree = _make_tree(self._namespaces, options)
         self.permissions = Permissions(options.uid, options.gid)
         self.shared = Shared(store, nursery, options.now)
@@ -155,22 +160,21 @@ class Filesystem:
         await self.permissions.check_access(node, mask)
 
     async def disk_usage(self) -> DiskUsage:
-        """Return the roomiest namespace's usage: the statfs of FUSE names no file."""
-        found: list[DiskUsage] = []
+        """Return the roomiest namespace's usage, as last told: the statfs of FUSE names no file."""
+        async with trio.open_nursery() as nursery:
+            for namespace in self._namespaces:
+                ask = partial(self._ask_usage, namespace)
+                nursery.start_soon(self._usage_glances.take, namespace, ask)
+        known = self._usages.values()
+        return max(known, key=lambda usage: usage.available, default=UNLIMITED)
 
-        async def ask(namespace: Namespace) -> None:
-            try:
-                usage = await namespace.call(m.GetDiskUsage(), DiskUsage | None)  # type: ignore[arg-type]
-            except RemoteError as error:
-                log.debug("disk usage of %s: %s", namespace.name, error.message)
-            else:
-                found.append(usage or UNLIMITED)
-
-        with trio.move_on_after(USAGE_PATIENCE):
-            async with trio.open_nursery() as nursery:
-                for namespace in self._namespaces:
-                    nursery.start_soon(ask, namespace)
-        return max(found, key=lambda usage: usage.available, default=UNLIMITED)
+    async def _ask_usage(self, namespace: Namespace) -> None:
+        try:
+            usage = await namespace.call(m.GetDiskUsage(), DiskUsage | None)  # type: ignore[arg-type]
+        except RemoteError as error:
+            log.debug("disk usage of %s: %s", namespace.name, error.message)
+        else:
+            self._usages[namespace] = usage or UNLIMITED
 
     # --- names ----------------------------------------------------------------------------------
 

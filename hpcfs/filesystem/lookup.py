@@ -32,11 +32,10 @@ import logging
 import os
 import stat
 
-import trio
-
 from hpcfs.content.content import Content
 from hpcfs.directories.lister import DirectoryLister
 from hpcfs.filesystem.create_predictor import UNKNOWN_PROCESS, CreatePredictor
+from hpcfs.filesystem.glances import Glances
 from hpcfs.inodes.permissions import Permissions
 from hpcfs.inodes.tree import ROOT_INO, Node, Tree, join
 from hpcfs.model.entries import Entry
@@ -79,6 +78,7 @@ class Lookup:
         self._file_prefetcher = file_prefetcher
         self._create_predictor = create_predictor
         self._permissions = permissions
+        self._glances = Glances(ROOT_PATIENCE, tree.now)
 
     # --- names ----------------------------------------------------------------------------------
 
@@ -242,17 +242,19 @@ class Lookup:
 
     async def _look_at_namespace(self, node: Node) -> None:
         """A namespace out of reach still has its folder, and delays nobody for long."""
-        assert node.namespace
+        namespace = node.namespace
+        assert namespace
         asked = self._tree.now()
-        with trio.move_on_after(ROOT_PATIENCE):
+
+        async def look() -> None:
             try:
-                entry = await node.namespace.stat(b"")
+                self._tree.update(node, await namespace.stat(b""), asked)
             except RemoteError as error:
-                log.debug("namespace %s: %s", node.namespace.name, error.message)
-            else:
-                self._tree.update(node, entry, asked)
-                return
-        node.validated_at = node.named = self._tree.now()
+                log.debug("namespace %s: %s", namespace.name, error.message)
+
+        await self._glances.take(namespace, look)
+        if not self._tree.is_fresh(node):
+            node.validated_at = node.named = self._tree.now()
 
     async def _refresh(self, node: Node) -> None:
         assert node.namespace

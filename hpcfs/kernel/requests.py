@@ -24,7 +24,9 @@ from hpcfs.site.namespace import Namespace
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.1
-"""Between two looks at the callers of requests that are older than OLD_SECONDS."""
+"""Between two looks at the callers of requests that are older than OLD_SECONDS, at least."""
+LOOK_SHARE = 0.05
+"""Of the time, at most, is spent on looking: 0.1 ms for each thread."""
 OLD_SECONDS = 0.2
 """A request may take so long before anybody looks for its caller."""
 SHARE = 1024
@@ -106,23 +108,32 @@ class KernelRequests:
 
     async def watch(self) -> None:
         """Answer interrupted callers, until cancelled."""
+        took = 0.0
         while True:
             if not self._under_way:
                 self._begun = trio.Event()
                 await self._begun.wait()
-            await trio.sleep(LOOK_SECONDS)
+            await trio.sleep(max(LOOK_SECONDS, took / LOOK_SHARE))
+            began = self._now()
             self._look()
+            took = self._now() - began
 
     def _look(self) -> None:
         now = self._now()
+        found: dict[tuple[int, bool], bool] = {}
         for request in list(self._under_way):
             if now - request.since < OLD_SECONDS:
                 break  # in the order in which they began
-            if request.caller and self._is_interrupted(request):
+            caller = request.caller, request.by_handle
+            if caller not in found:
+                found[caller] = self._is_interrupted(*caller)
+            if found[caller]:
                 log.debug("who waited for %g s was interrupted", now - request.since)
                 request.give_up(errno.EINTR)
 
-    def _is_interrupted(self, request: KernelRequest) -> bool:
-        if request.by_handle:
-            return self._callers.is_any_interrupted(request.caller)
-        return self._callers.is_interrupted(request.caller)
+    def _is_interrupted(self, caller: int, by_handle: bool) -> bool:
+        if not caller:
+            return False
+        if by_handle:
+            return self._callers.is_any_interrupted(caller)
+        return self._callers.is_interrupted(caller)

@@ -34,7 +34,7 @@ from hpcfs.model.errors import (
     TimedOut,
 )
 from hpcfs.protocol import messages as m
-from hpcfs.remotes import life
+from hpcfs.remotes import life, machine_changes
 from hpcfs.remotes.base import MAX_FILE_BYTES, Remote, ReportProgress, Site, no_report
 from hpcfs.remotes.open import open_site
 from hpcfs.system import dumps, limits, logs, signals
@@ -315,7 +315,8 @@ async def serve(sock: socket.socket, files: socket.socket) -> None:
     spare_the_collector()
     try:
         disk = CacheDisk(borrow=Borrower(files).borrow)
-        await Worker(connection, site, disk).run()
+        async with machine_changes.watched(lambda _: site.network_changed()):
+            await Worker(connection, site, disk).run()
     finally:
         await site.close()
         writer.close()

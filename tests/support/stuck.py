@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,16 @@ OLD_BYTES = 2_000_000
 """More than what comes whole with open(2) from S3."""
 
 
+def threads_waiting(process: int) -> int:
+    """How many threads of the process wait for the kernel's answer."""
+    found = 0
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        with suppress(OSError):
+            place = (thread / "wchan").read_text()
+            found += any(name in place for name in WAITING)
+    return found
+
+
 @dataclass
 class Stuck:
     """A program in one call."""
@@ -76,8 +87,7 @@ class Stuck:
 
     def _is_waiting(self) -> bool:
         assert self.process.poll() is None, f"{self.name} did not wait"
-        place = Path(f"/proc/{self.process.pid}/wchan").read_text()
-        return any(name in place for name in WAITING)
+        return threads_waiting(self.process.pid) > 0
 
     def end(self, number: signal.Signals, within: float) -> float:
         """How many seconds it lived after this signal."""
