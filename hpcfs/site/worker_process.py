@@ -178,7 +178,7 @@ class WorkerProcess:
                     raise ProtocolError("a frame without end")  # noqa: TRY301
                 for body in bodies:
                     dispatch(decoder.decode(body))
-            except (msgspec.DecodeError, ProtocolError) as error:
+            except (msgspec.DecodeError, RecursionError, ProtocolError) as error:
                 self.is_not_understood(error)
                 return
             except Exception:

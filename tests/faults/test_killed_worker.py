@@ -31,8 +31,6 @@ CASES = [
 SAMPLE = [
     ("sftp", "through", "rsync", "in"),
     ("s3-rclone", "through", "cp", "in"),
-    ("sftp", "back", "cp", "out"),
-    ("s3-rclone", "back", "cp", "in"),
 ]
 KILLS = 3
 BYTES_BETWEEN = 12_000_000

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -323,7 +323,8 @@ class Append(Program):
 
     def end(self) -> None:
         if self.follower is not None:
-            self.follower.close()
+            with suppress(OSError):  # of a daemon that was killed
+                self.follower.close()
             self.follower = None
 
     @staticmethod
