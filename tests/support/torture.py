@@ -9,6 +9,7 @@ log has no traceback. `scripts/torture` runs it; docs/reliability.md has figures
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import random
 import statistics
@@ -163,12 +164,13 @@ class Torture:
 
     def _work(self, program: Program, victims: Victims) -> None:
         """Rounds of one program until all is over."""
-        is_begun = False
+        is_begun, begun_at = False, time.monotonic()
         while not self._over.is_set():
             with victims.remounting:  # there is a mount
                 began = time.monotonic()
             try:
                 if not is_begun:
+                    begun_at = began
                     program.begin()
                     is_begun = True
                 program.round()
@@ -178,7 +180,8 @@ class Torture:
             except (Failed, OSError) as error:
                 is_begun = False
                 program.rounds["failed"] += 1
-                if excuse := self.history.excuse(began):
+                is_of_old_mount = isinstance(error, OSError) and error.errno == errno.ENOTCONN
+                if excuse := self.history.excuse(begun_at if is_of_old_mount else began):
                     self.excused[excuse] += 1
                     time.sleep(0.5)
                 else:
