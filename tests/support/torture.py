@@ -12,6 +12,7 @@ import argparse
 import errno
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -297,6 +298,8 @@ def main(arguments: list[str] | None = None) -> int:
     kinds, modes, faults = (
         tuple(str(names).split(",")) for names in (given.kinds, given.modes, given.faults)
     )
+    for ending in (signal.SIGTERM, signal.SIGINT):  # then nothing is left mounted
+        signal.signal(ending, signal.default_int_handler)
     torture = Torture(given.seed, given.seconds, kinds, modes, faults)
     with tempfile.TemporaryDirectory(prefix="hpcfs-torture-") as directory:
         base = Path(directory).resolve()
