@@ -17,7 +17,9 @@ from pathlib import Path
 
 import trio
 
-from hpcfs.cache.store import CacheUnusable, Store
+from hpcfs.cache.directory import CacheUnusable
+from hpcfs.cache.renewal import renew_if_removed
+from hpcfs.cache.store import Store
 from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint, server as control_server
 from hpcfs.daemon.assembly import Mount, assemble
@@ -259,6 +261,8 @@ class _Daemon:
     async def _save_forever(self) -> None:
         while True:
             await trio.sleep(SAVE_SECONDS)
+            await renew_if_removed(self._mount.store)
+            await self._mount.journal.renew_if_removed()
             await self._mount.fs.closer.note_dirty()
             await self._mount.journal.sync()
             await self._mount.store.save()
