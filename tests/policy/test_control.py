@@ -216,7 +216,13 @@ def test_nonsense_of_a_daemon_is_an_error(path: Path) -> None:
                 connection.recv(4096)
                 connection.sendall(data)
 
-        for data, said in ((b"[1]\n", "makes no sense"), (b"", "ended before"), (b"{}", "ended")):
+        deep = b'{"x":' + b"[" * 100_000 + b"\n"
+        for data, said in (
+            (b"[1]\n", "makes no sense"),
+            (deep, "makes no sense"),
+            (b"", "ended before"),
+            (b"{}", "ended"),
+        ):
             thread = threading.Thread(target=answer, args=[data])
             thread.start()
             with pytest.raises(control.DaemonNotAnswering, match=said):
