@@ -398,7 +398,7 @@ def _listen(connection: socket.socket, timeout: float, end: float | None = None)
         raise DaemonNotAnswering(f"the daemon did not answer within {timeout:g} s") from None
     except OSError as error:
         raise DaemonNotAnswering(f"the daemon broke off: {error.strerror}") from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise DaemonNotAnswering(
             f"the daemon's answer makes no sense ({error}): was hpcfs upgraded since the mount?"
         ) from error

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import trio
 
-from hpcfs.cache.store import CacheUnusable, Store
+from hpcfs.cache.directory import CacheUnusable
+from hpcfs.cache.renewal import renew_if_removed
+from hpcfs.cache.store import Store
 from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint, server as control_server
 from hpcfs.daemon.assembly import Mount, assemble
@@ -43,7 +45,9 @@ SAVE_SECONDS = 2.0
 """How far the cache's index may lag behind; a killed daemon's last blocks are fetched again."""
 MAX_KERNEL_REQUESTS = 4096
 """Of all namespaces; one that does not answer can't use these up (kernel/requests.py)."""
-UNMOUNT_CHECK_SECONDS = 1.0
+UNMOUNT_CHECK_SECONDS = 0.5
+"""After each change of the table of mounts, which may change often."""
+LONGEST_UNCHECKED_SECONDS = 30.0
 UNMOUNT_PATIENCE = 3.0
 """Seconds that the kernel's last requests may take after an unmount, before they are cancelled."""
 
@@ -210,8 +214,12 @@ class _Daemon:
         Nobody waits for answers then, but a request may still wait for a dead link, and another
         mount namespace (a container) may hold what the user took away.
         """
-        while mountinfo.at(place, mountpoint.mounts()):  # noqa: ASYNC110 - nobody tells of it
-            await trio.sleep(UNMOUNT_CHECK_SECONDS)
+        with mountinfo.watched() as wait_for_change:
+            while mountinfo.at(place, mountpoint.mounts()):
+                await trio.to_thread.run_sync(
+                    wait_for_change, LONGEST_UNCHECKED_SECONDS, abandon_on_cancel=True
+                )
+                await trio.sleep(UNMOUNT_CHECK_SECONDS)
         with trio.move_on_after(UNMOUNT_PATIENCE):
             await self._let_go()
             await trio.sleep_forever()
@@ -261,6 +269,8 @@ class _Daemon:
     async def _save_forever(self) -> None:
         while True:
             await trio.sleep(SAVE_SECONDS)
+            await renew_if_removed(self._mount.store)
+            await self._mount.journal.renew_if_removed()
             await self._mount.fs.closer.note_dirty()
             await self._mount.journal.sync()
             await self._mount.store.save()

@@ -20,13 +20,16 @@ from hpcfs.model.entries import Entry
 from hpcfs.site.namespace import Namespace
 
 MAX_BYTES = 16 * 1024 * 1024
-"""Encoded listings that are kept: some 100,000 entries in 10,000 directories."""
+"""What is kept takes so much at most: some 100,000 entries in 10,000 directories."""
 MAX_CHANGES = 10_000
 """Names that may be changed in a directory before its listing is forgotten."""
 MAX_INDEXED = 40_000
 """Entries of listings that were decoded to find names in them, some 500 bytes each."""
 _OVERHEAD = 512
 """Bytes of a listing without entries."""
+_CHANGE_BYTES = 100
+_ENTRY_BYTES = 300
+"""Of the name, and of the entry, of something that was changed."""
 _entries = msgspec.msgpack.Decoder(list[Entry])
 
 _Key = tuple[Namespace, bytes]
@@ -46,7 +49,8 @@ class _Last:
 
     @property
     def size(self) -> int:
-        return _OVERHEAD + sum(map(len, self.pages))
+        changes = len(self.changed) * _CHANGE_BYTES + len(self.since) * _ENTRY_BYTES
+        return _OVERHEAD + sum(map(len, self.pages)) + changes
 
     def entries(self) -> Iterator[Entry]:
         for page in self.pages:
@@ -75,8 +79,7 @@ class LastListings:
             last = _Last(listing.asked, tuple(listing.pages), listing.count, changed)
             last.since = dict.fromkeys(changed - children.keys())  # removed while it was listed
             self._add(key, last)
-        while self._size > MAX_BYTES:
-            self._forget(next(iter(self._listings)))
+        self._bound()
 
     def find(self, node: Node, name: bytes) -> tuple[float, Entry | None] | None:
         """Return (when it was asked, the entry or None for no such name), as it was last listed.
@@ -118,20 +121,23 @@ class LastListings:
         key, last = _key(node), self._get(node)
         if key is None or last is None:
             return
+        self._size -= last.size
         last.changed.add(name)
+        self._size += last.size
         if len(last.changed) > MAX_CHANGES:
             self._forget(key)
+        self._bound()
 
     def removed(self, node: Node, name: bytes) -> None:
         """Note that the mount removed a name, or gave what had it another one."""
         if last := self._get(node):
-            last.since[name] = None
+            self._became(last, name, None)
 
     def forgotten(self, node: Node, name: bytes, entry: Entry) -> None:
         """Note that the kernel forgets a name that is still there."""
         last = self._get(node)
         if last is not None and name in last.changed:
-            last.since[name] = msgspec.structs.replace(entry, name=name)
+            self._became(last, name, msgspec.structs.replace(entry, name=name))
 
     def moved(self, namespace: Namespace, old: bytes, new: bytes) -> None:
         """Note that a directory was renamed, from one path to another."""
@@ -152,6 +158,16 @@ class LastListings:
     def _add(self, key: _Key, last: _Last) -> None:
         self._listings[key] = last
         self._size += last.size
+
+    def _became(self, last: _Last, name: bytes, entry: Entry | None) -> None:
+        self._size -= last.size
+        last.since[name] = entry
+        self._size += last.size
+        self._bound()
+
+    def _bound(self) -> None:
+        while self._size > MAX_BYTES:
+            self._forget(next(iter(self._listings)))
 
     def _forget(self, key: _Key) -> None:
         if last := self._listings.pop(key, None):

@@ -230,6 +230,11 @@ class Site(Protocol):
         """End the pause in which requests fail at once after a failed connection."""
         ...
 
+    def network_changed(self) -> None:
+        """Check the connections at once and end pauses: the machine woke up, or its network is
+        another one."""
+        ...
+
     async def renew(self) -> None:
         """Forget refused credentials and read them anew, since the user is there to answer: the
         next request logs in. A connection that gives no sign of life is given up."""

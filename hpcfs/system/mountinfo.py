@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+import select
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,23 @@ class MountEntry:
 def read() -> list[MountEntry]:
     """Return the mounts of this process's namespace, in the order in which they were made."""
     return parse(Path("/proc/self/mountinfo").read_bytes())
+
+
+@contextmanager
+def watched() -> Iterator[Callable[[float], None]]:
+    """Give a function that returns once the table has changed since its last call, or since the
+    block began, or when so many seconds have passed. It blocks: call it in a thread."""
+    fd = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        table = select.poll()
+        table.register(fd, select.POLLPRI)  # proc(5)
+
+        def wait(seconds: float) -> None:
+            table.poll(seconds * 1000)
+
+        yield wait
+    finally:
+        os.close(fd)
 
 
 def parse(table: bytes) -> list[MountEntry]:

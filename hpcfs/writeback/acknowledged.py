@@ -48,11 +48,9 @@ class Acknowledged:
 
     @classmethod
     def open(cls, directory: Path) -> Acknowledged:
-        """Read what an earlier mount left in this directory, which is made if needed. Raises
-        OSError."""
-        directory.mkdir(mode=0o700, exist_ok=True)
+        """Read what an earlier mount left in this directory. Raises OSError."""
         made = cls(directory)
-        for found in os.listdir(directory):
+        for found in os.listdir(directory) if directory.exists() else ():
             made.links[found.removesuffix(_OPEN)] = found
         return made
 
@@ -71,6 +69,7 @@ class Acknowledged:
             return
         try:
             if row.name not in self.links:
+                self._directory.mkdir(mode=0o700, exist_ok=True)
                 self._link(row.data, self._directory / row.name)
             elif self.links[row.name] != row.name:
                 self.path(row.name).rename(self._directory / row.name)

@@ -20,6 +20,7 @@ import trio
 from hpcfs.content.content import Content
 from hpcfs.inodes.tree import Node
 from hpcfs.model.errors import (
+    CacheFileGone,
     CacheFull,
     Conflict,
     FilesystemError,
@@ -269,9 +270,9 @@ class UploadQueue:
 
     def _failed(self, content: Content, error: RemoteError | FilesystemError) -> None:
         now = trio.current_time()
-        again = isinstance(error, Unreachable)
+        again = isinstance(error, (Unreachable, CacheFileGone))  # the latter is written anew
         self.schedule.failed(content, now, error.message, again=again)
-        if again:
+        if isinstance(error, Unreachable):
             outage = self._outages.get(content.namespace)
             if outage is None:
                 outage = self._outages[content.namespace] = Outage(now, "")
@@ -279,6 +280,7 @@ class UploadQueue:
             outage.reason = error.message
             if self._waits[content.namespace]:
                 self._ask_site(content.namespace)
+        if again:
             return
         log.error("%r was not uploaded: %s", content.place.path, error.message)
         content.upload.note_failure(error if isinstance(error, RemoteError) else None)

@@ -5,7 +5,8 @@ Each point has a folder of its own and a story, see support/promises.py for what
 mount, its cache and its journal live on from point to point, as a user's would. A short run takes
 the middle step of each kind; HPCFS_FULL=1 in the environment has all stories and victims, and up to
 60 steps of each kind (hours), HPCFS_KILLS=10 fewer of them. HPCFS_RANDOM_KILLS=250 makes so many
-kills in random stories for each kind of remote and each mode, HPCFS_KILLS_SEED=x other ones.
+kills in random stories for each kind of remote and each mode, HPCFS_KILLS_SEED=x other ones. Such
+long runs need `pytest --timeout 0`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import itertools
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -438,7 +439,7 @@ def test_random_changes_outlive_kills(kind: str, mode: str, tmp_path: Path) -> N
         assert try_all(here, tries), "no kill took place"
 
 
-def try_all(here: Place, tries: dict[str, Callable[[], bool]]) -> int:
+def try_all(here: Place, tries: Mapping[str, Callable[[], bool]]) -> int:
     """How many of the points were reached; none may have a problem."""
     failed: list[str] = []
     passed = missed = 0
@@ -448,6 +449,8 @@ def try_all(here: Place, tries: dict[str, Callable[[], bool]]) -> int:
                 passed += 1
             else:
                 missed += 1
+            if passed % 50 == 0:
+                print(f"{passed} points passed so far", flush=True)
         except (AssertionError, OSError) as error:
             failed.append(f"{name}: {type(error).__name__}: {str(error)[:3000]}")
             print("FAILED", failed[-1], here.mount.log[-3000:], flush=True)

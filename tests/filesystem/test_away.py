@@ -173,6 +173,25 @@ async def test_a_name_that_was_removed_while_it_was_listed_stays_removed(w: Worl
 
 
 @live("sftp")
+async def test_what_is_remembered_of_changes_is_bounded(w: World) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(last_listings, "MAX_BYTES", 100_000)
+        last = w.fs.lister._last
+        for directory in range(20):
+            await w.kernel.mkdir(f"ns/d{directory}")
+            node = await w.kernel.walk(f"ns/d{directory}")
+            for number in range(100):
+                name = b"%d" % number
+                w.fs.tree.note_made(node, name)
+                if number % 2:
+                    last.forgotten(node, name, node.entry)
+                else:
+                    last.removed(node, name)
+        assert 0 < last._size <= 100_000
+        assert last._size == sum(one.size for one in last._listings.values())
+
+
+@live("sftp")
 async def test_what_is_remembered_of_directories_is_bounded(
     w: World,
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import re
 import stat
 from typing import Any
@@ -32,6 +34,7 @@ from hpcfs.remotes.s3.health import Health, LastingFailure
 from hpcfs.remotes.s3.metadata import MAX_TIME_NS, Metadata, decode, encode, format_time, parse_time
 from hpcfs.remotes.s3.objects import Info, Summary
 from hpcfs.remotes.s3.parts import Limits
+from hpcfs.remotes.s3.refusal import LOOK_SECONDS
 from hpcfs.remotes.s3.translate import translate
 
 SECOND = 1_000_000_000
@@ -261,14 +264,51 @@ def test_every_failure_has_its_class_and_a_sentence(
     assert not found.message.endswith(".")
 
 
-def test_a_refused_credential_is_never_tried_again() -> None:
-    health = Health()
-    with pytest.raises(AccessRefused), health.watching("x"):
-        raise refusal("InvalidAccessKeyId", 403)
-    asked = []
-    with pytest.raises(AccessRefused), health.watching("x"):
-        asked.append(1)
-    assert asked == []
+def test_refused_credentials_are_offered_again_once_they_are_others_or_rarely() -> None:
+    now, others, looks = 100.0, False, 0
+
+    async def renew() -> bool:
+        nonlocal looks
+        looks += 1
+        return others
+
+    async def ask(health: Health, answer: Exception | None) -> str:
+        try:
+            with health.watching("x"):
+                async with health.refusal.outlived(renew):
+                    await asyncio.sleep(0)
+                    asked.append(now)
+                    if answer is not None:
+                        raise answer
+        except AccessRefused:
+            return "refused"
+        return "answered"
+
+    asked: list[float] = []
+
+    async def main() -> None:
+        nonlocal now, others
+        health = Health(lambda: now)
+        while now < 700:
+            refused = refusal("InvalidAccessKeyId", 403)
+            assert (
+                await asyncio.gather(*(ask(health, refused) for _ in range(3))) == ["refused"] * 3
+            )
+            now += 1
+        waits = [later - at for at, later in itertools.pairwise(sorted(set(asked)))]
+        assert waits == [60, 120, 240]
+        assert len(asked) == 6, "of those that ask together one tries, but for the first time"
+        assert 500 / LOOK_SECONDS < looks < 600 / LOOK_SECONDS, "on use, and not too often"
+        now += 240
+        assert await asyncio.gather(*(ask(health, None) for _ in range(3))) == ["answered"] * 3
+
+        assert await ask(health, refusal("InvalidAccessKeyId", 403)) == "refused"
+        others = True
+        assert await ask(health, None) == "refused", "that was a moment ago"
+        now += LOOK_SECONDS
+        assert await asyncio.gather(*(ask(health, None) for _ in range(3))) == ["answered"] * 3
+
+    asyncio.run(main())
 
 
 def test_one_denied_object_does_not_close_the_site() -> None:

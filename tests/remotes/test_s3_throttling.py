@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from hpcfs.model.errors import NotFound, Throttled, Unreachable
+from hpcfs.model.errors import Changed, DirectoryNotEmpty, NotFound, Throttled, Unreachable
+from hpcfs.remotes import life
 from hpcfs.remotes.base import no_report
 from hpcfs.remotes.s3 import pacing
 from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.remotes.s3.pacing import LONGEST, LONGEST_ASKED, Pacing, retry_after
 from hpcfs.remotes.s3.remote import S3Remote
 from tests.remotes.test_s3_direct import put, remote_of
+from tests.remotes.test_s3_fuzz import ACTS, Fuzz
 from tests.support.relay import Asked, Relay, refusal, relay_before
 from tests.support.s3 import S3Server
 
@@ -179,6 +182,36 @@ def test_it_ends(
     asyncio.run(test())
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3], ids=["the first answer", "30% of all answers"])
+def test_every_operation_outlasts_refusals(
+    rclone: S3Server, prefix: str, tmp_path: Path, share: float
+) -> None:
+    async def test() -> None:
+        async with relay_before(rclone) as relay:
+            fuzz = Fuzz(relay, prefix, tmp_path, 1)
+            for number, (name, (before, act)) in enumerate(ACTS.items()):
+                path = b"f%d" % number
+                await before(fuzz.remote, path)
+                asked = len(relay.asked)
+
+                def own(_: Asked, asked: int = asked) -> bytes | None:
+                    first = len(relay.asked) == asked + 1
+                    return LIMITS["429"] if first or fuzz.random.random() < share else None
+
+                relay.own = own
+                signs: list[str] = []
+                with life.reported_to(partial(signs.append, name)):
+                    try:
+                        await act(fuzz.remote, path)
+                    except (NotFound, Changed, DirectoryNotEmpty):  # so it should be
+                        assert name in ("stat of nothing", "read a part", "rmdir")
+                assert signs, "the mount hears that the server is there"
+                relay.own = lambda asked: None
+            await fuzz.site.close()
+
+    asyncio.run(test())
+
+
 # --- the pauses, without a server -----------------------------------------------------------------
 
 
@@ -250,6 +283,26 @@ def test_what_the_server_asks_for_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
         ask, _ = refusing(1, clock, slow_down(**{"retry-after": said}))
         assert asyncio.run(Pacing(clock).asked(ask)) == "answer"
         assert least <= clock() - start <= most
+
+
+def test_a_server_that_refuses_some_only_is_not_waited_for_by_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+    site = Pacing(clock)
+    free, asked = refusing(0, clock, slow_down())
+
+    async def test() -> None:
+        for _ in range(6):
+            site._refused(clock(), 0.0)
+            clock.now += 0.01
+        assert site._paused_until > clock() + 0.1
+        site._accepted()
+        began = clock()
+        await site.asked(free)
+        assert asked == [began]
+
+    asyncio.run(test())
 
 
 @pytest.mark.parametrize(

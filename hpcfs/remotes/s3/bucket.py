@@ -82,7 +82,7 @@ class Bucket:
             return await self._by_client(operation, parameters)
 
         with self._watching(subject):
-            return await self._access.pacing.asked(ask)
+            return await self._access.ask(ask)
 
     async def _directly(
         self,
@@ -101,7 +101,7 @@ class Bucket:
             return answer
 
         with self._watching(subject):
-            return await self._access.pacing.asked(ask)
+            return await self._access.ask(ask)
 
     async def _by_client(self, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
         client = await self._access.login.client()
@@ -121,6 +121,10 @@ class Bucket:
         except WrongSettings as error:
             self._lasting.failed(error)
             raise
+        self._lasting.succeeded()
+
+    def forget(self) -> None:
+        """Forget what was remembered: the user has mended it."""
         self._lasting.succeeded()
 
     def remember(self, error: RemoteError) -> RemoteError:

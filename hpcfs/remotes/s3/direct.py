@@ -258,6 +258,10 @@ class Direct:
             loop = asyncio.get_running_loop()
             loop.call_later(STRANGE_SECONDS, self._routes.pop, bucket, None)
 
+    def forget_routes(self) -> None:
+        """Find the ways to the buckets anew: whether requests are signed is a part of them."""
+        self._routes.clear()
+
     @property
     def connections(self) -> int:
         """How many connections are open now."""

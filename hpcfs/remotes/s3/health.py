@@ -1,6 +1,6 @@
 """Remembers the failures of a site, shared by all its remotes, so that they are not repeated.
 
-A refused credential is answered at once from then on: asking again could lock the account. While
+Refused credentials are answered at once from then on, until there are others (refusal.py). While
 the endpoint does not answer, requests fail at once too, for the pauses of `Backoff`, so that no
 reader waits in line for a dead server.
 """
@@ -16,6 +16,7 @@ from botocore.exceptions import ClientError
 
 from hpcfs.model.backoff import REACHED, UNREACHED, Backoff
 from hpcfs.model.errors import AccessRefused, NotConnected, RemoteError, Unreachable
+from hpcfs.remotes.s3.refusal import Refusal
 from hpcfs.remotes.s3.translate import CAUGHT, translate
 
 
@@ -35,7 +36,7 @@ class LastingFailure:
     def check(self) -> None:
         """Raise the error, unless it is time to look again."""
         if self._error is not None and self._backoff.is_waiting:
-            raise _again(self._error)
+            raise type(self._error)(*self._error.args)
 
     def failed(self, error: RemoteError) -> RemoteError:
         """Remember an error. Returns it."""
@@ -60,15 +61,13 @@ class Health:
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._backoff = Backoff(clock, draw)
-        self._lasting: RemoteError | None = None
+        self.refusal = Refusal(clock)
         self._down: RemoteError | None = None
         self.under_way = 0
         """Requests that were sent and are not answered."""
 
     def check(self) -> None:
         """Raise the failure that still counts, without asking the server."""
-        if self._lasting is not None:
-            raise _again(self._lasting)
         if self._down is not None and self._backoff.is_waiting:
             kind = NotConnected if type(self._down) is Unreachable else type(self._down)
             raise kind(*self._down.args)
@@ -79,14 +78,13 @@ class Health:
 
     def forget(self) -> None:
         """Forget all failures: the next request asks the server."""
-        self._lasting = None
         self.answered()
 
     def failed(self, error: RemoteError, *, answered: bool) -> None:
         """Remember an error that concerns the whole site. `answered`: it is in the words of the
         server, which is there then, whatever it says."""
         if isinstance(error, AccessRefused):
-            self._lasting = error
+            self.refusal.failed(error)
         elif isinstance(error, Unreachable) and not answered:
             if not self._backoff.is_waiting:  # requests that fail together count once
                 self._backoff.failed(UNREACHED)
@@ -95,7 +93,8 @@ class Health:
             self.answered()
 
     def answered(self) -> None:
-        """Note that the server answered: it can be reached."""
+        """Note that the server answered as one that knows us: it can be reached."""
+        self.refusal.forget()
         self._down = None
         self._backoff.succeeded()
 
@@ -113,8 +112,3 @@ class Health:
         finally:
             self.under_way -= 1
         self.answered()
-
-
-def _again(error: RemoteError) -> RemoteError:
-    """Return a fresh exception: raising one object in several tasks would mix their tracebacks."""
-    return type(error)(*error.args)

@@ -14,7 +14,8 @@ import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any
+from enum import Enum, auto
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -36,7 +37,9 @@ from hpcfs.remotes.s3.botocore_guard import guard
 from hpcfs.remotes.s3.pool import new_socket
 from hpcfs.remotes.s3.sent_writes import note_client_attempt
 from hpcfs.remotes.s3.signing import Keys
+from hpcfs.remotes.s3.translate import is_expiry
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 CONNECTIONS = 96
 """Of botocore's, at most: for the rarer requests, and for all where there is no direct way."""
@@ -106,6 +109,15 @@ def _checked(keys: Keys) -> Keys:
     return keys
 
 
+class _Nothing(Enum):
+    """What is offered before the providers gave anything; None means that there are none."""
+
+    NOTHING = auto()
+
+
+NOTHING = _Nothing.NOTHING
+
+
 class S3Login:
     """The credentials and the botocore client of one site."""
 
@@ -114,13 +126,23 @@ class S3Login:
         self._site = site
         self._stack = AsyncExitStack()
         self._lock = asyncio.Lock()
+        self._retired = AsyncExitStack()
+        """Of the client before, which may still be answering."""
         self._session: AioSession | None = None
+        self._offered: Keys | _Nothing | None = NOTHING
+        self._generation = 0
+        """How often the credentials were replaced by others."""
         self._made: Any = None
         self._closed = False
+        self._on_renewed: Callable[[], None] = lambda: None
         self._send: Callable[..., Awaitable[Any]] | None = None
         self.anonymous = site.anonymous
         """Known once there is a client; so is `remark`, for the status."""
         self.remark = ""
+
+    def when_renewed(self, call: Callable[[], None]) -> None:
+        """Have `call` called when other credentials have come."""
+        self._on_renewed = call
 
     def send_by(self, send: Callable[..., Awaitable[Any]]) -> None:
         """Give the client's requests to `send`, a handler of botocore's event "before-send"."""
@@ -131,6 +153,7 @@ class S3Login:
         self._closed = True
         async with self._lock:
             self._made = None
+            await self._retired.aclose()
             await self._stack.aclose()
 
     async def client(self) -> Any:
@@ -144,7 +167,7 @@ class S3Login:
         return self._made
 
     async def _make(self) -> Any:
-        keys = await self._find_keys()
+        keys = self._offered = await self._find_keys(self._the_session())
         self.anonymous = keys is None
         try:
             client = await self._stack.enter_async_context(self._creation())
@@ -177,9 +200,45 @@ class S3Login:
         """Return the credentials to sign with now, None to ask without: those that expire are
         renewed by their provider."""
         await self.client()
-        return None if self.anonymous else await self._find_keys()
+        if self.anonymous:
+            return None
+        self._offered = await self._find_keys(self._the_session())
+        return self._offered
 
-    async def _find_keys(self) -> Keys | None:
+    async def renew(self, generation: int | None = None) -> bool:
+        """Ask the providers of credentials anew: files are read, programs run. Return whether there
+        are others now than those that were used last, or at that generation."""
+        async with self._lock:
+            if generation is not None and generation != self._generation:
+                return True
+            session = AioSession(profile=self._site.profile)
+            try:
+                found = await self._find_keys(session)
+            except (BotoCoreError, ClientError, aiohttp.ClientError, OSError) as error:
+                log.debug("no other S3 credentials: %s", error)
+                return False
+            if found == self._offered or self._closed:
+                return False
+            log.info("there are other S3 credentials: they are used from now on")
+            await self._retired.aclose()
+            self._retired, self._stack = self._stack, AsyncExitStack()
+            self._session, self._made = session, None
+            self._generation += 1
+            self._on_renewed()
+            return True
+
+    async def outliving(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Return what `ask` returns. Where the credentials have expired and there are others, it is
+        asked again at once."""
+        generation = self._generation
+        try:
+            return await ask()
+        except ClientError as error:
+            if not is_expiry(error) or not await self.renew(generation):
+                raise
+        return await ask()
+
+    async def _find_keys(self, session: AioSession) -> Keys | None:
         """Return the credentials, or None where there are none: public buckets want none."""
         site = self._site
         if site.anonymous:
@@ -187,7 +246,7 @@ class S3Login:
         if site.access_key is not None and site.secret_key is not None:
             return Keys(site.access_key.value, site.secret_key.value, None)
         with _unusable_refused():
-            found: Any = await self._the_session().get_credentials()
+            found: Any = await session.get_credentials()
             if found is not None:
                 return _checked(Keys(*(await found.get_frozen_credentials())[:3]))
         if site.profile is not None:

@@ -2,12 +2,12 @@
 
 S3 answers 503 SlowDown, others 429, to what comes too fast; the request was not carried out, and is
 made again. A request that is refused makes all others of the site wait, for twice as long each time
-until somebody gets through: so what nobody limited comes a little later, and does not fail. Beside
-that a request that was refused waits for a time of its own, which doubles, too, and of which a part
-is drawn at random, as Amazon's SDKs do
-(aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter). What the server failed
-to do (500 and the like) is asked for again, too, a few times. Connections that fail are not: the
-mount knows for how long, and which requests may be made again.
+until somebody gets through: so what nobody limited comes a little later, and does not fail, and a
+server that refuses some only is not waited for by all. Beside that a request that was refused waits
+for a time of its own, which doubles, too, and of which a part is drawn at random, as Amazon's SDKs
+do (aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter). What the server
+failed to do (500 and the like) is asked for again, too, a few times. Connections that fail are not:
+the mount knows for how long, and which requests may be made again.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Pacing:
         self._clock = clock
         self._pause = 0.0
         self._until = 0.0
+        self._asked_until = 0.0
         self._raised = 0.0
 
     async def asked(self, ask: Callable[[], Awaitable[T]]) -> T:
@@ -63,23 +64,23 @@ class Pacing:
                         deadline = began_asking + PATIENCE
                         life.report()
                     self._refused(began, retry_after(error))
-                    if max(self._until, self._clock()) >= deadline:
+                    if max(self._paused_until, self._clock()) >= deadline:
                         raise
                 else:
-                    self._accepted(began)
+                    self._accepted()
                     faults += 1
                     if faults > FAULTS or not is_passing_fault(error):
                         raise
                 most = _longer(most)
             else:
-                self._accepted(began)
+                self._accepted()
                 return answer
 
     async def _turn(self, deadline: float, own: float) -> None:
         """Wait for the pause to end, which may be made longer meanwhile."""
         until = self._clock() + own
         while self._clock() < deadline:
-            left = min(max(until, self._until), deadline) - self._clock()
+            left = min(max(until, self._paused_until), deadline) - self._clock()
             if left <= 0:
                 return
             await asyncio.sleep(left)
@@ -91,11 +92,15 @@ class Pacing:
             self._pause = _longer(self._pause)
             self._raised = now
             self._until = max(self._until, now + self._pause / 2)
-        self._until = max(self._until, now + min(asked, LONGEST_ASKED))
+        self._asked_until = max(self._asked_until, now + min(asked, LONGEST_ASKED))
 
-    def _accepted(self, began: float) -> None:
-        if began >= self._raised:
-            self._pause = 0.0
+    def _accepted(self) -> None:
+        """Somebody got through: only those that are refused wait now, and who the server asked."""
+        self._pause = self._until = 0.0
+
+    @property
+    def _paused_until(self) -> float:
+        return max(self._until, self._asked_until)
 
 
 def _longer(pause: float) -> float:

@@ -112,7 +112,7 @@ class S3Remote:
             if self._bucket.login.anonymous and is_refusal(error):
                 refused = AccessRefused(not_public(self._bucket.name))
             elif isinstance(error, PermissionDenied):
-                refused = AccessRefused(f"{error.message} to list it, then remount")
+                refused = AccessRefused(f"{error.message} to list it, then run 'hpcfs login'")
             else:
                 raise
             raise self._bucket.remember(refused) from error
@@ -121,6 +121,10 @@ class S3Remote:
         can_copy_parts = self._bucket.server.copies_parts is not False
         remark = self._bucket.login.remark
         return msgspec.structs.replace(ABILITIES, part_copies=can_copy_parts, remark=remark)
+
+    def forget_failures(self) -> None:
+        """Forget what was remembered of the bucket: the user has mended it."""
+        self._bucket.forget()
 
     async def stat(self, path: bytes) -> Entry:
         """Look at the object, its markers and what is below its prefix, at once."""

@@ -150,7 +150,7 @@ def parse_listing(body: bytes | bytearray) -> dict[str, Any]:
         if name == "Contents":
             contents.append(_listed(dict(_texts(child))))
         elif name == "CommonPrefixes":
-            prefixes.append(dict(_texts(child)))
+            prefixes.append(_common(dict(_texts(child))))
         elif name in ("IsTruncated", "EncodingType", "NextContinuationToken"):
             answer[name] = child.text or ""
     answer["IsTruncated"] = answer.get("IsTruncated", "").strip().lower() == "true"
@@ -160,6 +160,12 @@ def parse_listing(body: bytes | bytearray) -> dict[str, Any]:
         for found in prefixes:
             found["Prefix"] = unquote_str(found["Prefix"])
     return {**answer, "Contents": contents, "CommonPrefixes": prefixes}
+
+
+def _common(texts: dict[str, str]) -> dict[str, str]:
+    if "Prefix" not in texts:
+        raise ValueError("a common prefix without a name")
+    return texts
 
 
 def _listed(texts: dict[str, str]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class S3SiteConnection:
             self._login, answered_in, spec.site.connect_timeout, RateLimit(spec.upload_limit)
         )
         self._login.send_by(self._direct.send)
+        self._login.when_renewed(self._direct.forget_routes)
         self.health = Health()
         access = Access(self._login, self._direct, gate, sending, self.health)
         self._remotes = {
@@ -69,9 +70,17 @@ class S3SiteConnection:
         """End the pause after a failure (see `Site.try_now`)."""
         self.health.try_now()
 
+    def network_changed(self) -> None:
+        """Use no connection again that may be dead (see `Site.network_changed`)."""
+        self.health.try_now()
+        self._direct.drop_idle()
+
     async def renew(self) -> None:
-        """Forget refused credentials (see `Site.renew`)."""
+        """Forget refused credentials and read them anew (see `Site.renew`)."""
+        await self._login.renew()
         self.health.forget()
+        for remote in self._remotes.values():
+            remote.forget_failures()
 
     async def close(self) -> None:
         """Give up what is under way and close all connections."""

@@ -47,7 +47,9 @@ CAUGHT = (
 """ValueError is what botocore raises for numbers and times that are none; TimeoutError is an
 OSError."""
 
-LOGIN_ADVICE = "check the profile or keys (for single sign-on: run `aws sso login`), then remount"
+LOGIN_ADVICE = (
+    "check the profile or keys (for single sign-on: run `aws sso login`), then 'hpcfs login'"
+)
 
 _CODES: dict[str, tuple[type[RemoteError], str]] = {
     "InvalidAccessKeyId": (AccessRefused, f"S3 does not know the access key: {LOGIN_ADVICE}"),
@@ -56,7 +58,8 @@ _CODES: dict[str, tuple[type[RemoteError], str]] = {
     "InvalidToken": (AccessRefused, f"S3 refused the session token: {LOGIN_ADVICE}"),
     "RequestTimeTooSkewed": (
         AccessRefused,
-        "S3 refused the request because this machine's clock is wrong: set it, then remount",
+        "S3 refused the request because this machine's clock is wrong: set it, then run "
+        "'hpcfs login'",
     ),
     "NoSuchBucket": (WrongSettings, "there is no such bucket: check `bucket` and `endpoint_url`"),
     "InvalidBucketName": (WrongSettings, "this is no bucket name: check `bucket`"),
@@ -314,6 +317,13 @@ def is_throttling(error: boto.ClientError) -> bool:
     if code and not code.isdigit():
         return _SAME.get(code, code) in ("SlowDown", "ServiceUnavailable")
     return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (429, 503)
+
+
+def is_expiry(error: boto.ClientError) -> bool:
+    """Whether other credentials may help, as these have expired. An answer to HEAD does not say
+    why: S3's is a plain 400."""
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    return _SAME.get(code, code) in ("ExpiredToken", "InvalidToken", "400")
 
 
 def s3_code(error: RemoteError) -> str:

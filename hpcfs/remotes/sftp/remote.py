@@ -107,6 +107,10 @@ class SftpSite:
         """End the pause after a failure (see `Site.try_now`)."""
         self._shared.try_now()
 
+    def network_changed(self) -> None:
+        """End the pause after a failure (see `Site.network_changed`)."""
+        self._shared.try_now()
+
     async def renew(self) -> None:
         """Forget a refused login (see `Site.renew`)."""
         await self._shared.renew()

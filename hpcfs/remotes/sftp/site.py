@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 
 from hpcfs.model.errors import WrongSettings
 from hpcfs.model.sites import SiteSpec, SshSite
-from hpcfs.remotes import machine_changes
 from hpcfs.remotes.base import Prompter
-from hpcfs.remotes.machine_changes import MachineChange
 from hpcfs.remotes.sftp.remote import SftpSite
 from hpcfs.remotes.sftp.session import open_session
 from hpcfs.remotes.ssh.offer import LoginOffer
@@ -29,21 +26,19 @@ class SshSiteConnection(SftpSite):
             SharedSession(lambda: open_session(spec, prompter, offer), offers_else=offer.is_else),
         )
         self._idle_seconds = spec.site.idle_timeout
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._begin(self._watch_machine())
-        self._begin(self._close_idle())
+        self._is_doubtful = asyncio.Event()
+        self._tasks = [asyncio.create_task(self._check()), asyncio.create_task(self._close_idle())]
 
-    def _begin(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def network_changed(self) -> None:
+        """Check the connection at once (see `Site.network_changed`)."""
+        self._is_doubtful.set()
 
-    async def _watch_machine(self) -> None:
-        async with machine_changes.watched(self._changed):
-            await asyncio.Event().wait()
-
-    def _changed(self, change: MachineChange) -> None:
-        self._begin(self._shared.check())
+    async def _check(self) -> None:
+        """Check once for changes that come together."""
+        while True:
+            await self._is_doubtful.wait()
+            self._is_doubtful.clear()
+            await self._shared.check()
 
     async def _close_idle(self) -> None:
         wait = self._idle_seconds
@@ -53,8 +48,7 @@ class SshSiteConnection(SftpSite):
 
     async def close(self) -> None:
         """Give up what is under way and close all connections."""
-        tasks = list(self._tasks)
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await super().close()
