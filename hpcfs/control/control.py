@@ -230,14 +230,15 @@ class ControlRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     `path` is below the mount point, without slashes at its ends; b"" is the mount itself. `to` is
     the local directory for "recover", `name` the namespace for "login". "discard" affects only
     files that were pending `before` that time. For "sync" a site may be out of reach for `patience`
-    seconds.
+    seconds. "let_go" fails the calls of programs that wait for a remote that does not answer; its
+    outcome counts them as files.
     """
 
     command: Literal[
         "status", "wait",
         "cache", "clear", "verify", "warm", "pin", "unpin",
         "pending", "sync", "retry", "discard", "recover",
-        "login",
+        "login", "let_go",
     ]  # fmt: skip
     path: bytes = b""
     pinned: bool = False

@@ -54,7 +54,7 @@ LONGEST_ASK_SECONDS = 5.0
 where nobody does, files are tried again as schedule.py says, and once it is back."""
 RETURN_SECONDS = 1.0
 """How often to see whether a namespace that is away has come back, while files wait for it."""
-LAST_PATIENCE = 10.0
+LAST_PATIENCE = 0.5
 """Seconds for which a site may have been out of reach when the mount has ended."""
 MIB = 1024 * 1024
 
