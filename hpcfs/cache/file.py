@@ -228,6 +228,8 @@ class CacheFile:
         """Return the blocks' space to the disk. The caller chose clean ones."""
         self.evictions += 1
         present = [block for block in blocks if self.blocks.drop(block)]
+        for block in present if self.written_sums else ():
+            self.written_sums.pop(block, None)
         for _, run in groupby(enumerate(present), key=lambda pair: pair[1] - pair[0]):
             numbers = [block for _, block in run]
             self._punch(numbers[0] * BLOCK_BYTES, len(numbers) * BLOCK_BYTES)

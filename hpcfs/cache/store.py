@@ -3,9 +3,10 @@
 A cache directory belongs to one mount at a time (`flock`, so a killed daemon holds nothing). In it:
 
     lock          who holds the cache: pid and mount point
-    index.db      the index of the cache files (cache/index.py)
+    index.db      the index of the cache files (cache/index.py); index.db.damaged: a former one
     data/ab/...   cache files (cache/file.py), named at random and never reused
     journal.db    data that is not on the remote yet (writeback/journal.py)
+    pending/      second names of cache files with such data (writeback/acknowledged.py)
     kept/         files that could not be uploaded
 
 The state of files in use is in memory; `save` writes it to the index, some time later and once more
@@ -305,7 +306,7 @@ class Store:
         self.registry.record_cache.invalidate(origin, key)
         record = await self.in_thread(self._index.find, origin, key)
         if record is not None:
-            await self.registry.change(self._index.delete, [record.name])
+            await self.registry.change(self._index.forget, record.name)
             await self._drop_names([record.name])
 
     async def renew_version(self, origin: str, key: bytes, old: bytes, new: bytes) -> None:

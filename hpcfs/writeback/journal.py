@@ -270,6 +270,7 @@ class Journal:
 
     def _sync(self) -> None:
         self._has_unsynced = False
+        self._links.sync()
         self._change(self._count_sync)
 
     def _change(self, change: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:

@@ -93,19 +93,22 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
 Check = Callable[[World], Awaitable[None]]
 
 
-def next_mount(left: Path, spoil: Callable[[Path], None], check: Check) -> None:
-    """The story of a mount on a copy of what was left, spoilt; the link is up."""
+def next_mount(left: Path, spoil: Callable[[Path], None], check: Check, mounts: int = 1) -> None:
+    """The story of a mount on a copy of what was left, spoilt, or of several, one after the other;
+    the link is up."""
+    remote = _remote()
+
+    async def run(cache: Path) -> None:
+        async with world(cache, {"ns": remote}, write="back") as w:
+            with trio.fail_after(60):
+                await w.queue.wait_for(w.closer.dirty())
+                await check(w)
+
     with TemporaryDirectory() as directory:
         cache = copied(left, Path(directory) / "cache")
         spoil(cache)
-
-        async def run() -> None:
-            async with world(cache, {"ns": _remote()}, write="back") as w:
-                with trio.fail_after(60):
-                    await w.queue.wait_for(w.closer.dirty())
-                    await check(w)
-
-        trio.run(run)
+        for _ in range(mounts):
+            trio.run(run, cache)
 
 
 def told(w: World) -> set[bytes]:
@@ -172,7 +175,7 @@ def test_a_journal_that_can_not_be_read(left: Path, how: str) -> None:
         await w.queue.wait_for(w.closer.dirty())
         assert w.remote.get(b"afterwards") == b"the mount works"
 
-    next_mount(left, lambda cache: _replaced(cache, JOURNALS[how]), check)
+    next_mount(left, lambda cache: _replaced(cache, JOURNALS[how]), check, mounts=2)
 
 
 @some

@@ -50,6 +50,7 @@ QUIET_SECONDS = (5.0, 9.0)
 """Between two faults: a namespace must answer meanwhile, so that outages don't add up."""
 DISK_MEGABYTES = 600
 SYNC_SECONDS = 240.0
+LOG_LINES = 60
 GROWTH = 1.3
 GROWTH_BYTES = 40 << 20
 
@@ -88,6 +89,8 @@ class Torture:
     happened: Counter[str] = field(default_factory=Counter)
     samples: list[Sample] = field(default_factory=list)
     programs: list[Program] = field(default_factory=list)
+    log: str = ""
+    """Of the mount, once it is over."""
 
     def __post_init__(self) -> None:
         self._luck = random.Random(self.seed)
@@ -109,6 +112,7 @@ class Torture:
                 self._strike_for(victims, self.seconds)
             finally:
                 self._over.set()
+                self.log = victims.mount.log
             for thread in threads:
                 thread.join(PATIENCE + MARGIN + 240)
             if any(thread.is_alive() for thread in threads):
@@ -211,7 +215,6 @@ class Torture:
 
     def _judge(self, victims: Victims) -> None:
         mount = victims.mount
-        self.log = mount.log
         until(lambda: mount.home.run("sync", mount.path).returncode in (0, 1), SYNC_SECONDS)
         for program in self.programs:
             self._judge_files(program, mount.path, mount.namespaces[program.namespace])
@@ -278,6 +281,8 @@ class Torture:
                 f"{last.descriptors} descriptors, {last.threads} threads"
             )
         lines += [str(one) for one in self.violations[:10]] or ["nothing that must not be"]
+        if self.violations:
+            lines += ["the end of the mount's log:", *self.log.splitlines()[-LOG_LINES:]]
         return "\n".join(lines)
 
 

@@ -112,11 +112,15 @@ def _link(name: str, seconds: float) -> Fault:
 
 
 def _restart_server(victims: Victims, luck: random.Random) -> None:
+    """As clients see it. A new sshd would be a child of this process, whose programs' open files
+    it has to close first: on a mount that waits for its server."""
     assert victims.sshd
-    with victims.history.blow("sshd killed and restarted", is_excuse=False):
-        victims.sshd.kill()
+    link = victims.links["sftp"]
+    with victims.history.blow("sshd restarted", is_excuse=False):
+        link.cut()
+        victims.sshd.kill_sessions()
         time.sleep(luck.uniform(0.5, 5))
-        victims.sshd.start()
+        link.mend()
 
 
 def _kill_sessions(victims: Victims, luck: random.Random) -> None:
