@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGKILL)
@@ -58,17 +59,13 @@ class Callers:
         except (OSError, LookupError, ValueError):  # it has ended, or is not to be seen
             return False
 
-    def is_any_interrupted(self, opener: int) -> bool:
-        """Return whether a thread waits to end that may use what the thread `opener` opened: one of
-        its process, or of the processes that this one started."""
-        if self.is_interrupted(opener):
-            return True
-        for number, thread in enumerate(self._relatives(opener)):
-            if number >= _MOST_THREADS:
-                break
-            if thread != opener and self.is_interrupted(thread):
-                return True
-        return False
+    def users_of(self, opener: int) -> Iterator[int]:
+        """Yield the threads that may use what the thread `opener` opened: itself, the others of its
+        process, and those of the processes that it started; not more than a few hundred."""
+        yield opener
+        for thread in islice(self._relatives(opener), _MOST_THREADS):
+            if thread != opener:
+                yield thread
 
     def _relatives(self, opener: int) -> Iterator[int]:
         processes = [opener]

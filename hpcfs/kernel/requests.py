@@ -24,11 +24,13 @@ from hpcfs.site.namespace import Namespace
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.1
-"""Between two looks at the callers of requests that are older than OLD_SECONDS, at least."""
+"""Between two looks at the callers of old requests, at least."""
+LONGEST_LOOK_SECONDS = 0.5
+"""The same, at most."""
 LOOK_SHARE = 0.05
-"""Of the time, at most, is spent on looking: 0.1 ms for each thread."""
+"""Of the processor's time is spent on looking, as far as the pauses allow."""
 OLD_SECONDS = 0.2
-"""A request may take so long before anybody looks for its caller."""
+"""From which age on a request counts as old."""
 SHARE = 1024
 """Requests that a namespace may hold while none of them ends: of the daemon's handlers, and of the
 kernel's places for reads."""
@@ -69,6 +71,8 @@ class KernelRequests:
         self._moved_at: dict[Namespace | None, float] = {}
         """When one of its requests last ended, or the first one began."""
         self._begun = trio.Event()
+        self._looking_took = 0.0
+        """Seconds of the processor, for the last look."""
 
     def begin(self, namespace: Namespace | None, caller: int, *, by_handle: bool) -> KernelRequest:
         """Count a request; `end` is to follow. Raises Unreachable where too many of its namespace
@@ -114,17 +118,16 @@ class KernelRequests:
 
     async def watch(self) -> None:
         """Answer interrupted callers, until cancelled."""
-        took = 0.0
         while True:
             if not self._under_way:
                 self._begun = trio.Event()
                 await self._begun.wait()
-            await trio.sleep(max(LOOK_SECONDS, took / LOOK_SHARE))
-            began = self._now()
-            self._look()
-            took = self._now() - began
+            pause = self._looking_took / LOOK_SHARE
+            await trio.sleep(min(max(LOOK_SECONDS, pause), LONGEST_LOOK_SECONDS))
+            self._looking_took = 0.0
+            await self._look()
 
-    def _look(self) -> None:
+    async def _look(self) -> None:
         now = self._now()
         found: dict[tuple[int, bool], bool] = {}
         for request in list(self._under_way):
@@ -132,14 +135,20 @@ class KernelRequests:
                 break  # in the order in which they began
             caller = request.caller, request.by_handle
             if caller not in found:
-                found[caller] = self._is_interrupted(*caller)
+                found[caller] = await self._is_interrupted(*caller)
             if found[caller]:
                 log.debug("who waited for %g s was interrupted", now - request.since)
                 request.give_up(errno.EINTR)
 
-    def _is_interrupted(self, caller: int, by_handle: bool) -> bool:
+    async def _is_interrupted(self, caller: int, by_handle: bool) -> bool:
+        """A look takes some 0.1 ms for each thread: requests are answered in between."""
         if not caller:
             return False
-        if by_handle:
-            return self._callers.is_any_interrupted(caller)
-        return self._callers.is_interrupted(caller)
+        for thread in self._callers.users_of(caller) if by_handle else (caller,):
+            began = time.thread_time()
+            is_interrupted = self._callers.is_interrupted(thread)
+            self._looking_took += time.thread_time() - began
+            if is_interrupted:
+                return True
+            await trio.lowlevel.checkpoint()
+        return False

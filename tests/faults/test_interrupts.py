@@ -16,7 +16,9 @@ from tests.support.stuck import CALLS, OLD_BYTES, OLD_FILES, Stuck
 
 Starts = Callable[[str], Linked]
 KINDS = ("sftp", "s3-rclone")
-EXPECTED = ("reach|nothing answers|connection|ended|no answer|kept|lost|closed|not uploaded",)
+EXPECTED = (
+    "reach|nothing answers|not answer|connection|ended|no answer|kept|lost|closed|not uploaded",
+)
 PROMPT = 5.0
 """Seconds; it takes less than one on a machine that is not busy with other tests."""
 SIGNALS = {

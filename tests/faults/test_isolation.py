@@ -23,7 +23,7 @@ READERS = int(os.environ.get("HPCFS_TEST_READERS", "150"))
 PROMPT = 5.0
 """Seconds; on a machine that is not busy with other tests it takes some milliseconds."""
 FILES, FILE_BYTES = 16, 2_000_000
-EXPECTED = ("reach|nothing answers|connection|ended|no answer|lost|closed",)
+EXPECTED = ("reach|nothing answers|not answer|connection|ended|no answer|lost|closed",)
 _READERS = """
 import os, sys, threading
 files = [os.open(sys.argv[1], os.O_RDONLY) for _ in range(int(sys.argv[2]))]

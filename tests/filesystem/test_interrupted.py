@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 import trio
+import trio.abc
+import trio.lowlevel
 import trio.testing
 
 from hpcfs.model.entries import Attributes
@@ -19,6 +21,7 @@ OLD = bytes(range(256)) * 800
 NEW = b"what was written"
 MOST_REQUESTS = 20
 """More than any of these calls makes."""
+MOST_STEPS = 100
 
 Call = Callable[[World, str], Awaitable[None]]
 
@@ -94,6 +97,21 @@ CALLS: tuple[Call, ...] = (
 )
 
 
+class AtStep(trio.abc.Instrument):
+    """Cancels the scope when the task has waited so often."""
+
+    def __init__(self, task: trio.lowlevel.Task, step: int, scope: trio.CancelScope) -> None:
+        self._task = task
+        self._left = step
+        self._scope = scope
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        if task is self._task:
+            self._left -= 1
+            if not self._left:
+                self._scope.cancel()
+
+
 @dataclass
 class Interruption:
     """Holds one request until the caller is gone."""
@@ -121,6 +139,17 @@ class Interruption:
         held.go.set()
         return not has_ended
 
+    async def carry_out_at(self, step: int) -> bool:
+        """Whether the call had so many steps from one wait to the next, for whatever."""
+        with trio.CancelScope() as scope:
+            clock = AtStep(trio.lowlevel.current_task(), step, scope)
+            trio.lowlevel.add_instrument(clock)
+            try:
+                await self.call(self.w, self.at)
+            finally:
+                trio.lowlevel.remove_instrument(clock)
+        return scope.cancelled_caught
+
     async def check(self) -> None:
         """What is seen is what the remote has once all is uploaded."""
         w = self.w
@@ -145,19 +174,27 @@ class Interruption:
         assert w.remote.get(below + b"old") == b"it goes on"
 
 
+async def prepare(w: World, call: Call, number: int) -> Interruption:
+    at = f"ns/{call.__name__}{number}"
+    below = os.fsencode(at.partition("/")[2])
+    await w.kernel.mkdir(at)
+    await w.kernel.mkdir(f"{at}/empty")
+    w.remote.put(below + b"/old", OLD)
+    w.remote.put(below + b"/other", OLD[:1000])
+    if call is not read:
+        for name in ("old", "other"):
+            await w.kernel.read_file(f"{at}/{name}")
+        await w.store.save()
+    w.clock.expire_attributes()
+    return Interruption(w, call, at)
+
+
 async def interrupt_everywhere(w: World, call: Call) -> None:
     number = 0
     for stage in ("before", "after"):
         for nth in range(1, MOST_REQUESTS):
             number += 1
-            at = f"ns/{call.__name__}{number}"
-            below = os.fsencode(at.partition("/")[2])
-            await w.kernel.mkdir(at)
-            await w.kernel.mkdir(f"{at}/empty")
-            w.remote.put(below + b"/old", OLD)
-            w.remote.put(below + b"/other", OLD[:1000])
-            w.clock.expire_attributes()
-            interruption = Interruption(w, call, at)
+            interruption = await prepare(w, call, number)
             was_interrupted = await interruption.carry_out(nth, stage)
             await interruption.check()
             if not was_interrupted:
@@ -174,5 +211,25 @@ def test_what_an_interrupted_call_leaves(
 ) -> None:
     async def story(w: World) -> None:
         await interrupt_everywhere(w, call)
+
+    live(kind, write=write)(story)(kind, tmp_path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+@pytest.mark.parametrize(("kind", "write"), [("sftp", "through"), ("s3", "back")])
+def test_what_a_call_leaves_that_is_interrupted_at_any_step(
+    kind: str, write: WriteMode, call: Call, tmp_path: object
+) -> None:
+    """Also while it waits for the disk, for a lock, or for its turn."""
+
+    async def story(w: World) -> None:
+        for step in range(1, MOST_STEPS):
+            interruption = await prepare(w, call, step)
+            was_interrupted = await interruption.carry_out_at(step)
+            await interruption.check()
+            if not was_interrupted:
+                break
+        else:
+            pytest.fail(f"{call.__name__} has {MOST_STEPS} steps")
 
     live(kind, write=write)(story)(kind, tmp_path)  # type: ignore[arg-type]

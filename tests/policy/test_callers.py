@@ -70,12 +70,16 @@ def test_whoever_may_use_an_open_file(tmp_path: Path) -> None:
     make_thread(tmp_path, 30, 30, idle)
     make_thread(tmp_path, 40, 40, interrupted)
     callers = Callers(tmp_path)
-    assert not callers.is_any_interrupted(10)
+
+    def is_any_interrupted(opener: int) -> bool:
+        return any(map(callers.is_interrupted, callers.users_of(opener)))
+
+    assert not is_any_interrupted(10)
     for process, thread in [(10, 10), (10, 11), (20, 20), (30, 30)]:
         kept = (tmp_path / f"{thread}/status").read_text()
         (tmp_path / f"{thread}/status").write_text(interrupted)
-        assert callers.is_any_interrupted(10), (process, thread)
-        assert not callers.is_any_interrupted(99), "nothing is known of who is gone"
+        assert is_any_interrupted(10), (process, thread)
+        assert not is_any_interrupted(99), "nothing is known of who is gone"
         (tmp_path / f"{thread}/status").write_text(kept)
     assert callers.is_interrupted(40)
     assert not callers.is_interrupted(0), "of another namespace of process ids"
