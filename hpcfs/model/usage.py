@@ -17,10 +17,12 @@ class DiskUsage(msgspec.Struct, frozen=True):
 
 class Traffic(msgspec.Struct, frozen=True):
     """Counts what is open to a site now: `connections` (jump hosts' too; of S3 those that were not
-    left to botocore), SFTP `channels` on them, and `requests` under way. Where a connection is kept
+    left to botocore), SFTP `channels` on them, and `requests` under way. `received` are the bytes
+    that came over these channels so far. Where a connection is kept
     up without any request (tunnels), `away` says why there is none."""
 
     connections: int = 0
     channels: int = 0
     requests: int = 0
     away: str = ""
+    received: int = 0

@@ -283,6 +283,13 @@ class Advance(msgspec.Struct, frozen=True, tag="advance"):
     done: int
 
 
+class Moved(msgspec.Struct, frozen=True, tag="moved"):
+    """Worker process -> daemon: so many more bytes went to the site or came from it, for whichever
+    calls: a transfer that is under way takes its time."""
+
+    count: int
+
+
 class Question(msgspec.Struct, frozen=True, tag="question"):
     """Worker process -> daemon: ask the user. `echo` is false for secrets."""
 
@@ -292,7 +299,7 @@ class Question(msgspec.Struct, frozen=True, tag="question"):
 
 
 ToWorker = Call | Cancel | Answer
-FromWorker = Reply | Advance | Question
+FromWorker = Reply | Advance | Moved | Question
 
 _encoder = msgspec.msgpack.Encoder()
 

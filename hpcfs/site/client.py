@@ -53,6 +53,9 @@ _ANSWERED_HERE = (m.Release, m.StatOpen, m.GetDiskUsage, m.GetTraffic)
 """The transfer process may answer these without the site: they don't tell that it is there."""
 MOST_QUESTIONS = 10
 """Of one site at the same time. Each waits in a thread, as do reads of cached files."""
+_BULK = (m.Fetch, m.ReadUnsized, m.Upload, m.UploadPiece)
+_MOVED_BY_OTHERS = 64 * 1024 * 1024
+"""More than all transfers of a site have under way at a time."""
 _RESTART_PAUSE = 1.0
 _CONFIRM_SECONDS = 5.0
 _TRAFFIC_SECONDS = 0.5
@@ -71,9 +74,19 @@ class _Pending:
     given_up: bool = False
     heard: bool = False
     """Whether the site answered anything while this call waited."""
+    is_bulk: bool = False
+    """Whether bytes that move may be this call's."""
+    moved: int = 0
+    """The bytes of whichever calls that moved meanwhile."""
+    progress: int = 0
 
     def renew(self) -> None:
         self.scope.deadline = trio.current_time() + self.timeout
+
+    def advance(self) -> None:
+        self.renew()
+        if self.on_progress:
+            self.on_progress(self.progress)
 
 
 class SiteClient:
@@ -130,7 +143,7 @@ class SiteClient:
         reply = await self._exchange(child, namespace, request, timeout, None, on_progress)
         try:
             answer = msgspec.msgpack.decode(reply.result, type=kind)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             child.is_not_understood(error)
             raise ProtocolError(f"the answer to {type(request).__name__} is none") from None
         if isinstance(answer, Capabilities):
@@ -164,7 +177,15 @@ class SiteClient:
         call_id = self._next_id
         with trio.CancelScope() as scope:
             asks_site = not isinstance(request, _ANSWERED_HERE)
-            pending = _Pending(scope, timeout, on_page, on_progress, trio.Event(), asks_site)
+            pending = _Pending(
+                scope,
+                timeout,
+                on_page,
+                on_progress,
+                trio.Event(),
+                asks_site,
+                is_bulk=isinstance(request, _BULK),
+            )
             if not self._questions:
                 pending.renew()
             self._pending[call_id] = pending
@@ -315,13 +336,23 @@ class SiteClient:
             case m.Advance():
                 if pending := self._pending.get(message.id):
                     self._heard(pending)
-                    pending.renew()
-                    if pending.on_progress:
-                        pending.on_progress(message.done)
+                    pending.moved, pending.progress = 0, message.done
+                    pending.advance()
+            case m.Moved():
+                self._moved(message.count)
             case m.Reply():
                 if pending := self._pending.get(message.id):
                     self._heard(pending)
                     self._replied(pending, message)
+
+    def _moved(self, count: int) -> None:
+        """Renew the deadlines of transfers, one of which moved, unless its turn should have come
+        long ago: then only others move."""
+        for pending in self._pending.values():
+            pending.moved += count
+            if pending.is_bulk and pending.moved <= _MOVED_BY_OTHERS:
+                self._heard(pending)
+                pending.advance()
 
     def _heard(self, answered: _Pending) -> None:
         """Note that the site is there, unless the process answered by itself."""

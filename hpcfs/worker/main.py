@@ -39,12 +39,18 @@ from hpcfs.remotes.base import MAX_FILE_BYTES, Remote, ReportProgress, Site, no_
 from hpcfs.remotes.open import open_site
 from hpcfs.system import dumps, limits, logs, signals
 from hpcfs.worker.cache_io import Borrower, CacheDisk, CacheSource
+from hpcfs.worker.movement import Movement
 
 log = logging.getLogger(__name__)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """malloc.h's."""
 KEPT_PIECE_BYTES = 32 * 1024 * 1024
 KEPT_BYTES = 64 * 1024 * 1024
+LOOK_SECONDS = 1.0
+"""Between looks at what moved, while calls are under way."""
+TOLD_BYTES = 64 * 1024
+"""What must have moved before the daemon hears of it. Fewer within its patience are a drip, and the
+link counts as stalled: with 30 s, at 2 kB/s."""
 
 
 class DaemonGone(Exception):
@@ -110,6 +116,7 @@ class Worker:
         self._site = site
         self._disk = disk
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._begun = asyncio.Event()
 
     async def run(self) -> None:
         """Carry out calls until the daemon is gone."""
@@ -129,9 +136,26 @@ class Worker:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def tell_movement(self) -> None:
+        """Tell the daemon of bytes that move, until cancelled."""
+        movement = Movement(self._site.traffic)
+        while True:
+            self._begun.clear()
+            await self._begun.wait()
+            await asyncio.sleep(LOOK_SECONDS)  # most calls are over by then
+            movement.take()
+            untold = 0
+            while self._tasks:
+                await asyncio.sleep(LOOK_SECONDS)
+                untold += movement.take()
+                if untold >= TOLD_BYTES:
+                    self._connection.send_soon(m.Moved(untold))
+                    untold = 0
+
     def _start(self, call: m.Call) -> None:
         task = asyncio.create_task(self._answer(call))
         self._tasks[call.id] = task
+        self._begun.set()
         task.add_done_callback(partial(self._ended, call.id))
 
     def _ended(self, call_id: int, task: asyncio.Task[None]) -> None:
@@ -316,7 +340,12 @@ async def serve(sock: socket.socket, files: socket.socket) -> None:
     try:
         disk = CacheDisk(borrow=Borrower(files).borrow)
         async with machine_changes.watched(lambda _: site.network_changed()):
-            await Worker(connection, site, disk).run()
+            worker = Worker(connection, site, disk)
+            telling = asyncio.create_task(worker.tell_movement())
+            try:
+                await worker.run()
+            finally:
+                telling.cancel()
     finally:
         await site.close()
         writer.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal
@@ -18,6 +19,7 @@ from tests.support.sshd import LOOPBACK, SshServer
 
 State = Literal["up", "deaf", "frozen", "cut"]
 _CHUNK = 64 * 1024
+_SLOW_CHUNK = 1024
 
 
 class Link:
@@ -29,6 +31,8 @@ class Link:
         """Connections so far."""
         self.relayed = 0
         """Bytes in both directions since the last `fail_after`."""
+        self.rate: float | None = None
+        """Bytes per second that pass in each direction of each connection; None: all."""
         self._limit: int | None = None
         self._then: State = "cut"
         self._state: State = "up"
@@ -46,6 +50,9 @@ class Link:
 
     def freeze(self) -> None:
         self._become("frozen")
+
+    def deafen(self) -> None:
+        self._become("deaf")
 
     def mend(self) -> None:
         self._limit = None
@@ -120,8 +127,10 @@ class Link:
         held_while: tuple[State, ...],
     ) -> None:
         with suppress(OSError):
-            while chunk := source.recv(_CHUNK):
+            while chunk := source.recv(_CHUNK if self.rate is None else _SLOW_CHUNK):
                 self._wait_until_it_may_pass(len(chunk), held_while)
+                if self.rate is not None:
+                    time.sleep(len(chunk) / self.rate)
                 sink.sendall(chunk)
         with suppress(OSError):
             sink.shutdown(socket.SHUT_WR)

@@ -104,6 +104,7 @@ class Requests(SFTPClientHandler):
         self._pieces: dict[int, _Piece] = {}
         self.bytes_asked_for = 0
         """Of files, and not here yet."""
+        self.received_bytes = 0
         self._first_message: asyncio.Future[SSHPacket] = loop.create_future()
         self._first_message.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._to_send: list[bytes] = []
@@ -260,6 +261,7 @@ class Requests(SFTPClientHandler):
 
     def received(self, data: bytes | memoryview) -> None:
         """Take bytes that came; what makes no sense ends the channel."""
+        self.received_bytes += len(data)
         if not self._first_message.done() and len(self.beginning) < BEGINNING_BYTES:
             self.beginning += bytes(data[:BEGINNING_BYTES])
         now, begun = self._loop.time(), self._decoder.begun

@@ -150,7 +150,8 @@ class SftpSession:
         more = self._more.result() if self._more is not None and self._more.done() else []
         channels = [channel for channel in (*self.channels, *more) if not channel.ended]
         under_way = sum(channel.under_way for channel in channels)
-        return Traffic(self.login.connections, len(channels), under_way)
+        received = sum(channel.received_bytes for channel in channels)
+        return Traffic(self.login.connections, len(channels), under_way, received=received)
 
     @property
     def shown(self) -> str:

@@ -9,6 +9,9 @@ A login for which the user typed something is not given up as easily: TCP carrie
 of minutes, and nobody may be there to type again. Meanwhile its requests wait as long as their own
 deadlines let them.
 
+The kernel's own limit for what nobody confirms (TCP_USER_TIMEOUT) is not used: it ends connections
+to whoever takes bytes slowly through a small window, though they move.
+
 This leans on names inside of asyncssh: where one is missing, its own keepalive is all there is.
 """
 
@@ -17,8 +20,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
-import os
-import socket
 import struct
 import termios
 from collections.abc import Sequence
@@ -27,8 +28,6 @@ from typing import Any
 
 import asyncssh
 from asyncssh.channel import SSHChannel
-
-from hpcfs.remotes.ssh.settings import SILENCE_SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,6 @@ class Liveness:
         for connection in connections:
             if attended:
                 connection.set_keepalive(*ATTENDED_KEEPALIVES)
-            _bound_unconfirmed(connection, 0 if attended else SILENCE_SECONDS)
         is_known = all(hasattr(one, name) for one in connections for name in _NAMES)
         self._watching = asyncio.create_task(self._watch()) if is_known else None
 
@@ -85,7 +83,8 @@ class Liveness:
             async with asyncio.timeout(CHECK_SECONDS):
                 await connection._make_global_request(b"keepalive@openssh.com")
                 connection._keepalive_count = 0
-        if connection._keepalive_count and (doubted or not self._attended):
+        is_over = connection._transport is None
+        if connection._keepalive_count and not is_over and (doubted or not self._attended):
             connection.connection_lost(asyncssh.ConnectionLost("no sign of life"))
 
     def end(self) -> None:
@@ -110,13 +109,3 @@ def _to_send(connection: Any) -> int:
     except OSError:  # it was closed just now
         return waiting
     return waiting + int(_INT.unpack(unsent)[0])
-
-
-def _bound_unconfirmed(connection: asyncssh.SSHClientConnection, seconds: float) -> None:
-    """Have the kernel give a connection up whose bytes nobody confirms for so long (tcp(7),
-    TCP_USER_TIMEOUT); 0 leaves it to the kernel's own patience. Ways without TCP have none."""
-    found = connection.get_extra_info("socket")
-    if found is None:
-        return
-    with suppress(OSError), socket.socket(fileno=os.dup(found.fileno())) as sock:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(seconds * 1000))

@@ -33,9 +33,8 @@ from hpcfs.remotes.ssh.tokens import Tokens
 
 KEEPALIVE_SECONDS = 5
 KEEPALIVES_MISSED = 2
-SILENCE_SECONDS = float(KEEPALIVE_SECONDS * (KEEPALIVES_MISSED + 1))
-"""After so long without a sign of life a connection counts as dead: asked after 5 and 10 s of
-silence, given up after 15 (asyncssh and ssh count alike)."""
+"""So a connection counts as dead after 15 s without a sign of life: it is asked after 5 and 10 s of
+silence, and given up after 15 (asyncssh and ssh count alike)."""
 KEY_EXCHANGE = "curve25519-sha256"
 """Between a mount and a laptop, which are both ours."""
 CHANNEL_WINDOW_BYTES = 80 * 1024 * 1024
