@@ -171,6 +171,9 @@ class SilentTransport:
     def abort(self) -> None:
         """Nothing is open."""
 
+    def is_closing(self) -> bool:
+        return False
+
     def set_write_buffer_limits(self, high: int) -> None:
         """There is no limit."""
 
