@@ -17,7 +17,7 @@ from hpcfs.cache.store import Store
 from hpcfs.content.content import Content
 from hpcfs.content.state import RemoteSide
 from hpcfs.inodes.tree import Node, Tree, join
-from hpcfs.model.errors import AlreadyExists, DirectoryNotEmpty, IsADirectory, NotFound
+from hpcfs.model.errors import AlreadyExists, Conflict, DirectoryNotEmpty, IsADirectory, NotFound
 from hpcfs.protocol import messages as m
 from hpcfs.site.namespace import Namespace
 from hpcfs.writeback.close import Closer
@@ -120,9 +120,11 @@ class Renamer:
         path, new_path = join(*old), join(parent, name)
         if target:
             check_empty(target)
-        if target and target.extra_links:
-            await self.flush_below(target)
-        elif target:
+        if target and (target.extra_links or namespace.writes_back):
+            # Else its row in the journal would outlive a kill, and its bytes meet another file.
+            with suppress(Conflict):  # theirs is what is replaced
+                await self.flush_below(target)
+        if target and not target.extra_links:
             await self._closer.keep_readable(target)
         await self.flush_below(node)
         async with AsyncExitStack() as locks:
@@ -185,6 +187,8 @@ class Renamer:
         content = node.content if node else None
         if content and content.is_only_here:
             return
+        if content and content.is_dirty() and namespace.writes_back and content.expect_removal():
+            await self._closer.uploader.persist(content)
         try:
             await namespace.do(m.Remove(path))
         except NotFound:
