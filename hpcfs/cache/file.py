@@ -17,7 +17,7 @@ import xxhash
 
 from hpcfs.cache.blocks import BlockMap
 from hpcfs.cache.ranges import RangeSet
-from hpcfs.model.entries import BLOCK_BYTES
+from hpcfs.model.entries import BLOCK_BYTES, IN_MEMORY
 
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2  # linux/falloc.h
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -82,10 +82,13 @@ class CacheFile:
         """The last read position in bytes: eviction begins far from there."""
         self.indexed = True
         """Whether the index may remember it: False once it holds data that no remote has."""
-        self.in_memory = False
+        self.in_memory = path.startswith(IN_MEMORY)
         """Whether it is an anonymous file in memory (memory_files.py) and not one on the disk."""
         self.last_used = 0.0
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if self.in_memory:
+            self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        else:
+            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     @property
     def cached_bytes(self) -> int:
@@ -107,6 +110,11 @@ class CacheFile:
         self.evictions += 1
         self.blocks = BlockMap()
         self.written_sums.clear()
+
+    def replace(self, fd: int) -> None:
+        """Continue in another file with the same bytes."""
+        os.dup2(fd, self.fd, inheritable=False)
+        os.close(fd)
 
     def read_now(self, offset: int, length: int) -> bytes | bytearray | None:
         """Return the bytes, or None where the disk must be waited for. Bytes past the local end are
@@ -220,6 +228,8 @@ class CacheFile:
         """Return the blocks' space to the disk. The caller chose clean ones."""
         self.evictions += 1
         present = [block for block in blocks if self.blocks.drop(block)]
+        for block in present if self.written_sums else ():
+            self.written_sums.pop(block, None)
         for _, run in groupby(enumerate(present), key=lambda pair: pair[1] - pair[0]):
             numbers = [block for _, block in run]
             self._punch(numbers[0] * BLOCK_BYTES, len(numbers) * BLOCK_BYTES)

@@ -5,8 +5,8 @@ Every call blocks on the disk and runs in a thread (cache/registry.py sees to it
 it doesn't know is fetched again, and a block that it knows is returned only after its checksum was
 compared. So nothing here needs to be synced. Where anything is wrong with it, when it is opened or
 at any later call, it is put aside as `index.db.damaged`, and an empty one takes its place; in
-memory, if the disk has no room for one. The pins stay. A change for which the disk has no room is
-the one error that callers see.
+memory, if the disk has no room for one. The pins stay. Callers see one error: that the disk
+has no room for a change that can wait.
 
 Only renaming a directory, or pinning it, costs more in a large cache than in a small one: triggers
 keep the totals, and long lists are read in pages.
@@ -75,6 +75,10 @@ class OriginTotals(msgspec.Struct, frozen=True):
     pinned_bytes: int
 
 
+_MUST_SUCCEED = ("move", "remove", "forget", "renew_version")
+"""What the remote has done already. An index that can't note it is worse than none."""
+
+
 def _mended(
     method: Callable[Concatenate[Index, P], T],
 ) -> Callable[Concatenate[Index, P], T]:
@@ -86,7 +90,8 @@ def _mended(
         try:
             return method(self, *args, **kwargs)
         except sqlite3.Error as error:
-            if database.is_full(error) or database.is_misuse(error):
+            is_lasting = method.__name__ not in _MUST_SUCCEED
+            if (is_lasting and database.is_full(error)) or database.is_misuse(error):
                 raise
             self.begin_anew(str(error))
             return method(self, *args, **kwargs)
@@ -157,11 +162,6 @@ class Index:
             f"{_FILES} WHERE origins.origin = ? AND key = ?", (origin, key)
         ).fetchone()
         return None if row is None else self._record(row, self._chunks(row[-1]))
-
-    @_mended
-    def chunks(self, row: int) -> dict[int, bytes]:
-        """Return the packed chunks of a file by number."""
-        return self._chunks(row)
 
     def _chunks(self, row: int) -> dict[int, bytes]:
         found = self._db.execute("SELECT number, checksums FROM chunks WHERE file = ?", (row,))
@@ -353,6 +353,12 @@ class Index:
 
     def _delete(self, name: str) -> None:
         self._db.execute("DELETE FROM files WHERE name = ?", (name,))
+
+    @_mended
+    def forget(self, name: str) -> None:
+        """Delete the record of a cache file whose content the remote does not have any more."""
+        with self._transaction():
+            self._delete(name)
 
     @_mended
     def move(self, origin: str, key: bytes, target: bytes) -> list[str]:

@@ -22,6 +22,7 @@ from hpcfs.cache.file import CacheFile
 from hpcfs.cache.registry import Registry
 from hpcfs.cache.slow_disk import SlowDisk
 from hpcfs.model.entries import BLOCK_BYTES, IN_MEMORY
+from hpcfs.model.errors import CacheFull
 
 MAX_BYTES = 64 * 1024 * 1024
 MAX_FILES = 32
@@ -62,6 +63,18 @@ class MemoryFiles:
         self.abandoned.append(file.name)
         self._move(file, fd, name, f"{IN_MEMORY}{name}", in_memory=True)
         return True
+
+    def create(self, origin: str, key: bytes, version: bytes, size: int) -> CacheFile:
+        """Return a new, empty file in memory, where the disk takes none. Raises CacheFull where
+        there are too many."""
+        self._files = [other for other in self._files if other.in_memory and other.users]
+        if len(self._files) >= MAX_FILES or not self.is_usable:
+            raise CacheFull(f"the cache's disk takes no files, and {MAX_FILES} are in memory")
+        name = secrets.token_hex(12)
+        file = CacheFile(f"{IN_MEMORY}{name}", name, origin, key, version, size)
+        self._files.append(file)
+        self._registry.files[name] = file
+        return file
 
     def to_disk(self, file: CacheFile) -> None:
         """Move a file back to the disk. Does not await. Raises OSError where that has no room for

@@ -3,9 +3,10 @@
 A cache directory belongs to one mount at a time (`flock`, so a killed daemon holds nothing). In it:
 
     lock          who holds the cache: pid and mount point
-    index.db      the index of the cache files (cache/index.py)
+    index.db      the index of the cache files (cache/index.py); index.db.damaged: a former one
     data/ab/...   cache files (cache/file.py), named at random and never reused
     journal.db    data that is not on the remote yet (writeback/journal.py)
+    pending/      second names of cache files with such data (writeback/acknowledged.py)
     kept/         files that could not be uploaded
 
 The state of files in use is in memory; `save` writes it to the index, some time later and once more
@@ -15,7 +16,6 @@ when the cache is too large.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import secrets
@@ -27,6 +27,7 @@ from typing import TypeVar
 
 import trio
 
+from hpcfs.cache.directory import CacheDirectory
 from hpcfs.cache.eviction import Eviction
 from hpcfs.cache.file import CacheFile
 from hpcfs.cache.index import Index, Record
@@ -53,22 +54,18 @@ def _most_files(limit: int) -> int:
     return limit - max(64, min(512, limit // 4))
 
 
-class CacheUnusable(Exception):
-    """The cache directory can't be used. The message is a sentence for the user."""
-
-
 class Store:
     """The open cache; sizes are in bytes. Make one with `Store.open`, which may raise
     CacheUnusable."""
 
-    def __init__(self, registry: Registry, eviction: Eviction, lock_fd: int) -> None:
+    def __init__(self, registry: Registry, eviction: Eviction, place: CacheDirectory) -> None:
         self.registry = registry
         self.eviction = eviction
         self.max_bytes = eviction.max_bytes
         self.directory = registry.directory
         self.troubles = registry.troubles
         self._index = registry.index
-        self._lock_fd = lock_fd
+        self.place = place
         self._active: dict[tuple[str, bytes], CacheFile] = {}
         """The current open file of each (origin, key)."""
         self._save_lock = trio.Lock()
@@ -85,32 +82,10 @@ class Store:
     ) -> Store:
         """Open and lock the cache directory. `holder` describes the mount to others who find the
         cache locked. Raises CacheUnusable."""
-        try:
-            (directory / "data").mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise CacheUnusable(
-                f"the cache directory {directory} can't be used: {error.strerror}"
-            ) from None
-        try:
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = os.pread(lock_fd, 4096, 0).decode(errors="replace").strip()
-            os.close(lock_fd)
-            raise CacheUnusable(
-                f"the cache {directory} is in use by {held or 'another mount'}"
-            ) from None
-        try:
-            os.ftruncate(lock_fd, 0)
-            os.pwrite(lock_fd, holder.encode(), 0)
-            troubles = Troubles()
-            registry = Registry(directory, Index(directory / "index.db", troubles), troubles)
-        except OSError as error:
-            os.close(lock_fd)
-            raise CacheUnusable(
-                f"the cache directory {directory} can't be written: {error.strerror}"
-            ) from None
-        return cls(registry, Eviction(registry, max_bytes, min_free or MinFree()), lock_fd)
+        place = CacheDirectory.take(directory, holder)
+        troubles = Troubles()
+        registry = Registry(directory, Index(directory / "index.db", troubles), troubles)
+        return cls(registry, Eviction(registry, max_bytes, min_free or MinFree()), place)
 
     @property
     def used_bytes(self) -> int:
@@ -207,21 +182,33 @@ class Store:
         await."""
         active = self._active.get((origin, key))
         if active and active.users and active.version == version and active.size == size:
-            own = self.create(origin, key, version, size)
+            own = self._create_to_read(origin, key, version, size)
             own.indexed = False  # the older user's file is the one that is kept
             return own
         usable = record and record.version == version and record.size == size
         file = self._reopen(record) if record and usable else None
-        file = file or self.create(origin, key, version, size)
+        file = file or self._create_to_read(origin, key, version, size)
         self.adopt(file)
         return file
+
+    def _create_to_read(self, origin: str, key: bytes, version: bytes, size: int) -> CacheFile:
+        """Return a new file; where the disk is full, gone or broken, one in memory."""
+        try:
+            return self.create(origin, key, version, size)
+        except OSError as error:
+            self.troubles.tell(
+                f"the cache directory {self.directory} takes no files ({error.strerror}):"
+                " what is read goes through memory"
+            )
+            return self.memory.create(origin, key, version, size)
 
     def _reopen(self, record: Record) -> CacheFile | None:
         if not self.registry.is_idle(record.name):
             return None
         try:
             found = os.stat(self.registry.path(record.name))
-        except FileNotFoundError:
+        except OSError as error:
+            log.debug("the cache file %s can't be used: %s", record.name, error)
             return None
         if found.st_nlink != 1:
             return None  # a kill left it with a second name, in kept/: that one is not ours
@@ -319,7 +306,7 @@ class Store:
         self.registry.record_cache.invalidate(origin, key)
         record = await self.in_thread(self._index.find, origin, key)
         if record is not None:
-            await self.registry.change(self._index.delete, [record.name])
+            await self.registry.change(self._index.forget, record.name)
             await self._drop_names([record.name])
 
     async def renew_version(self, origin: str, key: bytes, old: bytes, new: bytes) -> None:
@@ -469,7 +456,7 @@ class Store:
             for file in list(self.registry.files.values()):
                 self._close_file(file)
             self._index.close()
-            os.close(self._lock_fd)
+            self.place.release()
 
     async def remove_strays_forever(self) -> None:
         """Delete cache files that the index doesn't know, now and whenever it lost them all.

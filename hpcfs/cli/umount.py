@@ -1,7 +1,8 @@
 """`hpcfs umount`: waits for pending uploads, unmounts, and returns once the daemon has ended.
 
 Files that can't be uploaded do not keep it mounted: they stay in the journal, on this machine. A
-remote that is out of reach is tried for the time of --timeout, or for half a minute. Exit code 1:
+remote that does not answer is tried for the time of --timeout, or for four seconds; then programs
+that wait for it are let go, so that none keeps the mount busy by a close(2). Exit code 1:
 unmounted, but something written through this mount is not on its remote; or not unmounted. 3:
 unmounted, but --timeout passed before all was uploaded.
 """
@@ -17,13 +18,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import click
+import msgspec
 
 from hpcfs.cli import pending, waiting
 from hpcfs.cli.output import complain, count
 from hpcfs.cli.progress import ProgressBar
 from hpcfs.cli.waiting import timeout_option
 from hpcfs.control import control, mountpoint
-from hpcfs.control.control import MountStatus, WorkProgress
+from hpcfs.control.control import ControlRequest, MountStatus, WorkProgress
 from hpcfs.model.errors import SetupError
 from hpcfs.system import mountinfo, paths
 from hpcfs.system.text import printable
@@ -31,6 +33,9 @@ from hpcfs.system.text import printable
 PATIENCE_SECONDS = 2.0
 """Seconds after which the user is told what is waited for. A daemon without uploads ends within
 them."""
+LEAVE_SECONDS = 2.0
+"""That programs get to end after their calls were failed."""
+GOES_ON = "; the daemon goes on, and what it does not finish, the next mount resumes"
 MAX_USERS_NAMED = 5
 MAX_FILES_NAMED = 5
 
@@ -52,14 +57,21 @@ def umount(place: str, timeout: float | None) -> int:
         mountpoint.unmount(target, lazy=True)
         complain(f"the daemon of {target} was gone; what it left behind is unmounted")
         return 0
-    code = _upload(at, target, end) if daemon is not None else 0
-    try:
-        mountpoint.unmount(target)
-    except mountpoint.Busy:
-        raise SetupError(_busy(target)) from None
+    code, rest, were_stuck = 0, "", 0
+    if daemon is not None:
+        if end is None:
+            were_stuck = _let_go(at)
+        code = _upload(at, target, end)
+        if code == waiting.OUT_OF_TIME:
+            were_stuck = _let_go(at)
+            code, rest = _left_behind(at)
+    _unmount(target, LEAVE_SECONDS if were_stuck else 0.0)
     if daemon is not None:
         with daemon:
-            return max(code, _wait(daemon, at, target, end))
+            outcome = _wait(daemon, at, target, end)
+            if not outcome and rest:
+                complain(f"{target} is unmounted, but there was no time to wait{rest}")
+            return max(code, outcome)
     return code
 
 
@@ -71,7 +83,29 @@ def _check_mounted(target: Path) -> None:
         raise SetupError(f"what is mounted at {target} is not hpcfs's ({found.kind})")
 
 
+def _unmount(target: Path, seconds: float) -> None:
+    """Unmount; programs that use it may take so long to end. Raises SetupError."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            mountpoint.unmount(target)
+        except mountpoint.Busy:
+            if time.monotonic() >= end:
+                raise SetupError(_busy(target)) from None
+            time.sleep(0.05)
+        else:
+            return
+
+
 # --- before -------------------------------------------------------------------------------------
+
+
+def _let_go(at: Path) -> int:
+    """Fail the calls of programs that wait for a remote that does not answer; return how many."""
+    try:
+        return control.work(at, ControlRequest("let_go"), lambda step: None).files
+    except SetupError:  # unmounting helps with this, too
+        return 0
 
 
 def _upload(at: Path, target: Path, end: float | None) -> int:
@@ -81,14 +115,12 @@ def _upload(at: Path, target: Path, end: float | None) -> int:
     problem = ""
     try:
         with ProgressBar("uploading") as bar:
-            control.work(
-                at, waiting.sync_request(end), _Watcher(bar, target).show, waiting.left(end)
-            )
+            control.work(at, _sync_request(end), _Watcher(bar, target).show, waiting.left(end))
     except KeyboardInterrupt:
         complain(f"{target} stays mounted{_rest(at, '; the mount goes on with that')}")
         raise
     except control.OutOfTime:
-        return 0  # the rest is reported when it is unmounted
+        return waiting.OUT_OF_TIME
     except SetupError as error:
         problem = str(error)
     try:
@@ -96,6 +128,25 @@ def _upload(at: Path, target: Path, end: float | None) -> int:
     except SetupError as error:  # unmounting helps with this, too
         complain(f"whether all is uploaded is not known: {error}")
         return 1
+
+
+def _left_behind(at: Path) -> tuple[int, str]:
+    """Return the exit code when the time has passed, and what to say of files that wait."""
+    try:
+        status = control.query_status(at)
+    except SetupError:
+        return 0, ""
+    kept = msgspec.structs.replace(
+        status, pending=[one for one in status.pending if one.state == "kept"]
+    )
+    if code := report_failures(kept, ""):
+        return code, ""
+    return (waiting.OUT_OF_TIME, _rest(at, GOES_ON)) if status.pending_files else (0, "")
+
+
+def _sync_request(end: float | None) -> ControlRequest:
+    """With --timeout a remote out of reach is tried until then; without, it was just tried."""
+    return ControlRequest("sync", patience=0.0) if end is None else waiting.sync_request(end)
 
 
 class _Watcher:
@@ -150,7 +201,6 @@ def _wait(daemon: socket.socket, at: Path, target: Path, end: float | None) -> i
     uploads."""
     if control.wait_until_gone(daemon, PATIENCE_SECONDS):
         return 0
-    goes_on = "; the daemon goes on, and what it does not finish, the next mount resumes"
     if end is None:
         complain(
             f"{target} is unmounted; waiting for its daemon to finish (Ctrl-C stops only waiting)"
@@ -161,9 +211,9 @@ def _wait(daemon: socket.socket, at: Path, target: Path, end: float | None) -> i
         if control.wait_until_gone(daemon, waiting.left(end)):
             return 0
     except KeyboardInterrupt:
-        complain(f"{target} is unmounted{_rest(at, goes_on)}")
+        complain(f"{target} is unmounted{_rest(at, GOES_ON)}")
         raise
-    complain(f"{target} is unmounted, but there was no time to wait{_rest(at, goes_on)}")
+    complain(f"{target} is unmounted, but there was no time to wait{_rest(at, GOES_ON)}")
     return waiting.OUT_OF_TIME
 
 

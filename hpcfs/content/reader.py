@@ -223,11 +223,11 @@ class Reader:
                 if not has_room and not self._use_memory():
                     raise
             except CacheFileGone:
-                if file.path == cache_file:
-                    if not file.in_memory:
-                        raise
+                if file.path == cache_file and file.in_memory:
                     self._store.memory.is_usable = False
                     self.use_disk()
+                elif file.path == cache_file and not self._use_memory():
+                    raise
             except RemoteError:
                 if file.path == cache_file:
                     raise

@@ -230,14 +230,15 @@ class ControlRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     `path` is below the mount point, without slashes at its ends; b"" is the mount itself. `to` is
     the local directory for "recover", `name` the namespace for "login". "discard" affects only
     files that were pending `before` that time. For "sync" a site may be out of reach for `patience`
-    seconds.
+    seconds. "let_go" fails the calls of programs that wait for a remote that does not answer; its
+    outcome counts them as files.
     """
 
     command: Literal[
         "status", "wait",
         "cache", "clear", "verify", "warm", "pin", "unpin",
         "pending", "sync", "retry", "discard", "recover",
-        "login",
+        "login", "let_go",
     ]  # fmt: skip
     path: bytes = b""
     pinned: bool = False
@@ -397,7 +398,7 @@ def _listen(connection: socket.socket, timeout: float, end: float | None = None)
         raise DaemonNotAnswering(f"the daemon did not answer within {timeout:g} s") from None
     except OSError as error:
         raise DaemonNotAnswering(f"the daemon broke off: {error.strerror}") from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise DaemonNotAnswering(
             f"the daemon's answer makes no sense ({error}): was hpcfs upgraded since the mount?"
         ) from error

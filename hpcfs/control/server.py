@@ -247,7 +247,7 @@ async def _log_in(stream: trio.SocketStream, request: ControlRequest, log_in: Lo
 
     async def read_answers(scope: trio.CancelScope) -> None:
         async with outbox:
-            with suppress(trio.BrokenResourceError, msgspec.MsgspecError):
+            with suppress(trio.BrokenResourceError, msgspec.MsgspecError, RecursionError):
                 while (line := await _read_line(stream)) is not None:
                     answer = msgspec.json.decode(line, type=LoginAnswer).text
                     await outbox.send(None if answer is None else answer.value)
@@ -274,7 +274,7 @@ async def _cancel_when_gone(stream: trio.SocketStream, scope: trio.CancelScope) 
 def _parse(line: bytes) -> ControlRequest | None:
     try:
         return msgspec.json.decode(line, type=ControlRequest)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
 
 

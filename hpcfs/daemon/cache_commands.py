@@ -17,8 +17,9 @@ from pathlib import Path
 import trio
 
 from hpcfs.cache import maintenance
+from hpcfs.cache.directory import CacheUnusable
 from hpcfs.cache.maintenance import CachedPath, ReportBytes
-from hpcfs.cache.store import CacheUnusable, Store
+from hpcfs.cache.store import Store
 from hpcfs.config.config import Settings
 from hpcfs.control.control import (
     CacheFolder,

@@ -17,11 +17,14 @@ from pathlib import Path
 
 import trio
 
-from hpcfs.cache.store import CacheUnusable, Store
+from hpcfs.cache.directory import CacheUnusable
+from hpcfs.cache.renewal import renew_if_removed
+from hpcfs.cache.store import Store
 from hpcfs.config.config import Settings
 from hpcfs.control import control, mountpoint, server as control_server
 from hpcfs.daemon.assembly import Mount, assemble
 from hpcfs.daemon.cache_commands import CacheCommands
+from hpcfs.daemon.letting_go import let_go
 from hpcfs.daemon.logins import Logins
 from hpcfs.daemon.questions import Questions
 from hpcfs.daemon.services import Services
@@ -144,6 +147,7 @@ class _Daemon:
             services.keep_running("removing old cache files", store.remove_strays_forever)
             await self._serve_kernel()
             log.info("unmounted; finishing what is open")
+            await self._let_go()
             await mount.fs.files.close_all()
             await closer.queue.drain()
 
@@ -216,7 +220,9 @@ class _Daemon:
                     wait_for_change, LONGEST_UNCHECKED_SECONDS, abandon_on_cancel=True
                 )
                 await trio.sleep(UNMOUNT_CHECK_SECONDS)
-        await trio.sleep(UNMOUNT_PATIENCE)
+        with trio.move_on_after(UNMOUNT_PATIENCE):
+            await self._let_go()
+            await trio.sleep_forever()
         log.info("unmounted; %d files were still open", self._mount.fs.files.open_count)
         serving.cancel()
 
@@ -233,9 +239,13 @@ class _Daemon:
 
     async def _stop(self) -> None:
         try:
+            await self._let_go()
             await self._mount.fs.closer.flush_all()
         finally:
             self._kernel.stop()
+
+    async def _let_go(self) -> int:
+        return await let_go(self._kernel.requests, self._mount.fs.closer)
 
     async def _get_ready(self) -> None:
         """The first logins, all sites at once; a site out of reach stops nobody."""
@@ -259,6 +269,8 @@ class _Daemon:
     async def _save_forever(self) -> None:
         while True:
             await trio.sleep(SAVE_SECONDS)
+            await renew_if_removed(self._mount.store)
+            await self._mount.journal.renew_if_removed()
             await self._mount.fs.closer.note_dirty()
             await self._mount.journal.sync()
             await self._mount.store.save()
@@ -266,6 +278,8 @@ class _Daemon:
     async def _answer(
         self, request: control.ControlRequest, tell: control_server.ReportProgress
     ) -> control.ControlReply:
+        if request.command == "let_go":
+            return control.ControlReply(outcome=control.Outcome(await self._let_go()))
         if request.command in control.WRITE_COMMANDS:
             return await self._writes.answer(request, tell)
         return await self._cache.answer(request, tell)

@@ -200,25 +200,26 @@ class Files:
         asked = self._tree.now()
         handle = NO_HANDLE
         await self._store.make_descriptor()
-        if namespace.writes_back:
-            await namespace.check_takes_writes()
-            await self._queue.make_room(None, 0)
-            await self._look_once(parent, namespace)
-            entry = self._entry_made_here(parent, name, mode, capabilities)
-        else:
-            handle = namespace.new_handle()
-            try:
-                entry = await namespace.entry(m.Create(path, stat.S_IMODE(mode), handle))
-            except (trio.Cancelled, Unreachable):
-                self._shared.nursery.start_soon(self._release_there, namespace, handle)
-                raise
+        # First of all: else a full disk here would leave an empty file there.
+        file = self._store.create(namespace.origin, path, b"", 0)
+        file.indexed, file.users = False, 1
+        try:
+            if namespace.writes_back:
+                await namespace.check_takes_writes()
+                await self._queue.make_room(None, 0)
+                await self._look_once(parent, namespace)
+                entry = self._entry_made_here(parent, name, mode, capabilities)
+            else:
+                handle = namespace.new_handle()
+                entry = await self._create_there(namespace, path, mode, handle)
+            self._check_free(parent, name)
+        except BaseException:
+            file.users = 0
+            raise
         if (known := self._tree.child(parent, name)) is not None:
-            if known.content is not None and known.content.may_be_missing:
-                raise AlreadyExists("another program is just creating this file")
             self._tree.detach(known)
         node = self._tree.add(parent, name, entry, asked)
-        file = self._store.create(namespace.origin, path, entry.version, 0)
-        file.users = 1
+        file.indexed, file.version = True, entry.version
         self._store.adopt(file)
         content = Content(RemoteFile(node, namespace, capabilities), file, self._shared)
         self._closer.use(content)
@@ -229,6 +230,22 @@ class Files:
         node.content = content
         node.pages_version = content.version
         return self._add(OpenFile(node, content, flags)), node
+
+    def _check_free(self, parent: Node, name: bytes) -> None:
+        """Raise AlreadyExists where a file of this name was made here meanwhile."""
+        known = self._tree.child(parent, name)
+        if known is not None and known.content is not None and known.content.may_be_missing:
+            raise AlreadyExists("another program is just creating this file")
+
+    async def _create_there(
+        self, namespace: Namespace, path: bytes, mode: int, handle: int
+    ) -> Entry:
+        """Make an empty file on the remote, which holds it open under this handle."""
+        try:
+            return await namespace.entry(m.Create(path, stat.S_IMODE(mode), handle))
+        except (trio.Cancelled, Unreachable):
+            self._shared.nursery.start_soon(self._release_there, namespace, handle)
+            raise
 
     async def _release_there(self, namespace: Namespace, handle: int) -> None:
         """The remote may have opened a file under this handle, of which nobody heard."""

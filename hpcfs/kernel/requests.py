@@ -12,7 +12,7 @@ import errno
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
@@ -98,13 +98,19 @@ class KernelRequests:
         self._held[request.namespace] -= 1
         self._moved_at[request.namespace] = self._now()
 
-    def give_up(self, namespaces: Iterable[Namespace]) -> int:
-        """Answer all who wait for these with EHOSTUNREACH; return how many they are."""
-        gone = set(namespaces)
-        waiting = [one for one in self._under_way if one.namespace in gone]
-        for request in waiting:
-            request.give_up(errno.EHOSTUNREACH)
-        return len(waiting)
+    def held_by(self, namespace: Namespace) -> int:
+        """Return how many requests wait for this one."""
+        return self._held[namespace]
+
+    def namespaces(self) -> set[Namespace]:
+        """Return the namespaces for which somebody waits."""
+        return {one.namespace for one in self._under_way if one.namespace is not None}
+
+    def give_up(self, namespace: Namespace) -> None:
+        """Answer all who wait for this one with EHOSTUNREACH."""
+        for request in self._under_way:
+            if request.namespace is namespace:
+                request.give_up(errno.EHOSTUNREACH)
 
     async def watch(self) -> None:
         """Answer interrupted callers, until cancelled."""

@@ -116,7 +116,7 @@ class _Answerer:
     def _reply(self, line: bytes) -> tuple[TunnelReply, bool]:
         try:
             command = msgspec.json.decode(line, type=_Request).command
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, RecursionError):
             command = ""
         if command not in ("status", "stop"):
             return TunnelReply(error='a request is one line of JSON: {"command": "status"}'), False

@@ -131,7 +131,7 @@ def _ask(connection: socket.socket, name: str, request: Mapping[str, str]) -> Tu
         reply = msgspec.json.decode(_read_line(connection), type=TunnelReply)
     except TimeoutError:
         raise SetupError(f"the tunnel {name} did not answer within {ANSWER_SECONDS:g} s") from None
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, RecursionError) as error:
         raise SetupError(f"the tunnel {name} gave no answer that makes sense: {error}") from error
     if reply.status is None:
         raise SetupError(f"the tunnel {name} refused: {reply.error}")

@@ -41,11 +41,6 @@ class Troubles:
         if is_new:
             log.error("%s", sentence)
 
-    def forget(self, sentence: str) -> None:
-        """Remove a sentence that is not true any more."""
-        with self._lock:
-            self._told.pop(sentence, None)
-
     @property
     def sentences(self) -> list[str]:
         """All that are remembered, the oldest first."""

@@ -101,6 +101,34 @@ class PatientCalls:
         """For how many seconds an outage is only a pause."""
         return self._patience.seconds
 
+    async def give_up_if_silent(self, seconds: float) -> bool:
+        """Return whether nothing is heard of the namespace for so long, though it is asked. Then it
+        counts as away: all calls that wait for it fail."""
+        began = trio.current_time()
+        if self.is_away:
+            return True
+        with trio.move_on_after(seconds):
+            while not await self._answers():  # noqa: ASYNC110 - nobody tells of it
+                await trio.sleep(FIRST_PAUSE)
+            return False
+        if self._patience.was_heard_since(began) or self._site.asked_within(seconds):
+            return False
+        self._patience.give_up(self._patience.reason or f"no answer within {seconds:g} s")
+        self._end_waiting()
+        return True
+
+    async def _answers(self) -> bool:
+        """Whether it answers a question of ours, which is made once, whatever it says."""
+        try:
+            await self._site.call(self._namespace, m.Stat(b""), Entry)
+        except Throttled:
+            return True
+        except Unreachable:
+            return False
+        except RemoteError:
+            return True
+        return True
+
     # --- calls ------------------------------------------------------------------------------------
 
     async def call(
@@ -254,14 +282,18 @@ class PatientCalls:
                 if was_stopped or self._site.asked_within(self._patience.seconds):
                     self._patience.heard()
                 elif self._scopes and self._patience.has_ended():
-                    for scope in self._scopes:
-                        scope.cancel()
-                    self._site.note_silence(self._patience.reason)
-                    self._tell_waiting()
-                    self._look_for_it()
+                    self._end_waiting()
                     return
         finally:
             self._is_watched = False
+
+    def _end_waiting(self) -> None:
+        """It is away: fail the calls that wait, and look for it from now on."""
+        for scope in self._scopes:
+            scope.cancel()
+        self._site.note_silence(self._patience.reason)
+        self._tell_waiting()
+        self._look_for_it()
 
     def _look_for_it(self) -> None:
         if not self._is_looked_for:

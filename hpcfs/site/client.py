@@ -143,7 +143,7 @@ class SiteClient:
         reply = await self._exchange(child, namespace, request, timeout, None, on_progress)
         try:
             answer = msgspec.msgpack.decode(reply.result, type=kind)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             child.is_not_understood(error)
             raise ProtocolError(f"the answer to {type(request).__name__} is none") from None
         if isinstance(answer, Capabilities):

@@ -58,6 +58,10 @@ class SiteCalls(Protocol):
         """For how many seconds an outage is only a pause."""
         ...
 
+    async def give_up_if_silent(self, seconds: float) -> bool:
+        """Fail the calls that wait if nothing is heard for so long; return whether they fail."""
+        ...
+
     async def call(
         self,
         namespace: str,
@@ -187,6 +191,11 @@ class Namespace:
     def patience(self) -> float:
         """For how many seconds an outage is only a pause."""
         return self._site.patience
+
+    async def give_up_if_silent(self, seconds: float) -> bool:
+        """Return whether nothing is heard of the remote for so long, though it is asked. Then it
+        counts as away, and all calls that wait for it fail."""
+        return await self._site.give_up_if_silent(seconds)
 
     def new_handle(self) -> int:
         """Return a number that identifies an open file to the transfer process."""

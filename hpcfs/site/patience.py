@@ -52,7 +52,7 @@ class Patience:
         self._waiting = 0
         self._silent_since = math.inf
         self._looks = 0
-        self._has_answered = False
+        self._heard_at = -math.inf
         self._wanted_at = -math.inf
 
     # --- what happens -----------------------------------------------------------------------------
@@ -71,8 +71,7 @@ class Patience:
 
     def heard(self) -> None:
         """The namespace answered something, or a user is being asked for it."""
-        self._silent_since = self._now()
-        self._has_answered = True
+        self._silent_since = self._heard_at = self._now()
         if self.state is not Reachability.ANSWERING:
             self.state = Reachability.ANSWERING
             self.reason = ""
@@ -86,7 +85,7 @@ class Patience:
             return
         self.state = Reachability.FAILING
         self._silent_since = min(self._silent_since, self._now())
-        if not self._has_answered:
+        if self._heard_at == -math.inf:
             self.state = Reachability.AWAY
 
     def give_up(self, reason: str) -> None:
@@ -105,6 +104,10 @@ class Patience:
     def is_silent_since(self, began: float) -> bool:
         """Whether nothing was heard since then."""
         return self._silent_since <= began
+
+    def was_heard_since(self, began: float) -> bool:
+        """Whether the namespace answered anything since then."""
+        return self._heard_at > began
 
     def has_ended(self) -> bool:
         """Whether the patience ended: it is away from now on. For who waits, or looks for it."""

@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 _END_SECONDS = 3.0
 """How long a process may take to end by itself once its socket is closed."""
+_FRAME_SECONDS = 10.0
+"""The longest that a frame may take to arrive, which is milliseconds. After a length that was
+wrong, all that follows would count as the rest of it."""
 _RECEIVE_BYTES = 256 * 1024
 MAX_NAME_BYTES = 256
 _INT = struct.Struct("i")
@@ -163,12 +166,19 @@ class WorkerProcess:
     async def _read(self, dispatch: Callable[[m.FromWorker], None]) -> None:
         decoder = msgspec.msgpack.Decoder(m.FromWorker)
         buffer = bytearray()
+        began = 0.0
         while chunk := await self._receive():
+            is_beginning = not buffer
             buffer += chunk
             try:
-                for body in _take_frames(buffer):
+                bodies = _take_frames(buffer)
+                if bodies or is_beginning:
+                    began = trio.current_time()
+                elif trio.current_time() - began > _FRAME_SECONDS:
+                    raise ProtocolError("a frame without end")  # noqa: TRY301
+                for body in bodies:
                     dispatch(decoder.decode(body))
-            except (msgspec.DecodeError, ProtocolError) as error:
+            except (msgspec.DecodeError, RecursionError, ProtocolError) as error:
                 self.is_not_understood(error)
                 return
             except Exception:

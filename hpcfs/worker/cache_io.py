@@ -26,13 +26,17 @@ _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 
 class CacheSource:
-    """The bytes of a cache file as the source of an upload."""
+    """The bytes of a cache file as the source of an upload. Raises CacheFileGone where it can't be
+    opened."""
 
     def __init__(self, path: str, size: int) -> None:
         self.size = size
         self.name = os.path.basename(path)
         """No other cache file has it, whatever the mount."""
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CacheFileGone(f"the cache file can't be read: {error.strerror}") from None
 
     def read(self, offset: int, length: int) -> bytes:
         """Read a range of the file; where the file is shorter there are zeros. Raises RemoteFailure
@@ -146,6 +150,8 @@ class CacheDisk:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise CacheFull("the local disk with the cache is full") from None
+            if error.errno in (errno.EIO, errno.EROFS):
+                raise CacheFull(f"the local disk with the cache fails: {error.strerror}") from None
             raise
         finally:
             os.close(fd)
@@ -165,7 +171,7 @@ def _open(path: str, borrow: Borrow) -> tuple[int, bool]:
         return borrow(path.removeprefix(IN_MEMORY)), True
     try:
         return os.open(path, os.O_WRONLY | os.O_CLOEXEC), False
-    except FileNotFoundError as error:
+    except OSError as error:
         raise CacheFileGone(f"the cache file can't be opened: {error.strerror}") from None
 
 

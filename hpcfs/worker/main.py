@@ -116,6 +116,7 @@ class Worker:
         self._site = site
         self._disk = disk
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._begun = asyncio.Event()
 
     async def run(self) -> None:
         """Carry out calls until the daemon is gone."""
@@ -138,22 +139,23 @@ class Worker:
     async def tell_movement(self) -> None:
         """Tell the daemon of bytes that move, until cancelled."""
         movement = Movement(self._site.traffic)
-        untold = 0
-        is_busy = False
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            was_busy, is_busy = is_busy, bool(self._tasks)
-            if not is_busy and not was_busy:
-                continue
-            moved = movement.take()
-            untold = untold + moved if was_busy else 0
-            if untold >= TOLD_BYTES:
-                self._connection.send_soon(m.Moved(untold))
-                untold = 0
+            self._begun.clear()
+            await self._begun.wait()
+            await asyncio.sleep(LOOK_SECONDS)  # most calls are over by then
+            movement.take()
+            untold = 0
+            while self._tasks:
+                await asyncio.sleep(LOOK_SECONDS)
+                untold += movement.take()
+                if untold >= TOLD_BYTES:
+                    self._connection.send_soon(m.Moved(untold))
+                    untold = 0
 
     def _start(self, call: m.Call) -> None:
         task = asyncio.create_task(self._answer(call))
         self._tasks[call.id] = task
+        self._begun.set()
         task.add_done_callback(partial(self._ended, call.id))
 
     def _ended(self, call_id: int, task: asyncio.Task[None]) -> None:

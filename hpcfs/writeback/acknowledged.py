@@ -37,22 +37,21 @@ class Identity(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Acknowledged:
-    """The links of one cache directory. Every call does I/O; none of them syncs."""
+    """The links of one cache directory. Every call does I/O; none but `sync` waits for the disk."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self.links: dict[str, str] = {}
         """The links' names by the names of the cache files."""
+        self._has_unsynced = False
         self._is_possible = True
         """False once the file system refused a hard link."""
 
     @classmethod
     def open(cls, directory: Path) -> Acknowledged:
-        """Read what an earlier mount left in this directory, which is made if needed. Raises
-        OSError."""
-        directory.mkdir(mode=0o700, exist_ok=True)
+        """Read what an earlier mount left in this directory. Raises OSError."""
         made = cls(directory)
-        for found in os.listdir(directory):
+        for found in os.listdir(directory) if directory.exists() else ():
             made.links[found.removesuffix(_OPEN)] = found
         return made
 
@@ -71,6 +70,7 @@ class Acknowledged:
             return
         try:
             if row.name not in self.links:
+                self._directory.mkdir(mode=0o700, exist_ok=True)
                 self._link(row.data, self._directory / row.name)
             elif self.links[row.name] != row.name:
                 self.path(row.name).rename(self._directory / row.name)
@@ -113,3 +113,16 @@ class Acknowledged:
         """Remove a link that exists. Raises OSError."""
         self.path(name).unlink(missing_ok=True)
         del self.links[name]
+        self._has_unsynced = True
+
+    def sync(self) -> None:
+        """Make what was removed stay so after a loss of power, before its row does: else the link
+        would come back without one. Raises OSError."""
+        if not self._has_unsynced:
+            return
+        self._has_unsynced = False
+        fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -60,10 +60,15 @@ class Journal:
     """
 
     def __init__(
-        self, directory: Path, db: sqlite3.Connection, links: Acknowledged, troubles: Troubles
+        self,
+        directory: Path,
+        db: sqlite3.Connection | None,
+        links: Acknowledged,
+        troubles: Troubles,
     ) -> None:
         self._directory = directory
         self._db = db
+        """None where the disk has no room for one yet: then there are no rows."""
         self._links = links
         self._troubles = troubles
         self._limiter = trio.CapacityLimiter(1)
@@ -77,14 +82,14 @@ class Journal:
 
         Raises sqlite3.Error or OSError.
         """
-        (directory / "kept").mkdir(mode=0o700, exist_ok=True)
+        troubles = troubles or Troubles()
         links = Acknowledged.open(directory / "pending")
-        db, contents = open_database(directory / "journal.db")
+        db, contents = _open_or_wait(directory / "journal.db", troubles)
+        journal = cls(directory, db, links, troubles)
         try:
-            journal = cls(directory, db, links, troubles or Troubles())
             journal._load(contents)
         except BaseException:
-            db.close()
+            journal._close()
             raise
         return journal
 
@@ -103,7 +108,7 @@ class Journal:
                 self._rows[name] = self._mended(row)
             else:
                 self._troubles.tell(f"the bytes of {_shown(row)} are gone: {row.data}")
-                self._delete_unsynced(name)
+                self._change(self._delete_unsynced, name)
         for name, decoded in contents.damaged.items():
             self._keep_damaged(name, decoded)
         for name in self._links.links.keys() - self._rows.keys():
@@ -141,7 +146,7 @@ class Journal:
     def _keep_damaged(self, name: str, row: Unconfirmed | None) -> None:
         """Keep the bytes of a row whose checksum is wrong, if there are any. The row says at most
         which file it is."""
-        self._delete_unsynced(name)
+        self._change(self._delete_unsynced, name)
         if name in self._links.links:
             return  # told when the links are looked at
         place = self._directory / "data" / name[:2] / name
@@ -165,7 +170,8 @@ class Journal:
     def _remove_second_names(self) -> None:
         """A kill between the steps of keeping left bytes in kept/ that a row names elsewhere."""
         known = {row.data for row in self.stranded}
-        for place in (self._directory / "kept").iterdir():
+        kept = self._directory / "kept"
+        for place in kept.iterdir() if kept.exists() else ():
             if str(place) not in known and place.stat().st_nlink > 1:
                 place.unlink()
 
@@ -234,7 +240,15 @@ class Journal:
 
     async def close(self) -> None:
         """Close the database."""
-        await self._run(self._db.close)
+        await self._run(self._close)
+
+    async def renew_if_removed(self) -> None:
+        """Write all rows anew if the database was removed, as far as their bytes are there.
+
+        Raises sqlite3.Error and OSError.
+        """
+        if self._db is not None:
+            await self._run(self._renew_if_removed)
 
     async def _run(self, work: Callable[..., T], *args: object) -> T:
         """Run it to its end, also if the caller is interrupted: row and state must agree."""
@@ -256,10 +270,13 @@ class Journal:
 
     def _sync(self) -> None:
         self._has_unsynced = False
+        self._links.sync()
         self._change(self._count_sync)
 
     def _change(self, change: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Change the database; if that turns out to be damaged, a new one gets all rows first."""
+        if self._db is None:
+            self._db, _ = open_database(self._directory / "journal.db")
         try:
             change(*args, **kwargs)
         except sqlite3.Error as error:
@@ -270,38 +287,60 @@ class Journal:
 
     def _insert(self, row: Unconfirmed, instead_of: str | None = None, *, durable: bool) -> None:
         # In WAL mode FULL syncs at each commit, OFF never (sqlite.org/pragma.html).
-        self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
-        self._db.execute("BEGIN IMMEDIATE")
+        self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
+        self._database.execute("BEGIN IMMEDIATE")
         try:
             if instead_of is not None:
                 self._delete(instead_of)
-            self._db.execute(
+            self._database.execute(
                 "INSERT OR REPLACE INTO unconfirmed VALUES (?, ?)", (row.name, pack(row))
             )
-            self._db.execute("COMMIT")
+            self._database.execute("COMMIT")
         except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
             raise
 
     def _delete(self, name: str) -> None:
-        self._db.execute("DELETE FROM unconfirmed WHERE name = ?", (name,))
+        self._database.execute("DELETE FROM unconfirmed WHERE name = ?", (name,))
 
     def _delete_unsynced(self, name: str) -> None:
-        self._db.execute("PRAGMA synchronous = OFF")
+        self._database.execute("PRAGMA synchronous = OFF")
         self._delete(name)
 
     def _count_sync(self) -> None:
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._db.execute("UPDATE synced SET times = times + 1")
+        self._database.execute("PRAGMA synchronous = FULL")
+        self._database.execute("UPDATE synced SET times = times + 1")
+
+    @property
+    def _database(self) -> sqlite3.Connection:
+        assert self._db is not None
+        return self._db
+
+    def _close(self) -> None:
+        if self._db is not None:
+            self._db.close()
+
+    def _renew_if_removed(self) -> None:
+        if (self._directory / "journal.db").exists() or not self._directory.exists():
+            return
+        for row in self.stranded:
+            if not Path(row.data).exists():
+                self._troubles.tell(f"the bytes of {_shown(row)} are gone: {row.data}")
+                del self._rows[row.name]
+        self._write_anew("it was removed")
 
     def _write_anew(self, reason: str) -> None:
         path = self._directory / "journal.db"
-        self._db.close()
+        self._close()
         aside = database.put_aside(path)
         self._db, _ = open_database(path)
+        closed = [row for row in self._rows.values() if self._links.is_closed(row.name)]
+        self._links = Acknowledged.open(self._directory / "pending")
         for row in self._rows.values():
             self._insert(row, durable=True)
+        for row in closed:
+            self._links.add(row)
         self._troubles.tell(f"the journal was damaged ({reason}): it was written anew, see {aside}")
 
     def _note_closed(self, row: Unconfirmed, instead_of: str | None) -> None:
@@ -333,6 +372,7 @@ class Journal:
     def _strand_now(self, row: Unconfirmed) -> Unconfirmed:
         """At every moment the row names a place where the bytes are."""
         place = self._directory / "kept" / row.name
+        place.parent.mkdir(mode=0o700, exist_ok=True)
         since = row.since or self._since(row.name)
         stranded = msgspec.structs.replace(row, data=str(place), since=since)
         if Path(row.data) != place:
@@ -360,6 +400,18 @@ class Journal:
         self._forget(name)
         if row is not None and row.is_stranded:
             Path(row.data).unlink(missing_ok=True)
+
+
+def _open_or_wait(path: Path, troubles: Troubles) -> tuple[sqlite3.Connection | None, Contents]:
+    """Open the database. Where there was none, and the disk has no room for one, files can be read
+    all the same."""
+    try:
+        return open_database(path)
+    except sqlite3.OperationalError as error:
+        if database.is_damage(error) or (path.exists() and path.stat().st_size):
+            raise
+        troubles.tell(f"nothing can be written as long as the cache takes no journal: {error}")
+        return None, Contents()
 
 
 def _shown(row: Unconfirmed) -> str:

@@ -77,8 +77,19 @@ def open_database(path: Path) -> tuple[sqlite3.Connection, Contents]:
 
 
 def _open(path: Path) -> tuple[sqlite3.Connection, Contents]:
+    try:
+        return _open_in_mode(path, "NORMAL")
+    except sqlite3.OperationalError as error:
+        if database.is_damage(error):
+            raise
+        log.info("the journal is opened without shared memory, for want of room: %s", error)
+        return _open_in_mode(path, "EXCLUSIVE")
+
+
+def _open_in_mode(path: Path, locking: str) -> tuple[sqlite3.Connection, Contents]:
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
+        db.execute(f"PRAGMA locking_mode = {locking}")
         db.execute("PRAGMA journal_mode = WAL")
         _prepare(db)
         _check(db)

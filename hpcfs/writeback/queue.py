@@ -20,6 +20,7 @@ import trio
 from hpcfs.content.content import Content
 from hpcfs.inodes.tree import Node
 from hpcfs.model.errors import (
+    CacheFileGone,
     CacheFull,
     Conflict,
     FilesystemError,
@@ -53,7 +54,7 @@ LONGEST_ASK_SECONDS = 5.0
 where nobody does, files are tried again as schedule.py says, and once it is back."""
 RETURN_SECONDS = 1.0
 """How often to see whether a namespace that is away has come back, while files wait for it."""
-LAST_PATIENCE = 10.0
+LAST_PATIENCE = 0.5
 """Seconds for which a site may have been out of reach when the mount has ended."""
 MIB = 1024 * 1024
 
@@ -269,9 +270,9 @@ class UploadQueue:
 
     def _failed(self, content: Content, error: RemoteError | FilesystemError) -> None:
         now = trio.current_time()
-        again = isinstance(error, Unreachable)
+        again = isinstance(error, (Unreachable, CacheFileGone))  # the latter is written anew
         self.schedule.failed(content, now, error.message, again=again)
-        if again:
+        if isinstance(error, Unreachable):
             outage = self._outages.get(content.namespace)
             if outage is None:
                 outage = self._outages[content.namespace] = Outage(now, "")
@@ -279,6 +280,7 @@ class UploadQueue:
             outage.reason = error.message
             if self._waits[content.namespace]:
                 self._ask_site(content.namespace)
+        if again:
             return
         log.error("%r was not uploaded: %s", content.place.path, error.message)
         content.upload.note_failure(error if isinstance(error, RemoteError) else None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -137,18 +139,60 @@ def test_the_caches_disk_is_full_while_writing(
 def test_a_cache_directory_that_is_full_from_the_start(
     small_disk: MakeDisk, sshd: SshServer, real_home: RealHome
 ) -> None:
-    disk = small_disk(1)
+    """What is read goes through memory, and writes say that the disk is full, until there is
+    room."""
+    served = served_by_ssh(sshd)
+    data = random.Random(2).randbytes(3 * MIB)
+    served.inside.write("file", data)
+    disk = small_disk(2)
     with (disk / "ballast").open("wb", buffering=0) as file:
-        assert errno_of(file.write, bytes(2 * MIB)) in (None, errno.ENOSPC)
-        assert errno_of(file.write, bytes(2 * MIB)) == errno.ENOSPC
-    mount = mounted(real_home, {"ns": served_by_ssh(sshd)})
-    with mount as made:
-        made.umount()
-        done = real_home.run("mount", "--cache-dir", disk, made.path)
-        assert done.returncode == 1
-        assert "No space left" in done.stderr or "full" in done.stderr, done.stderr
-        assert done.stderr.count("\n") == 1
-        made.expected.append("full|space")
+        for length in (MIB, 4096, 1):
+            while errno_of(file.write, bytes(length)) is None and file.tell() < 4 * MIB:
+                pass
+    full = ["full|space|index|journal|takes no"]
+    with mounted(real_home, {"ns": served}, "--cache-dir", disk, expected=full) as mount:
+        assert os.listdir(mount.path / "ns") == ["file"]
+        assert (mount.path / "ns" / "file").read_bytes() == data
+        assert errno_of((mount.path / "ns" / "new").write_bytes, data) == errno.ENOSPC
+        assert mount.status.troubles
+        (disk / "ballast").unlink()
+        (mount.path / "ns" / "new").write_bytes(data[:MIB])
+        assert served.inside.read("new") == data[:MIB]
+        assert (mount.path / "ns" / "file").read_bytes() == data
+
+
+def test_the_cache_directory_is_removed(linked: Starts, real_home: RealHome) -> None:
+    """Reads go on, what waits to be uploaded is written again, and the directory is made anew."""
+    data = random.Random(3).randbytes(5 * MIB)
+    far = linked("sftp")
+    far.served.keys["write"] = "back"
+    for name in ("one", "two"):
+        far.served.inside.write(name, data)
+    with mounted(
+        real_home,
+        {"ns": far.served},
+        expected=["removed|written anew|begins anew|index|takes no files"],
+    ) as mount:
+        cache = Path(mount.status.cache_dir)
+        assert (mount.path / "ns" / "one").read_bytes() == data
+        with (mount.path / "ns" / "two").open("rb") as two:
+            assert two.read(1000) == data[:1000]
+            with (mount.path / "ns" / "written").open("wb") as written:
+                written.write(data)
+                written.flush()
+                shutil.rmtree(cache)
+                assert (mount.path / "ns" / "one").read_bytes() == data
+                assert two.read() == data[1000:]
+                until(lambda: (cache / "journal.db").exists())
+                assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+        until(lambda: any("was removed" in one for one in mount.status.troubles))
+        until(lambda: mount.status.pending_files == 0)
+        assert far.served.inside.read("written") == data
+        (mount.path / "ns" / "later").write_bytes(data)
+        assert (mount.path / "ns" / "one").read_bytes() == data
+        mount.remount()
+        assert (mount.path / "ns" / "later").read_bytes() == data
+        assert "Traceback" not in mount.log
 
 
 # --- killed while writing -------------------------------------------------------------------------

@@ -51,10 +51,10 @@ def test_a_stuck_program_ends_with_the_signal(
             program.go()
         for program, number in programs:
             program.end(number, PROMPT)
+        closed = [f"close-{number}/close" for number, calls in SIGNALS.items() if "close" in calls]
+        assert set(closed) <= {one.path for one in mount.status.pending}
         far.link.mend()
-        for number in (number for number, calls in SIGNALS.items() if "close" in calls):
-            until(
-                partial(_is_uploaded, far, f"close-{number}/close"), what="what was closed is there"
-            )
+        for path in closed:
+            until(partial(_is_uploaded, far, path), what="what was closed is there")
         until(lambda: mount.status.pending_files == 0)
         assert os.listdir(mount.path / "ns" / f"open-{signal.SIGINT}") == ["open"]

@@ -116,3 +116,35 @@ def test_programs_of_the_user_get_the_old_limit() -> None:
             [sys.executable, "-c", script], capture_output=True, text=True, check=False
         )
     assert done.stdout.startswith("(0, "), done.stderr
+
+
+def _virtual_bytes(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+    return pages * resource.getpagesize()
+
+
+def test_no_memory_is_left(sshd: SshServer, real_home: RealHome) -> None:
+    """Calls may fail while it lasts; the daemon lives, and what was read is right."""
+    served = served_by_ssh(sshd)
+    data = os.urandom(24 << 20)
+    served.inside.write("file", data)
+    with mounted(real_home, {"ns": served}, expected=["."]) as mount:
+        pid = daemon_pid(mount)
+        assert (mount.path / "ns" / "file").read_bytes() == data
+        _, hard = before = resource.prlimit(pid, resource.RLIMIT_AS)
+        resource.prlimit(pid, resource.RLIMIT_AS, (_virtual_bytes(pid) + (1 << 20), hard))
+        found = []
+        for number in range(60):
+            name = f"new{number}"
+            found.append(errno_of((mount.path / "ns" / name).write_bytes, data[: 1 << 18]))
+            found.append(errno_of(os.listdir, mount.path / "ns"))
+        with (mount.path / "ns" / "file").open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            number = errno_of(file.read)
+            found.append(number)
+        resource.prlimit(pid, resource.RLIMIT_AS, before)
+        print(f"{sum(one is not None for one in found)} of {len(found)} calls failed: {set(found)}")
+        assert (mount.path / "ns" / "file").read_bytes() == data
+        (mount.path / "ns" / "later").write_bytes(b"later")
+        assert served.inside.read("later") == b"later"
+        assert daemon_pid(mount) == pid

@@ -32,7 +32,7 @@ CASES = [
     for program in ("cp", "rsync")
     for way in ("in", "out")
     for outage in ("cut", "freeze")
-    for seconds in (5.0, 20.0)
+    for seconds in (5.0, 20.0, 60.0)
 ]
 SAMPLE = [
     ("sftp", "through", "cp", "in", "cut", 5.0),
@@ -85,7 +85,7 @@ def copy(program: str, source: Path, target: Path) -> subprocess.CompletedProces
         "rsync": ["rsync", "-a", f"{source}/", str(target)],
     }[program]
     return subprocess.run(
-        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=150, check=False
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=240, check=False
     )
 
 
@@ -117,7 +117,8 @@ def test_programs_outlast_a_cut(
     local.mkdir()
     for number in range(max(ROUNDS, 1)):
         folder = f"round{number}"
-        with mounted(real_home, {"ns": far.served}, "--write", write, expected=(".",)) as mount:
+        options = ["--write", write, "--patience", "15 min" if seconds > 30 else "30 s"]
+        with mounted(real_home, {"ns": far.served}, *options, expected=(".",)) as mount:
             place = mount.path / "ns" / folder
             place.mkdir()
             source, target = (local / folder, place) if way == "in" else (place, local / folder)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import sqlite3
+import stat
 import subprocess
 from collections.abc import Awaitable, Callable
 from contextlib import closing
@@ -19,6 +21,7 @@ import pytest
 import trio
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from hpcfs.cache.renewal import renew_if_removed
 from hpcfs.model.entries import BLOCK_BYTES
 from hpcfs.model.errors import NotConnected
 from hpcfs.protocol.messages import Upload
@@ -90,19 +93,22 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
 Check = Callable[[World], Awaitable[None]]
 
 
-def next_mount(left: Path, spoil: Callable[[Path], None], check: Check) -> None:
-    """The story of a mount on a copy of what was left, spoilt; the link is up."""
+def next_mount(left: Path, spoil: Callable[[Path], None], check: Check, mounts: int = 1) -> None:
+    """The story of a mount on a copy of what was left, spoilt, or of several, one after the other;
+    the link is up."""
+    remote = _remote()
+
+    async def run(cache: Path) -> None:
+        async with world(cache, {"ns": remote}, write="back") as w:
+            with trio.fail_after(60):
+                await w.queue.wait_for(w.closer.dirty())
+                await check(w)
+
     with TemporaryDirectory() as directory:
         cache = copied(left, Path(directory) / "cache")
         spoil(cache)
-
-        async def run() -> None:
-            async with world(cache, {"ns": _remote()}, write="back") as w:
-                with trio.fail_after(60):
-                    await w.queue.wait_for(w.closer.dirty())
-                    await check(w)
-
-        trio.run(run)
+        for _ in range(mounts):
+            trio.run(run, cache)
 
 
 def told(w: World) -> set[bytes]:
@@ -169,7 +175,7 @@ def test_a_journal_that_can_not_be_read(left: Path, how: str) -> None:
         await w.queue.wait_for(w.closer.dirty())
         assert w.remote.get(b"afterwards") == b"the mount works"
 
-    next_mount(left, lambda cache: _replaced(cache, JOURNALS[how]), check)
+    next_mount(left, lambda cache: _replaced(cache, JOURNALS[how]), check, mounts=2)
 
 
 @some
@@ -252,6 +258,61 @@ def test_a_journal_that_fails_while_it_is_in_use_is_written_anew(tmp_path: Path)
             db.execute("DROP TABLE unconfirmed")
 
     _damaged_in_use(tmp_path, spoil, set())
+
+
+def test_a_cache_directory_that_is_removed_while_it_is_in_use(tmp_path: Path) -> None:
+    """What waits is written to the disk again: a kill after that loses nothing."""
+    cache = tmp_path / "cache"
+
+    async def run() -> None:
+        async with world(cache, {"ns": _remote()}, write="back") as w:
+            await write_all(w)
+            await w.kernel.read_file("ns/old0")
+            shutil.rmtree(cache)
+            assert await w.kernel.read_file("ns/new0") == NEW[b"new0"]
+            await renew_if_removed(w.store)
+            await w.journal.renew_if_removed()
+            assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+            copied(cache, tmp_path / "killed")
+            w.cues.clear()
+
+    async def check(w: World) -> None:
+        await nothing_is_lost(w)
+        assert told(w) == set()
+
+    trio.run(run)
+    next_mount(tmp_path / "killed", lambda cache: None, check)
+
+
+def test_without_the_cache_directory_files_are_read_through_memory(tmp_path: Path) -> None:
+    """Also those that are open already; writes say what is wrong."""
+    cache = tmp_path / "cache"
+    remote = MemoryRemote("sftp")
+    data = {b"open": _bytes(1, 4), b"other": _bytes(2, 4)}
+    for name, content in data.items():
+        remote.put(name, content)
+
+    async def run() -> None:
+        async with world(cache, {"ns": remote}) as w:
+            handle = await w.kernel.open("ns/open", os.O_RDONLY)
+            assert await w.kernel.pread(handle, 0, 10) == data[b"open"][:10]
+            shutil.rmtree(cache)
+            cache.write_bytes(b"in the way")
+            await renew_if_removed(w.store)
+            assert any("was removed" in one for one in w.store.troubles.sentences)
+            assert await w.kernel.pread(handle, 0, 1 << 20) == data[b"open"]
+            assert await w.kernel.read_file("ns/other") == data[b"other"]
+            with pytest.raises(OSError, match="Not a directory"):
+                await w.kernel.write_file("ns/new", b"x")
+            assert b"new" not in remote.paths()
+            await w.kernel.close(handle)
+            cache.unlink()
+            await renew_if_removed(w.store)
+            await w.journal.renew_if_removed()
+            await w.kernel.write_file("ns/new", b"x")
+            assert remote.get(b"new") == b"x"
+
+    trio.run(run)
 
 
 # --- the index ----------------------------------------------------------------------------------

@@ -23,7 +23,9 @@ from types import FrameType, SimpleNamespace
 import trio.lowlevel
 
 import hpcfs
+from hpcfs.kernel.callers import Callers
 from hpcfs.kernel.operations import KernelOperations
+from hpcfs.kernel.requests import KernelRequests
 from tests.filesystem.world import World, live
 
 ROOT = str(Path(hpcfs.__file__).parent) + os.sep
@@ -31,7 +33,8 @@ NOT_COUNTED = ("kernel/", "worker/")
 CONTEXT = SimpleNamespace(pid=os.getpid(), uid=0, gid=0, umask=0o22)
 KIB, MIB = 1024, 1024 * 1024
 
-READ, WRITE, RENAME = 6, 10, 18
+READ, WRITE, RENAME = 6, 10, 19
+"""A rename is noted in the last listings of its directories too, which serve during an outage."""
 CLOSE = {"sftp": 14, "s3": 16}
 
 
@@ -55,6 +58,10 @@ def passed_modules() -> Iterator[set[str]]:
         sys.setprofile(None)
 
 
+def operations(w: World) -> KernelOperations:
+    return KernelOperations(w.fs, KernelRequests(Callers()))
+
+
 async def open_file(w: World, path: str, size: int, flags: int = os.O_RDWR) -> int:
     """A handle of a file that was written, uploaded and read before."""
     await w.kernel.write_file(path, b"x" * size)
@@ -68,8 +75,8 @@ async def open_file(w: World, path: str, size: int, flags: int = os.O_RDWR) -> i
 async def test_a_warm_read(w: World) -> None:
     handle = await open_file(w, "ns/f", MIB)
     with passed_modules() as passed:
-        assert len(await KernelOperations(w.fs).read(handle, MIB // 2, 4 * KIB)) == 4 * KIB
-    assert len(passed) <= READ, sorted(passed)
+        assert len(await operations(w).read(handle, MIB // 2, 4 * KIB)) == 4 * KIB
+    assert len(passed) <= READ, " ".join(sorted(passed))
     await w.kernel.close(handle)
 
 
@@ -78,8 +85,8 @@ async def test_a_write_of_4_kib(w: World) -> None:
     handle = await open_file(w, "ns/f", MIB)
     await w.kernel.pwrite(handle, 0, b"y" * 4 * KIB)
     with passed_modules() as passed:
-        await KernelOperations(w.fs).write(handle, 4 * KIB, b"y" * 4 * KIB)
-    assert len(passed) <= WRITE, sorted(passed)
+        await operations(w).write(handle, 4 * KIB, b"y" * 4 * KIB)
+    assert len(passed) <= WRITE, " ".join(sorted(passed))
     await w.kernel.close(handle)
 
 
@@ -88,8 +95,8 @@ async def test_a_close_that_uploads(w: World) -> None:
     handle = await open_file(w, "ns/f", 8 * KIB)
     await w.kernel.pwrite(handle, 0, b"y" * 4 * KIB)
     with passed_modules() as passed:
-        await KernelOperations(w.fs).flush(handle)
-    assert len(passed) <= CLOSE["sftp" if w.remote.is_sftp else "s3"], sorted(passed)
+        await operations(w).flush(handle)
+    assert len(passed) <= CLOSE["sftp" if w.remote.is_sftp else "s3"], " ".join(sorted(passed))
     await w.kernel.close(handle)
     assert w.remote.get(b"f").startswith(b"y")
 
@@ -102,5 +109,5 @@ async def test_a_rename_over_another_file(w: World) -> None:
     await w.kernel.walk("ns/old")
     await w.kernel.walk("ns/new")
     with passed_modules() as passed:
-        await KernelOperations(w.fs).rename(parent, b"new", parent, b"old", 0, CONTEXT)
-    assert len(passed) <= RENAME, sorted(passed)
+        await operations(w).rename(parent, b"new", parent, b"old", 0, CONTEXT)
+    assert len(passed) <= RENAME, " ".join(sorted(passed))

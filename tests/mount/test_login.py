@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import subprocess
@@ -11,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from tests.support.command import Terminal
-from tests.support.mounts import Mount, RealHome, errno_of, mounted, served_by_ssh
+from tests.support.mounts import (
+    Mount,
+    RealHome,
+    errno_of,
+    mounted,
+    served_by_s3,
+    served_by_ssh,
+    until,
+)
+from tests.support.s3 import S3Server
 from tests.support.sshd import SshServer, ssh_server, write_key
 
 PASSPHRASE = "open sesame"
@@ -103,3 +113,41 @@ def test_an_unknown_host_is_decided_about(
             code, shown = logged_in(mount, [], ("yes/no", "yes"))
             assert (code, "logged in" in shown) == (0, True), shown
             assert os.listdir(mount.path / "far") == []
+
+
+@pytest.mark.parametrize("how", ["by itself", "hpcfs login"])
+def test_s3_credentials_that_are_mended(
+    how: str, real_home: RealHome, sshd: SshServer, rclone: S3Server
+) -> None:
+    far = served_by_s3("s3-rclone", rclone)
+    far.inside.write("file", b"bytes")
+    good = far.credentials
+    assert good is not None
+    wrong = dataclasses.replace(far, credentials=(good[0], "wrong"))
+    served = {"far": wrong, "near": served_by_ssh(sshd)}
+    with mounted(real_home, served, expected=("S3 refused", "refused")) as mount:
+        assert mount.namespace("far").needs_login
+        assert errno_of(lambda: os.listdir(mount.path / "far")) == errno.EACCES
+        mount.namespaces["far"] = far
+        mount.write_config()
+        if how == "hpcfs login":
+            assert real_home.run("login", mount.path).stdout == f"{mount.path / 'far'}: logged in\n"
+        until(lambda: errno_of(lambda: os.listdir(mount.path / "far")) is None)
+        assert os.listdir(mount.path / "far") == ["file"]
+        assert not mount.namespace("far").needs_login
+
+
+def test_a_key_that_is_mended_is_used_by_itself(
+    real_home: RealHome, sshd: SshServer, tmp_path: Path
+) -> None:
+    with ssh_server(tmp_path / "s") as server:
+        halves = server.key, Path(f"{server.key}.pub")
+        good = [half.read_text() for half in halves]
+        write_key(server.key)
+        served = {"far": served_by_ssh(server), "near": served_by_ssh(sshd)}
+        with mounted(real_home, served, expected=REFUSED) as mount:
+            assert mount.namespace("far").needs_login
+            for half, text in zip(halves, good, strict=True):
+                half.write_text(text)
+            until(lambda: errno_of(lambda: os.listdir(mount.path / "far")) is None)
+            assert not mount.namespace("far").needs_login

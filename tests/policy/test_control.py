@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
+from hypothesis import given, settings, strategies as st
 
 from hpcfs.control import control, server as control_server
 from hpcfs.control.control import (
@@ -131,6 +133,34 @@ def test_garbage_harms_nobody(path: Path, garbage: bytes) -> None:
         assert control.query_status(path) == STATUS
 
 
+@pytest.mark.slow
+def test_mutated_requests_harm_nobody(path: Path) -> None:
+    """HPCFS_EXAMPLES sets how many are tried."""
+    lines = st.sampled_from(
+        [
+            b'{"command": "status"}\n',
+            b'{"command": "sync", "path": "bnMvYQ==", "patience": 3.5}\n',
+            b'{"command": "discard", "path": "", "before": 1e9}\n{"command": "wait"}\n',
+        ]
+    )
+    cuts = st.lists(
+        st.tuples(st.floats(0, 1), st.integers(0, 8), st.binary(max_size=8)), min_size=1, max_size=4
+    )
+
+    @settings(max_examples=int(os.environ.get("HPCFS_EXAMPLES", "200")), deadline=None)
+    @given(lines, cuts)
+    def mutate(line: bytes, changes: list[tuple[float, int, bytes]]) -> None:
+        for part, length, instead in changes:
+            at = int(part * len(line))
+            line = line[:at] + instead + line[at + length :]
+        for answer in talk(path, line).splitlines():
+            assert msgspec.json.decode(answer, type=ControlReply)
+
+    with serving(path, work=count_to_three):
+        mutate()
+        assert control.query_status(path) == STATUS
+
+
 def test_a_silent_client_delays_nobody(path: Path) -> None:
     with serving(path), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
         silent.connect(str(path))
@@ -186,7 +216,13 @@ def test_nonsense_of_a_daemon_is_an_error(path: Path) -> None:
                 connection.recv(4096)
                 connection.sendall(data)
 
-        for data, said in ((b"[1]\n", "makes no sense"), (b"", "ended before"), (b"{}", "ended")):
+        deep = b'{"x":' + b"[" * 100_000 + b"\n"
+        for data, said in (
+            (b"[1]\n", "makes no sense"),
+            (deep, "makes no sense"),
+            (b"", "ended before"),
+            (b"{}", "ended"),
+        ):
             thread = threading.Thread(target=answer, args=[data])
             thread.start()
             with pytest.raises(control.DaemonNotAnswering, match=said):

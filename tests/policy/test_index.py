@@ -277,3 +277,37 @@ def test_a_transaction_that_fails_pins_nothing(index: Index) -> None:
     with pytest.raises(sqlite3.Error, match="full"):
         index.pin("origin", key)
     assert not index.is_pinned("origin", key)
+
+
+@pytest.mark.parametrize("step", ["move", "remove", "forget", "renew_version"])
+def test_what_the_remote_has_done_is_noted_on_a_full_disk_too(
+    index: Index, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """By an empty index, if need be; what can wait is an error."""
+    index.pin("origin", b"k")
+    index.save([record("one", b"k")])
+
+    class Full:
+        """The connection to a database on a full disk."""
+
+        def execute(self, *_: object) -> None:
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+
+        def close(self) -> None:
+            """There is nothing to close."""
+
+    monkeypatch.setattr(index, "_db", Full())
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        index.save([record("two", b"k2")])
+    calls = {
+        "move": ("origin", b"k", b"l"),
+        "remove": ("origin", b"k"),
+        "forget": ("one",),
+        "renew_version": ("origin", b"k", b"v1", b"v2"),
+    }
+    getattr(index, step)(*calls[step])
+    assert index.generation == 1
+    assert keys(index) == {}
+    assert index.is_pinned("origin", b"l" if step == "move" else b"k") == (step != "remove")

@@ -120,6 +120,8 @@ async def test_who_waits_for_a_namespace_is_given_up() -> None:
     dead, alive = namespace("dead"), namespace("alive")
     one = all_requests.begin(dead, 1, by_handle=True)
     other = all_requests.begin(alive, 1, by_handle=True)
-    assert all_requests.give_up([dead]) == 1
+    assert all_requests.namespaces() == {dead, alive}
+    assert all_requests.held_by(dead) == 1
+    all_requests.give_up(dead)
     assert (one.scope.cancel_called, one.errno) == (True, errno.EHOSTUNREACH)
     assert not other.scope.cancel_called

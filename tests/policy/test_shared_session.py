@@ -172,6 +172,17 @@ async def test_whoever_logs_in_by_hand_need_not_wait() -> None:
 
 
 @story
+async def test_whoever_logs_in_by_hand_waits_for_an_attempt_without_them() -> None:
+    world = World(LoginNeeded("nobody is there"), None)
+    alone = asyncio.ensure_future(world.kept.get())
+    await asyncio.sleep(0)
+    await world.kept.renew()
+    with pytest.raises(LoginNeeded):
+        await alone
+    assert not (await world.kept.get()).lost
+
+
+@story
 async def test_keys_that_were_enough_are_tried_again_where_the_server_asks_for_more() -> None:
     """Its home directories may be out of reach: then sshd finds no authorized_keys."""
     world = World(None, LoginNeeded("a password"), None)

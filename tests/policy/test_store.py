@@ -13,9 +13,10 @@ import pytest
 import trio
 import trio.lowlevel
 
+from hpcfs.cache.directory import CacheUnusable
 from hpcfs.cache.file import CacheFile, checksum
 from hpcfs.cache.index import Record
-from hpcfs.cache.store import CacheUnusable, Store
+from hpcfs.cache.store import Store
 from hpcfs.model.entries import BLOCK_BYTES
 from hpcfs.model.errors import CacheFull
 from hpcfs.protocol import messages as m

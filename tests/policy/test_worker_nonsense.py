@@ -150,6 +150,10 @@ def madly(luck: random.Random, call: m.Call) -> bytes:
         case 8:
             others = [m.Advance(call.id, -(2**40)), m.Advance(10**9, 1), m.Reply(10**9)]
             return b"".join(map(m.frame, others)) + whole
+    return _framed(body)
+
+
+def _framed(body: bytes | bytearray) -> bytes:
     return len(body).to_bytes(4, "big") + body
 
 
@@ -203,9 +207,15 @@ def test_an_answer_that_is_none_is_replaced_by_a_new_worker(
         workers.answering = well
         await _works(client, m.Stat(b"name"), Entry, ENTRY, 0)
         assert workers.started == 2
+        deep = b"\x91" * 100_000 + b"\xc0"
+        workers.answering = lambda call: _framed(b"\x82\xa4type\xa5reply\xa1x" + deep)
+        with pytest.raises(RemoteError):
+            await client.call("ns", m.Stat(b"name"), Entry)
+        workers.answering = well
+        await _works(client, m.Stat(b"name"), Entry, ENTRY, 0)
 
     with_workers(monkeypatch, story)
-    assert "can't be understood" in caplog.text
+    assert caplog.text.count("can't be understood") == 2
     assert not any(record.exc_info for record in caplog.records)
 
 

@@ -18,6 +18,7 @@ from hpcfs.model.errors import RemoteError
 from hpcfs.remotes.sftp.remote import SftpRemote
 from hpcfs.remotes.sftp.site import SshSiteConnection
 from tests.remotes.contract import put
+from tests.support.sftp_mutations import Mutator
 from tests.support.sshd import ScriptedPrompter
 from tests.support.wicked import (
     EXTENDED,
@@ -25,7 +26,6 @@ from tests.support.wicked import (
     INIT,
     STATUS,
     Twist,
-    mutated,
     packet,
     status,
     string,
@@ -118,10 +118,11 @@ def meet(base: Path, twist: Twist, caplog: pytest.LogCaptureFixture) -> dict[str
 def test_answers_that_were_twisted_at_random(
     tmp_path: Path, seed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rng = random.Random(seed)
+    luck = random.Random(seed)
+    mutator = Mutator(luck)
 
     def twist(kind: int, answer: bytes) -> bytes:
-        return answer if kind == INIT or rng.random() < 0.8 else mutated(rng, answer)
+        return answer if kind == INIT or luck.random() < 0.8 else mutator.change(answer).sent
 
     assert len(meet(tmp_path, twist, caplog)) == len(REQUESTS)
 

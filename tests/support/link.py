@@ -51,6 +51,9 @@ class Link:
     def freeze(self) -> None:
         self._become("frozen")
 
+    def deafen(self) -> None:
+        self._become("deaf")
+
     def mend(self) -> None:
         self._limit = None
         self._become("up")

@@ -569,6 +569,9 @@ class MemorySite:
         """Of the store's files in memory."""
         self._disk = CacheDisk(borrow=self._borrow)
 
+    async def give_up_if_silent(self, seconds: float) -> bool:
+        return False
+
     def _borrow(self, name: str) -> int:
         lent = self.lend(name)
         if lent is None:

@@ -226,11 +226,11 @@ class Mount:
 
     def _write_credentials(self) -> None:
         lines = []
-        for served in self.namespaces.values():
-            if served.credentials:
-                access, secret = served.credentials
-                lines.append(f"[{served.keys['profile']}]")
-                lines += [f"aws_access_key_id = {access}", f"aws_secret_access_key = {secret}"]
+        served = self.namespaces.values()
+        profiles = {one.keys["profile"]: one.credentials for one in served if one.credentials}
+        for profile, (access, secret) in profiles.items():
+            lines.append(f"[{profile}]")
+            lines += [f"aws_access_key_id = {access}", f"aws_secret_access_key = {secret}"]
         (self.home.path / ".aws").mkdir(exist_ok=True)
         (self.home.path / ".aws" / "credentials").write_text("\n".join(lines) + "\n")
 

@@ -136,10 +136,13 @@ class _Login:
     async def open_shell(self) -> None:
         return None
 
-    async def close(self) -> None:
+    def hang_up(self) -> None:
         for wire in self._wires:
             wire.close()
         self.ended.set()
+
+    async def close(self) -> None:
+        self.hang_up()
 
 
 @dataclass
@@ -279,6 +282,7 @@ class Fuzzer:
         luck = random.Random(seed)
         self.luck = Luck(Mutator(luck), luck)
         self.findings: list[Finding] = []
+        self._logins: list[_Login] = []
         self.outcomes: Counter[str] = Counter()
         spec = SiteSpec(SshSite("memory"), {"ns": SftpRoot("folder")}, "/nowhere", 1000, 1000)
         loop = asyncio.get_running_loop()
@@ -289,6 +293,7 @@ class Fuzzer:
 
     async def _open(self, spec: SiteSpec) -> SftpSession:
         login: Any = _Login(self.server, self.luck)
+        self._logins = [login]
         self.luck.lost_framing = False
         session = await begin(login, spec, of_service(open_channels(login), login))
         session.open_channel = lambda: open_channel(login)
@@ -367,9 +372,19 @@ class Fuzzer:
         while outcome := await self._problem():
             attempts += 1
             took = self._loop.time() - began
+            if outcome == "NotFound" and attempts == 1:
+                self._believed_a_lie()
+                continue
             if took > RECOVERY_SECONDS or (attempts > 1 and not lost_framing):
                 self._found("afterwards", f"{outcome} after {attempts} attempts and {took:.0f} s")
                 return
+
+    def _believed_a_lie(self) -> None:
+        """Another home directory, and a folder there: two answers in good form, which agree and are
+        wrong, are believed until the connection ends."""
+        self.outcomes["a lie believed"] += 1
+        for login in self._logins:
+            login.hang_up()
 
     async def _problem(self) -> str:
         async def all_that_matters(remote: SftpRemote) -> None:

@@ -103,3 +103,4 @@ class Stuck:
         assert self.process.stdout
         self.process.stdin.close()
         self.process.stdout.close()
+        self.process.wait(10)

@@ -4,7 +4,6 @@ whose answers goes through `twist` before it is sent."""
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -145,26 +144,3 @@ async def wicked_server(base: Path, twist: Twist) -> AsyncIterator[Wicked]:
         acceptor.close()
         await acceptor.wait_closed()
         wicked.shares.close()
-
-
-def mutated(rng: random.Random, answer: bytes) -> bytes:
-    """Some bytes changed, cut off, twice, of another type, with noise for a body, or with a number
-    in it that can't be."""
-    twisted = bytearray(answer)
-    match rng.randrange(6):
-        case 0:
-            for _ in range(rng.randrange(1, 5)):
-                twisted[rng.randrange(len(twisted))] = rng.getrandbits(8)
-        case 1:
-            del twisted[rng.randrange(len(twisted)) :]
-        case 2:
-            twisted += answer
-        case 3:
-            twisted[4] = rng.choice([101, 102, 103, 104, 105, 201, rng.getrandbits(8)])
-        case 4:
-            return packet(answer[4:9] + rng.randbytes(rng.randrange(60)))
-        case 5:
-            at = rng.randrange(9, max(10, len(twisted) - 3))
-            twisted[at : at + 4] = rng.choice([b"\xff\xff\xff\xff", bytes(4), b"\x7f\xff\xff\xff"])
-            return packet(bytes(twisted[4:]))
-    return bytes(twisted)

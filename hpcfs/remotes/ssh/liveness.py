@@ -83,7 +83,8 @@ class Liveness:
             async with asyncio.timeout(CHECK_SECONDS):
                 await connection._make_global_request(b"keepalive@openssh.com")
                 connection._keepalive_count = 0
-        if connection._keepalive_count and (doubted or not self._attended):
+        is_over = connection._transport is None
+        if connection._keepalive_count and not is_over and (doubted or not self._attended):
             connection.connection_lost(asyncssh.ConnectionLost("no sign of life"))
 
     def end(self) -> None:

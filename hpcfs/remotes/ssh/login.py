@@ -239,6 +239,7 @@ class _HopLogin:
 
     def _progress(self, client: _LoginClient) -> LoginProgress:
         return LoginProgress(
+            connected=client.connected,
             authenticating=client.authenticating,
             nobody_to_ask=client.nobody_to_ask,
             answered=self._clock.was_answered,
@@ -311,10 +312,12 @@ class _LoginClient(asyncssh.SSHClient):
         self._said: deque[str] = deque(maxlen=MOST_SAID)
         self.judgement: Judgement | None = None
         self.nobody_to_ask = False
+        self.connected = False
         self.authenticating = False
         self.banner = ""
 
     def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
+        self.connected = True
         conn.set_extra_info(**{_SAID: self._said, _PROXY: self.proxy})
 
     def debug_msg_received(self, msg: str, lang: str, always_display: bool) -> None:

@@ -26,7 +26,7 @@ class LoginOffer:
 
     def __init__(self, site: SshSite) -> None:
         config = Path(site.ssh_config or "~/.ssh/config").expanduser()
-        self._always = [config, Path(SYSTEM_FILE), *with_halves(site.identity_file)]
+        self._always = [config, Path(SYSTEM_FILE), _tickets(), *with_halves(site.identity_file)]
         self._files: dict[Path, _Stamp] = {}
         self._agents: dict[str, frozenset[bytes]] = {}
 
@@ -58,6 +58,13 @@ def with_halves(identity_file: Path | str | None) -> list[Path]:
         return []
     path = Path(identity_file).expanduser()
     return [path, *(path.with_name(f"{path.name}{end}") for end in (".pub", "-cert.pub"))]
+
+
+def _tickets() -> Path:
+    """Return the file of Kerberos tickets (GSSAPIAuthentication), where they are in one: see
+    krb5.conf(5), default_ccache_name."""
+    place = os.environ.get("KRB5CCNAME", "").removeprefix("FILE:")
+    return Path(place or f"/tmp/krb5cc_{os.getuid()}")  # noqa: S108 - only looked at
 
 
 def _stamp(path: Path) -> _Stamp:

@@ -159,9 +159,10 @@ class SharedSession(Generic[S]):
     async def renew(self) -> None:
         """Forget a refused login, since the user is there to answer, and a session that gives no
         sign of life. The next request logs in."""
-        if self._attempt is None:
-            self._failure = None
-            self._backoff.succeeded()
+        if self._attempt is not None:  # one that has nobody to ask, perhaps
+            await asyncio.wait([self._attempt])
+        self._failure = None
+        self._backoff.succeeded()
         if self.session is not None:
             await self.session.check(doubted=True)
 

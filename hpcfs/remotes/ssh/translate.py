@@ -49,9 +49,11 @@ def no_service(shown: str, how: str, said: bytes | str) -> NoService:
 
 @dataclass(frozen=True)
 class LoginProgress:
-    """How far a login had come: whether the server was asked to let us in, whether a question found
-    nobody to answer it, whether the user answered one, and what the server's `banner` said."""
+    """How far a login had come: whether there was a connection, whether the server was asked to let
+    us in, whether a question found nobody to answer it, whether the user answered one, and what the
+    server's `banner` said."""
 
+    connected: bool = False
     authenticating: bool = False
     nobody_to_ask: bool = False
     answered: bool = False
@@ -98,6 +100,9 @@ def login_error(
     if isinstance(error, OSError):
         kind = Unreachable if progress.authenticating else NotConnected
         return kind(f"{where} can't be reached: {error.strerror or error}")
+    if isinstance(error, ValueError) and progress.connected:
+        kind = Unreachable if progress.authenticating else NotConnected
+        return kind(f"{where} sent what makes no sense during the login: {error}")
     if isinstance(error, ValueError):
         return WrongSettings(f"the SSH settings for {hop.shown} are not usable: {error}")
     return RemoteFailure(f"the login to {where} failed: {error}")
