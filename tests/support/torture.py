@@ -25,6 +25,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from botocore.exceptions import ClientError
+
 from tests.support import leftovers
 from tests.support.command import end_mounts_below
 from tests.support.link import link_to, ssh_config_through
@@ -233,16 +235,15 @@ class Torture:
     def _judge_files(self, program: Program, mount_point: Path, served: Served) -> None:
         for path, wanted in program.ledger.files.items():
             below = path.partition("/")[2]
-            for where, read in (
-                ("the mount", lambda: (mount_point / path).read_bytes()),  # noqa: B023
-                ("the remote", lambda: served.inside.read(below)),  # noqa: B023
-            ):
+            for where in ("mount", "remote"):
                 try:
-                    found = digest(read())
-                except OSError as error:
+                    here = where == "mount"
+                    data = (mount_point / path).read_bytes() if here else served.inside.read(below)
+                    found = digest(data)
+                except (OSError, ClientError) as error:
                     found = str(error)
                 if found != wanted:
-                    what = f"{program.name}: {path} on {where} is {found}, was told {wanted}"
+                    what = f"{program.name}: {path} on the {where} is {found}, was told {wanted}"
                     self._violated(what, self.history.began)
 
     def _judge_samples(self) -> None:
