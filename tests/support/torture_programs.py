@@ -51,10 +51,12 @@ def digest(data: bytes) -> str:
 
 @dataclass
 class Ledger:
-    """`files` must be there: digests by path below the mount point. `checks` look at more at the
-    end, and return what is wrong."""
+    """`files` must be there: digests by path below the mount point; or what is in `doubt`, which
+    takes their place if the call under way was carried out though it failed. `checks` look at more
+    at the end, and return what is wrong."""
 
     files: dict[str, str] = field(default_factory=dict)
+    doubt: dict[str, str] = field(default_factory=dict)
     checks: list[Callable[[], str]] = field(default_factory=list)
 
 
@@ -354,6 +356,7 @@ class Save(Program):
         self.versions.add(data)
         with self.calls.timed(f"save on {self.namespace}", self.suspended):
             temporary.write_bytes(data)
+        self.ledger.doubt[str(target.relative_to(self.mount_point))] = digest(data)
         with self.calls.timed(f"rename on {self.namespace}", self.suspended):
             os.rename(temporary, target)
         self.acknowledged(target, data)
