@@ -31,6 +31,9 @@ DEFAULT_WRITE: WriteMode = "through"
 DEFAULT_SYMLINKS: SymlinkMode = "contain"
 DEFAULT_CONNECT_TIMEOUT = 10.0
 DEFAULT_IDLE_TIMEOUT = 600.0
+DEFAULT_CONNECTIONS = 96
+DEFAULT_REQUESTS = 5000
+"""Per second. S3 permits 5500 that read, for each prefix."""
 
 TOP_KEYS = (
     "mountpoint", "cache_dir", "cache_size", "cache_min_free", "journal_size", "log_level",
@@ -56,6 +59,8 @@ S3_KEYS = (
     "endpoint_url",
     "region",
     "profile",
+    "connections",
+    "requests",
     "anonymous",
     "xattrs",
 )
@@ -430,6 +435,8 @@ def _s3(table: _Table) -> tuple[AnySite, AnyRoot]:
         profile=table.get("profile", values.text, None),
         connect_timeout=table.get("connect_timeout", values.seconds, DEFAULT_CONNECT_TIMEOUT),
         anonymous=table.get("anonymous", values.boolean, False),
+        connections=table.get("connections", values.count, DEFAULT_CONNECTIONS),
+        requests=table.get("requests", values.count, DEFAULT_REQUESTS),
     )
     if site.anonymous and site.profile:
         table.fail("profile", "profile names credentials, and anonymous = true uses none")

@@ -133,6 +133,13 @@ def port(value: object) -> int:
     return value
 
 
+def count(value: object) -> int:
+    """Read a positive whole number."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 10_000:
+        raise BadValue(f"must be a number from 1 to 10000, not {_shown(value)}")
+    return value
+
+
 def seconds(value: object) -> float:
     """Read a positive number of seconds."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)

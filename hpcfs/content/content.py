@@ -179,6 +179,17 @@ class Content:
         self.state.unlink()
         self.upload.stop_sending()
 
+    def expect_removal(self) -> bool:
+        """The remote is about to remove the file, so that it may have nothing of it: if we are
+        killed now, the next mount brings all of it. False where not all of it is here."""
+        if self.reader.lacks_bytes:
+            return False
+        self.file.dirty.add(0, self.size)
+        self.reader.base.size = 0
+        self.state.note_changed(Changes.ANY)
+        self.state.note_begun()
+        return True
+
     def supersede(self) -> None:
         """Others removed the file on the remote, or put another one in its place."""
         self.state.supersede()

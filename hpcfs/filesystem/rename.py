@@ -9,6 +9,7 @@ remote has done it, is done also if the caller is interrupted.
 
 from __future__ import annotations
 
+import logging
 from contextlib import AsyncExitStack, ExitStack, suppress
 
 import trio
@@ -17,10 +18,19 @@ from hpcfs.cache.store import Store
 from hpcfs.content.content import Content
 from hpcfs.content.state import RemoteSide
 from hpcfs.inodes.tree import Node, Tree, join
-from hpcfs.model.errors import AlreadyExists, DirectoryNotEmpty, IsADirectory, NotFound
+from hpcfs.model.errors import (
+    AlreadyExists,
+    DirectoryNotEmpty,
+    IsADirectory,
+    NotFound,
+    RemoteError,
+    Unreachable,
+)
 from hpcfs.protocol import messages as m
 from hpcfs.site.namespace import Namespace
 from hpcfs.writeback.close import Closer
+
+log = logging.getLogger(__name__)
 
 
 class Renamer:
@@ -120,9 +130,9 @@ class Renamer:
         path, new_path = join(*old), join(parent, name)
         if target:
             check_empty(target)
-        if target and target.extra_links:
-            await self.flush_below(target)
-        elif target:
+        if target and (target.extra_links or namespace.writes_back):
+            await self._flush_doomed(target)
+        if target and not target.extra_links:
             await self._closer.keep_readable(target)
         await self.flush_below(node)
         async with AsyncExitStack() as locks:
@@ -185,6 +195,8 @@ class Renamer:
         content = node.content if node else None
         if content and content.is_only_here:
             return
+        if content and content.is_dirty() and namespace.writes_back and content.expect_removal():
+            await self._closer.uploader.persist(content)
         try:
             await namespace.do(m.Remove(path))
         except NotFound:
@@ -216,6 +228,17 @@ class Renamer:
             if not node.is_attached:
                 await self._closer.forget_unlinked(node)
             await self._store.remove(namespace.origin, path)
+
+    async def _flush_doomed(self, target: Node) -> None:
+        """Upload what is dirty in a file that is about to be replaced: else its row in the journal
+        would outlive a kill, and its bytes would meet another file. Where the remote refuses them,
+        or others changed the file, it can be replaced all the same. Raises Unreachable."""
+        try:
+            await self.flush_below(target)
+        except Unreachable:
+            raise
+        except RemoteError as error:
+            log.debug("%r is replaced without its last bytes: %s", target.path, error.message)
 
     async def flush_below(self, node: Node) -> None:
         """Upload what is dirty in the node, before the remote renames or links it."""

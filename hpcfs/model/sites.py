@@ -31,7 +31,8 @@ class SshSite(msgspec.Struct, frozen=True, tag="ssh"):
 
 
 class S3Site(msgspec.Struct, frozen=True, tag="s3"):
-    """One S3 endpoint and its credentials. Without `access_key` the AWS chain finds them."""
+    """One S3 endpoint and its credentials. Without `access_key` the AWS chain finds them.
+    `connections` may be open at once, and `requests` made in a second."""
 
     endpoint_url: str | None = None
     region: str | None = None
@@ -41,6 +42,8 @@ class S3Site(msgspec.Struct, frozen=True, tag="s3"):
     connect_timeout: float = 10.0
     anonymous: bool = False
     """Ask without credentials even where there are some."""
+    connections: int = 96
+    requests: int = 5000
 
 
 class TunnelSite(msgspec.Struct, frozen=True, tag="tunnel"):

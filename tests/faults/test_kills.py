@@ -378,13 +378,18 @@ def place(directory: Path, kind: str, mode: str) -> Iterator[Place]:
 # --- tests ----------------------------------------------------------------------------------------
 
 
-CASES = [(story, victim) for story in STORIES for victim in ("daemon", "transfer", "both")]
-SOME_CASES = [("small", "daemon"), ("names", "transfer"), ("edges", "both")]
+MODES = ("through", "back")
+VICTIMS = ("daemon", "transfer", "both")
+CASES = [(story, victim, mode) for story in STORIES for victim in VICTIMS for mode in MODES]
+SOME_CASES = [
+    *[("small", "daemon", mode) for mode in MODES],
+    *[("names", "transfer", mode) for mode in MODES],
+    ("edges", "both", "back"),
+]
 
 
-@pytest.mark.parametrize("mode", ["through", "back"])
 @pytest.mark.parametrize("kind", ["sftp", "s3-moto"])
-@pytest.mark.parametrize(("story", "victim"), CASES if FULL else SOME_CASES)
+@pytest.mark.parametrize(("story", "victim", "mode"), CASES if FULL else SOME_CASES)
 def test_what_was_acknowledged_outlives_kills(
     story: str, victim: str, kind: str, mode: str, tmp_path: Path
 ) -> None:

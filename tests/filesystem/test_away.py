@@ -239,9 +239,8 @@ async def test_what_close_could_not_bring_there_is_refused_by_open(w: World) -> 
         for flags in (os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC):
             with pytest.raises(NotConnected):
                 await w.kernel.open("ns/seen", flags)
-        if w.remote.is_sftp:
-            with pytest.raises(NotConnected):
-                await w.kernel.open("ns/new", os.O_CREAT | os.O_WRONLY)
+        with pytest.raises(NotConnected):
+            await w.kernel.open("ns/new", os.O_CREAT | os.O_WRONLY)
         assert await w.kernel.read_file("ns/seen") == b"content"
     assert w.journal.rows == []
 

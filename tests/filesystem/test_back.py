@@ -779,3 +779,16 @@ def test_what_belongs_to_no_namespace_any_more_is_kept(kind: str, tmp_path: Path
 
     other = {"other": MemoryRemote(kind)}
     killed_and_mounted_again(tmp_path, kind, left, then, other)
+
+
+@back()
+async def test_what_the_remote_refuses_can_be_replaced(w: World) -> None:
+    w.remote.put(b"old", OLD)
+    w.remote.put(b"better", NEW)
+    w.cues.fail(m.Upload, NoSpace("the quota is used up"), times=100)
+    await w.kernel.write_file("ns/old", b"too much")
+    await w.kernel.rename("ns/better", "ns/old")
+    w.cues.clear()
+    await synced(w)
+    assert {path: w.remote.get(path) for path in w.remote.paths()} == {b"old": NEW}
+    assert w.journal.rows == []

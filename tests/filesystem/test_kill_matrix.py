@@ -17,7 +17,7 @@ import trio
 
 from hpcfs.model.entries import BLOCK_BYTES, Attributes
 from hpcfs.model.errors import NotConnected, Unreachable
-from hpcfs.protocol.messages import Upload
+from hpcfs.protocol.messages import Remove, Rename, Upload
 from tests.filesystem.world import KINDS, World, world
 from tests.support.memory_remote import MemoryRemote
 
@@ -192,6 +192,8 @@ async def _die(directory: Path, into: Path, remote: MemoryRemote, act: Change, p
         for content in w.closer.dirty():  # nothing of it goes up at this mount's end
             w.queue.gone(content)
             content.discard()
+        for content in w.queue.schedule:
+            w.queue.gone(content)
 
 
 async def _nothing(w: World) -> None:
@@ -235,3 +237,68 @@ def test_whatever_was_changed_outlives_kills(
         except BaseException as error:
             error.add_note(f"after {change.__name__}")
             raise
+
+
+# --- names that are changed on the remote ---------------------------------------------------------
+
+
+async def _write_whole(w: World) -> bytes:
+    await w.kernel.write_file("ns/f", NEW)
+    return NEW
+
+
+async def _write_a_part(w: World) -> bytes:
+    await _write_into(w)
+    return OLD[:3] + NEW + OLD[3 + len(NEW) :]
+
+
+@pytest.mark.parametrize("stage", ["before", "after"])
+@pytest.mark.parametrize("write", [_write_whole, _write_a_part])
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_while_the_remote_removes_what_is_dirty(
+    kind: str, write: Callable[[World], Awaitable[bytes]], stage: str, tmp_path: Path
+) -> None:
+    """It is removed, or there as it was written: not kept, and no conflict."""
+    written = b""
+
+    async def act(w: World) -> None:
+        nonlocal written
+        written = await write(w)
+        held = w.cues.hold(Remove, stage=stage)
+        w.nursery.start_soon(w.kernel.unlink, "ns/f")
+        await held.reached.wait()
+
+    found = trio.run(_killed_once, kind, tmp_path, act)
+    assert found.pop(b"f", written) == written
+    assert found == {name: data for name, data in SEEDS.items() if name != b"f"}
+
+
+@pytest.mark.parametrize("stage", ["before", "after"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_while_the_remote_renames_over_what_is_dirty(
+    kind: str, stage: str, tmp_path: Path
+) -> None:
+    async def act(w: World) -> None:
+        await w.kernel.write_file("ns/f", NEW)
+        w.cues.clear()
+        held = w.cues.hold(Rename, stage=stage)
+        w.nursery.start_soon(w.kernel.rename, "ns/g", "ns/f")
+        await held.reached.wait()
+
+    found = trio.run(_killed_once, kind, tmp_path, act)
+    before = SEEDS | {b"f": NEW}
+    after = {b"f": SEEDS[b"g"], b"empty": b""}
+    assert found == (before if stage == "before" else after)
+
+
+async def _killed_once(kind: str, directory: Path, act: Change) -> dict[bytes, bytes]:
+    """What the remote has once the next daemon has brought what was left."""
+    remote = MemoryRemote(kind)
+    for name, data in SEEDS.items():
+        remote.put(name, data)
+    await _die(directory / "0", directory / "1", remote, act, "waiting")
+    async with world(directory / "1", {"ns": remote}, write="back") as w:
+        with trio.fail_after(20):
+            await w.queue.wait_for(w.closer.dirty())
+        assert w.journal.rows == []
+        return {path: bytes(item.content) for path, item in remote.paths().items()}

@@ -446,3 +446,13 @@ def test_the_patience_of_what_nobody_watches() -> None:
     found = parse('[namespaces.a]\ntype = "sftp"\nhost = "h"\n')
     assert found.namespaces["a"].patience == 30
     assert config.unattended(found).namespaces["a"].patience == 900
+
+
+def test_how_much_an_s3_site_may_be_asked() -> None:
+    text = '[namespaces.a]\ntype = "s3"\nbucket = "bucket"\n'
+    assert parse(text).namespaces["a"].site == S3Site(connections=96, requests=5000)
+    site = parse(text + "connections = 8\nrequests = 50\n").namespaces["a"].site
+    assert site == S3Site(connections=8, requests=50)
+    for wrong in ("0", "-1", "1.5", "true", '"8"', "10001"):
+        with pytest.raises(SetupError, match=r"4: .*connections must be a number from 1 to 10000"):
+            parse(text + f"connections = {wrong}\n")

@@ -32,6 +32,7 @@ from hpcfs.control.control import (
     WorkProgress,
 )
 from hpcfs.model.errors import SetupError
+from hpcfs.model.sites import Secret
 
 STATUS = MountStatus(
     mountpoint="/m",
@@ -319,7 +320,7 @@ def test_the_questions_of_a_login_travel_to_its_client(path: Path) -> None:
         assert asked == [("Password: ", False), ("Code: ", True)]
         with pytest.raises(control.DaemonRefused, match=r"home got \['x', 'x'\]"):
             control.log_in(path, "home", lambda text, echo: "x")
-    assert "secret" not in repr(control.LoginAnswer(control.Secret("secret")))
+    assert "secret" not in repr(control.LoginAnswer(Secret("secret")))
 
 
 @pytest.mark.parametrize("last_words", [b"", b"no answer\n"])

@@ -12,7 +12,7 @@ from botocore.exceptions import EndpointConnectionError, ProxyConnectionError
 
 from hpcfs.model.errors import NotConnected, RemoteError, Unreachable
 from hpcfs.remotes.s3.http import ConnectionLost, HttpRequest
-from hpcfs.remotes.s3.pool import HostAddress, NotOpened, Pool
+from hpcfs.remotes.s3.pool import HostAddress, NotOpened, Pool, PoolLimits
 from hpcfs.remotes.s3.sent_writes import note_client_attempt, note_sent, tracing_writes
 from hpcfs.remotes.s3.translate import translate
 
@@ -127,7 +127,7 @@ class OneServer:
     async def start(self) -> Pool:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         port = self._server.sockets[0].getsockname()[1]
-        return Pool(HostAddress("127.0.0.1", port, None), 5.0, lambda seconds: None)
+        return Pool(HostAddress("127.0.0.1", port, None), PoolLimits(5), lambda seconds: None)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -161,7 +161,7 @@ def test_what_no_connection_took_was_not_sent(
         raise error
 
     async def story() -> None:
-        pool = Pool(HostAddress("127.0.0.1", 1, None), 5.0, lambda seconds: None)
+        pool = Pool(HostAddress("127.0.0.1", 1, None), PoolLimits(5), lambda seconds: None)
         with pytest.raises(NotOpened):
             await pool.ask(REQUEST)
 

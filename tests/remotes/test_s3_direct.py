@@ -39,7 +39,7 @@ from hpcfs.remotes.s3.http import (
 from hpcfs.remotes.s3.login import S3Login
 from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.remotes.s3.parts import MIB
-from hpcfs.remotes.s3.pool import HostAddress, Pool
+from hpcfs.remotes.s3.pool import HostAddress, Pool, PoolLimits
 from hpcfs.remotes.s3.remote import S3Remote
 from hpcfs.remotes.s3.request_gate import Bounds, RequestGate
 from hpcfs.remotes.s3.signing import UNSIGNED, Keys, Signer
@@ -327,7 +327,7 @@ async def pool_to(serve: Serve) -> AsyncIterator[Pool]:
 
     listener = await asyncio.start_server(one, LOOPBACK, 0)
     port = listener.sockets[0].getsockname()[1]
-    pool = Pool(HostAddress(LOOPBACK, port, None), 5, lambda seconds: None)
+    pool = Pool(HostAddress(LOOPBACK, port, None), PoolLimits(5), lambda seconds: None)
     try:
         yield pool
     finally:

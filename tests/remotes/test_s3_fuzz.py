@@ -37,6 +37,7 @@ SECONDS = float(os.environ.get("HPCFS_FUZZ_SECONDS", "15"))
 UNIT = 64 * 1024
 LIMITS = Limits(single_put=UNIT, smallest_part=UNIT, upload_part=UNIT, copy_part=UNIT)
 SMALL, LARGE = b"small" * 200, bytes(range(256)) * (UNIT // 64)
+SILENCE = 0.5
 OUTER = 60.0
 """Seconds for one operation, however the answers to it are damaged."""
 
@@ -73,13 +74,17 @@ class Fuzz:
 
     @contextlib.asynccontextmanager
     async def spoiling(self) -> AsyncIterator[None]:
+        """Announced bytes that never come are waited for no longer than needs be."""
         self.spoiled.clear()
         self._chance = self.random.choice((0.1, 0.3, 0.6, 1.0))
-        try:
-            yield
-        finally:
-            self._chance = 0.0
-            self.site.try_now()
+        with pytest.MonkeyPatch.context() as patched, deadlines.silence(SILENCE):
+            for name in ("SILENCE", "LISTING"):
+                patched.setattr(deadlines, name, SILENCE)
+            try:
+                yield
+            finally:
+                self._chance = 0.0
+                self.site.try_now()
 
 
 class MemorySource:
@@ -201,11 +206,8 @@ ACTS: dict[str, tuple[Act, Act]] = {
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Announced bodies that never come are waited for no longer than needs be."""
+    """What a server wants to be asked later is asked soon."""
     monkeypatch.setattr(pools, "TICK_SECONDS", 0.1)
-    for name in ("SILENCE", "LISTING"):
-        monkeypatch.setattr(deadlines, name, 0.5)
-    monkeypatch.setattr(deadlines, "_silence", deadlines.ContextVar("_silence", default=0.5))
     for name, seconds in (("PATIENCE", 0.3), ("UNAVAILABLE_SECONDS", 0.3), ("SHORTEST", 0.01)):
         monkeypatch.setattr(pacing, name, seconds)
     monkeypatch.setattr(pacing, "LONGEST_ASKED", 0.1)
@@ -248,6 +250,7 @@ def paths_of(found: list[bytes]) -> set[bytes]:
     return set(found)
 
 
+@pytest.mark.timeout(SECONDS + 240)
 def test_no_answer_does_lasting_damage(
     rclone: S3Server, prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -171,6 +171,9 @@ class SilentTransport:
     def abort(self) -> None:
         """Nothing is open."""
 
+    def is_closing(self) -> bool:
+        return False
+
     def set_write_buffer_limits(self, high: int) -> None:
         """There is no limit."""
 
@@ -186,6 +189,7 @@ def bucket_on(wire: Wire, state: str) -> tuple[S3SiteConnection, Bucket]:
     return connection, connection.remote("ns")._bucket
 
 
+@pytest.mark.timeout(SECONDS + 240)
 def test_every_answer_ends_in_a_value_or_an_error(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

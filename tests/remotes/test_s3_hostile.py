@@ -257,3 +257,14 @@ def test_a_provider_that_gives_no_credentials_is_told_of(
             assert server.asked == []
 
     asyncio.run(test())
+
+
+def test_an_encoding_that_nobody_knows_is_left_to_botocore() -> None:
+    """Which takes it for UTF-8."""
+    said = b'<?xml version="1.0" encoding="QTF-8"?>' + listing("")
+
+    async def test() -> None:
+        async with remote_at(answer(said)) as (remote, _):
+            assert (await remote._bucket.first("", 1)).objects == []
+
+    asyncio.run(test())

@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 
 from hpcfs.model.errors import NotConnected, TimedOut, Unreachable
+from hpcfs.model.sites import S3Root, S3Site, SiteSpec
 from hpcfs.remotes import life
 from hpcfs.remotes.base import no_report
 from hpcfs.remotes.s3 import deadlines, http, pool as pools
 from hpcfs.remotes.s3.pool import DEAD_SECONDS, HostLookup, NotOpened, Pool, new_socket
 from hpcfs.remotes.s3.remote import S3Remote
-from tests.remotes.test_s3_direct import OK, ask, asking, pool_to, put, remote_of
+from hpcfs.remotes.s3.site import S3SiteConnection
+from tests.remotes.test_s3_direct import ASK, OK, ask, asking, pool_to, put, remote_of
 from tests.support.link import Link, link_to
 from tests.support.s3 import S3Server
 
@@ -222,9 +224,56 @@ def test_a_host_that_nothing_answers_for_was_sent_nothing(monkeypatch: pytest.Mo
     monkeypatch.setattr("aiohappyeyeballs.start_connection", silent)
 
     async def test() -> None:
-        pool = Pool(pools.HostAddress("127.0.0.1", 1, None), 0.5, lambda seconds: None)
+        pool = Pool(
+            pools.HostAddress("127.0.0.1", 1, None), pools.PoolLimits(0.5), lambda seconds: None
+        )
         with pytest.raises(NotOpened, match="nothing answers"):
             await pool.ask(http.HttpRequest(b"HEAD / HTTP/1.1\r\n\r\n", bodiless=True))
         assert len(attempts) > 2, "a new attempt finds a link that is back sooner"
+
+    asyncio.run(test())
+
+
+# --- gentleness -----------------------------------------------------------------------------------
+
+
+def test_no_more_connections_than_the_user_allows() -> None:
+    most, here = 0, 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal most, here
+        here += 1
+        most = max(most, here)
+        for _ in range(4):
+            await reader.readuntil(b"\r\n\r\n")
+            await asyncio.sleep(0.01)
+            writer.write(OK + b"content-length: 0\r\n\r\n")
+        here -= 1
+
+    async def test() -> None:
+        async with asyncio.timeout(OUTER), pool_to(serve) as pool:
+            pool._room = asyncio.Semaphore(3)
+            await asyncio.gather(*(pool.ask(ASK) for _ in range(12)))
+
+    asyncio.run(test())
+    assert most == 3
+
+
+def test_the_users_limits_reach_the_site(tmp_path: Any) -> None:
+    async def test() -> None:
+        site = S3Site("http://127.0.0.1:1", connections=5, requests=40)
+        spec = SiteSpec(site, {"ns": S3Root("bucket")}, str(tmp_path), 1000, 1000)
+        connection = S3SiteConnection(spec)
+        access = connection.remote("ns")._bucket._access
+        assert (access.gate.slots, access.direct._limits.connections) == (5, 5)
+        pacing, now = access.pacing, asyncio.get_running_loop().time
+
+        async def nothing() -> None:
+            """No request."""
+
+        began = now()
+        await asyncio.gather(*(pacing.asked(nothing) for _ in range(40)))
+        assert now() - began > 0.5, "but for a burst they take a second"
+        await connection.close()
 
     asyncio.run(test())

@@ -282,3 +282,27 @@ def test_an_idle_connection_is_closed_and_comes_back(sshd: SshServer) -> None:
             await connection.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("attended", [False, True])
+def test_tcp_carries_a_login_that_somebody_typed_for_over_an_outage(attended: bool) -> None:
+    """The kernel gives up after ten minutes, and not after as many attempts as usual, where it
+    repeats more often (Linux 6.15)."""
+    with socket.create_server((LOOPBACK, 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        with near:
+            wire: Any = Wire()
+            wire.get_extra_info = lambda name, default=None: near
+
+            async def main() -> None:
+                Liveness([wire], attended=attended).end()
+
+            asyncio.run(main())
+            limit = near.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            assert limit == (600_000 if attended and _repeats_soon(near) else 0)
+
+
+def _repeats_soon(sock: socket.socket) -> bool:
+    with contextlib.suppress(OSError):
+        return sock.getsockopt(socket.IPPROTO_TCP, liveness._TCP_RTO_MAX_MS) == 5000
+    return False

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import uvloop
 
-from hpcfs.model.errors import AccessRefused, HostKeyRefused, Unreachable
+from hpcfs.model.errors import AccessRefused, HostKeyRefused, NotConnected, Unreachable
 from hpcfs.model.sites import SshSite
 from hpcfs.remotes.sftp.site import SshSiteConnection
 from hpcfs.remotes.ssh import reach
 from hpcfs.remotes.ssh.login import log_in
 from tests.support.mounts import until
-from tests.support.sshd import ALIAS, ScriptedPrompter, SshServer, free_port
+from tests.support.sshd import ALIAS, LOOPBACK, ScriptedPrompter, SshServer, free_port
 
 NAME = "login.example.org"
 ALIVE = "127.0.0.2"
@@ -334,3 +334,30 @@ def test_the_bind_address_and_the_family_of_the_configuration_count(
             await login.close()
 
     assert asyncio.run(main()) == "127.0.0.77"
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (b"", NotConnected),
+        (b"Exceeded MaxStartups\r\n", Unreachable),
+        (b"SSH-2.0-OpenSSH_9.9\r\n", Unreachable),
+    ],
+)
+def test_a_server_that_has_too_much_to_do_is_asked_less_often(
+    words: bytes, kind: type[Unreachable]
+) -> None:
+    """Than a place where nobody answers: a load balancer without a node, a forward of a port."""
+
+    async def main() -> None:
+        async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(words)
+            writer.close()
+
+        async with await asyncio.start_server(take, LOOPBACK, 0) as listener:
+            port = listener.sockets[0].getsockname()[1]
+            with pytest.raises(Unreachable) as found:
+                await log_in(SshSite(LOOPBACK, port=port), ScriptedPrompter())
+            assert type(found.value) is kind
+
+    asyncio.run(main())

@@ -173,7 +173,7 @@ class Program:
             known.pop(target, None)
         for known in (account.files, account.remote, account.attributes):
             if path in known:
-                known[target] = known.pop(path)  # type: ignore[index,assignment]
+                known[target] = known.pop(path)  # type: ignore[assignment]
 
     def make_directory(self, path: str) -> None:
         with self._doing(f"mkdir {path}", {path}, lambda _: ""):

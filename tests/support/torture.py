@@ -163,8 +163,7 @@ class Torture:
                 local = base / f"local-{name}-{kind.__name__}"
                 local.mkdir()
                 luck = random.Random(f"{self.seed} {name} {kind.__name__}")
-                suspended = lambda: self.history.suspended  # noqa: E731
-                program = kind(mount.path, name, local, luck, self.calls, suspended)
+                program = kind(mount.path, name, local, luck, self.calls, self._suspended)
                 self.programs.append(program)
 
     def _work(self, program: Program, victims: Victims) -> None:
@@ -210,6 +209,9 @@ class Torture:
     def _violated(self, what: str, since: float) -> None:
         self.violations.append(Violation(what, self.history.story(since)))
         self._over.set()
+
+    def _suspended(self) -> float:
+        return self.history.suspended
 
     # --- the judgement ----------------------------------------------------------------------------
 

@@ -119,10 +119,15 @@ class Program:
     # --- helpers ---
 
     def command(self, *command: str | Path) -> str:
-        done = subprocess.run(
-            command, env={**os.environ, **_GIT}, stdin=subprocess.DEVNULL, capture_output=True,
-            timeout=ROUND_SECONDS + self.suspended(), check=False,
-        )  # fmt: skip
+        limit = ROUND_SECONDS + self.suspended()
+        try:
+            done = subprocess.run(
+                command, env={**os.environ, **_GIT}, stdin=subprocess.DEVNULL,
+                capture_output=True, timeout=limit, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            told = " ".join(map(str, command))
+            raise Wrong(f"{told} did not end within {limit:.0f} s") from error
         if done.returncode:
             told = done.stderr.decode(errors="replace").strip()[-300:]
             raise Failed(f"{' '.join(map(str, command))[:120]}: {done.returncode}, {told}")

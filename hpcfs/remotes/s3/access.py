@@ -27,7 +27,7 @@ class Access:
     sending: RequestGate
     """For bodies that are sent: `gate` is for what is asked and received."""
     health: Health
-    pacing: Pacing = field(default_factory=Pacing)
+    pacing: Pacing
     server: ServerCapabilities = field(default_factory=ServerCapabilities)
 
     async def ask(self, request: Callable[[], Awaitable[T]]) -> T:

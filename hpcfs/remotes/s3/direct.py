@@ -45,7 +45,7 @@ from hpcfs.remotes.s3.http import (
     OversizedResponse,
     UnusualResponse,
 )
-from hpcfs.remotes.s3.pool import HostAddress, NotOpened, Pool
+from hpcfs.remotes.s3.pool import HostAddress, NotOpened, Pool, PoolLimits
 from hpcfs.remotes.s3.responses import (
     is_fit_to_parse,
     is_page,
@@ -148,19 +148,19 @@ class _Body:
 
 
 class Direct:
-    """`connect_timeout` is in seconds. `answered_in` hears how far away the server is, and `pace`
-    is that of what is sent."""
+    """`answered_in` hears how far away the server is; `limits` are those of the connections to each
+    host, and `pace` is that of what is sent."""
 
     def __init__(
         self,
         login: DirectLogin,
         answered_in: Callable[[float], None],
-        connect_timeout: float,
+        limits: PoolLimits,
         pace: RateLimit = UNLIMITED,
     ) -> None:
         self._pace = pace
         self._login, self._answered_in = login, answered_in
-        self._connect_timeout = connect_timeout
+        self._limits = limits
         self._routes: dict[str, Route | None] = {}
         self._pools: dict[tuple[str, str, int], Pool] = {}
         self._strange: dict[str, int] = {}
@@ -330,7 +330,7 @@ class Direct:
             tls = None
             if parts.scheme == "https":
                 tls = await asyncio.to_thread(_tls_context, self._login.trusted())
-            made = Pool(HostAddress(name, port, tls), self._connect_timeout, self._answered_in)
+            made = Pool(HostAddress(name, port, tls), self._limits, self._answered_in)
             pool = self._pools.setdefault((parts.scheme, name, port), made)
         return pool
 

@@ -163,7 +163,7 @@ class HttpConnection(asyncio.BufferedProtocol):
     def check(self) -> bool:
         """Give up an answer that has taken too long, and return whether that is so. To be called
         every second or so."""
-        if not self.busy:
+        if self._waiter is None or self._waiter.done():
             return False
         now = self._loop.time()
         if self._has_sent_more():
@@ -180,7 +180,7 @@ class HttpConnection(asyncio.BufferedProtocol):
     def _has_sent_more(self) -> bool:
         """Whether the other side has taken more of what the system holds for it: a slow link may
         be busy with that for longer than an answer may take."""
-        if not self._request.body or self._transport is None:
+        if not self._request.body or self._transport is None or self._transport.is_closing():
             return False
         sock = self._transport.get_extra_info("socket")
         found = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, struct.pack("i", 0))

@@ -22,6 +22,7 @@ from typing import TypeVar
 from botocore.exceptions import ClientError
 
 from hpcfs.remotes import life
+from hpcfs.remotes.rate import RateLimit
 from hpcfs.remotes.s3.translate import is_passing_fault, is_rate_limit, is_throttling
 
 T = TypeVar("T")
@@ -39,10 +40,12 @@ FAULTS = 2
 
 
 class Pacing:
-    """The pace of one site. All times are in seconds; `clock` never goes back."""
+    """The pace of one site: at most `per_second` requests, or any number for 0. All times are in
+    seconds; `clock` never goes back."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, per_second: int = 0) -> None:
         self._clock = clock
+        self._meter = RateLimit(per_second, clock)
         self._pause = 0.0
         self._until = 0.0
         self._asked_until = 0.0
@@ -55,6 +58,7 @@ class Pacing:
         deadline, most, faults = began_asking + UNAVAILABLE_SECONDS, 0.0, 0
         while True:
             await self._turn(deadline, random.uniform(0, most))  # noqa: S311 - no secret
+            await self._meter.take(1)
             began = self._clock()
             try:
                 answer = await ask()

@@ -106,16 +106,24 @@ class HostLookup:
             self._asking.cancel()
 
 
+@dataclass(frozen=True)
+class PoolLimits:
+    """How long a connection may take to come about, in seconds, and how many there may be."""
+
+    connect_timeout: float
+    connections: int = 96
+
+
 class Pool:
-    """`connect_timeout` is in seconds, for a connection. `answered_in` is told how long a HEAD
-    took."""
+    """`answered_in` is told how long a HEAD took."""
 
     def __init__(
-        self, host: HostAddress, connect_timeout: float, answered_in: Callable[[float], None]
+        self, host: HostAddress, limits: PoolLimits, answered_in: Callable[[float], None]
     ) -> None:
         self.host = host
         self._answered_in = answered_in
-        self._connect_timeout = connect_timeout
+        self._connect_timeout = limits.connect_timeout
+        self._room = asyncio.Semaphore(limits.connections)
         self._lookup = HostLookup(host.name, host.port)
         self._all: set[HttpConnection] = set()
         self._idle: list[HttpConnection] = []
@@ -137,6 +145,10 @@ class Pool:
         Raises UnusualResponse, ConnectionLost, NotOpened and TimeoutError, which says that the
         request was sent.
         """
+        async with self._room:
+            return await self._ask_over_some(request)
+
+    async def _ask_over_some(self, request: HttpRequest) -> HttpResponse:
         was_sent = False
         while self._idle:
             connection = self._idle.pop()

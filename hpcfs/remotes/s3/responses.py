@@ -132,7 +132,7 @@ def _root(body: bytes | bytearray, tag: str) -> ElementTree.Element:
         raise ValueError("an answer that defines entities, or has too many elements")
     try:
         root = ElementTree.fromstring(bytes(body))  # noqa: S314 - without entities it is safe
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError) as error:  # an encoding that nobody knows
         raise ValueError(str(error)) from None
     if _local(root.tag) != tag:
         raise ValueError(f"an answer without {tag}")

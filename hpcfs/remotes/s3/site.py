@@ -15,7 +15,9 @@ from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.direct import Direct
 from hpcfs.remotes.s3.health import Health
 from hpcfs.remotes.s3.login import S3Login
+from hpcfs.remotes.s3.pacing import Pacing
 from hpcfs.remotes.s3.parts import MIB, Limits
+from hpcfs.remotes.s3.pool import PoolLimits
 from hpcfs.remotes.s3.remote import S3Remote
 from hpcfs.remotes.s3.request_gate import Bounds, RequestGate
 
@@ -26,6 +28,12 @@ FAREWELL_SECONDS = 5.0
 """For what is given up at the end."""
 
 
+def bounds_of(site: S3Site) -> Bounds:
+    """Return the bounds of the requests that move bytes, within the user's."""
+    fewest = min(Bounds.fewest_slots, site.connections)
+    return Bounds(fewest_slots=fewest, slots=site.connections, per_second=site.requests)
+
+
 class S3SiteConnection:
     """A `base.Site`. `limits` and `bounds` are for tests."""
 
@@ -33,8 +41,9 @@ class S3SiteConnection:
         self, spec: SiteSpec, limits: Limits | None = None, bounds: Bounds | None = None
     ) -> None:
         assert isinstance(spec.site, S3Site)
-        bounds = bounds or Bounds()
-        self._login = S3Login(spec.site)
+        site = spec.site
+        bounds = bounds or bounds_of(site)
+        self._login = S3Login(site)
         gate = RequestGate(bounds, RateLimit(spec.download_limit))
         sending = RequestGate(replace(bounds, bulk_bytes=SENT_BYTES))
 
@@ -42,13 +51,13 @@ class S3SiteConnection:
             gate.answered_in(seconds)
             sending.answered_in(seconds)
 
-        self._direct = Direct(
-            self._login, answered_in, spec.site.connect_timeout, RateLimit(spec.upload_limit)
-        )
+        pooled = PoolLimits(site.connect_timeout, site.connections)
+        self._direct = Direct(self._login, answered_in, pooled, RateLimit(spec.upload_limit))
         self._login.send_by(self._direct.send)
         self._login.when_renewed(self._direct.forget_routes)
         self.health = Health()
-        access = Access(self._login, self._direct, gate, sending, self.health)
+        pacing = Pacing(per_second=site.requests)
+        access = Access(self._login, self._direct, gate, sending, self.health, pacing)
         self._remotes = {
             namespace: S3Remote(Bucket(root.bucket, access), root, spec, limits or Limits())
             for namespace, root in spec.roots.items()

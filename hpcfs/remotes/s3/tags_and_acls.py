@@ -21,7 +21,7 @@ from hpcfs.model.errors import NotFound, PermissionDenied, RemoteError, Unreacha
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.caches import ExpiringCache
 from hpcfs.remotes.s3.objects import PRIVATE, Info
-from hpcfs.remotes.s3.translate import is_fault
+from hpcfs.remotes.s3.translate import is_answer, is_fault
 
 log = logging.getLogger(__name__)
 SEEN_SECONDS = 1.0
@@ -70,7 +70,7 @@ class TagsAndAcls:
         except Unreachable:
             raise
         except RemoteError as error:
-            if is_fault(error):  # of the moment: others may be answered
+            if is_fault(error) or not is_answer(error):  # of the moment: others may be answered
                 log.warning("%s loses its access list, if it has one: %s", key, error.message)
             else:
                 self._has_lists = False
@@ -116,9 +116,10 @@ class TagsAndAcls:
         async with self._lock:
             if self._has_lists is None:
                 self._has_lists = await self._has_bucket_lists()
-        return self._has_lists
+        return bool(self._has_lists)
 
-    async def _has_bucket_lists(self) -> bool:
+    async def _has_bucket_lists(self) -> bool | None:
+        """Whether its objects have access lists; None where an answer made no sense."""
         about = f"bucket {self._bucket.name}"
         with suppress(RemoteError):  # where nothing is set, or it is not known: the next tells
             answer = await self._bucket.call("get_bucket_ownership_controls", about)
@@ -130,7 +131,7 @@ class TagsAndAcls:
         except Unreachable:
             raise
         except RemoteError as error:
-            return isinstance(error, PermissionDenied)
+            return isinstance(error, PermissionDenied) if is_answer(error) else None
 
 
 def parameters_of(answer: Mapping[str, Any]) -> dict[str, str]:

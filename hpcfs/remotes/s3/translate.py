@@ -293,6 +293,11 @@ def is_fault(error: RemoteError) -> bool:
     return status >= 500 and status != 501
 
 
+def is_answer(error: RemoteError) -> bool:
+    """Whether the server refused in words of its own; otherwise what came made no sense."""
+    return isinstance(error.__cause__, boto.ClientError)
+
+
 def is_passing_fault(error: boto.ClientError) -> bool:
     """Whether the server failed in a way that the next attempt may not meet, as Amazon's SDKs see
     it (docs.aws.amazon.com/sdkref/latest/guide/feature-retry-behavior.html)."""

@@ -9,8 +9,8 @@ A login for which the user typed something is not given up as easily: TCP carrie
 of minutes, and nobody may be there to type again. Meanwhile its requests wait as long as their own
 deadlines let them.
 
-The kernel's own limit for what nobody confirms (TCP_USER_TIMEOUT) is not used: it ends connections
-to whoever takes bytes slowly through a small window, though they move.
+The kernel's own limit for what nobody confirms (TCP_USER_TIMEOUT) is not used for 15 s: it ends
+connections to whoever takes bytes slowly through a small window, though they move.
 
 This leans on names inside of asyncssh: where one is missing, its own keepalive is all there is.
 """
@@ -20,6 +20,8 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import os
+import socket
 import struct
 import termios
 from collections.abc import Sequence
@@ -40,6 +42,11 @@ CHECK_SECONDS = 3.0
 """For an answer after a change of the machine or the network."""
 ATTENDED_KEEPALIVES = (60, 9)
 """Of a login that the user took part in: seconds, and how many may stay without an answer."""
+_TCP_RTO_MAX_MS = 44
+"""linux/tcp.h, since Linux 6.15."""
+REPEATED_SECONDS = 5.0
+"""How often TCP repeats, at the least, what was not confirmed: by itself it doubles the time up to
+two minutes, so that an outage of one minute lasts for two. More than any round trip."""
 _INT = struct.Struct("i")
 _NAMES = ("_transport", "_keepalive_count", "_reset_keepalive_timer", "_make_global_request")
 
@@ -58,6 +65,7 @@ class Liveness:
         for connection in connections:
             if attended:
                 connection.set_keepalive(*ATTENDED_KEEPALIVES)
+                _come_back_soon(connection)
         is_known = all(hasattr(one, name) for one in connections for name in _NAMES)
         self._watching = asyncio.create_task(self._watch()) if is_known else None
 
@@ -109,3 +117,16 @@ def _to_send(connection: Any) -> int:
     except OSError:  # it was closed just now
         return waiting
     return waiting + int(_INT.unpack(unsent)[0])
+
+
+def _come_back_soon(connection: asyncssh.SSHClientConnection) -> None:
+    """Have the kernel notice the end of an outage within REPEATED_SECONDS, and give up no sooner
+    than the keepalives do. Nothing changes where the kernel can't, or the way is not TCP."""
+    found = connection.get_extra_info("socket")
+    if found is None:
+        return
+    interval, count = ATTENDED_KEEPALIVES
+    limit = interval * (count + 1)
+    with suppress(OSError), socket.socket(fileno=os.dup(found.fileno())) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, round(REPEATED_SECONDS * 1000))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit * 1000)

@@ -240,6 +240,7 @@ class _HopLogin:
     def _progress(self, client: _LoginClient) -> LoginProgress:
         return LoginProgress(
             connected=client.connected,
+            greeted=client.greeted,
             authenticating=client.authenticating,
             nobody_to_ask=client.nobody_to_ask,
             answered=self._clock.was_answered,
@@ -313,12 +314,23 @@ class _LoginClient(asyncssh.SSHClient):
         self.judgement: Judgement | None = None
         self.nobody_to_ask = False
         self.connected = False
+        self._connection: asyncssh.SSHClientConnection | None = None
         self.authenticating = False
         self.banner = ""
 
     def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
         self.connected = True
+        self._connection = conn
         conn.set_extra_info(**{_SAID: self._said, _PROXY: self.proxy})
+
+    @property
+    def greeted(self) -> bool:
+        """Whether the server said anything: its version, or first why it takes nobody now."""
+        connection: Any = self._connection
+        if connection is None:
+            return False
+        has_words = getattr(connection, "_banner_lines", 0) > 0
+        return has_words or bool(connection.get_extra_info("server_version"))
 
     def debug_msg_received(self, msg: str, lang: str, always_display: bool) -> None:
         self._said.append(msg)

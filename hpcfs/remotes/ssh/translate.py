@@ -49,11 +49,12 @@ def no_service(shown: str, how: str, said: bytes | str) -> NoService:
 
 @dataclass(frozen=True)
 class LoginProgress:
-    """How far a login had come: whether there was a connection, whether the server was asked to let
-    us in, whether a question found nobody to answer it, whether the user answered one, and what the
-    server's `banner` said."""
+    """How far a login had come: whether there was a connection, whether the server said anything,
+    whether it was asked to let us in, whether a question found nobody to answer it, whether the
+    user answered one, and what the server's `banner` said."""
 
     connected: bool = False
+    greeted: bool = False
     authenticating: bool = False
     nobody_to_ask: bool = False
     answered: bool = False
@@ -88,7 +89,8 @@ def login_error(
             f"check that `ssh {hop.alias}` works, then run 'hpcfs login'"
         )
     if isinstance(error, asyncssh.ConnectionLost):
-        return NotConnected(f"{where} ended the connection during the login: {error.reason}")
+        kind = Unreachable if progress.greeted else NotConnected
+        return kind(f"{where} ended the connection during the login: {error.reason}")
     if isinstance(error, asyncssh.DisconnectError) and progress.authenticating:
         return _refused(hop, progress, f" (it says: {error.reason})")
     if isinstance(error, asyncssh.DisconnectError):
@@ -98,7 +100,7 @@ def login_error(
     if isinstance(error, ConnectionRefusedError):
         return NotConnected(f"nothing answers at {where} (connection refused)")
     if isinstance(error, OSError):
-        kind = Unreachable if progress.authenticating else NotConnected
+        kind = Unreachable if progress.greeted else NotConnected
         return kind(f"{where} can't be reached: {error.strerror or error}")
     if isinstance(error, ValueError) and progress.connected:
         kind = Unreachable if progress.authenticating else NotConnected
