@@ -220,9 +220,9 @@ class _Daemon:
                     wait_for_change, LONGEST_UNCHECKED_SECONDS, abandon_on_cancel=True
                 )
                 await trio.sleep(UNMOUNT_CHECK_SECONDS)
-        with trio.move_on_after(UNMOUNT_PATIENCE):
-            await self._let_go()
-            await trio.sleep_forever()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._let_go)
+            await trio.sleep(UNMOUNT_PATIENCE)
         log.info("unmounted; %d files were still open", self._mount.fs.files.open_count)
         serving.cancel()
 

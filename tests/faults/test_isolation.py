@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from hpcfs.kernel.handshake import MAX_BACKGROUND
 from tests.faults.conftest import Linked
-from tests.support.mounts import Mount, RealHome, mounted, served_by_ssh, until
+from tests.support.mounts import Mount, RealHome, mounted, run, served_by_ssh, until
 from tests.support.sshd import SshServer
 from tests.support.stuck import threads_waiting
 
@@ -95,3 +96,19 @@ def test_readers_of_a_dead_namespace_delay_no_other(
             dead.link.cut()  # else who still waits could not be ended
             readers.kill()
             readers.communicate()
+
+
+def test_the_kernel_lets_many_requests_wait(
+    sshd: SshServer, real_home: RealHome, tmp_path: Path
+) -> None:
+    """What pyfuse3 has no setting for, as the kernel itself tells."""
+    control = tmp_path / "fusectl"
+    control.mkdir()
+    with mounted(real_home, {"ns": served_by_ssh(sshd)}) as mount:
+        run("mount", "-t", "fusectl", "none", control)
+        try:
+            connection = control / str(os.minor(os.stat(mount.path).st_dev))
+            for name in ("max_background", "congestion_threshold"):
+                assert int((connection / name).read_text()) == MAX_BACKGROUND
+        finally:
+            run("umount", control)

@@ -23,7 +23,7 @@ from hpcfs.protocol.messages import Upload
 from tests.filesystem.world import World, world
 from tests.support.memory_remote import MemoryRemote
 
-EXAMPLES = int(os.environ.get("HPCFS_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("HPCFS_EXAMPLES", "15"))
 COMMANDS = ["cache", "clear", "verify", "warm", "pin", "unpin"]
 COMMANDS += ["pending", "sync", "retry", "discard", "recover"]
 paths = st.one_of(

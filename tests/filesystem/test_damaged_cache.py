@@ -29,7 +29,7 @@ from tests.filesystem.world import RW, World, world
 from tests.support.damage import Damage, damage, damages
 from tests.support.memory_remote import MemoryRemote
 
-EXAMPLES = int(os.environ.get("HPCFS_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("HPCFS_EXAMPLES", "15"))
 some = settings(
     max_examples=EXAMPLES,
     deadline=None,

@@ -311,6 +311,16 @@ def test_refused_credentials_are_offered_again_once_they_are_others_or_rarely() 
     asyncio.run(main())
 
 
+def test_a_server_that_has_too_much_to_do_says_nothing_of_refused_credentials() -> None:
+    health = Health()
+    for code, kind in (("InvalidAccessKeyId", AccessRefused), ("SlowDown", Throttled)):
+        with pytest.raises(kind), health.watching("x"):
+            raise refusal(code, 503)
+    assert health.refusal._counts()
+    health.answered()
+    assert not health.refusal._counts()
+
+
 def test_one_denied_object_does_not_close_the_site() -> None:
     health = Health()
     with pytest.raises(PermissionDenied), health.watching("x"):

@@ -89,12 +89,17 @@ class Health:
             if not self._backoff.is_waiting:  # requests that fail together count once
                 self._backoff.failed(UNREACHED)
             self._down = error
+        elif isinstance(error, Unreachable):  # it has too much to do, and looked at no key
+            self._is_there()
         else:
             self.answered()
 
     def answered(self) -> None:
         """Note that the server answered as one that knows us: it can be reached."""
         self.refusal.forget()
+        self._is_there()
+
+    def _is_there(self) -> None:
         self._down = None
         self._backoff.succeeded()
 
