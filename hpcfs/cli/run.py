@@ -176,7 +176,8 @@ class _Run:
         problem = ""
         try:
             with ProgressBar("uploading") as bar:
-                control.work(at, ControlRequest("sync"), bar.show)
+                patience = max(one.patience for one in self._settings.namespaces.values())
+                control.work(at, ControlRequest("sync", patience=patience), bar.show)
         except SetupError as error:
             problem = str(error)
         status = control.query_status(at)

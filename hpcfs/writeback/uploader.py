@@ -17,7 +17,14 @@ from hpcfs.content.content import Content
 from hpcfs.content.record import Unconfirmed
 from hpcfs.content.state import RemoteSide
 from hpcfs.model.entries import Entry
-from hpcfs.model.errors import CacheFull, Conflict, NotConnected, NotSupported, Unreachable
+from hpcfs.model.errors import (
+    CacheFull,
+    Conflict,
+    NotConnected,
+    NotSupported,
+    TimedOut,
+    Unreachable,
+)
 from hpcfs.writeback.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -122,7 +129,8 @@ class Uploader:
                     raise
             except Unreachable as error:
                 now = trio.current_time()
-                if failing_since is None or now - began > namespace.patience:  # there was progress
+                moved = now - began > namespace.patience and not isinstance(error, TimedOut)
+                if failing_since is None or moved:
                     failing_since = now
                 is_over = now - failing_since >= namespace.patience
                 if is_over or namespace.is_away or isinstance(error, NotConnected):

@@ -170,6 +170,33 @@ def test_a_suspended_machine_goes_on(
         assert (tmp_path / "file").read_bytes() == data
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_end_of_a_run_waits_as_long_as_its_patience(
+    kind: str, linked: Starts, real_home: RealHome, tmp_path: Path
+) -> None:
+    """15 min by default. Here 3 s, and not the 30 s of `hpcfs sync`."""
+    far = linked(kind)
+    Mount(real_home, {"ns": far.served.but(write="back", patience="3 s")}).write_config()
+    listed, go = tmp_path / "listed", tmp_path / "go"
+    script = (
+        f'ls "$HPCFS_MOUNT"/ns; touch {listed}; while ! test -e {go}; do sleep 0.1; done; '
+        'echo results > "$HPCFS_MOUNT"/ns/file'
+    )
+    command = real_home.command("run", "--", "sh", "-c", script)
+    with subprocess.Popen(
+        command, env=real_home.environment(), stderr=subprocess.PIPE, text=True
+    ) as running:
+        until(listed.exists)
+        far.link.freeze()
+        go.touch()
+        began = time.monotonic()
+        _, told = running.communicate(timeout=100)
+        assert time.monotonic() - began < 25
+        assert running.returncode == 1, told
+        assert "hpcfs recover" in told
+        far.link.mend()
+
+
 def _calls(mount: Mount) -> dict[str, Callable[[], object]]:
     ns = mount.path / "ns"
 

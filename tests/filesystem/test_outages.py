@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
 
-from hpcfs.model.errors import AccessRefused, NoSpace, NotConnected, RemoteError, Unreachable
+from hpcfs.model.errors import (
+    AccessRefused,
+    NoSpace,
+    NotConnected,
+    RemoteError,
+    TimedOut,
+    Unreachable,
+)
 from hpcfs.protocol import messages as m
 from hpcfs.writeback import queue, schedule
 from tests.filesystem.world import KINDS, World, live, until, world
@@ -200,3 +208,26 @@ async def test_the_end_does_not_wait_long_for_a_site_that_is_away(
         patch.setattr(queue, "LAST_PATIENCE", 1.0)
         await w.queue.drain()
     assert len(w.journal.rows) == 2
+
+
+@live()
+async def test_an_upload_that_gets_no_answer_is_not_repeated_for_ever(w: World) -> None:
+    """The site answers others, so only this upload's own time counts."""
+    site = w.sites["ns"]
+    perform = site._perform
+    tried = 0
+
+    async def silent(remote: MemoryRemote, request: m.Request, *rest: Any) -> object:
+        nonlocal tried
+        if not isinstance(request, m.Upload):
+            return await perform(remote, request, *rest)
+        tried += 1
+        await trio.sleep(0.3)
+        raise TimedOut("no answer to Upload")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(site, "patience", 0.2)
+        patch.setattr(site, "_perform", silent)
+        with pytest.raises(TimedOut), trio.fail_after(15):
+            await w.kernel.write_file("ns/f", b"content")
+    assert 2 <= tried <= 4
