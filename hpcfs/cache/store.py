@@ -479,7 +479,7 @@ class Store:
     def _remove_unknown(self, folder: Path, names: list[str]) -> None:
         """Delete those of these files that the index doesn't have, in a thread. They were not open
         before their names were listed, so the index will never have them."""
-        known = self._index.known(names)
+        known = self._index.known(names) | self.registry.reserved
         for name in names:
             if name not in known:
                 log.info("removing the stray cache file %s", name)

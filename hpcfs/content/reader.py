@@ -227,6 +227,7 @@ class Reader:
                     self._store.memory.is_usable = False
                     self.use_disk()
                 elif file.path == cache_file and not self._use_memory():
+                    file.name_in_doubt = True
                     raise
             except RemoteError:
                 if file.path == cache_file:

@@ -21,7 +21,7 @@ from hpcfs.content.content import Content
 from hpcfs.content.state import Durability
 from hpcfs.inodes.tree import Node, Tree
 from hpcfs.model.entries import Entry
-from hpcfs.model.errors import CacheFull, Changed, Conflict, RemoteError, Stale
+from hpcfs.model.errors import CacheFileGone, CacheFull, Changed, Conflict, RemoteError, Stale
 from hpcfs.site.tasks import Tasks
 from hpcfs.writeback import conflict
 from hpcfs.writeback.queue import DEFAULT_LIMIT, UploadQueue
@@ -73,6 +73,13 @@ class Closer:
 
     async def flush(self, content: Content, *, sync: bool = False) -> None:
         """Return once the remote has what was written. Raises RemoteError, also Conflict."""
+        try:
+            await self._flush(content, sync=sync)
+        except CacheFileGone:
+            content.file.name_in_doubt = True  # cache/renewal.py writes it again
+            raise
+
+    async def _flush(self, content: Content, *, sync: bool) -> None:
         confirmed = partial(self._confirmed, content, content.may_be_missing)
         try:
             await self.uploader.upload(content, confirmed, sync=sync)

@@ -1,0 +1,252 @@
+"""Cache files lose their names while a mount uses them: what waits to be uploaded is written to the
+disk again, and no upload sees a part of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from hpcfs.cache.renewal import renew_if_removed
+from hpcfs.content.content import Content
+from hpcfs.model.entries import BLOCK_BYTES
+from hpcfs.model.errors import CacheFileGone, NotConnected
+from hpcfs.protocol.messages import Upload
+from tests.filesystem.world import RW, World, world
+from tests.support.memory_remote import MemoryRemote
+
+MANY = 10_000
+LARGE = random.Random(1).randbytes(3 * 1024 * 1024 + BLOCK_BYTES)
+SMALL = {b"f%d" % n: random.Random(n).randbytes(BLOCK_BYTES + n) for n in range(6)}
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def run(cache: Path, story: Callable[[World], Awaitable[None]]) -> None:
+    remote = MemoryRemote("sftp")
+    remote.put(b"clean", b"clean" * BLOCK_BYTES)
+
+    async def main() -> None:
+        with trio.fail_after(60):
+            async with world(cache, {"ns": remote}, write="back") as w:
+                w.cues.fail(Upload, NotConnected("the link is down"), times=MANY)
+                await story(w)
+
+    trio.run(main)
+
+
+async def write(w: World, files: dict[bytes, bytes]) -> None:
+    for path, data in files.items():
+        await w.kernel.write_file(f"ns/{path.decode()}", data)
+
+
+async def all_arrives(w: World, files: dict[bytes, bytes]) -> None:
+    w.cues.clear()
+    await w.queue.wait_for(w.closer.dirty())
+    assert {path: w.remote.get(path) for path in files} == files
+    assert w.journal.rows == []
+
+
+def on_disk(content: Content) -> bytes:
+    return Path(content.file.path).read_bytes()
+
+
+def is_named(content: Content) -> bool:
+    return Path(content.file.path).exists()
+
+
+def names(cache: Path) -> set[str]:
+    return {place.name for place in (cache / "data").glob("*/*")}
+
+
+class CopyingDisk:
+    """Stands for os.pwrite: `act` is called for each write in a thread, which copies make, with its
+    number; others are let through."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.writes = 0
+        self.act: Callable[[int], None] = lambda number: None
+        self.write: Callable[[int, bytes | memoryview, int], int] = os.pwrite
+        monkeypatch.setattr(os, "pwrite", self)
+
+    def __call__(self, fd: int, data: bytes | memoryview, offset: int) -> int:
+        is_lock = len(data) < BLOCK_BYTES // 2
+        if is_lock or threading.current_thread() is threading.main_thread():
+            return self.write(fd, data, offset)
+        self.writes += 1
+        self.act(self.writes)
+        return self.write(fd, data, offset)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> CopyingDisk:
+    return CopyingDisk(monkeypatch)
+
+
+def test_an_upload_finds_no_file_until_all_of_it_is_copied(cache: Path, disk: CopyingDisk) -> None:
+    async def story(w: World) -> None:
+        await write(w, {b"large": LARGE})
+        (content,) = w.closer.dirty()
+        w.cues.clear()
+
+        async def upload() -> None:
+            with pytest.raises(CacheFileGone):
+                await w.closer.flush(content)
+
+        disk.act = lambda number: trio.from_thread.run(upload)
+        shutil.rmtree(cache)
+        await renew_if_removed(w.store)
+        assert disk.writes == 4
+        await all_arrives(w, {b"large": LARGE})
+
+    run(cache, story)
+
+
+@pytest.mark.parametrize("takes_a_part", [False, True])
+def test_a_disk_that_gets_full_meanwhile(
+    cache: Path, disk: CopyingDisk, takes_a_part: bool
+) -> None:
+    """What was not copied has no name, is told of, and is copied once there is room."""
+    files = {**SMALL, b"large": LARGE}
+
+    async def story(w: World) -> None:
+        await write(w, files)
+        contents = w.closer.dirty()
+        shutil.rmtree(cache)
+        usual = disk.write
+
+        def part(fd: int, data: bytes | memoryview, offset: int) -> int:
+            return usual(fd, memoryview(data)[:100], offset)
+
+        def get_full(number: int) -> None:
+            if takes_a_part and number == 3:
+                disk.write = part
+            elif number >= 3:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        disk.act = get_full
+        await renew_if_removed(w.store)
+        disk.write = usual
+        assert any("No space left on device" in one for one in w.store.troubles.sentences)
+        named = [content for content in contents if is_named(content)]
+        assert len(named) == 2
+        assert all(on_disk(content) == files[content.place.path] for content in named)
+        assert names(cache) == {content.file.name for content in named}
+        await w.store.remove_strays()
+        await renew_if_removed(w.store)  # still full
+        disk.act = lambda number: None
+        await renew_if_removed(w.store)
+        assert all(on_disk(content) == files[content.place.path] for content in contents)
+        await all_arrives(w, files)
+
+    run(cache, story)
+
+
+def test_a_clean_file_that_can_not_be_made_keeps_no_other_from_it(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(w: World) -> None:
+        handle = await w.kernel.open("ns/clean", os.O_RDONLY)
+        assert await w.kernel.pread(handle, 0, 5) == b"clean"
+        await write(w, SMALL)
+        contents = w.closer.dirty()
+        shutil.rmtree(cache)
+
+        def full(file: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(w.store.memory, "to_disk", full)
+            await renew_if_removed(w.store)
+        assert all(on_disk(content) == SMALL[content.place.path] for content in contents)
+        assert await w.kernel.pread(handle, 0, 5) == b"clean"
+        await renew_if_removed(w.store)
+        clean = w.kernel.node_of(handle).content
+        assert clean is not None
+        assert is_named(clean)
+        assert await w.kernel.pread(handle, 0, 5) == b"clean"
+        await w.kernel.close(handle)
+        await all_arrives(w, SMALL)
+
+    run(cache, story)
+
+
+def test_what_is_written_during_the_copy_is_in_the_next_one(cache: Path, disk: CopyingDisk) -> None:
+    changed = b"changed" + LARGE[7:]
+
+    async def story(w: World) -> None:
+        await write(w, {b"large": LARGE})
+        handle = await w.kernel.open("ns/large", RW)
+        await w.kernel.pwrite(handle, 0, LARGE[:7])
+        (content,) = w.closer.dirty()
+
+        def change(number: int) -> None:
+            if number == 2:
+                trio.from_thread.run(w.kernel.pwrite, handle, 0, b"changed")
+
+        disk.act = change
+        shutil.rmtree(cache)
+        await renew_if_removed(w.store)
+        assert names(cache) == set()
+        await renew_if_removed(w.store)
+        assert on_disk(content) == changed
+        await w.journal.renew_if_removed()
+        await w.kernel.close(handle)
+        await all_arrives(w, {b"large": changed})
+
+    run(cache, story)
+
+
+def test_a_copy_is_no_stray(cache: Path, disk: CopyingDisk) -> None:
+    """The index that is made anew knows nothing, and so has strays looked for."""
+
+    async def story(w: World) -> None:
+        await write(w, {b"large": LARGE})
+        (content,) = w.closer.dirty()
+        disk.act = lambda number: trio.from_thread.run(w.store.remove_strays)
+        shutil.rmtree(cache)
+        await renew_if_removed(w.store)
+        assert on_disk(content) == LARGE
+        await all_arrives(w, {b"large": LARGE})
+
+    run(cache, story)
+
+
+def test_a_lock_that_is_removed_alone_costs_nothing(cache: Path, disk: CopyingDisk) -> None:
+    async def story(w: World) -> None:
+        await write(w, SMALL)
+        (cache / "lock").unlink()
+        await renew_if_removed(w.store)
+        assert disk.writes == 0
+        assert all(on_disk(content) == SMALL[content.place.path] for content in w.closer.dirty())
+        await all_arrives(w, SMALL)
+
+    run(cache, story)
+
+
+def test_a_single_file_that_is_removed_is_written_again(cache: Path) -> None:
+    """By what cleans up old files, say: the upload finds out."""
+
+    async def story(w: World) -> None:
+        await write(w, SMALL)
+        content = w.closer.dirty()[3]
+        w.store.registry.unlink(content.file.name)
+        w.cues.clear()
+        with pytest.raises(CacheFileGone):
+            await w.closer.flush(content)
+        await renew_if_removed(w.store)
+        assert on_disk(content) == SMALL[content.place.path]
+        await all_arrives(w, SMALL)
+
+    run(cache, story)
