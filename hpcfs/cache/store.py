@@ -246,10 +246,11 @@ class Store:
         dirty: list[tuple[int, int]],
     ) -> CacheFile:
         """Return the cache file in which an earlier mount left bytes that the remote does not
-        have. Its other blocks count as the index has them, once verified. Raises OSError,
-        sqlite3.Error."""
+        have. Its other blocks count as the index has them, once verified. Raises OSError, also
+        where there is no such file, and sqlite3.Error."""
         async with self.registry.lookup:
             record = await self.in_thread(self._index.find, origin, key)
+            os.stat(self.registry.path(name))  # else it would be made, of zeros
             file = self._open_file(name, origin, key, version, size)
             if record and (record.name, record.version) == (name, version):
                 file.blocks.load(record.chunks, record.blocks)

@@ -17,9 +17,12 @@ import trio
 
 from hpcfs.cache.renewal import renew_if_removed
 from hpcfs.content.content import Content
+from hpcfs.content.record import Unconfirmed
 from hpcfs.model.entries import BLOCK_BYTES
-from hpcfs.model.errors import CacheFileGone, NotConnected
+from hpcfs.model.errors import CacheFileGone, CacheFull, NoSpace, NotConnected
 from hpcfs.protocol.messages import Upload
+from hpcfs.site.namespace import WriteMode
+from hpcfs.writeback.recovery import Recovery
 from tests.filesystem.world import RW, World, world
 from tests.support.memory_remote import MemoryRemote
 
@@ -33,13 +36,13 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def run(cache: Path, story: Callable[[World], Awaitable[None]]) -> None:
+def run(cache: Path, story: Callable[[World], Awaitable[None]], mode: WriteMode = "back") -> None:
     remote = MemoryRemote("sftp")
     remote.put(b"clean", b"clean" * BLOCK_BYTES)
 
     async def main() -> None:
         with trio.fail_after(60):
-            async with world(cache, {"ns": remote}, write="back") as w:
+            async with world(cache, {"ns": remote}, write=mode) as w:
                 w.cues.fail(Upload, NotConnected("the link is down"), times=MANY)
                 await story(w)
 
@@ -248,5 +251,95 @@ def test_a_single_file_that_is_removed_is_written_again(cache: Path) -> None:
         await renew_if_removed(w.store)
         assert on_disk(content) == SMALL[content.place.path]
         await all_arrives(w, SMALL)
+
+    run(cache, story)
+
+
+# --- what was kept is taken back ------------------------------------------------------------------
+
+
+async def keep_one(w: World) -> Unconfirmed:
+    """A file of which the remote wanted nothing; its row."""
+    w.cues.clear()
+    handle = await w.kernel.open("ns/f0", RW | os.O_CREAT)
+    await w.kernel.pwrite(handle, 0, SMALL[b"f0"])
+    w.cues.fail(Upload, NoSpace("the quota is used up"), times=2)
+    with pytest.raises(NoSpace):
+        await w.kernel.close(handle)
+    await w.closer.wait_ended()
+    (row,) = w.journal.stranded
+    return row
+
+
+class BeforeRestore:
+    """Does something in the moment in which the bytes are in data/, and nobody has them open."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, act: Callable[[], Awaitable[object]]
+    ) -> None:
+        self._act = act
+        self._restore = Recovery.restore
+        monkeypatch.setattr(Recovery, "restore", lambda *args: self(*args))
+
+    async def __call__(self, recovery: Recovery, rows: list[Unconfirmed]) -> int:
+        await self._act()
+        return await self._restore(recovery, rows)
+
+
+def test_what_is_taken_back_is_no_stray(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(w: World) -> None:
+        row = await keep_one(w)
+        BeforeRestore(monkeypatch, w.store.remove_strays)
+        await w.pending.retry([row.name])
+        await all_arrives(w, {b"f0": SMALL[b"f0"]})
+
+    run(cache, story, "through")
+
+
+def test_what_can_not_be_taken_back_stays_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(w: World) -> None:
+        row = await keep_one(w)
+
+        async def fail() -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with monkeypatch.context() as patch:
+            BeforeRestore(patch, fail)
+            with pytest.raises(CacheFull, match="Input/output error"):
+                await w.pending.retry([row.name])
+        assert w.kept_bytes() == [SMALL[b"f0"]]
+        assert [one.state for one in w.pending.pending()] == ["kept"]
+        await w.pending.retry([row.name])
+        await all_arrives(w, {b"f0": SMALL[b"f0"]})
+
+    run(cache, story, "through")
+
+
+def test_bytes_that_are_gone_are_not_uploaded_as_zeros(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(w: World) -> None:
+        row = await keep_one(w)
+
+        async def remove() -> None:
+            w.store.registry.unlink(row.name)
+
+        BeforeRestore(monkeypatch, remove)
+        with pytest.raises(CacheFull, match="No such file"):
+            await w.pending.retry([row.name])
+        assert any("neither uploaded nor kept" in one for one in w.store.troubles.sentences)
+        assert names(cache) == set()
+        assert w.remote.get(b"f0") == b""  # as it was created
+
+    run(cache, story, "through")
+
+
+def test_a_file_without_bytes_is_not_resumed(cache: Path) -> None:
+    async def story(w: World) -> None:
+        with pytest.raises(FileNotFoundError):
+            await w.store.resume("ab12", "origin", b"k", b"v", 10, [(0, 10)])
+        assert names(cache) == set()
 
     run(cache, story)
