@@ -101,7 +101,7 @@ class Registry:
 
     @asynccontextmanager
     async def reserving(self, name: str) -> AsyncIterator[None]:
-        """Keep a file of this name that the block makes from being deleted as a stray."""
+        """Keep a file of this name, which the block makes, from being deleted."""
         await self.in_thread(self.reserved.add, name)  # after a deletion that is under way
         try:
             yield
@@ -130,7 +130,10 @@ class Registry:
         return f"{self._data}/{name[:2]}/{name}"
 
     def unlink(self, name: str) -> None:
-        """Delete a cache file, if it exists."""
+        """Delete a cache file, if it exists, and unless the name was taken up again meanwhile: what
+        was kept may come back while the file that it was is still to be deleted."""
+        if name in self.reserved or name in self.files:
+            return
         with suppress(FileNotFoundError):
             os.unlink(self.path(name))
 

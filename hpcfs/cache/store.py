@@ -251,6 +251,9 @@ class Store:
         async with self.registry.lookup:
             record = await self.in_thread(self._index.find, origin, key)
             os.stat(self.registry.path(name))  # else it would be made, of zeros
+            former = self.registry.files.get(name)  # it was kept meanwhile, and is not closed yet
+            if former is not None and not former.users:
+                self.registry.close(former)
             file = self._open_file(name, origin, key, version, size)
             if record and (record.name, record.version) == (name, version):
                 file.blocks.load(record.chunks, record.blocks)

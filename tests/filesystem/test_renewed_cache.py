@@ -73,6 +73,10 @@ def names(cache: Path) -> set[str]:
     return {place.name for place in (cache / "data").glob("*/*")}
 
 
+def remove(w: World, name: str) -> None:
+    Path(w.store.registry.path(name)).unlink()
+
+
 class CopyingDisk:
     """Stands for os.pwrite: `act` is called for each write in a thread, which copies make, with its
     number; others are let through."""
@@ -244,7 +248,7 @@ def test_a_single_file_that_is_removed_is_written_again(cache: Path) -> None:
     async def story(w: World) -> None:
         await write(w, SMALL)
         content = w.closer.dirty()[3]
-        w.store.registry.unlink(content.file.name)
+        remove(w, content.file.name)
         w.cues.clear()
         with pytest.raises(CacheFileGone):
             await w.closer.flush(content)
@@ -289,7 +293,23 @@ class BeforeRestore:
 def test_what_is_taken_back_is_no_stray(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story(w: World) -> None:
         row = await keep_one(w)
+        await w.store.save()
         BeforeRestore(monkeypatch, w.store.remove_strays)
+        await w.pending.retry([row.name])
+        await all_arrives(w, {b"f0": SMALL[b"f0"]})
+
+    run(cache, story, "through")
+
+
+def test_what_is_taken_back_is_not_deleted_as_what_was_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache closes the file that was kept, and deletes it, only after a while."""
+
+    async def story(w: World) -> None:
+        row = await keep_one(w)
+        assert row.name in w.store.registry.files
+        BeforeRestore(monkeypatch, w.store.save)
         await w.pending.retry([row.name])
         await all_arrives(w, {b"f0": SMALL[b"f0"]})
 
@@ -323,10 +343,10 @@ def test_bytes_that_are_gone_are_not_uploaded_as_zeros(
     async def story(w: World) -> None:
         row = await keep_one(w)
 
-        async def remove() -> None:
-            w.store.registry.unlink(row.name)
+        async def lose() -> None:
+            remove(w, row.name)
 
-        BeforeRestore(monkeypatch, remove)
+        BeforeRestore(monkeypatch, lose)
         with pytest.raises(CacheFull, match="No such file"):
             await w.pending.retry([row.name])
         assert any("neither uploaded nor kept" in one for one in w.store.troubles.sentences)
@@ -338,8 +358,11 @@ def test_bytes_that_are_gone_are_not_uploaded_as_zeros(
 
 def test_a_file_without_bytes_is_not_resumed(cache: Path) -> None:
     async def story(w: World) -> None:
+        name = w.store.create("origin", b"k", b"v", 10).name
+        del w.store.registry.files[name]
+        remove(w, name)
         with pytest.raises(FileNotFoundError):
-            await w.store.resume("ab12", "origin", b"k", b"v", 10, [(0, 10)])
+            await w.store.resume(name, "origin", b"k", b"v", 10, [(0, 10)])
         assert names(cache) == set()
 
     run(cache, story)
