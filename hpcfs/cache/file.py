@@ -51,6 +51,7 @@ class CacheFile:
         "pinned",
         "pins",
         "reading_at",
+        "replacements",
         "size",
         "users",
         "version",
@@ -88,6 +89,9 @@ class CacheFile:
         self.name_in_doubt = False
         """Whether its path may lead to another file, or to none, since something removed its name:
         renewal.py finds out, and mends it."""
+        self.replacements = 0
+        """The number of copies that took its place: a fetch during one may have stored its bytes in
+        the former file."""
         self.last_used = 0.0
         if self.in_memory:
             self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
@@ -121,6 +125,7 @@ class CacheFile:
         os.dup2(fd, self.fd, inheritable=False)
         os.close(fd)
         self.name_in_doubt = False
+        self.replacements += 1
 
     def read_now(self, offset: int, length: int) -> bytes | bytearray | None:
         """Return the bytes, or None where the disk must be waited for. Bytes past the local end are

@@ -20,7 +20,7 @@ from hpcfs.content.content import Content
 from hpcfs.content.record import Unconfirmed
 from hpcfs.model.entries import BLOCK_BYTES
 from hpcfs.model.errors import CacheFileGone, CacheFull, NoSpace, NotConnected
-from hpcfs.protocol.messages import Upload
+from hpcfs.protocol.messages import Fetch, Upload
 from hpcfs.site.namespace import WriteMode
 from hpcfs.writeback.recovery import Recovery
 from tests.filesystem.world import RW, World, world
@@ -255,6 +255,33 @@ def test_a_single_file_that_is_removed_is_written_again(cache: Path) -> None:
         await renew_if_removed(w.store)
         assert on_disk(content) == SMALL[content.place.path]
         await all_arrives(w, SMALL)
+
+    run(cache, story)
+
+
+def test_what_may_have_been_stored_in_the_former_file_is_fetched_again(cache: Path) -> None:
+    async def story(w: World) -> None:
+        handle = await w.kernel.open("ns/clean")
+        await w.kernel.pwrite(handle, 0, b"dirty")
+        w.cues.clear()
+        before = w.cues.count(Fetch)
+        held = w.cues.hold(Fetch, stage="after")
+        read = b""
+
+        async def read_on() -> None:
+            nonlocal read
+            read = await w.kernel.pread(handle, BLOCK_BYTES, BLOCK_BYTES)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read_on)
+            await held.reached.wait()
+            shutil.rmtree(cache)
+            await renew_if_removed(w.store)
+            held.go.set()
+        assert read == (b"clean" * BLOCK_BYTES)[BLOCK_BYTES : 2 * BLOCK_BYTES]
+        assert w.cues.count(Fetch) == before + 2
+        await w.journal.renew_if_removed()
+        await w.kernel.close(handle)
 
     run(cache, story)
 
