@@ -23,7 +23,6 @@ from hpcfs.model.errors import (
     NotConnected,
     NotSupported,
     RemoteError,
-    TimedOut,
     Unreachable,
 )
 from hpcfs.site.namespace import Delivery
@@ -123,7 +122,6 @@ class Uploader:
         failing_since: float | None = None
         while True:
             await file.upload.complete()
-            began = trio.current_time()
             try:
                 return await self._send(file, sync=sync)
             except NotSupported:
@@ -131,9 +129,7 @@ class Uploader:
                     raise
             except Unreachable as error:
                 now = trio.current_time()
-                moved = now - began > namespace.patience and not isinstance(error, TimedOut)
-                if failing_since is None or moved:
-                    failing_since = now
+                failing_since = max(failing_since or now, file.upload.advanced_at)
                 is_over = now - failing_since >= namespace.patience
                 if is_over or namespace.is_away or isinstance(error, NotConnected):
                     raise
