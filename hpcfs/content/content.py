@@ -230,12 +230,12 @@ class Content:
             **flags_of(self.state, base_size),
         )
 
-    def row_without_remote(self) -> Unconfirmed | None:
+    def row_without_remote(self, reason: str) -> Unconfirmed | None:
         """The journal's row for it while the remote removes it: nothing there counts. None where
         not all of the file is here."""
         if self.reader.lacks_bytes:
             return None
-        row = self.unconfirmed()
+        row = self.unconfirmed(reason)
         ranges = [(0, self.size)] if self.size else []
         known = sums.pack(ranges, self.file.written_sums) if row.sums else b""
         return msgspec.structs.replace(

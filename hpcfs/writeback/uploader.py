@@ -192,7 +192,9 @@ class Uploader:
         A row that can't be written is logged: it is no reason not to remove.
         """
         with file.upload.pinned():  # what the row says is here stays
-            row = file.row_without_remote()
+            known = self.journal.find(file.file.name)
+            reason = known.reason if known else ""
+            row = file.row_without_remote(reason)
             try:
                 if row is not None:
                     await self._note_or_log(file, row, durable=file.upload.base_size > 0)
@@ -203,7 +205,7 @@ class Uploader:
                     file.note_perhaps_removed()
                 elif row is not None:
                     with trio.CancelScope(shield=True):
-                        await self.note_progress(file)
+                        await self.note_progress(file, reason)
                 raise
 
     async def forget(self, file: Content) -> None:

@@ -148,7 +148,10 @@ async def _upload_again(w: World) -> None:
 async def test_a_removal_that_is_refused_changes_nothing(w: World) -> None:
     errors: list[RemoteError] = [PermissionDenied("not yours"), LINK_IS_DOWN]
     await _write_and_close(w)
+    content = w.closer.dirty()[0]
+    await w.closer.uploader.note_progress(content, "an upload was refused")
     before = _rows(w)
+    assert before[0].reason
     for error in errors:
         w.cues.fail(m.Remove, error)
         with pytest.raises(type(error)):
