@@ -10,7 +10,7 @@ remote has done it, is done also if the caller is interrupted.
 from __future__ import annotations
 
 import logging
-from contextlib import AsyncExitStack, ExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack, nullcontext, suppress
 
 import trio
 
@@ -28,7 +28,7 @@ from hpcfs.model.errors import (
     Unreachable,
 )
 from hpcfs.protocol import messages as m
-from hpcfs.site.namespace import Namespace
+from hpcfs.site.namespace import Delivery, Namespace
 from hpcfs.writeback.close import Closer
 
 log = logging.getLogger(__name__)
@@ -206,12 +206,14 @@ class Renamer:
         content = node.content if node else None
         if content and content.is_only_here:
             return
-        if content and content.is_dirty() and namespace.writes_back and content.expect_removal():
-            await self._closer.uploader.persist(content)
+        delivery = Delivery()
+        waits = content if content and content.is_dirty() and namespace.writes_back else None
+        noted = self._closer.uploader.removing(waits, delivery) if waits else nullcontext()
         try:
-            await namespace.do(m.Remove(path))
+            async with noted:
+                await namespace.do(m.Remove(path), delivery)
         except NotFound:
-            if not (content and content.may_be_missing):
+            if not (waits or (content and content.may_be_missing)):
                 raise
 
     async def _unlink_one(

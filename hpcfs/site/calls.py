@@ -32,6 +32,7 @@ from hpcfs.model.errors import (
 )
 from hpcfs.protocol import messages as m
 from hpcfs.site.client import CALL_TIMEOUT, SiteClient
+from hpcfs.site.namespace import Delivery
 from hpcfs.site.patience import Patience, Reachability
 from hpcfs.site.tasks import Tasks
 
@@ -140,10 +141,17 @@ class PatientCalls:
         kind: type[T],
         timeout: float = CALL_TIMEOUT,
         on_progress: Callable[[int], None] | None = None,
+        delivery: Delivery | None = None,
     ) -> T:
-        """Do what SiteClient.call does, through outages. Raises RemoteError."""
+        """Do what SiteClient.call does, through outages. `delivery` tells an attempt from waiting
+        for one. Raises RemoteError."""
         progressed = partial(self._progressed, on_progress)
-        ask = partial(self._site.call, namespace, request, kind, timeout, progressed)
+        sending = delivery or Delivery()
+
+        async def ask() -> T:
+            with sending.attempt():
+                return await self._site.call(namespace, request, kind, timeout, progressed)
+
         return await self._through_outages(request, ask, lambda error: _may_repeat(request, error))
 
     async def call_pages(
