@@ -76,6 +76,11 @@ class AnyLogin(Protocol):
         ...
 
 
+async def _unknown() -> bool:
+    """Nothing tells whether a server that is busy is still there."""
+    return False
+
+
 @dataclass
 class SftpSession:
     """Everything that ends when the connection ends; remote handles belong to one session."""
@@ -98,6 +103,8 @@ class SftpSession:
     """A handle counts on all channels, so that a file can be read over several."""
     open_channel: Callable[[], Awaitable[Requests]] | None = None
     """One more; None where that would be a login of its own."""
+    answers: Callable[[], Awaitable[bool]] = _unknown
+    """Asks the server for a sign of life, though it may be busy with a request."""
     attended: bool = False
     """Whether the user took part in the login, and would have to again."""
     _more: asyncio.Task[list[Requests]] | None = None
@@ -208,6 +215,7 @@ async def open_session(
         login = await log_in_by_ssh(site, prompter, offer)
         session = await begin(login, spec, login.open_channels())
         session.attended = login.attended
+        session.answers = login.answers
         return session
     connected = await log_in(site, prompter, offer=offer)
     for connection in (*connected.jumps, connected.connection):
@@ -216,6 +224,8 @@ async def open_session(
     session = await begin(connected, spec, of_service(open_channels(connected), connected))
     session.open_channel = lambda: open_channel(connected)
     session.attended = connected.attended
+    if connected.liveness is not None:
+        session.answers = connected.liveness.answers
     return session
 
 

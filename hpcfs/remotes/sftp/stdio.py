@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.sftp.handshake import shake_hands
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.ssh.askpass_server import asking
+from hpcfs.remotes.ssh.liveness import ANSWER_SECONDS
 from hpcfs.remotes.ssh.login_clock import LoginClock
 from hpcfs.remotes.ssh.offer import LoginOffer
 from hpcfs.remotes.ssh.openssh import (
@@ -148,6 +150,18 @@ class OpenSshLogin:
         await shake_hands(stdio.requests, self.shown)
         stdio.on_lost = self.ended.set
         self.channels.append(stdio.requests)
+
+    async def answers(self) -> bool:
+        """Return whether the server is there. A connection of its own ends soon where it is not
+        (ServerAliveInterval); a ControlMaster's has the user's settings, and the channel for small
+        requests is asked."""
+        if len(self.channels) < 2:
+            return not self.ended.is_set()
+        with suppress(TimeoutError, asyncssh.SFTPError, OSError):
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await self.channels[0].realpath(b".")
+                return True
+        return False
 
     async def check(self, *, doubted: bool = False) -> None:
         """Leave it to ssh, which asks by itself and ends (ServerAliveInterval)."""
