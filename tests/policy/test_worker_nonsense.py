@@ -247,6 +247,40 @@ def test_questions_without_end_take_no_thread_from_others(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
+    ("pieces", "pause", "is_understood"),
+    [
+        (3, 600.0, True),  # the machine, or one of the two processes, was stopped
+        (40, 0.5, False),
+    ],
+)
+def test_only_a_frame_that_comes_without_end_is_none(
+    pieces: int, pause: float, is_understood: bool
+) -> None:
+    came: list[m.FromWorker] = []
+
+    async def main() -> None:
+        ours, theirs = socket.socketpair()
+        files, their_files = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        process: Any = _Process(theirs.close)
+        worker = WorkerProcess(process, ours, files)
+        frame = m.frame(m.Reply(1, b"x" * 1000))
+        with their_files:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(worker.run, came.append)
+                for number in range(pieces):
+                    if not worker.ended:
+                        piece = slice(
+                            len(frame) * number // pieces, len(frame) * (number + 1) // pieces
+                        )
+                        theirs.sendall(frame[piece])
+                    await trio.sleep(pause)
+                nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert bool(came) is is_understood
+
+
+@pytest.mark.parametrize(
     "error", [OSError(5, "Input/output error"), termios.error(5, "EIO"), trio.ClosedResourceError()]
 )
 def test_a_question_that_can_not_be_put_has_an_answer_all_the_same(

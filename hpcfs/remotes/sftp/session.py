@@ -188,7 +188,8 @@ class SftpSession:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is open or under way (see `AnySession.is_idle`)."""
-        return not self.handles.open_count and not self.traffic().requests
+        is_used = self.handles.open_count or self.traffic().requests or self.hasher.is_busy
+        return not is_used
 
     async def check(self, *, doubted: bool = False) -> None:
         """Ask for a sign of life (see `AnySession.check`)."""
