@@ -263,7 +263,7 @@ def test_only_a_frame_that_comes_without_end_is_none(
         files, their_files = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process: Any = _Process(theirs.close)
         worker = WorkerProcess(process, ours, files)
-        frame = m.frame(m.Reply(1, b"x" * 1000))
+        frame = m.frame(m.Reply(1, m.pack(b"x" * 1000)))
         with their_files:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(worker.run, came.append)
