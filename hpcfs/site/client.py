@@ -7,6 +7,7 @@ progress renews; a call that nobody waits for any more is cancelled in the proce
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from hpcfs.protocol import messages as m
 from hpcfs.site.tasks import Tasks
 from hpcfs.site.worker_process import Lend, WorkerProcess, gone, lend_nothing
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SiteState = Literal["idle", "connecting", "connected", "failed"]
@@ -370,13 +372,17 @@ class SiteClient:
         pending.done.set()
 
     async def _put_question(self, child: WorkerProcess, question: m.Question) -> None:
-        """While the user thinks, no deadline runs. The question is counted already."""
+        """While the user thinks, no deadline runs. The question is counted already, and gets an
+        answer in any case: a login waits for it without a limit."""
         for pending in self._pending.values():
             pending.scope.deadline = math.inf
+        text: str | None = None
         try:
             text = await trio.to_thread.run_sync(
                 self._ask, question.text, question.echo, abandon_on_cancel=True
             )
+        except Exception as error:  # a terminal or client that is gone has many
+            log.warning("nobody could be asked for a login: %s", str(error) or type(error).__name__)
         finally:
             self._questions -= 1
             self._asked_at = trio.current_time()

@@ -33,6 +33,8 @@ _END_SECONDS = 3.0
 _FRAME_SECONDS = 10.0
 """The longest that a frame may take to arrive, which is milliseconds. After a length that was
 wrong, all that follows would count as the rest of it."""
+_GAP_SECONDS = 1.0
+"""What counts, at most, of a time without bytes: one of us may have been stopped meanwhile."""
 _RECEIVE_BYTES = 256 * 1024
 MAX_NAME_BYTES = 256
 _INT = struct.Struct("i")
@@ -166,15 +168,15 @@ class WorkerProcess:
     async def _read(self, dispatch: Callable[[m.FromWorker], None]) -> None:
         decoder = msgspec.msgpack.Decoder(m.FromWorker)
         buffer = bytearray()
-        began = 0.0
+        took = came = 0.0
         while chunk := await self._receive():
             is_beginning = not buffer
             buffer += chunk
+            before, came = came, trio.current_time()
             try:
                 bodies = _take_frames(buffer)
-                if bodies or is_beginning:
-                    began = trio.current_time()
-                elif trio.current_time() - began > _FRAME_SECONDS:
+                took = 0.0 if bodies or is_beginning else took + min(came - before, _GAP_SECONDS)
+                if took > _FRAME_SECONDS:
                     raise ProtocolError("a frame without end")  # noqa: TRY301
                 for body in bodies:
                     dispatch(decoder.decode(body))

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import itertools
 import logging
 import socket
 import sys
@@ -64,6 +65,8 @@ class DaemonConnection:
         self._reader = reader
         self._writer = writer
         self._questions: dict[int, asyncio.Future[str | None]] = {}
+        self._numbers = itertools.count()
+        """None twice: an answer to a question that was given up must not pass for another's."""
 
     async def receive(self, kind: type[msgspec.Struct] | object) -> object:
         """Return the next message. Raises asyncio.IncompleteReadError when the daemon is gone."""
@@ -88,9 +91,7 @@ class DaemonConnection:
 
     async def ask(self, text: str, *, echo: bool = False) -> str | None:
         """Ask whoever is at the daemon's terminal (base.Prompter); nobody is where it is gone."""
-        number = len(self._questions)
-        while number in self._questions:
-            number += 1
+        number = next(self._numbers)
         future: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._questions[number] = future
         try:

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -155,6 +156,36 @@ def test_nonsense_ends_the_process_alone(
     with caplog.at_level(logging.ERROR):
         trio.run(story)
     assert "can't be understood" in caplog.text
+
+
+def test_an_answer_that_comes_late_is_no_answer_to_the_next_question() -> None:
+    """A code that was typed for one host is not for another."""
+
+    async def story() -> None:
+        ours, theirs = socket.socketpair()
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        connection = DaemonConnection(reader, writer)
+        with theirs:
+            first = asyncio.create_task(connection.ask("Token of host a: "))
+            number = await asyncio.to_thread(_number_of_question, theirs)
+            first.cancel()
+            await asyncio.wait([first])
+            second = asyncio.create_task(connection.ask("Password of host b: "))
+            next_number = await asyncio.to_thread(_number_of_question, theirs)
+            connection.answered(m.Answer(number, Secret("123456")))
+            connection.answered(m.Answer(next_number, Secret("password")))
+            assert await second == "password"
+        writer.close()
+
+    uvloop.run(story())
+
+
+def _number_of_question(theirs: socket.socket) -> int:
+    (length,) = m.FRAME_HEADER.unpack(theirs.recv(m.FRAME_HEADER.size, socket.MSG_WAITALL))
+    body = theirs.recv(length, socket.MSG_WAITALL)
+    question = msgspec.msgpack.decode(body, type=m.FromWorker)
+    assert isinstance(question, m.Question)
+    return question.id
 
 
 def test_what_ends_after_the_daemon_was_killed_tells_nobody() -> None:

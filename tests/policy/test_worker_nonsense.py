@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import termios
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -68,11 +69,14 @@ class _Process:
 
 
 class MadWorkers:
-    """In the place of worker processes: `answering` says what each writes at a call."""
+    """In the place of worker processes: `answering` says what each writes at a call; `answer` is
+    what one got to a question, once `answered` is set."""
 
     def __init__(self, nursery: trio.Nursery, answering: Answering) -> None:
         self.answering = answering
         self.started = 0
+        self.answer: m.Answer | None = None
+        self.answered = trio.Event()
         self._nursery = nursery
 
     async def start(self, start: m.Start, log_file: Path, lend: Any) -> WorkerProcess:
@@ -97,6 +101,9 @@ class MadWorkers:
                         message = decoder.decode(body)
                         if isinstance(message, m.Call):
                             await stream.send_all(self.answering(message))
+                        elif isinstance(message, m.Answer):
+                            self.answer = message
+                            self.answered.set()
 
 
 def with_workers(
@@ -237,6 +244,64 @@ def test_questions_without_end_take_no_thread_from_others(monkeypatch: pytest.Mo
 
     with_workers(monkeypatch, story)
     assert len(asked) < 50
+
+
+@pytest.mark.parametrize(
+    ("pieces", "pause", "is_understood"),
+    [
+        (3, 600.0, True),  # the machine, or one of the two processes, was stopped
+        (40, 0.5, False),
+    ],
+)
+def test_only_a_frame_that_comes_without_end_is_none(
+    pieces: int, pause: float, is_understood: bool
+) -> None:
+    came: list[m.FromWorker] = []
+
+    async def main() -> None:
+        ours, theirs = socket.socketpair()
+        files, their_files = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        process: Any = _Process(theirs.close)
+        worker = WorkerProcess(process, ours, files)
+        frame = m.frame(m.Reply(1, m.pack(b"x" * 1000)))
+        with their_files:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(worker.run, came.append)
+                for number in range(pieces):
+                    if not worker.ended:
+                        piece = slice(
+                            len(frame) * number // pieces, len(frame) * (number + 1) // pieces
+                        )
+                        theirs.sendall(frame[piece])
+                    await trio.sleep(pause)
+                nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert bool(came) is is_understood
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), termios.error(5, "EIO"), trio.ClosedResourceError()]
+)
+def test_a_question_that_can_not_be_put_has_an_answer_all_the_same(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A login waits for it, however long the user takes."""
+
+    def ask(text: str, echo: bool) -> str | None:
+        raise error
+
+    async def story(client: SiteClient, workers: MadWorkers) -> None:
+        client._ask = ask
+        workers.answering = lambda call: m.frame(m.Question(7, "password?", False)) + well(call)
+        assert await client.call("ns", m.Stat(b"name"), Entry) == ENTRY
+        await workers.answered.wait()
+        assert workers.answer == m.Answer(7, None)
+        assert client._questions == 0
+
+    with_workers(monkeypatch, story)
+    assert "nobody could be asked" in caplog.text
+    assert not any(record.exc_info for record in caplog.records)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from asyncssh.packet import String, UInt32
 from hpcfs.model.errors import NoService, ProtocolError, RemoteError, Unreachable
 from hpcfs.remotes.sftp.remote import SftpRemote
 from hpcfs.remotes.sftp.requests import MESSAGE_SECONDS
+from hpcfs.remotes.sftp.stdio import Stdio
 from tests.support.sftp_fuzzer import CONTENT, Fuzzer, complain
 from tests.support.sftp_in_memory import with_length
 from tests.support.virtual_time import VirtualLoop, run_virtually
@@ -149,6 +150,23 @@ def test_a_message_that_swallows_the_next_ones_ends() -> None:
         assert MESSAGE_SECONDS < took < MESSAGE_SECONDS + 20
 
     meet(once(FXP_LSTAT, longer), story)
+
+
+def test_a_message_that_comes_slowly_is_waited_for() -> None:
+    """A piece of 256 KiB over a link of 3 kB/s."""
+
+    async def story() -> float:
+        loop = asyncio.get_running_loop()
+        requests = Stdio().requests
+        left = with_length(bytes(256 * 1024))
+        while left:
+            await asyncio.sleep(1.0)
+            requests.received(left[:3000])
+            left = left[3000:]
+        assert not requests.ended
+        return loop.time()
+
+    assert run_virtually(story()) > MESSAGE_SECONDS
 
 
 async def _is_well(remote: SftpRemote) -> bool:

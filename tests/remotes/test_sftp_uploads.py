@@ -31,6 +31,7 @@ from hpcfs.model.errors import (
 )
 from hpcfs.model.sites import SftpRoot, SiteSpec
 from hpcfs.model.uploads import PIECE_BYTES, UploadRequest
+from hpcfs.remotes.sftp.hashes import Hasher
 from hpcfs.remotes.sftp.opening import NEW
 from hpcfs.remotes.sftp.parallel_channels import WIDE_BYTES
 from hpcfs.remotes.sftp.remote import SftpRemote
@@ -928,6 +929,35 @@ def test_many_uploads_are_verified_at_once(sshd: SshServer) -> None:
 
     (sshd.root / "verified-at-once").mkdir()
     on(verifying(sshd.site_spec(str(sshd.root / "verified-at-once"))), story)
+
+
+def test_a_connection_that_verifies_is_not_idle(
+    sshd: SshServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shell is at work then, and no SFTP request is under way."""
+    asked, may_answer = asyncio.Event(), asyncio.Event()
+    there = Hasher._there
+
+    async def slow(*asking: Any) -> bytes:
+        asked.set()
+        await may_answer.wait()
+        return await there(*asking)
+
+    async def story(remote: SftpRemote) -> None:
+        session = (await remote._place(b"")).session
+        async with asyncio.timeout(20):
+            upload = asyncio.create_task(put(remote, b"file", b"content"))
+            await asked.wait()
+            assert not session.traffic().requests
+            assert not session.handles.open_count
+            assert not session.is_idle
+            may_answer.set()
+            await upload
+            await until(lambda: session.is_idle)
+
+    monkeypatch.setattr(Hasher, "_there", slow)
+    (sshd.root / "verified-slowly").mkdir()
+    on(verifying(sshd.site_spec(str(sshd.root / "verified-slowly"))), story)
 
 
 @pytest.mark.parametrize("options", [("ForceCommand internal-sftp",), ("MaxSessions 2",)])

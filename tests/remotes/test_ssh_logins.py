@@ -12,9 +12,11 @@ import asyncssh
 import msgspec
 import pytest
 
+from hpcfs.model.errors import LoginNeeded
 from hpcfs.model.sites import SiteSpec, SshSite
 from hpcfs.remotes.sftp.site import SshSiteConnection
-from tests.support.evil_sftp import Login, Plain, evil_site
+from hpcfs.remotes.ssh import login_clock
+from tests.support.evil_sftp import EvilSite, Login, Plain, evil_site
 from tests.support.sshd import ALIAS, ScriptedPrompter, SshServer, ssh_server
 
 TRANSPORTS = ("asyncssh", "openssh")
@@ -137,6 +139,67 @@ def test_with_what_is_typed(
             asked = await use(spec, "yes", *answers)
             assert len(asked) == 1 + len(answers)
         assert login.tries == tries
+
+    asyncio.run(main())
+
+
+CONNECT_SECONDS = 2.0
+
+
+def phone_site(evil: EvilSite, transport: str = "asyncssh") -> SiteSpec:
+    site = msgspec.structs.replace(
+        evil.spec.site, transport=transport, connect_timeout=CONNECT_SECONDS
+    )
+    return msgspec.structs.replace(evil.spec, site=site)
+
+
+@transports
+@pytest.mark.parametrize("dialogue", [(), [("1 for a push: ", True, "1")]], ids=["auto", "asked"])
+def test_a_login_that_is_confirmed_on_a_phone_has_the_time(
+    dialogue: list[tuple[str, bool, str]], transport: str, tmp_path: Path
+) -> None:
+    async def confirmed() -> bool:
+        await asyncio.sleep(CONNECT_SECONDS + 1.0)
+        return True
+
+    async def main() -> None:
+        login = Login(dialogue=dialogue, confirmed=confirmed)
+        async with evil_site(tmp_path, Plain, login=login) as evil:
+            assert len(await use(phone_site(evil, transport), "1")) == len(dialogue)
+        assert login.tries == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("dialogue", [(), [("1 for a push: ", True, "1")]], ids=["auto", "asked"])
+@pytest.mark.parametrize("answers_late", [True, False])
+def test_a_login_that_nobody_confirms_is_not_tried_again_by_itself(
+    answers_late: bool,
+    dialogue: list[tuple[str, bool, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A phone that asks again and again has the account locked, or somebody confirm it at last."""
+    monkeypatch.setattr(login_clock, "LOGIN_SECONDS", 30.0 if answers_late else CONNECT_SECONDS)
+    never = asyncio.Event()
+
+    async def confirmed() -> bool:
+        if not answers_late:
+            await never.wait()
+        return False
+
+    async def main() -> None:
+        login = Login(dialogue=dialogue, confirmed=confirmed)
+        async with evil_site(tmp_path, Plain, login=login) as evil:
+            site = SshSiteConnection(phone_site(evil), ScriptedPrompter("1"))
+            try:
+                for _ in range(REQUESTS):
+                    with pytest.raises(LoginNeeded):
+                        await site.remote("ns").connect()
+                    site._shared.try_now()
+            finally:
+                await site.close()
+            assert login.connections == 1
 
     asyncio.run(main())
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -345,11 +345,13 @@ class RenameRefused(Plain):
 
 @dataclass
 class Login:
-    """How a user gets in: by a password, by a dialogue of (prompt, echo, answer), or freely."""
+    """How a user gets in: by a password, by a dialogue of (prompt, echo, answer), or freely. A
+    dialogue ends once it is `confirmed` on a phone, where there is one."""
 
     password: str | None = None
     dialogue: Sequence[tuple[str, bool, str]] = ()
     key: asyncssh.SSHKey | None = None
+    confirmed: Callable[[], Awaitable[bool]] | None = None
     tries: int = 0
     connections: int = 0
 
@@ -361,7 +363,7 @@ class _Server(asyncssh.SSHServer):
 
     def begin_auth(self, username: str) -> bool:
         login = self._login
-        return bool(login.password or login.dialogue or login.key)
+        return bool(login.password or login.dialogue or login.key or login.confirmed)
 
     def public_key_auth_supported(self) -> bool:
         return self._login.key is not None
@@ -377,14 +379,16 @@ class _Server(asyncssh.SSHServer):
         return password == self._login.password
 
     def kbdint_auth_supported(self) -> bool:
-        return bool(self._login.dialogue)
+        return bool(self._login.dialogue or self._login.confirmed)
 
     def get_kbdint_challenge(self, username: str, lang: str, submethods: str) -> Any:
         prompts = [(text, echo) for text, echo, _ in self._login.dialogue]
         return "Second factor", "Have your phone ready", "en", prompts
 
-    def validate_kbdint_response(self, username: str, responses: Sequence[str]) -> bool:
+    async def validate_kbdint_response(self, username: str, responses: Sequence[str]) -> bool:
         self._login.tries += 1
+        if self._login.confirmed is not None and not await self._login.confirmed():
+            return False
         return list(responses) == [answer for _, _, answer in self._login.dialogue]
 
 

@@ -53,13 +53,28 @@ class Hasher:
         self._listening: asyncio.Task[None] | None = None
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
+        self._comparing = 0
         self._ended = False
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is being compared."""
+        return self._comparing > 0
 
     async def is_same(
         self, path: bytes, ranges: Ranges, source: UploadSource, report: ReportProgress
     ) -> bool | None:
         """Return whether these ranges of the file, a whole one if it is its only range from 0 on,
         are those of the source; None where that can't be known. `path` starts with a slash."""
+        self._comparing += 1
+        try:
+            return await self._is_same(path, ranges, source, report)
+        finally:
+            self._comparing -= 1
+
+    async def _is_same(
+        self, path: bytes, ranges: Ranges, source: UploadSource, report: ReportProgress
+    ) -> bool | None:
         for start in range(0, len(ranges), RANGES_AT_ONCE):
             some = ranges[start : start + RANGES_AT_ONCE]
             there = await self._there(path, some, source.size, report)

@@ -27,6 +27,7 @@ from hpcfs.remotes.sftp.flow import Flow
 from hpcfs.remotes.sftp.path import SftpPath
 from hpcfs.remotes.sftp.requests import Chunks, Requests
 from hpcfs.remotes.sftp.session import SftpSession, all_of, give_up
+from hpcfs.remotes.sftp.working import Work, working
 
 log = logging.getLogger(__name__)
 
@@ -161,11 +162,12 @@ async def read_range(
     """
     with place.asking():
         try:
-            reading = _Reading(place, handle, offset, length)
-            got, looks = await reading.pieces(urgent=urgent)
-            data, continued = await reading.completed(got)
-            if continued:
-                looks = [await place.session.bulk.fstat(handle, 0)]
+            with working(place.session.answers) as work:
+                reading = _Reading(place, handle, offset, length, work)
+                got, looks = await reading.pieces(urgent=urgent)
+                data, continued = await reading.completed(got)
+                if continued:
+                    looks = [await place.session.bulk.fstat(handle, 0)]
         except asyncssh.SFTPEOFError:
             raise Changed(f"{place} is shorter than it was") from None
     for attrs in looks:
@@ -182,6 +184,7 @@ class _Reading:
     handle: bytes
     offset: int
     length: int
+    work: Work
 
     async def pieces(self, *, urgent: bool) -> tuple[list[Chunks], list[SFTPAttrs]]:
         """Return what the pieces of the range brought, and the file's attributes after them, as
@@ -217,8 +220,16 @@ class _Reading:
         except BaseException:
             flow.leave(wanted)
             raise
-        piece.add_done_callback(partial(_landed, flow, wanted, _now(), flow.under_way))
+        piece.add_done_callback(partial(self._landed, flow, wanted, _now(), flow.under_way))
         return piece
+
+    def _landed(
+        self, flow: Flow, size: int, asked_at: float, beside: int, piece: asyncio.Future[Chunks]
+    ) -> None:
+        if not piece.cancelled() and piece.exception() is None:
+            self.work.moved()
+            flow.arrived(size, _now() - asked_at, beside)
+        flow.leave(size)
 
     async def completed(self, pieces: list[Chunks]) -> tuple[list[bytes], bool]:
         """The pieces in order, and whether some had to be asked for again because they came
@@ -241,14 +252,6 @@ class _Reading:
                 got += sum(map(len, more))
             start += wanted
         return chunks, continued
-
-
-def _landed(
-    flow: Flow, size: int, asked_at: float, beside: int, piece: asyncio.Future[Chunks]
-) -> None:
-    if not piece.cancelled() and piece.exception() is None:
-        flow.arrived(size, _now() - asked_at, beside)
-    flow.leave(size)
 
 
 def _now() -> float:

@@ -66,6 +66,7 @@ from hpcfs.remotes.sftp.root import find_root
 from hpcfs.remotes.sftp.session import SftpSession, together, traffic_of
 from hpcfs.remotes.sftp.translate import MAX_PATH_BYTES, shown
 from hpcfs.remotes.sftp.uploads import SftpUploads
+from hpcfs.remotes.sftp.working import working
 from hpcfs.remotes.ssh.shared_session import SharedSession
 
 log = logging.getLogger(__name__)
@@ -286,7 +287,9 @@ class SftpRemote:
         with place.asking():
             async with self._files.using(place, handle) as remote:
                 try:
-                    return b"".join(await place.session.bulk.read_piece(remote, offset, length))
+                    with working(place.session.answers):
+                        chunks = await place.session.bulk.read_piece(remote, offset, length)
+                    return b"".join(chunks)
                 except asyncssh.SFTPEOFError:
                     return b""
 

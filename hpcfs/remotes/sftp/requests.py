@@ -42,8 +42,10 @@ LARGE_BYTES = 16 * 1024
 """A message from this size on is not copied together with others."""
 BEGINNING_BYTES = 300
 MESSAGE_SECONDS = 60.0
-"""The longest that a message may take from its first byte to its last. After a length that was
-wrong, a server's further answers count as the rest of that message, and nobody would get any."""
+"""The longest that a message may take from its first byte to its last, apart from the time of its
+bytes over a link of SLOWEST_BYTES per second. After a length that was wrong, a server's further
+answers count as the rest of that message, and nobody would get any."""
+SLOWEST_BYTES = 2000
 
 _HEAD = struct.Struct(">IB")
 _READ = struct.Struct(">QI")
@@ -101,6 +103,7 @@ class Requests(SFTPClientHandler):
         super().__init__(loop, SHOWN_ERRORS, end, end, SFTP_VERSION)
         self._decoder = MessageDecoder(self)
         self._message_began = 0.0
+        self._received_before = 0
         self._pieces: dict[int, _Piece] = {}
         self.bytes_asked_for = 0
         """Of files, and not here yet."""
@@ -270,9 +273,14 @@ class Requests(SFTPClientHandler):
         except (Malformed, PacketDecodeError) as error:
             self._give_up(str(error))
         if self._decoder.begun != begun:
-            self._message_began = now
-        elif self._decoder.is_inside and now - self._message_began > MESSAGE_SECONDS:
-            self._give_up(f"a message does not end within {MESSAGE_SECONDS:g} s")
+            self._message_began, self._received_before = now, self.received_bytes
+        elif self._decoder.is_inside and now > self._message_ends():
+            self._give_up(f"a message does not end within {now - self._message_began:.0f} s")
+
+    def _message_ends(self) -> float:
+        """Return when the message that has begun must have ended, as far as its bytes came."""
+        came = self.received_bytes - self._received_before
+        return self._message_began + MESSAGE_SECONDS + came / SLOWEST_BYTES
 
     def _give_up(self, reason: str) -> None:
         """End a channel on which nothing can be made of what comes. Requests that wait are not to

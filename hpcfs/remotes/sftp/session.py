@@ -76,6 +76,11 @@ class AnyLogin(Protocol):
         ...
 
 
+async def _unknown() -> bool:
+    """Nothing tells whether a server that is busy is still there."""
+    return False
+
+
 @dataclass
 class SftpSession:
     """Everything that ends when the connection ends; remote handles belong to one session."""
@@ -98,6 +103,8 @@ class SftpSession:
     """A handle counts on all channels, so that a file can be read over several."""
     open_channel: Callable[[], Awaitable[Requests]] | None = None
     """One more; None where that would be a login of its own."""
+    answers: Callable[[], Awaitable[bool]] = _unknown
+    """Asks the server for a sign of life, though it may be busy with a request."""
     attended: bool = False
     """Whether the user took part in the login, and would have to again."""
     _more: asyncio.Task[list[Requests]] | None = None
@@ -181,7 +188,8 @@ class SftpSession:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is open or under way (see `AnySession.is_idle`)."""
-        return not self.handles.open_count and not self.traffic().requests
+        is_used = self.handles.open_count or self.traffic().requests or self.hasher.is_busy
+        return not is_used
 
     async def check(self, *, doubted: bool = False) -> None:
         """Ask for a sign of life (see `AnySession.check`)."""
@@ -208,6 +216,7 @@ async def open_session(
         login = await log_in_by_ssh(site, prompter, offer)
         session = await begin(login, spec, login.open_channels())
         session.attended = login.attended
+        session.answers = login.answers
         return session
     connected = await log_in(site, prompter, offer=offer)
     for connection in (*connected.jumps, connected.connection):
@@ -216,6 +225,8 @@ async def open_session(
     session = await begin(connected, spec, of_service(open_channels(connected), connected))
     session.open_channel = lambda: open_channel(connected)
     session.attended = connected.attended
+    if connected.liveness is not None:
+        session.answers = connected.liveness.answers
     return session
 
 

@@ -10,19 +10,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import asyncssh
 from asyncssh.logging import SSHLogger, logger as asyncssh_logger
 
-from hpcfs.model.errors import RemoteError, Unreachable
+from hpcfs.model.errors import LoginNeeded, RemoteError, Unreachable
 from hpcfs.model.sites import SshSite
 from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.sftp.handshake import shake_hands
 from hpcfs.remotes.sftp.requests import Requests
 from hpcfs.remotes.ssh.askpass_server import asking
-from hpcfs.remotes.ssh.login_clock import LoginClock
+from hpcfs.remotes.ssh.liveness import ANSWER_SECONDS
+from hpcfs.remotes.ssh.login_clock import LOGIN_SECONDS, LoginClock
 from hpcfs.remotes.ssh.offer import LoginOffer
 from hpcfs.remotes.ssh.openssh import (
     OpenSshTarget,
@@ -37,11 +39,6 @@ from hpcfs.remotes.ssh.shell import Shell, StreamShell
 from hpcfs.remotes.ssh.stderr import ending
 
 log = logging.getLogger(__name__)
-
-LOGIN_SECONDS = 75.0
-"""For all after the connection is made (that is ssh's ConnectTimeout): a second factor may have to
-be confirmed on a phone, of which nothing is seen here. Less than a mount waits for a login
-(site/namespace.py)."""
 
 
 class Stdio(asyncio.Protocol):
@@ -149,6 +146,18 @@ class OpenSshLogin:
         stdio.on_lost = self.ended.set
         self.channels.append(stdio.requests)
 
+    async def answers(self) -> bool:
+        """Return whether the server is there. A connection of its own ends soon where it is not
+        (ServerAliveInterval); a ControlMaster's has the user's settings, and the channel for small
+        requests is asked."""
+        if len(self.channels) < 2:
+            return not self.ended.is_set()
+        with suppress(TimeoutError, asyncssh.SFTPError, OSError):
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await self.channels[0].realpath(b".")
+                return True
+        return False
+
     async def check(self, *, doubted: bool = False) -> None:
         """Leave it to ssh, which asks by itself and ends (ServerAliveInterval)."""
 
@@ -185,7 +194,7 @@ async def _log_in(login: OpenSshLogin, prompter: Prompter) -> None:
             async with clock.running():
                 await login.begin(program)
         except TimeoutError:
-            raise Unreachable(f"ssh did not get into {login.shown} within {seconds:g} s") from None
+            raise _not_in_time(login.shown, seconds, answered=clock.was_answered) from None
         except (asyncssh.SFTPError, OSError) as error:
             code, lines = await program.last_words()
             lines = lines or [login.begun[-1].beginning.decode(errors="replace")]
@@ -193,3 +202,10 @@ async def _log_in(login: OpenSshLogin, prompter: Prompter) -> None:
                 login.target, lines, questions.unanswered, code, answered=clock.was_answered
             ) from error
     login.attended = clock.was_answered
+
+
+def _not_in_time(shown: str, seconds: float, *, answered: bool) -> RemoteError:
+    """Whoever typed something may have been asked to confirm it on a phone, too: not once more by
+    itself."""
+    text = f"ssh did not get into {shown} within {seconds:g} s"
+    return LoginNeeded(f"{text}: run 'hpcfs login'") if answered else Unreachable(text)

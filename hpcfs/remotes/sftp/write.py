@@ -30,6 +30,7 @@ from hpcfs.remotes.sftp.explain import explain_full, explain_size
 from hpcfs.remotes.sftp.parallel_channels import ParallelChannels, WriteChannel
 from hpcfs.remotes.sftp.path import SftpPath
 from hpcfs.remotes.sftp.session import SftpSession
+from hpcfs.remotes.sftp.working import Work, working
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,9 @@ async def bring(
 async def _completed(
     target: WritableFile, request: UploadRequest, keep: int, before: list[Sent]
 ) -> SFTPAttrs:
-    results = await answers([*target.earlier, *before, *_sent(_tail(target, request, keep))])
+    sent = [*target.earlier, *before, *_sent(_tail(target, request, keep))]
+    with working(target.session.answers):
+        results = await answers(sent)
     attrs = results[-2]
     assert isinstance(attrs, SFTPAttrs)
     return attrs
@@ -288,20 +291,22 @@ async def write_ranges(
     turn = session.writing.turn()
     done = 0
 
-    async def write(channel: WriteChannel, offset: int, data: bytes) -> None:
+    async def write(channel: WriteChannel, offset: int, data: bytes, work: Work) -> None:
         nonlocal done
         await channel.write(offset, data)
         done += len(data)
+        work.moved()
         report(done)
 
     try:
-        async with asyncio.TaskGroup() as group:
-            for offset, length in _pieces(ranges, session.write_bytes):
-                data = source.read(offset, length)
-                await session.writing.enter(length, turn)
-                channel = min(channels, key=lambda channel: channel.under_way)
-                task = group.create_task(write(channel, offset, data))
-                task.add_done_callback(partial(_leave, session, length))
+        with working(session.answers) as work:
+            async with asyncio.TaskGroup() as group:
+                for offset, length in _pieces(ranges, session.write_bytes):
+                    data = source.read(offset, length)
+                    await session.writing.enter(length, turn)
+                    channel = min(channels, key=lambda channel: channel.under_way)
+                    task = group.create_task(write(channel, offset, data, work))
+                    task.add_done_callback(partial(_leave, session, length))
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
 

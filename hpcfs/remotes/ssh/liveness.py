@@ -38,6 +38,8 @@ LOOK_SECONDS = 2.5
 SENT_BYTES = 1024
 """What must have left at least: a question of ours is shorter, and a kernel takes it for a program
 that hangs."""
+ANSWER_SECONDS = 15.0
+"""For an answer while a request waits for the server's disk."""
 CHECK_SECONDS = 3.0
 """For an answer after a change of the machine or the network."""
 ATTENDED_KEEPALIVES = (60, 9)
@@ -79,6 +81,17 @@ class Liveness:
                     connection._reset_keepalive_timer()
                     connection._keepalive_count = 0
 
+    async def answers(self) -> bool:
+        """Ask the target for a sign of life, and return whether one comes within ANSWER_SECONDS;
+        the connection stays as it is."""
+        if self._watching is None:
+            return False
+        with suppress(TimeoutError, asyncssh.Error, OSError):
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await _ask(self._connections[-1])
+                return self._connections[-1]._transport is not None
+        return False
+
     async def check(self, *, doubted: bool = False) -> None:
         """Ask for a sign of life now; end the connections that give none within CHECK_SECONDS. One
         that the user logged in is ended only if it is `doubted`."""
@@ -89,7 +102,7 @@ class Liveness:
         connection._keepalive_count = max(1, connection._keepalive_count)
         with suppress(TimeoutError, asyncssh.Error, OSError):
             async with asyncio.timeout(CHECK_SECONDS):
-                await connection._make_global_request(b"keepalive@openssh.com")
+                await _ask(connection)
                 connection._keepalive_count = 0
         is_over = connection._transport is None
         if connection._keepalive_count and not is_over and (doubted or not self._attended):
@@ -99,6 +112,11 @@ class Liveness:
         """Watch no more."""
         if self._watching is not None:
             self._watching.cancel()
+
+
+async def _ask(connection: Any) -> None:
+    """Return once it has answered, or is over."""
+    await connection._make_global_request(b"keepalive@openssh.com")
 
 
 def _to_send(connection: Any) -> int:

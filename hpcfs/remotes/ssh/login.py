@@ -4,7 +4,8 @@ Owns the conversation with the user during a login. Nothing typed is stored or l
 question is asked a bounded number of times within one connection, as ssh does, and never again by
 itself: what comes out is a connection or an error (`ssh_errors.login_error`).
 
-The clock of `connect_timeout` stands still while the user is typing.
+The clock of `connect_timeout` stands still while the user is typing. A login that somebody takes
+part in may take longer, as there may be something to confirm on a phone (login_clock.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, cast
 import asyncssh
 from asyncssh.public_key import KeyPairListArg
 
-from hpcfs.model.errors import NotConnected, Unreachable, WrongSettings
+from hpcfs.model.errors import LoginNeeded, NotConnected, RemoteError, Unreachable, WrongSettings
 from hpcfs.model.sites import SshSite
 from hpcfs.remotes.base import Prompter
 from hpcfs.remotes.ssh.hostkeys import Judgement
@@ -232,10 +233,22 @@ class _HopLogin:
         except asyncssh.HostKeyNotVerifiable:
             raise
         except TimeoutError:
-            error = self._no_answer(self._seconds)
-            raise (Unreachable(error.message) if client.authenticating else error) from None
+            raise self._not_in_time(client) from None
         except (asyncssh.Error, OSError, ValueError) as error:
             raise login_error(error, hop, self._progress(client)) from error
+
+    def _not_in_time(self, client: _LoginClient) -> RemoteError:
+        """Who takes part in a login is not troubled again by itself: several times a minute, a
+        phone that asks to confirm it would have the account locked."""
+        hop = self._hop
+        if client.authenticating and self._clock.was_answered:
+            return LoginNeeded(
+                f"{hop.user}@{hop.host} port {hop.port} did not let us in within "
+                f"{self._clock.seconds:g} s: run 'hpcfs login', and confirm it on your phone if it "
+                "asks you to"
+            )
+        error = self._no_answer(self._seconds)
+        return Unreachable(error.message) if client.authenticating else error
 
     def _progress(self, client: _LoginClient) -> LoginProgress:
         return LoginProgress(
@@ -382,12 +395,16 @@ class _LoginClient(asyncssh.SSHClient):
         if self._passwords_left == 0:
             return None
         self._passwords_left -= 1
-        return await self._ask(f"Password for {self._hop.user}@{self._hop.host}: ")
+        password = await self._ask(f"Password for {self._hop.user}@{self._hop.host}: ")
+        if password is not None:
+            self._clock.expect_person()
+        return password
 
     def kbdint_auth_requested(self) -> str | None:
         if self._dialogues_left == 0 or self.nobody_to_ask:
             return None
         self._dialogues_left -= 1
+        self._clock.expect_person()
         return ""
 
     async def kbdint_challenge_received(

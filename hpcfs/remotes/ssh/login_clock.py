@@ -12,6 +12,10 @@ from contextlib import asynccontextmanager
 from hpcfs.remotes.base import Prompter
 
 _LINE_END = re.compile(r"\r\n|[\n\r\v\f\x85\u2028\u2029]")
+LOGIN_SECONDS = 75.0
+"""For a login that somebody takes part in, once the connection is made: a second factor may have to
+be confirmed on a phone, of which nothing is seen here. Less than a mount waits for a login
+(site/namespace.py)."""
 MOST_QUESTIONS = 30
 MOST_LETTERS = 4000
 """Of one question: a screen full."""
@@ -26,7 +30,8 @@ class LoginClock:
         self._timeout: asyncio.Timeout | None = None
         self._questions_left = MOST_QUESTIONS
         self.was_answered = False
-        """Whether the user typed anything, which the next login would ask for again."""
+        """Whether the user took part, as the next login would ask for again: typed something, or
+        may have had to confirm it elsewhere."""
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -36,6 +41,18 @@ class LoginClock:
                 yield
         finally:
             self._timeout = None
+
+    @property
+    def seconds(self) -> float:
+        """For how long the login may take, questions apart."""
+        return self._seconds
+
+    def expect_person(self) -> None:
+        """Leave the time to confirm the login on a phone, without a question to be seen here. It
+        counts as one that the user took part in."""
+        self.was_answered = True
+        self._seconds = max(self._seconds, LOGIN_SECONDS)
+        self._set(asyncio.get_running_loop().time() + self._seconds)
 
     async def ask(self, text: str, *, echo: bool = False) -> str | None:
         """Ask the user; None where nobody answers, or where there were enough questions: whoever is

@@ -28,7 +28,7 @@ class LoginOffer:
         config = Path(site.ssh_config or "~/.ssh/config").expanduser()
         self._always = [config, Path(SYSTEM_FILE), _tickets(), *with_halves(site.identity_file)]
         self._files: dict[Path, _Stamp] = {}
-        self._agents: dict[str, frozenset[bytes]] = {}
+        self._agents: dict[str, frozenset[bytes] | None] = {}
 
     def begin(self) -> None:
         """Forget the attempt before: another one begins."""
@@ -43,11 +43,12 @@ class LoginOffer:
             self._agents[agent] = await _keys(agent)
 
     async def is_else(self) -> bool:
-        """Return whether a login would offer something else now."""
+        """Return whether a login would offer something else now. An agent that does not answer, now
+        or then, tells nothing of that."""
         if any(_stamp(path) != stamp for path, stamp in self._files.items()):
             return True
-        for agent, keys in self._agents.items():
-            if await _keys(agent) != keys:
+        for agent, before in self._agents.items():
+            if before is not None and await _keys(agent) not in (None, before):
                 return True
         return False
 
@@ -75,11 +76,11 @@ def _stamp(path: Path) -> _Stamp:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-async def _keys(agent: str) -> frozenset[bytes]:
-    """Return the public keys; none where the agent does not answer."""
+async def _keys(agent: str) -> frozenset[bytes] | None:
+    """Return the public keys; None where the agent does not answer."""
     try:
         async with asyncio.timeout(AGENT_SECONDS):
             async with shown_by(agent) as keys:
                 return frozenset(key.public_data for key in keys)
     except TimeoutError:
-        return frozenset()
+        return None
