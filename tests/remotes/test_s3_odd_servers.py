@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpcfs.model.entries import Attributes
-from hpcfs.model.errors import Conflict, IsADirectory
+from hpcfs.model.errors import Conflict, IsADirectory, RemoteError
 from hpcfs.remotes.base import no_report
 from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.remotes.s3.objects import Info
@@ -133,5 +133,39 @@ def test_nothing_is_removed_where_it_is_a_directory(moto: S3Server, prefix: str)
             with pytest.raises(IsADirectory):
                 await remote._bucket.copy(Info(key, 4, "", 0), key)
             assert relay.count("DELETE") == 0
+
+    asyncio.run(test())
+
+
+# --- answers that call themselves web pages -------------------------------------------------------
+
+DELETED = b"<?xml version='1.0' encoding='UTF-8'?>\n<DeleteResult/>"
+XHTML = b"<?xml version='1.0' encoding='UTF-8'?>\n<html><body>Log in first</body></html>"
+
+
+def test_xml_that_calls_itself_a_web_page_is_read(
+    moto: S3Server, prefix: str, tmp_path: Path
+) -> None:
+    """As OpenStack Swift's answer to a deletion of many; a portal's page stays one."""
+    answer = DELETED
+
+    def own(asked: Asked) -> bytes | None:
+        if asked.method != "POST":
+            return None
+        kind = "HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=UTF-8\r\n"
+        return f"{kind}Content-Length: {len(answer)}\r\n\r\n".encode() + answer
+
+    async def test() -> None:
+        nonlocal answer
+        async with (
+            relay_before(moto) as relay,
+            remote_of(relay.server, prefix, cache=str(tmp_path)) as remote,
+        ):
+            relay.own = own
+            await remote._bucket.delete_many([f"{prefix}/f"])
+            for page in (XHTML, XHTML.partition(b"\n")[2]):
+                answer = page
+                with pytest.raises(RemoteError, match="web page"):
+                    await remote._bucket.delete_many([f"{prefix}/f"])
 
     asyncio.run(test())

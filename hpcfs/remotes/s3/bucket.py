@@ -322,7 +322,7 @@ class Bucket:
 
         longest = deadlines.SILENCE + deadlines.DELETION * len(keys)
         with self._watching(keys[0]), deadlines.silence(longest):
-            await self._access.pacing.asked(ask)
+            await self._access.ask(ask)
 
     async def first(self, prefix: str, count: int, *, delimiter: str = "") -> Page:
         """The beginning of a listing."""

@@ -239,7 +239,7 @@ class Direct:
         content = found.body
         if content is None:
             raise _unfit("too long")
-        if found.status < 300 and content and is_page(found.headers):
+        if found.status < 300 and is_page(found.headers, content):
             raise _unfit("a web page")  # of a proxy, or of a network that wants a login
         if not is_fit_to_parse(content):
             if found.status < 300:

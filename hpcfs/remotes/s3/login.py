@@ -207,7 +207,8 @@ class S3Login:
 
     async def renew(self, generation: int | None = None) -> bool:
         """Ask the providers of credentials anew: files are read, programs run. Return whether there
-        are others now than those that were used last, or at that generation."""
+        are others now than those that were used last, or at that generation. None in the place of
+        some are no others: the file is being written, and a site does not become anonymous."""
         async with self._lock:
             if generation is not None and generation != self._generation:
                 return True
@@ -216,6 +217,9 @@ class S3Login:
                 found = await self._find_keys(session)
             except (BotoCoreError, ClientError, aiohttp.ClientError, OSError) as error:
                 log.debug("no other S3 credentials: %s", error)
+                return False
+            if found is None and isinstance(self._offered, Keys):
+                log.debug("no other S3 credentials: there are none now")
                 return False
             if found == self._offered or self._closed:
                 return False

@@ -110,6 +110,8 @@ class S3Remote:
             self._markers.saw(await self._bucket.first(self._base, 1))
         except (PermissionDenied, RemoteFailure) as error:
             if self._bucket.login.anonymous and is_refusal(error):
+                if await self._bucket.login.renew():  # the file was being written, or is now there
+                    return await self.connect()
                 refused = AccessRefused(not_public(self._bucket.name))
             elif isinstance(error, PermissionDenied):
                 refused = AccessRefused(f"{error.message} to list it, then run 'hpcfs login'")
