@@ -34,7 +34,7 @@ from hpcfs.model.errors import Unreachable, WrongSettings
 from hpcfs.model.sites import S3Site
 from hpcfs.remotes.s3 import deadlines
 from hpcfs.remotes.s3.botocore_guard import guard
-from hpcfs.remotes.s3.pool import new_socket
+from hpcfs.remotes.s3.pool import new_unwatched_socket
 from hpcfs.remotes.s3.sent_writes import note_client_attempt
 from hpcfs.remotes.s3.signing import Keys
 from hpcfs.remotes.s3.translate import is_expiry
@@ -302,7 +302,7 @@ class S3Login:
             connect_timeout=self._site.connect_timeout,
             read_timeout=deadlines.SILENCE,
             max_pool_connections=CONNECTIONS,
-            connector_args={"socket_factory": new_socket},
+            connector_args={"socket_factory": new_unwatched_socket},
             retries={"mode": "standard", "total_max_attempts": 1},  # pacing.py asks again
             **compatible,
         )
