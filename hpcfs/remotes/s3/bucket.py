@@ -166,7 +166,7 @@ class Bucket:
             if not await self._read_checks.holds(found):
                 log.warning("%s arrived damaged: it is read again over another connection", key)
                 self._access.direct.drop_idle()
-                found = await self._read_checks.settled(key, found, await ask())
+                found = await self._read_checks.settled(found, await ask())
             return found.data
         except NotFound:
             raise Changed(f"{key} was removed on the server: it can't be read on") from None
