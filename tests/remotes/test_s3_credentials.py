@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hpcfs.model.errors import AccessRefused
+from hpcfs.model.errors import AccessRefused, RemoteError
 from hpcfs.model.sites import S3Root, S3Site, SiteSpec
 from hpcfs.remotes.s3 import refusal
 from hpcfs.remotes.s3.remote import S3Remote
@@ -203,6 +204,33 @@ def test_a_deletion_of_many_outlives_its_credentials(
             asked = len(relay.asked)
             await refused(bucket.delete_many(["lab/f"]))
             assert len(relay.asked) == asked
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_may_mean_something_else_asks_the_providers_rarely(
+    credentials: Credentials, rclone: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A HEAD that is refused with 400 does not say why: programs are not run for each."""
+    monkeypatch.setattr(refusal, "LOOK_SECONDS", 60.0)
+    credentials.write(credentials.good)
+
+    async def main() -> None:
+        async with as_lab(rclone, tmp_path) as (site, remote, relay):
+            await remote.connect()
+            looks: list[object] = []
+            others = site._login._others
+
+            async def counted(session: Any) -> Any:
+                looks.append(session)
+                return await others(session)
+
+            monkeypatch.setattr(site._login, "_others", counted)
+            relay.own = lambda asked: refused_with(400, "") if asked.method == "HEAD" else None
+            for _ in range(5):
+                with pytest.raises(RemoteError):
+                    await remote._bucket.head("lab/f")
+            assert len(looks) == 1
 
     asyncio.run(main())
 

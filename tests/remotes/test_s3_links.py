@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from hpcfs.model.entries import Attributes
 from hpcfs.model.errors import NotConnected, TimedOut, Unreachable
 from hpcfs.model.sites import S3Root, S3Site, SiteSpec
 from hpcfs.remotes import life
@@ -117,6 +118,28 @@ def test_a_link_that_is_cut_says_whether_anything_was_sent(
                     await remote.stat(b"f")
                 link.mend()
                 await works_again(remote)
+
+    asyncio.run(test())
+
+
+def test_a_change_of_which_a_part_was_made_is_not_one_that_was_never_sent(
+    moto: S3Server, prefix: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A removal writes the directory's marker first, where there is none yet."""
+    for name in ("bare/f", "d/f"):
+        put(moto, f"{prefix}/{name}", b"data")
+
+    async def gone(key: str) -> None:
+        raise NotConnected("nothing answers")
+
+    async def test() -> None:
+        async with remote_of(moto, prefix, cache=str(tmp_path)) as remote:
+            await remote.set_attributes(b"d", Attributes(mode=0o750))
+            monkeypatch.setattr(remote._bucket, "delete", gone)
+            for path, kind in ((b"bare/f", Unreachable), (b"d/f", NotConnected)):
+                with pytest.raises(Unreachable) as caught:
+                    await remote.remove(path)
+                assert type(caught.value) is kind
 
     asyncio.run(test())
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpcfs.model.entries import Attributes
-from hpcfs.model.errors import Conflict, IsADirectory, RemoteError
+from hpcfs.model.errors import Changed, Conflict, IsADirectory, RemoteError, WrongSettings
 from hpcfs.remotes.base import no_report
 from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.remotes.s3.objects import Info
@@ -167,5 +167,40 @@ def test_xml_that_calls_itself_a_web_page_is_read(
                 answer = page
                 with pytest.raises(RemoteError, match="web page"):
                     await remote._bucket.delete_many([f"{prefix}/f"])
+
+    asyncio.run(test())
+
+
+# --- answers in a row -----------------------------------------------------------------------------
+
+
+def test_errors_with_other_answers_between_are_not_in_a_row(
+    moto: S3Server, prefix: str, tmp_path: Path
+) -> None:
+    """So two damaged answers on different days are not believed."""
+    put(moto, f"{prefix}/f", b"data")
+
+    answer = b""
+
+    async def test() -> None:
+        nonlocal answer
+        async with (
+            relay_before(moto) as relay,
+            remote_of(relay.server, prefix, cache=str(tmp_path)) as remote,
+        ):
+            bucket = remote._bucket
+            found = await bucket.head(f"{prefix}/f")
+            assert found is not None
+            for code, kind in (
+                ("NoSuchBucket", WrongSettings),
+                ("NoSuchKey", Changed),
+                ("NoSuchBucket", WrongSettings),
+            ):
+                answer = refusal(404, code)
+                relay.own = lambda asked: answer
+                with pytest.raises(kind):
+                    await bucket.get(f"{prefix}/f", found.version, 0, 4)
+            relay.own = lambda asked: None
+            assert await bucket.get(f"{prefix}/f", found.version, 0, 4) == b"data"
 
     asyncio.run(test())

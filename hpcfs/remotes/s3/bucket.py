@@ -47,7 +47,15 @@ from hpcfs.remotes.s3.objects import (
     summary_of,
 )
 from hpcfs.remotes.s3.reading import RangeRead, ReadChecks, range_of
-from hpcfs.remotes.s3.translate import is_throttling, s3_code, translate, unparsable_refused
+from hpcfs.remotes.s3.translate import (
+    is_fault,
+    is_refusal,
+    is_throttling,
+    is_worded,
+    s3_code,
+    translate,
+    unparsable_refused,
+)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -120,6 +128,10 @@ class Bucket:
                 yield
         except WrongSettings as error:
             self._lasting.failed(error)
+            raise
+        except RemoteError as error:
+            if is_worded(error) and not is_refusal(error) and not is_fault(error):
+                self._lasting.succeeded()
             raise
         self._lasting.succeeded()
 
