@@ -9,6 +9,7 @@ completes them.
 from __future__ import annotations
 
 import logging
+import math
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +72,10 @@ class FileUpload:
         self._under_way: Snapshot | None = None
         self._done_bytes = 0
         """Sent by the upload under way."""
+        self._most_done = 0
+        """By any attempt since the last upload that was confirmed."""
+        self.advanced_at = -math.inf
+        """When an attempt came further than those before, by trio's clock."""
         self._write_handle = NO_HANDLE
         """The remote holds the file open under it since it was made."""
         self._sending = StreamingUpload(self._send_piece, self._handle_for_sending, shared.nursery)
@@ -307,12 +312,15 @@ class FileUpload:
         """Bytes are on their way: where they are written in place, the remote's version may be any
         from now on."""
         self._done_bytes = done
+        if done > self._most_done:
+            self._most_done, self.advanced_at = done, trio.current_time()
         if self._remote.capabilities.partial_writes:
             self._state.note_begun()
 
     def confirm(self, snapshot: Snapshot, entry: Entry) -> None:
         """`entry` is the file on the remote now."""
         self.failure = None
+        self._most_done = 0
         self._arrived(snapshot, entry)
         self._state.confirm_upload()
         if not self._file.dirty:

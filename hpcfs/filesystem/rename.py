@@ -20,6 +20,7 @@ from hpcfs.content.state import RemoteSide
 from hpcfs.inodes.tree import Node, Tree, join
 from hpcfs.model.errors import (
     AlreadyExists,
+    CacheFull,
     DirectoryNotEmpty,
     IsADirectory,
     NotFound,
@@ -102,10 +103,8 @@ class Renamer:
             self._tree.move(node, (old_parent, node.name), parent, name)
             for directory in {old_parent, parent}:
                 self._tree.touch(directory)
-            row = doomed.file.name if doomed and doomed.state.has_row else None
-            await self._closer.queue.persist(content, instead_of=row)
-            if doomed:
-                doomed.note_no_row()
+            with trio.CancelScope(shield=True):
+                await self._note_renamed_here(content, doomed)
         if target is not None:
             self._tree.note_changed(target)
         with trio.CancelScope(shield=True):
@@ -113,6 +112,18 @@ class Renamer:
                 await self._closer.forget_unlinked(lost)
             await self._store.move(content.namespace.origin, old_path, node.path)
         return True
+
+    async def _note_renamed_here(self, content: Content, doomed: Content | None) -> None:
+        """Have the journal know the new name, and not what lost it. The rename is done: if the
+        journal takes no row, a kill before the upload brings the old name back."""
+        row = doomed.file.name if doomed and doomed.state.has_row else None
+        try:
+            await self._closer.queue.persist(content, instead_of=row)
+        except CacheFull as error:
+            log.warning("%r has its name in this mount only: %s", content.place.path, error.message)
+        else:
+            if doomed:
+                doomed.note_no_row()
 
     # --- what the remote has ----------------------------------------------------------------------
 

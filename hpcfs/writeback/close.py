@@ -223,7 +223,7 @@ class Closer:
     async def _leave_to_queue(self, content: Content) -> bool:
         """Leave the upload to the queue.
 
-        An error of the journal is nobody's: the file stays dirty.
+        An error of the journal is nobody's: the file is queued all the same.
         """
         try:
             if not content.state.is_persisted:
@@ -233,10 +233,13 @@ class Closer:
         return False
 
     def _retire_if_done(self, content: Content) -> None:
-        """Retire the content if that was its last use."""
-        if content.users or content.closing is not None or content.is_dirty():
+        """Retire the content if that was its last use. One that is still dirty goes to the queue,
+        however its last close ended: nobody else would upload it."""
+        if content.users or content.closing is not None:
             return
-        if not content.reader.fetcher.flights:
+        if content.is_dirty():
+            self.queue.take_up(content)
+        elif not content.reader.fetcher.flights:
             self._retire(content)
         else:
             self._nursery.start_soon(self._retire_when_idle, content)
@@ -244,8 +247,8 @@ class Closer:
     async def _last_close(self, content: Content) -> bool:
         """Upload until nothing is dirty, or strand it; return whether it was stranded.
 
-        What can be neither uploaded nor stranded raises OSError or sqlite3.Error, and stays the
-        node's.
+        What can be neither uploaded nor stranded raises OSError or sqlite3.Error; it stays the
+        node's, and the queue's.
         """
         while content.is_dirty():
             try:

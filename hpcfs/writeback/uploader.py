@@ -22,7 +22,6 @@ from hpcfs.model.errors import (
     Conflict,
     NotConnected,
     NotSupported,
-    TimedOut,
     Unreachable,
 )
 from hpcfs.writeback.journal import Journal
@@ -121,7 +120,6 @@ class Uploader:
         failing_since: float | None = None
         while True:
             await file.upload.complete()
-            began = trio.current_time()
             try:
                 return await self._send(file, sync=sync)
             except NotSupported:
@@ -129,9 +127,7 @@ class Uploader:
                     raise
             except Unreachable as error:
                 now = trio.current_time()
-                moved = now - began > namespace.patience and not isinstance(error, TimedOut)
-                if failing_since is None or moved:
-                    failing_since = now
+                failing_since = max(failing_since or now, file.upload.advanced_at)
                 is_over = now - failing_since >= namespace.patience
                 if is_over or namespace.is_away or isinstance(error, NotConnected):
                     raise

@@ -180,7 +180,7 @@ def test_errors_with_other_answers_between_are_not_in_a_row(
     """So two damaged answers on different days are not believed."""
     put(moto, f"{prefix}/f", b"data")
 
-    answer = b""
+    answer: bytes | None = None
 
     async def test() -> None:
         nonlocal answer
@@ -191,16 +191,16 @@ def test_errors_with_other_answers_between_are_not_in_a_row(
             bucket = remote._bucket
             found = await bucket.head(f"{prefix}/f")
             assert found is not None
+            relay.own = lambda asked: answer
             for code, kind in (
                 ("NoSuchBucket", WrongSettings),
                 ("NoSuchKey", Changed),
                 ("NoSuchBucket", WrongSettings),
             ):
                 answer = refusal(404, code)
-                relay.own = lambda asked: answer
                 with pytest.raises(kind):
                     await bucket.get(f"{prefix}/f", found.version, 0, 4)
-            relay.own = lambda asked: None
+            answer = None
             assert await bucket.get(f"{prefix}/f", found.version, 0, 4) == b"data"
 
     asyncio.run(test())
