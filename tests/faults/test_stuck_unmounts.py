@@ -64,7 +64,8 @@ def test_hpcfs_umount(
         began = time.monotonic()
         done = real_home.run("umount", *options, mount.path)
         assert time.monotonic() - began < PROMPT
-        assert done.returncode == 1, done.stderr
+        # With a timeout the daemon may end a moment too late to be waited for.
+        assert done.returncode in ((1, 3) if options else (1,)), done.stderr
         assert "uploaded" in done.stderr
         assert "in use" not in done.stderr
         assert program.process.wait(PROMPT) == 1, "close(2) told that it failed"
