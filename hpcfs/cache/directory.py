@@ -80,10 +80,10 @@ def _lock(directory: Path, holder: str) -> int:
 
 
 def copied(fd: int, path: str) -> int:
-    """Copy an open file, which may have lost its name, to `path`, holes included; return the
-    descriptor of the copy. Raises OSError."""
+    """Copy an open file, which may have lost its name, to a new file `path`, holes included; return
+    the descriptor of the copy, which is on the disk. Raises OSError; then there is no such file."""
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    copy = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    copy = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         size = os.fstat(fd).st_size
         os.ftruncate(copy, size)
@@ -91,9 +91,28 @@ def copied(fd: int, path: str) -> int:
         while offset < size:
             data = os.pread(fd, _COPY_BYTES, offset)
             if data.strip(b"\0"):
-                os.pwrite(copy, data, offset)
+                _write_all(copy, data, offset)
             offset += len(data) or _COPY_BYTES
+        os.fsync(copy)  # some file systems say only now that there is no room
     except BaseException:
         os.close(copy)
+        os.unlink(path)
         raise
     return copy
+
+
+def _write_all(fd: int, data: bytes, offset: int) -> None:
+    """A disk that gets full takes a part, and refuses the next call only."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view = view[count:]
+        offset += count
+
+
+def leads_to(path: str, fd: int) -> bool:
+    """Return whether the path is a name of this open file. Raises OSError."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except (FileNotFoundError, NotADirectoryError):
+        return False

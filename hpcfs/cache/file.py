@@ -45,11 +45,13 @@ class CacheFile:
         "key",
         "last_used",
         "name",
+        "name_in_doubt",
         "origin",
         "path",
         "pinned",
         "pins",
         "reading_at",
+        "replacements",
         "size",
         "users",
         "version",
@@ -84,6 +86,12 @@ class CacheFile:
         """Whether the index may remember it: False once it holds data that no remote has."""
         self.in_memory = path.startswith(IN_MEMORY)
         """Whether it is an anonymous file in memory (memory_files.py) and not one on the disk."""
+        self.name_in_doubt = False
+        """Whether its path may lead to another file, or to none, since something removed its name:
+        renewal.py finds out, and mends it."""
+        self.replacements = 0
+        """The number of copies that took its place: a fetch during one may have stored its bytes in
+        the former file."""
         self.last_used = 0.0
         if self.in_memory:
             self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
@@ -107,14 +115,17 @@ class CacheFile:
         os.dup2(fd, self.fd, inheritable=False)
         os.close(fd)
         self.name, self.path, self.in_memory = name, path, in_memory
+        self.name_in_doubt = False
         self.evictions += 1
         self.blocks = BlockMap()
         self.written_sums.clear()
 
     def replace(self, fd: int) -> None:
-        """Continue in another file with the same bytes."""
+        """Continue in another file with the same bytes, to which `path` leads."""
         os.dup2(fd, self.fd, inheritable=False)
         os.close(fd)
+        self.name_in_doubt = False
+        self.replacements += 1
 
     def read_now(self, offset: int, length: int) -> bytes | bytearray | None:
         """Return the bytes, or None where the disk must be waited for. Bytes past the local end are

@@ -12,8 +12,8 @@ taken in between would be too small, and eviction would believe it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -75,6 +75,8 @@ class Registry:
         self.deleting: set[str] = set()
         """Names of files that are closed and about to be deleted, but perhaps still in the index:
         not to be opened again."""
+        self.reserved: set[str] = set()
+        """Names in data/ that are neither open nor in the index, and are no strays all the same."""
         self._data = str(directory / "data")
         self._limiter = trio.CapacityLimiter(1)
 
@@ -96,6 +98,15 @@ class Registry:
             file.blocks.touch_all()
         self.index_was_lost.set()
         self.index_was_lost = trio.Event()
+
+    @asynccontextmanager
+    async def reserving(self, name: str) -> AsyncIterator[None]:
+        """Keep a file of this name, which the block makes, from being deleted."""
+        await self.in_thread(self.reserved.add, name)  # after a deletion that is under way
+        try:
+            yield
+        finally:
+            self.reserved.discard(name)
 
     async def change(self, work: Callable[..., T], *args: object) -> T:
         """Run work in a thread that may change the index's totals, also if it fails."""
@@ -119,7 +130,10 @@ class Registry:
         return f"{self._data}/{name[:2]}/{name}"
 
     def unlink(self, name: str) -> None:
-        """Delete a cache file, if it exists."""
+        """Delete a cache file, if it exists, and unless the name was taken up again meanwhile: what
+        was kept may come back while the file that it was is still to be deleted."""
+        if name in self.reserved or name in self.files:
+            return
         with suppress(FileNotFoundError):
             os.unlink(self.path(name))
 

@@ -246,10 +246,14 @@ class Store:
         dirty: list[tuple[int, int]],
     ) -> CacheFile:
         """Return the cache file in which an earlier mount left bytes that the remote does not
-        have. Its other blocks count as the index has them, once verified. Raises OSError,
-        sqlite3.Error."""
+        have. Its other blocks count as the index has them, once verified. Raises OSError, also
+        where there is no such file, and sqlite3.Error."""
         async with self.registry.lookup:
             record = await self.in_thread(self._index.find, origin, key)
+            os.stat(self.registry.path(name))  # else it would be made, of zeros
+            former = self.registry.files.get(name)  # it was kept meanwhile, and is not closed yet
+            if former is not None and not former.users:
+                self.registry.close(former)
             file = self._open_file(name, origin, key, version, size)
             if record and (record.name, record.version) == (name, version):
                 file.blocks.load(record.chunks, record.blocks)
@@ -479,7 +483,7 @@ class Store:
     def _remove_unknown(self, folder: Path, names: list[str]) -> None:
         """Delete those of these files that the index doesn't have, in a thread. They were not open
         before their names were listed, so the index will never have them."""
-        known = self._index.known(names)
+        known = self._index.known(names) | self.registry.reserved
         for name in names:
             if name not in known:
                 log.info("removing the stray cache file %s", name)

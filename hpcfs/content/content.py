@@ -179,16 +179,13 @@ class Content:
         self.state.unlink()
         self.upload.stop_sending()
 
-    def expect_removal(self) -> bool:
-        """The remote is about to remove the file, so that it may have nothing of it: if we are
-        killed now, the next mount brings all of it. False where not all of it is here."""
-        if self.reader.lacks_bytes:
-            return False
+    def note_perhaps_removed(self) -> None:
+        """The remote was told to remove the file, and did not answer: it may have nothing of it.
+        All of it is here."""
         self.file.dirty.add(0, self.size)
         self.reader.base.size = 0
         self.state.note_changed(Changes.ANY)
         self.state.note_begun()
-        return True
 
     def supersede(self) -> None:
         """Others removed the file on the remote, or put another one in its place."""
@@ -231,6 +228,18 @@ class Content:
             reason=reason,
             sums=sums.pack(ranges, self.file.written_sums) if is_at_rest else b"",
             **flags_of(self.state, base_size),
+        )
+
+    def row_without_remote(self, reason: str) -> Unconfirmed | None:
+        """The journal's row for it while the remote removes it: nothing there counts. None where
+        not all of the file is here."""
+        if self.reader.lacks_bytes:
+            return None
+        row = self.unconfirmed(reason)
+        ranges = [(0, self.size)] if self.size else []
+        known = sums.pack(ranges, self.file.written_sums) if row.sums else b""
+        return msgspec.structs.replace(
+            row, base_size=0, ranges=ranges, sums=known, new=True, attempted=True, appended=False
         )
 
     async def sum_written(self) -> None:

@@ -198,10 +198,12 @@ class Reader:
             if self._store.memory.slow_disk.is_slow:
                 self._use_memory()
             version, path, cache_file = self.base.version, self._remote.place.path, file.path
+            replacements = file.replacements
             length = max(0, min(length, self.base.size - offset))
             try:
                 fetched = await self.base.fetch(offset, length, urgent=urgent)
-                if self.base.version == version and file.path == cache_file:
+                is_stored = file.path == cache_file and file.replacements == replacements
+                if is_stored and self.base.version == version:
                     if file.in_memory:  # older blocks make room before these are present
                         self._store.memory.arrived(file, offset, fetched.length)
                     return fetched
@@ -227,6 +229,7 @@ class Reader:
                     self._store.memory.is_usable = False
                     self.use_disk()
                 elif file.path == cache_file and not self._use_memory():
+                    file.name_in_doubt = True
                     raise
             except RemoteError:
                 if file.path == cache_file:

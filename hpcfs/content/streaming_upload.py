@@ -91,7 +91,8 @@ class StreamingUpload:
                 self.sent.add(piece.offset, piece.offset + PIECE_BYTES)
         except RemoteError as error:
             log.info("a file is not sent while it is written: %s", error.message)
-            self._failed = self._failed or piece.handle == self.handle
+            if piece.handle == self.handle:  # the remote may have begun anew, without the others
+                self._failed, self.sent = True, RangeSet()
         finally:
             self.under_way.discard(piece)
             piece.ended.set()

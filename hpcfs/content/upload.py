@@ -9,6 +9,7 @@ completes them.
 from __future__ import annotations
 
 import logging
+import math
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from hpcfs.model.entries import BLOCK_BYTES, NO_HANDLE, Attributes, Entry, merge
 from hpcfs.model.errors import PiecesLost, RemoteError
 from hpcfs.model.uploads import PART_COPY_BYTES, PIECE_BYTES, UploadPieceRequest, UploadRequest
 from hpcfs.protocol import messages as m
+from hpcfs.site.namespace import Delivery
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,12 @@ class FileUpload:
         self._under_way: Snapshot | None = None
         self._done_bytes = 0
         """Sent by the upload under way."""
+        self._delivery = Delivery()
+        """Of the upload under way, or the last one."""
+        self._most_done = 0
+        """By any attempt since the last upload that was confirmed."""
+        self.advanced_at = -math.inf
+        """When an attempt came further than those before, by trio's clock."""
         self._write_handle = NO_HANDLE
         """The remote holds the file open under it since it was made."""
         self._sending = StreamingUpload(self._send_piece, self._handle_for_sending, shared.nursery)
@@ -81,6 +89,11 @@ class FileUpload:
     def is_being_sent(self) -> bool:
         """Whether pieces are being sent, under the name that the file has."""
         return self._sending.handle != NO_HANDLE
+
+    @property
+    def may_have_arrived(self) -> bool:
+        """Whether the upload that began last was sent: not while it waited for the namespace."""
+        return self._delivery.may_have_arrived
 
     @property
     def dirty_bytes(self) -> int:
@@ -247,6 +260,7 @@ class FileUpload:
         self._write_handle = NO_HANDLE
         self._file.dirty = RangeSet()
         self._done_bytes = sent.total
+        self._delivery = Delivery()
         self._reader.base.size = self._file.size
         self._under_way = snapshot
         return snapshot
@@ -300,19 +314,22 @@ class FileUpload:
 
     async def _upload(self, request: UploadRequest) -> Entry:
         return await self._remote.namespace.upload(
-            request, self._file.path, UPLOAD_TIMEOUT, self._progressed
+            request, self._file.path, UPLOAD_TIMEOUT, self._progressed, self._delivery
         )
 
     def _progressed(self, done: int) -> None:
         """Bytes are on their way: where they are written in place, the remote's version may be any
-        from now on."""
+        from now on. With none done, only others' bytes move."""
         self._done_bytes = done
-        if self._remote.capabilities.partial_writes:
+        if done > self._most_done:
+            self._most_done, self.advanced_at = done, trio.current_time()
+        if done and self._remote.capabilities.partial_writes:
             self._state.note_begun()
 
     def confirm(self, snapshot: Snapshot, entry: Entry) -> None:
         """`entry` is the file on the remote now."""
         self.failure = None
+        self._most_done = 0
         self._arrived(snapshot, entry)
         self._state.confirm_upload()
         if not self._file.dirty:

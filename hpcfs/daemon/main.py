@@ -133,6 +133,7 @@ class _Daemon:
             self._writes = WriteCommands(settings, mount.pending)
             self._logins = Logins(settings, mount)
             self._status = StatusReporter(settings, mount, self._writes.summary)
+            self._kernel = KernelMount(mount.fs)  # commands ask for its requests from now on
             await services.start(
                 control_server.serve,
                 settings.socket,
@@ -184,7 +185,7 @@ class _Daemon:
     async def _serve_kernel(self) -> None:
         """Mounted from the first line to the last."""
         place = self._settings.mountpoint.resolve()
-        kernel = self._kernel = KernelMount(self._mount.fs)
+        kernel = self._kernel
         try:
             kernel.mount(str(self._settings.mountpoint))
         except RuntimeError as error:

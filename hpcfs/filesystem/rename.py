@@ -10,7 +10,7 @@ remote has done it, is done also if the caller is interrupted.
 from __future__ import annotations
 
 import logging
-from contextlib import AsyncExitStack, ExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack, nullcontext, suppress
 
 import trio
 
@@ -20,6 +20,7 @@ from hpcfs.content.state import RemoteSide
 from hpcfs.inodes.tree import Node, Tree, join
 from hpcfs.model.errors import (
     AlreadyExists,
+    CacheFull,
     DirectoryNotEmpty,
     IsADirectory,
     NotFound,
@@ -27,7 +28,7 @@ from hpcfs.model.errors import (
     Unreachable,
 )
 from hpcfs.protocol import messages as m
-from hpcfs.site.namespace import Namespace
+from hpcfs.site.namespace import Delivery, Namespace
 from hpcfs.writeback.close import Closer
 
 log = logging.getLogger(__name__)
@@ -102,10 +103,8 @@ class Renamer:
             self._tree.move(node, (old_parent, node.name), parent, name)
             for directory in {old_parent, parent}:
                 self._tree.touch(directory)
-            row = doomed.file.name if doomed and doomed.state.has_row else None
-            await self._closer.queue.persist(content, instead_of=row)
-            if doomed:
-                doomed.note_no_row()
+            with trio.CancelScope(shield=True):
+                await self._note_renamed_here(content, doomed)
         if target is not None:
             self._tree.note_changed(target)
         with trio.CancelScope(shield=True):
@@ -113,6 +112,18 @@ class Renamer:
                 await self._closer.forget_unlinked(lost)
             await self._store.move(content.namespace.origin, old_path, node.path)
         return True
+
+    async def _note_renamed_here(self, content: Content, doomed: Content | None) -> None:
+        """Have the journal know the new name, and not what lost it. The rename is done: if the
+        journal takes no row, a kill before the upload brings the old name back."""
+        row = doomed.file.name if doomed and doomed.state.has_row else None
+        try:
+            await self._closer.queue.persist(content, instead_of=row)
+        except CacheFull as error:
+            log.warning("%r has its name in this mount only: %s", content.place.path, error.message)
+        else:
+            if doomed:
+                doomed.note_no_row()
 
     # --- what the remote has ----------------------------------------------------------------------
 
@@ -195,12 +206,14 @@ class Renamer:
         content = node.content if node else None
         if content and content.is_only_here:
             return
-        if content and content.is_dirty() and namespace.writes_back and content.expect_removal():
-            await self._closer.uploader.persist(content)
+        delivery = Delivery()
+        waits = content if content and content.is_dirty() and namespace.writes_back else None
+        noted = self._closer.uploader.removing(waits, delivery) if waits else nullcontext()
         try:
-            await namespace.do(m.Remove(path))
+            async with noted:
+                await namespace.do(m.Remove(path), delivery)
         except NotFound:
-            if not (content and content.may_be_missing):
+            if not (waits or (content and content.may_be_missing)):
                 raise
 
     async def _unlink_one(

@@ -59,6 +59,14 @@ class Callers:
         except (OSError, LookupError, ValueError):  # it has ended, or is not to be seen
             return False
 
+    def process_of(self, thread: int) -> int:
+        """Return the process that has this thread; the thread itself where that is not known."""
+        try:
+            status = (self._proc / str(thread) / "status").read_text(errors="replace")
+            return int(status.partition("\nTgid:")[2].partition("\n")[0])
+        except (OSError, ValueError):  # it has ended, or is not to be seen
+            return thread
+
     def users_of(self, opener: int) -> Iterator[int]:
         """Yield the threads that may use what the thread `opener` opened: itself, the others of its
         process, and those of the processes that it started; not more than a few hundred."""

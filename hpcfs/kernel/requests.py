@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import trio
 
@@ -22,6 +23,7 @@ from hpcfs.model.errors import Unreachable
 from hpcfs.site.namespace import Namespace
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 LOOK_SECONDS = 0.1
 """Between two looks at the callers of old requests, at least."""
@@ -124,31 +126,58 @@ class KernelRequests:
                 await self._begun.wait()
             pause = self._looking_took / LOOK_SHARE
             await trio.sleep(min(max(LOOK_SECONDS, pause), LONGEST_LOOK_SECONDS))
-            self._looking_took = 0.0
             await self._look()
 
     async def _look(self) -> None:
-        now = self._now()
-        found: dict[tuple[int, bool], bool] = {}
+        now, look = self._now(), _Look(self._callers)
         for request in list(self._under_way):
             if now - request.since < OLD_SECONDS:
                 break  # in the order in which they began
-            caller = request.caller, request.by_handle
-            if caller not in found:
-                found[caller] = await self._is_interrupted(*caller)
-            if found[caller]:
+            ask = look.may_be_interrupted if request.by_handle else look.is_interrupted
+            if await ask(request.caller):
                 log.debug("who waited for %g s was interrupted", now - request.since)
                 request.give_up(errno.EINTR)
+        self._looking_took = look.took
 
-    async def _is_interrupted(self, caller: int, by_handle: bool) -> bool:
-        """A look takes some 0.1 ms for each thread: requests are answered in between."""
-        if not caller:
-            return False
-        for thread in self._callers.users_of(caller) if by_handle else (caller,):
-            began = time.thread_time()
-            is_interrupted = self._callers.is_interrupted(thread)
-            self._looking_took += time.thread_time() - began
-            if is_interrupted:
+
+class _Look:
+    """One look at the callers: it asks about each thread once, and about each program once, however
+    many requests they wait for. `took` is in seconds of the processor."""
+
+    def __init__(self, callers: Callers) -> None:
+        self._callers = callers
+        self._threads = {0: False}
+        """Which are interrupted; of 0 nothing is known."""
+        self._processes: dict[int, bool] = {}
+        """Whether any thread is that may use what a thread of the process opened."""
+        self.took = 0.0
+
+    async def is_interrupted(self, thread: int) -> bool:
+        """Return whether this thread waits to end."""
+        if thread not in self._threads:
+            self._threads[thread] = await self._ask(self._callers.is_interrupted, thread)
+        return self._threads[thread]
+
+    async def may_be_interrupted(self, opener: int) -> bool:
+        """Return whether any thread waits to end that may use what this one opened."""
+        if not opener or await self.is_interrupted(opener):
+            return self._threads[opener]
+        process = await self._ask(self._callers.process_of, opener)
+        if process not in self._processes:
+            self._processes[process] = await self._is_any_interrupted(process)
+        return self._processes[process]
+
+    async def _is_any_interrupted(self, process: int) -> bool:
+        users = self._callers.users_of(process)
+        while user := await self._ask(next, users, 0):
+            if await self.is_interrupted(user):
                 return True
-            await trio.lowlevel.checkpoint()
         return False
+
+    async def _ask(self, question: Callable[..., T], *args: object) -> T:
+        """Ask /proc, which takes some 0.1 ms: requests are answered in between."""
+        began = time.thread_time()
+        answer = question(*args)
+        self.took += time.thread_time() - began
+        await trio.lowlevel.checkpoint()
+        return answer

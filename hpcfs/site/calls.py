@@ -32,6 +32,7 @@ from hpcfs.model.errors import (
 )
 from hpcfs.protocol import messages as m
 from hpcfs.site.client import CALL_TIMEOUT, SiteClient
+from hpcfs.site.namespace import Delivery
 from hpcfs.site.patience import Patience, Reachability
 from hpcfs.site.tasks import Tasks
 
@@ -52,6 +53,8 @@ _ASKED_AT_ONCE = (m.Connect, m.Release)
 """A login has deadlines of its own, as somebody may be looking for a token; and a handle is given
 back whatever the remote does. Neither is repeated."""
 _MADE_AGAIN_BY_OTHERS = (m.Upload, m.GetDiskUsage)
+"""Pieces are not made again at all: with the connection the remote loses those before, and the
+upload at the close brings all."""
 _ANSWERED_HERE = (m.Release, m.StatOpen)
 """The worker process may answer these by itself."""
 
@@ -138,10 +141,17 @@ class PatientCalls:
         kind: type[T],
         timeout: float = CALL_TIMEOUT,
         on_progress: Callable[[int], None] | None = None,
+        delivery: Delivery | None = None,
     ) -> T:
-        """Do what SiteClient.call does, through outages. Raises RemoteError."""
+        """Do what SiteClient.call does, through outages. `delivery` tells an attempt from waiting
+        for one. Raises RemoteError."""
         progressed = partial(self._progressed, on_progress)
-        ask = partial(self._site.call, namespace, request, kind, timeout, progressed)
+        sending = delivery or Delivery()
+
+        async def ask() -> T:
+            with sending.attempt():
+                return await self._site.call(namespace, request, kind, timeout, progressed)
+
         return await self._through_outages(request, ask, lambda error: _may_repeat(request, error))
 
     async def call_pages(
@@ -158,7 +168,7 @@ class PatientCalls:
         given = _GivenPages()
 
         def received(page: bytes) -> None:
-            self._patience.heard()
+            self._heard()
             on_page(given.without_repeated(page))
 
         async def ask() -> None:
@@ -168,7 +178,7 @@ class PatientCalls:
         await self._through_outages(request, ask, lambda error: given.are_few)
 
     def _progressed(self, on_progress: Callable[[int], None] | None, done: int) -> None:
-        self._patience.heard()
+        self._heard()
         if on_progress:
             on_progress(done)
 
@@ -193,7 +203,7 @@ class PatientCalls:
                     if may_be_done and isinstance(error, NotConnected):
                         raise Unreachable(error.message) from None
                     raise
-                may_be_done |= not isinstance(error, NotConnected)
+                may_be_done |= not isinstance(error, NotConnected | Throttled)
                 log.debug("%s is asked again: %s", type(request).__name__, error.message)
             except RemoteError as error:
                 if not may_be_done:
@@ -244,6 +254,10 @@ class PatientCalls:
 
     def _answered(self) -> None:
         self._refused = False
+        self._heard()
+
+    def _heard(self) -> None:
+        """It is there: who waits for that goes on."""
         was = self._patience.state
         self._patience.heard()
         if was is not Reachability.ANSWERING:
@@ -275,12 +289,12 @@ class PatientCalls:
     async def _watch_silence(self) -> None:
         """End the calls that wait when the patience ends. No task for each call: most end soon."""
         try:
-            while self._scopes:
-                deadline = self._patience.deadline
-                await trio.sleep_until(deadline)
-                was_stopped = trio.current_time() - deadline > STOPPED_SECONDS
+            while self._scopes and self._patience.state is not Reachability.AWAY:
+                due = max(self._patience.deadline, trio.current_time())
+                await trio.sleep_until(due)
+                was_stopped = trio.current_time() - due > STOPPED_SECONDS
                 if was_stopped or self._site.asked_within(self._patience.seconds):
-                    self._patience.heard()
+                    self._heard()
                 elif self._scopes and self._patience.has_ended():
                     self._end_waiting()
                     return
@@ -404,6 +418,6 @@ class _GivenPages:
 
 def _may_repeat(request: m.Request, error: Unreachable) -> bool:
     """Whether this call is to be made again by itself."""
-    if isinstance(request, _ASKED_AT_ONCE):
+    if isinstance(request, (*_ASKED_AT_ONCE, m.UploadPiece)):
         return False
     return isinstance(error, NotConnected) or not isinstance(request, _MADE_AGAIN_BY_OTHERS)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import stat
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
@@ -17,7 +18,7 @@ import msgspec
 
 from hpcfs.model.capabilities import Capabilities
 from hpcfs.model.entries import Entry
-from hpcfs.model.errors import NotFound, ReadOnly, RemoteError, Unreachable
+from hpcfs.model.errors import NotConnected, NotFound, ReadOnly, RemoteError, Unreachable
 from hpcfs.model.uploads import UploadRequest
 from hpcfs.protocol import messages as m
 from hpcfs.site.bandwidth import Bandwidth
@@ -37,6 +38,22 @@ RATE_SECONDS = 5.0
 
 
 _entries = msgspec.msgpack.Decoder(list[Entry])
+
+
+class Delivery:
+    """Whether a request may have reached the remote, for a caller that hears no answer."""
+
+    may_have_arrived = False
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Around an attempt: the request leaves. NotConnected says that it did not."""
+        arrived_before, self.may_have_arrived = self.may_have_arrived, True
+        try:
+            yield
+        except NotConnected:
+            self.may_have_arrived = arrived_before
+            raise
 
 
 class SiteCalls(Protocol):
@@ -69,8 +86,10 @@ class SiteCalls(Protocol):
         kind: type[T],
         timeout: float = ...,
         on_progress: Callable[[int], None] | None = ...,
+        delivery: Delivery | None = ...,
     ) -> T:
-        """Return the answer to a request, decoded as `kind`. Raises RemoteError."""
+        """Return the answer to a request, decoded as `kind`; `delivery` tells meanwhile whether the
+        request left. Raises RemoteError."""
         ...
 
     async def call_pages(
@@ -225,6 +244,7 @@ class Namespace:
         cache_file: str,
         timeout: float,
         on_progress: Callable[[int], None],
+        delivery: Delivery | None = None,
     ) -> Entry:
         """Upload a file and return its entry; `on_progress` hears how many bytes are done."""
         counted = 0
@@ -236,7 +256,7 @@ class Namespace:
             on_progress(done)
 
         upload = m.Upload(request, cache_file)
-        return await self._site.call(self.name, upload, Entry, timeout, progressed)
+        return await self._site.call(self.name, upload, Entry, timeout, progressed, delivery)
 
     async def capabilities(self) -> Capabilities:
         """Return what the remote can do; connects on first use. Raises RemoteError."""
@@ -293,9 +313,9 @@ class Namespace:
         """
         return await self.call(request, Entry)
 
-    async def do(self, request: m.Request) -> None:
+    async def do(self, request: m.Request, delivery: Delivery | None = None) -> None:
         """Call without an answer. Raises RemoteError."""
-        await self.call(request, type(None))
+        await self._site.call(self.name, request, type(None), DEFAULT_TIMEOUT, None, delivery)
 
     async def list_pages(self, path: bytes, on_page: Callable[[bytes], None]) -> None:
         """Give each page of a listing, a MessagePack list[Entry], to `on_page`.

@@ -21,7 +21,7 @@ from hpcfs.content.content import Content
 from hpcfs.content.state import Durability
 from hpcfs.inodes.tree import Node, Tree
 from hpcfs.model.entries import Entry
-from hpcfs.model.errors import CacheFull, Changed, Conflict, RemoteError, Stale
+from hpcfs.model.errors import CacheFileGone, CacheFull, Changed, Conflict, RemoteError, Stale
 from hpcfs.site.tasks import Tasks
 from hpcfs.writeback import conflict
 from hpcfs.writeback.queue import DEFAULT_LIMIT, UploadQueue
@@ -73,6 +73,13 @@ class Closer:
 
     async def flush(self, content: Content, *, sync: bool = False) -> None:
         """Return once the remote has what was written. Raises RemoteError, also Conflict."""
+        try:
+            await self._flush(content, sync=sync)
+        except CacheFileGone:
+            content.file.name_in_doubt = True  # cache/renewal.py writes it again
+            raise
+
+    async def _flush(self, content: Content, *, sync: bool) -> None:
         confirmed = partial(self._confirmed, content, content.may_be_missing)
         try:
             await self.uploader.upload(content, confirmed, sync=sync)
@@ -223,7 +230,7 @@ class Closer:
     async def _leave_to_queue(self, content: Content) -> bool:
         """Leave the upload to the queue.
 
-        An error of the journal is nobody's: the file stays dirty.
+        An error of the journal is nobody's: the file is queued all the same.
         """
         try:
             if not content.state.is_persisted:
@@ -233,10 +240,13 @@ class Closer:
         return False
 
     def _retire_if_done(self, content: Content) -> None:
-        """Retire the content if that was its last use."""
-        if content.users or content.closing is not None or content.is_dirty():
+        """Retire the content if that was its last use. One that is still dirty goes to the queue,
+        however its last close ended: nobody else would upload it."""
+        if content.users or content.closing is not None:
             return
-        if not content.reader.fetcher.flights:
+        if content.is_dirty():
+            self.queue.take_up(content)
+        elif not content.reader.fetcher.flights:
             self._retire(content)
         else:
             self._nursery.start_soon(self._retire_when_idle, content)
@@ -244,8 +254,8 @@ class Closer:
     async def _last_close(self, content: Content) -> bool:
         """Upload until nothing is dirty, or strand it; return whether it was stranded.
 
-        What can be neither uploaded nor stranded raises OSError or sqlite3.Error, and stays the
-        node's.
+        What can be neither uploaded nor stranded raises OSError or sqlite3.Error; it stays the
+        node's, and the queue's.
         """
         while content.is_dirty():
             try:

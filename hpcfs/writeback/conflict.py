@@ -14,7 +14,7 @@ from hpcfs.content.content import Content
 from hpcfs.content.upload import UPLOAD_TIMEOUT
 from hpcfs.model import paths
 from hpcfs.model.entries import Attributes, Entry
-from hpcfs.model.errors import FilesystemError, RemoteError, Unreachable
+from hpcfs.model.errors import CacheFileGone, FilesystemError, RemoteError, Unreachable
 from hpcfs.model.uploads import UploadRequest
 from hpcfs.writeback.uploader import Uploader
 
@@ -31,8 +31,9 @@ def path_beside(path: bytes, now: float) -> bytes:
 async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
     """Save the local version beside the remote's, or strand it; return the sentence for the user.
 
-    Raises Unreachable where the remote can't be asked now, and OSError or sqlite3.Error when the
-    cache's disk fails; the version is then where it was.
+    Raises Unreachable where the remote can't be asked now, CacheFileGone where the cache file lost
+    its name, and OSError or sqlite3.Error when the cache's disk fails; the version is then where it
+    was.
     """
     path = content.place.path
     shown = path.decode(errors="replace")
@@ -40,7 +41,7 @@ async def set_aside(content: Content, uploader: Uploader, reason: str) -> str:
     try:
         await content.upload.fetch_whole()
         await _send(content, beside)
-    except Unreachable:
+    except (CacheFileGone, Unreachable):
         raise
     except (RemoteError, FilesystemError) as error:
         await uploader.strand(content, f"{reason}; it can't be saved beside it: {error.message}")

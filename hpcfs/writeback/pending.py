@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import msgspec
 import trio
@@ -133,18 +133,31 @@ class Pending:
         node = self._recovery.find(namespace, row.path)
         if node is not None and node.content is not None:
             raise InvalidRequest(f"{_text(row.path)} is in use: close it first")
-        try:
-            row = await self._journal.take_back(row, self._store.registry.path(row.name))
-        except (OSError, sqlite3.Error) as error:
-            raise CacheFull(f"the cache's disk failed: {error}") from None
-        if node is not None:
-            self._closer.supersede(node)
-        await self._recovery.restore([msgspec.structs.replace(row, reason="")])
+        async with self._store.registry.reserving(row.name):
+            try:
+                taken = await self._journal.take_back(row, self._store.registry.path(row.name))
+            except (OSError, sqlite3.Error) as error:
+                raise CacheFull(f"the cache's disk failed: {error}") from None
+            if node is not None:
+                self._closer.supersede(node)
+            try:
+                await self._recovery.restore([taken])
+            except (OSError, sqlite3.Error) as error:
+                await self._keep_again(taken, f"the cache's disk failed: {error}")
         content = self._contents([row.name]).get(row.name)
         if content is None:  # told and kept again
             kept = self._journal.find(row.name)
             raise InvalidRequest(f"{_text(row.path)}: {kept.reason if kept else 'it is gone'}")
         return content
+
+    async def _keep_again(self, row: Unconfirmed, reason: str) -> NoReturn:
+        """Keep what was taken back and can't be shown. Raises CacheFull."""
+        try:
+            await self._journal.strand(msgspec.structs.replace(row, reason=reason))
+        except (OSError, sqlite3.Error) as error:
+            shown = f"{row.namespace}/{_text(row.path)}"
+            self._store.troubles.tell(f"{shown} can be neither uploaded nor kept: {error}")
+        raise CacheFull(reason)
 
     async def discard(self, ids: Sequence[str]) -> None:
         """Forget these. The mount shows what the remote has."""

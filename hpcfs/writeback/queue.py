@@ -134,21 +134,26 @@ class UploadQueue:
 
         Raises CacheFull, and once the error of an earlier attempt to upload it.
         """
-        failure = content.upload.take_failure()
         await self.persist(content)
+        failure = content.upload.take_failure()  # not before: who is interrupted hears of nothing
         if failure is not None:
             raise type(failure)(failure.message)
 
     async def persist(self, content: Content, *, instead_of: str | None = None) -> None:
-        """Return once the journal has the file, and queue it.
+        """Return once the journal has the file, and queue it, whether or not the journal took it.
 
         `instead_of` is the row of a file that it replaces in the same step. Raises CacheFull.
         """
-        if not content.is_dirty():
-            return
-        if not content.state.is_persisted:
-            await self._uploader.persist(content, instead_of=instead_of)
-        self._schedule(content)
+        try:
+            if content.is_dirty() and not content.state.is_persisted:
+                await self._uploader.persist(content, instead_of=instead_of)
+        finally:
+            self._schedule(content)
+
+    def take_up(self, content: Content) -> None:
+        """Queue a dirty file that nobody has open, unless it is queued already."""
+        if content not in self.schedule:
+            self._schedule(content)
 
     def _schedule(self, content: Content) -> None:
         if content.is_dirty():
@@ -175,8 +180,7 @@ class UploadQueue:
         self._ask_site(content.namespace)
 
     def _hasten(self, content: Content) -> None:
-        if content not in self.schedule:
-            self._schedule(content)
+        self.take_up(content)
         self.schedule.hurry(content, trio.current_time())
         self._wake.set()
 

@@ -22,9 +22,10 @@ from hpcfs.model.errors import (
     Conflict,
     NotConnected,
     NotSupported,
-    TimedOut,
+    RemoteError,
     Unreachable,
 )
+from hpcfs.site.namespace import Delivery
 from hpcfs.writeback.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,6 @@ class Uploader:
         failing_since: float | None = None
         while True:
             await file.upload.complete()
-            began = trio.current_time()
             try:
                 return await self._send(file, sync=sync)
             except NotSupported:
@@ -129,9 +129,7 @@ class Uploader:
                     raise
             except Unreachable as error:
                 now = trio.current_time()
-                moved = now - began > namespace.patience and not isinstance(error, TimedOut)
-                if failing_since is None or moved:
-                    failing_since = now
+                failing_since = max(failing_since or now, file.upload.advanced_at)
                 is_over = now - failing_since >= namespace.patience
                 if is_over or namespace.is_away or isinstance(error, NotConnected):
                     raise
@@ -147,13 +145,13 @@ class Uploader:
             raise
         try:
             entry = await file.upload.send(snapshot, sync=sync)
-        except (Conflict, NotConnected, NotSupported):  # nothing was written
-            file.upload.fail(snapshot, begun=False)
-            if file.state.remote is not RemoteSide.PARTIAL:
-                await self.note_progress(file)  # nor does the row say so
-            raise
-        except BaseException:
-            file.upload.fail(snapshot, begun=True)
+        except BaseException as error:
+            is_unwritten = isinstance(error, Conflict | NotConnected | NotSupported)
+            begun = file.upload.may_have_arrived and not is_unwritten
+            file.upload.fail(snapshot, begun=begun)
+            if not begun and file.state.remote is not RemoteSide.PARTIAL:
+                with trio.CancelScope(shield=True):
+                    await self.note_progress(file)  # the row must not say that it was sent
             raise
         file.upload.confirm(snapshot, entry)
         return entry
@@ -178,10 +176,37 @@ class Uploader:
         self, file: Content, reason: str = "", *, durable: bool = False
     ) -> None:
         """Write the row as it is now. If that fails it is logged: it is no reason not to upload."""
+        await self._note_or_log(file, file.unconfirmed(reason), durable=durable)
+
+    async def _note_or_log(self, file: Content, row: Unconfirmed, *, durable: bool) -> None:
         try:
-            await self._note(file, file.unconfirmed(reason), durable=durable)
+            await self._note(file, row, durable=durable)
         except CacheFull as error:
             log.error("%s", error.message)  # noqa: TRY400 - no bug: the message says it all
+
+    @asynccontextmanager
+    async def removing(self, file: Content, delivery: Delivery) -> AsyncIterator[None]:
+        """Surround the request to remove a file that is dirty: whoever is killed or hears no answer
+        brings all of it, as the remote may have nothing of it; a refusal changes nothing.
+
+        A row that can't be written is logged: it is no reason not to remove.
+        """
+        with file.upload.pinned():  # what the row says is here stays
+            known = self.journal.find(file.file.name)
+            reason = known.reason if known else ""
+            row = file.row_without_remote(reason)
+            try:
+                if row is not None:
+                    await self._note_or_log(file, row, durable=file.upload.base_size > 0)
+                yield
+            except BaseException as error:
+                is_answer = isinstance(error, RemoteError) and not isinstance(error, Unreachable)
+                if row is not None and delivery.may_have_arrived and not is_answer:
+                    file.note_perhaps_removed()
+                elif row is not None:
+                    with trio.CancelScope(shield=True):
+                        await self.note_progress(file, reason)
+                raise
 
     async def forget(self, file: Content) -> None:
         """Delete the row of a file of which nothing is unconfirmed: uploaded, or removed."""

@@ -494,6 +494,23 @@ async def test_what_was_refused_is_tried_again_when_the_user_says_so(w: World) -
 
 
 @back()
+async def test_an_interrupted_close_leaves_it_to_the_next_to_tell_of_a_refusal(w: World) -> None:
+    await refused(w)
+    held = w.cues.hold(m.Upload)
+    handle = await w.kernel.open("ns/f")
+    await w.kernel.pwrite(handle, 0, 8 * NEW)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await w.fs.files.flush_handle(handle)
+    assert scope.cancelled_caught
+    with pytest.raises(NoSpace, match="the quota is used up"):
+        await w.kernel.close(handle)
+    held.go.set()
+    await synced(w)
+    assert w.remote.get(b"f") == 8 * NEW
+
+
+@back()
 async def test_what_was_refused_can_be_copied_out(w: World) -> None:
     w.remote.put(b"f", OLD * 3)
     handle = await w.kernel.open("ns/f")

@@ -67,6 +67,12 @@ async def rename_over(w: World, at: str) -> None:
     await w.kernel.rename(f"{at}/old", f"{at}/other")
 
 
+async def save(w: World, at: str) -> None:
+    """As editors do: `back` mode renames it here alone."""
+    await w.kernel.write_file(f"{at}/new", NEW)
+    await w.kernel.rename(f"{at}/new", f"{at}/old")
+
+
 async def unlink(w: World, at: str) -> None:
     await w.kernel.unlink(f"{at}/old")
 
@@ -92,8 +98,8 @@ async def listing(w: World, at: str) -> None:
 
 
 CALLS: tuple[Call, ...] = (
-    *(overwrite, write_anew, create, sync, read, truncate, rename, rename_over, unlink),
-    *(mkdir, rmdir, symlink, chmod, listing),
+    *(overwrite, write_anew, create, sync, read, truncate, rename, rename_over, save),
+    *(unlink, mkdir, rmdir, symlink, chmod, listing),
 )
 
 

@@ -18,7 +18,7 @@ from hpcfs.model.entries import BLOCK_BYTES, Attributes
 from hpcfs.model.errors import HpcfsError, TimedOut
 from hpcfs.protocol import messages as m
 from hpcfs.site.calls import PatientCalls
-from hpcfs.site.namespace import WriteMode
+from hpcfs.site.namespace import Delivery, WriteMode
 from hpcfs.site.patience import Patience
 from tests.filesystem.world import KINDS, World, world
 from tests.support.memory_remote import MemoryRemote, MemorySite
@@ -40,9 +40,10 @@ class SilentSite(MemorySite):
         kind: type[Any],
         timeout: float = 30.0,
         on_progress: Callable[[int], None] | None = None,
+        delivery: Delivery | None = None,
     ) -> Any:
         await self._maybe_nothing(timeout)
-        return await super().call(namespace, request, kind, timeout, on_progress)
+        return await super().call(namespace, request, kind, timeout, on_progress, delivery)
 
     async def call_pages(
         self,

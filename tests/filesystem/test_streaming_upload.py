@@ -7,8 +7,11 @@ import os
 
 import pytest
 import trio
+import trio.testing
 from trio.testing import wait_all_tasks_blocked
 
+from hpcfs.cache.ranges import RangeSet
+from hpcfs.content.streaming_upload import StreamingUpload
 from hpcfs.model.errors import Conflict, PiecesLost, Unreachable
 from hpcfs.model.uploads import PIECE_BYTES, UploadRequest
 from hpcfs.protocol import messages as m
@@ -213,3 +216,27 @@ async def test_what_is_written_again_after_a_cut_is_sent_again(w: World) -> None
     held.go.set()
     await w.kernel.close(handle)
     assert w.remote.get(b"f") == piece(7) + piece(8) + piece(9)
+
+
+def test_a_piece_that_fails_takes_those_before_it_along() -> None:
+    """With the connection the remote may have lost the file's handle, and have begun anew."""
+
+    async def run() -> None:
+        async with trio.open_nursery() as nursery:
+            fails = trio.Event()
+
+            async def send(handle: int, offset: int) -> None:
+                if offset == PIECE_BYTES:
+                    await fails.wait()
+                    raise Unreachable("the connection was lost")
+
+            sending = StreamingUpload(send, lambda: 7, nursery)
+            dirty = RangeSet([(0, 6 * PIECE_BYTES)])
+            sending.advance(dirty, 5 * PIECE_BYTES)
+            await trio.testing.wait_all_tasks_blocked()
+            assert sending.sent.total == 3 * PIECE_BYTES
+            fails.set()
+            await sending.wait_idle()
+            assert not sending.sent, "the upload brings all"
+
+    trio.run(run)

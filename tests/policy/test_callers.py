@@ -54,6 +54,7 @@ def test_a_thread_that_a_signal_ends() -> None:
 
 
 def make_thread(proc: Path, process: int, thread: int, text: str, started: str = "") -> None:
+    text = text.replace("\nState:", f"\nTgid:\t{process}\nState:")
     for place in (proc / f"{process}/task/{thread}", proc / str(thread)):
         place.mkdir(parents=True, exist_ok=True)
         (place / "status").write_text(text)
@@ -82,4 +83,5 @@ def test_whoever_may_use_an_open_file(tmp_path: Path) -> None:
         assert not is_any_interrupted(99), "nothing is known of who is gone"
         (tmp_path / f"{thread}/status").write_text(kept)
     assert callers.is_interrupted(40)
+    assert [callers.process_of(thread) for thread in (10, 11, 40, 99)] == [10, 10, 40, 99]
     assert not callers.is_interrupted(0), "of another namespace of process ids"

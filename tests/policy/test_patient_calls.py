@@ -45,6 +45,10 @@ class Site:
         """What others put under the name "new" when an answer was lost."""
         self.refuses: RemoteError | None = None
         self.calls: list[m.Request] = []
+        self.looks_fail = False
+        """Looks for the namespace are not answered, whatever else is."""
+        self.lasts = self.told_at = 0.0
+        """How long a Truncate takes, and when it tells of its progress."""
         self.asking = self.is_silent = False
         self.pages: list[bytes] = []
         self.breaks_at = 0
@@ -67,6 +71,10 @@ class Site:
         self.calls.append(request)
         with trio.move_on_after(timeout):
             await self._reach()
+            if isinstance(request, m.Truncate) and on_progress:
+                await trio.sleep(self.told_at)
+                on_progress(1)
+                await trio.sleep(self.lasts)
             answer = self._perform(request)
             if self.loses_answer and not isinstance(request, m.Stat | m.Connect):
                 self.loses_answer = False
@@ -93,6 +101,8 @@ class Site:
 
     async def _reach(self) -> None:
         await trio.sleep(0.01)
+        if self.looks_fail and isinstance(self.calls[-1], m.Connect):
+            raise NotConnected("nothing answers there")
         now = trio.current_time()
         if self.refuses:
             raise self.refuses
@@ -234,6 +244,63 @@ async def test_no_time_passes_while_the_user_is_asked(site: Site, calls: Patient
     began = trio.current_time()
     assert await calls.call("ns", m.Stat(b"seen"), Entry, 1000.0) == FILE
     assert trio.current_time() - began >= 200
+
+
+@story
+async def test_any_sign_of_life_ends_the_pause(site: Site, calls: PatientCalls) -> None:
+    """Of a call that lasts, as an upload does: not only an answer."""
+    began = trio.current_time()
+    site.down = outage(0.005)
+    async with trio.open_nursery() as nursery:
+
+        async def upload() -> None:
+            await calls.call("ns", m.Truncate(b"long", 0), type(None), 100.0)
+
+        site.lasts, site.told_at = 20.0, 0.5
+        nursery.start_soon(upload)
+        await trio.sleep(0.02)
+        site.down = outage(0.2)
+        site.looks_fail = True
+        assert await stat(calls) == FILE
+        assert trio.current_time() - began < 2, "and not only when the patience ends"
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("seconds", [5.0, 60.0])
+def test_a_laptop_that_is_away_is_away_during_a_call_too(seconds: float) -> None:
+    async def run() -> None:
+        site = Site()
+        async with trio.open_nursery() as nursery:
+            policy = Patience(PATIENCE, trio.current_time, lambda: 0.0)
+            calls = PatientCalls(site, "ns", policy, nursery, waits_itself=True)  # type: ignore[arg-type]
+            site.down = outage(10_000)
+            with pytest.raises(NotConnected):
+                await stat(calls)
+            await trio.sleep(100)
+            site.silent = outage(seconds)
+            began = trio.current_time()
+            async with trio.open_nursery() as asking:
+
+                async def ask() -> None:
+                    with pytest.raises(Unreachable):
+                        await stat(calls)
+
+                asking.start_soon(ask)
+                await trio.sleep(3)
+                assert calls.is_away
+                assert calls.failing
+            assert min(seconds, 30.0) - 0.1 <= trio.current_time() - began <= 30.1
+            nursery.cancel_scope.cancel()
+
+    trio.run(run, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@story
+async def test_a_piece_of_a_file_is_not_sent_again(site: Site, calls: PatientCalls) -> None:
+    """The remote may have lost those before it; the upload at the close brings all."""
+    site.down = outage(1)
+    with pytest.raises(NotConnected):
+        await calls.call("ns", m.UploadPiece(request=None, cache_file=""), type(None))  # type: ignore[arg-type]
 
 
 @story

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial, wraps
 from typing import cast
 
@@ -12,26 +13,33 @@ import trio
 import trio.testing
 
 from hpcfs.kernel.callers import Callers
-from hpcfs.kernel.requests import OLD_SECONDS, STALLED_SECONDS, KernelRequests
+from hpcfs.kernel.requests import LONGEST_LOOK_SECONDS, OLD_SECONDS, STALLED_SECONDS, KernelRequests
 from hpcfs.model.errors import Unreachable
 from hpcfs.site.namespace import Namespace
 
 SHARE = 3
+THREADS = 200
+"""Of a large program."""
 
 
 class Threads:
-    """Those that were interrupted, and how often it was asked."""
+    """Those that were interrupted, and the questions. Thread 1234 is one of the process 1000."""
 
     def __init__(self) -> None:
         self.interrupted = set[int]()
-        self.asked = 0
+        self.asked = Counter[str]()
 
     def is_interrupted(self, thread: int) -> bool:
-        self.asked += 1
+        self.asked[f"thread {thread}"] += 1
         return thread in self.interrupted
 
-    def users_of(self, opener: int) -> list[int]:
-        return [opener]
+    def process_of(self, thread: int) -> int:
+        return thread // 1000 * 1000 or thread
+
+    def users_of(self, opener: int) -> Iterator[int]:
+        process = self.process_of(opener)
+        self.asked[f"users of {process}"] += 1
+        yield from range(process, process + THREADS) if process >= 1000 else (opener,)
 
 
 class Named:
@@ -81,6 +89,29 @@ async def test_who_is_interrupted_is_answered_and_nobody_else() -> None:
         await trio.sleep(OLD_SECONDS)
         assert ended == {1: errno.EINTR, 2: errno.EINTR}
         nursery.cancel_scope.cancel()
+
+
+@in_virtual_time
+async def test_of_many_requests_of_one_program_each_thread_is_asked_about_once() -> None:
+    threads = Threads()
+    all_requests = requests(threads)
+    openers = range(1000, 1000 + THREADS)
+    held = [all_requests.begin(None, opener, by_handle=True) for opener in openers]
+    held += [all_requests.begin(None, opener, by_handle=False) for opener in openers]
+    other = all_requests.begin(None, 2001, by_handle=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(all_requests.watch)
+        await trio.sleep(2 * LONGEST_LOOK_SECONDS)
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(threads.asked) == 2 * THREADS + 2
+        assert len(set(threads.asked.values())) == 1, "once in each look, as of the other program"
+        threads.interrupted.add(1042)
+        await trio.sleep(2 * LONGEST_LOOK_SECONDS)
+        nursery.cancel_scope.cancel()
+    by_handle, by_caller = held[:THREADS], held[THREADS:]
+    assert all(request.scope.cancel_called for request in by_handle)
+    assert [one.caller for one in by_caller if one.scope.cancel_called] == [1042]
+    assert not other.scope.cancel_called
 
 
 @in_virtual_time

@@ -353,6 +353,19 @@ def test_a_dead_endpoint_is_asked_again_soon() -> None:
     health.check()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [boto.ReadTimeoutError(endpoint_url="x"), ConnectionResetError(), ConnectionRefusedError()],
+)
+def test_in_a_pause_nothing_is_sent(error: Exception) -> None:
+    """And so the daemon may make the request again, whatever it is."""
+    health = Health(lambda: 100.0, draw=lambda: 0.0)
+    with pytest.raises(Unreachable), health.watching("x"):
+        raise error
+    with pytest.raises(NotConnected):
+        health.check()
+
+
 def test_what_only_a_person_mends_is_looked_at_again_rarely() -> None:
     now = 0.0
     failure = LastingFailure(lambda: now, lambda: 0.0)

@@ -48,6 +48,8 @@ def test_a_connection_that_broke_is_not_one_that_was_never_there(
         ("put_object", Unreachable),
         ("copy_object", Unreachable),
         ("complete_multipart_upload", Unreachable),
+        ("delete_object", Unreachable),
+        ("delete_objects", Unreachable),
         ("upload_part", NotConnected),  # shows nothing before the upload is complete
         ("head_object", NotConnected),
     ],

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hpcfs.model.errors import AccessRefused
+from hpcfs.model.errors import AccessRefused, RemoteError
 from hpcfs.model.sites import S3Root, S3Site, SiteSpec
 from hpcfs.remotes.s3 import refusal
 from hpcfs.remotes.s3.remote import S3Remote
@@ -80,7 +81,11 @@ def credentials(rclone: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @asynccontextmanager
 async def as_lab(
-    server: S3Server, tmp_path: Path, status: int = 403, code: str = "InvalidAccessKeyId"
+    server: S3Server,
+    tmp_path: Path,
+    status: int = 403,
+    code: str = "InvalidAccessKeyId",
+    profile: str | None = "lab",
 ) -> AsyncIterator[tuple[S3SiteConnection, S3Remote, Relay]]:
     """A remote with the profile "lab", whose old key the server refuses."""
 
@@ -89,7 +94,7 @@ async def as_lab(
 
     async with relay_before(server) as relay:
         relay.own = own
-        site = S3Site(relay.server.endpoint_url, server.region, profile="lab")
+        site = S3Site(relay.server.endpoint_url, server.region, profile=profile)
         root = S3Root(server.bucket, "lab")
         connection = S3SiteConnection(SiteSpec(site, {"ns": root}, str(tmp_path), 1000, 1000))
         try:
@@ -158,6 +163,78 @@ def test_a_program_that_gave_nonsense_is_asked_again(
     asyncio.run(main())
 
 
+def test_an_empty_file_makes_no_site_anonymous(
+    credentials: Credentials, rclone: S3Server, tmp_path: Path
+) -> None:
+    """A tool that writes the file anew may empty it first, in the moment of a look."""
+    credentials.write(OLD.replace("[lab]", "[default]"))
+
+    async def main() -> None:
+        async with as_lab(rclone, tmp_path, profile=None) as (_, remote, relay):
+            await refused(remote.connect())
+            credentials.write("")
+            await refused(remote.stat(b"f"))
+            credentials.file.unlink()
+            await refused(remote.stat(b"f"))
+            assert all("authorization:" in asked.head for asked in relay.asked)
+            credentials.write(credentials.good.replace("[lab]", "[default]"))
+            assert (await remote.stat(b"f")).size == 7
+
+    asyncio.run(main())
+
+
+def test_a_deletion_of_many_outlives_its_credentials(
+    credentials: Credentials, rclone: S3Server, tmp_path: Path
+) -> None:
+    """Those that have expired are replaced, and those that are refused are not offered again."""
+    credentials.write(credentials.good)
+
+    async def main() -> None:
+        async with as_lab(rclone, tmp_path, 400, "ExpiredToken") as (site, remote, relay):
+            bucket = remote._bucket
+            await remote.connect()
+            credentials.write(EXPIRED)
+            assert await site._login.renew()
+            credentials.write(credentials.good)
+            await bucket.delete_many(["lab/f"])
+            assert await bucket.head("lab/f") is None
+            credentials.write(EXPIRED)
+            assert await site._login.renew()
+            await refused(bucket.delete_many(["lab/f"]))
+            asked = len(relay.asked)
+            await refused(bucket.delete_many(["lab/f"]))
+            assert len(relay.asked) == asked
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_may_mean_something_else_asks_the_providers_rarely(
+    credentials: Credentials, rclone: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A HEAD that is refused with 400 does not say why: programs are not run for each."""
+    monkeypatch.setattr(refusal, "LOOK_SECONDS", 60.0)
+    credentials.write(credentials.good)
+
+    async def main() -> None:
+        async with as_lab(rclone, tmp_path) as (site, remote, relay):
+            await remote.connect()
+            looks: list[object] = []
+            others = site._login._others
+
+            async def counted(session: Any) -> Any:
+                looks.append(session)
+                return await others(session)
+
+            monkeypatch.setattr(site._login, "_others", counted)
+            relay.own = lambda asked: refused_with(400, "") if asked.method == "HEAD" else None
+            for _ in range(5):
+                with pytest.raises(RemoteError):
+                    await remote._bucket.head("lab/f")
+            assert len(looks) == 1
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("how", ["hpcfs login", "a minute later"])
 def test_the_same_keys_are_tried_again(
     how: str, credentials: Credentials, rclone: S3Server, tmp_path: Path
@@ -180,10 +257,15 @@ def test_the_same_keys_are_tried_again(
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("how", ["hpcfs login", "the next connection"])
 def test_whoever_had_none_may_get_some(
-    credentials: Credentials, rclone: S3Server, tmp_path: Path
+    how: str,
+    credentials: Credentials,
+    rclone: S3Server,
+    tmp_path: Path,
 ) -> None:
-    """A site that was asked as anybody may is asked with credentials after `hpcfs login`."""
+    """A site that was asked as anybody may is asked with credentials after `hpcfs login`, and by
+    itself where the credentials were only not there yet."""
     credentials.write("")
 
     async def main() -> None:
@@ -199,7 +281,8 @@ def test_whoever_had_none_may_get_some(
                 with pytest.raises(AccessRefused, match="not public"):
                     await remote.connect()
                 credentials.write(credentials.good.replace("[lab]", "[default]"))
-                await connection.renew()
+                if how == "hpcfs login":
+                    await connection.renew()
                 assert (await remote.connect()).remark == ""
                 assert (await remote.stat(b"f")).size == 7
             finally:

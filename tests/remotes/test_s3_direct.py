@@ -310,7 +310,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
 
 
 @asynccontextmanager
-async def pool_to(serve: Serve) -> AsyncIterator[Pool]:
+async def pool_to(serve: Serve, connections: int = 96) -> AsyncIterator[Pool]:
     serving = set[asyncio.Task[None]]()
     """Held, since the loop forgets a task that waits for nothing but itself."""
 
@@ -327,7 +327,7 @@ async def pool_to(serve: Serve) -> AsyncIterator[Pool]:
 
     listener = await asyncio.start_server(one, LOOPBACK, 0)
     port = listener.sockets[0].getsockname()[1]
-    pool = Pool(HostAddress(LOOPBACK, port, None), PoolLimits(5), lambda seconds: None)
+    pool = Pool(HostAddress(LOOPBACK, port, None), PoolLimits(5, connections), lambda seconds: None)
     try:
         yield pool
     finally:

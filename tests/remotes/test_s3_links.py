@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 
+from hpcfs.model.entries import Attributes
 from hpcfs.model.errors import NotConnected, TimedOut, Unreachable
 from hpcfs.model.sites import S3Root, S3Site, SiteSpec
 from hpcfs.remotes import life
 from hpcfs.remotes.base import no_report
+from hpcfs.remotes.rate import RateLimit
 from hpcfs.remotes.s3 import deadlines, http, pool as pools
 from hpcfs.remotes.s3.pool import DEAD_SECONDS, HostLookup, NotOpened, Pool, new_socket
 from hpcfs.remotes.s3.remote import S3Remote
@@ -120,6 +122,28 @@ def test_a_link_that_is_cut_says_whether_anything_was_sent(
     asyncio.run(test())
 
 
+def test_a_change_of_which_a_part_was_made_is_not_one_that_was_never_sent(
+    moto: S3Server, prefix: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A removal writes the directory's marker first, where there is none yet."""
+    for name in ("bare/f", "d/f"):
+        put(moto, f"{prefix}/{name}", b"data")
+
+    async def gone(key: str) -> None:
+        raise NotConnected("nothing answers")
+
+    async def test() -> None:
+        async with remote_of(moto, prefix, cache=str(tmp_path)) as remote:
+            await remote.set_attributes(b"d", Attributes(mode=0o750))
+            monkeypatch.setattr(remote._bucket, "delete", gone)
+            for path, kind in ((b"bare/f", Unreachable), (b"d/f", NotConnected)):
+                with pytest.raises(Unreachable) as caught:
+                    await remote.remove(path)
+                assert type(caught.value) is kind
+
+    asyncio.run(test())
+
+
 # --- servers that take long -----------------------------------------------------------------------
 
 
@@ -174,11 +198,63 @@ def test_a_link_that_is_slow_is_not_dead() -> None:
 
 def test_the_system_ends_a_connection_whose_other_side_is_gone() -> None:
     with new_socket((socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 1))) as sock:
-        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == DEAD_SECONDS * 1000
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         each = [socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT]
         idle, between, count = (sock.getsockopt(socket.IPPROTO_TCP, name) for name in each)
         assert idle + between * (count - 1) <= DEAD_SECONDS
+        limit = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        assert limit == 0, "it ends uploads to whoever takes bytes slowly through a small window"
+
+
+@asynccontextmanager
+async def never_read() -> AsyncIterator[int]:
+    """The port of somebody who takes next to nothing, and reads nothing of it: what is sent stays
+    with the sender's system, as on a link that is dead."""
+    loop = asyncio.get_running_loop()
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.setblocking(False)
+        accepting = loop.create_task(loop.sock_accept(listener))
+        yield listener.getsockname()[1]
+        (await accepting)[0].close()
+
+
+def test_a_request_that_the_link_does_not_take_is_given_up_soon() -> None:
+    """However long its answer may take: that is time for the server's work."""
+
+    async def test() -> None:
+        async with asyncio.timeout(OUTER), never_read() as port:
+            limits = pools.PoolLimits(5)
+            pool = Pool(pools.HostAddress("127.0.0.1", port, None), limits, lambda seconds: None)
+            head = b"POST / HTTP/1.1\r\nx: " + b"y" * 30_000 + b"\r\n\r\n"
+            with pytest.raises(TimeoutError, match="no answer in time"):
+                await pool.ask(http.HttpRequest(head, silence=10 * OUTER))
+            pool.close()
+
+    asyncio.run(test())
+
+
+def test_waiting_for_the_pace_is_no_silence() -> None:
+    """Uploads that begin together share the bandwidth that the user allows."""
+    size, count = 40_000, 6
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(size)
+        writer.write(OK + b"content-length: 2\r\n\r\nok")
+
+    async def test() -> None:
+        pace = RateLimit(2 * size)
+        async with asyncio.timeout(OUTER), pool_to(serve) as pool:
+            began = time.monotonic()
+            request = replace(asking(bytes(size)), silence=SILENCE, pace=pace)
+            found = await asyncio.gather(*(pool.ask(request) for _ in range(count)))
+            assert [bytes(one.body or b"") for one in found] == [b"ok"] * count
+            assert time.monotonic() - began > 2 * SILENCE
+
+    asyncio.run(test())
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -237,26 +313,61 @@ def test_a_host_that_nothing_answers_for_was_sent_nothing(monkeypatch: pytest.Mo
 # --- gentleness -----------------------------------------------------------------------------------
 
 
-def test_no_more_connections_than_the_user_allows() -> None:
+CHANGE = http.HttpRequest(b"PUT / HTTP/1.1\r\ncontent-length: 0\r\n\r\n")
+LOOK = http.HttpRequest(b"HEAD / HTTP/1.1\r\n\r\n", bodiless=True, urgent=True)
+
+
+@pytest.mark.parametrize("connections", [1, 2, 3, 5])
+def test_no_more_connections_than_the_user_allows(connections: int) -> None:
     most, here = 0, 0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal most, here
         here += 1
         most = max(most, here)
-        for _ in range(4):
-            await reader.readuntil(b"\r\n\r\n")
-            await asyncio.sleep(0.01)
-            writer.write(OK + b"content-length: 0\r\n\r\n")
-        here -= 1
+        try:
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                await asyncio.sleep(0.01)
+                writer.write(OK + b"content-length: 0\r\n\r\n")
+        finally:
+            here -= 1
 
     async def test() -> None:
-        async with asyncio.timeout(OUTER), pool_to(serve) as pool:
-            pool._room = asyncio.Semaphore(3)
-            await asyncio.gather(*(pool.ask(ASK) for _ in range(12)))
+        async with asyncio.timeout(OUTER), pool_to(serve, connections) as pool:
+            kinds = (CHANGE, ASK, LOOK)
+            await asyncio.gather(*(pool.ask(kinds[number % 3]) for number in range(18)))
 
     asyncio.run(test())
-    assert most == 3
+    assert most == connections
+
+
+def test_what_takes_long_leaves_connections_to_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whoever waits for room is told that the server is there."""
+    monkeypatch.setattr(http, "WORKING_SECONDS", 1.0)
+    monkeypatch.setattr(http, "REPORT_SECONDS", 0.1)
+    monkeypatch.setattr(pools, "REPORT_SECONDS", 0.1)
+    told = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            if (await reader.readuntil(b"\r\n\r\n")).startswith(b"PUT"):
+                await told.wait()
+            writer.write(OK + b"content-length: 0\r\n\r\n")
+
+    async def test() -> None:
+        async with asyncio.timeout(OUTER), pool_to(serve, 4) as pool:
+            changes = [
+                asyncio.create_task(pool.ask(replace(CHANGE, silence=OUTER))) for _ in range(12)
+            ]
+            await asyncio.sleep(0)
+            await pool.ask(LOOK)
+            await pool.ask(ASK)
+            assert not any(change.done() for change in changes)
+            changes.append(asyncio.create_task(pool.ask(replace(CHANGE, alive=told.set))))
+            await asyncio.gather(*changes)
+
+    asyncio.run(test())
 
 
 def test_the_users_limits_reach_the_site(tmp_path: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpcfs.model.entries import Attributes
-from hpcfs.model.errors import Conflict, IsADirectory
+from hpcfs.model.errors import Changed, Conflict, IsADirectory, RemoteError, WrongSettings
 from hpcfs.remotes.base import no_report
 from hpcfs.remotes.s3.metadata import Metadata
 from hpcfs.remotes.s3.objects import Info
@@ -133,5 +133,74 @@ def test_nothing_is_removed_where_it_is_a_directory(moto: S3Server, prefix: str)
             with pytest.raises(IsADirectory):
                 await remote._bucket.copy(Info(key, 4, "", 0), key)
             assert relay.count("DELETE") == 0
+
+    asyncio.run(test())
+
+
+# --- answers that call themselves web pages -------------------------------------------------------
+
+DELETED = b"<?xml version='1.0' encoding='UTF-8'?>\n<DeleteResult/>"
+XHTML = b"<?xml version='1.0' encoding='UTF-8'?>\n<html><body>Log in first</body></html>"
+
+
+def test_xml_that_calls_itself_a_web_page_is_read(
+    moto: S3Server, prefix: str, tmp_path: Path
+) -> None:
+    """As OpenStack Swift's answer to a deletion of many; a portal's page stays one."""
+    answer = DELETED
+
+    def own(asked: Asked) -> bytes | None:
+        if asked.method != "POST":
+            return None
+        kind = "HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=UTF-8\r\n"
+        return f"{kind}Content-Length: {len(answer)}\r\n\r\n".encode() + answer
+
+    async def test() -> None:
+        nonlocal answer
+        async with (
+            relay_before(moto) as relay,
+            remote_of(relay.server, prefix, cache=str(tmp_path)) as remote,
+        ):
+            relay.own = own
+            await remote._bucket.delete_many([f"{prefix}/f"])
+            for page in (XHTML, XHTML.partition(b"\n")[2]):
+                answer = page
+                with pytest.raises(RemoteError, match="web page"):
+                    await remote._bucket.delete_many([f"{prefix}/f"])
+
+    asyncio.run(test())
+
+
+# --- answers in a row -----------------------------------------------------------------------------
+
+
+def test_errors_with_other_answers_between_are_not_in_a_row(
+    moto: S3Server, prefix: str, tmp_path: Path
+) -> None:
+    """So two damaged answers on different days are not believed."""
+    put(moto, f"{prefix}/f", b"data")
+
+    answer: bytes | None = None
+
+    async def test() -> None:
+        nonlocal answer
+        async with (
+            relay_before(moto) as relay,
+            remote_of(relay.server, prefix, cache=str(tmp_path)) as remote,
+        ):
+            bucket = remote._bucket
+            found = await bucket.head(f"{prefix}/f")
+            assert found is not None
+            relay.own = lambda asked: answer
+            for code, kind in (
+                ("NoSuchBucket", WrongSettings),
+                ("NoSuchKey", Changed),
+                ("NoSuchBucket", WrongSettings),
+            ):
+                answer = refusal(404, code)
+                with pytest.raises(kind):
+                    await bucket.get(f"{prefix}/f", found.version, 0, 4)
+            answer = None
+            assert await bucket.get(f"{prefix}/f", found.version, 0, 4) == b"data"
 
     asyncio.run(test())

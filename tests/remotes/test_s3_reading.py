@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import logging
 import zlib
 from collections.abc import Awaitable, Callable
 from random import Random
@@ -66,18 +67,49 @@ def _always(asked: Asked, answer: bytes) -> bytes:
 
 
 def test_bytes_that_stay_wrong_are_an_error(server: S3Server, prefix: str) -> None:
+    """A link that damages them does so each time in another place."""
     for name in ("f", "g"):
         put(server, f"{prefix}/{name}", SMALL)
 
     async def story(bucket: Bucket, relay: Relay) -> None:
+        def damage(asked: Asked, answer: bytes) -> bytes:
+            if asked.method != "GET":
+                return answer
+            at = len(answer) - gets(relay)
+            return answer[:at] + bytes([answer[at] ^ 1]) + answer[at + 1 :]
+
         assert await whole(bucket, f"{prefix}/g", SMALL) == SMALL
-        relay.spoil = _always
+        relay.spoil = damage
         with pytest.raises(RemoteFailure, match=r"/f: what arrives is not what S3 says"):
             await whole(bucket, f"{prefix}/f", SMALL)
         relay.spoil = lambda asked, answer: answer
         assert await whole(bucket, f"{prefix}/f", SMALL) == SMALL
 
     told(server, story)
+
+
+def test_an_etag_that_is_stale_hides_no_file(
+    moto: S3Server, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where programs write to the directory that a gateway serves: others' ETags are MD5s. The
+    log says so once, and each such object is read twice only once."""
+    for name in ("f", "g", "h"):
+        put(moto, f"{prefix}/{name}", SMALL)
+
+    async def story(bucket: Bucket, relay: Relay) -> None:
+        assert await whole(bucket, f"{prefix}/g", SMALL) == SMALL
+        relay.spoil = _always  # the same bytes each time, of which the ETag is none
+        stale = flip(b"\r\n\r\n" + SMALL)[4:]
+        with caplog.at_level(logging.WARNING, "hpcfs.remotes.s3.reading"):
+            for asked in (2, 3, 4):
+                assert await whole(bucket, f"{prefix}/f", SMALL) == stale
+                assert gets(relay) == asked
+            assert await whole(bucket, f"{prefix}/h", SMALL) == stale
+        assert sum("is not the MD5" in record.message for record in caplog.records) == 1
+        relay.spoil = lambda asked, answer: answer
+        assert await whole(bucket, f"{prefix}/g", SMALL) == SMALL
+
+    told(moto, story)
 
 
 def test_etags_that_are_no_md5s_are_found_out(moto: S3Server, prefix: str) -> None:

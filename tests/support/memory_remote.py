@@ -43,6 +43,7 @@ from hpcfs.model.usage import DiskUsage
 from hpcfs.model.xattrs import Xattrs, changed_xattrs
 from hpcfs.protocol import messages as m
 from hpcfs.remotes.base import MAX_FILE_BYTES, ReportProgress, UploadSource, no_report
+from hpcfs.site.namespace import Delivery
 from hpcfs.worker.cache_io import CacheDisk, CacheSource
 from hpcfs.worker.main import perform
 
@@ -585,9 +586,10 @@ class MemorySite:
         kind: type[T],
         timeout: float = 30.0,
         on_progress: Callable[[int], None] | None = None,
+        delivery: Delivery | None = None,
     ) -> T:
         self.cues.calls.append(request)
-        with trio.move_on_after(timeout):
+        with trio.move_on_after(timeout), (delivery or Delivery()).attempt():
             await self.cues.reach(request, "before")
             result = await self._perform(self.remotes[namespace], request, on_progress)
             await self.cues.reach(request, "after")

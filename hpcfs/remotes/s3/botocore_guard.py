@@ -51,7 +51,7 @@ class _BoundedResponse:
         pages of HTML beside it. Raises UnfitResponse."""
         if self._answer.status >= 300:
             return body if is_fit_to_parse(body) else b""
-        if body and is_page(self._answer.headers):
+        if is_page(self._answer.headers, body):
             raise UnfitResponse("the answer of the S3 server is a web page")
         if not is_fit_to_parse(body):
             raise UnfitResponse("the answer of the S3 server is not safe to parse")

@@ -47,7 +47,15 @@ from hpcfs.remotes.s3.objects import (
     summary_of,
 )
 from hpcfs.remotes.s3.reading import RangeRead, ReadChecks, range_of
-from hpcfs.remotes.s3.translate import is_throttling, s3_code, translate, unparsable_refused
+from hpcfs.remotes.s3.translate import (
+    is_fault,
+    is_refusal,
+    is_throttling,
+    is_worded,
+    s3_code,
+    translate,
+    unparsable_refused,
+)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -121,6 +129,10 @@ class Bucket:
         except WrongSettings as error:
             self._lasting.failed(error)
             raise
+        except RemoteError as error:
+            if is_worded(error) and not is_refusal(error) and not is_fault(error):
+                self._lasting.succeeded()
+            raise
         self._lasting.succeeded()
 
     def forget(self) -> None:
@@ -166,7 +178,7 @@ class Bucket:
             if not await self._read_checks.holds(found):
                 log.warning("%s arrived damaged: it is read again over another connection", key)
                 self._access.direct.drop_idle()
-                found = await self._read_checks.settled(key, found, await ask())
+                found = await self._read_checks.settled(found, await ask())
             return found.data
         except NotFound:
             raise Changed(f"{key} was removed on the server: it can't be read on") from None
@@ -322,7 +334,7 @@ class Bucket:
 
         longest = deadlines.SILENCE + deadlines.DELETION * len(keys)
         with self._watching(keys[0]), deadlines.silence(longest):
-            await self._access.pacing.asked(ask)
+            await self._access.ask(ask)
 
     async def first(self, prefix: str, count: int, *, delimiter: str = "") -> Page:
         """The beginning of a listing."""

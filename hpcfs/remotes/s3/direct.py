@@ -73,6 +73,7 @@ _METHODS = {
     "upload_part": "PUT",
     "copy_object": "PUT",
 }
+_LOOKS = ("head_object", "list_objects_v2")
 _QUERY = {
     "Prefix": "prefix",
     "Delimiter": "delimiter",
@@ -195,9 +196,11 @@ class Direct:
         keys = await self._login.keys()
         try:
             head = _head(route, operation, bucket, parameters, keys, payload)
-            bodiless = _METHODS[operation] == "HEAD"
+            bodiless, urgent = _METHODS[operation] == "HEAD", operation in _LOOKS
             silence = deadlines.current() + len(body) / deadlines.STORED_PER_SECOND
-            request = HttpRequest(head, bodiless, limit, body, sent, silence, pace=self._pace)
+            request = HttpRequest(
+                head, bodiless, limit, body, sent, silence, pace=self._pace, urgent=urgent
+            )
             with _in_words_of_botocore(route.pool, operation):
                 found = await route.pool.ask(request)
             note_sent(operation)
@@ -239,7 +242,7 @@ class Direct:
         content = found.body
         if content is None:
             raise _unfit("too long")
-        if found.status < 300 and content and is_page(found.headers):
+        if found.status < 300 and is_page(found.headers, content):
             raise _unfit("a web page")  # of a proxy, or of a network that wants a login
         if not is_fit_to_parse(content):
             if found.status < 300:

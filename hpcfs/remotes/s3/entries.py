@@ -6,7 +6,7 @@ import stat
 import time
 from dataclasses import dataclass
 
-from hpcfs.model.entries import Entry
+from hpcfs.model.entries import Attributes, Entry
 from hpcfs.model.xattrs import is_kept_xattr
 from hpcfs.remotes.s3.metadata import DIRECTORY_MODE, FILE_MODE, NANOSECONDS, Metadata
 from hpcfs.remotes.s3.objects import Info, Summary
@@ -53,3 +53,9 @@ class Entries:
     def fresh(self, mode: int | None = None) -> Metadata:
         """Return the metadata of a new object. `mode` is a full st_mode."""
         return Metadata(mode=mode, uid=self.uid, gid=self.gid, mtime_ns=time.time_ns())
+
+
+def is_worth_a_copy(attributes: Attributes) -> bool:
+    """Return whether the change is worth a copy of the object: a new access time alone is not, and
+    is not kept."""
+    return attributes != Attributes(atime_ns=attributes.atime_ns)

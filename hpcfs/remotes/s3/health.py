@@ -67,10 +67,10 @@ class Health:
         """Requests that were sent and are not answered."""
 
     def check(self) -> None:
-        """Raise the failure that still counts, without asking the server."""
+        """Raise the failure that still counts, without asking the server: as NotConnected, since
+        nothing is sent."""
         if self._down is not None and self._backoff.is_waiting:
-            kind = NotConnected if type(self._down) is Unreachable else type(self._down)
-            raise kind(*self._down.args)
+            raise NotConnected(*self._down.args)
 
     def try_now(self) -> None:
         """End the pause: the next request asks the server."""

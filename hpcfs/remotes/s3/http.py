@@ -75,11 +75,15 @@ class HttpRequest:
     body: bytes = b""
     sent: Callable[[], None] | None = None
     silence: float = field(default_factory=deadlines.current)
-    """Seconds without a byte, in either direction, after which it is given up."""
+    """Seconds without a byte, in either direction, after which it is given up. As long as the
+    system holds a small request, nothing of which the other side's has confirmed, only the link is
+    waited for, and SILENCE is enough."""
     alive: life.Report = field(default_factory=life.listener)
     """Called now and then while a server may work for long."""
     pace: RateLimit = UNLIMITED
     """Of the body."""
+    urgent: bool = False
+    """It is answered at once, and a program may wait for it."""
 
 
 class HttpConnection(asyncio.BufferedProtocol):
@@ -106,6 +110,9 @@ class HttpConnection(asyncio.BufferedProtocol):
         """Whether a byte of the present answer has come."""
         self.asked = self.heard = self._reported = self._loop.time()
         self._unsent = 0
+        """Bytes of the body that the transport was not given yet."""
+        self._taken = 0
+        """Bytes of the body that the other side's system has, about."""
         self.reusable = True
 
     @property
@@ -124,6 +131,7 @@ class HttpConnection(asyncio.BufferedProtocol):
             raise ConnectionLost("the connection is closed")
         self._request, self._filled, self._response = request, 0, None
         self._interim = 0
+        self._unsent, self._taken = len(request.body), 0
         self._waiter = self._loop.create_future()
         self.asked = self.heard = self._reported = self._loop.time()
         self.was_asked = True
@@ -141,6 +149,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         nothing else can follow on this connection."""
         if len(request.body) <= HEAD_BYTES:
             await request.pace.take(len(request.body))
+            self._unsent = 0
             transport.write(request.data + request.body)
             return
         transport.write(request.data)
@@ -152,11 +161,11 @@ class HttpConnection(asyncio.BufferedProtocol):
             piece = body[start : start + PIECE_BYTES]
             for paced in range(0, len(piece), PACED_BYTES):
                 await request.pace.take(min(PACED_BYTES, len(piece) - paced))
-                self.heard = self._loop.time()
+            self._unsent -= len(piece)
             transport.write(piece)
             if self._room is not None:
                 await self._room
-            self.heard = self._loop.time()
+                self.heard = self._loop.time()
             if request.sent is not None:
                 request.sent()
 
@@ -166,10 +175,16 @@ class HttpConnection(asyncio.BufferedProtocol):
         if self._waiter is None or self._waiter.done():
             return False
         now = self._loop.time()
-        if self._has_sent_more():
+        held = self._held()
+        taken = len(self._request.body) - self._unsent - held
+        is_our_turn = self._unsent > 0 and not held  # it waits for its pace
+        if taken > self._taken or is_our_turn:
             self.heard = now
-        silent = now - self.heard
-        if silent > self._request.silence:
+        self._taken = taken
+        silence = self._request.silence
+        if held and len(self._request.body) <= HEAD_BYTES:
+            silence = min(silence, deadlines.SILENCE)
+        if now - self.heard > silence:
             self._fail(TimeoutError("no answer in time"))
             return True
         if self._request.silence > WORKING_SECONDS and now - self._reported > REPORT_SECONDS:
@@ -177,15 +192,20 @@ class HttpConnection(asyncio.BufferedProtocol):
             self._request.alive()
         return False
 
-    def _has_sent_more(self) -> bool:
-        """Whether the other side has taken more of what the system holds for it: a slow link may
-        be busy with that for longer than an answer may take."""
-        if not self._request.body or self._transport is None or self._transport.is_closing():
-            return False
+    def _held(self) -> int:
+        """Return how many bytes wait here, or were sent and not confirmed by the other side's
+        system: a slow link may be busy with those for longer than an answer may take."""
+        if self._transport is None or self._transport.is_closing():
+            return 0
         sock = self._transport.get_extra_info("socket")
         found = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, struct.pack("i", 0))
-        before, self._unsent = self._unsent, struct.unpack("i", found)[0]
-        return self._unsent < before
+        unconfirmed: int = struct.unpack("i", found)[0]
+        return unconfirmed + self._transport.get_write_buffer_size()
+
+    @property
+    def sign_of_life(self) -> float:
+        """When there was one last, of the link or of a server that works: a time of the loop's."""
+        return max(self.heard, self._reported)
 
     def abort(self) -> None:
         """Close the connection at once."""

@@ -11,6 +11,7 @@ import asyncio
 import ipaddress
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from contextvars import ContextVar
@@ -32,12 +33,12 @@ from botocore.handlers import validate_bucket_name
 
 from hpcfs.model.errors import Unreachable, WrongSettings
 from hpcfs.model.sites import S3Site
-from hpcfs.remotes.s3 import deadlines
+from hpcfs.remotes.s3 import deadlines, refusal
 from hpcfs.remotes.s3.botocore_guard import guard
-from hpcfs.remotes.s3.pool import new_socket
+from hpcfs.remotes.s3.pool import new_unwatched_socket
 from hpcfs.remotes.s3.sent_writes import note_client_attempt
 from hpcfs.remotes.s3.signing import Keys
-from hpcfs.remotes.s3.translate import is_expiry
+from hpcfs.remotes.s3.translate import is_expiry, may_be_expiry
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -132,6 +133,8 @@ class S3Login:
         self._offered: Keys | _Nothing | None = NOTHING
         self._generation = 0
         """How often the credentials were replaced by others."""
+        self._look_at = 0.0
+        """When the providers may be asked again for no good reason."""
         self._made: Any = None
         self._closed = False
         self._on_renewed: Callable[[], None] = lambda: None
@@ -205,19 +208,20 @@ class S3Login:
         self._offered = await self._find_keys(self._the_session())
         return self._offered
 
-    async def renew(self, generation: int | None = None) -> bool:
+    async def renew(self, generation: int | None = None, *, sparingly: bool = False) -> bool:
         """Ask the providers of credentials anew: files are read, programs run. Return whether there
-        are others now than those that were used last, or at that generation."""
+        are others now than those that were used last, or at that generation. None in the place of
+        some are no others: the file is being written, and a site does not become anonymous.
+        `sparingly`: no provider is asked where one was in vain LOOK_SECONDS ago."""
         async with self._lock:
             if generation is not None and generation != self._generation:
                 return True
-            session = AioSession(profile=self._site.profile)
-            try:
-                found = await self._find_keys(session)
-            except (BotoCoreError, ClientError, aiohttp.ClientError, OSError) as error:
-                log.debug("no other S3 credentials: %s", error)
+            if self._closed or (sparingly and time.monotonic() < self._look_at):
                 return False
-            if found == self._offered or self._closed:
+            session = AioSession(profile=self._site.profile)
+            found = await self._others(session)
+            if isinstance(found, _Nothing):
+                self._look_at = time.monotonic() + refusal.LOOK_SECONDS
                 return False
             log.info("there are other S3 credentials: they are used from now on")
             await self._retired.aclose()
@@ -227,6 +231,18 @@ class S3Login:
             self._on_renewed()
             return True
 
+    async def _others(self, session: AioSession) -> Keys | _Nothing | None:
+        """Return other credentials than those that were offered; NOTHING where there are none."""
+        try:
+            found = await self._find_keys(session)
+        except (BotoCoreError, ClientError, aiohttp.ClientError, OSError) as error:
+            log.debug("no other S3 credentials: %s", error)
+            return NOTHING
+        if found is None and isinstance(self._offered, Keys):
+            log.debug("no other S3 credentials: there are none now")
+            return NOTHING
+        return NOTHING if found == self._offered or self._closed else found
+
     async def outliving(self, ask: Callable[[], Awaitable[T]]) -> T:
         """Return what `ask` returns. Where the credentials have expired and there are others, it is
         asked again at once."""
@@ -234,7 +250,9 @@ class S3Login:
         try:
             return await ask()
         except ClientError as error:
-            if not is_expiry(error) or not await self.renew(generation):
+            if not may_be_expiry(error):
+                raise
+            if not await self.renew(generation, sparingly=not is_expiry(error)):
                 raise
         return await ask()
 
@@ -298,7 +316,7 @@ class S3Login:
             connect_timeout=self._site.connect_timeout,
             read_timeout=deadlines.SILENCE,
             max_pool_connections=CONNECTIONS,
-            connector_args={"socket_factory": new_socket},
+            connector_args={"socket_factory": new_unwatched_socket},
             retries={"mode": "standard", "total_max_attempts": 1},  # pacing.py asks again
             **compatible,
         )

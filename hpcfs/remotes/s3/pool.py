@@ -1,7 +1,8 @@
 """The HTTP connections to one host.
 
 A connection is made only when there is more to ask than there are idle connections, so their number
-follows what is asked; request_gate.py bounds that.
+follows what is asked; request_gate.py bounds most of that, and the pool all of it. What changes
+objects may take minutes: it leaves connections to what reads, and both leave some to looks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from typing import Any
 
 import aiohappyeyeballs
 
-from hpcfs.remotes.s3.http import ConnectionLost, HttpConnection, HttpRequest, HttpResponse
+from hpcfs.remotes import life
+from hpcfs.remotes.admission import AdmissionQueue
+from hpcfs.remotes.s3.http import (
+    REPORT_SECONDS,
+    ConnectionLost,
+    HttpConnection,
+    HttpRequest,
+    HttpResponse,
+)
 
 IDLE_SECONDS = 30.0
 """Many servers close idle connections earlier, which is noticed; routers forget them in silence,
@@ -37,9 +46,16 @@ _DEATH = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_SECONDS),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, DEAD_SECONDS // KEEPALIVE_SECONDS),
-    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_SECONDS * 1000),
 )
-"""By which the system ends a connection whose other side is gone (tcp(7))."""
+"""By which the system ends a connection whose other side is gone while it holds nothing (tcp(7)).
+For what it holds there is HttpConnection.check: TCP_USER_TIMEOUT would end uploads to whoever takes
+bytes slowly through a small window."""
+UNWATCHED_SECONDS = 60
+"""TCP_USER_TIMEOUT where no HttpConnection watches: enough for those that are slow."""
+RESERVED = 4
+"""Connections, at most, that what changes objects leaves to what reads, and that to looks."""
+_LOOKS, _READS, _CHANGES = range(3)
+"""Lanes."""
 
 
 class NotOpened(OSError):
@@ -67,6 +83,13 @@ def new_socket(address: Any) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     for option in _DEATH:
         sock.setsockopt(*option)
+    return sock
+
+
+def new_unwatched_socket(address: Any) -> socket.socket:
+    """Return a socket for whoever waits without an end for its bytes to be taken."""
+    sock = new_socket(address)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNWATCHED_SECONDS * 1000)
     return sock
 
 
@@ -114,6 +137,37 @@ class PoolLimits:
     connections: int = 96
 
 
+class _Shares:
+    """Who may take how many connections of a pool: an admission.Capacity, to which the size of a
+    request is its lane. Looks go first, so one connection at least is left for the others."""
+
+    def __init__(self, connections: int) -> None:
+        self._all = connections
+        self._reserved = min(RESERVED, -(-connections // 4))
+        self._taken = [0, 0, 0]
+
+    def fits(self, lane: int, size: int) -> bool:
+        """Whether a request of this lane may go."""
+        looks, reads, changes = self._taken
+        if looks + reads + changes >= self._all:
+            return False
+        if lane != _CHANGES and looks + reads >= max(1, self._all - 1):
+            return False
+        if lane == _LOOKS:
+            return looks < max(1, self._all - 2)
+        if reads + changes >= max(1, self._all - self._reserved):
+            return False
+        return lane == _READS or changes < max(1, self._all - 2 * self._reserved)
+
+    def took(self, size: int) -> None:
+        """Count a request that goes."""
+        self._taken[size] += 1
+
+    def gave_back(self, size: int) -> None:
+        """Count a request that has ended."""
+        self._taken[size] -= 1
+
+
 class Pool:
     """`answered_in` is told how long a HEAD took."""
 
@@ -123,7 +177,11 @@ class Pool:
         self.host = host
         self._answered_in = answered_in
         self._connect_timeout = limits.connect_timeout
-        self._room = asyncio.Semaphore(limits.connections)
+        self._admission = AdmissionQueue(_Shares(limits.connections), lanes=3)
+        self._waiting: list[life.Report] = []
+        """Of the requests that wait for room."""
+        self._told = 0.0
+        """When they were told that the server is there."""
         self._lookup = HostLookup(host.name, host.port)
         self._all: set[HttpConnection] = set()
         self._idle: list[HttpConnection] = []
@@ -145,8 +203,16 @@ class Pool:
         Raises UnusualResponse, ConnectionLost, NotOpened and TimeoutError, which says that the
         request was sent.
         """
-        async with self._room:
+        lane = _lane(request)
+        self._waiting.append(request.alive)
+        try:
+            await self._admission.enter(lane, lane)
+        finally:
+            self._waiting.remove(request.alive)
+        try:
             return await self._ask_over_some(request)
+        finally:
+            self._admission.leave(lane)
 
     async def _ask_over_some(self, request: HttpRequest) -> HttpResponse:
         was_sent = False
@@ -220,7 +286,16 @@ class Pool:
             elif not connection.busy and now - connection.heard > IDLE_SECONDS:
                 connection.abort()
         self._idle = [connection for connection in self._idle if connection.reusable]
+        self._tell_those_who_wait(now)
         self._ticker = loop.call_later(TICK_SECONDS, self._tick) if self._all else None
+
+    def _tell_those_who_wait(self, now: float) -> None:
+        """Report life to what waits for room, as long as those that have it show some."""
+        last = max((connection.sign_of_life for connection in self._all), default=0.0)
+        if now - self._told > REPORT_SECONDS and last > self._told:
+            self._told = now
+            for report in self._waiting:
+                report()
 
     def drop_idle(self) -> None:
         """Close the idle connections."""
@@ -237,6 +312,12 @@ class Pool:
         self._lookup.close()
         if self._ticker is not None:
             self._ticker.cancel()
+
+
+def _lane(request: HttpRequest) -> int:
+    if request.urgent:
+        return _LOOKS
+    return _READS if request.data.startswith((b"GET ", b"HEAD ")) else _CHANGES
 
 
 def _reason(error: OSError) -> str:

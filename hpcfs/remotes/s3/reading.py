@@ -1,8 +1,9 @@
 """Reads the answer to a GET, and compares its bytes with what the server says of them.
 
 A server says something of whole objects only: a checksum that their writer gave them (asked for by
-x-amz-checksum-mode), or an ETag that is an MD5. So an object that comes in one answer is compared,
-which small ones do; of the others TLS protects the bytes on their way, where it is spoken. Forms:
+x-amz-checksum-mode; AWS and MinIO give none with a range), or an ETag that is an MD5. So an object
+that comes in one answer is compared, which small ones do; of the others TLS protects the bytes on
+their way, where it is spoken. Forms:
 docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
 """
 
@@ -27,6 +28,8 @@ from hpcfs.remotes.s3.translate import translating
 
 log = logging.getLogger(__name__)
 Data = bytes | bytearray
+UNTOLD = 10_000
+"""Objects that are remembered, at most."""
 
 
 def _crc32(data: Data) -> bytes:
@@ -59,9 +62,15 @@ class RangeRead:
     """The bytes of an answer, and what the server says of the whole object; `whole`: these bytes
     are all of it."""
 
+    key: str
     data: Data
     answer: Mapping[str, Any]
     whole: bool
+
+    @property
+    def etag(self) -> str:
+        """The version's ETag, without quotes."""
+        return plain_etag(self.answer.get("ETag"))
 
 
 async def range_of(
@@ -79,12 +88,12 @@ async def range_of(
             raise Changed(f"{key} has changed on the server: open it again")
         whole = offset == 0 and length == total
         if isinstance(body, bytearray):
-            return RangeRead(body, answer, whole)
+            return RangeRead(key, body, answer, whole)
         with translating(key):
             data = await read_body(body, length) if body is not None else b""
     if len(data) != length:
         raise Changed(f"{key} ended after {len(data)} of {length} bytes: open it again")
-    return RangeRead(data, answer, whole)
+    return RangeRead(key, data, answer, whole)
 
 
 class ReadChecks:
@@ -92,6 +101,8 @@ class ReadChecks:
 
     def __init__(self, server: ServerCapabilities) -> None:
         self._server = server
+        self._untold: dict[tuple[str, str], None] = {}
+        """Keys and ETags of objects whose ETag says nothing of their bytes, the oldest first."""
 
     async def holds(self, found: RangeRead) -> bool:
         """Whether the bytes are those that the server says the object has, as far as it says."""
@@ -107,20 +118,37 @@ class ReadChecks:
             self._server.md5_etags = True
         return same
 
-    async def settled(self, key: str, first: RangeRead, second: RangeRead) -> RangeRead:
+    async def settled(self, first: RangeRead, second: RangeRead) -> RangeRead:
         """Return what was read again, where it holds. Bytes that came twice alike were not damaged
-        on their way: a server of which no ETag has been an MD5 yet makes them in another way.
+        on their way: if only an ETag speaks against them, it is no MD5, or that of other bytes, as
+        where a gateway serves a directory that programs write to.
 
         Raises RemoteFailure.
         """
         if await self.holds(second):
             return second
         _, _, by_etag = self._proof(second) or (None, None, False)
-        if by_etag and first.data == second.data and not self._server.md5_etags:
+        if not by_etag or first.data != second.data:
+            raise RemoteFailure(f"{first.key}: what arrives is not what S3 says that it holds")
+        if self._server.md5_etags:
+            self._note_untold(second)
+        else:
             self._server.md5_etags = False
             log.info("this S3 server's ETags are no MD5s: what is read is not compared with them")
-            return second
-        raise RemoteFailure(f"{key}: what arrives is not what S3 says that it holds")
+        return second
+
+    def _note_untold(self, found: RangeRead) -> None:
+        """Remember that this object's ETag is not the MD5 of its bytes. The log is told once."""
+        level = logging.DEBUG if self._untold else logging.WARNING
+        log.log(
+            level,
+            "the ETag of %s is not the MD5 of its bytes, though it looks like one: such objects "
+            "are not compared with it",
+            found.key,
+        )
+        if len(self._untold) >= UNTOLD:
+            self._untold.pop(next(iter(self._untold)))
+        self._untold[found.key, found.etag] = None
 
     def _proof(self, found: RangeRead) -> tuple[Callable[[Data], bytes], bytes, bool] | None:
         """Return how to compute a checksum, what it should be, and whether the ETag says so."""
@@ -131,7 +159,9 @@ class ReadChecks:
             said = _decoded(answer.get(name))
             if said is not None and answer.get("ChecksumType") != "COMPOSITE":
                 return digest, said, False
-        etag = plain_etag(answer.get("ETag"))
+        etag = found.etag
+        if (found.key, etag) in self._untold:
+            return None
         encrypted = is_kms(answer) or answer.get("SSECustomerAlgorithm")
         if not is_md5(etag) or encrypted or self._server.md5_etags is False:
             return None

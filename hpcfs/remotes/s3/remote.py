@@ -45,7 +45,7 @@ from hpcfs.model.usage import DiskUsage
 from hpcfs.remotes.base import ReportProgress, UploadSource, no_report
 from hpcfs.remotes.s3.bucket import Bucket
 from hpcfs.remotes.s3.directory import Lister, Parents
-from hpcfs.remotes.s3.entries import Entries
+from hpcfs.remotes.s3.entries import Entries, is_worth_a_copy
 from hpcfs.remotes.s3.markers import HEADERS, Markers
 from hpcfs.remotes.s3.metadata import DIRECTORY_MODE, FILE_MODE, PERMISSIONS, SYMLINK_MODE, Metadata
 from hpcfs.remotes.s3.mover import Mover
@@ -61,7 +61,7 @@ from hpcfs.remotes.s3.paths import (
     refuse_existing,
     text,
 )
-from hpcfs.remotes.s3.sent_writes import tracing_writes
+from hpcfs.remotes.s3.sent_writes import traced
 from hpcfs.remotes.s3.transfer import FileSource, Transfer
 from hpcfs.remotes.s3.translate import is_refusal, not_public
 from hpcfs.remotes.s3.uploads import S3Uploads, info_of_stored
@@ -110,6 +110,8 @@ class S3Remote:
             self._markers.saw(await self._bucket.first(self._base, 1))
         except (PermissionDenied, RemoteFailure) as error:
             if self._bucket.login.anonymous and is_refusal(error):
+                if await self._bucket.login.renew():  # the file was being written, or is now there
+                    return await self.connect()
                 refused = AccessRefused(not_public(self._bucket.name))
             elif isinstance(error, PermissionDenied):
                 refused = AccessRefused(f"{error.message} to list it, then run 'hpcfs login'")
@@ -204,6 +206,7 @@ class S3Remote:
 
     # --- making -----------------------------------------------------------------------------
 
+    @traced
     async def upload(
         self, request: UploadRequest, source: UploadSource, report: ReportProgress
     ) -> Entry:
@@ -219,11 +222,11 @@ class S3Remote:
         self._check_owner(request.attributes)
         self._lister.cache.drop(look.place.key)
         self._paths.changed(look.place)
-        with tracing_writes():
-            stored, info = await self._uploads.upload(request, look, source, report)
+        stored, info = await self._uploads.upload(request, look, source, report)
         self._paths.saw_file(look.place, info)
         return self._entries.file(paths.name(request.path), stored, info.metadata)
 
+    @traced
     async def upload_piece(self, request: UploadPieceRequest, source: UploadSource) -> None:
         """Send a piece as a part of a multipart upload, or hold it back for a larger part."""
 
@@ -246,6 +249,7 @@ class S3Remote:
         entry = self._entries.file(paths.name(path), Summary(look.place.key, 0, "", 0), metadata)
         return msgspec.structs.replace(entry, version=b"")
 
+    @traced
     async def make_directory(self, path: bytes, mode: int) -> Entry:
         """Write a marker object."""
         look = await self._look_for_new(path)
@@ -256,6 +260,7 @@ class S3Remote:
         self._parents.made(look.place.directory)
         return self._entries.directory(paths.name(path), metadata)
 
+    @traced
     async def make_symlink(self, path: bytes, target: bytes) -> Entry:
         """Write a link as s3fs does: the target is the content, and the mode says that it is
         one."""
@@ -275,6 +280,7 @@ class S3Remote:
 
     # --- changing ---------------------------------------------------------------------------
 
+    @traced
     async def set_attributes(self, path: bytes, attributes: Attributes) -> Entry:
         """Copy the object onto itself with other metadata."""
         self._check_writable()
@@ -285,10 +291,11 @@ class S3Remote:
                 await self._renew_marker(look)
                 return await self._set_directory_attributes(look.place, attributes)
             found = file_of(look)
-            if not _is_worth_a_copy(attributes):
+            if not is_worth_a_copy(attributes):
                 return self._entries.file(paths.name(path), found)
             return await self._rewrite(look.place, found, attributes)
 
+    @traced
     async def truncate(self, path: bytes, size: int) -> Entry:
         """Upload the beginning of the object, with zeros behind it, as a new object."""
         self._check_writable()
@@ -309,6 +316,7 @@ class S3Remote:
             headers = await self._transfer.tags_and_acls.of(found)
             return await self._store(look.place, source, metadata, headers)
 
+    @traced
     async def rename(
         self, path: bytes, target: bytes, *, replace: bool, report: ReportProgress = no_report
     ) -> None:
@@ -341,6 +349,7 @@ class S3Remote:
         else:
             await self._rename_file(source.place, file_of(source), goal)
 
+    @traced
     async def remove(self, path: bytes) -> None:
         """Remove the object, and keep its directory by a marker."""
         self._check_writable()
@@ -349,6 +358,7 @@ class S3Remote:
             raise IsADirectory(f"{text(path)} is a directory")
         await self._delete_file(look.place, file_of(look))
 
+    @traced
     async def remove_directory(self, path: bytes) -> None:
         """Remove the markers of an empty directory."""
         self._check_writable()
@@ -490,9 +500,3 @@ class S3Remote:
             self._paths.forget()
             self._markers.forget()
             self._lister.cache.clear()
-
-
-def _is_worth_a_copy(attributes: Attributes) -> bool:
-    """Return whether the change is worth a copy of the object: a new access time alone is not, and
-    is not kept."""
-    return attributes != Attributes(atime_ns=attributes.atime_ns)

@@ -6,6 +6,7 @@ malformed raises ValueError, and then botocore decides what it means.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -104,9 +105,14 @@ def _xml_time(text: str) -> datetime:
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
-def is_page(headers: Mapping[str, str]) -> bool:
-    """Whether an answer is a page for people."""
-    return headers.get("content-type", "").partition(";")[0].strip().lower() == "text/html"
+_XML_ROOT = re.compile(rb"\s*<\?xml[^>]*\?>\s*<(?!html\b)[a-z]", re.IGNORECASE)
+"""The beginning of an XML document that is no page in XHTML."""
+
+
+def is_page(headers: Mapping[str, str], body: bytes | bytearray) -> bool:
+    """Whether an answer is a page for people: OpenStack Swift calls its XML one, too."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == "text/html" and bool(body) and _XML_ROOT.match(body) is None
 
 
 MOST_MARKS = 300_000

@@ -325,10 +325,23 @@ def is_throttling(error: boto.ClientError) -> bool:
 
 
 def is_expiry(error: boto.ClientError) -> bool:
-    """Whether other credentials may help, as these have expired. An answer to HEAD does not say
-    why: S3's is a plain 400."""
+    """Whether other credentials may help, as these have expired."""
     code = str(error.response.get("Error", {}).get("Code", ""))
-    return _SAME.get(code, code) in ("ExpiredToken", "InvalidToken", "400")
+    return _SAME.get(code, code) in ("ExpiredToken", "InvalidToken")
+
+
+def may_be_expiry(error: boto.ClientError) -> bool:
+    """Whether `is_expiry` holds, as far as the answer tells. One to HEAD does not say why: S3's is
+    a plain 400, as it is for much else."""
+    return is_expiry(error) or str(error.response.get("Error", {}).get("Code", "")) == "400"
+
+
+def is_worded(error: RemoteError) -> bool:
+    """Whether the server refused with a code of its own, so that it is S3 that answers: an answer
+    to HEAD has none, nor has that of something before the server."""
+    answer = getattr(error.__cause__, "response", None) or {}
+    code = str(answer.get("Error", {}).get("Code", ""))
+    return bool(code) and not code.isdigit()
 
 
 def s3_code(error: RemoteError) -> str:
