@@ -48,6 +48,7 @@ ERRNO: dict[type[Exception], int] = {
     errors.HostKeyRefused: errno.EACCES,
     errors.WrongSettings: errno.ENXIO,  # readdir(3) takes ENOENT for the end of an empty folder
     errors.NoService: errno.ENXIO,
+    errors.LoginEnded: errno.ENXIO,
     errors.ProtocolError: errno.EPROTO,
     errors.CacheFull: errno.ENOSPC,
     errors.CacheFileGone: errno.EIO,

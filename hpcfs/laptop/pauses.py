@@ -7,8 +7,8 @@ retried (`RemoteError.lasting`).
 
 from __future__ import annotations
 
-from hpcfs.model.backoff import pause_after
-from hpcfs.model.errors import RemoteError
+from hpcfs.model.backoff import ENDED, pause_after
+from hpcfs.model.errors import LoginEnded, RemoteError
 
 SOON_SECONDS = (1.0, 1.0, 2.0)
 """Seconds before the first attempts; the last one repeats."""
@@ -29,6 +29,8 @@ class Pauses:
             self._refused = 0
             return pause
         self._refused += 1
+        if isinstance(error, LoginEnded) and self._refused > 1:
+            return pause_after(self._refused - 1, ENDED)
         return pause_after(self._refused)
 
     def reset(self) -> None:
@@ -39,4 +41,4 @@ class Pauses:
 def is_unreached(error: RemoteError) -> bool:
     """Return whether the host did not even answer: then the error was caused by an OSError."""
     origin = error.__cause__ or error.__context__
-    return isinstance(origin, OSError)
+    return isinstance(origin, OSError) and not isinstance(error, LoginEnded)

@@ -30,6 +30,10 @@ REACHED = PauseRange(1.0, LONGEST_SECONDS)
 REFUSED = PauseRange(60.0, 240.0, random_part=0.0)
 """The login was refused. Sites ban who tries five times in ten minutes (fail2ban's defaults), which
 these pauses never do."""
+ENDED = PauseRange(120.0, 240.0, random_part=0.0)
+"""The login was ended by the server once more, where an earlier one was not: the first time it may
+have been the link, and another attempt follows soon. Together they are as few as those of REFUSED.
+"""
 
 
 def pause_after(failures: int, pauses: PauseRange = REACHED) -> float:

@@ -39,6 +39,7 @@
             HostKeyRefused
             WrongSettings
                 NoService
+                    LoginEnded
             ProtocolError
             CacheFull
             CacheFileGone
@@ -250,6 +251,11 @@ class WrongSettings(RemoteError):
 class NoService(WrongSettings):
     """Raised when the login is accepted and no SFTP is behind it: the next login would end in the
     same way, unless an earlier one did not."""
+
+
+class LoginEnded(NoService):
+    """Raised when the server ends the connection while it lets us in, as sshd does with an account
+    that has expired. Sites count that as a refusal; a link may break in that moment, too."""
 
 
 class ProtocolError(RemoteError):

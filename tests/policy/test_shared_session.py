@@ -12,6 +12,7 @@ from hpcfs.model.backoff import LONGEST_SECONDS
 from hpcfs.model.errors import (
     AccessRefused,
     HostKeyRefused,
+    LoginEnded,
     LoginNeeded,
     NoService,
     NotConnected,
@@ -214,6 +215,24 @@ async def test_where_it_worked_before_it_is_tried_again() -> None:
             await world.kept.get()
     world.now += 60
     assert not (await world.kept.get()).lost
+
+
+@story
+async def test_an_account_that_expires_is_tried_a_few_times_an_hour() -> None:
+    """Its logins are ended, as may be one by a link that breaks; sites ban who goes on."""
+    world = World(None, *[LoginEnded("expired")] * 30)
+    (await world.kept.get()).lost = True
+    began, attempts = world.now, list[float]()
+    while world.now < began + 3600:
+        before = world.opener.attempts
+        with pytest.raises(Unreachable, match="expired"):
+            await world.kept.get()
+        if world.opener.attempts > before:
+            attempts.append(world.now - began)
+        world.now += 1
+    assert attempts[1] <= 2, "it may have been the link"
+    assert len(attempts) <= 20
+    assert all(fifth - first > 600 for first, fifth in zip(attempts, attempts[4:], strict=False))
 
 
 @story

@@ -15,7 +15,7 @@ from hpcfs.config.tunnel import TunnelSettings
 from hpcfs.laptop import listening
 from hpcfs.laptop.pauses import Pauses
 from hpcfs.laptop.rates import Rate
-from hpcfs.model.errors import RemoteError, SetupError, Unreachable
+from hpcfs.model.errors import LoginEnded, RemoteError, SetupError, Unreachable
 from hpcfs.model.sites import SshSite
 from hpcfs.remotes import machine_changes
 from hpcfs.tunnel.file import is_valid_name
@@ -149,6 +149,13 @@ def test_a_host_that_refuses_is_tried_less_and_less_often() -> None:
     assert [pauses.after(unreached()), pauses.after(refused())] == [1, 1]
     pauses.reset()
     assert [pauses.after(unreached()), pauses.after(unreached())] == [1, 1]
+
+
+def test_a_host_that_ends_each_login_is_tried_a_few_times_an_hour() -> None:
+    error = LoginEnded("it ended the connection")
+    error.__cause__ = ConnectionResetError()
+    pauses = Pauses()
+    assert [pauses.after(error) for _ in range(4)] == [1, 120, 240, 240]
 
 
 # --- what the machine says ------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import asyncssh
 import pytest
 
 from hpcfs.laptop.tunnel import Tunnel, TunnelPlan
-from hpcfs.model.errors import NoService, RemoteError, Unreachable
+from hpcfs.model.errors import LoginEnded, NoService, RemoteError, Unreachable
 from hpcfs.model.sites import SiteSpec, SshSite
 from hpcfs.remotes.sftp.site import SshSiteConnection
 from tests.support.sshd import (
@@ -176,7 +176,7 @@ class EndsTheConnection(Ends):
 
 ENDS: list[tuple[type[Ends], type[RemoteError], str]] = [
     (
-        EndsTheLogin, NoService,
+        EndsTheLogin, LoginEnded,
         "ended the connection during the login .it says 'Your account has expired; ask the",
     ),
     (

@@ -20,9 +20,10 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
-from hpcfs.model.backoff import REACHED, REFUSED, UNREACHED, Backoff, PauseRange
+from hpcfs.model.backoff import ENDED, REACHED, REFUSED, UNREACHED, Backoff, PauseRange
 from hpcfs.model.errors import (
     HostKeyRefused,
+    LoginEnded,
     LoginNeeded,
     NoService,
     NotConnected,
@@ -103,6 +104,8 @@ class SharedSession(Generic[S]):
         self._closed = False
         self._tended = False
         self._has_worked = False
+        self._was_ended = False
+        """Whether the server ended the last login, where an earlier one had worked."""
         self._worked_unattended = False
         """Whether keys were enough the last time: then a server that asks for more has trouble."""
 
@@ -233,10 +236,16 @@ class SharedSession(Generic[S]):
                 self._session = None
             self._session = await self._open_session()
         except NoService as error:
-            failure = Unreachable(error.message) if self._has_worked else error
-            self._remember(failure)
+            if not self._has_worked:
+                self._remember(error)
+                raise
+            failure = Unreachable(error.message)
+            is_ended = isinstance(error, LoginEnded)
+            self._remember(failure, ENDED if is_ended and self._was_ended else REACHED)
+            self._was_ended = is_ended
             raise failure from error
         except RemoteError as error:
+            self._was_ended = False
             self._remember(error)
             raise
         except Exception as error:
@@ -244,17 +253,17 @@ class SharedSession(Generic[S]):
             unforeseen = RemoteFailure(f"connecting failed: {error}")
             self._remember(unforeseen)
             raise unforeseen from error
-        self._failure, self._has_worked = None, True
+        self._failure, self._has_worked, self._was_ended = None, True, False
         self._worked_unattended = not self._session.attended
         self._backoff.succeeded()
         return self._session
 
-    def _remember(self, error: RemoteError) -> None:
+    def _remember(self, error: RemoteError, pauses: PauseRange | None = None) -> None:
         is_news = self._failure is None or self._failure.message != error.message
         log.log(logging.WARNING if is_news else logging.DEBUG, "%s", error.message)
         self._failure = error
         self._look_at = self._clock() + LOOK_SECONDS
-        self._backoff.failed(_pauses(error))
+        self._backoff.failed(pauses or _pauses(error))
 
 
 def _pauses(error: RemoteError) -> PauseRange:

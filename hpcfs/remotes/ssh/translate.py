@@ -15,6 +15,7 @@ import asyncssh
 from hpcfs.model.errors import (
     AccessRefused,
     HostKeyRefused,
+    LoginEnded,
     LoginNeeded,
     NoService,
     NotConnected,
@@ -84,7 +85,7 @@ def login_error(
         progress.authenticating
     ):
         said = f" (it says {quoted(progress.banner)})" if quoted(progress.banner) else ""
-        return NoService(
+        return LoginEnded(
             f"{hop.user}@{hop.host} port {hop.port} ended the connection during the login{said}: "
             f"check that `ssh {hop.alias}` works, then run 'hpcfs login'"
         )
