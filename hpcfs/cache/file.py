@@ -120,6 +120,10 @@ class CacheFile:
         self.blocks = BlockMap()
         self.written_sums.clear()
 
+    def doubt_name(self) -> None:
+        """Note that the path may lead to no file, or to another: renewal.py finds out."""
+        self.name_in_doubt = True
+
     def replace(self, fd: int) -> None:
         """Continue in another file with the same bytes, to which `path` leads."""
         os.dup2(fd, self.fd, inheritable=False)

@@ -53,7 +53,7 @@ async def _take_again(store: Store) -> bool:
         store.troubles.tell(f"the cache directory was removed: {error}")
         return False
     for file in store.registry.files.values():  # no await before: the directory is there now
-        file.name_in_doubt = True
+        file.doubt_name()
     store.troubles.tell(f"the cache directory {store.directory} was removed, and is made anew")
     await store.in_thread(store.registry.index.begin_anew, "its directory was removed")
     return True

@@ -229,7 +229,7 @@ class Reader:
                     self._store.memory.is_usable = False
                     self.use_disk()
                 elif file.path == cache_file and not self._use_memory():
-                    file.name_in_doubt = True
+                    file.doubt_name()
                     raise
             except RemoteError:
                 if file.path == cache_file:

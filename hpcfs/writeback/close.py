@@ -76,7 +76,7 @@ class Closer:
         try:
             await self._flush(content, sync=sync)
         except CacheFileGone:
-            content.file.name_in_doubt = True  # cache/renewal.py writes it again
+            content.file.doubt_name()
             raise
 
     async def _flush(self, content: Content, *, sync: bool) -> None:
