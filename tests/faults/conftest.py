@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import disks
 from tests.support.link import Link, link_to, ssh_config_through
 from tests.support.mounts import (
     RealHome,
     Served,
     make_real_home,
     pytest_runtest_makereport,
-    run,
     served_by_s3,
     served_by_ssh,
 )
@@ -73,15 +73,4 @@ def _linked(kind: str, directory: Path) -> Iterator[Linked]:
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     """Mounts a tmpfs of so many MiB."""
     with ExitStack() as stack:
-        yield lambda megabytes: stack.enter_context(_tmpfs(tmp_path / "disk", megabytes))
-
-
-@contextmanager
-def _tmpfs(place: Path, megabytes: int) -> Iterator[Path]:
-    """Only root may do this; in CI we are."""
-    place.mkdir()
-    run("mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=0700", "tmpfs", place)
-    try:
-        yield place
-    finally:
-        run("umount", "-l", place)
+        yield lambda megabytes: stack.enter_context(disks.small_disk(tmp_path / "disk", megabytes))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Linked
-from tests.support.mounts import RealHome, errno_of, mounted
+from tests.support.mounts import RealHome, errno_of, mounted, until
 
 Starts = Callable[[str], Linked]
 WAYS = [("sftp", "cut"), ("s3-rclone", "freeze")]
@@ -59,10 +59,7 @@ def test_what_is_cached_is_served_and_nothing_waits(
         assert time.monotonic() - began < MARGIN
         far.link.mend()
         inside.write("dir/f1", b"changed meanwhile")
-        deadline = time.monotonic() + 20
-        while (ns / "dir" / "f1").read_bytes() != b"changed meanwhile":
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        until(lambda: (ns / "dir" / "f1").read_bytes() == b"changed meanwhile", 20)
         assert (ns / "uncached").read_bytes() == b"x" * 1000
 
 
@@ -136,9 +133,6 @@ def test_a_mount_begins_without_a_namespace_that_is_away(
         assert errno_of(os.listdir, file.parent) in CLEAR
         assert time.monotonic() - began < MARGIN
         far.link.mend()
-        deadline = time.monotonic() + 30
-        while errno_of(os.stat, file):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        until(lambda: errno_of(os.stat, file) is None, 30)
         far.link.fail_after(100_000)  # too little for the content
         assert file.read_bytes() == content

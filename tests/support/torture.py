@@ -29,6 +29,7 @@ from botocore.exceptions import ClientError
 
 from tests.support import leftovers
 from tests.support.command import end_mounts_below
+from tests.support.disks import small_disk
 from tests.support.link import link_to, ssh_config_through
 from tests.support.mounts import (
     Mount,
@@ -40,7 +41,7 @@ from tests.support.mounts import (
 )
 from tests.support.s3 import rclone_s3
 from tests.support.sshd import ssh_server
-from tests.support.torture_faults import FAULTS, History, Victims, possible, small_disk
+from tests.support.torture_faults import FAULTS, History, Victims, possible
 from tests.support.torture_programs import PROGRAMS, Calls, Failed, Program, Wrong, digest
 
 KINDS = ("sftp", "s3")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.support.link import Link
-from tests.support.mounts import Mount, kill, run, until
+from tests.support.mounts import Mount, kill, until
 from tests.support.sshd import SshServer
 
 REMOUNT_SECONDS = 60.0
@@ -204,14 +204,3 @@ def possible(victims: Victims) -> list[str]:
     if victims.cache_disk is None:
         without.add("disk")
     return [name for name in FAULTS if name not in without]
-
-
-@contextmanager
-def small_disk(place: Path, megabytes: int) -> Iterator[Path]:
-    """A file system in memory. Only root may mount one."""
-    place.mkdir()
-    run("mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=0700", "tmpfs", place)
-    try:
-        yield place
-    finally:
-        run("umount", "-l", place)
